@@ -1,0 +1,71 @@
+"""What seeding random augmentation costs, in each mode of `sample_seeding`.
+
+The dataset hands out rows of a tensor, so what differs between the modes is the seeding. Batches of 64 samples; time
+per sample of an epoch, the minimum of several. Modes take turns in each round.
+
+    python benchmarks/sample_seeding.py [--samples 12800] [--rounds 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from machine import machine_line
+from torch.utils.data import Dataset
+
+from allstep.data import Loader, make_loader
+
+BATCH = 64
+MODES = ("off", "batch", "sample")
+
+
+class Rows(Dataset[torch.Tensor]):
+    """Rows of a tensor: about the cheapest dataset there is."""
+
+    def __init__(self, length: int) -> None:
+        self.rows = torch.zeros(length, 8)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.rows[index]
+
+
+def epoch_seconds(loader: Loader) -> float:
+    iterator = iter(loader)
+    next(iterator)  # workers are up
+    begin = time.perf_counter()
+    for _ in iterator:
+        pass
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--samples", type=int, default=200 * BATCH)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    print(machine_line(), end="\n\n")
+    print("| workers | " + " | ".join(f"{mode}, µs per sample" for mode in MODES) + " |")
+    print("| ---: | " + " | ".join("---:" for _ in MODES) + " |")
+    rows = Rows(arguments.samples)
+    for workers in (0, 1):
+        loaders = [
+            make_loader(rows, rank=0, world_size=1, seed=1, batch_size=BATCH, sample_seeding=mode, num_workers=workers)
+            for mode in MODES
+        ]
+        best = [float("inf")] * len(MODES)
+        for _ in range(arguments.rounds):
+            best = [min(old, epoch_seconds(loader)) for old, loader in zip(best, loaders, strict=True)]
+        print(f"| {workers} | " + " | ".join(f"{one / (arguments.samples - BATCH) * 1e6:.1f}" for one in best) + " |")
+
+
+if __name__ == "__main__":
+    main()

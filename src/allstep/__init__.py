@@ -1,0 +1,76 @@
+"""allstep: train a PyTorch model on every device a job has, with every rank taking the same step.
+
+Names are imported when first used (PEP 562), so that `import allstep` costs no torch import: the launcher's parent
+process, which never touches a tensor, stays small and starts at once.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from allstep.version import __version__
+
+if TYPE_CHECKING:
+    from allstep.coordination import Alone, Coordinator
+    from allstep.data import Permutation, ShardedBatchSampler, shard
+    from allstep.engine import (
+        Engine,
+        EventEnum,
+        Events,
+        State,
+        create_supervised_evaluator,
+        create_supervised_trainer,
+    )
+    from allstep.errors import AllstepError
+    from allstep.placement import Placement
+    from allstep.world import World, init
+
+_HOMES = {
+    "Alone": "allstep.coordination",
+    "AllstepError": "allstep.errors",
+    "Coordinator": "allstep.coordination",
+    "Engine": "allstep.engine",
+    "EventEnum": "allstep.engine",
+    "Events": "allstep.engine",
+    "Permutation": "allstep.data",
+    "Placement": "allstep.placement",
+    "ShardedBatchSampler": "allstep.data",
+    "State": "allstep.engine",
+    "World": "allstep.world",
+    "create_supervised_evaluator": "allstep.engine",
+    "create_supervised_trainer": "allstep.engine",
+    "init": "allstep.world",
+    "shard": "allstep.data",
+}
+
+__all__ = [
+    "Alone",
+    "AllstepError",
+    "Coordinator",
+    "Engine",
+    "EventEnum",
+    "Events",
+    "Permutation",
+    "Placement",
+    "ShardedBatchSampler",
+    "State",
+    "World",
+    "__version__",
+    "create_supervised_evaluator",
+    "create_supervised_trainer",
+    "init",
+    "shard",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

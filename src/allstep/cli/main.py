@@ -1,0 +1,53 @@
+"""The `allstep` command line: find the command, run it, turn its errors into one line and an exit code.
+
+Contract: `main` returns the exit code and raises nothing that a user's mistake can cause. A command is a module of this
+package with `SUMMARY` and `main(argv) -> int`; it is imported when it is asked for. Exit codes: the command's own; 2 for
+a wrong command line, a wrong configuration, or a run that could not be started; 130 when interrupted before it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from allstep.errors import AllstepError
+from allstep.version import __version__
+
+COMMANDS = {"run": "start a script on every device of this machine"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default this process's) and return the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            return int(import_module(f"allstep.cli.{arguments[0]}").main(arguments[1:]))
+        parser = _parser()
+        parser.parse_args(arguments)
+        parser.print_help(sys.stderr)
+        return 2
+    except SystemExit as exit_:  # argparse has said what there was to say
+        return exit_.code if isinstance(exit_.code, int) else 0
+    except AllstepError as error:
+        for line in str(error).splitlines():
+            print(f"allstep: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    listing = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="allstep",
+        usage="allstep [-h] [--version] COMMAND ...",
+        description="Train a PyTorch model on every device a job has, with every rank taking the same step.",
+        epilog=f"commands:\n{listing}\n\n`allstep COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"allstep {__version__}")
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
+    return parser

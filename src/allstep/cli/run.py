@@ -1,0 +1,203 @@
+"""`allstep run`: one worker per device of this machine, each running the same script.
+
+Contract: reads the command line and, if asked, a configuration file; works out everything that can be wrong before
+anything is started; then hands over to the supervisor and returns its exit status. What is given on the command line
+wins over the file. Everything after the script's name belongs to the script, whatever it looks like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from allstep.errors import ConfigurationError, LaunchError
+from allstep.launch.devices import probe_hardware, visible_devices
+from allstep.launch.folder import AttemptFolder, create_attempt, default_name
+from allstep.launch.plan import Command, plan_workers, worker_count
+from allstep.launch.port import ReservedPort
+from allstep.launch.settings import LaunchSettings, parse_nproc, parse_show, parse_variable, shown_ranks
+from allstep.launch.supervisor import supervise
+
+T = TypeVar("T")
+
+USAGE = "allstep run [options] [-m] script [args ...]"
+
+DESCRIPTION = """\
+Run a Python script once per device of this machine, as the ranks of one job.
+
+Each worker gets the environment that torchrun would give it (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...), so
+scripts made for torchrun run unchanged. Output comes out with the rank before each line, and is kept per rank in
+RUNS/NAME/attempt_0/rank_R.log. The first worker that fails ends the run.
+"""
+
+EPILOG = """\
+exit code:
+  0      every worker exited with 0
+  N      the exit code of the worker that failed first; 128 + N if signal N killed it
+  128+N  signal N stopped the run (130 for Ctrl-C, 143 for SIGTERM)
+  2      nothing was started: wrong command line or configuration
+
+examples:
+  allstep run train.py --lr 0.1
+  allstep run --nproc 2 -m package.train
+  allstep run --config configs/quickstart.yaml examples/digits.py
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with these arguments and return the exit code."""
+    parser, options_with_value = _parser()
+    own, rest = split_command(argv, options_with_value)
+    given = vars(parser.parse_args(own))
+    module = given.pop("module")
+    config = given.pop("config", None)
+    if not rest:
+        parser.error(f"{'a module' if module else 'a script'} to run is missing")
+    settings = LaunchSettings(**_merged(_from_file(config), given))
+    command = Command(rest[0], tuple(rest[1:]), module)
+    if not module:
+        _check_script(command.target)
+    return _launch(settings, command)
+
+
+def split_command(argv: Sequence[str], options_with_value: frozenset[str]) -> tuple[list[str], list[str]]:
+    """Split a command line before the script's name: our options, and the script with its arguments, untouched."""
+    index = 0
+    while index < len(argv):
+        token = argv[index]
+        if token == "--":
+            return list(argv[:index]), list(argv[index + 1 :])
+        if not token.startswith("-") or token == "-":
+            break
+        index += 2 if token in options_with_value else 1
+    return list(argv[:index]), list(argv[index:])
+
+
+def _launch(settings: LaunchSettings, command: Command) -> int:
+    devices = visible_devices({**os.environ, **settings.env}, probe_hardware)
+    workers = worker_count(settings, devices)
+    shown = shown_ranks(settings.show, workers)
+    name = settings.name or default_name(command.target, time.strftime("%Y%m%d-%H%M%S"))
+    folder = _make_folder(settings, name)
+    with ReservedPort() as reserved:
+        plans = plan_workers(
+            settings,
+            command,
+            environ=os.environ,
+            devices=devices,
+            cores=_cores(),
+            port=reserved.port,
+            run_id=name if folder is None else folder.name,
+            attempt=0 if folder is None else folder.attempt,
+        )
+        return supervise(plans, folder=folder, shown=shown, grace=settings.grace, environ=os.environ)
+
+
+def _make_folder(settings: LaunchSettings, name: str) -> AttemptFolder | None:
+    runs = Path(settings.runs or "runs")
+    try:
+        return create_attempt(runs, name, named=settings.name is not None)
+    except OSError as error:
+        reason = f"no log can be written to {runs}/{name}: {error.strerror}"
+        if settings.name is not None or settings.runs is not None:
+            raise LaunchError(f"{reason}; choose another place with --runs") from error
+        _say(f"warning: {reason}; going on without logs (--runs chooses another place)")
+        return None
+
+
+def _check_script(path: str) -> None:
+    if not os.path.exists(path):
+        raise LaunchError(f"script {path} does not exist (in {os.getcwd()}); for a module use -m")
+    if not os.access(path, os.R_OK):
+        raise LaunchError(f"script {path} cannot be read")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):
+        raise LaunchError(f"script {path} is a folder without a __main__.py")
+
+
+def _from_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    from allstep.launch.config import load_settings
+
+    return load_settings(Path(path))
+
+
+def _merged(file: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    env = {**file.get("env", {}), **dict(given.get("env", []))}
+    return {**file, **given, "env": env}
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _say(text: str) -> None:
+    print(f"allstep: {text}", file=sys.stderr, flush=True)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
+    """Return the parser of our own options, which leaves out what is not given, and those options that take a value."""
+    parser = argparse.ArgumentParser(
+        prog="allstep run",
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "-m", dest="module", action="store_true", default=False, help="script is the name of a module, as in python -m"
+    )
+    actions = [
+        parser.add_argument(
+            "--nproc",
+            type=_read(parse_nproc),
+            metavar="auto|N",
+            help="workers on this machine; auto (the default) is one per CUDA device, or one without any",
+        ),
+        parser.add_argument(
+            "--config", metavar="FILE", help="YAML file with these settings; the command line wins over it"
+        ),
+        parser.add_argument("--name", metavar="NAME", help="name of the run (default: from the script and the time)"),
+        parser.add_argument("--runs", metavar="DIR", help="folder that holds run folders (default: runs)"),
+        parser.add_argument(
+            "--show",
+            type=_read(parse_show),
+            metavar="all|main|R,R",
+            help="whose output to print: all ranks (the default), rank 0, or those named; logs keep all",
+        ),
+        parser.add_argument(
+            "--env",
+            type=_read(parse_variable),
+            action="append",
+            metavar="NAME=VALUE",
+            help="set an environment variable in the workers; may be given several times",
+        ),
+        parser.add_argument(
+            "--grace",
+            type=float,
+            metavar="SECONDS",
+            help="how long workers may take to leave after a signal to stop (default: 30)",
+        ),
+    ]
+    return parser, frozenset(option for action in actions for option in action.option_strings)
+
+
+def _read(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """Let argparse show the message of a ConfigurationError as it is."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ConfigurationError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read

@@ -1,0 +1,195 @@
+"""A DataLoader for one rank of a world: same batches, same augmentation, whatever the number of ranks and workers.
+
+Contract: `World.loader` (or anyone who knows a rank) calls `make_loader`; what comes back is a torch DataLoader. The
+engine calls `set_epoch` before each epoch and `skip_batches` to go on inside one. Iterating draws nothing from the
+global generators: worker seeds come from a generator of the loader's own, seeded anew from (seed, epoch, rank) for each
+iteration. What an iterator yields is settled when it is made; a later `set_epoch` concerns the next.
+
+Map-style datasets go through a `ShardedBatchSampler` (`loader.batch_sampler`) and, unless seeding is off, a
+`SeededDataset`; iterable datasets through a `PlacedIterable`, in which `shard` knows the rank. Both read as the dataset
+they wrap, which is `loader.source`. Arguments that contradict this raise a DataError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe
+from torch.utils.data import default_collate as torch_collate
+
+from allstep.data.keys import key_of
+from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
+from allstep.data.seeding import SampleSeeding, SeededDataset, keep_collated
+from allstep.data.sharding import PlacedIterable
+from allstep.errors import DataError
+
+_WORKERS = 3
+_SEEDINGS = ("sample", "batch", "off")
+
+
+class Loader(DataLoader[Any]):
+    """What `make_loader` makes: a DataLoader that knows its epoch and its place in it.
+
+    `len(loader)` is this rank's number of batches. `source` is the dataset as it was given.
+    """
+
+    def __init__(self, dataset: Dataset[Any], *, source: Dataset[Any], seed: int, rank: int, **options: Any) -> None:
+        self.source = source
+        self.seed = seed
+        self.rank = rank
+        self._own_generator = options.get("generator") is None
+        if self._own_generator:
+            options["generator"] = torch.Generator()
+        self._epoch = 0
+        self._drop_first = 0
+        super().__init__(dataset, **options)
+
+    @property
+    def sharded_sampler(self) -> ShardedBatchSampler | None:
+        """The batch sampler, or None over an iterable dataset."""
+        sampler = self.batch_sampler
+        return sampler if isinstance(sampler, ShardedBatchSampler) else None
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._drop_first = 0
+        if self.sharded_sampler is not None:
+            self.sharded_sampler.set_epoch(epoch)
+        elif isinstance(self.dataset, PlacedIterable):
+            self.dataset.set_epoch(epoch)
+
+    def skip_batches(self, count: int) -> None:
+        """The next iteration, and only that, begins at this rank's batch `count` of the epoch.
+
+        At once over a map-style dataset; over an iterable one the batches before it are read and dropped. Raises
+        DataError when the epoch is known to have fewer batches.
+        """
+        if self.sharded_sampler is not None:
+            self.sharded_sampler.skip_batches(count)
+        elif count < 0:
+            raise DataError(f"skip_batches({count}): give 0 or more")
+        else:
+            self._drop_first = count
+
+    def state_dict(self, batches_done: int) -> dict[str, Any]:
+        """The state that resumes this epoch after `batches_done` of its batches: see `ShardedBatchSampler.state_dict`.
+
+        Raises DataError over an iterable dataset, whose place only the dataset itself can save.
+        """
+        return self._positioned().state_dict(batches_done)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, at any world size, batch size and number of workers."""
+        sampler = self._positioned()
+        sampler.load_state_dict(state)
+        self._epoch = sampler.epoch
+
+    def __iter__(self) -> Any:
+        if self._own_generator:
+            self.generator.manual_seed(key_of(self.seed, self._epoch, _WORKERS, self.rank) >> 1)
+        iterator = super().__iter__()
+        dropped, self._drop_first = self._drop_first, 0
+        for _ in range(dropped):
+            if next(iterator, self) is self:
+                break
+        return iterator
+
+    def _positioned(self) -> ShardedBatchSampler:
+        sampler = self.sharded_sampler
+        if sampler is None:
+            raise DataError(
+                f"{type(self.source).__name__} is an iterable dataset: a loader cannot save a place in it; "
+                "save the dataset's own state, or skip_batches(n) to read and drop"
+            )
+        return sampler
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    *,
+    rank: int,
+    world_size: int,
+    seed: int,
+    batch_size: int | None = None,
+    global_batch_size: int | None = None,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    sample_seeding: SampleSeeding = "sample",
+    device_type: str = "cpu",
+    **dataloader_options: Any,
+) -> Loader:
+    """The loader of one rank.
+
+    Args:
+        dataset: map-style (`__len__`, and `__getitem__` or `__getitems__`) or a torch IterableDataset.
+        rank, world_size: this rank, among how many.
+        seed: any integer, the same on every rank; it decides order and augmentation.
+        batch_size: samples a rank takes in a batch.
+        global_batch_size: samples all ranks take in a batch; give this or `batch_size`. An iterable dataset takes
+            either, or neither when its elements are batches already; there it must be divisible by `world_size`.
+        shuffle, drop_last: see `ShardedBatchSampler`.
+        sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
+            once for each rank's "batch" (the same at any number of workers), or not at all ("off"). An iterable
+            dataset is never seeded.
+        device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
+        dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
+            `persistent_workers` (True with workers) and `generator` (the loader's own).
+
+    Raises DataError for arguments that cannot work together.
+    """
+    if sample_seeding not in _SEEDINGS:
+        raise DataError(f"sample_seeding is {sample_seeding!r}; it must be one of {', '.join(_SEEDINGS)}")
+    for name in ("sampler", "batch_sampler"):
+        if dataloader_options.pop(name, None) is not None:
+            raise DataError(
+                f"{name} was given, but the loader brings its own, which deals samples to ranks; choose the order with "
+                f"shuffle and the dataset, or use a plain torch DataLoader with your {name}"
+            )
+    options = {
+        "pin_memory": device_type == "cuda",
+        "persistent_workers": dataloader_options.get("num_workers", 0) > 0,
+        **dataloader_options,
+    }
+    if isinstance(dataset, IterableDataset):
+        if shuffle:
+            raise DataError(
+                "shuffle=True over an iterable dataset, whose order only the dataset decides; shuffle there"
+            )
+        options["batch_size"] = _iterable_batch(batch_size, global_batch_size, world_size)
+        options["drop_last"] = drop_last
+        # Data pipes shard and seed themselves through hooks that torch finds by their type.
+        placed = dataset if isinstance(dataset, IterDataPipe) else PlacedIterable(dataset, rank, world_size)
+        return Loader(placed, source=dataset, seed=seed, rank=rank, **options)
+    if options.get("in_order") is False:
+        raise DataError("in_order=False gives batches in another order on each run; leave it out over a map dataset")
+    options["batch_sampler"] = ShardedBatchSampler(
+        dataset,  # type: ignore[arg-type]
+        batch_size=batch_size,
+        global_batch_size=global_batch_size,
+        rank=rank,
+        world_size=world_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        seed=seed,
+    )
+    if sample_seeding == "off":
+        return Loader(dataset, source=dataset, seed=seed, rank=rank, **options)
+    seeded = SeededDataset(dataset, options.get("collate_fn") or torch_collate, seed=seed, seeding=sample_seeding)
+    options["collate_fn"] = keep_collated
+    return Loader(seeded, source=dataset, seed=seed, rank=rank, **options)
+
+
+def _iterable_batch(batch_size: int | None, global_batch_size: int | None, world_size: int) -> int | None:
+    if batch_size is None and global_batch_size is None:
+        return None
+    total = resolve_global_batch(batch_size, global_batch_size, world_size)
+    if total % world_size:
+        raise DataError(
+            f"global_batch_size is {total} for {world_size} ranks; over an iterable dataset, which is not dealt "
+            f"sample by sample, it must be a multiple of {world_size}: give {total - total % world_size} or batch_size"
+        )
+    return total // world_size

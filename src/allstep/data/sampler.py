@@ -1,0 +1,264 @@
+"""Which samples each rank takes, batch by batch: the order of an epoch is a function of (seed, epoch) and nothing else.
+
+Contract. A DataLoader asks for an iterator per epoch; the engine, or whoever trains, calls `set_epoch` before each and,
+to go on inside an epoch, `skip_batches` or `load_state_dict`. Global batch b is order[b*G:(b+1)*G], of which every rank
+takes a contiguous part (see `EpochBatches`); no sample is repeated or padded, and any world size with the same G trains
+the same global batches. An iterator keeps what it was made with: `set_epoch` while one is in use does not disturb it.
+
+Position. A sampler cannot see what was trained: a DataLoader asks it for batches far ahead of the step. So `state_dict`
+is told how many batches of the epoch are done, and nothing here counts by itself. The state holds samples taken by the
+whole world, so it loads at any world size and any batch size. Batches are numbered from the epoch's beginning, also
+after a resume: the next iteration begins at batch `next_batch`, and only that one; the one after begins at batch 0, and
+`set_epoch` of another epoch forgets the position. An iteration takes the position when its first batch is asked for,
+because a DataLoader with workers makes two iterators and uses the second.
+
+What can go wrong: in an epoch's last batch, when it has fewer samples than the world has ranks, the high ranks have
+none. Such a rank yields one batch fewer; `len(sampler)` is this rank's number of batches, `global_length` the world's,
+and `counts` says who has how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from allstep.data.batches import EpochBatches
+from allstep.data.keys import epoch_key
+from allstep.data.permutation import MAX_LENGTH, Permutation
+from allstep.errors import DataError
+
+_ORDER_VERSION = 1
+_FIRST_CHUNK = 1 << 10
+_LARGEST_CHUNK = 1 << 16
+
+
+class IndexBatch(list[int]):
+    """Dataset indices of one rank's part of a batch, which also say where in which epoch they stand.
+
+    `position` is the place of the first index in the order of epoch `epoch`; the others follow it.
+    """
+
+    __slots__ = ("epoch", "position")
+
+    def __init__(self, indices: list[int], epoch: int, position: int) -> None:
+        super().__init__(indices)
+        self.epoch = epoch
+        self.position = position
+
+    def __reduce__(self) -> tuple[type[IndexBatch], tuple[list[int], int, int]]:
+        return IndexBatch, (list(self), self.epoch, self.position)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    batches: EpochBatches
+    next_batch: int = 0
+
+
+class ShardedBatchSampler(Sampler[list[int]]):
+    """Batch sampler for one rank of a world; yields lists of dataset indices.
+
+    Args:
+        data: a dataset with a length, or its length in samples.
+        batch_size: samples a rank takes in a batch; the global batch is this times `world_size`.
+        global_batch_size: samples all ranks together take in a batch; give this or `batch_size`. At least one a rank;
+            what does not divide evenly goes to the low ranks.
+        rank, world_size: this rank, among how many.
+        shuffle: a random order each epoch, else the dataset's own.
+        drop_last: leave out a last global batch that is smaller than the others.
+        seed: any integer, the same on every rank.
+
+    Raises DataError for arguments that cannot work together.
+    """
+
+    def __init__(
+        self,
+        data: Sized | int,
+        *,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        length = int(data) if isinstance(data, (int, np.integer)) else _length_of(data)
+        if not 0 <= length <= MAX_LENGTH:
+            raise DataError(f"the dataset's length is {length}; it must lie between 0 and 2**62")
+        if world_size < 1 or not 0 <= rank < world_size:
+            raise DataError(f"rank is {rank} and world_size {world_size}; ranks count from 0 to world_size - 1")
+        if not isinstance(seed, (int, np.integer)):
+            raise DataError(f"seed is {seed!r}; give an integer, the same on every rank")
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+        self.drop_last = drop_last
+        self.seed = int(seed)
+        self.length = length
+        self.global_batch_size = resolve_global_batch(batch_size, global_batch_size, world_size)
+        self._epoch = 0
+        self._place = _Place(self._epoch_batches())
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration belongs to."""
+        return self._epoch
+
+    @property
+    def next_batch(self) -> int:
+        """Number of the batch that the next iteration begins with."""
+        return self._place.next_batch
+
+    @property
+    def global_length(self) -> int:
+        """Number of global batches in the epoch: the largest `len` among the ranks."""
+        return self._place.batches.total
+
+    def __len__(self) -> int:
+        return self._place.batches.of_rank(self.rank)
+
+    def counts(self, start: int, stop: int | None = None) -> npt.NDArray[np.int64]:
+        """Samples that each rank has in batch `start`, int64 of shape (world_size,), by arithmetic.
+
+        With `stop`: of the batches [start, stop), shape (stop - start, world_size). Batches after the epoch's end have
+        zero samples at every rank. Raises DataError for a negative start or a stop before it.
+        """
+        if start < 0 or (stop is not None and stop < start):
+            raise DataError(f"counts({start}, {stop}): batches are numbered from 0, and stop must not be before start")
+        if stop is None:
+            row: npt.NDArray[np.int64] = self._place.batches.counts(start, start + 1)[0]
+            return row
+        return self._place.batches.counts(start, stop)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self._place = _Place(self._epoch_batches())
+
+    def skip_batches(self, count: int) -> None:
+        """The next iteration, and only that, begins at batch `count` of the epoch, whatever position was set before.
+
+        Raises DataError when the epoch has fewer batches, or when `count` lies before the place where a loaded state
+        resumed the epoch with another batch size.
+        """
+        first = self._place.batches.origin_batch
+        if not first <= count <= self.global_length:
+            raise DataError(
+                f"skip_batches({count}): epoch {self._epoch} has batches {first} to {self.global_length} "
+                f"of {self.global_batch_size} samples; give a number in that range"
+            )
+        self._place = _Place(self._place.batches, count)
+
+    def state_dict(self, batches_done: int) -> dict[str, Any]:
+        """The state that resumes this epoch after `batches_done` of its batches, counted from the epoch's beginning.
+
+        `batches_done` is what steps consumed, which may be less than what a DataLoader has read. The dictionary holds
+        plain numbers and is the same on every rank. Raises DataError when the epoch has fewer batches.
+        """
+        if not 0 <= batches_done <= self.global_length:
+            raise DataError(
+                f"state_dict({batches_done}): epoch {self._epoch} has {self.global_length} batches; "
+                "give the number of its batches that steps consumed"
+            )
+        return {
+            "version": _ORDER_VERSION,
+            "length": self.length,
+            "shuffle": self.shuffle,
+            "seed": self.seed,
+            "epoch": self._epoch,
+            "samples_taken": self._place.batches.first(batches_done),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, at any world size and batch size; the next iteration begins there.
+
+        Raises DataError, and changes nothing, when the state is of another dataset length, order or seed.
+        """
+        mine = {"version": _ORDER_VERSION, "length": self.length, "shuffle": self.shuffle, "seed": self.seed}
+        missing = sorted((mine.keys() | {"epoch", "samples_taken"}) - state.keys())
+        if missing:
+            raise DataError(f"the sampler state lacks {', '.join(missing)}; load what state_dict() of a sampler gave")
+        for name, value in mine.items():
+            if state[name] != value:
+                raise DataError(
+                    f"the sampler state has {name}={state[name]!r} and this sampler {name}={value!r}; "
+                    "the saved place is only valid in the same order of the same dataset"
+                )
+        taken = state["samples_taken"]
+        if not 0 <= taken <= self.length:
+            raise DataError(f"the sampler state has samples_taken={taken}, outside the dataset's 0 to {self.length}")
+        self._epoch = state["epoch"]
+        plain = taken % self.global_batch_size == 0 or taken == self.length
+        batches = self._epoch_batches(origin=0 if plain else taken)
+        self._place = _Place(batches, min(-(-taken // self.global_batch_size), batches.total))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._place.next_batch == 0:
+            self._place = _Place(self._epoch_batches())
+        order = Permutation(self.length, epoch_key(self.seed, self._epoch)) if self.shuffle else None
+        return self._begin(self._place, order, self._epoch)
+
+    def _begin(self, place: _Place, order: Permutation | None, epoch: int) -> Iterator[list[int]]:
+        if self._place is place:
+            self._place = _Place(place.batches)
+        yield from _index_batches(place.batches, self.rank, place.next_batch, order, epoch)
+
+    def _epoch_batches(self, origin: int = 0) -> EpochBatches:
+        return EpochBatches(self.length, self.global_batch_size, self.world_size, self.drop_last, origin)
+
+
+def resolve_global_batch(batch_size: int | None, global_batch_size: int | None, world_size: int) -> int:
+    """The global batch that one of the two sizes, in samples, means. Raises DataError for none, both or too small."""
+    if (batch_size is None) == (global_batch_size is None):
+        raise DataError(
+            f"batch_size is {batch_size} and global_batch_size {global_batch_size}; give one of them: "
+            "samples a rank, or samples of all ranks together"
+        )
+    if batch_size is not None:
+        if batch_size < 1:
+            raise DataError(f"batch_size is {batch_size}; give at least 1")
+        return batch_size * world_size
+    assert global_batch_size is not None
+    if global_batch_size < world_size:
+        raise DataError(
+            f"global_batch_size is {global_batch_size} for {world_size} ranks; give at least one sample a rank, "
+            f"{world_size} or more"
+        )
+    return global_batch_size
+
+
+def _length_of(data: Sized) -> int:
+    try:
+        return len(data)
+    except TypeError as error:
+        raise DataError(
+            f"{type(data).__name__} has no length; a sampler needs a map-style dataset with __len__, "
+            "or the number of samples itself"
+        ) from error
+
+
+def _index_batches(
+    batches: EpochBatches, rank: int, start: int, order: Permutation | None, epoch: int
+) -> Iterator[list[int]]:
+    # Batches before the last all have the same size, so a run of them is one array; the run grows, so that the first
+    # batch comes at once.
+    number, stop = start, batches.of_rank(rank)
+    run = _FIRST_CHUNK
+    while number < stop:
+        first, end = batches.part(number, rank)
+        size = end - first
+        many = max(1, min(run // size, stop - 1 - number))
+        steps = np.arange(many, dtype=np.int64) * batches.batch
+        positions = first + steps[:, None] + np.arange(size, dtype=np.int64)
+        rows = (positions if order is None else order(positions)).tolist()
+        for i, row in enumerate(rows):
+            yield IndexBatch(row, epoch, first + i * batches.batch)
+        number += many
+        run = min(2 * run, _LARGEST_CHUNK)

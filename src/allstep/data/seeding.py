@@ -1,0 +1,107 @@
+"""Random augmentation that depends on the sample's place in the epoch, not on who loads it.
+
+Contract: the loader wraps a map-style dataset in `SeededDataset`; DataLoader's fetcher, in a worker or in the main
+process, hands it an `IndexBatch`, which says epoch and position. Before each sample (or each batch) Python's `random`,
+numpy's legacy global generator and torch's default CPU generator are seeded from (seed, epoch, position), and once more
+before the batch is collated. In the main process the three generators are put back afterwards, also when the dataset
+raises; a worker's are nobody else's, and stay. Generators of other devices and those that a dataset owns are not
+touched.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from allstep.data.keys import key_of, stream
+from allstep.data.sampler import IndexBatch
+
+SampleSeeding = Literal["sample", "batch", "off"]
+
+_SAMPLES, _COLLATE = 1, 2
+_MASK32 = 0xFFFFFFFF
+
+
+def seed_generators(key: int) -> None:
+    """Seed Python's `random`, numpy's global generator and torch's CPU generator from a 64-bit key."""
+    random.seed(key)
+    np.random.seed(key & _MASK32)
+    # torch.manual_seed would also reach the accelerators, at eighty times the cost, and change what the model draws.
+    torch.default_generator.manual_seed(key >> 1)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave the three global generators as they were found."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+class SeededDataset(Dataset[Any]):
+    """A map-style dataset that seeds before it loads; reads as the dataset it wraps, which is `source`.
+
+    `collate` turns a list of samples into a batch. Attributes it does not have come from `source`.
+    """
+
+    def __init__(
+        self, source: Dataset[Any], collate: Callable[[list[Any]], Any], *, seed: int, seeding: SampleSeeding
+    ) -> None:
+        self.source = source
+        self.collate = collate
+        self.seed = seed
+        self.seeding = seeding
+
+    def __len__(self) -> int:
+        return len(self.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.source[index]
+
+    def __getattr__(self, name: str) -> Any:
+        # Underscored names are never passed on: pickle and copy ask for some before `source` is there.
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.source, name)
+
+    def __getitems__(self, batch: IndexBatch) -> Any:
+        """The collated batch for the indices in `batch`."""
+        if get_worker_info() is not None:
+            return self._load(batch)
+        with generators_kept():
+            return self._load(batch)
+
+    def _load(self, batch: IndexBatch) -> Any:
+        key = key_of(self.seed, batch.epoch, _SAMPLES)
+        if self.seeding == "sample":
+            samples = []
+            for index, sample_key in zip(batch, stream(key, batch.position, len(batch)).tolist(), strict=True):
+                seed_generators(sample_key)
+                samples += self._fetch([index])
+        else:
+            seed_generators(int(stream(key, batch.position, 1)[0]))
+            samples = self._fetch(list(batch))
+        seed_generators(key_of(self.seed, batch.epoch, _COLLATE, batch.position))
+        return self.collate(samples)
+
+    def _fetch(self, indices: list[int]) -> list[Any]:
+        fetch_many = getattr(self.source, "__getitems__", None)
+        if fetch_many:
+            samples: list[Any] = fetch_many(indices)
+            return samples
+        return [self.source[index] for index in indices]
+
+
+def keep_collated(batch: Any) -> Any:
+    """DataLoader's `collate_fn` for a dataset that collates by itself."""
+    return batch

@@ -1,0 +1,196 @@
+"""Names of what happens in a run, and filters on them.
+
+Contract: an event is a member of an `EventEnum`; calling it with a filter gives a `FilteredEvent`, and `|` joins events
+to an `EventsList`. All three are values: no operation changes its operands. Which counter of the state an event's
+filters look at is known to each engine (`Engine.register_events`), not to the event.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeAlias
+
+from allstep.engine.filters import NEVER, Every, Filter, Once, Predicate
+
+
+class EventEnum(Enum):
+    """Base of event enumerations; derive from it for events of your own.
+
+    A member called with a filter gives the same event, due only then; see `Events`.
+    """
+
+    def __call__(
+        self,
+        event_filter: Callable[[Any, int], bool] | None = None,
+        every: int | None = None,
+        once: int | Sequence[int] | None = None,
+        before: int | None = None,
+        after: int | None = None,
+    ) -> EventEnum | FilteredEvent:
+        """This event, due only when the filter says so.
+
+        Args:
+            event_filter: a function `(engine, count) -> bool`.
+            every: due at each `every`-th count; with `after`, counted from there.
+            once: due at this count, or at each of these.
+            before: due only at counts smaller than this.
+            after: due only at counts larger than this.
+
+        Raises:
+            ValueError: a number is out of range, or filters were combined other than `every` with `before`/`after`.
+            TypeError: `event_filter` is not callable.
+        """
+        chosen = make_filter(event_filter, every, once, before, after)
+        return self if chosen is None else FilteredEvent(self, chosen)
+
+    def __or__(self, other: AnyEvent) -> EventsList:
+        return EventsList((self,)) | other
+
+
+class Events(EventEnum):
+    """What every engine fires. Counters for filters: `iteration` or `epoch`, as noted.
+
+    The loop's order::
+
+        STARTED                                   (epoch)
+        for each epoch:
+            EPOCH_STARTED                         (epoch)
+            for each iteration:
+                GET_BATCH_STARTED                 (iterations completed before)
+                DATALOADER_STOP_ITERATION         when the data ended and is begun again
+                GET_BATCH_COMPLETED               (iterations completed before)
+                ITERATION_STARTED                 (iteration)
+                the step
+                ITERATION_COMPLETED               (iteration)
+            TERMINATE_SINGLE_EPOCH                after terminate_epoch(); handlers may take `iter_counter`
+            EPOCH_COMPLETED                       (epoch)
+        TERMINATE                                 after terminate() or max_iters
+        COMPLETED                                 (epoch)
+
+    INTERRUPT is fired when `interrupt()` suspends the run, EXCEPTION_RAISED, with the exception, when one ends it.
+    """
+
+    STARTED = "started"
+    EPOCH_STARTED = "epoch_started"
+    GET_BATCH_STARTED = "get_batch_started"
+    GET_BATCH_COMPLETED = "get_batch_completed"
+    DATALOADER_STOP_ITERATION = "dataloader_stop_iteration"
+    ITERATION_STARTED = "iteration_started"
+    ITERATION_COMPLETED = "iteration_completed"
+    EPOCH_COMPLETED = "epoch_completed"
+    TERMINATE_SINGLE_EPOCH = "terminate_single_epoch"
+    TERMINATE = "terminate"
+    INTERRUPT = "interrupt"
+    EXCEPTION_RAISED = "exception_raised"
+    COMPLETED = "completed"
+
+
+COUNTERS: dict[EventEnum, str] = {
+    Events.STARTED: "epoch",
+    Events.EPOCH_STARTED: "epoch",
+    Events.GET_BATCH_STARTED: "iteration",
+    Events.GET_BATCH_COMPLETED: "iteration",
+    Events.ITERATION_STARTED: "iteration",
+    Events.ITERATION_COMPLETED: "iteration",
+    Events.EPOCH_COMPLETED: "epoch",
+    Events.COMPLETED: "epoch",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FilteredEvent:
+    """An event together with when its handler is due. Made by calling the event."""
+
+    event: EventEnum
+    filter: Filter
+
+    @property
+    def name(self) -> str:
+        """The event's name."""
+        return self.event.name
+
+    @property
+    def value(self) -> str:
+        """The event's value."""
+        return str(self.event.value)
+
+    def __or__(self, other: AnyEvent) -> EventsList:
+        return EventsList((self,)) | other
+
+
+@dataclass(frozen=True, slots=True)
+class EventsList:
+    """Several events, to which one handler is added at once. Made with `|`."""
+
+    events: tuple[EventEnum | FilteredEvent, ...] = ()
+
+    def __or__(self, other: AnyEvent) -> EventsList:
+        if isinstance(other, EventsList):
+            return EventsList(self.events + other.events)
+        if isinstance(other, EventEnum | FilteredEvent):
+            return EventsList((*self.events, other))
+        raise TypeError(
+            f"an event can be joined with events only, not with {other!r}; derive your events from EventEnum"
+        )
+
+    def __iter__(self) -> Iterator[EventEnum | FilteredEvent]:
+        return iter(self.events)
+
+    def __getitem__(self, index: int) -> EventEnum | FilteredEvent:
+        return self.events[index]
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+
+AnyEvent: TypeAlias = EventEnum | FilteredEvent | EventsList
+
+
+def make_filter(
+    event_filter: Callable[[Any, int], bool] | None,
+    every: int | None,
+    once: int | Sequence[int] | None,
+    before: int | None,
+    after: int | None,
+) -> Filter | None:
+    """The filter that these arguments describe; None when it lets everything through (`every=1`)."""
+    bounded = before is not None or after is not None
+    if (event_filter is not None) + (once is not None) + (every is not None or bounded) != 1:
+        raise ValueError(
+            "give one of event_filter, every, once, or before/after; only every can be combined, with before and after"
+        )
+    if event_filter is not None:
+        if not callable(event_filter):
+            raise TypeError(f"event_filter is {event_filter!r}; it must be a function (engine, count) -> bool")
+        _check_takes_engine_and_count(event_filter)
+        return Predicate(event_filter)
+    if once is not None:
+        counts = (once,) if isinstance(once, int) else tuple(once)
+        if not counts or not all(_is_count(count, 1) for count in counts):
+            raise ValueError(f"once is {once!r}; it must be an int of at least 1, or some of these")
+        return Once(tuple(sorted(set(counts))))
+    for name, value, least in (("every", every, 1), ("before", before, 0), ("after", after, 0)):
+        if value is not None and not _is_count(value, least):
+            raise ValueError(f"{name} is {value!r}; it must be an int of at least {least}")
+    if every == 1 and not bounded:
+        return None
+    limit = NEVER if before is None else before
+    return Every(every or 1, after=(after or 0) if bounded else None, before=limit)
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _check_takes_engine_and_count(function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some builtins tell no signature
+        return
+    try:
+        signature.bind(object(), 1)
+    except TypeError:
+        raise ValueError(f"event_filter is called with (engine, count), but {function!r} takes {signature}") from None

@@ -1,0 +1,199 @@
+"""Which handlers listen to which events of one engine, ready to be called.
+
+Contract: an engine owns one `Registry`. `add` checks the handler's signature against how it will be called and compiles
+it to a call without arguments. Each event has a `Slot`; its `due` is the smallest count of the event's counter at which
+anything has to be called, so that the loop's one test `slot.due <= count` is all that an event costs when nobody
+listens or no listener is due. `Slot.schedule(count)` brings `due` up to date for counts from `count` on; it must be
+called when the counter was moved other than by counting up.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from allstep.engine.events import COUNTERS, AnyEvent, EventEnum, Events, EventsList, FilteredEvent
+from allstep.engine.filters import NEVER, Filter
+
+EventKey: TypeAlias = EventEnum | str
+
+ALWAYS = -1.0
+_EVENT_ARGUMENTS: dict[EventKey, tuple[str, ...]] = {
+    Events.EXCEPTION_RAISED: ("exception",),
+    Events.TERMINATE_SINGLE_EPOCH: ("iter_counter",),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Registration:
+    """One handler on one event. `takes_event` says that it is given what the event carries."""
+
+    handler: Callable[..., Any]
+    filter: Filter | None
+    leading: tuple[Any, ...]
+    arguments: tuple[Any, ...]
+    keywords: Mapping[str, Any]
+    takes_event: bool
+    call: Callable[[], Any]
+
+
+class Slot:
+    """The handlers of one event, and when the first of them is due."""
+
+    __slots__ = ("attribute", "due", "event", "pinned", "registrations")
+
+    def __init__(self, event: EventKey, attribute: str | None, pinned: bool) -> None:
+        self.event = event
+        self.attribute = attribute
+        self.pinned = pinned
+        self.registrations: tuple[Registration, ...] = ()
+        self.due: float = ALWAYS if pinned else NEVER
+
+    def schedule(self, count: int) -> None:
+        """Set `due` to the smallest count from `count` on at which a handler may be due."""
+        if self.pinned or any(registration.filter is None for registration in self.registrations):
+            self.due = ALWAYS
+        else:
+            self.due = min((r.filter.next_due(count) for r in self.registrations if r.filter), default=NEVER)
+
+    def call(self, engine: Any, count: int, event_args: tuple[Any, ...]) -> None:
+        """Call the handlers that are due at `count`, in the order of registration."""
+        for registration in self.registrations:
+            if registration.filter is None or registration.filter.matches(engine, count):
+                if not event_args or not registration.takes_event:
+                    registration.call()
+                else:
+                    arguments = (*registration.leading, *event_args, *registration.arguments)
+                    registration.handler(*arguments, **registration.keywords)
+        if self.due != ALWAYS:
+            self.schedule(count + 1)
+
+
+class Registry:
+    """Slots by event. `pinned` makes every event listened to, for an engine that overrides the firing."""
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self.slots: dict[EventKey, Slot] = {}
+        self.register(Events, COUNTERS)
+
+    def register(self, events: Iterable[EventKey], counters: Mapping[Any, str]) -> None:
+        """Make these events known, with the state's attribute that counts each."""
+        for event in events:
+            if event not in self.slots:
+                self.slots[event] = Slot(event, counters.get(event), self._pinned)
+
+    def slot(self, event: Any) -> Slot:
+        """The slot of a known event; a filter on it is ignored."""
+        key = event.event if isinstance(event, FilteredEvent) else event
+        try:
+            return self.slots[key]
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{event!r} is not an event of this engine; register it first with engine.register_events"
+            ) from None
+
+    def add(
+        self, engine: Any, event: Any, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Compile `handler` and append it to the event's slot."""
+        if isinstance(event, EventsList):
+            for each in event:
+                self.add(engine, each, handler, args, kwargs)
+            return
+        slot = self.slot(event)
+        chosen = event.filter if isinstance(event, FilteredEvent) else None
+        if chosen is not None and slot.attribute is None:
+            raise ValueError(
+                f"{slot.event} is not counted, so a filter on it has no meaning; add the handler without one"
+            )
+        leading, takes_event = _calling_form(engine, slot.event, handler, args, kwargs)
+        every = (*leading, *args)
+        call = partial(handler, *every, **kwargs) if every or kwargs else handler
+        registration = Registration(handler, chosen, leading, args, kwargs, takes_event, call)
+        slot.registrations = (*slot.registrations, registration)
+        count = getattr(engine.state, slot.attribute) if slot.attribute else 0
+        slot.schedule(count)
+
+    def has(self, handler: Callable[..., Any], event: Any | None = None) -> bool:
+        """Whether `handler` listens to `event`, or, without one, to any."""
+        if isinstance(event, EventsList):
+            return any(self.has(handler, each) for each in event)
+        slots = self.slots.values() if event is None else (self.slot(event),)
+        return any(r.handler == handler for slot in slots for r in slot.registrations)
+
+    def remove(self, handler: Callable[..., Any], event: Any) -> None:
+        """Take `handler` off `event`."""
+        if isinstance(event, EventsList):
+            for each in event:
+                self.remove(handler, each)
+            return
+        slot = self.slot(event)
+        kept = tuple(r for r in slot.registrations if r.handler != handler)
+        if len(kept) == len(slot.registrations):
+            raise ValueError(f"{handler!r} is not a handler of {slot.event}; see has_event_handler")
+        slot.registrations = kept
+        if not kept and not slot.pinned:
+            slot.due = NEVER
+
+    def schedule(self, state: Any) -> None:
+        """Bring every slot up to date with the state's counters."""
+        for slot in self.slots.values():
+            slot.schedule(getattr(state, slot.attribute) if slot.attribute else 0)
+
+
+class RemovableEventHandle:
+    """A handler on its event; `remove` it, or use the handle as a context manager that removes it at the end."""
+
+    def __init__(self, event: AnyEvent | str, handler: Callable[..., Any], registry: Registry) -> None:
+        self._event = event
+        self._handler = handler
+        self._registry = registry
+
+    def remove(self) -> None:
+        """Take the handler off; without effect when it is off already."""
+        for event in self._event if isinstance(self._event, EventsList) else (self._event,):
+            if self._registry.has(self._handler, event):
+                self._registry.remove(self._handler, event)
+
+    def __enter__(self) -> RemovableEventHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _calling_form(
+    engine: Any, event: EventKey, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], bool]:
+    """How the handler takes its call: what leads the arguments, and whether what the event carries comes next.
+
+    With the engine before without it, with what the event carries before without; the first form that binds.
+    """
+    if not callable(handler):
+        raise TypeError(f"the handler of {event} is {handler!r}; it must be callable")
+    carried = _EVENT_ARGUMENTS.get(event, ())
+    forms: list[tuple[tuple[Any, ...], bool]] = [((engine,), True), ((engine,), False), ((), False)]
+    if event is Events.EXCEPTION_RAISED:
+        forms[1:1] = [((), True)]
+    try:
+        signature = inspect.signature(handler)
+    except (TypeError, ValueError):  # some builtins tell no signature
+        return forms[0]
+    for leading, takes_event in forms:
+        try:
+            signature.bind(*leading, *(carried if takes_event else ()), *args, **kwargs)
+        except TypeError:
+            continue
+        return leading, takes_event
+    given = ", ".join(["engine", *carried, *map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
+    raise ValueError(
+        f"the handler {getattr(handler, '__name__', handler)!r} of {event} takes {signature}, "
+        f"but would be called with ({given}), with or without the engine"
+    )

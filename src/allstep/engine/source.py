@@ -1,0 +1,99 @@
+"""Where an engine's batches come from: passes over the data, one after the other.
+
+Contract: the loop makes one `Source` for each data it is given. `open` begins a pass, at its first batch or inside it;
+a pass longer than an epoch goes on in the next. Samplers are told the epoch before iteration begins. What can go wrong:
+the data gives nothing, or fewer batches than a continued run has consumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import chain, repeat
+from typing import Any
+
+from allstep.engine.terms import length_of
+from allstep.errors import DataError
+
+END: Any = object()
+
+
+class Source:
+    """Passes over `data`; None is an endless series of None."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+        self._iterator: Iterator[Any] | None = None
+        self.batches: Iterator[Any] | None = None
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether the data is an iterator, so that what it gave is gone."""
+        return hasattr(self.data, "__next__")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the data, or its sampler, that epoch `epoch`, counted from 0, begins."""
+        hook = _hook(self.data, "set_epoch")
+        if hook is not None:
+            hook(epoch)
+
+    def open(self, skip: int = 0) -> None:
+        """Begin a pass, `skip` batches into it: at once where data can be told, else by reading and dropping them.
+
+        Raises:
+            DataError: the data has no batch, or ends before `skip` batches.
+        """
+        hook = _hook(self.data, "skip_batches") if skip else None
+        if hook is not None:
+            hook(skip)
+        self._iterator = repeat(None) if self.data is None else iter(self.data)
+        self.batches = self._iterator
+        if hook is None:
+            for done in range(skip):
+                if next(self._iterator, END) is END:
+                    raise DataError(
+                        f"data ended after {done} batches, but the run to continue has consumed {skip} of this epoch; "
+                        "give the data that it was started with"
+                    )
+
+    def has_more(self) -> bool:
+        """Whether the pass has another batch, which is read now and kept to be given next."""
+        assert self._iterator is not None
+        first = next(self._iterator, END)
+        if first is END:
+            return False
+        self.batches = chain((first,), self._iterator)
+        return True
+
+
+def place_in_data(
+    iteration: int, epoch_began_at: int, epoch_length: int | None, epoch: int, data: Any
+) -> tuple[int, int]:
+    """The epoch, from 0, in which the pass that holds the next batch began, and the batches of that pass consumed.
+
+    An epoch is one pass unless `epoch_length` differs from the data's length; then passes run on across epochs, and
+    `iteration` alone tells the place, provided that no epoch was cut short.
+
+    Args:
+        iteration: iterations done in the whole run.
+        epoch_began_at: iterations done when the epoch to continue began.
+        epoch_length: iterations in an epoch, None while unknown.
+        epoch: the epoch to continue, from 0.
+        data: the run's data.
+    """
+    length = length_of(data)
+    done = iteration - epoch_began_at
+    if not length or length == epoch_length:
+        return epoch, done
+    if epoch_length is not None and epoch_began_at == epoch * epoch_length:
+        passes, offset = divmod(iteration, length)
+        return passes * length // epoch_length, offset
+    return epoch, done % length
+
+
+def _hook(data: Any, name: str) -> Callable[[int], object] | None:
+    batch_sampler = getattr(data, "batch_sampler", None)
+    for owner in (data, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "sampler", None)):
+        hook = getattr(owner, name, None)
+        if callable(hook):
+            return hook  # type: ignore[no-any-return]
+    return None

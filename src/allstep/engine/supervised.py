@@ -1,0 +1,144 @@
+"""Ready engines for supervised learning: a trainer and an evaluator around a model, an optimizer and a loss.
+
+Contract: the model is what `world.wrap` gave (or any module); the loss is a mean over the batch's samples. The trainer
+weighs it by `state.weight`, so that accumulated gradients are the mean over all samples of the group. Neither engine
+waits for the device: outputs stay tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allstep.engine.engine import Engine
+from allstep.engine.events import Events
+from allstep.parallel import Precision, autocast, grad_scaler, unwrap
+from allstep.world import World, to_device
+
+PrepareBatch = Callable[[Any, torch.device, bool], tuple[Any, Any]]
+
+
+def prepare_batch(batch: Any, device: torch.device, non_blocking: bool) -> tuple[Any, Any]:
+    """The default `prepare_batch`: a batch of (x, y), moved to the device."""
+    x, y = batch
+    return to_device((x, y), device, non_blocking=non_blocking)  # type: ignore[no-any-return]
+
+
+def create_supervised_trainer(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_fn: Callable[[Any, Any], torch.Tensor],
+    device: torch.device | str | None = None,
+    non_blocking: bool = True,
+    prepare_batch: PrepareBatch = prepare_batch,
+    model_transform: Callable[[Any], Any] = lambda output: output,
+    output_transform: Callable[[Any, Any, Any, torch.Tensor], Any] = lambda x, y, y_pred, loss: loss,
+    *,
+    precision: Precision = "no",
+    scaler: torch.amp.GradScaler | None = None,
+    gradient_accumulation_steps: int = 1,
+    samples_in: Callable[[Any], int] | None = None,
+    model_fn: Callable[[nn.Module, Any], Any] = lambda model, x: model(x),
+) -> Engine:
+    """An engine whose step is a forward pass, a backward pass and, when it is due, an optimizer step.
+
+    Args:
+        model: the model, wrapped or not.
+        optimizer: its optimizer.
+        loss_fn: `(y_pred, y) -> loss`, a scalar tensor, mean over the samples.
+        device: where batches go; by default the current world's device, else the model's.
+        non_blocking: copy from pinned memory without waiting.
+        prepare_batch: `(batch, device, non_blocking) -> (x, y)`.
+        model_transform: applied to what the model returns before the loss.
+        output_transform: `(x, y, y_pred, loss) -> output`; the loss given is detached and unweighted, and is the
+            default output.
+        precision: "no", "fp16" (autocast, with a GradScaler) or "bf16" (autocast).
+        scaler: the GradScaler to use with "fp16"; by default one is made. It is `engine.state.scaler`.
+        gradient_accumulation_steps: iterations whose gradients make one optimizer step.
+        samples_in: `batch -> int`, what accumulated batches are weighed by; by default rows.
+        model_fn: `(model, x) -> y_pred`.
+
+    Raises:
+        ValueError: an unknown precision, or steps below 1.
+    """
+    target = _device_of(model, device)
+    used_scaler = grad_scaler(target.type, precision) if scaler is None else scaler
+    group = _Group()
+
+    def step(engine: Engine, batch: Any) -> Any:
+        state = engine.state
+        model.train()
+        if group.begins:
+            optimizer.zero_grad()
+        x, y = prepare_batch(batch, target, non_blocking)
+        waits = not state.group_end and isinstance(model, DistributedDataParallel)
+        with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
+            with autocast(target.type, precision):
+                y_pred = model_transform(model_fn(model, x))
+                loss = loss_fn(y_pred, y)
+            used_scaler.scale(loss * state.weight).backward()
+        if state.group_end:
+            used_scaler.step(optimizer)
+            used_scaler.update()
+        group.begins = state.group_end
+        return output_transform(x, y, y_pred, loss.detach())
+
+    trainer = Engine(step, accumulate=gradient_accumulation_steps, samples_in=samples_in)
+    trainer.add_event_handler(Events.EPOCH_STARTED, group.begin)
+    if precision == "fp16":
+        trainer.state.scaler = used_scaler  # type: ignore[attr-defined]
+    return trainer
+
+
+def create_supervised_evaluator(
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    non_blocking: bool = True,
+    prepare_batch: PrepareBatch = prepare_batch,
+    model_transform: Callable[[Any], Any] = lambda output: output,
+    output_transform: Callable[[Any, Any, Any], Any] = lambda x, y, y_pred: (y_pred, y),
+    *,
+    precision: Precision = "no",
+    model_fn: Callable[[nn.Module, Any], Any] = lambda model, x: model(x),
+) -> Engine:
+    """An engine whose step is a forward pass in evaluation mode, without gradients.
+
+    The module inside a DDP wrapper is called, so that no collective runs and ranks may have different amounts of data.
+    Arguments are those of `create_supervised_trainer`; the default output is `(y_pred, y)`.
+    """
+    target = _device_of(model, device)
+    module = unwrap(model)
+
+    def step(engine: Engine, batch: Any) -> Any:
+        module.eval()
+        with torch.no_grad():
+            x, y = prepare_batch(batch, target, non_blocking)
+            with autocast(target.type, precision):
+                y_pred = model_transform(model_fn(module, x))
+            return output_transform(x, y, y_pred)
+
+    return Engine(step)
+
+
+class _Group:
+    """Whether the next iteration begins an accumulation group. Groups never cross epochs."""
+
+    begins = True
+
+    def begin(self) -> None:
+        self.begins = True
+
+
+def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    world = World.current()
+    if world is not None:
+        return world.device
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

@@ -1,0 +1,53 @@
+"""Every exception that allstep raises on its own account, in one place.
+
+An error says what happened, on which rank where that is known, what was expected and what to do. Errors about an
+argument are also a `ValueError` or `TypeError`, so that callers who know Python's own types can catch those. Exceptions
+of a user's step, handler or dataset are never wrapped: they leave `Engine.run` as they are.
+"""
+
+from __future__ import annotations
+
+
+class AllstepError(Exception):
+    """Base of all errors that allstep itself raises."""
+
+
+class PlacementError(AllstepError, ValueError):
+    """The environment does not say consistently which rank this process is.
+
+    Raised before anything is connected. `variable` is the environment variable at fault and `value` what it held
+    (None where it is missing).
+    """
+
+    def __init__(self, message: str, *, variable: str, value: str | None = None) -> None:
+        super().__init__(message)
+        self.variable = variable
+        self.value = value
+
+
+class WorldError(AllstepError, RuntimeError):
+    """The process group could not be set up, or a World was used before `init` or after `close`."""
+
+
+class ParallelError(AllstepError, ValueError):
+    """A module cannot be spread over ranks as asked."""
+
+
+class CollectiveError(AllstepError, ValueError):
+    """A collective was given what it cannot carry; where ranks can know of each other's, it is raised on all alike."""
+
+
+class LaunchError(AllstepError, RuntimeError):
+    """The launcher cannot start what it was asked to start."""
+
+
+class ConfigurationError(AllstepError, ValueError):
+    """A configuration file or command-line option is wrong; the message names the file, the field and the remedy."""
+
+
+class DataError(AllstepError, ValueError):
+    """A dataset, sampler or loader argument is wrong, or data gave less than it declared."""
+
+
+class EngineError(AllstepError, RuntimeError):
+    """The engine was used in a way that cannot work, such as running one that is running already."""

@@ -1,0 +1,75 @@
+"""A run's folder: `RUNS/NAME/attempt_K/rank_R.log`.
+
+Contract: `create_attempt` makes the folder of a new attempt and never touches an older one: a name that has been used
+before gets the next attempt, so a requeued job loses no log. A run whose name was made up gets one that is free.
+What can go wrong: the folder cannot be made, which is an OSError for the caller to weigh.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptFolder:
+    """The folder of one start of all workers."""
+
+    path: Path
+    name: str
+    attempt: int
+
+    def log(self, rank: int) -> Path:
+        """Return the path of a rank's log."""
+        return self.path / f"rank_{rank}.log"
+
+
+def default_name(target: str, stamp: str) -> str:
+    """Return a run's name made of what it runs (a script's path or a module's name) and a time stamp."""
+    last = target.rstrip("/").split("/")[-1].removesuffix(".py").removesuffix(".__main__")
+    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', last).strip('-') or 'run'}-{stamp}"
+
+
+def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
+    """Make the folder of a new attempt.
+
+    Args:
+        runs: the folder that holds run folders; made if it is not there.
+        name: the run's name.
+        named: a person chose the name, so an existing folder is that run's; otherwise a free name is sought.
+
+    Raises:
+        OSError: a folder could not be made or written.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    if not named:
+        name = _make_free(runs, name)
+    folder = runs / name
+    folder.mkdir(exist_ok=True)
+    attempt = 1 + max(
+        (int(found[1]) for each in folder.iterdir() if (found := _ATTEMPT.fullmatch(each.name))), default=-1
+    )
+    while True:
+        path = folder / f"attempt_{attempt}"
+        try:
+            path.mkdir()
+        except FileExistsError:  # another launch of the same name was quicker
+            attempt += 1
+        else:
+            return AttemptFolder(path, name, attempt)
+
+
+_ATTEMPT = re.compile(r"attempt_([0-9]{1,9})")
+
+
+def _make_free(runs: Path, name: str) -> str:
+    free, number = name, 1
+    while True:
+        try:
+            (runs / free).mkdir()
+        except FileExistsError:
+            number += 1
+            free = f"{name}-{number}"
+        else:
+            return free

@@ -1,0 +1,136 @@
+"""What a person asked of a launch, as a value: the one place where the defaults are.
+
+Contract: the command line, and a configuration file through `allstep.launch.config`, each give the fields that were
+set; `LaunchSettings(**file | command_line)` is what holds. Everything after reads only this. Standard library only, so
+that a run without a configuration file loads neither YAML nor pydantic.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from allstep.errors import ConfigurationError
+from allstep.launch.environment import worker_environment
+
+Show = Literal["all", "main"] | tuple[int, ...]
+
+RESERVED = frozenset(
+    worker_environment(rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="", master_port=0, run_id="")
+)
+"""Variables that the launcher sets itself for each worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSettings:
+    """How to launch.
+
+    Args:
+        nproc: workers on this machine; "auto" is one per visible CUDA device.
+        cpu_processes: workers that "auto" means where no device is visible.
+        name: the run's name, which is its folder's name in `runs`; None makes one of script and time.
+        runs: the folder that holds run folders; None is `runs` in the current folder, done without if not writable.
+        show: whose output goes to the terminal: "all", "main" (rank 0), or the ranks named.
+        env: variables for the workers, over the inherited environment.
+        grace: seconds that workers have to leave after a signal to stop, before SIGKILL.
+
+    Raises:
+        ConfigurationError: a value cannot be meant.
+    """
+
+    nproc: int | Literal["auto"] = "auto"
+    cpu_processes: int = 1
+    name: str | None = None
+    runs: str | None = None
+    show: Show = "all"
+    env: Mapping[str, str] = field(default_factory=dict)
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        if self.nproc != "auto":
+            check_count("nproc", self.nproc)
+        check_count("cpu_processes", self.cpu_processes)
+        if self.name is not None:
+            check_name(self.name)
+        check_env(self.env)
+        check_grace(self.grace)
+
+
+def check_count(field_name: str, value: int) -> int:
+    """Give `value` back if it can be a number of workers, else raise ConfigurationError."""
+    if value < 1:
+        raise ConfigurationError(f"{field_name} is {value}; it must be 1 or more")
+    return value
+
+
+def check_name(value: str) -> str:
+    """Give `value` back if it can be a run's name, else raise ConfigurationError."""
+    if not re.fullmatch(r"[\w.+=@,-]+", value) or value.startswith((".", "-")):
+        raise ConfigurationError(
+            f"name is {value!r}; it becomes a folder's name, so it may have letters, digits and _ . + = @ , - "
+            "and must not begin with . or -"
+        )
+    return value
+
+
+def check_env(value: Mapping[str, str]) -> Mapping[str, str]:
+    """Give `value` back if it can be passed to the workers, else raise ConfigurationError."""
+    for name, content in value.items():
+        if not name or "=" in name or "\0" in name + content:
+            raise ConfigurationError(f"env has {name!r}: {content!r}, which cannot be an environment variable")
+        if name in RESERVED:
+            raise ConfigurationError(
+                f"env sets {name} to {content!r}; the launcher sets {name} itself, so leave it out"
+            )
+    return value
+
+
+def check_grace(value: float) -> float:
+    """Give `value` back if it can be a number of seconds to wait, else raise ConfigurationError."""
+    if not 0 <= value < 1e6:
+        raise ConfigurationError(f"grace is {value}; it is seconds, at least 0 and less than 1000000")
+    return value
+
+
+def parse_nproc(text: str) -> int | Literal["auto"]:
+    """Read `auto` or a number of workers; raises ConfigurationError."""
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ConfigurationError(f"nproc is {text!r}; it must be auto or a number of workers, 1 or more")
+    return check_count("nproc", int(text))
+
+
+def parse_show(text: str) -> Show:
+    """Read `all`, `main`, or ranks separated by commas; raises ConfigurationError."""
+    if text == "all":
+        return "all"
+    if text == "main":
+        return "main"
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
+        raise ConfigurationError(f"show is {text!r}; it must be all, main, or ranks such as 0,3")
+    return tuple(int(rank) for rank in text.split(","))
+
+
+def parse_variable(text: str) -> tuple[str, str]:
+    """Read `NAME=VALUE`; raises ConfigurationError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigurationError(f"env is {text!r}; it must be NAME=VALUE")
+    check_env({name: value})
+    return name, value
+
+
+def shown_ranks(show: Show, world_size: int) -> frozenset[int]:
+    """Return the ranks whose output goes to the terminal; raises ConfigurationError for a rank that will not exist."""
+    if show == "all":
+        return frozenset(range(world_size))
+    ranks = frozenset((0,) if show == "main" else show)
+    if absent := sorted(rank for rank in ranks if rank >= world_size):
+        raise ConfigurationError(
+            f"show names rank {absent[0]}, but this run has {world_size} worker{'s' if world_size > 1 else ''}: "
+            f"ranks 0 to {world_size - 1}"
+        )
+    return ranks

@@ -1,0 +1,149 @@
+"""What runs in a worker's process before the script: tie its life to the supervisor's, then be `python SCRIPT`.
+
+Contract: the supervisor starts this file by its path, as
+`python worker.py SUPERVISOR_PID LIFELINE_FD script|module TARGET [ARGUMENT...]`, in a session of its own. It holds the
+write end of the pipe LIFELINE_FD and never writes. Afterwards:
+- the kernel kills this process when the supervisor's main thread ends, however it ends (PDEATHSIG), and everything in
+  its process group when the last write end of the pipe closes (asynchronous I/O with SIGKILL as its signal). Neither
+  needs a thread, so nothing in this process can hold it up, and forking stays free of a second thread. Where the
+  kernel has no such means, a thread waits on the pipe instead.
+- `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so that
+  processes which the script spawns find its `__main__` too.
+Standard library only, and nothing of allstep: the script decides what is imported.
+"""
+
+import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # this file's folder; until the script runs, nothing but the library and site-packages is found
+
+import contextlib
+import faulthandler
+import fcntl
+import io
+import os
+import pkgutil
+import select
+import signal
+import threading
+from importlib.machinery import SourceFileLoader
+from types import ModuleType, TracebackType
+
+# typeshed shows only the public part of runpy; this is what `python -m` itself calls, and what debuggers use.
+from runpy import _run_module_as_main  # type: ignore[attr-defined]  # isort: skip
+
+_PR_SET_PDEATHSIG = 1
+
+
+def tie_to_supervisor(supervisor: int, lifeline: int) -> None:
+    """Make sure that this process and its group do not outlive the supervisor; leave at once if they already have."""
+    os.set_inheritable(lifeline, False)
+    if not (_die_with_parent() and _kill_group_on_close(lifeline)):
+        threading.Thread(target=_await_close, args=(lifeline,), daemon=True, name="allstep lifeline").start()
+    if os.getppid() != supervisor or select.select([lifeline], [], [], 0)[0]:
+        _kill_own_group()
+
+
+def _die_with_parent() -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def _kill_group_on_close(lifeline: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    except OSError:
+        return False
+    return True
+
+
+def _await_close(lifeline: int) -> None:
+    with contextlib.suppress(OSError):
+        os.read(lifeline, 1)
+    _kill_own_group()
+
+
+def _kill_own_group() -> None:
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run_script(path: str, arguments: list[str]) -> None:
+    """Run a file, or a folder or zip archive with a `__main__.py`, as `python PATH ARGUMENT...` does."""
+    sys.argv = [path, *arguments]
+    sys.orig_argv = [sys.executable, path, *arguments]
+    if pkgutil.get_importer(os.path.abspath(path)) is not None:
+        sys.path.insert(0, os.path.abspath(path))
+        _new_main()
+        _run_module_as_main("__main__", alter_argv=False)
+        return
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    absolute = os.path.abspath(path)
+    with io.open_code(absolute) as file:
+        code = compile(file.read(), absolute, "exec", dont_inherit=True)
+    main = _new_main()
+    main.__file__ = absolute
+    main.__loader__ = SourceFileLoader("__main__", absolute)
+    main.__dict__["__cached__"] = None
+    exec(code, main.__dict__)
+
+
+def run_module(name: str, arguments: list[str]) -> None:
+    """Run a module as `python -m NAME ARGUMENT...` does."""
+    sys.argv = ["-m", *arguments]
+    sys.orig_argv = [sys.executable, "-m", name, *arguments]
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())
+    _new_main()
+    _run_module_as_main(name)
+
+
+def _new_main() -> ModuleType:
+    main = ModuleType("__main__")
+    main.__dict__["__builtins__"] = sys.modules["builtins"]
+    if sys.version_info < (3, 14):
+        main.__dict__["__annotations__"] = {}
+    sys.modules["__main__"] = main
+    return main
+
+
+def main(argv: list[str]) -> None:
+    """Run what the supervisor's command line says; an exception of the script leaves as it would without allstep."""
+    supervisor, lifeline, kind, target, *arguments = argv
+    tie_to_supervisor(int(supervisor), int(lifeline))
+    faulthandler.enable()
+    try:
+        (run_module if kind == "module" else run_script)(target, arguments)
+    except SystemExit:
+        raise
+    except BaseException as error:
+        error.__traceback__ = _without_this_file(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.excepthook = _say_nothing  # said already; what the interpreter does besides must still happen
+        raise
+
+
+def _without_this_file(traceback: TracebackType | None) -> TracebackType | None:
+    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _say_nothing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    pass
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,71 @@
+"""DDP for one module, and the way back.
+
+Contract: `World.wrap` calls `wrap_module` with its device and size. Before: every rank has built the same module and
+calls this at the same point, since DDP compares and broadcasts parameters. After: the module is on the device, and
+gradients of a world of several are averaged over ranks in backward. A world of one gets its own module back, moved.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allstep.errors import ParallelError
+
+
+def wrap_module(
+    module: nn.Module, device: torch.device, world_size: int, *, sync_batchnorm: bool = False, **ddp_options: Any
+) -> nn.Module:
+    """Move a module to a device and, when there are peers, wrap it in DDP.
+
+    Args:
+        module: what to train. One without a parameter that requires a gradient is only moved: DDP refuses it, and
+            there is nothing to average.
+        device: this rank's device.
+        world_size: number of ranks; with 1 nothing but the move happens.
+        sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only.
+        ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
+            CUDA, `device_ids=[device.index]`.
+
+    Raises:
+        ParallelError: the module is wrapped already, or SyncBatchNorm was asked for where it does not exist.
+    """
+    if isinstance(module, DistributedDataParallel):
+        raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
+    if world_size == 1:
+        return module.to(device)
+    if sync_batchnorm:
+        if device.type != "cuda":
+            raise ParallelError(
+                f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA only and the device is {device}; "
+                "leave it False here, or use a normalisation that needs no peers, such as GroupNorm"
+            )
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    module = module.to(device)
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        return module
+    defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if device.type == "cuda":
+        defaults["device_ids"] = [device.index]
+    return DistributedDataParallel(module, **(defaults | ddp_options))
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's own module inside DDP, DataParallel and torch.compile, in any nesting; itself where there is none."""
+    while True:
+        if isinstance(module, DistributedDataParallel | nn.DataParallel):
+            module = module.module
+        elif _is_compiled(module):
+            module = module.get_submodule("_orig_mod")
+        else:
+            return module
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Importing torch._dynamo takes seconds, and where nothing has imported it nothing is compiled.
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and isinstance(module, frames.OptimizedModule)

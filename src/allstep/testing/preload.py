@@ -1,0 +1,14 @@
+"""Imported once by the server that ranks are forked from, so that no rank pays for importing torch.
+
+One thread per rank: ranks share the machine's cores, and a library that has started its threads cannot be forked.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch.distributed  # noqa: E402, F401
+import torch.nn.parallel  # noqa: E402, F401
+
+import allstep.engine  # noqa: E402
+import allstep.world  # noqa: E402, F401

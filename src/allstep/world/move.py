@@ -1,0 +1,77 @@
+"""Moving a batch, whatever it is made of, to a device.
+
+Contract: tensors anywhere in the structure are moved; containers come back as new ones of the same type with
+everything else they held; other leaves are the same objects. Nothing given is changed, except a module, whose `to`
+moves it in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, MutableMapping
+from typing import Any, TypeVar, cast
+
+import torch
+
+T = TypeVar("T")
+
+
+def to_device(value: T, device: torch.device) -> T:
+    """Move all tensors of a nested structure to a device.
+
+    A copy to a CUDA device does not make the host wait when its source is pinned memory; later work on that device
+    comes after it in any case. A copy to the CPU is always complete on return. A tensor that is there already is
+    returned itself.
+
+    Args:
+        value: a tensor, an object with a `to(device)` method (a `PackedSequence`, a tokenizer's batch, a module), or a
+            mapping, list, tuple, named tuple or dataclass instance of such, at any depth. Anything else is a leaf.
+        device: where to.
+    """
+    return cast(T, _move(value, device, device.type == "cuda"))
+
+
+def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    if isinstance(value, str | bytes | int | float | None):
+        return value
+    if callable(getattr(type(value), "to", None)):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        moved = {key: _move(item, device, non_blocking) for key, item in value.items()}
+        return _mapping_like(value, moved)
+    if isinstance(value, list | tuple):
+        items = [_move(item, device, non_blocking) for item in value]
+        return _sequence_like(value, items)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        twin = copy.copy(value)
+        for field in dataclasses.fields(value):
+            if hasattr(value, field.name):
+                object.__setattr__(twin, field.name, _move(getattr(value, field.name), device, non_blocking))
+        return twin
+    return value
+
+
+def _mapping_like(value: Mapping[Any, Any], moved: dict[Any, Any]) -> Mapping[Any, Any]:
+    if type(value) is dict:
+        return moved
+    if isinstance(value, MutableMapping):
+        # A shallow copy keeps what a subclass holds beside its items, such as a default factory.
+        twin = copy.copy(value)
+        twin.update(moved)
+        return twin
+    return cast(Mapping[Any, Any], type(value)(moved))  # type: ignore[call-arg]
+
+
+def _sequence_like(value: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
+    if type(value) is list:
+        return items
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*items)
+    if isinstance(value, tuple):
+        return type(value)(items)
+    twin = copy.copy(value)
+    twin[:] = items
+    return twin

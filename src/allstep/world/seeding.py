@@ -1,0 +1,33 @@
+"""One seed for every random generator of a process."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+_END = 2**63
+
+
+def seed_generators(seed: int, rank: int | None = None) -> None:
+    """Seed Python's, numpy's and torch's generators (torch's on every device).
+
+    Args:
+        seed: from 0 to 2^63 - 1, used as it is when `rank` is None.
+        rank: if given, the seed used is derived from (seed, rank) by numpy's `SeedSequence`, whose streams do not
+            overlap for neighbouring seeds and ranks as `seed + rank` would.
+
+    Raises:
+        ValueError: the seed is out of range.
+        TypeError: the seed is not an integer.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed is {seed!r}; it must be an integer")
+    if not 0 <= seed < _END:
+        raise ValueError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
+    if rank is not None:
+        seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]) % _END
+    random.seed(seed)
+    np.random.seed(seed if seed < 2**32 else [seed % 2**32, seed // 2**32])
+    torch.manual_seed(seed)

@@ -1,0 +1,271 @@
+"""A real SLURM cluster of virtual nodes on this machine, in a folder of its own, for tests.
+
+Contract: `ensure_installed` returns once SLURM is here, installing it where the environment allows that; `Cluster` is
+entered to start `munged`, `slurmctld` and one `slurmd` a node, and left to end exactly those. What it writes (keys,
+sockets, state, logs) is under its folder and its ports were free, so the clusters of several pytest-xdist workers and
+a SLURM that the machine already has do not meet. Starting takes about a second. What can go wrong: SLURM is missing
+(`SlurmUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
+
+The nodes are named n1, n2, ..., all at 127.0.0.1: no resolver knows those names, so MASTER_ADDR=127.0.0.1 is set for
+every command. As root each node also has four fake GPUs (clones of the null device), for CUDA_VISIBLE_DEVICES.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import getpass
+import os
+import platform
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo", "squeue")
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+START_SECONDS = 30.0
+GPUS = 4
+Completed = subprocess.CompletedProcess[str]
+RANK_PREFIXES = (
+    *("SLURM", "SRUN_", "SBATCH_", "SALLOC_", "ALLSTEP_RUN_ID", "ALLSTEP_ATTEMPT", "TORCHELASTIC_", "OMPI_", "PMI"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_"),
+)
+
+
+class SlurmUnavailable(Exception):
+    """There is no SLURM here and it may not be installed; the message says why."""
+
+
+def ensure_installed(environ: Mapping[str, str]) -> None:
+    """Return once every program is installed; raise SlurmUnavailable where they are missing and may not be installed.
+
+    With CI or ALLSTEP_TEST_INSTALL set, as root and with apt-get, the packages are installed, by one process at a time.
+    """
+    if not _missing():
+        return
+    if not (environ.get("CI") or environ.get("ALLSTEP_TEST_INSTALL")):
+        raise SlurmUnavailable(f"{', '.join(_missing())} not found; install SLURM or set ALLSTEP_TEST_INSTALL=1")
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise SlurmUnavailable(f"{', '.join(_missing())} not found, and installing needs root and apt-get")
+    with (Path(tempfile.gettempdir()) / "allstep-test-install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _missing():
+            return
+        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
+            done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, timeout=100)
+            if done.returncode:
+                raise RuntimeError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+def _missing() -> list[str]:
+    return [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]
+
+
+class Cluster:
+    """`with Cluster(folder, nodes=2) as cluster: cluster.srun("-N2", "hostname")`."""
+
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 8, configuration: str = "") -> None:
+        self.folder = folder
+        self.nodes = tuple(f"n{index}" for index in range(1, nodes + 1))
+        self._cpus = cpus
+        self._configuration = configuration
+        self._daemons = ExitStack()
+
+    def srun(self, *args: str, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> Completed:
+        """Run `srun --mpi=none ARGS` and return what it printed, whatever its exit code.
+
+        Args:
+            args: srun's options, the program and its arguments.
+            env: variables to set over this process's environment (without its SLURM, torchrun and allstep variables).
+            timeout: seconds; the job is cancelled and subprocess.TimeoutExpired raised after that.
+        """
+        return self.run("srun", "--mpi=none", *args, env=env, timeout=timeout)
+
+    def sbatch(
+        self, script: str, *options: str, env: Mapping[str, str] | None = None, timeout: float = 60.0
+    ) -> Completed:
+        """Submit a batch script, wait for its end, and return its output and exit code.
+
+        Args:
+            script: the script's text, with its `#!` line.
+            options: sbatch's options.
+            env: as for `srun`.
+            timeout: seconds; the job is cancelled and subprocess.TimeoutExpired raised after that.
+        """
+        name = secrets.token_hex(4)
+        path = self.folder / f"job-{name}.sh"
+        path.write_text(script)
+        out, err = path.with_suffix(".out"), path.with_suffix(".err")
+        files = ("--output", str(out), "--error", str(err))
+        done = self.run("sbatch", "--wait", "--parsable", *files, *options, str(path), env=env, timeout=timeout)
+        if not out.exists():
+            raise RuntimeError(f"sbatch did not start the script: {done.stderr}{self._logs()}")
+        return Completed(done.args, done.returncode, out.read_text(), err.read_text())
+
+    def run(self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> Completed:
+        """Run any of SLURM's commands against this cluster, from a clean environment with `env` set over it."""
+        try:
+            return subprocess.run(
+                command, env=self.environ(env), cwd=self.folder, capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            self.cancel_jobs()
+            raise
+
+    def environ(self, env: Mapping[str, str] | None = None) -> dict[str, str]:
+        """This process's environment for talking to the cluster, without what says that it is itself a rank."""
+        ours = {name: value for name, value in os.environ.items() if not name.startswith(RANK_PREFIXES)}
+        ours |= {"PATH": SYSTEM_PATH, "SLURM_CONF": str(self.folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+        return ours | dict(env or {})
+
+    def cancel_jobs(self) -> None:
+        """Cancel every job and return when the queue is empty."""
+        self._ask("scancel", f"--user={getpass.getuser()}")
+        _wait_until(lambda: not self._ask("squeue", "--noheader"), "the queue to be empty", self._logs)
+
+    def __enter__(self) -> Cluster:
+        with ExitStack() as daemons:
+            self._prepare()
+            munge = self.folder / "munge"
+            munged = [
+                "munged",
+                "--foreground",
+                "--force",
+                f"--key-file={munge / 'key'}",
+                f"--socket={munge / 'socket'}",
+            ]
+            munged += [f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}", f"--seed-file={munge / 'seed'}"]
+            daemons.enter_context(self._daemon(munged, "munged"))
+            _wait_until((munge / "socket").exists, "munged's socket", self._logs)
+            conf = str(self.folder / "slurm.conf")
+            daemons.enter_context(self._daemon(["slurmctld", "-D", "-c", "-f", conf], "slurmctld"))
+            for node in self.nodes:
+                daemons.enter_context(self._daemon(["slurmd", "-D", "-f", conf, "-N", node], f"slurmd-{node}"))
+            _wait_until(self._all_idle, "all nodes to be idle", self._logs)
+            self._daemons = daemons.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._daemons:
+            self.cancel_jobs()
+
+    @contextmanager
+    def _daemon(self, command: list[str], name: str) -> Iterator[None]:
+        """Run a daemon in the foreground as our child; the kernel ends it should this process die first."""
+        program = shutil.which(command[0], path=SYSTEM_PATH)
+        setpriv = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        with (self.folder / "log" / f"{name}.out").open("w") as out:
+            process = subprocess.Popen(
+                [*setpriv, str(program), *command[1:]],
+                env=self.environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+        try:
+            yield
+        finally:
+            process.terminate()
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _prepare(self) -> None:
+        for part in ("state", "log", "dev", "run", "munge", *(f"run/spool.{node}" for node in self.nodes)):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+        (self.folder / "munge").chmod(0o711)
+        key = self.folder / "munge" / "key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        fake_gpus = os.geteuid() == 0
+        if fake_gpus:
+            for index in range(GPUS):
+                os.mknod(self.folder / "dev" / f"fakegpu{index}", 0o20666, os.makedev(1, 3))
+            (self.folder / "gres.conf").write_text(
+                f"Name=gpu File={self.folder}/dev/fakegpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n"
+            )
+        (self.folder / "slurm.conf").write_text(self._slurm_conf(_free_ports(1 + len(self.nodes)), fake_gpus))
+
+    def _slurm_conf(self, ports: list[int], fake_gpus: bool) -> str:
+        host, here = platform.node().partition(".")[0], self.folder
+        gres = f" Gres=gpu:{GPUS}" if fake_gpus else ""
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
+            f" CPUs={self._cpus} RealMemory=4000{gres} State=UNKNOWN"
+            for node, port in zip(self.nodes, ports[1:], strict=True)
+        )
+        return f"""\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser={getpass.getuser()}
+SlurmdUser={getpass.getuser()}
+AuthType=auth/munge
+AuthInfo=cred_expire=10,socket={here}/munge/socket
+CryptoType=crypto/munge
+StateSaveLocation={here}/state
+SlurmdSpoolDir={here}/run/spool.%n
+SlurmctldPidFile={here}/run/slurmctld.pid
+SlurmdPidFile={here}/run/slurmd.%n.pid
+SlurmctldLogFile={here}/log/slurmctld.log
+SlurmdLogFile={here}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmctldTimeout=10
+SlurmdTimeout=10
+KillWait=5
+SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
+SlurmdParameters=config_overrides
+JobRequeue=1
+{"GresTypes=gpu" if fake_gpus else ""}
+{self._configuration}
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+    def _all_idle(self) -> bool:
+        return self._ask("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle"] * len(self.nodes)
+
+    def _ask(self, *command: str) -> str:
+        return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=START_SECONDS).stdout
+
+    def _logs(self) -> str:
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}"
+            for path in sorted((self.folder / "log").iterdir())
+        )
+
+
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as open_sockets:
+        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _wait_until(condition: Callable[[], bool], what: str, logs: Callable[[], str]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited {START_SECONDS:.0f} s for {what}; the daemons' logs end with:\n{logs()}")
+        time.sleep(0.02)

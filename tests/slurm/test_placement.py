@@ -1,0 +1,73 @@
+"""Processes that a real SLURM starts find the place that SLURM gave them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+SHOW_PLACE = (
+    "import dataclasses, json, os; from allstep.placement import detect;"
+    " print(json.dumps(dataclasses.asdict(detect(os.environ))))"
+)
+
+
+def places(output: str) -> list[dict[str, Any]]:
+    return sorted(map(json.loads, output.splitlines()), key=lambda place: place["rank"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("-N2", "--ntasks-per-node=2"), [(0, 4, 0, 2, 0), (1, 4, 1, 2, 0), (2, 4, 0, 2, 1), (3, 4, 1, 2, 1)]),
+        (("-N2", "-n3"), [(0, 3, 0, 2, 0), (1, 3, 1, 2, 0), (2, 3, 0, 1, 1)]),
+        (("-N2", "-n4", "-m", "cyclic"), [(0, 4, 0, 3, 0), (1, 4, 0, 1, 1), (2, 4, 1, 3, 0), (3, 4, 2, 3, 0)]),
+        (("-n1",), [(0, 1, 0, 1, 0)]),
+    ],
+    ids=["two-nodes", "uneven", "cyclic", "one-task"],
+)
+def test_tasks_of_a_step_are_distinct_ranks_of_one_world(
+    cluster: Cluster, options: tuple[str, ...], expected: list[tuple[int, ...]]
+) -> None:
+    done = cluster.srun(*options, sys.executable, "-c", SHOW_PLACE)
+    assert done.returncode == 0, done.stderr
+    tasks = places(done.stdout)
+    numbers = ("rank", "world_size", "local_rank", "local_world_size", "node_rank")
+    assert [tuple(task[name] for name in numbers) for task in tasks] == expected
+    assert {task["launcher"] for task in tasks} == {"slurm"}
+    shared = [(task["run_id"], task["nodes"], json.dumps(task["rendezvous"])) for task in tasks]
+    assert len(set(shared)) == 1
+
+
+def test_a_batch_script_without_srun_is_a_world_of_one_with_a_warning(cluster: Cluster) -> None:
+    done = cluster.sbatch(f"#!/bin/sh\nexec {sys.executable} -c '{SHOW_PLACE}'\n", "-N2", "--ntasks-per-node=2")
+    assert done.returncode == 0, done.stderr
+    (place,) = places(done.stdout)
+    assert (place["launcher"], place["world_size"]) == ("alone", 1)
+    assert "SLURM_NTASKS=4" in place["warnings"][0]
+
+
+def test_srun_of_one_task_in_a_job_of_two_nodes_is_a_world_of_one(cluster: Cluster) -> None:
+    command = f"srun --mpi=none -n1 -N1 {sys.executable} -c '{SHOW_PLACE}'"
+    done = cluster.sbatch(f"#!/bin/sh\n{command}\n", "-N2", "--ntasks-per-node=2")
+    assert done.returncode == 0, done.stderr
+    (place,) = places(done.stdout)
+    assert (place["launcher"], place["world_size"], place["nodes"], place["warnings"]) == ("slurm", 1, 1, [])
+
+
+def test_a_batch_script_submitted_from_a_step_is_told_that_the_step_is_not_its_own(cluster: Cluster) -> None:
+    inner = cluster.folder / "inner.sh"
+    output = cluster.folder / "inner.out"
+    inner.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{SHOW_PLACE}'\n")
+    # The inner job waits for nothing of the outer one: there are CPUs for both.
+    submit = f'[ "$SLURM_PROCID" = 1 ] || exit 0; sbatch --wait -N1 -n1 --output={output} {inner}; true'
+    done = cluster.srun("-N2", "-n2", "sh", "-c", submit)
+    assert done.returncode == 0, done.stderr
+    assert "PlacementError" in output.read_text()
+    assert "inherited from another step" in output.read_text()
