@@ -175,6 +175,14 @@ def test_the_iteration_after_a_resumed_one_is_a_whole_epoch() -> None:
     assert len(sampler) == 3
 
 
+def test_a_finished_epoch_keeps_its_length_on_every_rank() -> None:
+    for sampler in world(10, 4, global_batch_size=4):
+        length = len(sampler)
+        sampler.load_state_dict(sampler.state_dict(3))
+        assert len(sampler) == length
+        assert list(sampler) == []
+
+
 def test_a_place_inside_a_batch_of_the_new_size_counts_the_batches_before_it() -> None:
     sampler = ShardedBatchSampler(20, batch_size=4)
     sampler.load_state_dict({**sampler.state_dict(0), "samples_taken": 6})
@@ -196,6 +204,15 @@ def test_an_iterator_in_use_is_not_disturbed_by_another_epoch_or_place() -> None
     sampler.set_epoch(4)
     sampler.skip_batches(7)
     assert begun + list(iterator) == undisturbed
+    assert sampler.next_batch == 7
+
+
+def test_an_iterator_made_before_a_place_was_set_does_not_use_it_up() -> None:
+    sampler = ShardedBatchSampler(10, batch_size=3)
+    iterator = iter(sampler)
+    sampler.skip_batches(2)
+    assert next(iterator) == [0, 1, 2]
+    assert next(iter(sampler)) == [6, 7, 8]
 
 
 def test_epochs_and_seeds_give_different_orders_and_each_is_repeatable() -> None:

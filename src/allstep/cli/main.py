@@ -1,8 +1,9 @@
 """The `allstep` command line: find the command, run it, turn its errors into one line and an exit code.
 
 Contract: `main` returns the exit code and raises nothing that a user's mistake can cause. A command is a module of this
-package with `SUMMARY` and `main(argv) -> int`; it is imported when it is asked for. Exit codes: the command's own; 2 for
-a wrong command line, a wrong configuration, or a run that could not be started; 130 when interrupted before it started.
+package, listed in `COMMANDS`, with a `main(argv) -> int`; it is imported when it is asked for. Exit codes: what the
+command returns; 2 for a wrong command line, a wrong configuration, or a run that could not be started; 130 when
+interrupted before it started.
 """
 
 from __future__ import annotations

@@ -42,9 +42,14 @@ class Loader(DataLoader[Any]):
         self._own_generator = options.get("generator") is None
         if self._own_generator:
             options["generator"] = torch.Generator()
-        self._epoch = 0
+        self._stream_epoch = 0
         self._drop_first = 0
         super().__init__(dataset, **options)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration belongs to."""
+        return self._stream_epoch if self.sharded_sampler is None else self.sharded_sampler.epoch
 
     @property
     def sharded_sampler(self) -> ShardedBatchSampler | None:
@@ -54,12 +59,13 @@ class Loader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
-        if epoch != self._epoch:
-            self._epoch = epoch
-            self._drop_first = 0
         if self.sharded_sampler is not None:
             self.sharded_sampler.set_epoch(epoch)
-        elif isinstance(self.dataset, PlacedIterable):
+            return
+        if epoch != self._stream_epoch:
+            self._stream_epoch = epoch
+            self._drop_first = 0
+        if isinstance(self.dataset, PlacedIterable):
             self.dataset.set_epoch(epoch)
 
     def skip_batches(self, count: int) -> None:
@@ -84,13 +90,11 @@ class Loader(DataLoader[Any]):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, at any world size, batch size and number of workers."""
-        sampler = self._positioned()
-        sampler.load_state_dict(state)
-        self._epoch = sampler.epoch
+        self._positioned().load_state_dict(state)
 
     def __iter__(self) -> Any:
         if self._own_generator:
-            self.generator.manual_seed(key_of(self.seed, self._epoch, _WORKERS, self.rank) >> 1)
+            self.generator.manual_seed(key_of(self.seed, self.epoch, _WORKERS, self.rank) >> 1)
         iterator = super().__iter__()
         dropped, self._drop_first = self._drop_first, 0
         for _ in range(dropped):

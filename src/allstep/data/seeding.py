@@ -2,10 +2,10 @@
 
 Contract: the loader wraps a map-style dataset in `SeededDataset`; DataLoader's fetcher, in a worker or in the main
 process, hands it an `IndexBatch`, which says epoch and position. Before each sample (or each batch) Python's `random`,
-numpy's legacy global generator and torch's default CPU generator are seeded from (seed, epoch, position), and once more
-before the batch is collated. In the main process the three generators are put back afterwards, also when the dataset
-raises; a worker's are nobody else's, and stay. Generators of other devices and those that a dataset owns are not
-touched.
+numpy's legacy global generator and torch's default CPU generator are seeded from (seed, epoch, position). Collation
+happens here too, and goes on from the last seed. In the main process the three generators are put back afterwards, also
+when the dataset raises; a worker's are nobody else's, and stay. Generators of other devices and those that a dataset
+owns are not touched.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from allstep.data.sampler import IndexBatch
 
 SampleSeeding = Literal["sample", "batch", "off"]
 
-_SAMPLES, _COLLATE = 1, 2
+_SAMPLES = 1
 _MASK32 = 0xFFFFFFFF
 
 
-def seed_generators(key: int) -> None:
+def seed_cpu_generators(key: int) -> None:
     """Seed Python's `random`, numpy's global generator and torch's CPU generator from a 64-bit key."""
     random.seed(key)
     np.random.seed(key & _MASK32)
@@ -86,12 +86,11 @@ class SeededDataset(Dataset[Any]):
         if self.seeding == "sample":
             samples = []
             for index, sample_key in zip(batch, stream(key, batch.position, len(batch)).tolist(), strict=True):
-                seed_generators(sample_key)
+                seed_cpu_generators(sample_key)
                 samples += self._fetch([index])
         else:
-            seed_generators(int(stream(key, batch.position, 1)[0]))
+            seed_cpu_generators(int(stream(key, batch.position, 1)[0]))
             samples = self._fetch(list(batch))
-        seed_generators(key_of(self.seed, batch.epoch, _COLLATE, batch.position))
         return self.collate(samples)
 
     def _fetch(self, indices: list[int]) -> list[Any]:

@@ -124,11 +124,14 @@ class Engine(Listening):
         if self._is_running:
             raise EngineError("this engine is running; a handler that wants to run something needs another Engine")
         state, suspended = self.state, self._drive is not None
+        if suspended and state.max_epochs is None and state.max_iters is None:
+            self._drop_run()
+            suspended = False
         if not suspended:
             self._settle_counters()
         terms = settle_terms(
             state,
-            data,
+            None if suspended else data,
             max_epochs,
             max_iters,
             epoch_length,
@@ -138,7 +141,7 @@ class Engine(Listening):
         if not suspended:
             self._begin(terms, data)
         elif data is not None and data is not state.dataloader:
-            self.set_data(data)
+            self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
         if not suspended and is_done(state.iteration, state.epoch, state.max_epochs, state.max_iters):
             self._drop_run()
@@ -146,6 +149,7 @@ class Engine(Listening):
                 "nothing to run: all that was asked is done, %d epochs and %d iterations", state.epoch, state.iteration
             )
             return state
+        self._was_loaded = False
         return self._go_on()
 
     def terminate(self, skip_completed: bool = False) -> None:
@@ -156,7 +160,7 @@ class Engine(Listening):
         """
         if self.coordinator.ask(Request.TERMINATE):
             self.skips_completed = skip_completed
-            self.progress.abandoned = True
+            self.progress.abandoned = self.progress.epoch_is_open and self._loop is not None
             self._take_request(Request.TERMINATE)
 
     def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
@@ -255,7 +259,6 @@ class Engine(Listening):
         self.asked.clear()
         self.skips_completed = self.skips_epoch_completed = False
         self.registry.schedule(state)
-        self._was_loaded = False
         self._loop = Loop(self, continues=not terms.fresh and not is_spent)
         self._drive = self._loop.drive()
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, TypeAlias
 
-from allstep.engine.filters import NEVER, Every, Filter, Once, Predicate
+from allstep.engine.filters import NEVER, Every, Filter, Once, Predicate, is_count
 
 
 class EventEnum(Enum):
@@ -168,21 +168,17 @@ def make_filter(
         _check_takes_engine_and_count(event_filter)
         return Predicate(event_filter)
     if once is not None:
-        counts = (once,) if isinstance(once, int) else tuple(once)
-        if not counts or not all(_is_count(count, 1) for count in counts):
+        counts = tuple(once) if isinstance(once, Sequence) else (once,)
+        if not counts or not all(is_count(count, 1) for count in counts):
             raise ValueError(f"once is {once!r}; it must be an int of at least 1, or some of these")
         return Once(tuple(sorted(set(counts))))
     for name, value, least in (("every", every, 1), ("before", before, 0), ("after", after, 0)):
-        if value is not None and not _is_count(value, least):
+        if value is not None and not is_count(value, least):
             raise ValueError(f"{name} is {value!r}; it must be an int of at least {least}")
     if every == 1 and not bounded:
         return None
     limit = NEVER if before is None else before
     return Every(every or 1, after=(after or 0) if bounded else None, before=limit)
-
-
-def _is_count(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_takes_engine_and_count(function: Callable[..., Any]) -> None:

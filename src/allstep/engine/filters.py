@@ -11,9 +11,15 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 NEVER = math.inf
+
+
+def is_count(value: object, least: int) -> bool:
+    """Whether `value` is an integer, of Python or numpy, of at least `least`."""
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 class Filter(Protocol):

@@ -49,7 +49,10 @@ class GroupFeed:
 
     def close_group(self) -> None:
         """End the group being read: no more batches are coming."""
-        counts = [self._samples_in(batch) for batch in self._read]
+        try:
+            counts = [self._samples_in(batch) for batch in self._read]
+        except StopIteration as error:  # would be taken for the end of data
+            raise DataError("samples_in raised StopIteration; it must return the samples in a batch") from error
         total = sum(counts)
         last = len(counts) - 1
         for at, (batch, count) in enumerate(zip(self._read, counts, strict=True)):

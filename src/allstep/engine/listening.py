@@ -92,8 +92,7 @@ class Listening:
 
     def fire_event(self, event: EventEnum | str) -> None:
         """Fire an event of your own from a step or a handler. Raises ValueError when it is not registered."""
-        self.registry.slot(event)
-        self._fire_event(event)
+        self._fire_event(self.registry.slot(event).event)
 
     def _fire_event(self, event: Any, *event_args: Any) -> None:
         """Call the handlers of an event that are due; the one place through which every event goes."""

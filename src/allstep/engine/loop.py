@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from allstep.engine.engine import Engine
 
 LOOK_NOW = -1.0
+_STOP_ITERATION = (
+    "a step or a handler raised StopIteration, which would be taken for the end of data; if you call next() in it, "
+    "catch StopIteration there"
+)
 
 
 class Loop:
@@ -64,7 +68,9 @@ class Loop:
         self._continues = False
         self._take_from(data)
         if self.engine.progress.epoch_is_open:
+            self._source.set_epoch(self.state.epoch - 1)
             self._open()
+            self._look_ahead()
 
     def _take_from(self, data: Any) -> None:
         engine = self.engine
@@ -72,7 +78,7 @@ class Loop:
         self._groups: GroupFeed | None = None
         if engine.accumulate > 1:
             self._groups = GroupFeed(self._source, engine.accumulate, engine.samples_in, self.state)
-        self._feed: Iterator[Any] | None = None
+        self._feed: Any = None
 
     def drive(self) -> Generator[None, None, None]:
         """Run to the end; yield where the run is suspended."""
@@ -87,15 +93,11 @@ class Loop:
             self._asked.clear()
             self._announce(Events.EXCEPTION_RAISED, error)
             if Request.TERMINATE not in self._asked:
-                if isinstance(error, StopIteration):
-                    raise EngineError(
-                        "a step or a handler raised StopIteration, which would be taken for the end of data; if you "
-                        "call next() in it, catch StopIteration there"
-                    ) from error
                 raise
             self._conclude(began)
 
     def _run(self) -> Generator[None, None, None]:
+        self.state.times.update({Events.EPOCH_COMPLETED.name: 0.0, Events.COMPLETED.name: 0.0})
         self._announce(Events.STARTED)
         if self._asked:
             yield from self._heed()
@@ -113,12 +115,13 @@ class Loop:
         progress.epoch_is_open = True
         self._source.set_epoch(state.epoch - 1)
         self._announce(Events.EPOCH_STARTED)
-        if not (asked and (yield from self._heed())):
+        if not (asked and (yield from self._heed())) and not self._epoch_is_over():
             if self._feed is None:
                 self._open()
             yield from self._iterate()
         if Request.TERMINATE in asked:
             return
+        progress.step_is_open = False
         iterations = state.iteration - progress.epoch_began_at
         cut = Request.TERMINATE_EPOCH in asked
         if cut:
@@ -148,12 +151,12 @@ class Loop:
         refilled = False
         try:
             while True:
-                state.batch = state.output = None  # nothing of the last iteration is kept alive by the state
-                if getting.due <= state.iteration and not refilled:
+                state.batch = None  # not kept alive while the next is made
+                if getting.due <= state.iteration and not refilled and state.dataloader is not None:
                     fire(Events.GET_BATCH_STARTED)
                     if asked and (yield from self._heed()):
                         return
-                batch = next(self._feed, END)  # type: ignore[call-overload]
+                batch = next(self._feed, END)
                 if batch is END:
                     if not self._refill() or (asked and (yield from self._heed())):
                         return
@@ -161,7 +164,8 @@ class Loop:
                     continue
                 refilled = False
                 state.batch = batch
-                if got.due <= state.iteration:
+                state.output = None  # not before: where the data ends, the last output is the epoch's
+                if got.due <= state.iteration and state.dataloader is not None:
                     fire(Events.GET_BATCH_COMPLETED)
                     if asked and (yield from self._heed()):
                         return
@@ -184,8 +188,10 @@ class Loop:
                     if self._epoch_is_over():
                         return
                     self._look_ahead()
-        except BaseException:
+        except BaseException as error:
             progress.step_is_open = done < state.iteration
+            if isinstance(error, StopIteration):
+                raise EngineError(_STOP_ITERATION) from error
             raise
 
     def _heed(self) -> Generator[None, None, bool]:
@@ -222,14 +228,17 @@ class Loop:
 
     def _open(self) -> None:
         """Begin taking batches: where the state says, the first time in a continued run, else at a pass's beginning."""
-        state, epoch, skip = self.state, self.state.epoch - 1, 0
+        state, progress, skip = self.state, self.engine.progress, 0
+        present = begun_in = state.epoch - progress.epoch_is_open
         if self._continues:
-            began_at = self.engine.progress.epoch_began_at
-            epoch, skip = place_in_data(state.iteration, began_at, state.epoch_length, epoch, self._source.data)
+            began_at = progress.epoch_began_at
+            begun_in, skip = place_in_data(state.iteration, began_at, state.epoch_length, present, self._source.data)
         self._continues = False
-        if epoch != state.epoch - 1:
-            self._source.set_epoch(epoch)
+        if begun_in != present:
+            self._source.set_epoch(begun_in)
         self._source.open(skip)
+        if begun_in != present:  # the pass after this one, if it begins in this epoch, is of this epoch
+            self._source.set_epoch(present)
         self._begin_pass()
 
     def _begin_pass(self) -> None:
@@ -237,8 +246,10 @@ class Loop:
         self._pass_began_at = self._taken()
 
     def _restart(self) -> None:
+        ended = self._source
         self._announce(Events.DATALOADER_STOP_ITERATION)
-        self._source.open()
+        if self._source is ended or self._feed is None:
+            self._source.open()
         self._begin_pass()
 
     def _taken(self) -> int:
@@ -247,6 +258,8 @@ class Loop:
     def _refill(self) -> bool:
         """The pass ended: begin the next, or learn the epoch's length. True when this epoch has more batches."""
         state, groups = self.state, self._groups
+        if self._dry:
+            return False
         if self._taken() == 0:
             raise DataError("data is empty: it gave no batch; give at least one")
         if state.epoch_length is None:
@@ -268,6 +281,8 @@ class Loop:
             self._open()
         if not self._source.has_more():
             self._restart()
+            if Request.TERMINATE in self._asked:
+                return False
             if not self._source.has_more():
                 self._say_dry()
                 return False
@@ -302,4 +317,7 @@ class Loop:
     def _announce(self, event: EventEnum, *arguments: Any) -> None:
         slot = self._slots[event]
         if slot.due <= (getattr(self.state, slot.attribute) if slot.attribute else 0):
-            self.engine._fire_event(event, *arguments)
+            try:
+                self.engine._fire_event(event, *arguments)
+            except StopIteration as error:
+                raise EngineError(_STOP_ITERATION) from error

@@ -56,7 +56,7 @@ def place_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Place
             raise ValueError("the state to load counts in epochs, so it needs an epoch_length; it has None")
         epochs = state_dict["epoch"]
         iteration = began_at = epochs * (length or 0)
-    elif "epochs_completed" in state_dict:
+    elif "epochs_completed" in state_dict and "epoch_began_at" in state_dict:
         iteration, epochs = state_dict["iteration"], state_dict["epochs_completed"]
         began_at = state_dict["epoch_began_at"]
     else:

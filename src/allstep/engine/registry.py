@@ -1,8 +1,8 @@
 """Which handlers listen to which events of one engine, ready to be called.
 
 Contract: an engine owns one `Registry`. `add` checks the handler's signature against how it will be called and compiles
-it to a call without arguments. Each event has a `Slot`; its `due` is the smallest count of the event's counter at which
-anything has to be called, so that the loop's one test `slot.due <= count` is all that an event costs when nobody
+it to a call that takes the engine. Each event has a `Slot`; its `due` is the smallest count of the event's counter at
+which anything has to be called, so that the loop's one test `slot.due <= count` is all that an event costs when nobody
 listens or no listener is due. `Slot.schedule(count)` brings `due` up to date for counts from `count` on; it must be
 called when the counter was moved other than by counting up.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -30,15 +29,11 @@ _EVENT_ARGUMENTS: dict[EventKey, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Registration:
-    """One handler on one event. `takes_event` says that it is given what the event carries."""
+    """One handler on one event. `call` takes the engine and what the event carries, and gives on what it should."""
 
     handler: Callable[..., Any]
     filter: Filter | None
-    leading: tuple[Any, ...]
-    arguments: tuple[Any, ...]
-    keywords: Mapping[str, Any]
-    takes_event: bool
-    call: Callable[[], Any]
+    call: Callable[..., Any]
 
 
 class Slot:
@@ -50,7 +45,7 @@ class Slot:
         self.event = event
         self.attribute = attribute
         self.pinned = pinned
-        self.registrations: tuple[Registration, ...] = ()
+        self.registrations: list[Registration] = []
         self.due: float = ALWAYS if pinned else NEVER
 
     def schedule(self, count: int) -> None:
@@ -61,14 +56,13 @@ class Slot:
             self.due = min((r.filter.next_due(count) for r in self.registrations if r.filter), default=NEVER)
 
     def call(self, engine: Any, count: int, event_args: tuple[Any, ...]) -> None:
-        """Call the handlers that are due at `count`, in the order of registration."""
+        """Call the handlers that are due at `count`, in the order of registration.
+
+        One that is added meanwhile is called too, one that is removed is called for the last time.
+        """
         for registration in self.registrations:
             if registration.filter is None or registration.filter.matches(engine, count):
-                if not event_args or not registration.takes_event:
-                    registration.call()
-                else:
-                    arguments = (*registration.leading, *event_args, *registration.arguments)
-                    registration.handler(*arguments, **registration.keywords)
+                registration.call(engine, *event_args)
         if self.due != ALWAYS:
             self.schedule(count + 1)
 
@@ -86,6 +80,8 @@ class Registry:
         for event in events:
             if event not in self.slots:
                 self.slots[event] = Slot(event, counters.get(event), self._pinned)
+            elif event in counters:
+                self.slots[event].attribute = counters[event]
 
     def slot(self, event: Any) -> Slot:
         """The slot of a known event; a filter on it is ignored."""
@@ -111,11 +107,9 @@ class Registry:
             raise ValueError(
                 f"{slot.event} is not counted, so a filter on it has no meaning; add the handler without one"
             )
-        leading, takes_event = _calling_form(engine, slot.event, handler, args, kwargs)
-        every = (*leading, *args)
-        call = partial(handler, *every, **kwargs) if every or kwargs else handler
-        registration = Registration(handler, chosen, leading, args, kwargs, takes_event, call)
-        slot.registrations = (*slot.registrations, registration)
+        takes_engine, takes_event = _calling_form(engine, slot.event, handler, args, kwargs)
+        call = _compile(handler, takes_engine, takes_event, args, kwargs)
+        slot.registrations.append(Registration(handler, chosen, call))
         count = getattr(engine.state, slot.attribute) if slot.attribute else 0
         slot.schedule(count)
 
@@ -123,8 +117,10 @@ class Registry:
         """Whether `handler` listens to `event`, or, without one, to any."""
         if isinstance(event, EventsList):
             return any(self.has(handler, each) for each in event)
-        slots = self.slots.values() if event is None else (self.slot(event),)
-        return any(r.handler == handler for slot in slots for r in slot.registrations)
+        if event is None:
+            return any(r.handler == handler for slot in self.slots.values() for r in slot.registrations)
+        known = self.slots.get(event.event if isinstance(event, FilteredEvent) else event)
+        return known is not None and any(r.handler == handler for r in known.registrations)
 
     def remove(self, handler: Callable[..., Any], event: Any) -> None:
         """Take `handler` off `event`."""
@@ -133,12 +129,11 @@ class Registry:
                 self.remove(handler, each)
             return
         slot = self.slot(event)
-        kept = tuple(r for r in slot.registrations if r.handler != handler)
+        kept = [r for r in slot.registrations if r.handler != handler]
         if len(kept) == len(slot.registrations):
             raise ValueError(f"{handler!r} is not a handler of {slot.event}; see has_event_handler")
         slot.registrations = kept
-        if not kept and not slot.pinned:
-            slot.due = NEVER
+        slot.schedule(0)
 
     def schedule(self, state: Any) -> None:
         """Bring every slot up to date with the state's counters."""
@@ -171,29 +166,46 @@ class RemovableEventHandle:
 
 def _calling_form(
     engine: Any, event: EventKey, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], bool]:
-    """How the handler takes its call: what leads the arguments, and whether what the event carries comes next.
+) -> tuple[bool, bool]:
+    """How the handler takes its call: whether the engine leads, and whether what the event carries comes next.
 
     With the engine before without it, with what the event carries before without; the first form that binds.
     """
     if not callable(handler):
         raise TypeError(f"the handler of {event} is {handler!r}; it must be callable")
     carried = _EVENT_ARGUMENTS.get(event, ())
-    forms: list[tuple[tuple[Any, ...], bool]] = [((engine,), True), ((engine,), False), ((), False)]
-    if event is Events.EXCEPTION_RAISED:
-        forms[1:1] = [((), True)]
+    forms = [(True, True), (True, False), (False, False)]
     try:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # some builtins tell no signature
         return forms[0]
-    for leading, takes_event in forms:
+    if event is Events.EXCEPTION_RAISED or not signature.parameters.keys().isdisjoint(carried):
+        forms.insert(1, (False, True))
+    for takes_engine, takes_event in forms:
+        leading = (engine,) if takes_engine else ()
         try:
             signature.bind(*leading, *(carried if takes_event else ()), *args, **kwargs)
         except TypeError:
             continue
-        return leading, takes_event
+        return takes_engine, takes_event
     given = ", ".join(["engine", *carried, *map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
     raise ValueError(
         f"the handler {getattr(handler, '__name__', handler)!r} of {event} takes {signature}, "
         f"but would be called with ({given}), with or without the engine"
     )
+
+
+def _compile(
+    handler: Callable[..., Any], takes_engine: bool, takes_event: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[..., Any]:
+    # The engine is an argument, not kept: an engine that nobody holds any more, and the batch and output in its state,
+    # are freed at once and not when the garbage collector next runs.
+    if takes_engine and takes_event:
+        if not args and not kwargs:
+            return handler
+        return lambda engine, *carried: handler(engine, *carried, *args, **kwargs)
+    if takes_engine:
+        return lambda engine, *carried: handler(engine, *args, **kwargs)
+    if takes_event:
+        return lambda engine, *carried: handler(*carried, *args, **kwargs)
+    return lambda engine, *carried: handler(*args, **kwargs)

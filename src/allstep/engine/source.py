@@ -45,11 +45,13 @@ class Source:
         hook = _hook(self.data, "skip_batches") if skip else None
         if hook is not None:
             hook(skip)
-        self._iterator = repeat(None) if self.data is None else iter(self.data)
-        self.batches = self._iterator
+        if not (self.is_one_shot and self.batches):  # else a batch that `has_more` keeps would be lost
+            self._iterator = repeat(None) if self.data is None else iter(self.data)
+            self.batches = self._iterator
+        assert self.batches is not None
         if hook is None:
             for done in range(skip):
-                if next(self._iterator, END) is END:
+                if next(self.batches, END) is END:
                     raise DataError(
                         f"data ended after {done} batches, but the run to continue has consumed {skip} of this epoch; "
                         "give the data that it was started with"
@@ -57,8 +59,9 @@ class Source:
 
     def has_more(self) -> bool:
         """Whether the pass has another batch, which is read now and kept to be given next."""
+        assert self.batches is not None
         assert self._iterator is not None
-        first = next(self._iterator, END)
+        first = next(self.batches, END)
         if first is END:
             return False
         self.batches = chain((first,), self._iterator)

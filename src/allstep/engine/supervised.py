@@ -81,7 +81,7 @@ def create_supervised_trainer(
             with autocast(target.type, precision):
                 y_pred = model_transform(model_fn(model, x))
                 loss = loss_fn(y_pred, y)
-            used_scaler.scale(loss * state.weight).backward()
+            used_scaler.scale(loss * state.weight).backward()  # type: ignore[no-untyped-call]
         if state.group_end:
             used_scaler.step(optimizer)
             used_scaler.update()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from allstep.engine.filters import is_count
 from allstep.engine.state import State
 from allstep.errors import DataError
 
@@ -65,7 +66,7 @@ def settle_terms(
     if data is not None and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise TypeError(f"data is {data!r}; it must be iterable, or None with an epoch_length")
     for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
-        if value is not None and (not isinstance(value, int) or value < 1):
+        if value is not None and not is_count(value, least=1):
             raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
     if max_epochs is not None and max_iters is not None:
         raise ValueError(f"max_epochs ({max_epochs}) and max_iters ({max_iters}) exclude each other; give one")

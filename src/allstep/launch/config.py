@@ -93,7 +93,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     _refuse_duplicates(path, tree)
     try:
         config = LaunchConfig.model_validate(_plain(tree))
-    except (ValidationError, ConfigurationError) as error:
+    except ValidationError as error:
         raise ConfigurationError("\n".join(_mistakes(path, tree, error))) from error
     return config.model_dump(exclude_unset=True)
 
@@ -122,9 +122,7 @@ def _refuse_duplicates(path: Path, tree: yaml.MappingNode) -> None:
             _refuse_duplicates(path, value)
 
 
-def _mistakes(path: Path, tree: yaml.MappingNode, error: ValidationError | ConfigurationError) -> list[str]:
-    if isinstance(error, ConfigurationError):
-        return [f"{path}: {error}"]
+def _mistakes(path: Path, tree: yaml.MappingNode, error: ValidationError) -> list[str]:
     by_field: dict[str, str] = {}
     for each in error.errors():
         field = str(each["loc"][0])

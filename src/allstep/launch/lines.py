@@ -13,7 +13,7 @@ LONGEST = 1 << 20
 """Bytes of an unfinished line that are kept waiting for its end."""
 
 # A carriage return at the very end may be half of "\r\n", so it waits for what follows.
-_LINE = re.compile(rb"[^\r\n]*(?:\r\n|\n|\r(?!\Z))")
+_END = re.compile(rb"\r\n|\n|\r(?!\Z)")
 
 _COLOURS = (36, 33, 32, 35, 34, 31)
 
@@ -23,25 +23,29 @@ class Lines:
 
     def __init__(self, prefix: bytes) -> None:
         self._prefix = prefix
-        self._unfinished = b""
+        self._unfinished = bytearray()
 
     def feed(self, data: bytes) -> bytes:
         """Take `data` and return the lines that are now whole."""
-        text = self._unfinished + data
+        text = self._unfinished
+        searched = max(0, len(text) - 1)  # but for a carriage return that waits, what is kept has no line end
+        text += data
         done = []
-        end = 0
-        for line in _LINE.finditer(text):
-            done.append(line[0] if line[0] == b"\r" else self._prefix + line[0])
-            end = line.end()
-        self._unfinished = text[end:]
-        if len(self._unfinished) > LONGEST:
-            done.append(self._prefix + self._unfinished + b"\n")
-            self._unfinished = b""
+        begin = 0
+        for end in _END.finditer(text, searched):
+            line = text[begin : end.end()]
+            done.append(line if line == b"\r" else self._prefix + line)
+            begin = end.end()
+        del text[:begin]
+        if len(text) > LONGEST:
+            done.append(self._prefix + text + b"\n")
+            text.clear()
         return b"".join(done)
 
     def rest(self) -> bytes:
         """Return the unfinished last line, ended, or nothing."""
-        unfinished, self._unfinished = self._unfinished, b""
+        unfinished = bytes(self._unfinished)
+        self._unfinished.clear()
         return self._prefix + unfinished + b"\n" if unfinished.strip(b"\r") else b""
 
 

@@ -2,8 +2,8 @@
 
 Contract: `start_worker` is called from the main thread (the kernel ties a child to the thread that made it). The
 process leads a session and process group of its own. `exit_fd` becomes readable when it has ended, `returncode` then
-says how, and until `release` it stays unreaped, so its pid, which is its group's too, can belong to nobody else when the
-group is killed. `release` kills what is left of the group and reaps.
+says how, and until `release` it stays unreaped, so its pid, which is its group's too, can belong to nobody else when
+the group is killed. `release` kills what is left of the group and reaps.
 What can go wrong: the process cannot be started, which is an OSError.
 """
 

@@ -1,7 +1,7 @@
 """Where a rank's output goes: its log, the terminal if shown, and for standard error a tail kept for the report.
 
-Contract: one `RankOutput` per worker, fed by the supervisor's loop from the worker's two pipes. A log that can no longer
-be written (a full disk) is given up with one warning; the run goes on.
+Contract: one `RankOutput` per worker, fed by the supervisor's loop from the worker's two pipes. A log that can no
+longer be written (a full disk) is given up with one warning; the run goes on.
 """
 
 from __future__ import annotations

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from allstep.launch.ending import WorkerEnd, describe
+
+# torch.distributed puts this before each line of a traceback once a process group exists.
+_TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 
 LINES = 50
 """Lines of the failed rank's standard error that the report repeats, at most."""
@@ -38,7 +42,7 @@ def failure_report(cause: WorkerEnd, ends: Sequence[WorkerEnd], *, name: str, lo
 def last_lines(stderr: str) -> list[str]:
     """Return the end of what was written to standard error: from where its last traceback or crash dump begins."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in stderr.replace("\r\n", "\n").rstrip().split("\n")]
-    lines = lines[-LINES:]
+    lines = [_TORCHS_PREFIX.sub("", line) for line in lines[-LINES:]]
     for index, line in enumerate(lines):
         if line.startswith(
             ("Traceback (most recent call last)", "Fatal Python error", "  + Exception Group Traceback")

@@ -7,9 +7,10 @@ their output, signals, room to write, and the next deadline; nothing is polled. 
 - One fails: the others have `LEAVE` seconds to notice by themselves, then SIGKILL (a pending gloo collective cannot be
   aborted, and SIGTERM is for preemption only). The status is that of the end which `first_cause` chooses, and the
   report on standard error is about that rank.
-- A signal to stop: passed on (SIGINT as such, the others as SIGTERM). After `grace` seconds, or a second signal, SIGKILL.
-  The status is 128 + the first signal's number. SIGUSR1 and SIGUSR2 are passed on and change nothing here.
-- A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then killed.
+- A signal to stop: passed on (SIGINT as such, the others as SIGTERM). After `grace` seconds, or a second signal,
+  SIGKILL. The status is 128 + the first signal's number. SIGUSR1 and SIGUSR2 are passed on and change nothing here.
+- A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then
+  killed.
 What can go wrong: a worker cannot be started; the others are killed and `LaunchError` says why.
 """
 

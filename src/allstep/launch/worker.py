@@ -7,8 +7,8 @@ write end of the pipe LIFELINE_FD and never writes. Afterwards:
   its process group when the last write end of the pipe closes (asynchronous I/O with SIGKILL as its signal). Neither
   needs a thread, so nothing in this process can hold it up, and forking stays free of a second thread. Where the
   kernel has no such means, a thread waits on the pipe instead.
-- `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so that
-  processes which the script spawns find its `__main__` too.
+- `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so
+  that processes which the script spawns find its `__main__` too.
 Standard library only, and nothing of allstep: the script decides what is imported.
 """
 
@@ -96,7 +96,7 @@ def run_script(path: str, arguments: list[str]) -> None:
     main = _new_main()
     main.__file__ = absolute
     main.__loader__ = SourceFileLoader("__main__", absolute)
-    main.__dict__["__cached__"] = None
+    vars(main)["__cached__"] = None
     exec(code, main.__dict__)
 
 
@@ -112,9 +112,9 @@ def run_module(name: str, arguments: list[str]) -> None:
 
 def _new_main() -> ModuleType:
     main = ModuleType("__main__")
-    main.__dict__["__builtins__"] = sys.modules["builtins"]
+    vars(main)["__builtins__"] = sys.modules["builtins"]
     if sys.version_info < (3, 14):
-        main.__dict__["__annotations__"] = {}
+        main.__annotations__ = {}
     sys.modules["__main__"] = main
     return main
 

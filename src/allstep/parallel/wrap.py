@@ -44,7 +44,7 @@ def wrap_module(
                 f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA only and the device is {device}; "
                 "leave it False here, or use a normalisation that needs no peers, such as GroupNorm"
             )
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     module = module.to(device)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return module

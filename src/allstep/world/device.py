@@ -29,9 +29,7 @@ def look() -> Hardware:
     return Hardware(cuda=torch.cuda.device_count(), mps=torch.backends.mps.is_available())
 
 
-def choose_device(
-    placement: Placement, hardware: Hardware, asked: str | torch.device | None = None
-) -> torch.device:
+def choose_device(placement: Placement, hardware: Hardware, asked: str | torch.device | None = None) -> torch.device:
     """The device of one rank.
 
     Unasked: CUDA where there is any, by local rank; index 0 where one device is visible, which is how schedulers give
@@ -61,8 +59,8 @@ def choose_device(
     if device.type == "cuda":
         if not hardware.cuda:
             raise WorldError(
-                f"device is {asked!r}, but this process sees no CUDA device; check the driver, CUDA_VISIBLE_DEVICES and "
-                "that torch was built with CUDA, or leave device unset"
+                f"device is {asked!r}, but this process sees no CUDA device; check the driver, CUDA_VISIBLE_DEVICES "
+                "and that torch was built with CUDA, or leave device unset"
             )
         index = _cuda_index(placement, hardware) if device.index is None else device.index
         if index >= hardware.cuda:
@@ -73,8 +71,8 @@ def choose_device(
             raise WorldError(f"device is {asked!r}, but MPS is not available in this process; leave device unset")
         if placement.world_size > 1:
             raise WorldError(
-                f"device is {asked!r} in a world of {placement.world_size}, but collectives and DDP do not support MPS; "
-                'run one process, or pass device="cpu"'
+                f"device is {asked!r} in a world of {placement.world_size}, but collectives and DDP do not support "
+                'MPS; run one process, or pass device="cpu"'
             )
     return device
 
@@ -84,8 +82,9 @@ def _cuda_index(placement: Placement, hardware: Hardware) -> int:
         return 0
     if placement.local_rank >= hardware.cuda:
         raise WorldError(
-            f"local rank {placement.local_rank} of {placement.local_world_size} sees {hardware.cuda} CUDA devices; start "
-            f"at most {hardware.cuda} processes on a node, have the scheduler show each task its own device, or pass device="
+            f"local rank {placement.local_rank} of {placement.local_world_size} sees {hardware.cuda} CUDA "
+            f"devices; start at most {hardware.cuda} processes on a node, have the scheduler show each task its own "
+            "device, or pass device="
         )
     return placement.local_rank
 
@@ -101,7 +100,8 @@ def choose_backend(device: torch.device, asked: str | None = None) -> str:
     asked = asked.lower()
     if asked == "nccl" and device.type != "cuda":
         raise WorldError(
-            f"backend is 'nccl', which needs a CUDA device, but the device is {device}; leave backend unset or pass 'gloo'"
+            f"backend is 'nccl', which needs a CUDA device, but the device is {device}; leave backend unset "
+            "or pass 'gloo'"
         )
     if ":" not in asked and not dist.is_backend_available(asked):
         known = ", ".join(name for name in dist.Backend.backend_list if dist.is_backend_available(name))

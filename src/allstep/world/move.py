@@ -17,10 +17,10 @@ import torch
 T = TypeVar("T")
 
 
-def to_device(value: T, device: torch.device) -> T:
+def to_device(value: T, device: torch.device, *, non_blocking: bool = True) -> T:
     """Move all tensors of a nested structure to a device.
 
-    A copy to a CUDA device does not make the host wait when its source is pinned memory; later work on that device
+    A copy from pinned memory to a CUDA device does not make the host wait; later work on that device
     comes after it in any case. A copy to the CPU is always complete on return. A tensor that is there already is
     returned itself.
 
@@ -28,8 +28,9 @@ def to_device(value: T, device: torch.device) -> T:
         value: a tensor, an object with a `to(device)` method (a `PackedSequence`, a tokenizer's batch, a module), or a
             mapping, list, tuple, named tuple or dataclass instance of such, at any depth. Anything else is a leaf.
         device: where to.
+        non_blocking: False makes the host wait for copies to CUDA too.
     """
-    return cast(T, _move(value, device, device.type == "cuda"))
+    return cast(T, _move(value, device, non_blocking and device.type == "cuda"))
 
 
 def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
@@ -62,7 +63,7 @@ def _mapping_like(value: Mapping[Any, Any], moved: dict[Any, Any]) -> Mapping[An
         twin = copy.copy(value)
         twin.update(moved)
         return twin
-    return cast(Mapping[Any, Any], type(value)(moved))  # type: ignore[call-arg]
+    return type(value)(moved)  # type: ignore[call-arg]
 
 
 def _sequence_like(value: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:

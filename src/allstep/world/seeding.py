@@ -10,13 +10,15 @@ import torch
 _END = 2**63
 
 
-def seed_generators(seed: int, rank: int | None = None) -> None:
+def seed_generators(seed: int, rank: int | None = None) -> int:
     """Seed Python's, numpy's and torch's generators (torch's on every device).
 
     Args:
         seed: from 0 to 2^63 - 1, used as it is when `rank` is None.
         rank: if given, the seed used is derived from (seed, rank) by numpy's `SeedSequence`, whose streams do not
             overlap for neighbouring seeds and ranks as `seed + rank` would.
+
+    Returns the seed that torch was given.
 
     Raises:
         ValueError: the seed is out of range.
@@ -31,3 +33,4 @@ def seed_generators(seed: int, rank: int | None = None) -> None:
     random.seed(seed)
     np.random.seed(seed if seed < 2**32 else [seed % 2**32, seed // 2**32])
     torch.manual_seed(seed)
+    return seed

@@ -1,0 +1,138 @@
+"""The default process group while a World is open: made and ended by allstep, or the user's own, adopted.
+
+Contract: `open_group` meets the other ranks and initialises torch.distributed; `adopt_group` takes the group that is
+there already. `Group.leave` undoes what `open_group` did, and for an adopted group nothing. If opening fails, nothing
+is left initialised.
+
+Leaving well: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store, waits
+until all have said so, since a rank still at work may need it. Leaving after an error: nothing is waited for. A gloo
+group with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process
+ends; nccl's communicators are aborted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from allstep.errors import WorldError
+from allstep.placement import Placement
+from allstep.world.polling import poll
+from allstep.world.rendezvous import Meeting, meet
+from allstep.world.roll_call import Arrival
+from allstep.world.stores import PrefixStore
+
+_GOODBYE_S = 2.0
+
+
+@dataclass(slots=True)
+class Group:
+    """A process group in use. `owned` says that allstep made it and ends it."""
+
+    backend: str
+    meeting: Meeting
+    rank: int
+    world_size: int
+    owned: bool = field(default=True)
+
+    def leave(self, *, failed: bool, patience: float) -> None:
+        """End the group, if it is allstep's.
+
+        Args:
+            failed: an exception is on its way: wait for nobody.
+            patience: seconds that rank 0 waits for the others otherwise.
+        """
+        if not self.owned:
+            return
+        server, self.meeting.server = self.meeting.server, None
+        if failed:
+            abandon()
+            self._say_goodbye()
+            return
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self._say_goodbye()
+        if server is not None and not poll(self._all_left, time.monotonic() + patience):
+            present = [rank for rank in range(self.world_size) if not self.meeting.store.check([f"left/{rank}"])]
+            warnings.warn(
+                f"rank 0 waited {patience:g} s for ranks {present} to close their World and now leaves without them",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def _all_left(self) -> bool:
+        return bool(self.meeting.store.add("left", 0) >= self.world_size)
+
+    def _say_goodbye(self) -> None:
+        # In a thread, because a store whose server is frozen does not return from a call.
+        thread = threading.Thread(target=self._mark_left, daemon=True, name="allstep-goodbye")
+        try:
+            thread.start()
+        except RuntimeError:  # no new threads once the interpreter is ending
+            self._mark_left()
+        else:
+            thread.join(_GOODBYE_S)
+
+    def _mark_left(self) -> None:
+        with contextlib.suppress(dist.DistError):
+            self.meeting.store.set(f"left/{self.rank}", "")
+            self.meeting.store.add("left", 1)
+
+
+def open_group(placement: Placement, arrival: Arrival, device: torch.device, timeout: float) -> Group:
+    """Meet the other ranks and initialise torch.distributed.
+
+    Raises:
+        WorldError: the ranks did not meet, or the backend could not connect them.
+    """
+    meeting = meet(placement, arrival, timeout)
+    try:
+        dist.init_process_group(
+            arrival.backend,
+            store=PrefixStore("group", meeting.store),
+            rank=placement.rank,
+            world_size=placement.world_size,
+            timeout=timedelta(seconds=timeout),
+            # Bound to its device, nccl connects here and now, where a failure has a name.
+            device_id=device if arrival.backend == "nccl" else None,
+        )
+    except Exception as error:
+        abandon()
+        meeting.server = None  # else the traceback would keep the port taken
+        raise WorldError(
+            f"rank {placement.rank} of {placement.world_size}: {arrival.backend} could not connect the ranks, which "
+            f"had met at {placement.rendezvous}: {error}"
+        ) from error
+    return Group(arrival.backend, meeting, placement.rank, placement.world_size)
+
+
+def adopt_group() -> Group:
+    """The process group that the user's own code initialised."""
+    rank = dist.get_rank()
+    base = PrefixStore("allstep", dist.distributed_c10d._get_default_store())
+    store = PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
+    return Group(dist.get_backend(), Meeting(store), rank, dist.get_world_size(), owned=False)
+
+
+def abandon() -> None:
+    """Forget torch.distributed's groups without waiting for any rank or pending work."""
+    if not dist.is_initialized():
+        return
+    c10d = dist.distributed_c10d
+    groups = list(c10d._world.pg_map)
+    for group in groups:
+        # One reference too many: the destructor of a gloo group, which waits for pending collectives, never runs.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    with contextlib.suppress(RuntimeError):
+        if any("nccl" in c10d._world.pg_map[group][0] for group in groups):
+            c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()

@@ -1,0 +1,313 @@
+"""World: this process' place among the ranks, and the doors to what they do together.
+
+Contract: `allstep.init` makes one and makes it the current World; `close`, or the end of its `with` block, ends it. In
+between, each method that crosses ranks is called by every rank at the same point. With one rank every method has its
+single-process meaning and no process group exists. Used after `close`, methods raise WorldError; attributes stay
+readable. When an exception leaves the `with` block nothing waits for the other ranks.
+
+It is thin on purpose: devices are chosen in `device`, ranks meet in `rendezvous`, collectives are in `collectives`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from allstep.coordination import Alone, Coordinator
+from allstep.data import Loader, SampleSeeding, make_loader
+from allstep.errors import WorldError
+from allstep.parallel import unwrap, wrap_module
+from allstep.placement import Placement
+from allstep.world import current
+from allstep.world.collectives import Collectives
+from allstep.world.device import choose_transport
+from allstep.world.duration import seconds
+from allstep.world.folding import Number, Op
+from allstep.world.group import Group
+from allstep.world.move import to_device
+from allstep.world.seeding import seed_generators
+from allstep.world.turns import first_then_rest
+from allstep.world.xla import seed_device
+
+T = TypeVar("T")
+
+_TURN = timedelta(hours=12)
+
+
+class World:
+    """This process' rank, device and peers; made by `allstep.init`.
+
+    Attributes:
+        placement: where the launcher put this process.
+        device: this rank's device.
+        backend: of the process group; None in a world of one, which has none.
+        seed: what `seed_everything` was given last, or None.
+        coordinator: how engines of this world agree.
+    """
+
+    def __init__(self, placement: Placement, device: torch.device, group: Group | None, timeout: float) -> None:
+        self.placement = placement
+        self.device = device
+        self.backend: str | None = group.backend if group is not None else None
+        self.seed: int | None = None
+        self.coordinator: Coordinator = Alone()
+        self._group = group
+        self._timeout = timeout
+        self._turns = 0
+        self._closed = False
+        transport = choose_transport(device, group.backend) if group is not None else device
+        self._collectives = Collectives(self.rank, self.world_size, device, transport)
+
+    @staticmethod
+    def current() -> World | None:
+        """The World that is open in this process, or None."""
+        return current.current()
+
+    @property
+    def rank(self) -> int:
+        """This process among all, from 0."""
+        return self.placement.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.placement.world_size
+
+    @property
+    def local_rank(self) -> int:
+        """This process among those of its node, from 0."""
+        return self.placement.local_rank
+
+    @property
+    def local_world_size(self) -> int:
+        """Number of ranks on this node."""
+        return self.placement.local_world_size
+
+    @property
+    def node_rank(self) -> int:
+        """This node among all, from 0."""
+        return self.placement.node_rank
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **ddp_options: Any) -> nn.Module:
+        """Move a module to this rank's device and, when there are peers, wrap it in DDP.
+
+        Args and errors as in `allstep.parallel.wrap_module`.
+        """
+        self._check_open("wrap")
+        return wrap_module(module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, **ddp_options)
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank."""
+        self._check_open("unwrap")
+        return unwrap(module)
+
+    def to_device(self, value: T) -> T:
+        """Move all tensors of a nested structure to this rank's device; see `allstep.world.move.to_device`."""
+        self._check_open("to_device")
+        return to_device(value, self.device)
+
+    def loader(
+        self,
+        dataset: Dataset[Any],
+        *,
+        batch_size: int | None = None,
+        global_batch_size: int | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        sample_seeding: SampleSeeding = "sample",
+        seed: int | None = None,
+        **dataloader_options: Any,
+    ) -> Loader:
+        """This rank's part of a dataset, as a torch DataLoader.
+
+        Args:
+            seed: of order and augmentation; by default this World's `seed`, or 0.
+            dataset, batch_size, global_batch_size, shuffle, drop_last, sample_seeding, dataloader_options: see
+                `allstep.data.make_loader`, which raises DataError.
+        """
+        self._check_open("loader")
+        return make_loader(
+            dataset,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=seed if seed is not None else self.seed or 0,
+            batch_size=batch_size,
+            global_batch_size=global_batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            sample_seeding=sample_seeding,
+            device_type=self.device.type,
+            **dataloader_options,
+        )
+
+    @overload
+    def all_reduce(self, x: torch.Tensor, op: Op = "sum") -> torch.Tensor: ...
+    @overload
+    def all_reduce(self, x: Number, op: Op = "sum") -> Any: ...
+    def all_reduce(self, x: torch.Tensor | Number, op: Op = "sum") -> Any:
+        """Reduce a tensor or number over all ranks; every rank gets the result.
+
+        A number is reduced exactly: ints to an int of any size, floats in float64 with one rounding, ranks may mix the
+        two, and `"mean"` is a float. A tensor must have the same shape and dtype on all ranks, any dtype and device;
+        the result is a new tensor there. Integer and bool tensors add and multiply in int64 and stay int64, as in
+        torch, wrapping beyond it; their `"mean"` is float64; 16-bit floats are added in float32 and rounded once.
+
+        Args:
+            x: a tensor, int, float or bool. An int on input is at most 64 bits.
+            op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"product"`.
+
+        Raises:
+            CollectiveError: an unknown op, or what no backend carries.
+        """
+        self._check_open("all_reduce")
+        return self._collectives.all_reduce(x, op)
+
+    @overload
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
+    @overload
+    def all_gather(self, x: Number) -> list[Any]: ...
+    def all_gather(self, x: torch.Tensor | Number) -> list[Any]:
+        """The tensors or numbers of all ranks, in rank order, on every rank.
+
+        Shapes and dtypes may differ. Tensors come back bit for bit on the device of this rank's `x`.
+
+        Raises:
+            CollectiveError: a rank gave something else, on all ranks.
+        """
+        self._check_open("all_gather")
+        return self._collectives.all_gather(x)
+
+    @overload
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
+    @overload
+    def broadcast(self, x: Number | None, src: int = 0) -> Any: ...
+    def broadcast(self, x: torch.Tensor | Number | None, src: int = 0) -> Any:
+        """The tensor or number of rank `src`, on every rank.
+
+        The other ranks need not know its shape or dtype; what they give counts only for its device: the result is on
+        the device of the tensor they gave, else on this rank's.
+
+        Raises:
+            CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
+        """
+        self._check_open("broadcast")
+        return self._collectives.broadcast(x, src)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """One object of each rank, in rank order, on every rank.
+
+        Objects are pickled: keep them small, and put tensors in them on the CPU.
+
+        Raises:
+            CollectiveError: an object cannot be pickled, on all ranks.
+        """
+        self._check_open("gather_objects")
+        return self._collectives.gather_objects(value)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self._check_open("barrier")
+        self._collectives.barrier()
+
+    @contextmanager
+    def main_first(self, *, local: bool = False, timeout: float | timedelta = _TURN) -> Iterator[None]:
+        """Run the body on the main rank, then on all others: a download, a preprocessing step that leaves a cache.
+
+        If the body raises on the main rank, the others run theirs all the same and the exception goes on there.
+
+        Args:
+            local: each node's local rank 0 goes first on its node, for what lies on a disk of the node.
+            timeout: seconds, or a timedelta, that the others wait; 12 hours by default.
+
+        Raises:
+            WorldError: the first rank did not finish in time or is gone, on the others.
+        """
+        self._check_open("main_first")
+        limit = seconds("timeout", timeout)
+        self._turns += 1
+        if self._group is None:
+            yield
+            return
+        key = f"turn/{self._turns}/{self.node_rank if local else 'all'}"
+        first = self.local_rank == 0 if local else self.is_main
+        with first_then_rest(self._group.meeting.store, key, first=first, timeout=limit):
+            yield
+
+    def print(self, *values: object, **options: Any) -> None:
+        """`print` on the main rank, flushed; nothing on the others."""
+        self._check_open("print")
+        if self.is_main:
+            print(*values, **{"flush": True, **options})
+
+    def seed_everything(self, seed: int, *, per_rank: bool = False) -> int:
+        """Seed Python's, numpy's and torch's generators, on all devices, and this World's loaders.
+
+        Args:
+            seed: 0 to 2^63 - 1, the same on all ranks.
+            per_rank: give each rank a stream of its own, derived from (seed, rank). Without it all ranks draw the same
+                numbers: right while a model is built and wherever ranks must decide alike. With it ranks draw
+                different dropout masks and noise: right for training. Call it once each way, in this order.
+
+        Returns:
+            The seed.
+
+        Raises:
+            ValueError, TypeError: the seed is out of range or no integer.
+        """
+        self._check_open("seed_everything")
+        used = seed_generators(seed, self.rank if per_rank else None)
+        if self.device.type == "xla":
+            seed_device(used)
+        self.seed = seed
+        return seed
+
+    def close(self) -> None:
+        """End the World and its process group (an adopted group stays). Rank 0 waits for the others; twice is once."""
+        self._leave(failed=False, patience=self._timeout)
+
+    def __enter__(self) -> World:
+        self._check_open("with")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
+        self._leave(failed=failed, patience=self._timeout)
+
+    def leave_at_exit(self) -> None:
+        """What `init` registers for a World that nobody closed before the interpreter ends."""
+        failed = getattr(sys, "last_value", None) is not None
+        self._leave(failed=failed, patience=min(self._timeout, 5.0))
+
+    def _leave(self, *, failed: bool, patience: float) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        current.remove(self)
+        atexit.unregister(self.leave_at_exit)
+        if self._group is not None:
+            self._group.leave(failed=failed, patience=patience)
+
+    def _check_open(self, name: str) -> None:
+        if self._closed:
+            raise WorldError(f"{name} was used on a World that is closed; call allstep.init() for a new one")
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._closed else ""
+        place = f"rank={self.rank}, world_size={self.world_size}"
+        return f"World({place}, device={self.device}, backend={self.backend}{state})"

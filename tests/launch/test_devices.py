@@ -1,0 +1,91 @@
+"""How many workers `auto` means, as tables over environment and hardware."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from allstep.launch.devices import (
+    Devices,
+    Hardware,
+    device_environment,
+    parse_listing,
+    probe_hardware,
+    visible_devices,
+)
+
+NONE = Hardware()
+FOUR = Hardware(("GPU-aa01", "GPU-aa02", "GPU-bb03", "GPU-cc04"))
+FOUR_UNNAMED = Hardware(("",) * 4)
+SLICED = Hardware(("GPU-aa01",), ("MIG-1", "MIG-2", "MIG-3"))
+
+
+@pytest.mark.parametrize(
+    ("listed", "hardware", "names"),
+    [
+        (None, NONE, ()),
+        (None, FOUR, ("0", "1", "2", "3")),
+        (None, FOUR_UNNAMED, ("0", "1", "2", "3")),
+        ("0", FOUR, ("0",)),
+        ("2,0", FOUR, ("2", "0")),
+        (" 1 , 3 ", FOUR, ("1", "3")),
+        ("0,1", NONE, ()),  # listed, but the machine has none
+        ("0,1,7,2", FOUR, ("0", "1")),  # the first that names nothing ends the list
+        ("0,-1,1", FOUR, ("0",)),
+        ("1,1", FOUR, ()),  # CUDA takes no device named twice
+        ("GPU-aa01,GPU-cc", FOUR, ("GPU-aa01", "GPU-cc")),  # a beginning is enough
+        ("GPU-aa01,GPU-zz", FOUR, ("GPU-aa01",)),
+        ("GPU-aa01,GPU-zz", FOUR_UNNAMED, ("GPU-aa01", "GPU-zz")),
+        ("MIG-1,MIG-3", SLICED, ("MIG-1", "MIG-3")),
+        (None, SLICED, ("MIG-1", "MIG-2", "MIG-3")),
+    ],
+)
+def test_visible_devices_are_those_that_cuda_would_show(
+    listed: str | None, hardware: Hardware, names: tuple[str, ...]
+) -> None:
+    environ = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
+    assert visible_devices(environ, lambda: hardware).names == names
+
+
+@pytest.mark.parametrize("listed", ["", " ", "-1", "NoDevFiles", "none", "all"])
+def test_the_hardware_is_not_asked_where_the_environment_hides_it(listed: str) -> None:
+    def probe() -> Hardware:
+        raise AssertionError("asked")
+
+    assert visible_devices({"CUDA_VISIBLE_DEVICES": listed}, probe) == Devices()
+
+
+def test_each_worker_is_shown_its_own_mig_instance_and_others_see_all_devices() -> None:
+    mig = visible_devices({}, lambda: SLICED)
+    assert device_environment(mig, 1, 3) == {"CUDA_VISIBLE_DEVICES": "MIG-2"}
+    assert device_environment(mig, 1, 4) == {}
+    assert device_environment(visible_devices({}, lambda: FOUR), 1, 4) == {}
+
+
+def test_the_listing_of_nvidia_smi_gives_gpus_and_mig_instances() -> None:
+    text = (
+        "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77)\n"
+        "  MIG 3g.20gb     Device  0: (UUID: MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f)\n"
+        "  MIG 2g.10gb     Device  1: (UUID: MIG-GPU-5d5ba0d6/5/0)\n"
+        "GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-7b1a0000-d33d-2b2c-524d-9e3d8d2b8a77)\n"
+    )
+    assert parse_listing(text) == Hardware(
+        ("GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77", "GPU-7b1a0000-d33d-2b2c-524d-9e3d8d2b8a77"),
+        ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", "MIG-GPU-5d5ba0d6/5/0"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "gpus"),
+    [("echo 'GPU 0: H200 (UUID: GPU-12ab)'", ("GPU-12ab",)), ("echo 'GPU 0: H200 (UUID: GPU-12ab)'; exit 9", ())],
+)
+def test_the_probe_believes_nvidia_smi_unless_it_fails(
+    script: str, gpus: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert probe_hardware() == Hardware(gpus)

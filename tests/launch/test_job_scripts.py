@@ -1,0 +1,50 @@
+"""The ready job scripts in launch/ start what they say."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from allstep.cli.run import split_command
+from tests.launch.command import LIMIT, environment, script
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_torchrun_sh_starts_the_processes_it_is_told_to(tmp_path: Path) -> None:
+    """With an environment that is there already: making one is launch/environment.sh's part."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch/torchrun.sh", tmp_path / "launch")
+    ready = f"allstep_environment() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n"
+    (tmp_path / "launch/environment.sh").write_text(ready)
+    script(tmp_path, "print(rank, os.environ['WORLD_SIZE'], sys.argv[1:], flush=True)")
+    result = subprocess.run(
+        [tmp_path / "launch/torchrun.sh", "script.py", "--lr", "0.1"],
+        env=environment({"NPROC": "2"}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == [f"{rank} 2 ['--lr', '0.1']" for rank in range(2)]
+
+
+def test_the_kubernetes_job_runs_an_example_with_a_configuration_that_exists() -> None:
+    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    line = [*container["command"], *container["args"]]
+    options = frozenset({"--runs", "--grace", "--config"})
+    assert line[:2] == ["allstep", "run"]
+    own, rest = split_command(line[2:], options)
+    assert (ROOT / own[own.index("--config") + 1]).is_file()
+    assert (ROOT / rest[0]).is_file()
+    assert float(own[own.index("--grace") + 1]) < pod["terminationGracePeriodSeconds"]

@@ -1,0 +1,87 @@
+"""What workers are started with, as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from allstep.launch.devices import Devices
+from allstep.launch.plan import Command, WorkerPlan, plan_workers, worker_count
+from allstep.launch.settings import LaunchSettings
+
+
+def plan(
+    environ: dict[str, str], *, cores: int = 8, devices: Devices | None = None, **settings: Any
+) -> tuple[WorkerPlan, ...]:
+    return plan_workers(
+        LaunchSettings(**settings),
+        Command("train.py"),
+        environ=environ,
+        devices=devices or Devices(),
+        cores=cores,
+        port=4711,
+        run_id="r",
+        attempt=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "workers"),
+    [
+        ({}, (), 1),
+        ({}, ("0", "1", "2"), 3),
+        ({"cpu_processes": 2}, (), 2),
+        ({"cpu_processes": 2}, ("0",), 1),
+        ({"nproc": 5}, ("0",), 5),
+        ({"nproc": 1}, ("0", "1"), 1),
+    ],
+)
+def test_auto_is_one_worker_per_device_and_a_number_is_that_number(
+    settings: dict[str, Any], devices: tuple[str, ...], workers: int
+) -> None:
+    assert worker_count(LaunchSettings(**settings), Devices(devices)) == workers
+
+
+def test_each_worker_has_the_environment_that_torchrun_would_give_it() -> None:
+    second = plan({"HOME": "/h", "RANK": "7"}, nproc=2)[1].environment
+    expected = {
+        "HOME": "/h",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "4711",
+        "TORCHELASTIC_RUN_ID": "r",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+        "ALLSTEP_RUN_ID": "r",
+        "ALLSTEP_ATTEMPT": "2",
+        "PYTHONUNBUFFERED": "1",
+    }
+    assert expected.items() <= second.items()
+
+
+@pytest.mark.parametrize(
+    ("environ", "env", "nproc", "cores", "threads"),
+    [
+        ({}, {}, 2, 8, "4"),
+        ({}, {}, 3, 8, "2"),
+        ({}, {}, 4, 2, "1"),
+        ({"OMP_NUM_THREADS": "6"}, {}, 2, 8, "6"),
+        ({}, {"OMP_NUM_THREADS": "5"}, 2, 8, "5"),
+        ({"OMP_NUM_THREADS": "6"}, {"OMP_NUM_THREADS": "5"}, 2, 8, "5"),
+        ({}, {}, 1, 8, None),  # alone, as under plain python
+    ],
+)
+def test_cores_are_divided_among_workers_unless_the_user_did(
+    environ: dict[str, str], env: dict[str, str], nproc: int, cores: int, threads: str | None
+) -> None:
+    for worker in plan(environ, cores=cores, nproc=nproc, env=env):
+        assert worker.environment.get("OMP_NUM_THREADS") == threads
+
+
+def test_mig_instances_are_shown_one_to_a_worker_over_what_was_inherited() -> None:
+    workers = plan({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, devices=Devices(("MIG-a", "MIG-b"), apart=True))
+    assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["MIG-a", "MIG-b"]

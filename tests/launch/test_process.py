@@ -1,0 +1,47 @@
+"""A worker's process as the supervisor holds it, with pidfd and without."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from pathlib import Path
+
+import pytest
+
+from allstep.launch.plan import Command, WorkerPlan
+from allstep.launch.process import start_worker
+from tests.launch.command import LIMIT, alive, script
+
+
+def plan(target: Path) -> WorkerPlan:
+    return WorkerPlan(run_id="r", rank=0, world_size=2, environment=dict(os.environ), command=Command(str(target)))
+
+
+@pytest.mark.parametrize("pidfd", [True, False])
+@pytest.mark.parametrize(("text", "returncode"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9), ("", 0)])
+def test_the_end_of_a_worker_makes_its_descriptor_readable_and_is_told(
+    text: str, returncode: int, pidfd: bool, tmp_path: Path
+) -> None:
+    worker = start_worker(plan(script(tmp_path, text)), pidfd=pidfd)
+    try:
+        assert select.select([worker.exit_fd], [], [], LIMIT)[0]
+        assert worker.returncode() == returncode
+        worker.send(signal.SIGTERM)  # to one that has ended: nothing
+    finally:
+        worker.release()
+
+
+@pytest.mark.parametrize("pidfd", [True, False])
+def test_release_kills_a_worker_and_what_it_started(pidfd: bool, tmp_path: Path) -> None:
+    text = "import signal\nchild = os.fork()\nif child:\n    print(child, flush=True)\nsignal.pause()"
+    worker = start_worker(plan(script(tmp_path, text)), pidfd=pidfd)
+    try:
+        child = int(os.read(worker.stdout, 100))
+        assert not select.select([worker.exit_fd], [], [], 0)[0]
+        assert alive(child)
+        copy = os.pidfd_open(child)
+    finally:
+        worker.release()
+    assert select.select([copy], [], [], LIMIT)[0]
+    os.close(copy)

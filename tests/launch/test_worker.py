@@ -1,0 +1,204 @@
+"""A worker's script runs as it would under plain python."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.command import environment, run, script
+
+SAY_ALL = """
+import json
+main = sys.modules["__main__"]
+print(json.dumps({
+    "argv": sys.argv,
+    "orig_argv": sys.orig_argv,
+    "path": sys.path,
+    "file": __file__,
+    "name": __name__,
+    "spec": getattr(__spec__, "name", None),
+    "package": __package__,
+    "doc": __doc__,
+    "globals": sorted(globals()),
+    "main is this": vars(main) is globals(),
+    "loader": type(__loader__).__name__,
+    "annotations": __annotations__ if sys.version_info < (3, 14) else None,
+    "torch": "torch" in sys.modules,
+    "allstep": "allstep" in sys.modules,
+}))
+"""
+
+
+def plain(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(env) | {"RANK": "0"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["script.py"],
+        ["script.py", "--nproc", "3", "-m", "--", "--help", ""],
+        ["deep/script.py", "x"],
+        ["link.py"],
+        ["folder", "x"],
+        ["archive.zip"],
+        ["-m", "package.module", "-m", "x"],
+        ["-m", "package"],
+    ],
+    ids=" ".join,
+)
+def test_argv_path_and_main_are_what_plain_python_gives(command: list[str], tmp_path: Path) -> None:
+    for name in ("script.py", "deep/script.py", "folder/__main__.py", "package/module.py", "package/__main__.py"):
+        script(tmp_path, SAY_ALL, name)
+    (tmp_path / "package/__init__.py").touch()
+    (tmp_path / "link.py").symlink_to("deep/script.py")
+    subprocess.run(
+        [sys.executable, "-m", "zipfile", "-c", "../archive.zip", "__main__.py"], cwd=tmp_path / "folder", check=True
+    )
+    expected = plain(tmp_path, *command)
+    assert expected.returncode == 0, expected.stderr
+    assert run(tmp_path, "--nproc", "1", *command).stdout == expected.stdout
+
+
+def test_the_current_folder_is_not_searched_for_what_the_bootstrap_needs(tmp_path: Path) -> None:
+    for name in ("runpy.py", "contextlib.py", "select.py", "allstep.py", "deep/signal.py"):
+        script(tmp_path, "raise SystemExit('wrong module')", name)
+    script(tmp_path, "print('right')", "deep/script.py")
+    result = subprocess.run(
+        [Path(sys.executable).with_name("allstep"), "run", "deep/script.py"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr
+
+
+def test_safe_path_is_respected(tmp_path: Path) -> None:
+    script(tmp_path, SAY_ALL)
+    env = {"PYTHONSAFEPATH": "1"}
+    assert run(tmp_path, "script.py", env=env).stdout == plain(tmp_path, "script.py", env=env).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("def f():\n    raise ValueError('bad')\nf()", 1),
+        ("try:\n    1 / 0\nexcept ZeroDivisionError:\n    raise KeyError('x')", 1),
+        ("print('a'\n", 1),
+        ("sys.exit(7)", 7),
+        ("sys.exit('words')", 1),
+        ("sys.exit()", 0),
+        ("raise KeyboardInterrupt", -2),
+        ("def hook(*error):\n    print('hooked', error[0], error[2].tb_lineno)\nsys.excepthook = hook\nint('x')", 1),
+        ("import atexit; atexit.register(print, 'at exit'); raise OSError('x')", 1),
+        ("import threading; threading.Thread(target=lambda: print('thread done')).start()", 0),
+    ],
+    ids=range(10),
+)
+def test_an_end_is_told_as_plain_python_tells_it(text: str, code: int, tmp_path: Path) -> None:
+    script(tmp_path, text)
+    expected = plain(tmp_path, "script.py")
+    result = run(tmp_path, "script.py")
+    said = result.stderr.partition("\n")[2].partition("allstep: ")[0]
+    assert expected.returncode == code
+    assert (result.stdout, said) == (expected.stdout, expected.stderr)
+    assert result.returncode == (code if code >= 0 else 128 - code)
+
+
+def test_a_module_that_is_not_there_is_told_as_plain_python_tells_it(tmp_path: Path) -> None:
+    result = run(tmp_path, "-m", "absent.module")
+    assert result.returncode == 1
+    assert plain(tmp_path, "-m", "absent.module").stderr in result.stderr
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("module", [False, True], ids=["script", "module"])
+def test_a_script_can_start_processes_of_its_own(method: str, module: bool, tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        f"""
+import multiprocessing
+class Item:
+    pass
+def work(item):
+    return type(item).__name__, os.getpid()
+if __name__ == "__main__":
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
+        name, pid = pool.apply(work, (Item(),))
+        print(name, pid != os.getpid())
+""",
+    )
+    result = run(
+        tmp_path, "--nproc", "2", *(["-m", "script"] if module else ["script.py"]), env={"PYTHONWARNINGS": "error"}
+    )
+    assert (result.returncode, sorted(result.stdout.splitlines())) == (0, ["[0] Item True", "[1] Item True"]), (
+        result.stderr
+    )
+
+
+def test_a_crash_in_native_code_leaves_a_python_stack(tmp_path: Path) -> None:
+    script(tmp_path, "import ctypes\ndef crash():\n    ctypes.string_at(0)\ncrash()")
+    result = run(tmp_path, "script.py")
+    assert result.returncode == 139
+    assert "killed by SIGSEGV (exit code 139)" in result.stderr
+    assert re.search(r"    Fatal Python error: Segmentation fault(.|\n)*line \d+ in crash", result.stderr)
+
+
+def test_where_the_kernel_cannot_tie_processes_a_thread_ends_the_group(tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        "import signal\nfrom allstep.launch import worker\n"
+        "worker._die_with_parent = worker._kill_group_on_close = lambda *_: False\n"
+        "worker.tie_to_supervisor(os.getppid(), int(sys.argv[1]))\n"
+        "os.fork()\nprint('tied', flush=True)\nsignal.pause()\n",
+    )
+    read_end, write_end = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "script.py", str(read_end)],
+        cwd=tmp_path,
+        pass_fds=(read_end,),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+    ) as process:
+        os.close(read_end)
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == [b"tied\n"] * 2
+        os.close(write_end)
+        assert process.wait(60) == -9
+        assert process.stdout.read() == b""  # the child that shares the pipe is gone too
+
+
+def test_a_worker_whose_supervisor_is_gone_before_it_is_tied_leaves(tmp_path: Path) -> None:
+    bootstrap = Path(__file__).parents[2] / "src/allstep/launch/worker.py"
+    target = script(tmp_path, "print('ran')")
+    read_end, write_end = os.pipe()
+    try:
+        result = subprocess.run(
+            [sys.executable, bootstrap, "999999999", str(read_end), "script", target],
+            pass_fds=(read_end,),
+            start_new_session=True,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+    assert (result.returncode, result.stdout) == (-9, b"")

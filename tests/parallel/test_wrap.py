@@ -1,0 +1,85 @@
+"""Wrapping a module in DDP and getting it back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allstep.errors import ParallelError
+from allstep.parallel import unwrap, wrap_module
+from allstep.testing import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def test_a_world_of_one_gets_its_own_module_back():
+    module = nn.Linear(2, 2)
+    assert wrap_module(module, CPU, 1) is module
+
+
+def test_a_world_of_one_moves_the_module():
+    assert wrap_module(nn.Linear(2, 2), torch.device("meta"), 1).weight.device.type == "meta"
+
+
+def test_sync_batchnorm_means_nothing_in_a_world_of_one():
+    module = nn.BatchNorm1d(2)
+    assert wrap_module(module, CPU, 1, sync_batchnorm=True) is module
+
+
+def test_sync_batchnorm_on_the_cpu_is_an_error_that_says_why():
+    with pytest.raises(ParallelError, match=r"sync_batchnorm=True.*CUDA only.*cpu"):
+        wrap_module(nn.BatchNorm1d(2), CPU, 2, sync_batchnorm=True)
+
+
+def test_a_module_without_trainable_parameters_is_only_moved():
+    module = nn.Linear(2, 2).requires_grad_(False)
+    assert wrap_module(module, CPU, 2) is module
+
+
+def test_unwrap_of_a_bare_module_is_itself():
+    module = nn.Linear(2, 2)
+    assert unwrap(module) is module
+
+
+def test_unwrap_goes_through_data_parallel_and_compile_in_any_nesting():
+    module = nn.Linear(2, 2)
+    assert unwrap(torch.compile(nn.DataParallel(torch.compile(module)))) is module
+
+
+def gradients(world):
+    """The wrapped module's gradients on this rank's half of a batch, and the bare module's on all of it."""
+    torch.manual_seed(world.rank)  # DDP has to make the ranks' different weights equal
+    module = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+    wrapped = world.wrap(module)
+    batch = torch.arange(12.0).reshape(4, 3) / 12
+    wrapped(batch[world.rank * 2 : world.rank * 2 + 2]).mean().backward()
+    averaged = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    module(batch).mean().backward()
+    whole = [parameter.grad for parameter in module.parameters()]
+    facts = (type(wrapped) is DistributedDataParallel, wrapped.gradient_as_bucket_view, world.unwrap(wrapped) is module)
+    return averaged, whole, facts
+
+
+def test_gradients_of_two_ranks_are_those_of_the_whole_batch_on_both():
+    (first, whole, facts), (second, _, _) = run_ranks(gradients, 2)
+    assert facts == (True, True, True)
+    for mine, theirs, all_samples in zip(first, second, whole, strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, all_samples)
+
+
+def wrap_twice(world):
+    wrapped = world.wrap(nn.Linear(2, 2), gradient_as_bucket_view=False, broadcast_buffers=False)
+    try:
+        world.wrap(wrapped)
+    except ParallelError as error:
+        return wrapped.gradient_as_bucket_view, wrapped.broadcast_buffers, str(error)
+
+
+def test_ddp_options_hold_over_defaults_and_wrapping_twice_is_refused():
+    for bucket_view, buffers, message in run_ranks(wrap_twice, 2):
+        assert (bucket_view, buffers) == (False, False)
+        assert "wrapped in DDP already" in message

@@ -1,0 +1,47 @@
+"""The job script launch/slurm.sbatch under a real SLURM."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+JOB = str(Path(__file__).parents[2] / "launch/slurm.sbatch")
+
+
+@pytest.fixture
+def submit_folder(cluster: Cluster) -> Iterator[Path]:
+    """Jobs are submitted from here, where a repository has its .venv."""
+    environment = cluster.folder / ".venv"
+    environment.symlink_to(sys.prefix)
+    yield cluster.folder
+    environment.unlink()
+
+
+def test_the_job_script_runs_a_rank_per_task(cluster: Cluster, submit_folder: Path) -> None:
+    script = submit_folder / "where.py"
+    script.write_text(
+        "import os, sys\nfrom allstep.placement import detect\nplace = detect(os.environ)\n"
+        "print(place.rank, place.world_size, place.nodes, sys.argv[1:])\n"
+    )
+    done = cluster.run("sbatch", "--wait", "--parsable", "--nodes=2", JOB, "where.py", "--lr", "0.1")
+    assert done.returncode == 0, done.stderr
+    said = (submit_folder / f"slurm-{done.stdout.strip()}.log").read_text().splitlines()
+    assert sorted(said) == [f"{rank}: {rank} 4 2 ['--lr', '0.1']" for rank in range(4)]
+
+
+def test_a_failed_task_ends_the_job_and_its_code_comes_out(cluster: Cluster, submit_folder: Path) -> None:
+    script = submit_folder / "fail.py"
+    script.write_text(
+        "import os, signal, sys\nif os.environ['SLURM_PROCID'] == '1':\n    sys.exit(5)\nsignal.pause()\n"
+    )
+    done = cluster.run("sbatch", "--wait", "--parsable", JOB, "fail.py")
+    said = (submit_folder / f"slurm-{done.stdout.strip()}.log").read_text()
+    assert done.returncode == 5, said
+    assert "task 1: Exited with exit code 5" in said

@@ -1,0 +1,90 @@
+"""How whole processes end: what is about the interpreter's exit cannot be seen from inside a rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from allstep.launch.environment import worker_environment
+from allstep.launch.port import ReservedPort
+from allstep.world.polling import poll
+
+pytestmark = pytest.mark.slow
+
+RAISES_WITH_A_PENDING_COLLECTIVE = """
+import pathlib, sys, time
+import torch, torch.distributed as dist
+import allstep
+with allstep.init(timeout=300) as world:
+    if world.rank == 1:
+        work = dist.all_reduce(torch.ones(3), async_op=True)
+        raise RuntimeError("boom")
+    while True:
+        time.sleep(1)
+"""
+
+NEVER_CLOSES = """
+import atexit, os, pathlib, sys, time
+import allstep
+from allstep.world.polling import poll
+ending = pathlib.Path(sys.argv[1], "main rank is ending")
+world = allstep.init(timeout=60)
+if world.is_main:
+    with world.main_first():
+        pass
+    atexit.register(ending.touch)
+else:
+    assert poll(ending.exists, time.monotonic() + 30)
+    with world.main_first():
+        print("my turn")
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path):
+    """Starts a script as two ranks; whatever is left of them at the end is killed."""
+    processes: list[subprocess.Popen[str]] = []
+    with ReservedPort() as reserved:
+
+        def start_two(script: str) -> list[subprocess.Popen[str]]:
+            (tmp_path / "script.py").write_text(script)
+            for rank in range(2):
+                place = worker_environment(
+                    rank=rank,
+                    world_size=2,
+                    local_rank=rank,
+                    local_world_size=2,
+                    master_addr="127.0.0.1",
+                    master_port=reserved.port,
+                    run_id="leaving",
+                )
+                command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
+                environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
+                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+                processes.append(subprocess.Popen(command, env=environment, **pipes))
+            return processes
+
+        yield start_two
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def test_a_process_that_raises_with_a_collective_pending_ends_with_its_traceback(start):
+    _, raising = start(RAISES_WITH_A_PENDING_COLLECTIVE)
+    _, stderr = raising.communicate(timeout=60)
+    assert raising.returncode == 1
+    assert "RuntimeError: boom" in stderr
+
+
+def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(start):
+    main, other = start(NEVER_CLOSES)
+    stdout, stderr = other.communicate(timeout=60)
+    assert (other.returncode, stdout) == (0, "my turn\n"), stderr
+    assert poll(lambda: main.poll() is not None, time.monotonic() + 30)
+    assert main.returncode == 0

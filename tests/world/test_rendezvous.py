@@ -1,0 +1,182 @@
+"""Ranks finding each other through real stores; each rank is a thread here, since the store's clients do not mind."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+
+from allstep.errors import WorldError
+from allstep.launch.port import ReservedPort
+from allstep.placement import Placement, Rendezvous
+from allstep.world.rendezvous import meet
+from allstep.world.roll_call import Arrival
+from allstep.world.stores import TCPStore
+
+HOST = "127.0.0.1"
+
+
+def placement(rank: int, ports: tuple[int, ...], world_size: int = 2, **options) -> Placement:
+    return Placement(
+        "slurm",
+        rank=rank,
+        world_size=world_size,
+        local_rank=rank,
+        local_world_size=world_size,
+        rendezvous=Rendezvous(options.pop("host", HOST), ports, agent_store=options.pop("agent_store", False)),
+        run_id=options.pop("run_id", "job-1.0"),
+        **options,
+    )
+
+
+def arrival(place: Placement, **changes) -> Arrival:
+    return replace(Arrival(place.rank, place.world_size, "here", 100 + place.rank, "cpu", "gloo"), **changes)
+
+
+def meet_all(places: list[Placement], timeout: float = 30.0, arrivals: list[Arrival] | None = None):
+    """What `meet` returned or raised, for each rank; all call it at once."""
+    arrivals = arrivals or [arrival(place) for place in places]
+    with ThreadPoolExecutor(len(places)) as pool:
+        calls = [pool.submit(meet, place, own, timeout) for place, own in zip(places, arrivals, strict=True)]
+        return [call.exception() or call.result() for call in calls]
+
+
+@pytest.fixture
+def ports() -> Iterator[tuple[int, ...]]:
+    with contextlib.ExitStack() as stack:
+        yield tuple(stack.enter_context(ReservedPort()).port for _ in range(3))
+
+
+def assert_one_store(meetings) -> None:
+    meetings[0].store.set("from-zero", "hello")
+    assert [meeting.store.get("from-zero") for meeting in meetings] == [b"hello"] * len(meetings)
+
+
+def test_all_ranks_get_one_store(ports):
+    assert_one_store(meet_all([placement(rank, ports[:1], 3) for rank in range(3)]))
+
+
+def test_a_port_taken_beforehand_is_passed_over(ports):
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("", ports[0]))
+        taken.listen()
+        closer = threading.Thread(target=close_connections, args=(taken,), daemon=True)
+        closer.start()
+        meetings = meet_all([placement(rank, ports[:2]) for rank in range(2)])
+        assert_one_store(meetings)
+        assert meetings[0].server.port == ports[1]
+
+
+def close_connections(listener: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            listener.accept()[0].close()
+
+
+def test_a_service_that_accepts_and_says_nothing_is_passed_over(ports):
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        silent.bind(("", ports[0]))
+        silent.listen()
+        meetings = meet_all([placement(rank, ports[:2]) for rank in range(2)])
+        assert_one_store(meetings)
+
+
+def test_a_strangers_store_is_passed_over(ports):
+    stranger = TCPStore(HOST, ports[0], None, True, timedelta(seconds=5), wait_for_workers=False)
+    stranger.set("allstep/job-2.0/0", "met here")
+    meetings = meet_all([placement(rank, ports[:2]) for rank in range(2)])
+    assert_one_store(meetings)
+    assert meetings[1].server is None
+    assert meetings[0].server.port == ports[1]
+    assert not stranger.check(["allstep/job-1.0/0"])
+
+
+def test_the_store_of_an_earlier_attempt_is_a_strangers(ports):
+    earlier = meet_all([placement(rank, ports[:2]) for rank in range(2)])
+    earlier[0].store.set("key", "old")
+    later = meet_all([placement(rank, ports[:2], attempt=1) for rank in range(2)])
+    assert later[0].server.port == ports[1]
+    assert not later[1].store.check(["key"])
+
+
+def test_rank_zero_names_the_ports_when_all_are_taken(ports):
+    strangers = [TCPStore(HOST, port, None, True, timedelta(seconds=5), wait_for_workers=False) for port in ports[:2]]
+    place = placement(0, ports[:2])
+    with pytest.raises(WorldError, match=f"cannot serve .* port {ports[0]}, {ports[1]} in use") as raised:
+        meet(place, arrival(place), 5.0)
+    assert "MASTER_PORT" in str(raised.value)
+    assert len(strangers) == 2
+
+
+def test_a_rank_that_finds_nobody_says_where_it_looked(ports):
+    stranger = TCPStore(HOST, ports[1], None, True, timedelta(seconds=5), wait_for_workers=False)
+    place = placement(1, ports[:2])
+    with pytest.raises(WorldError) as raised:
+        meet(place, arrival(place), 0.2)
+    message = str(raised.value)
+    assert f"rank 1 of 2 (run 'job-1.0', attempt 0) did not meet the others at {HOST}" in message
+    assert f"port {ports[0]}: nothing answers" in message
+    assert f"port {ports[1]}: another job's store" in message
+    assert "firewall" in message
+    assert stranger.check(["allstep/job-1.0/0"]) is False
+
+
+def test_a_host_name_that_does_not_resolve_is_named(ports):
+    place = placement(1, ports[:1], host="no-such-host.invalid")
+    with pytest.raises(WorldError, match=r"no-such-host.invalid .*does not resolve"):
+        meet(place, arrival(place), 0.1)
+
+
+def test_ranks_that_do_not_come_are_named_on_all_that_did(ports):
+    errors = meet_all([placement(rank, ports[:1], 4) for rank in (0, 2)], timeout=1.0)
+    for error in errors:
+        assert isinstance(error, WorldError)
+        assert "2 of 4 ranks did not arrive within 1 s: 1, 3;" in str(error)
+
+
+def test_two_processes_with_one_rank_are_named(ports):
+    places = [placement(0, ports[:1]), placement(1, ports[:1]), placement(1, ports[:1])]
+    arrivals = [arrival(places[0]), arrival(places[1]), arrival(places[2], pid=999)]
+    first, *twins = meet_all(places, arrivals=arrivals)
+    assert not isinstance(first, Exception)
+    (error,) = [twin for twin in twins if isinstance(twin, Exception)]
+    assert "two processes are rank 1" in str(error)
+    assert "process 999 on here" in str(error)
+    assert "process 101 on here" in str(error)
+
+
+def test_ranks_at_odds_all_get_the_same_error(ports):
+    places = [placement(rank, ports[:1]) for rank in range(2)]
+    first, second = meet_all(places, arrivals=[arrival(places[0]), arrival(places[1], backend="nccl")])
+    assert isinstance(first, WorldError)
+    assert str(first) == str(second)
+    assert "disagree about backend" in str(first)
+
+
+def test_two_ranks_on_one_gpu_are_refused_before_nccl_is_asked(ports):
+    places = [placement(rank, ports[:1]) for rank in range(2)]
+    shared = [arrival(place, device_type="cuda", backend="nccl", accelerator="GPU-7") for place in places]
+    for error in meet_all(places, arrivals=shared):
+        assert "same CUDA device, GPU-7" in str(error)
+
+
+def test_an_agents_store_is_shared_over_attempts_and_worlds_without_mixing_them(ports):
+    agent = TCPStore(HOST, ports[0], None, True, timedelta(seconds=5), wait_for_workers=False)
+
+    def together(**options):
+        meetings = meet_all([placement(rank, ports[:1], agent_store=True, **options) for rank in range(2)])
+        assert [meeting.server for meeting in meetings] == [None, None]
+        fresh = not meetings[1].store.check(["from-zero"])
+        assert_one_store(meetings)
+        return fresh
+
+    assert [together(), together(), together(attempt=1)] == [True] * 3
+    assert agent.num_keys() > 0
