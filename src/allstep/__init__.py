@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         create_supervised_trainer,
     )
     from allstep.errors import AllstepError
+    from allstep.handlers import EarlyStopping, StopOnSignal, TerminateOnNan, TimeLimit
     from allstep.placement import Placement
     from allstep.world import World, init
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Alone": "allstep.coordination",
     "AllstepError": "allstep.errors",
     "Coordinator": "allstep.coordination",
+    "EarlyStopping": "allstep.handlers",
     "Engine": "allstep.engine",
     "EventEnum": "allstep.engine",
     "Events": "allstep.engine",
@@ -37,6 +39,9 @@ _HOMES = {
     "Placement": "allstep.placement",
     "ShardedBatchSampler": "allstep.data",
     "State": "allstep.engine",
+    "StopOnSignal": "allstep.handlers",
+    "TerminateOnNan": "allstep.handlers",
+    "TimeLimit": "allstep.handlers",
     "World": "allstep.world",
     "create_supervised_evaluator": "allstep.engine",
     "create_supervised_trainer": "allstep.engine",
@@ -48,6 +53,7 @@ __all__ = [
     "Alone",
     "AllstepError",
     "Coordinator",
+    "EarlyStopping",
     "Engine",
     "EventEnum",
     "Events",
@@ -55,6 +61,9 @@ __all__ = [
     "Placement",
     "ShardedBatchSampler",
     "State",
+    "StopOnSignal",
+    "TerminateOnNan",
+    "TimeLimit",
     "World",
     "__version__",
     "create_supervised_evaluator",

@@ -51,3 +51,30 @@ class DataError(AllstepError, ValueError):
 
 class EngineError(AllstepError, RuntimeError):
     """The engine was used in a way that cannot work, such as running one that is running already."""
+
+
+class AgreementError(AllstepError, RuntimeError):
+    """Ranks that have to act alike did not; every rank that takes part raises the same."""
+
+
+class TermsError(AgreementError):
+    """Ranks began a run with different arguments."""
+
+
+class DivergenceError(AgreementError):
+    """Ranks came to different votes: one ended, or took another course, alone."""
+
+
+class UnevenDataError(AgreementError):
+    """Ranks have different numbers of batches and the run's policy is "error". `counts` has each rank's number."""
+
+    def __init__(self, message: str, *, counts: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.counts = counts
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _uneven, (str(self), self.counts)
+
+
+def _uneven(message: str, counts: tuple[int, ...]) -> UnevenDataError:
+    return UnevenDataError(message, counts=counts)

@@ -1,6 +1,27 @@
-"""How ranks agree: the `Coordinator` protocol and `Alone`, its meaning in a world of one."""
+"""How ranks agree: the `Coordinator` protocol with its implementations, and the pure logic of votes and ledgers."""
 
 from allstep.coordination.alone import Alone
-from allstep.coordination.coordinator import Coordinator, Request
+from allstep.coordination.coordinator import Asked, Coordinator, Pending, Request
+from allstep.coordination.ledger import POLICIES, Ledger, Uneven, agree_length, agree_window, next_window
+from allstep.coordination.ranked import Ranked
+from allstep.coordination.votes import Ballot, Occasion, Tally, read_tally, vector_length
 
-__all__ = ["Alone", "Coordinator", "Request"]
+__all__ = [
+    "POLICIES",
+    "Alone",
+    "Asked",
+    "Ballot",
+    "Coordinator",
+    "Ledger",
+    "Occasion",
+    "Pending",
+    "Ranked",
+    "Request",
+    "Tally",
+    "Uneven",
+    "agree_length",
+    "agree_window",
+    "next_window",
+    "read_tally",
+    "vector_length",
+]

@@ -1,12 +1,22 @@
 """The coordinator of a rank that has nobody to agree with: a null object, at no cost.
 
 Contract: a world of one uses it, and so does an engine that is deliberately not collective, such as an evaluator run
-on the main rank only: `Engine(step, coordinator=Alone())`. Every request holds at once.
+on the main rank only: `Engine(step, coordinator=Alone())`. What the only rank says is what all say.
 """
 
 from __future__ import annotations
 
-from allstep.coordination.coordinator import Request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    vector: list[int]
+
+    def wait(self) -> list[int]:
+        return self.vector
 
 
 class Alone:
@@ -15,6 +25,14 @@ class Alone:
     rank: int = 0
     world_size: int = 1
 
-    def ask(self, request: Request) -> bool:
-        """A request of the only rank holds at once."""
-        return True
+    def vote(self, vector: Sequence[int]) -> _Known:
+        """The only vote is the result."""
+        return _Known(list(vector))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The only value."""
+        return [value]
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value itself."""
+        return value

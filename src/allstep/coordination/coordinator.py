@@ -1,14 +1,17 @@
 """What the Engine asks of the world.
 
 Contract: the Engine calls no collective itself. Whatever crosses ranks, it asks of its `Coordinator`, from the main
-thread, at the same points of the loop on every rank. The Engine takes the current world's coordinator unless it was
-given one.
+thread and at the same points of the loop on every rank: the n-th call of one rank meets the n-th call of the others.
+The Engine takes the current world's coordinator unless it was given one; engines that run inside another's handlers
+share it, in order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Request(Enum):
@@ -17,10 +20,28 @@ class Request(Enum):
     TERMINATE = "terminate"
     TERMINATE_EPOCH = "terminate_epoch"
     INTERRUPT = "interrupt"
+    REPLACE_DATA = "set_data"
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request, who made it and why. `skip` leaves out COMPLETED, or EPOCH_COMPLETED, after it."""
+
+    request: Request
+    rank: int
+    reason: str
+    skip: bool = False
+
+
+class Pending(Protocol):
+    """A vote whose result has not been read yet."""
+
+    def wait(self) -> list[int]:
+        """The sum over all ranks; waits until every rank has cast its vote."""
 
 
 class Coordinator(Protocol):
-    """How one engine's ranks agree; implemented by `Alone` for a rank that has nobody to agree with."""
+    """How one engine's ranks agree; implemented by `Alone`, and by `Ranked` over a process group."""
 
     @property
     def rank(self) -> int:
@@ -30,5 +51,11 @@ class Coordinator(Protocol):
     def world_size(self) -> int:
         """How many ranks agree."""
 
-    def ask(self, request: Request) -> bool:
-        """Take a request to change the loop's course; True says that it holds at once, on this rank alone."""
+    def vote(self, vector: Sequence[int]) -> Pending:
+        """Begin to sum a vector of 64-bit integers, of the same length everywhere, over all ranks."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. The value is pickled."""
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value of rank `source`, on every rank. It is pickled."""

@@ -12,16 +12,21 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from typing import Any, Literal
 
-from allstep.coordination import Alone, Coordinator, Request
-from allstep.engine.groups import SamplesIn, count_samples
+from torch import nn
+
+from allstep.coordination import POLICIES, Alone, Asked, Coordinator, Request, Uneven
+from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
 from allstep.engine.loop import LOOK_NOW, Loop
+from allstep.engine.meeting import Hello, Meeting, meet
 from allstep.engine.progress import Progress, place_from
+from allstep.engine.reader import SamplesIn, declared_counts
+from allstep.engine.source import END
 from allstep.engine.state import State
-from allstep.engine.terms import Terms, is_done, settle_terms
-from allstep.errors import EngineError
+from allstep.engine.terms import Terms, is_done, length_of, settle_terms
+from allstep.errors import DataError, EngineError
 from allstep.world import World
 
 
@@ -33,11 +38,16 @@ class Engine(Listening):
         coordinator: how ranks agree; by default the current world's. `Alone()` for an engine that runs on some ranks
             only.
         accumulate: iterations whose gradients make one optimizer step. `state.weight` and `state.group_end` are set
-            accordingly; such an engine reads one group of batches ahead.
+            accordingly, and DDP reduces gradients in the last of them only.
         samples_in: `batch -> int`, what `state.weight` weighs by; by default the first dimension of the first tensor.
+        uneven: the default of `run`'s argument.
+        idle: what a rank does in an iteration for which it has no batch while others have: run the step on a "filler",
+            at weight zero, so that collectives in the step match, or "skip" the step; events are fired in both.
+        name: what this engine is called when ranks compare what they run; by default the step's name.
 
     Attributes:
         state: the run's `State`.
+        modules: wrapped modules that the step trains, besides those from the current world's `wrap`.
         logger: where the engine reports.
         should_terminate: whether the run is to end; as `should_terminate_single_epoch` and `should_interrupt`.
     """
@@ -49,19 +59,31 @@ class Engine(Listening):
         coordinator: Coordinator | None = None,
         accumulate: int = 1,
         samples_in: SamplesIn | None = None,
+        uneven: Uneven = "shortest",
+        idle: Literal["filler", "skip"] = "filler",
+        name: str | None = None,
     ) -> None:
         super().__init__(State())
         _check_step(process_function)
+        _check_choice("uneven", uneven, POLICIES)
+        _check_choice("idle", idle, ("filler", "skip"))
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate!r}; it must be an int of at least 1")
         self.process_function = process_function
         self.accumulate = accumulate
-        self.samples_in = samples_in or count_samples
+        self.samples_in = samples_in
+        self.uneven = uneven
+        self.idle = idle
+        self.name = name or getattr(process_function, "__qualname__", type(process_function).__qualname__)
+        self.modules: list[nn.Module] = []
         self.logger = logging.getLogger("allstep.engine")
         self.progress = Progress()
         self.asked: set[Request] = set()
+        self.requests: list[Asked] = []
+        self.kept: list[Any] = []
         self.skips_completed = False
         self.skips_epoch_completed = False
+        self._waiting_data: Any = END
         self._given_coordinator = coordinator
         self._loop: Loop | None = None
         self._drive: Generator[None, None, None] | None = None
@@ -98,6 +120,10 @@ class Engine(Listening):
         max_epochs: int | None = None,
         max_iters: int | None = None,
         epoch_length: int | None = None,
+        *,
+        uneven: Uneven | None = None,
+        window: int | None = None,
+        lookahead: int | None = None,
     ) -> State:
         """Run the step over `data` until the epochs or iterations are done, or somebody ends the run.
 
@@ -109,7 +135,14 @@ class Engine(Listening):
                 epoch is iterated again within it, longer data goes on in the next epoch.
             max_epochs: epochs to run, 1 by default.
             max_iters: iterations to run, instead of `max_epochs`.
-            epoch_length: iterations in an epoch; by default `len(data)`, else learnt when the data first ends.
+            epoch_length: iterations in an epoch; by default `len(data)`, else learnt when the data first ends. With
+            several ranks it is the same on all: the least of their lengths, under "longest" the greatest.
+            uneven: what ends a pass over the data when ranks have different numbers of batches: the first rank without
+                one ("shortest"), the last one, the others taking part at weight zero ("longest"), or an error on all
+                ranks ("error"). By default the engine's.
+            window: the most accumulation groups that ranks agree on at a time; by default up to 32. With 1 a stop that
+                one rank asks for holds after the present group.
+            lookahead: batches that are read ahead, where counting them needs reading; by default 4 or one group.
 
         Returns:
             The engine's state.
@@ -119,6 +152,7 @@ class Engine(Listening):
             TypeError: data is not iterable.
             DataError: the data is empty, or shorter than what a continued run has consumed.
             EngineError: the engine is running already.
+            AgreementError: ranks are about to run different things, or came apart; the same on all of them.
             Exception: whatever a step, a handler or the data raised.
         """
         if self._is_running:
@@ -127,19 +161,25 @@ class Engine(Listening):
         if suspended and state.max_epochs is None and state.max_iters is None:
             self._drop_run()
             suspended = False
+        meeting, length = None, None
         if not suspended:
             self._settle_counters()
+            source = state.dataloader if data is None else data
+            arguments = (max_epochs, max_iters, epoch_length, uneven or self.uneven, window, lookahead)
+            meeting = self._meet(source, *arguments)
+            length = _checked_length(source) if meeting is None else meeting.length
         terms = settle_terms(
             state,
             None if suspended else data,
             max_epochs,
             max_iters,
             epoch_length,
+            length=length,
             epochs_completed=state.epoch - self.progress.epoch_is_open,
             resuming=suspended or self._was_loaded,
         )
         if not suspended:
-            self._begin(terms, data)
+            self._begin(terms, data, meeting)
         elif data is not None and data is not state.dataloader:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
@@ -152,40 +192,75 @@ class Engine(Listening):
         self._was_loaded = False
         return self._go_on()
 
-    def terminate(self, skip_completed: bool = False) -> None:
-        """Ask for the run's end, after the event in whose handler this is called, or after the step.
+    def terminate(self, skip_completed: bool = False, *, reason: str | None = None, agreed: bool = False) -> None:
+        """Ask for the run's end.
 
-        TERMINATE is fired, then COMPLETED unless `skip_completed`; not EPOCH_COMPLETED of an epoch in its middle. A
-        next `run` goes on with the epoch after it.
+        Alone it holds after the event in whose handler this is called, or after the step. With several ranks any of
+        them may ask: all end at the same iteration, on a group's boundary, by the end of the next window, and at once
+        when it is asked for in a handler of EPOCH_COMPLETED. TERMINATE is fired, then COMPLETED unless
+        `skip_completed`; not EPOCH_COMPLETED of an epoch in its middle. A next `run` goes on with the epoch after it.
+
+        Args:
+            skip_completed: leave out COMPLETED.
+            reason: what `state.stop_reason` says, after the rank.
+            agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
         """
-        if self.coordinator.ask(Request.TERMINATE):
-            self.skips_completed = skip_completed
-            self.progress.abandoned = self.progress.epoch_is_open and self._loop is not None
-            self._take_request(Request.TERMINATE)
+        self._ask(Request.TERMINATE, reason, skip_completed, at_once=agreed)
 
-    def terminate_epoch(self, skip_epoch_completed: bool = False) -> None:
-        """Ask for the epoch's end, after the event in whose handler this is called, or after the step.
+    def terminate_epoch(self, skip_epoch_completed: bool = False, *, reason: str | None = None) -> None:
+        """Ask for the epoch's end, which holds as that of `terminate` does.
 
         TERMINATE_SINGLE_EPOCH is fired, then EPOCH_COMPLETED unless `skip_epoch_completed`; the next epoch begins a new
         pass over the data.
         """
-        if self.coordinator.ask(Request.TERMINATE_EPOCH):
-            self.skips_epoch_completed = skip_epoch_completed
-            self._take_request(Request.TERMINATE_EPOCH)
+        self._ask(Request.TERMINATE_EPOCH, reason, skip_epoch_completed)
 
-    def interrupt(self) -> None:
-        """Ask for the run to be suspended, after the event in whose handler this is called, or after the step.
+    def interrupt(self, *, reason: str | None = None) -> None:
+        """Ask for the run to be suspended, which holds as the end by `terminate` does.
 
         INTERRUPT is fired and `run` returns; the next call of `run` goes on at the very place.
         """
-        if self.coordinator.ask(Request.INTERRUPT):
-            self._take_request(Request.INTERRUPT)
+        self._ask(Request.INTERRUPT, reason, False)
 
     def set_data(self, data: Any) -> None:
-        """Take batches from `data` from the next one on; the epoch's length stays."""
+        """Take batches from `data`; the epoch's length stays.
+
+        Alone, and between passes, from the next batch on; with several ranks, inside a pass, when it has been voted on,
+        as an end by `terminate` is. Ranks may replace their data one by one.
+        """
+        if self._votes and self._loop is not None and self._loop.takes_batches:
+            self._waiting_data = data
+            self._ask(Request.REPLACE_DATA, None, False)
+            return
         self.state.dataloader = data
         if self._loop is not None:
             self._loop.replace_data(data)
+
+    def take(self, asked: Asked) -> None:
+        """Do what was asked for and, where ranks vote, agreed."""
+        state, loop = self.state, self._loop
+        if loop is None:
+            return
+        if asked.request is Request.REPLACE_DATA:
+            if asked.rank == self.coordinator.rank and self._waiting_data is not END:
+                state.dataloader, self._waiting_data = self._waiting_data, END
+                loop.replace_data(state.dataloader)
+            return
+        if asked.request is Request.TERMINATE:
+            self.skips_completed = asked.skip
+            self.progress.abandoned = self.progress.epoch_is_open
+            if state.stop_reason is None:
+                state.stop_reason = f"rank {asked.rank}: {asked.reason}"
+        elif asked.request is Request.TERMINATE_EPOCH:
+            self.skips_epoch_completed = asked.skip
+        self.asked.add(asked.request)
+        loop.until = LOOK_NOW
+
+    def modules_in_step(self) -> list[nn.Module]:
+        """Wrapped modules whose gradients the step's backward passes reduce over ranks."""
+        world = World.current()
+        known = [*(() if world is None else world.wrapped), *self.modules]
+        return list(dict.fromkeys(known))
 
     @property
     def state_dict_user_keys(self) -> list[str]:
@@ -244,7 +319,68 @@ class Engine(Listening):
             state.epoch -= progress.epoch_is_open
         progress.step_is_open = progress.epoch_is_open = progress.abandoned = False
 
-    def _begin(self, terms: Terms, data: Any) -> None:
+    @property
+    def _votes(self) -> bool:
+        return self._loop is not None and self._loop.agreed is not None
+
+    def _ask(self, request: Request, reason: str | None, skip: bool, *, at_once: bool = False) -> None:
+        why = reason or f"{request.value}() at iteration {self.state.iteration}"
+        asked = Asked(request, self.coordinator.rank, why, skip)
+        if self._votes and not at_once:
+            self.requests.append(asked)
+        else:
+            self.take(asked)
+
+    def _meet(
+        self,
+        data: Any,
+        max_epochs: int | None,
+        max_iters: int | None,
+        epoch_length: int | None,
+        uneven: Uneven,
+        window: int | None,
+        lookahead: int | None,
+    ) -> Meeting | None:
+        """Agree with the other ranks on the coming run; None where there is nothing to agree on."""
+        _check_choice("uneven", uneven, POLICIES)
+        if window is not None and not is_count(window, least=1):
+            raise ValueError(f"window is {window!r}; it must be an int of at least 1")
+        if lookahead is not None and not is_count(lookahead, least=self.accumulate):
+            raise ValueError(
+                f"lookahead is {lookahead!r}; it must be an int of at least {self.accumulate}, one accumulation group"
+            )
+        coordinator, state = self.coordinator, self.state
+        if coordinator.world_size == 1 and self.accumulate == 1:
+            return None
+        terms = {
+            "the engine's name": self.name,
+            "max_epochs": max_epochs,
+            "max_iters": max_iters,
+            "epoch_length": epoch_length,
+            "uneven": uneven,
+            "idle": self.idle,
+            "accumulate": self.accumulate,
+            "window": window,
+            "lookahead": lookahead,
+            "state.epoch": state.epoch,
+            "state.iteration": state.iteration,
+            "state.epoch_length": state.epoch_length,
+            "state.max_epochs": state.max_epochs,
+            "state.max_iters": state.max_iters,
+        }
+        is_declared = self.samples_in is None and declared_counts(data) is not None
+        hello = Hello(terms, length_of(data), is_declared, hasattr(data, "__next__"))
+        return meet(
+            coordinator,
+            hello,
+            policy=uneven,
+            group_size=self.accumulate,
+            window=1 if coordinator.world_size == 1 else window,
+            lookahead=lookahead,
+            needs_fillers=self.idle == "filler",
+        )
+
+    def _begin(self, terms: Terms, data: Any, meeting: Meeting | None) -> None:
         state = self.state
         if data is None and not terms.fresh:
             data = state.dataloader
@@ -253,13 +389,18 @@ class Engine(Listening):
         if terms.fresh:
             state.iteration = state.epoch = 0
             self.progress = Progress()
-        state.weight, state.group_end = 1.0, True
+        if not is_spent:
+            self.kept = []
+        state.weight, state.group_end, state.active, state.samples = 1.0, True, True, None
+        state.unread, state.stop_reason = (), None
+        self.requests.clear()
+        self._waiting_data = END
         world = World.current()
         state.seed = None if world is None else world.seed
         self.asked.clear()
         self.skips_completed = self.skips_epoch_completed = False
         self.registry.schedule(state)
-        self._loop = Loop(self, continues=not terms.fresh and not is_spent)
+        self._loop = Loop(self, meeting, continues=not terms.fresh and not is_spent)
         self._drive = self._loop.drive()
 
     def _go_on(self) -> State:
@@ -281,11 +422,6 @@ class Engine(Listening):
             self._drive.close()
         self._drive = self._loop = None
 
-    def _take_request(self, request: Request) -> None:
-        self.asked.add(request)
-        if self._loop is not None:
-            self._loop.until = LOOK_NOW
-
 
 def _check_step(step: Callable[..., Any]) -> None:
     if not callable(step):
@@ -299,3 +435,15 @@ def _check_step(step: Callable[..., Any]) -> None:
     except TypeError:
         name = getattr(step, "__name__", step)
         raise ValueError(f"process_function is called with (engine, batch), but {name!r} takes {signature}") from None
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def _checked_length(data: Any) -> int | None:
+    length = length_of(data)
+    if length == 0:
+        raise DataError(f"data is empty: len({type(data).__name__}) is 0; give at least one batch")
+    return length

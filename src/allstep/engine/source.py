@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from typing import Any
 
-from allstep.engine.terms import length_of
 from allstep.errors import DataError
 
 END: Any = object()
@@ -36,8 +35,14 @@ class Source:
         if hook is not None:
             hook(epoch)
 
-    def open(self, skip: int = 0) -> None:
+    def put_back(self, batches: list[Any]) -> None:
+        """Give these before anything else: they were read from a one-shot iterator and not used."""
+        self._iterator = self.batches = chain(batches, iter(self.data))
+
+    def open(self, skip: int = 0, *, may_end: bool = False) -> None:
         """Begin a pass, `skip` batches into it: at once where data can be told, else by reading and dropping them.
+
+        `may_end` says that the data may be shorter: another rank's is longer.
 
         Raises:
             DataError: the data has no batch, or ends before `skip` batches.
@@ -52,6 +57,8 @@ class Source:
         if hook is None:
             for done in range(skip):
                 if next(self.batches, END) is END:
+                    if may_end:
+                        return
                     raise DataError(
                         f"data ended after {done} batches, but the run to continue has consumed {skip} of this epoch; "
                         "give the data that it was started with"
@@ -69,7 +76,7 @@ class Source:
 
 
 def place_in_data(
-    iteration: int, epoch_began_at: int, epoch_length: int | None, epoch: int, data: Any
+    iteration: int, epoch_began_at: int, epoch_length: int | None, epoch: int, length: int | None
 ) -> tuple[int, int]:
     """The epoch, from 0, in which the pass that holds the next batch began, and the batches of that pass consumed.
 
@@ -81,9 +88,8 @@ def place_in_data(
         epoch_began_at: iterations done when the epoch to continue began.
         epoch_length: iterations in an epoch, None while unknown.
         epoch: the epoch to continue, from 0.
-        data: the run's data.
+        length: batches in a pass over the data, None when it does not know.
     """
-    length = length_of(data)
     done = iteration - epoch_began_at
     if not length or length == epoch_length:
         return epoch, done

@@ -21,8 +21,12 @@ class State:
         seed: the world's seed, or None.
         times: seconds of the last epoch under "EPOCH_COMPLETED" and of the run under "COMPLETED".
         weight: factor for a mean-reduced loss that makes the gradient the mean over all samples of the accumulation
-            group: 1.0 without gradient accumulation.
+            group, over all ranks: 1.0 in a world of one without gradient accumulation, 0.0 in a filler.
         group_end: whether the optimizer is due after this iteration: always, without gradient accumulation.
+        active: whether this rank has a batch of its own in this iteration; False while it runs a filler.
+        samples: samples in this rank's batch, 0 in a filler; None in a world of one, where nobody counts.
+        unread: what each rank left unread when the last epoch ended because another one ran out.
+        stop_reason: which rank ended the run and why; None while nobody did.
     """
 
     def __init__(self, **attributes: Any) -> None:
@@ -39,6 +43,10 @@ class State:
         self.times: dict[str, float | None] = {"EPOCH_COMPLETED": 0.0, "COMPLETED": 0.0}
         self.weight: float = 1.0
         self.group_end: bool = True
+        self.active: bool = True
+        self.samples: int | None = None
+        self.unread: tuple[Any, ...] = ()
+        self.stop_reason: str | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
 

@@ -8,12 +8,10 @@ waits for the device: outputs stay tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from allstep.engine.engine import Engine
 from allstep.engine.events import Events
@@ -76,19 +74,18 @@ def create_supervised_trainer(
         if group.begins:
             optimizer.zero_grad()
         x, y = prepare_batch(batch, target, non_blocking)
-        waits = not state.group_end and isinstance(model, DistributedDataParallel)
-        with model.no_sync() if waits else nullcontext():  # type: ignore[operator]
-            with autocast(target.type, precision):
-                y_pred = model_transform(model_fn(model, x))
-                loss = loss_fn(y_pred, y)
-            used_scaler.scale(loss * state.weight).backward()  # type: ignore[no-untyped-call]
+        with autocast(target.type, precision):
+            y_pred = model_transform(model_fn(model, x))
+            loss = loss_fn(y_pred, y)
+        used_scaler.scale(loss * state.weight).backward()  # type: ignore[no-untyped-call]
         if state.group_end:
             used_scaler.step(optimizer)
             used_scaler.update()
         group.begins = state.group_end
         return output_transform(x, y, y_pred, loss.detach())
 
-    trainer = Engine(step, accumulate=gradient_accumulation_steps, samples_in=samples_in)
+    trainer = Engine(step, accumulate=gradient_accumulation_steps, samples_in=samples_in, name="supervised trainer")
+    trainer.modules.append(model)
     trainer.add_event_handler(Events.EPOCH_STARTED, group.begin)
     if precision == "fp16":
         trainer.state.scaler = used_scaler  # type: ignore[attr-defined]
@@ -108,7 +105,9 @@ def create_supervised_evaluator(
 ) -> Engine:
     """An engine whose step is a forward pass in evaluation mode, without gradients.
 
-    The module inside a DDP wrapper is called, so that no collective runs and ranks may have different amounts of data.
+    The module inside a DDP wrapper is called, so that no collective runs. Ranks may have different amounts of data: one
+    that runs out fires the events of the remaining iterations and does not call the step (`uneven="longest"`,
+    `idle="skip"`).
     Arguments are those of `create_supervised_trainer`; the default output is `(y_pred, y)`.
     """
     target = _device_of(model, device)
@@ -122,7 +121,7 @@ def create_supervised_evaluator(
                 y_pred = model_transform(model_fn(module, x))
             return output_transform(x, y, y_pred)
 
-    return Engine(step)
+    return Engine(step, uneven="longest", idle="skip", name="supervised evaluator")
 
 
 class _Group:

@@ -10,7 +10,6 @@ from typing import Any
 
 from allstep.engine.filters import is_count
 from allstep.engine.state import State
-from allstep.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,19 @@ class Terms:
 
 
 def length_of(data: Any) -> int | None:
-    """Number of batches in one pass over `data`; None when it does not know."""
+    """Number of batches in one pass over `data`, for the whole world where it knows; None when it does not."""
+    of_all = length_of_all(data)
+    return len_of(data) if of_all is None else of_all
+
+
+def length_of_all(data: Any) -> int | None:
+    """Number of batches of the whole world in one pass over data that is dealt to ranks; None for other data."""
+    of_all = getattr(getattr(data, "batch_sampler", None), "global_length", None)
+    return None if of_all is None else int(of_all)
+
+
+def len_of(data: Any) -> int | None:
+    """`len(data)`, or None when it has none."""
     if data is None or not hasattr(data, "__len__"):
         return None
     try:
@@ -47,6 +58,7 @@ def settle_terms(
     max_iters: int | None,
     epoch_length: int | None,
     *,
+    length: int | None,
     epochs_completed: int,
     resuming: bool,
 ) -> Terms:
@@ -56,6 +68,7 @@ def settle_terms(
         state: read, not changed.
         data: the argument of `run`, None when there is none.
         max_epochs: the argument of `run`, as are `max_iters` and `epoch_length`.
+        length: batches in one pass over the data, as agreed by all ranks; None while unknown.
         epochs_completed: epochs that ended, not counting one that was left in its middle.
         resuming: the state was loaded or the run is suspended, so that a finished state is not begun anew.
 
@@ -96,40 +109,33 @@ def settle_terms(
         epochs_asked, iters_asked = max_epochs or state.max_epochs, max_iters or state.max_iters
         finished = is_done(state.iteration, epochs_completed, epochs_asked, iters_asked)
         if resuming or not finished:
-            length = _length_to_continue(state, data, epoch_length)
-            return Terms(False, length, epochs_asked, iters_asked)
-    length = _length_to_begin(state, data, epoch_length)
-    return Terms(True, length, None if max_iters else (max_epochs or 1), max_iters)
+            settled = _length_to_continue(state, data, length, epoch_length)
+            return Terms(False, settled, epochs_asked, iters_asked)
+    settled = _length_to_begin(state, data, length, epoch_length)
+    return Terms(True, settled, None if max_iters else (max_epochs or 1), max_iters)
 
 
-def _length_to_begin(state: State, data: Any, epoch_length: int | None) -> int | None:
+def _length_to_begin(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:
     if epoch_length is not None:
         return epoch_length
     if data is None:
         if state.epoch_length is None:
             raise ValueError("there is no data and no epoch_length; give one of them")
         return state.epoch_length
-    return _checked_length(data) or (state.epoch_length if data is state.dataloader else None)
+    return length or (state.epoch_length if data is state.dataloader else None)
 
 
-def _length_to_continue(state: State, data: Any, epoch_length: int | None) -> int | None:
+def _length_to_continue(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:
     if state.epoch_length is None:
         if epoch_length is None and data is None and state.dataloader is None:
             raise ValueError("the state has no epoch_length and there is no data; give one of them")
-        return epoch_length or _checked_length(data)
+        return epoch_length or length
     if epoch_length is not None and epoch_length != state.epoch_length:
         raise ValueError(
             f"epoch_length is {epoch_length}, but the run to continue has {state.epoch_length}; leave it out, or begin "
             "anew"
         )
     foreign = data is not None and state.dataloader is not None and data is not state.dataloader
-    if foreign and epoch_length is None and length_of(data) is None:
+    if foreign and epoch_length is None and length is None:
         return None
     return state.epoch_length
-
-
-def _checked_length(data: Any) -> int | None:
-    length = length_of(data)
-    if length == 0:
-        raise DataError(f"data is empty: len({type(data).__name__}) is 0; give at least one batch")
-    return length

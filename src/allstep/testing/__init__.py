@@ -1,5 +1,6 @@
-"""Real ranks inside a test: what allstep's own tests use, public so that users test their scripts with it."""
+"""Ranks inside a test, real and simulated: what allstep's own tests use, public so that users test their scripts."""
 
 from allstep.testing.ranks import RanksError, run_ranks
+from allstep.testing.simulated import SimulatedRank, SimulationError, simulate
 
-__all__ = ["RanksError", "run_ranks"]
+__all__ = ["RanksError", "SimulatedRank", "SimulationError", "run_ranks", "simulate"]

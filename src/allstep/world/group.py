@@ -43,6 +43,12 @@ class Group:
     world_size: int
     owned: bool = field(default=True)
 
+    def for_agreement(self, timeout: float) -> dist.ProcessGroup:
+        """A gloo group of all ranks for what engines agree on, so that it never waits behind gradients."""
+        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
     def leave(self, *, failed: bool, patience: float) -> None:
         """End the group, if it is allstep's.
 

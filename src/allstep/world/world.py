@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from allstep.coordination import Alone, Coordinator
+from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import WorldError
 from allstep.parallel import unwrap, wrap_module
@@ -59,10 +60,11 @@ class World:
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self.coordinator: Coordinator = Alone()
+        self.coordinator: Coordinator = Alone() if group is None else Ranked(group.for_agreement(timeout))
         self._group = group
         self._timeout = timeout
         self._turns = 0
+        self._wrapped: list[weakref.ref[nn.Module]] = []
         self._closed = False
         transport = choose_transport(device, group.backend) if group is not None else device
         self._collectives = Collectives(self.rank, self.world_size, device, transport)
@@ -108,7 +110,14 @@ class World:
         Args and errors as in `allstep.parallel.wrap_module`.
         """
         self._check_open("wrap")
-        return wrap_module(module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, **ddp_options)
+        wrapped = wrap_module(module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, **ddp_options)
+        self._wrapped.append(weakref.ref(wrapped))
+        return wrapped
+
+    @property
+    def wrapped(self) -> list[nn.Module]:
+        """What `wrap` gave, in order, as far as it is still in use."""
+        return [module for ref in self._wrapped if (module := ref()) is not None]
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank."""

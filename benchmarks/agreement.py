@@ -1,0 +1,276 @@
+"""What it costs that ranks agree: ways to train on data of uneven or unknown length, against a plain DDP loop.
+
+Two gloo ranks on this machine train a small MLP. An iteration takes about 10 ms: forward, backward with DDP's reduction
+and the optimizer take a few of them on the CPU, and a sleep of fixed length, calibrated once, stands for a device at
+work. All contenders share the two processes, the model and the data, which is even, so that all do the same work:
+
+- allstep, lengths known: a DataLoader over a map-style dataset, in windows of up to 32 iterations;
+- allstep, lengths unknown: an iterable dataset, read ahead by at most 4 batches, in windows of up to 2 iterations;
+- DDP in torch's Join;
+- a plain loop with one synchronous all-reduce of a number in each iteration;
+- Accelerate's dispatching loader (rank 0 reads and sends to all), its default for iterable datasets;
+- PyTorch-Ignite's Engine, which agrees on nothing.
+
+Each is compared with the plain loop over the same kind of data in blocks of plain, other, other, plain (ABBA), which
+cancel a drift of the machine. A run is a whole one: for allstep with the meeting at its start and the votes at its end.
+The table has the median of the blocks' ratios and its 95 % interval by bootstrap over blocks. The CPU time of agreement
+is measured apart: that of an empty step's iterations with two ranks, less that of an engine alone. Most of it is spent
+in gloo's own threads, beside the step.
+
+    pip install allstep[bench]; python benchmarks/agreement.py [--blocks 20] [--iterations 50]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from machine import machine_line
+
+from allstep import Alone, Engine, World
+from allstep.testing import run_ranks
+
+AIM = 1.02
+STEP_SECONDS = 0.010
+BATCH, FEATURES, WIDTH, CLASSES = 128, 64, 256, 10
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Step = Callable[[Any, Batch], None]
+Contender = Callable[[], None]
+
+
+class Rows(Dataset[Batch]):
+    """`batches` batches of the same random rows, fetched a whole batch at a time."""
+
+    def __init__(self, batches: int) -> None:
+        self.length = batches * BATCH
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(BATCH, FEATURES, generator=generator)
+        self.y = torch.randint(CLASSES, (BATCH,), generator=generator)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        rows = torch.tensor(indices) % BATCH
+        return self.x[rows], self.y[rows]
+
+
+class Stream(IterableDataset[Batch]):
+    """The same batches from a source that does not tell how many there are."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in range(0, len(self.rows), BATCH):
+            yield self.rows.__getitems__(list(range(first, first + BATCH)))
+
+
+def as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def make_step(model: nn.Module, sleep: float) -> Step:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step(engine: Any, batch: Batch) -> None:
+        x, y = batch
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        time.sleep(sleep)
+
+    return step
+
+
+def contenders(world: World, step: Step, model: nn.Module, iterations: int) -> dict[str, tuple[Contender, str]]:
+    """Name to (a whole run of `iterations`, the plain loop that it is compared with)."""
+    rows = Rows(iterations)
+    known = DataLoader(rows, batch_size=BATCH, collate_fn=as_it_is)
+    unknown = DataLoader(Stream(rows), batch_size=None)
+    group = dist.new_group(backend="gloo")
+
+    def plain(loader: DataLoader[Batch]) -> Contender:
+        def run() -> None:
+            for batch in loader:
+                step(None, batch)
+
+        return run
+
+    def allstep(loader: DataLoader[Batch]) -> Contender:
+        return lambda: Engine(step, name="step").run(loader) and None
+
+    def join() -> None:
+        with Join([model]):  # type: ignore[list-item]
+            for batch in known:
+                step(None, batch)
+
+    def synchronous() -> None:
+        for batch in known:
+            dist.all_reduce(torch.ones(1, dtype=torch.int64), group=group)
+            step(None, batch)
+
+    found: dict[str, tuple[Contender, str]] = {
+        "plain loop": (plain(known), ""),
+        "plain loop, unknown": (plain(unknown), ""),
+        "allstep, lengths known": (allstep(known), "plain loop"),
+        "allstep, lengths unknown": (allstep(unknown), "plain loop, unknown"),
+        "DDP in Join": (join, "plain loop"),
+        "synchronous all-reduce": (synchronous, "plain loop"),
+    }
+    with contextlib.suppress(ImportError):
+        found["Accelerate, dispatching loader"] = (plain(dispatching(rows)), "plain loop, unknown")
+    with contextlib.suppress(ImportError):
+        from ignite.engine import Engine as IgniteEngine
+
+        found["PyTorch-Ignite"] = (lambda: IgniteEngine(step).run(known) and None, "plain loop")
+    return found
+
+
+def dispatching(rows: Rows) -> Any:
+    """Accelerate's loader that reads on rank 0 for all: two batches at a time here, one for each rank."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=True))
+    both = Rows(2 * len(rows) // BATCH)
+    return accelerator.prepare_data_loader(DataLoader(Stream(both), batch_size=None))
+
+
+def calibrate(world: World, model: nn.Module) -> tuple[float, float]:
+    """Seconds that the step computes, and how long it has to sleep."""
+    compute = make_step(model, 0.0)
+    batch = Rows(1).__getitems__(list(range(BATCH)))
+    took = []
+    for _ in range(100):
+        begin = time.perf_counter()
+        compute(None, batch)
+        took.append(time.perf_counter() - begin)
+    computes = world.all_reduce(statistics.median(took), op="mean")
+    return computes, max(0.0, STEP_SECONDS - computes)
+
+
+def timed(run: Contender) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    run()
+    dist.barrier()
+    return time.perf_counter() - begin
+
+
+def agreement_cpu(data: Callable[[int], Any], iterations: int, lookahead: int | None = None) -> tuple[float, float]:
+    """CPU µs per iteration, of the whole process and of its main thread, that agreement adds to an empty step's run."""
+
+    def cpu(**coordinator: Any) -> tuple[float, float]:
+        engine = Engine(lambda engine, batch: None, name="empty", **coordinator)
+        dist.barrier()
+        process, thread = time.process_time(), time.thread_time()
+        engine.run(data(iterations), epoch_length=iterations, lookahead=lookahead)
+        return time.process_time() - process, time.thread_time() - thread
+
+    cpu()
+    rounds = [(cpu(), cpu(coordinator=Alone())) for _ in range(5)]
+    process, thread = (
+        statistics.median(agreed[clock] - alone[clock] for agreed, alone in rounds) / iterations * 1e6
+        for clock in (0, 1)
+    )
+    return process, thread
+
+
+def batches_of_ones(iterations: int) -> Iterator[torch.Tensor]:
+    return repeat(torch.ones(BATCH), iterations)
+
+
+def measure(world: World, blocks: int, iterations: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    model = world.wrap(
+        nn.Sequential(
+            nn.Linear(FEATURES, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES)
+        )
+    )
+    computes, sleeps = calibrate(world, model)
+    runs = contenders(world, make_step(model, sleeps), model, iterations)
+    for run, _ in runs.values():
+        run()
+    ratios: dict[str, list[float]] = {name: [] for name, (_, base) in runs.items() if base}
+    plain: list[float] = []
+    for _ in range(blocks):
+        for name in ratios:
+            run, base = runs[name]
+            against = runs[base][0]
+            a, b, c, d = timed(against), timed(run), timed(run), timed(against)
+            ratios[name].append((b + c) / (a + d))
+            plain += [a, d]
+    cpu = {
+        "lengths known, windows of 32": agreement_cpu(lambda iterations: None, 6400),
+        "lengths unknown, windows of 2": agreement_cpu(batches_of_ones, 3200),
+        "lengths unknown, lookahead=32, windows of 16": agreement_cpu(batches_of_ones, 6400, 32),
+    }
+    return {
+        "computes": computes,
+        "sleeps": sleeps,
+        "iteration": statistics.median(plain) / iterations,
+        "ratios": ratios,
+        "cpu": cpu,
+    }
+
+
+def interval(ratios: list[float], draws: int = 5000) -> tuple[float, float]:
+    """95 % bootstrap interval of the median."""
+    generator = random.Random(1)
+    medians = sorted(statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
+
+
+def verdict(low: float, high: float) -> str:
+    if high <= AIM:
+        return "within"
+    return "above" if low > AIM else "inconclusive"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=50)
+    options = parser.parse_args()
+    found = run_ranks(measure, 2, options.blocks, options.iterations, timeout=1800)[0]
+    print(machine_line())
+    print(
+        f"\n2 gloo ranks, MLP {FEATURES}-{WIDTH}-{WIDTH}-{CLASSES}, {BATCH} rows a rank. An iteration of the plain "
+        f"loop takes {found['iteration'] * 1e3:.2f} ms: about {found['computes'] * 1e3:.1f} ms of computing and "
+        f"reducing, and a sleep of {found['sleeps'] * 1e3:.1f} ms.\n"
+        f"{options.blocks} ABBA blocks, {options.iterations} iterations a run.\n"
+    )
+    print(f"| | time / plain loop | 95 % interval | at most {AIM}? |\n|---|---:|---:|---|")
+    for name, ratios in found["ratios"].items():
+        low, high = interval(ratios)
+        print(f"| {name} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} | {verdict(low, high)} |")
+    print("\n| CPU time of agreement, µs per iteration | process | of it the main thread |\n|---|---:|---:|")
+    for name, (process, thread) in found["cpu"].items():
+        print(f"| {name} | {process:.1f} | {thread:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The coordinator of a process group: agreement among the ranks of a world.
+
+Contract: made by `World` on every rank, over a gloo group that is used for nothing else, so that what ranks agree never
+waits behind gradients. Gloo matches calls by order, so all are issued from the main thread. What can go wrong: a rank
+that never comes leaves the others waiting until the group's time limit, which raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _Reduction:
+    __slots__ = ("_tensor", "_work")
+
+    def __init__(self, tensor: torch.Tensor, work: dist.Work) -> None:
+        self._tensor = tensor
+        self._work = work
+
+    def wait(self) -> list[int]:
+        self._work.wait()
+        return self._tensor.tolist()
+
+
+class Ranked:
+    """Agreement among the ranks of `group`, a gloo group of its own."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self.rank: int = group.rank()
+        self.world_size: int = group.size()
+
+    def vote(self, vector: Sequence[int]) -> _Reduction:
+        """One asynchronous reduction of the vector."""
+        tensor = torch.tensor(vector, dtype=torch.int64)
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        assert work is not None
+        return _Reduction(tensor, work)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, pickled."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value of rank `source` of the group, pickled."""
+        values = [value]
+        dist.broadcast_object_list(
+            values, src=dist.get_global_rank(self._group, source), group=self._group, device=torch.device("cpu")
+        )
+        return values[0]

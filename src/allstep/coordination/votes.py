@@ -1,0 +1,129 @@
+"""What one rank says in a vote, and what all ranks together said: ballots and their sum.
+
+Contract: a `Ballot` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed
+element by element in one reduction; every rank reads the same `Tally` from the sum. So one tiny reduction answers how
+many ranks have a batch for each coming iteration, how many samples those hold, and who wants what. Ranks that came to
+different votes are noticed by all who took part: each vector says which vote it is meant for, by its occasion and by a
+number for its place in the run with the square of that number. W ranks gave the same number exactly where W times the
+sum of the squares is the square of the sum, so that no rank needs to know its own to see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+_SAMPLE_BITS = 44
+_SAMPLES = (1 << _SAMPLE_BITS) - 1
+_HEADER = 13
+_PLACE_BITS = 20  # so that the squares of as many ranks as `having` holds can be summed
+
+
+class Occasion(IntEnum):
+    """What a vote is about."""
+
+    WINDOW = 0
+    EPOCH_END = 1
+    RUN_END = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What one rank says.
+
+    Attributes:
+        occasion: the vote this is meant for.
+        sequence: how many votes this engine's run has held before.
+        iteration: iterations that the run has done.
+        samples: for each coming iteration the samples this rank has for it; None where it has no batch.
+        terminate: whether it asks for the run's end; likewise `terminate_epoch`, `interrupt` and `replace_data`.
+        gave_less: whether its data ended before what it had declared.
+        needs_batch: whether it has never had a batch and will have to take part without one.
+        unread: batches of this pass that it has not taken, and the samples in them as far as known.
+        microseconds: what the last window took here.
+    """
+
+    occasion: Occasion
+    sequence: int
+    iteration: int = 0
+    samples: Sequence[int | None] = ()
+    terminate: bool = False
+    terminate_epoch: bool = False
+    interrupt: bool = False
+    replace_data: bool = False
+    gave_less: bool = False
+    needs_batch: bool = False
+    unread: int = 0
+    microseconds: int = 0
+
+    @property
+    def place(self) -> int:
+        """A number below 2^20 that tells votes at different places of a run apart."""
+        return (self.sequence * 1_000_003 + self.iteration) % (1 << _PLACE_BITS)
+
+    def vector(self, length: int) -> list[int]:
+        """The ballot as `length` integers, which must be at least `vector_length(len(self.samples))`."""
+        kinds = [0, 0, 0]
+        kinds[self.occasion] = 1
+        header = [
+            *kinds,
+            self.place,
+            self.place**2,
+            self.terminate,
+            self.terminate_epoch,
+            self.interrupt,
+            self.replace_data,
+            self.gave_less,
+            self.needs_batch,
+            self.unread,
+            self.microseconds,
+        ]
+        body = [0 if n is None else 1 << _SAMPLE_BITS | n for n in self.samples]
+        padding = [0] * (length - len(header) - len(body))
+        return [*map(int, header), *body, *padding]
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What all ranks said together: sums of the ballots' fields.
+
+    `having[i]` is the number of ranks with a batch for the i-th coming iteration, `samples[i]` what they hold.
+    """
+
+    occasions: tuple[int, int, int]
+    having: tuple[int, ...]
+    samples: tuple[int, ...]
+    places: int
+    squares: int
+    terminate: int
+    terminate_epoch: int
+    interrupt: int
+    replace_data: int
+    gave_less: int
+    needs_batch: int
+    unread: int
+    microseconds: int
+
+    def is_for(self, ballot: Ballot, world_size: int) -> bool:
+        """Whether all ranks came to the vote that `ballot` was meant for."""
+        same_occasion = self.occasions[ballot.occasion] == world_size
+        return same_occasion and self.squares * world_size == self.places**2
+
+    @property
+    def requests(self) -> int:
+        """How many requests to change the course were made."""
+        return self.terminate + self.terminate_epoch + self.interrupt + self.replace_data
+
+
+def vector_length(iterations: int) -> int:
+    """Length of the vectors of votes on up to `iterations` iterations."""
+    return _HEADER + iterations
+
+
+def read_tally(vector: Sequence[int], iterations: int) -> Tally:
+    """Read the sum of all ranks' vectors, of a vote on `iterations` iterations."""
+    window, epoch_end, run_end, *sums = vector[:_HEADER]
+    body = vector[_HEADER : _HEADER + iterations]
+    having, samples = tuple(v >> _SAMPLE_BITS for v in body), tuple(v & _SAMPLES for v in body)
+    return Tally((window, epoch_end, run_end), having, samples, *sums)

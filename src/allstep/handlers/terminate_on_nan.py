@@ -1,0 +1,68 @@
+"""`TerminateOnNan`: the run ends when a step's output is not finite.
+
+Contract: attached to an engine, it looks at the outputs of this rank's own iterations until it has asked for the run's
+end. A rank decides alone and calls no collective; all ranks stop at the same iteration, by the end of the next window,
+and `state.stop_reason` names the rank. Looking at a tensor on a device makes the host wait for the step that computes
+it: with `every=N` that happens once in N iterations, and outputs in between are not looked at. (A loss that became NaN
+through its parameters stays NaN.) On the CPU there is nothing to wait for.
+"""
+
+from __future__ import annotations
+
+import cmath
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from allstep.engine import Engine, Events
+from allstep.engine.filters import is_count
+from allstep.handlers.idle_rank import is_idle
+
+
+class TerminateOnNan:
+    """Ends a run whose output is NaN or infinite.
+
+    Args:
+        output_transform: `output -> value`: tensors, numbers, or mappings and sequences of them. What is none of these
+            is passed over. By default the whole output.
+        every: look at every so many iterations.
+
+    Raises:
+        ValueError: `every` is no int of at least 1.
+    """
+
+    def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output, *, every: int = 1) -> None:
+        if not is_count(every, least=1):
+            raise ValueError(f"every is {every!r}; it must be an int of at least 1")
+        self.output_transform = output_transform
+        self.every = every
+        self._has_asked = False
+
+    def attach(self, engine: Engine) -> None:
+        """Look at the outputs of `engine`."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._look)
+
+    def _start(self) -> None:
+        self._has_asked = False
+
+    def _look(self, engine: Engine) -> None:
+        if self._has_asked or is_idle(engine) or _is_finite(self.output_transform(engine.state.output)):
+            return
+        self._has_asked = True
+        at = engine.state.iteration
+        engine.logger.error("the output of iteration %d is not finite on rank %d", at, engine.coordinator.rank)
+        engine.terminate(reason=f"the output of iteration {at} is not finite")
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return bool(torch.isfinite(value).all())
+    if isinstance(value, float | complex):
+        return cmath.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(_is_finite(part) for part in value.values())
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return all(_is_finite(part) for part in value)
+    return True

@@ -1,0 +1,167 @@
+"""StopOnSignal: a signal to one rank stops all; handlers are given back; a third signal ends the process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from itertools import repeat
+
+import pytest
+
+from allstep import Alone, Engine, Events, StopOnSignal
+from allstep.errors import EngineError
+from allstep.testing import run_ranks
+from allstep.world import World
+
+BOTH = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.fixture(autouse=True)
+def _handlers_stay_as_they_were() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in BOTH]
+    yield
+    after = [signal.getsignal(number) for number in BOTH]
+    for number, handler in zip(BOTH, before, strict=True):
+        signal.signal(number, handler)
+    assert after == before
+
+
+def signalled(number: int, at: int) -> Engine:
+    def step(engine: Engine, batch: object) -> None:
+        if engine.state.iteration == at:
+            os.kill(os.getpid(), number)
+
+    return Engine(step, coordinator=Alone())
+
+
+@pytest.mark.parametrize("number", BOTH)
+def test_a_signal_ends_the_run_after_the_iteration_in_which_it_came(number: signal.Signals) -> None:
+    engine = signalled(number, at=3)
+    with StopOnSignal().attach(engine) as stopping:
+        state = engine.run(range(10))
+    assert (state.iteration, state.stop_reason) == (3, f"rank 0: signal {number.name}")
+    assert stopping.received is number
+
+
+def test_a_signal_at_an_epochs_end_ends_the_run_there() -> None:
+    engine = Engine(lambda engine, batch: None, coordinator=Alone())
+    engine.add_event_handler(Events.EPOCH_COMPLETED(once=2), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with StopOnSignal().attach(engine):
+        state = engine.run(range(3), max_epochs=5)
+    assert (state.epoch, state.iteration) == (2, 6)
+
+
+def test_a_signal_before_the_run_ends_it_before_its_first_iteration() -> None:
+    engine = Engine(lambda engine, batch: None, coordinator=Alone())
+    with StopOnSignal([signal.SIGUSR1]).attach(engine):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert engine.run(range(3)).iteration == 0
+
+
+def test_only_the_signals_given_are_taken_over() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopOnSignal([signal.SIGUSR1]).attach(Engine(lambda engine, batch: None)):
+        assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_detach_gives_back_the_handlers_and_leaves_the_engine() -> None:
+    def mine(number: int, frame: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGUSR1, mine)
+    try:
+        engine = Engine(lambda engine, batch: None)
+        stopping = StopOnSignal().attach(engine)
+        assert signal.getsignal(signal.SIGUSR1) is not mine
+        stopping.detach()
+        stopping.detach()
+        assert signal.getsignal(signal.SIGUSR1) is mine
+        assert not any(engine.registry.has(stopping._tell, event) for event in Events)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_the_handlers_are_given_back_after_an_exception() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), StopOnSignal().attach(Engine(lambda engine, batch: 1 / 0)) as stopping:
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopping.received is None
+
+
+def test_attaching_outside_the_main_thread_is_refused() -> None:
+    errors: list[BaseException] = []
+
+    def attach() -> None:
+        try:
+            StopOnSignal().attach(Engine(lambda engine, batch: None))
+        except EngineError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=attach)
+    thread.start()
+    thread.join()
+    assert "main thread" in str(errors[0])
+
+
+def test_attaching_twice_is_refused() -> None:
+    engine = Engine(lambda engine, batch: None)
+    with StopOnSignal().attach(engine) as stopping, pytest.raises(EngineError, match="attached already"):
+        stopping.attach(engine)
+
+
+SIGNAL_ITSELF = """
+import os, signal, sys
+from allstep import Alone, Engine, StopOnSignal
+
+def step(engine, batch):
+    for _ in range(int(sys.argv[1])):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+engine = Engine(step, coordinator=Alone())
+StopOnSignal().attach(engine)
+print(engine.run(range(5)).iteration)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signals", "code", "printed"), [(2, 0, "1\n"), (3, -signal.SIGTERM, "")])
+def test_the_second_signal_restores_the_default_so_that_the_third_ends_the_process(
+    signals: int, code: int, printed: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNAL_ITSELF, str(signals)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (code, printed), done.stderr
+
+
+def _one_rank_is_signalled(world: World, number: int, window: int | None) -> tuple[int, str | None, list[str]]:
+    pids = world.gather_objects(os.getpid())
+
+    def step(engine: Engine, batch: object) -> None:
+        if world.rank == 0 and engine.state.iteration == 3:
+            os.kill(pids[1], number)
+
+    engine = Engine(step)
+    ended: list[str] = []
+    for event in (Events.TERMINATE, Events.COMPLETED):
+        engine.add_event_handler(event, lambda name: ended.append(name), event.name)
+    with StopOnSignal().attach(engine):
+        state = engine.run(repeat(0), max_iters=10**9, window=window)
+    return state.iteration, state.stop_reason, ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "window"), [(signal.SIGTERM, None), (signal.SIGUSR1, 1)])
+def test_a_signal_to_one_of_three_ranks_stops_all_at_the_same_iteration(
+    number: signal.Signals, window: int | None
+) -> None:
+    results = run_ranks(_one_rank_is_signalled, 3, int(number), window)
+    iteration, reason, ended = results[0]
+    assert results == [results[0]] * 3
+    assert iteration >= 3
+    assert (reason, ended) == (f"rank 1: signal {number.name}", ["TERMINATE", "COMPLETED"])
