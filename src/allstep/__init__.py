@@ -45,8 +45,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Alone",
     "AllstepError",
+    "Alone",
     "Coordinator",
     "Engine",
     "EventEnum",

@@ -159,7 +159,7 @@ class Engine(Listening):
         next `run` goes on with the epoch after it.
         """
         if self.coordinator.ask(Request.TERMINATE):
-            self.skips_completed = skip_completed
+            self.skips_completed = skip_completed is True  # not an engine: `terminate` itself may be a handler
             self.progress.abandoned = self.progress.epoch_is_open and self._loop is not None
             self._take_request(Request.TERMINATE)
 
@@ -170,7 +170,7 @@ class Engine(Listening):
         pass over the data.
         """
         if self.coordinator.ask(Request.TERMINATE_EPOCH):
-            self.skips_epoch_completed = skip_epoch_completed
+            self.skips_epoch_completed = skip_epoch_completed is True
             self._take_request(Request.TERMINATE_EPOCH)
 
     def interrupt(self) -> None:
@@ -182,7 +182,10 @@ class Engine(Listening):
             self._take_request(Request.INTERRUPT)
 
     def set_data(self, data: Any) -> None:
-        """Take batches from `data` from the next one on; the epoch's length stays."""
+        """Take batches from `data` from the next one on; the epoch's length stays.
+
+        With `accumulate`, a group that was begun is finished first.
+        """
         self.state.dataloader = data
         if self._loop is not None:
             self._loop.replace_data(data)

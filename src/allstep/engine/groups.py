@@ -22,10 +22,13 @@ SamplesIn = Callable[[Any], int]
 
 
 class GroupFeed:
-    """Batches of `source` in groups of `size`. `limit` is the iteration at which the epoch ends, once known."""
+    """Batches of `source` in groups of `size`. `limit` is the iteration at which the epoch ends, once known.
+
+    When `source` is replaced, the group that was begun is finished first.
+    """
 
     def __init__(self, source: Source, size: int, samples_in: SamplesIn, state: State) -> None:
-        self._source = source
+        self.source = source
         self._size = size
         self._samples_in = samples_in
         self._state = state
@@ -60,14 +63,14 @@ class GroupFeed:
         self._read.clear()
 
     def clear(self) -> None:
-        """Drop what was read: the epoch was cut short, or the data replaced."""
+        """Drop what was read: the epoch was cut short."""
         self._read.clear()
         self._ready.clear()
 
     def _read_group(self) -> None:
-        assert self._source.batches is not None
+        assert self.source.batches is not None
         while len(self._read) < min(self._size, self.limit - self._state.iteration):
-            batch = next(self._source.batches, END)
+            batch = next(self.source.batches, END)
             if batch is END:
                 raise StopIteration
             self._read.append(batch)

@@ -61,6 +61,7 @@ class Loop:
         self._continues = continues
         self._dry = False
         self._pass_began_at = 0
+        self._groups: GroupFeed | None = None
         self._take_from(engine.state.dataloader)
 
     def replace_data(self, data: Any) -> None:
@@ -75,8 +76,9 @@ class Loop:
     def _take_from(self, data: Any) -> None:
         engine = self.engine
         self._source = Source(data)
-        self._groups: GroupFeed | None = None
-        if engine.accumulate > 1:
+        if self._groups is not None:
+            self._groups.source = self._source
+        elif engine.accumulate > 1:
             self._groups = GroupFeed(self._source, engine.accumulate, engine.samples_in, self.state)
         self._feed: Any = None
 
