@@ -130,6 +130,17 @@ def test_the_engine_runs_again_and_redoes_the_failed_iteration(data: Any) -> Non
     assert (state.iteration, state.epoch) == (8, 2)
 
 
+def test_terminate_after_a_failed_run_does_not_leave_out_the_rest_of_its_epoch() -> None:
+    fail = FailOnce(2)
+    engine = Engine(lambda engine, batch: fail())
+    with pytest.raises(ZeroDivisionError):
+        engine.run(range(3), max_epochs=2)
+    engine.terminate()
+    batches = batches_of(engine)
+    engine.run(range(3), max_epochs=2)
+    assert batches == [1, 2, 0, 1, 2]
+
+
 def test_an_iterator_that_failed_in_a_step_goes_on_with_its_next_batch() -> None:
     fail, data = FailOnce(2), iter(range(4))
     engine = Engine(lambda engine, batch: fail())

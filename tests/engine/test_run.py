@@ -518,3 +518,10 @@ def test_the_engine_says_nothing_when_all_is_well(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.DEBUG):
         Engine(nothing).run(range(3), max_epochs=2)
     assert not caplog.records
+
+
+def test_the_unit_can_be_changed_after_a_finished_run() -> None:
+    engine = Engine(nothing)
+    engine.run(range(3), max_epochs=2)
+    state = engine.run(range(3), max_iters=4)
+    assert (state.iteration, state.max_epochs, state.max_iters) == (4, None, 4)

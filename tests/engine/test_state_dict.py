@@ -238,6 +238,15 @@ def test_a_finished_state_goes_on_with_a_larger_maximum() -> None:
     assert batches == [0, 1, 2, 3]
 
 
+def test_a_restored_run_that_was_finished_begins_anew_when_run_again() -> None:
+    engine, _, _ = run_from({"epoch": 1, "max_epochs": 2, "epoch_length": 3}, range(3))
+    assert engine.run(range(3), max_epochs=2).iteration == 6
+    assert engine.state.epoch == 2
+    seen = record(engine, Events.STARTED)
+    engine.run(range(3), max_epochs=2)
+    assert seen == [("STARTED", 0, 0)]
+
+
 def test_a_state_saved_after_an_epochs_last_step_resumes_with_the_next_epoch() -> None:
     _, batches, seen = run_from(saved_after(3, range(3), max_epochs=2), range(3))
     assert batches == [0, 1, 2]

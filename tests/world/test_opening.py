@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import time
-import warnings
 
 import pytest
 import torch
@@ -158,19 +157,3 @@ def leave_in_turn(world, folder):
 
 def test_the_main_rank_keeps_the_store_until_the_last_rank_has_left(tmp_path):
     assert run_ranks(leave_in_turn, 2, tmp_path) == [True] * 2
-
-
-def leave_without_goodbye(world):
-    rank = world.rank
-    world.close()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        patient = allstep.init(timeout=0.5)
-        if rank == 0:
-            patient.close()
-    return [str(warning.message) for warning in caught]
-
-
-def test_the_main_rank_names_who_did_not_leave_and_goes():
-    remarks, _ = run_ranks(leave_without_goodbye, 2)
-    assert any("waited 0.5 s for ranks [1] to close their World" in remark for remark in remarks)
