@@ -142,7 +142,7 @@ def main() -> None:
                 best[name, case] = min(took, best.get((name, case), float("inf")))
 
     print(machine_line())
-    print(f"\nµs per iteration above a bare loop, minimum of {options.rounds} rounds of {options.iterations} iterations:\n")
+    print(f"\nµs an iteration above a bare loop, minimum of {options.rounds} rounds of {options.iterations}:\n")
     print("| | " + " | ".join(cases) + " |\n|---|" + "---:|" * len(cases))
     for name in CONTENDERS:
         if name == "bare loop":

@@ -3,8 +3,8 @@
     allstep run --nproc 2 examples/multi_model.py
 
 An autoencoder learns to compress scikit-learn's handwritten digits to eight numbers, while a classifier learns to read
-the digit from those eight numbers alone. Each model has its own optimizer and its own loss; the step returns both losses
-and the accuracy as a dictionary, which handlers read from `engine.state.output`.
+the digit from those eight numbers alone. Each model has its own optimizer and its own loss; the step returns both
+losses and the accuracy as a dictionary, which handlers read from `engine.state.output`.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Alone",
     "AllstepError",
+    "Alone",
     "Coordinator",
     "EarlyStopping",
     "Engine",

@@ -62,7 +62,7 @@ def ensure_installed(environ: Mapping[str, str]) -> None:
         for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
             done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, timeout=100)
             if done.returncode:
-                raise RuntimeError(f"apt-get {' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+                raise SlurmUnavailable(f"apt-get {' '.join(command)} failed: {(done.stderr or done.stdout)[-500:]}")
 
 
 def _missing() -> list[str]:

@@ -36,12 +36,12 @@ def test_the_job_script_runs_a_rank_per_task(cluster: Cluster, submit_folder: Pa
     assert sorted(said) == [f"{rank}: {rank} 4 2 ['--lr', '0.1']" for rank in range(4)]
 
 
-def test_a_failed_task_ends_the_job_and_its_code_comes_out(cluster: Cluster, submit_folder: Path) -> None:
+def test_a_failed_task_ends_its_peers_and_the_job_fails(cluster: Cluster, submit_folder: Path) -> None:
     script = submit_folder / "fail.py"
     script.write_text(
         "import os, signal, sys\nif os.environ['SLURM_PROCID'] == '1':\n    sys.exit(5)\nsignal.pause()\n"
     )
     done = cluster.run("sbatch", "--wait", "--parsable", JOB, "fail.py")
     said = (submit_folder / f"slurm-{done.stdout.strip()}.log").read_text()
-    assert done.returncode == 5, said
+    assert done.returncode != 0, said  # srun gives the largest code: here that of the peers it ended
     assert "task 1: Exited with exit code 5" in said

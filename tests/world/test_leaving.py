@@ -32,7 +32,9 @@ NEVER_CLOSES = """
 import atexit, os, pathlib, sys, time
 import allstep
 from allstep.world.polling import poll
-ending = pathlib.Path(sys.argv[1], "main rank is ending")
+ending, ended = pathlib.Path(sys.argv[1], "main rank is ending"), pathlib.Path(sys.argv[1], "main rank has ended")
+if os.environ["RANK"] == "0":
+    atexit.register(ended.touch)  # the last of its exit handlers
 world = allstep.init(timeout=60)
 if world.is_main:
     with world.main_first():
@@ -40,6 +42,7 @@ if world.is_main:
     atexit.register(ending.touch)
 else:
     assert poll(ending.exists, time.monotonic() + 30)
+    assert not poll(ended.exists, time.monotonic() + 0.3)
     with world.main_first():
         print("my turn")
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch.distributed as dist
 import allstep
 from allstep.errors import WorldError
 from allstep.testing import RanksError, run_ranks
+from allstep.world.polling import poll
+from tests.world.test_main_first import take_turns
 
 PLACE = re.compile("RANK|WORLD_SIZE|MASTER|TORCHELASTIC|ALLSTEP|GROUP|ROLE|LOCAL")
 
@@ -37,11 +40,12 @@ def adopt(world, path, keep_environment: bool):
         forget_the_launcher()
     the_users_own_group(rank, world_size, path)
     seen = []
-    for _ in range(2):
+    for number in range(2):
+        folder = path.parent / f"turn-{number}"
+        folder.mkdir(exist_ok=True)
         with allstep.init() as adopted:
-            with adopted.main_first():
-                pass
-            seen.append((facts(adopted), adopted.all_reduce(rank + 1)))
+            early, order = take_turns(adopted, folder)
+            seen.append((facts(adopted), adopted.all_reduce(rank + 1), early, 0 in order))
     seen.append(dist.is_initialized())
     total = torch.tensor([1])
     dist.all_reduce(total)
@@ -53,7 +57,7 @@ def adopt(world, path, keep_environment: bool):
 def test_the_users_own_group_is_used_and_left_alone(tmp_path, keep_environment):
     results = run_ranks(adopt, 2, tmp_path / "store", keep_environment)
     for rank, (first, second, still_there, total) in enumerate(results):
-        assert first == second == ((rank, 2, rank, 2, 0, "gloo"), 3)
+        assert first == second == ((rank, 2, rank, 2, 0, "gloo"), 3, False, True)
         assert (still_there, total) == (True, 2)
 
 
@@ -134,18 +138,22 @@ def test_the_main_rank_waits_for_nobody_when_it_raises():
         run_ranks(main_rank_raises, 2, timeout=30)
 
 
-def closes_alone(world):
-    """The main rank closes; the other is still at work, until it has been told that the main rank is waiting."""
+def leave_in_turn(world, folder):
+    """The main rank closes at once; the other, still at work, watches that it does not get away."""
+    closing, closed = folder / "closing", folder / "closed"
     if world.is_main:
         with world.main_first():
-            pass
+            closing.touch()
         world.close()
-        return allstep.World.current() is None
+        closed.touch()
+        return True
+    assert poll(closing.exists, time.monotonic() + 30)
+    left_early = poll(closed.exists, time.monotonic() + 0.3)
     with world.main_first():
         pass
     world.close()
-    return True
+    return not left_early and poll(closed.exists, time.monotonic() + 30)
 
 
-def test_the_store_stays_until_the_last_rank_has_left():
-    assert run_ranks(closes_alone, 3) == [True] * 3
+def test_the_main_rank_keeps_the_store_until_the_last_rank_has_left(tmp_path):
+    assert run_ranks(leave_in_turn, 2, tmp_path) == [True] * 2

@@ -161,6 +161,13 @@ def test_ranks_at_odds_all_get_the_same_error(ports):
     assert "disagree about backend" in str(first)
 
 
+def test_a_failed_meeting_gives_its_port_back_though_its_error_is_kept(ports):
+    places = [placement(rank, ports[:1]) for rank in range(2)]
+    kept = meet_all(places, arrivals=[arrival(places[0]), arrival(places[1], backend="nccl")])
+    assert_one_store(meet_all(places))
+    assert len(kept) == 2
+
+
 def test_two_ranks_on_one_gpu_are_refused_before_nccl_is_asked(ports):
     places = [placement(rank, ports[:1]) for rank in range(2)]
     shared = [arrival(place, device_type="cuda", backend="nccl", accelerator="GPU-7") for place in places]

@@ -205,7 +205,9 @@ class Engine(Listening):
             reason: what `state.stop_reason` says, after the rank.
             agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
         """
-        self._ask(Request.TERMINATE, reason, skip_completed, at_once=agreed)
+        self._ask(
+            Request.TERMINATE, reason, skip_completed is True, at_once=agreed
+        )  # it may be a handler, given an engine
 
     def terminate_epoch(self, skip_epoch_completed: bool = False, *, reason: str | None = None) -> None:
         """Ask for the epoch's end, which holds as that of `terminate` does.
@@ -213,7 +215,7 @@ class Engine(Listening):
         TERMINATE_SINGLE_EPOCH is fired, then EPOCH_COMPLETED unless `skip_epoch_completed`; the next epoch begins a new
         pass over the data.
         """
-        self._ask(Request.TERMINATE_EPOCH, reason, skip_epoch_completed)
+        self._ask(Request.TERMINATE_EPOCH, reason, skip_epoch_completed is True)
 
     def interrupt(self, *, reason: str | None = None) -> None:
         """Ask for the run to be suspended, which holds as the end by `terminate` does.

@@ -24,7 +24,7 @@ PrepareBatch = Callable[[Any, torch.device, bool], tuple[Any, Any]]
 def prepare_batch(batch: Any, device: torch.device, non_blocking: bool) -> tuple[Any, Any]:
     """The default `prepare_batch`: a batch of (x, y), moved to the device."""
     x, y = batch
-    return to_device((x, y), device, non_blocking=non_blocking)  # type: ignore[no-any-return]
+    return to_device((x, y), device, non_blocking=non_blocking)
 
 
 def create_supervised_trainer(

@@ -7,8 +7,8 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch.distributed  # noqa: E402, F401
-import torch.nn.parallel  # noqa: E402, F401
+import torch.distributed
+import torch.nn.parallel  # noqa: F401
 
-import allstep.engine  # noqa: E402
-import allstep.world  # noqa: E402, F401
+import allstep.engine
+import allstep.world  # noqa: F401

@@ -18,7 +18,6 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from allstep.errors import AllstepError
@@ -55,7 +54,7 @@ def run_ranks(
         raise ValueError(f"world_size is {world_size}; it must be 1 or more")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["allstep.testing.preload"])
-    processes: list[BaseProcess] = []
+    processes: list[Any] = []
     pipes: dict[Connection, int] = {}
     with ReservedPort() as reserved:
         run_id = f"test-{uuid.uuid4().hex[:8]}"
@@ -72,7 +71,10 @@ def run_ranks(
                     run_id=run_id,
                 )
                 process = context.Process(
-                    target=_rank_main, args=(there, variables, pickle.dumps((fn, args))), daemon=True, name=f"rank {rank}"
+                    target=_rank_main,
+                    args=(there, variables, pickle.dumps((fn, args))),
+                    daemon=True,
+                    name=f"rank {rank}",
                 )
                 process.start()
                 there.close()
@@ -88,7 +90,7 @@ def run_ranks(
                 pipe.close()
 
 
-def _collect(processes: list[BaseProcess], pipes: dict[Connection, int], deadline: float, timeout: float) -> list[Any]:
+def _collect(processes: list[Any], pipes: dict[Connection, int], deadline: float, timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     waiting = dict(pipes)
     while waiting:

@@ -63,10 +63,13 @@ class Group:
             abandon()
             self._say_goodbye()
             return
+        # A rank that is through with init may be done before a peer has seen its end of their connection.
+        deadline = time.monotonic() + patience
+        poll(lambda: bool(self.meeting.store.add("connected", 0) >= self.world_size), deadline)
         if dist.is_initialized():
             dist.destroy_process_group()
         self._say_goodbye()
-        if server is not None and not poll(self._all_left, time.monotonic() + patience):
+        if server is not None and not poll(self._all_left, deadline):
             present = [rank for rank in range(self.world_size) if not self.meeting.store.check([f"left/{rank}"])]
             warnings.warn(
                 f"rank 0 waited {patience:g} s for ranks {present} to close their World and now leaves without them",
@@ -117,6 +120,7 @@ def open_group(placement: Placement, arrival: Arrival, device: torch.device, tim
             f"rank {placement.rank} of {placement.world_size}: {arrival.backend} could not connect the ranks, which "
             f"had met at {placement.rendezvous}: {error}"
         ) from error
+    meeting.store.add("connected", 1)
     return Group(arrival.backend, meeting, placement.rank, placement.world_size)
 
 

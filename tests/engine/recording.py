@@ -1,0 +1,46 @@
+"""What a run did, as a list to compare: one entry an event, one a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from allstep.engine import Engine, Events
+
+
+def record(engine: Engine, *events: Events) -> list[tuple[str, int, int]]:
+    """A list that grows by (name, epoch, iteration) with each of the events, all of them by default."""
+    seen: list[tuple[str, int, int]] = []
+
+    def note(name: str) -> None:
+        seen.append((name, engine.state.epoch, engine.state.iteration))
+
+    for event in events or tuple(Events):
+        engine.add_event_handler(event, lambda *_, name=event.name: note(name))
+    return seen
+
+
+def batches_of(engine: Engine) -> list[Any]:
+    """A list that grows by the batch of each completed iteration."""
+    seen: list[Any] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda e: seen.append(e.state.batch))
+    return seen
+
+
+class NoLength:
+    """Data that can be iterated again and does not tell its length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.length))
+
+
+def nothing(engine: Engine, batch: Any) -> None:
+    """A step that does nothing."""
+
+
+def same(engine: Engine, batch: Any) -> Any:
+    """A step that returns its batch."""
+    return batch

@@ -1,0 +1,54 @@
+"""The digits example trains under every launcher, and its accuracy does not depend on the number of ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.examples.launching import run, run_step_tasks
+
+pytestmark = pytest.mark.slow
+
+ALLSTEP = [sys.executable, "-m", "allstep", "run", "--nproc"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+EXAMPLE = "digits.py"
+
+
+def accuracy(printed: str) -> str:
+    found = re.findall(r"test accuracy (\S+) on 360 samples", printed)
+    assert len(found) == 1, printed
+    return str(found[0])
+
+
+def test_two_processes_reach_97_percent_and_every_number_of_ranks_measures_the_same(tmp_path: Path) -> None:
+    weights, metrics = tmp_path / "weights.pt", tmp_path / "metrics.jsonl"
+    printed = run([*ALLSTEP, "2"], EXAMPLE, "--save", weights, "--out", metrics, folder=tmp_path)
+    assert float(accuracy(printed)) >= 0.97
+    written = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [each["epoch"] for each in written] == list(range(1, 13))
+    assert written[-1]["loss"] < written[0]["loss"]
+    assert written[-1]["test_accuracy"] == float(accuracy(printed))
+
+    measured = {
+        ranks: accuracy(run([*ALLSTEP, str(ranks)], EXAMPLE, "--evaluate", weights, folder=tmp_path))
+        for ranks in (1, 2, 3)
+    }
+    assert measured == dict.fromkeys((1, 2, 3), accuracy(printed))
+
+
+def test_the_same_file_runs_alone_and_under_torchrun_and_in_a_slurm_step(tmp_path: Path) -> None:
+    alone = run([sys.executable], EXAMPLE, "--epochs", 1, folder=tmp_path)
+    assert "1 rank(s) on cpu" in alone
+    printed = {
+        "torchrun": run([*TORCHRUN, "2"], EXAMPLE, "--epochs", 1, folder=tmp_path),
+        "step": run_step_tasks(EXAMPLE, "--epochs", 1, tasks=2, job=100_000 + os.getpid(), folder=tmp_path),
+        "allstep": run([*ALLSTEP, "2"], EXAMPLE, "--epochs", 1, folder=tmp_path).replace("[0] ", ""),
+    }
+    results = {launcher: accuracy(text) for launcher, text in printed.items()}
+    assert all("2 rank(s) on cpu" in text for text in printed.values()), printed
+    assert len(set(results.values())) == 1, results
