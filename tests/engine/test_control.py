@@ -2,7 +2,6 @@ from typing import Any
 
 import pytest
 
-from allstep.coordination import Alone, Request
 from allstep.engine import Engine, Events
 from tests.engine.recording import NoLength, batches_of, nothing, record
 from tests.engine.test_run import Told
@@ -295,25 +294,3 @@ def test_new_data_at_the_end_of_the_old_is_iterated_once() -> None:
     engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: engine.set_data(told))
     engine.run(range(3), epoch_length=5)
     assert told.calls == ["set 0", "iter"]
-
-
-class Deaf(Alone):
-    """A coordinator whose ranks never agree to a request."""
-
-    def __init__(self) -> None:
-        self.asked: list[Request] = []
-
-    def ask(self, request: Request) -> bool:
-        self.asked.append(request)
-        return False
-
-
-def test_requests_are_asked_of_the_engines_coordinator_and_hold_only_if_it_says_so() -> None:
-    coordinator = Deaf()
-    engine = Engine(nothing, coordinator=coordinator)
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), engine.terminate)
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.terminate_epoch)
-    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
-    assert engine.run(range(3), max_epochs=2).iteration == 6
-    assert coordinator.asked == [Request.TERMINATE, Request.TERMINATE_EPOCH, Request.INTERRUPT]
-    assert not engine.should_terminate

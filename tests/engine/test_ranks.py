@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+from allstep.coordination import Alone
 from allstep.engine import Engine, create_supervised_evaluator, create_supervised_trainer
 from allstep.testing import run_ranks
 from allstep.world import World
@@ -120,7 +121,7 @@ def _trained_and_evaluated(world: World, accumulate: int) -> tuple[list[float], 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = create_supervised_trainer(model, optimizer, functional.mse_loss, gradient_accumulation_steps=accumulate)
     trainer.run([batch_of(number, world.rank) for number in range(4)])
-    evaluator = create_supervised_evaluator(model)
+    evaluator = create_supervised_evaluator(model, coordinator=Alone())
     if not world.is_main:  # on one rank alone: no collective may be left waiting
         evaluator.run([batch_of(9, world.rank)] * 2)
     return _weights(model), len(synced), evaluator.state.iteration

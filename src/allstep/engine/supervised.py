@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allstep.coordination import Coordinator
 from allstep.engine.engine import Engine
 from allstep.engine.events import Events
 from allstep.parallel import Precision, autocast, grad_scaler, unwrap
@@ -42,6 +43,7 @@ def create_supervised_trainer(
     gradient_accumulation_steps: int = 1,
     samples_in: Callable[[Any], int] | None = None,
     model_fn: Callable[[nn.Module, Any], Any] = lambda model, x: model(x),
+    coordinator: Coordinator | None = None,
 ) -> Engine:
     """An engine whose step is a forward pass, a backward pass and, when it is due, an optimizer step.
 
@@ -60,6 +62,7 @@ def create_supervised_trainer(
         gradient_accumulation_steps: iterations whose gradients make one optimizer step.
         samples_in: `batch -> int`, what accumulated batches are weighed by; by default rows.
         model_fn: `(model, x) -> y_pred`.
+        coordinator: how ranks agree; by default the current world's.
 
     Raises:
         ValueError: an unknown precision, or steps below 1.
@@ -84,7 +87,13 @@ def create_supervised_trainer(
         group.begins = state.group_end
         return output_transform(x, y, y_pred, loss.detach())
 
-    trainer = Engine(step, accumulate=gradient_accumulation_steps, samples_in=samples_in, name="supervised trainer")
+    trainer = Engine(
+        step,
+        coordinator=coordinator,
+        accumulate=gradient_accumulation_steps,
+        samples_in=samples_in,
+        name="supervised trainer",
+    )
     trainer.modules.append(model)
     trainer.add_event_handler(Events.EPOCH_STARTED, group.begin)
     if precision == "fp16":
@@ -102,12 +111,13 @@ def create_supervised_evaluator(
     *,
     precision: Precision = "no",
     model_fn: Callable[[nn.Module, Any], Any] = lambda model, x: model(x),
+    coordinator: Coordinator | None = None,
 ) -> Engine:
     """An engine whose step is a forward pass in evaluation mode, without gradients.
 
     The module inside a DDP wrapper is called, so that no collective runs. Ranks may have different amounts of data: one
     that runs out fires the events of the remaining iterations and does not call the step (`uneven="longest"`,
-    `idle="skip"`).
+    `idle="skip"`). To evaluate on some ranks only, give `coordinator=Alone()`.
     Arguments are those of `create_supervised_trainer`; the default output is `(y_pred, y)`.
     """
     target = _device_of(model, device)
@@ -121,7 +131,7 @@ def create_supervised_evaluator(
                 y_pred = model_transform(model_fn(module, x))
             return output_transform(x, y, y_pred)
 
-    return Engine(step, uneven="longest", idle="skip", name="supervised evaluator")
+    return Engine(step, coordinator=coordinator, uneven="longest", idle="skip", name="supervised evaluator")
 
 
 class _Group:
