@@ -9,6 +9,8 @@
 ARG BASE_IMAGE=docker.io/library/debian:bookworm-slim
 
 FROM ${BASE_IMAGE} AS build
+# The base image decides the versions of Debian's packages.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -26,6 +28,7 @@ COPY src ./src
 RUN pip install --no-cache-dir ${PIP_OPTIONS} -c constraints.txt ".[examples,tensorboard]"
 
 FROM ${BASE_IMAGE}
+# hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/* \
@@ -34,7 +37,7 @@ COPY --from=build /opt/allstep /opt/allstep
 COPY --chown=allstep:allstep examples /home/allstep/examples
 COPY --chown=allstep:allstep configs /home/allstep/configs
 ENV PATH=/opt/allstep/bin:$PATH PYTHONUNBUFFERED=1
-USER allstep
+USER 1000
 WORKDIR /home/allstep
 ENTRYPOINT ["allstep"]
 CMD ["--help"]

@@ -12,10 +12,12 @@ work. All contenders share the two processes, the model and the data, which is e
 - PyTorch-Ignite's Engine, which agrees on nothing.
 
 Each is compared with the plain loop over the same kind of data in blocks of plain, other, other, plain (ABBA), which
-cancel a drift of the machine. A run is a whole one: for allstep with the meeting at its start and the votes at its end.
-The table has the median of the blocks' ratios and its 95 % interval by bootstrap over blocks. The CPU time of agreement
-is measured apart: that of an empty step's iterations with two ranks, less that of an engine alone. Most of it is spent
-in gloo's own threads, beside the step.
+cancel a drift of the machine. The first iterations of a run are not timed: one, and for allstep the 31 in which windows
+grow to their length. The table has the median of the blocks' ratios and its 95 % interval by bootstrap over blocks.
+
+Measured apart, with an empty step: what a run's start and end take (ranks compare what they are about to do, and vote
+at the epoch's end and the run's), and the CPU time of agreement, that of two ranks' iterations less that of an engine
+alone. Most of it is spent in gloo's own threads, beside the step.
 
     pip install allstep[bench]; python benchmarks/agreement.py [--blocks 20] [--iterations 50]
 """
@@ -30,7 +32,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from itertools import repeat
+from dataclasses import dataclass
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +55,18 @@ AIM = 1.02
 STEP_SECONDS = 0.010
 BATCH, FEATURES, WIDTH, CLASSES = 128, 64, 256, 10
 
+GROWING = 31  # 1 + 2 + 4 + 8 + 16: windows before the first of 32
+
 Batch = tuple[torch.Tensor, torch.Tensor]
-Step = Callable[[Any, Batch], None]
-Contender = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`run` goes through `untimed` iterations and then those that are timed; `base` is what it is compared with."""
+
+    run: Callable[[], object]
+    untimed: int = 1
+    base: str = "plain loop"
 
 
 class Rows(Dataset[Batch]):
@@ -89,62 +101,67 @@ def as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def make_step(model: nn.Module, sleep: float) -> Step:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+class Step:
+    """Trains on a batch, sleeps, and notes when it was done."""
 
-    def step(engine: Any, batch: Batch) -> None:
+    def __init__(self, model: nn.Module, sleep: float) -> None:
+        self.model = model
+        self.sleep = sleep
+        self.optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        self.done: list[float] = []
+
+    def __call__(self, engine: Any, batch: Batch) -> None:
         x, y = batch
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(x), y)
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        time.sleep(sleep)
+        self.optimizer.step()
+        time.sleep(self.sleep)
+        self.done.append(time.perf_counter())
 
-    return step
 
-
-def contenders(world: World, step: Step, model: nn.Module, iterations: int) -> dict[str, tuple[Contender, str]]:
-    """Name to (a whole run of `iterations`, the plain loop that it is compared with)."""
-    rows = Rows(iterations)
-    known = DataLoader(rows, batch_size=BATCH, collate_fn=as_it_is)
-    unknown = DataLoader(Stream(rows), batch_size=None)
+def contenders(step: Step, iterations: int) -> dict[str, Contender]:
+    rows, more_rows = Rows(1 + iterations), Rows(GROWING + iterations)
+    known, unknown = whole_batches(rows), DataLoader(Stream(rows), batch_size=None)
+    long_known, long_unknown = whole_batches(more_rows), DataLoader(Stream(more_rows), batch_size=None)
     group = dist.new_group(backend="gloo")
 
-    def plain(loader: DataLoader[Batch]) -> Contender:
-        def run() -> None:
-            for batch in loader:
-                step(None, batch)
-
-        return run
-
-    def allstep(loader: DataLoader[Batch]) -> Contender:
-        return lambda: Engine(step, name="step").run(loader) and None
+    def plain(loader: Any) -> None:
+        for batch in loader:
+            step(None, batch)
 
     def join() -> None:
-        with Join([model]):  # type: ignore[list-item]
-            for batch in known:
-                step(None, batch)
+        with Join([step.model]):  # type: ignore[list-item]
+            plain(known)
 
     def synchronous() -> None:
         for batch in known:
             dist.all_reduce(torch.ones(1, dtype=torch.int64), group=group)
             step(None, batch)
 
-    found: dict[str, tuple[Contender, str]] = {
-        "plain loop": (plain(known), ""),
-        "plain loop, unknown": (plain(unknown), ""),
-        "allstep, lengths known": (allstep(known), "plain loop"),
-        "allstep, lengths unknown": (allstep(unknown), "plain loop, unknown"),
-        "DDP in Join": (join, "plain loop"),
-        "synchronous all-reduce": (synchronous, "plain loop"),
+    def allstep(loader: Any) -> None:
+        Engine(step, name="step").run(loader)
+
+    found = {
+        "plain loop": Contender(lambda: plain(known), base=""),
+        "plain loop, unknown": Contender(lambda: plain(unknown), base=""),
+        "allstep, lengths known": Contender(lambda: allstep(long_known), GROWING),
+        "allstep, lengths unknown": Contender(lambda: allstep(long_unknown), GROWING, "plain loop, unknown"),
+        "DDP in Join": Contender(join),
+        "synchronous all-reduce": Contender(synchronous),
     }
     with contextlib.suppress(ImportError):
-        found["Accelerate, dispatching loader"] = (plain(dispatching(rows)), "plain loop, unknown")
+        loader = dispatching(rows)
+        found["Accelerate, dispatching loader"] = Contender(lambda: plain(loader), base="plain loop, unknown")
     with contextlib.suppress(ImportError):
         from ignite.engine import Engine as IgniteEngine
 
-        found["PyTorch-Ignite"] = (lambda: IgniteEngine(step).run(known) and None, "plain loop")
+        found["PyTorch-Ignite"] = Contender(lambda: IgniteEngine(step).run(known))
     return found
+
+
+def whole_batches(rows: Rows) -> DataLoader[Batch]:
+    return DataLoader(rows, batch_size=BATCH, collate_fn=as_it_is)
 
 
 def dispatching(rows: Rows) -> Any:
@@ -159,23 +176,35 @@ def dispatching(rows: Rows) -> Any:
 
 def calibrate(world: World, model: nn.Module) -> tuple[float, float]:
     """Seconds that the step computes, and how long it has to sleep."""
-    compute = make_step(model, 0.0)
+    compute = Step(model, 0.0)
     batch = Rows(1).__getitems__(list(range(BATCH)))
-    took = []
-    for _ in range(100):
-        begin = time.perf_counter()
+    for _ in range(200):
         compute(None, batch)
-        took.append(time.perf_counter() - begin)
-    computes = world.all_reduce(statistics.median(took), op="mean")
+    took = [after - before for before, after in pairwise(compute.done)]
+    quick = statistics.quantiles(took, n=10)[0]  # the machine's own pace, whatever else runs on it just now
+    computes = world.all_reduce(quick, op="mean")
     return computes, max(0.0, STEP_SECONDS - computes)
 
 
-def timed(run: Contender) -> float:
+def timed(contender: Contender, step: Step) -> float:
+    """Seconds per iteration of a run."""
+    step.done.clear()
     dist.barrier()
-    begin = time.perf_counter()
-    run()
-    dist.barrier()
-    return time.perf_counter() - begin
+    contender.run()
+    done = step.done[contender.untimed - 1 :]
+    return (done[-1] - done[0]) / (len(done) - 1)
+
+
+def start_and_end() -> float:
+    """Seconds that the run of a single empty iteration takes more than alone."""
+
+    def run(**coordinator: Any) -> float:
+        dist.barrier()
+        begin = time.perf_counter()
+        Engine(lambda engine, batch: None, name="empty", **coordinator).run([torch.ones(1)])
+        return time.perf_counter() - begin
+
+    return statistics.median(run() - run(coordinator=Alone()) for _ in range(100))
 
 
 def agreement_cpu(data: Callable[[int], Any], iterations: int, lookahead: int | None = None) -> tuple[float, float]:
@@ -211,17 +240,17 @@ def measure(world: World, blocks: int, iterations: int) -> dict[str, Any]:
         )
     )
     computes, sleeps = calibrate(world, model)
-    runs = contenders(world, make_step(model, sleeps), model, iterations)
-    for run, _ in runs.values():
-        run()
-    ratios: dict[str, list[float]] = {name: [] for name, (_, base) in runs.items() if base}
+    step = Step(model, sleeps)
+    runs = contenders(step, iterations)
+    for contender in runs.values():
+        contender.run()
+    ratios: dict[str, list[float]] = {name: [] for name, contender in runs.items() if contender.base}
     plain: list[float] = []
     for _ in range(blocks):
-        for name in ratios:
-            run, base = runs[name]
-            against = runs[base][0]
-            a, b, c, d = timed(against), timed(run), timed(run), timed(against)
-            ratios[name].append((b + c) / (a + d))
+        for name, found in ratios.items():
+            run, base = runs[name], runs[runs[name].base]
+            a, b, c, d = (timed(each, step) for each in (base, run, run, base))
+            found.append((b + c) / (a + d))
             plain += [a, d]
     cpu = {
         "lengths known, windows of 32": agreement_cpu(lambda iterations: None, 6400),
@@ -231,7 +260,8 @@ def measure(world: World, blocks: int, iterations: int) -> dict[str, Any]:
     return {
         "computes": computes,
         "sleeps": sleeps,
-        "iteration": statistics.median(plain) / iterations,
+        "iteration": statistics.median(plain),
+        "start and end": start_and_end(),
         "ratios": ratios,
         "cpu": cpu,
     }
@@ -261,12 +291,13 @@ def main() -> None:
         f"\n2 gloo ranks, MLP {FEATURES}-{WIDTH}-{WIDTH}-{CLASSES}, {BATCH} rows a rank. An iteration of the plain "
         f"loop takes {found['iteration'] * 1e3:.2f} ms: about {found['computes'] * 1e3:.1f} ms of computing and "
         f"reducing, and a sleep of {found['sleeps'] * 1e3:.1f} ms.\n"
-        f"{options.blocks} ABBA blocks, {options.iterations} iterations a run.\n"
+        f"{options.blocks} ABBA blocks, {options.iterations} timed iterations a run.\n"
     )
     print(f"| | time / plain loop | 95 % interval | at most {AIM}? |\n|---|---:|---:|---|")
     for name, ratios in found["ratios"].items():
         low, high = interval(ratios)
         print(f"| {name} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} | {verdict(low, high)} |")
+    print(f"\nA run's start and end take {found['start and end'] * 1e3:.1f} ms more than those of an engine alone.")
     print("\n| CPU time of agreement, µs per iteration | process | of it the main thread |\n|---|---:|---:|")
     for name, (process, thread) in found["cpu"].items():
         print(f"| {name} | {process:.1f} | {thread:.1f} |")

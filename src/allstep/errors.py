@@ -78,3 +78,11 @@ class UnevenDataError(AgreementError):
 
 def _uneven(message: str, counts: tuple[int, ...]) -> UnevenDataError:
     return UnevenDataError(message, counts=counts)
+
+
+class RanksError(AllstepError, RuntimeError):
+    """A rank of `allstep.testing.run_ranks` failed; the message names the first one and holds its traceback."""
+
+
+class SimulationError(AllstepError, RuntimeError):
+    """Simulated ranks came apart: another rank raised, or did not come to a meeting in time."""

@@ -188,7 +188,7 @@ class Log:
     events: list[tuple[str, int, int, int | None, str | None]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     unread: dict[int, Any] = field(default_factory=dict)
-    asked: list[tuple[Act, int, int]] = field(default_factory=list)
+    asked: list[tuple[Act, int, int, Events]] = field(default_factory=list)
     error: tuple[str, str] | None = None
     stop_reason: str | None = None
     epoch_length: int | None = None
@@ -196,10 +196,15 @@ class Log:
 
 
 def run_world(drawn: Drawn) -> list[Log]:
-    logging.getLogger("allstep.engine").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return simulate(_run_rank, len(drawn.shelves), drawn, timeout=3.0)
+    logger = logging.getLogger("allstep.engine")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return simulate(_run_rank, len(drawn.shelves), drawn, timeout=3.0)
+    finally:
+        logger.setLevel(before)
 
 
 def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
@@ -209,7 +214,9 @@ def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
     def step(engine: Engine, batch: torch.Tensor) -> None:
         state = engine.state
         name = int(batch[0]) if state.active else None
-        window_ends_at = engine._loop.agreed.window_ends_at if engine._loop.agreed is not None else state.iteration
+        window_ends_at = (
+            engine._loop.supply.agreed.window_ends_at if engine._loop.supply.agreed is not None else state.iteration
+        )
         rows = len(batch) if state.active else 0
         assert state.samples in (None, rows)
         log.steps.append(Step(state.epoch, state.iteration, name, rows, state.weight, state.group_end, window_ends_at))
@@ -228,7 +235,7 @@ def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
 
     def act(ask: Ask) -> None:
         nonlocal replacements
-        log.asked.append((ask.act, engine.state.epoch, engine.state.iteration))
+        log.asked.append((ask.act, engine.state.epoch, engine.state.iteration, ask.event))
         if ask.act == "set_data":
             replacements += 1
             start = REPLACEMENT + replacements * 1000
@@ -279,10 +286,16 @@ class Outcome:
     uneven_at: int | None = None
 
 
-def expect(drawn: Drawn, cut: set[tuple[int, int]], ended: tuple[int, int] | None) -> Outcome:
-    """What the run does when epochs were cut at these (epoch, iteration) and it was terminated at `ended`."""
+def expect(drawn: Drawn, cut: set[tuple[int, int]], ended: tuple[int, int, bool] | None) -> Outcome:
+    """What the run does when epochs were cut at these (epoch, iteration) and it was terminated at `ended`.
+
+    `ended` is (epoch, iteration, whether that epoch was complete).
+    """
     ranks = [_Pass(shelf) for shelf in drawn.shelves]
     out = Outcome(epoch_length=drawn.epoch_length or _known_length(drawn))
+    if _known_length(drawn) == 0:
+        out.is_empty = True
+        return out
     enough = any if drawn.policy == "longest" else all
     one_shot = any(shelf.kind == "generator" for shelf in drawn.shelves)
     iteration = epoch = in_pass = 0
@@ -310,7 +323,7 @@ def expect(drawn: Drawn, cut: set[tuple[int, int]], ended: tuple[int, int] | Non
         in_pass, is_open, said = 0, True, False
 
     while (drawn.max_iters is None or iteration < drawn.max_iters) and epoch != drawn.max_epochs:
-        if ended == (epoch, iteration):
+        if ended == (epoch, iteration, True) or (ended == (0, 0, False) and not epoch):
             return out
         if iteration and one_shot:
             if not is_open:
@@ -323,7 +336,7 @@ def expect(drawn: Drawn, cut: set[tuple[int, int]], ended: tuple[int, int] | Non
         if not is_open:
             open_all(epoch)
         while (epoch, iteration) not in cut and (out.epoch_length is None or done < out.epoch_length):
-            if ended == (epoch, iteration) or iteration == drawn.max_iters:
+            if ended == (epoch, iteration, False) or iteration == drawn.max_iters:
                 return out
             if not has_next():
                 if iteration == 0:

@@ -113,6 +113,41 @@ def test_new_data_where_the_old_ended_inside_a_group_completes_the_group() -> No
     assert seen == [(10, False), (11, True), (12, False), (20, True), (21, False), (22, True)]
 
 
+@pytest.mark.parametrize("make", [list, iter])
+@pytest.mark.parametrize("fails_at", [5, 6, 8])
+def test_a_group_that_a_failure_left_incomplete_is_begun_again_and_no_batch_is_lost(make: Any, fails_at: int) -> None:
+    groups: list[list[int]] = [[]]
+
+    def step(engine: Engine, batch: int) -> None:
+        if engine.state.iteration == fails_at and not failed:
+            failed.append(True)
+            groups[-1].clear()
+            raise RuntimeError("once")
+        groups[-1].append(batch)
+        if engine.state.group_end:
+            groups.append([])
+
+    failed: list[bool] = []
+    engine = Engine(step, accumulate=4)
+    data = make(range(12))
+    with pytest.raises(RuntimeError, match="once"):
+        engine.run(data, epoch_length=12)
+    engine.run(data, epoch_length=12)
+    assert groups == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], []]
+
+
+def test_a_state_saved_inside_a_group_resumes_at_the_groups_first_batch() -> None:
+    saved: list[dict[str, Any]] = []
+    engine = Engine(lambda e, batch: None, accumulate=4)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=6), lambda: saved.append(engine.state_dict()))
+    engine.run(list(range(12)))
+    seen: list[int] = []
+    other = Engine(lambda e, batch: seen.append(batch), accumulate=4)
+    other.load_state_dict(saved[0])
+    other.run(list(range(12)))
+    assert seen == [4, 5, 6, 7, 8, 9, 10, 11]
+
+
 def test_a_group_without_a_sample_weighs_nothing() -> None:
     seen, _ = groups([0, 0], 2)
     assert [weight for _, weight, _ in seen] == [0.0, 0.0]

@@ -64,7 +64,7 @@ def test_error_names_the_count_of_each_rank(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_plain_loop_over_the_same_data_does_not_finish(tmp_path: Path) -> None:
-    done = stream(tmp_path, "--plain", "--timeout", "3")
+    done = stream(tmp_path, "--plain", "--timeout", "10")
     assert done.returncode != 0
     assert "epoch 2, batch 1\n" in done.stdout
     assert "rank 2: done with its data" not in done.stdout

@@ -104,6 +104,7 @@ class AgreedFeed:
         self._left_behind = (0, 0)
         self._unread_is_said = False
         self._gave_less: str | None = None
+        self._group: list[Any] = []
         self._carried: deque[tuple[Any, int | None]] = deque()
         self._filler: Any = END
         self._cast: _Cast | None = None
@@ -143,6 +144,10 @@ class AgreedFeed:
         if batch is END:
             return None if self._filler is END else self._filler
         self._filler = batch
+        if self._agreement.group_size > 1:
+            if at % self._agreement.group_size == 0:
+                self._group.clear()
+            self._group.append(batch)
         return batch
 
     def end_pass(self, *, loses_unread: bool) -> list[Any]:
@@ -174,9 +179,10 @@ class AgreedFeed:
         self._cast = self._cast_window(offset=0)
         self._enter_next_window()
 
-    def abandon_pass(self) -> list[Any]:
-        """End the pass here; returns the batches that were read and not given."""
-        kept = [batch for batch, _ in self._carried if batch is not END]
+    def abandon_pass(self, *, group_is_undone: bool = False) -> list[Any]:
+        """End the pass here; returns the batches that were read and not given, or given to a group that is undone."""
+        kept = self._group if group_is_undone else []
+        kept = kept + [batch for batch, _ in self._carried if batch is not END]
         kept += self._reader.kept() if self._reader is not None else []
         self._carried.clear()
         self._left, self._at = 0, 0
@@ -245,7 +251,7 @@ class AgreedFeed:
             agreement.policy,
             self._coordinator.world_size,
             agreement.group_size,
-            group_goes_on=math.isfinite(self.limit),
+            group_goes_on=self._state.epoch_length is not None,
             carried=len(self._carried),
         )
         if ledger.is_uneven and agreement.policy == "error":

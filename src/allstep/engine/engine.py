@@ -230,7 +230,7 @@ class Engine(Listening):
         Alone, and between passes, from the next batch on; with several ranks, inside a pass, when it has been voted on,
         as an end by `terminate` is. Ranks may replace their data one by one.
         """
-        if self._votes and self._loop is not None and self._loop.takes_batches:
+        if self._votes and self._loop is not None and self._loop.supply.takes_batches:
             self._waiting_data = data
             self._ask(Request.REPLACE_DATA, None, False)
             return
@@ -272,13 +272,14 @@ class Engine(Listening):
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands, in plain numbers; collective-free.
 
-        `iteration` counts the steps that were completed, `epoch_began_at` of them before the present epoch, of which
-        `epochs_completed` came before it; `epoch_length` and `max_epochs` or `max_iters` are the run's terms.
+        `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
+        `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
+        `epoch_length` and `max_epochs` or `max_iters` are the run's terms.
         """
         state, progress = self.state, self.progress
         terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
         return {
-            "iteration": state.iteration - progress.step_is_open,
+            "iteration": state.iteration - progress.step_is_open - progress.steps_in_group,
             "epochs_completed": state.epoch - progress.epoch_is_open,
             "epoch_began_at": progress.epoch_began_at,
             "epoch_length": state.epoch_length,
@@ -314,7 +315,8 @@ class Engine(Listening):
     def _settle_counters(self) -> None:
         """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
         state, progress = self.state, self.progress
-        state.iteration -= progress.step_is_open
+        state.iteration -= progress.step_is_open + progress.steps_in_group
+        progress.steps_in_group = 0
         if progress.abandoned:
             progress.epoch_began_at = state.iteration
         else:
@@ -323,7 +325,7 @@ class Engine(Listening):
 
     @property
     def _votes(self) -> bool:
-        return self._loop is not None and self._loop.agreed is not None
+        return self._loop is not None and self._loop.supply.agreed is not None
 
     def _ask(self, request: Request, reason: str | None, skip: bool, *, at_once: bool = False) -> None:
         why = reason or f"{request.value}() at iteration {self.state.iteration}"

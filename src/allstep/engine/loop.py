@@ -22,22 +22,19 @@ An iteration costs one comparison an event (`slot.due`) and one (`until`) for al
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Generator
 from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from allstep.coordination import Request
-from allstep.engine.agreed import AgreedFeed
 from allstep.engine.events import EventEnum, Events
 from allstep.engine.filler import without_gradient, without_reduction, without_trace
 from allstep.engine.meeting import Meeting
-from allstep.engine.reader import make_reader
-from allstep.engine.source import END, Source, place_in_data
-from allstep.engine.terms import is_done, length_of
-from allstep.errors import DataError, EngineError
+from allstep.engine.source import END
+from allstep.engine.supply import Supply
+from allstep.engine.terms import is_done
+from allstep.errors import EngineError
 
 if TYPE_CHECKING:
     from allstep.engine.engine import Engine
@@ -52,42 +49,26 @@ _STOP_ITERATION = (
 class Loop:
     """One run of an engine, from STARTED to COMPLETED.
 
-    `continues` says that the state is not at a pass's beginning, so that the first pass is opened where it stands.
-    `until` is the iteration after which there is more to decide than which handlers are due. `takes_batches` says that
-    a pass is open, so that ranks that agree have to vote before another's data is taken.
+    `until` is the iteration after which there is more to decide than which handlers are due. `supply` is where batches
+    come from.
     """
 
     def __init__(self, engine: Engine, meeting: Meeting | None, *, continues: bool) -> None:
         self.engine = engine
         self.state = engine.state
         self.until: float = LOOK_NOW
-        self.agreed: AgreedFeed | None = None
+        self.supply = Supply(engine, meeting, continues=continues, announce=self._announce)
         self._slots = engine.registry.slots
         self._asked = engine.asked
         self._step = engine.process_function
-        self._meeting = meeting
         if meeting is not None:
-            self.agreed = AgreedFeed(engine.coordinator, meeting.agreement, engine.state, engine.requests)
             self._modules = engine.modules_in_step()
             self._step = self._agreed_step
-        self._continues = continues
-        self._dry = False
-        self._pass_began_at = 0
-        self.takes_batches = False
-        self._source = Source(engine.state.dataloader)
-        self._feed: Any = None
-        self._replaced = False
-        self._unused, engine.kept = engine.kept, []
 
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""
-        self._continues = False
-        self._source, self._feed, self.takes_batches, self._unused = Source(data), None, False, []
-        if self.engine.progress.epoch_is_open:
-            self._source.set_epoch(self.state.epoch - 1)
-            if self.agreed is None:
-                self._open()
-                self._look_ahead()
+        self.supply.replace_data(data)
+        self._look_ahead()
 
     def drive(self) -> Generator[None, None, None]:
         """Run to the end; yield where the run is suspended."""
@@ -96,7 +77,7 @@ class Loop:
             yield from self._run()
             self._conclude(began)
         except GeneratorExit:
-            self._keep_unused()
+            self.supply.keep_unused()
             raise
         except BaseException as error:
             self.engine.logger.error("the run ends at iteration %d: %r", self.state.iteration, error)
@@ -107,10 +88,10 @@ class Loop:
                 for asked in self.engine.requests[earlier:]:
                     self.engine.take(asked)
             if Request.TERMINATE not in self._asked:
-                self._keep_unused()
+                self.supply.keep_unused()
                 raise
             self._conclude(began)
-        self._keep_unused()
+        self.supply.keep_unused()
 
     def _run(self) -> Generator[None, None, None]:
         self.state.times.update({Events.EPOCH_COMPLETED.name: 0.0, Events.COMPLETED.name: 0.0})
@@ -118,10 +99,10 @@ class Loop:
         if self._asked:
             yield from self._heed()
         while Request.TERMINATE not in self._asked and not self._is_done():
-            if self.state.iteration and self._is_one_shot() and not self._has_another_epoch():
+            if self.state.iteration and self.supply.is_one_shot and not self.supply.has_another_epoch():
                 break
             yield from self._epoch()
-            if self._dry:
+            if self.supply.is_dry:
                 break
 
     def _epoch(self) -> Generator[None, None, None]:
@@ -129,10 +110,10 @@ class Loop:
         began = perf_counter()
         state.epoch += 1
         progress.epoch_is_open = True
-        self._source.set_epoch(state.epoch - 1)
+        self.supply.set_epoch(state.epoch - 1)
         self._announce(Events.EPOCH_STARTED)
         if not (asked and (yield from self._heed())) and not self._epoch_is_over():
-            self._open_or_go_on()
+            self.supply.open_or_go_on()
             if not (asked and (yield from self._heed())):
                 yield from self._iterate()
         if Request.TERMINATE in asked:
@@ -142,15 +123,15 @@ class Loop:
         cut = Request.TERMINATE_EPOCH in asked
         if cut:
             self._announce(Events.TERMINATE_SINGLE_EPOCH, iterations)
-            self._abandon_pass()
+            self.supply.abandon_pass()
         progress.epoch_is_open = False
         progress.epoch_began_at = state.iteration
-        if self._dry and not iterations:
+        if self.supply.is_dry and not iterations:
             return
         if not (cut and self.engine.skips_epoch_completed):
             state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
             self._announce(Events.EPOCH_COMPLETED)
-        self._close_epoch()
+        self.supply.close_epoch()
         asked.discard(Request.TERMINATE_EPOCH)  # one that came too late for this epoch is not for the next
         state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
         if asked:
@@ -158,7 +139,7 @@ class Loop:
 
     def _iterate(self) -> Generator[None, None, None]:
         engine, state, asked, progress = self.engine, self.state, self._asked, self.engine.progress
-        fire, step = engine._fire_event, self._step
+        fire, step, supply = engine._fire_event, self._step, self.supply
         getting, got = self._slots[Events.GET_BATCH_STARTED], self._slots[Events.GET_BATCH_COMPLETED]
         started, completed = self._slots[Events.ITERATION_STARTED], self._slots[Events.ITERATION_COMPLETED]
         done = state.iteration
@@ -171,7 +152,7 @@ class Loop:
                     fire(Events.GET_BATCH_STARTED)
                     if asked and (yield from self._heed()):
                         return
-                batch = next(self._feed, END)
+                batch = next(supply.feed, END)
                 if batch is END:
                     if not self._refill() or (asked and (yield from self._heed())):
                         return
@@ -198,7 +179,7 @@ class Loop:
                 if completed.due <= iteration:
                     fire(Events.ITERATION_COMPLETED)
                 if iteration >= self.until:
-                    self._go_to_next_window()
+                    supply.finish_window()
                     if asked and (yield from self._heed()):
                         return
                     if self._epoch_is_over():
@@ -232,203 +213,33 @@ class Loop:
 
     def _look_ahead(self) -> None:
         """Bring `until` up to date with the state and with what was asked."""
-        state = self.state
-        ends_at = math.inf
-        if state.epoch_length is not None:
-            ends_at = self.engine.progress.epoch_began_at + state.epoch_length
-        if state.max_iters is not None:
-            ends_at = min(ends_at, state.max_iters)
-        if self.agreed is not None:
-            self.agreed.limit = ends_at
-            if self._feed is not None:
-                ends_at = min(ends_at, self.agreed.window_ends_at)
+        ends_at = self.supply.next_stop()
         self.until = LOOK_NOW if self._asked else ends_at
 
-    def _open_or_go_on(self) -> None:
-        """Have batches to take, of a new pass or of the one that the last epoch left."""
-        self._look_ahead()
-        if self._replaced:
-            self._reopen()
-        elif self._feed is None:
-            self._open()
-        elif self.agreed is not None:
-            self.agreed.advance()
-            self._land()
-
-    def _open(self, *, is_new: bool = True) -> None:
-        """Begin taking batches: where the state says, the first time in a continued run, else at a pass's beginning."""
-        state, progress, skip = self.state, self.engine.progress, 0
-        present = begun_in = state.epoch - progress.epoch_is_open
-        if self._continues:
-            length = length_of(self._source.data) if self._meeting is None else self._meeting.length
-            begun_in, skip = place_in_data(
-                state.iteration, progress.epoch_began_at, state.epoch_length, present, length
-            )
-        self._continues = False
-        if begun_in != present:
-            self._source.set_epoch(begun_in)
-        if self._unused:
-            self._source.put_back(self._unused)
-            self._unused = []
-        self._source.open(skip, may_end=self.agreed is not None)
-        if begun_in != present:  # the pass after this one, if it begins in this epoch, is of this epoch
-            self._source.set_epoch(present)
-        self._begin_pass(skip, is_new=is_new)
-
-    def _begin_pass(self, position: int = 0, *, is_new: bool = True) -> None:
-        source = self._source
-        assert source.batches is not None
-        self.takes_batches = True
-        if is_new:
-            self._pass_began_at = self._taken()
-        if self.agreed is None:
-            self._feed = source.batches
-        else:
-            self._feed = self.agreed
-            self.agreed.open_pass(make_reader(source.data, source.batches, position, self.engine.samples_in))
-            self._land()
-
-    def _restart(self) -> None:
-        ended = self._source
-        self.takes_batches = False
-        if self.agreed is not None:
-            unused = self.agreed.end_pass(loses_unread=not ended.is_one_shot)
-            if ended.is_one_shot:
-                self._unused = unused
-        self._announce(Events.DATALOADER_STOP_ITERATION)
-        if self._unused:
-            self._source.put_back(self._unused)
-            self._unused = []
-        if self._source is ended or self._feed is None:
-            self._source.open()
-        self._begin_pass()
-
-    def _taken(self) -> int:
-        return self.state.iteration + (self.agreed.waiting if self.agreed is not None else 0)
-
     def _refill(self) -> bool:
-        """The pass ended: begin the next, or learn the epoch's length. True when this epoch has more batches."""
-        state = self.state
-        if self._dry:
-            return False
-        if self._taken() == 0:
-            raise DataError("data is empty: it gave no batch; give at least one" + self._who_is_empty())
-        if state.epoch_length is None:
-            state.epoch_length = self._taken() - self.engine.progress.epoch_began_at
-        elif self._taken() > self._pass_began_at:
-            self._restart()
-            self._look_ahead()
-            return True
-        else:
-            self._say_dry()
+        more = self.supply.refill()
         self._look_ahead()
-        return False
-
-    def _has_another_epoch(self) -> bool:
-        """Whether a one-shot iterator has anything left, asked before an epoch begins so that none is empty."""
-        self._source.set_epoch(self.state.epoch)  # another rank's data may begin its pass here
-        self._open_or_go_on()
-        if not self._has_more():
-            self._restart()
-            if Request.TERMINATE in self._asked:
-                return False
-            if not self._has_more():
-                self._say_dry()
-                return False
-        if self.agreed is None:
-            self._begin_pass()
-        return True
-
-    def _has_more(self) -> bool:
-        return self._source.has_more() if self.agreed is None else self.agreed.has_more()
-
-    def _is_one_shot(self) -> bool:
-        return self._source.is_one_shot if self._meeting is None else self._meeting.is_one_shot
-
-    def _abandon_pass(self) -> None:
-        """Begin the next epoch with a new pass; what a one-shot iterator gave is given again."""
-        self._feed, self.takes_batches, self._replaced = None, False, False
-        if self.agreed is not None:
-            unused = self.agreed.abandon_pass()
-            if self._source.is_one_shot:
-                self._unused += unused
-
-    def _keep_unused(self) -> None:
-        """Keep what was read ahead of a one-shot iterator for the engine's next run over it."""
-        if self.agreed is not None and self._source.is_one_shot:
-            self.engine.kept = self._unused if self._feed is None else self.agreed.abandon_pass()
-
-    def _go_to_next_window(self) -> None:
-        if self.agreed is not None and self.state.iteration >= self.agreed.window_ends_at:
-            self.agreed.advance()
-            self._land()
-
-    def _close_epoch(self) -> None:
-        agreed, state = self.agreed, self.state
-        if agreed is None:
-            return
-        state.unread = agreed.close_epoch()
-        if state.unread and self.engine.coordinator.rank == 0:
-            left = ", ".join(f"rank {u.rank}: {u.batches} batches of {u.samples} samples" for u in state.unread)
-            self.engine.logger.warning("epoch %d ended when a rank ran out of data; unread: %s", state.epoch, left)
-        self._land(reopens=False)
-
-    def _land(self, *, reopens: bool = True) -> None:
-        """Take what the ranks agreed to do."""
-        agreed = self.agreed
-        assert agreed is not None
-        landed, agreed.landed = agreed.landed, []
-        for asked in landed:
-            self.engine.take(asked)
-        if any(asked.request is Request.REPLACE_DATA for asked in landed):
-            self._replaced = True
-        if self._replaced and reopens and not self._asked & {Request.TERMINATE, Request.TERMINATE_EPOCH}:
-            self._reopen()
-
-    def _reopen(self) -> None:
-        """Vote anew on the coming iterations, since some rank's data was replaced: for the others the pass goes on."""
-        assert self.agreed is not None
-        self._replaced = False
-        self._look_ahead()
-        if self._feed is None:
-            self._open(is_new=False)
-        else:
-            self.agreed.open_pass()
-            self._land()
-
-    def _who_is_empty(self) -> str:
-        if self.agreed is None or self.engine.coordinator.world_size == 1:
-            return ""
-        empty = [str(r) for r, n in enumerate(self.engine.coordinator.gather(self.agreed.total())) if n == 0]
-        return f" on rank {', '.join(empty)}, or train with uneven='longest', in which it takes part at weight zero"
+        return more
 
     def _agreed_step(self, engine: Engine, batch: Any) -> Any:
         """The step with what agreement asks of it: no trace of a filler, no reduction inside a group."""
         state = self.state
         if state.active and state.group_end and state.samples:
-            return engine.process_function(engine, batch)
-        if not state.active and engine.idle == "skip":
-            return None
-        with ExitStack() as stack:
-            if not state.active:
-                stack.enter_context(without_trace(self._modules))
-            elif not state.samples:  # the mean over nothing is not a number
-                stack.enter_context(without_gradient(self._modules))
-            if not state.group_end:
-                stack.enter_context(without_reduction(self._modules))
-            return engine.process_function(engine, batch)
-
-    def _say_dry(self) -> None:
-        state = self.state
-        total = state.max_iters
-        if total is None and state.epoch_length is not None and state.max_epochs is not None:
-            total = state.epoch_length * state.max_epochs
-        self._dry = True
-        warnings.warn(
-            f"the data ran dry: {self._taken()} of {total} iterations were done; give data that can be iterated again, "
-            "or new data with engine.set_data() in a handler of DATALOADER_STOP_ITERATION",
-            stacklevel=2,
-        )
+            output = engine.process_function(engine, batch)
+        elif not state.active and engine.idle == "skip":
+            output = None
+        else:
+            with ExitStack() as stack:
+                if not state.active:
+                    stack.enter_context(without_trace(self._modules))
+                elif not state.samples:  # the mean over nothing is not a number
+                    stack.enter_context(without_gradient(self._modules))
+                if not state.group_end:
+                    stack.enter_context(without_reduction(self._modules))
+                output = engine.process_function(engine, batch)
+        progress = engine.progress
+        progress.steps_in_group = 0 if state.group_end else progress.steps_in_group + 1
+        return output
 
     def _is_done(self) -> bool:
         state = self.state
@@ -436,8 +247,7 @@ class Loop:
         return is_done(state.iteration, completed, state.max_epochs, state.max_iters)
 
     def _conclude(self, began: float) -> None:
-        if self.agreed is not None:
-            self.agreed.confirm_end()
+        self.supply.confirm_end()
         if Request.TERMINATE in self._asked:
             self._announce(Events.TERMINATE)
         self.state.times[Events.COMPLETED.name] = perf_counter() - began

@@ -10,19 +10,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from allstep.engine.filters import is_count
+
+_COUNTS = {"iteration", "epoch", "epochs_completed", "epoch_began_at", "epoch_length", "max_epochs", "max_iters"}
+
 
 @dataclass(slots=True)
 class Progress:
     """What the state's counters do not tell: where the epoch began, and what was left in its middle.
 
     `epoch_is_open`: epoch `state.epoch` has begun and not ended. `step_is_open`: iteration `state.iteration` is counted
-    and its step has not returned. `abandoned`: the open epoch was terminated by a handler, so that the next run begins
-    the one after it.
+    and its step has not returned. `steps_in_group`: steps done of an accumulation group that is not complete; its
+    gradients are lost when the run ends here, so it is begun again. `abandoned`: the open epoch was terminated by a
+    handler, so that the next run begins the one after it.
     """
 
     epoch_began_at: int = 0
     epoch_is_open: bool = False
     step_is_open: bool = False
+    steps_in_group: int = 0
     abandoned: bool = False
 
 
@@ -39,7 +45,13 @@ class Place:
 
 
 def place_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Place:
-    """Read a saved state. Raises ValueError naming the key that is missing or contradicts another."""
+    """Read a saved state. Raises ValueError naming the key that is missing, no count, or contradicts another."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"the state to load is {state_dict!r}; it must be a mapping, as state_dict() gives it")
+    for key in _COUNTS & state_dict.keys():
+        value = state_dict[key]
+        if value is not None and not is_count(value, least=0):
+            raise ValueError(f"{key} is {value!r} in the state to load; it must be an int of at least 0")
     missing = [key for key in ("epoch_length", *user_keys) if key not in state_dict]
     if missing:
         raise ValueError(f"the state to load lacks {', '.join(missing)}; it has {', '.join(state_dict)}")

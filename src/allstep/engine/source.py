@@ -7,6 +7,7 @@ the data gives nothing, or fewer batches than a continued run has consumed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import chain, repeat
 from typing import Any
@@ -37,7 +38,9 @@ class Source:
 
     def put_back(self, batches: list[Any]) -> None:
         """Give these before anything else: they were read from a one-shot iterator and not used."""
-        self._iterator = self.batches = chain(batches, iter(self.data))
+        if not isinstance(self.batches, _Returnable):
+            self._iterator = self.batches = _Returnable(iter(self.data) if self.batches is None else self.batches)
+        self.batches.returned.extendleft(reversed(batches))
 
     def open(self, skip: int = 0, *, may_end: bool = False) -> None:
         """Begin a pass, `skip` batches into it: at once where data can be told, else by reading and dropping them.
@@ -73,6 +76,20 @@ class Source:
             return False
         self.batches = chain((first,), self._iterator)
         return True
+
+
+class _Returnable:
+    """An iterator that takes items back and gives them again before it goes on."""
+
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self._iterator = iterator
+        self.returned: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self.returned.popleft() if self.returned else next(self._iterator)
 
 
 def place_in_data(

@@ -20,15 +20,11 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
-from allstep.errors import AllstepError
+from allstep.errors import RanksError
 from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
 
 T = TypeVar("T")
-
-
-class RanksError(AllstepError, RuntimeError):
-    """A rank of `run_ranks` failed; the message names the first one and holds its traceback."""
 
 
 def run_ranks(

@@ -13,13 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from allstep.errors import AllstepError
+from allstep.errors import SimulationError
 
 T = TypeVar("T")
-
-
-class SimulationError(AllstepError, RuntimeError):
-    """Simulated ranks came apart: another rank raised, or did not come to a meeting in time."""
 
 
 @dataclass(slots=True)

@@ -1,0 +1,71 @@
+"""`run_ranks` gives back what real ranks return, names the one that failed, and leaves no process behind."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from pathlib import Path
+
+import pytest
+
+from allstep.testing import RanksError, run_ranks
+from allstep.world import World
+
+
+def placed(world: World, factor: int) -> tuple[int, int, int]:
+    return world.rank * factor, world.world_size, world.all_reduce(world.rank)
+
+
+def raises_on_rank_one(world: World) -> None:
+    if world.rank == 1:
+        raise KeyError("the true cause")
+    world.barrier()
+
+
+def dies_on_rank_one(world: World) -> None:
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    world.barrier()
+
+
+def tells_its_pid_and_waits(world: World, folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    if world.rank == 1:
+        signal.pause()
+
+
+def test_results_come_in_rank_order() -> None:
+    assert run_ranks(placed, 3, 10) == [(0, 3, 3), (10, 3, 3), (20, 3, 3)]
+
+
+def test_the_rank_that_raised_is_named_with_its_traceback_and_its_exception_is_the_cause() -> None:
+    with pytest.raises(RanksError, match=r"(?s)rank 1 of 2 raised.*raises_on_rank_one.*the true cause") as caught:
+        run_ranks(raises_on_rank_one, 2)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_rank_that_dies_is_named_with_its_exit_code() -> None:
+    with pytest.raises(RanksError, match="rank 1 of 2 died with exit code -9"):
+        run_ranks(dies_on_rank_one, 2)
+
+
+def test_ranks_that_do_not_finish_are_named_and_none_is_left(tmp_path: Path) -> None:
+    with pytest.raises(
+        RanksError, match=r"ranks \[0, 1\] of 2 did not finish in 5"
+    ):  # rank 0 waits for rank 1 to leave
+        run_ranks(tells_its_pid_and_waits, 2, tmp_path, timeout=5.0)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        try:
+            watched = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        assert select.select([watched], [], [], 10)[0], f"process {pid} is still there"
+
+
+@pytest.mark.parametrize("world_size", [0, -1])
+def test_a_world_of_nobody_is_refused(world_size: int) -> None:
+    with pytest.raises(ValueError, match="world_size"):
+        run_ranks(placed, world_size, 1)
