@@ -129,7 +129,11 @@ def test_a_rank_that_finds_nobody_says_where_it_looked(ports):
     assert stranger.check(["allstep/job-1.0/0"]) is False
 
 
-def test_a_host_name_that_does_not_resolve_is_named(ports):
+def test_a_host_name_that_does_not_resolve_is_named(ports, monkeypatch):
+    def resolve(*args: object, **options: object) -> None:  # made up: a real resolver may take seconds, now and later
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", resolve)
     place = placement(1, ports[:1], host="no-such-host.invalid")
     with pytest.raises(WorldError, match=r"no-such-host.invalid .*does not resolve"):
         meet(place, arrival(place), 0.1)
