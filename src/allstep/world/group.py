@@ -5,9 +5,8 @@ there already. `Group.leave` undoes what `open_group` did, and for an adopted gr
 is left initialised.
 
 Leaving well: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store, waits
-until all have said so, since a rank still at work may need it. Leaving after an error: nothing is waited for. A gloo
-group with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process
-ends; nccl's communicators are aborted.
+until all have said so, since a rank still at work may need it. Leaving after an error: nothing is waited for, and
+nccl's communicators are aborted. Either way a gloo group's C++ object is kept until the process ends (`forget_groups`).
 """
 
 from __future__ import annotations
@@ -60,14 +59,13 @@ class Group:
             return
         server, self.meeting.server = self.meeting.server, None
         if failed:
-            abandon()
+            forget_groups(abort=True)
             self._say_goodbye()
             return
         # A rank that is through with init may be done before a peer has seen its end of their connection.
         deadline = time.monotonic() + patience
         poll(lambda: bool(self.meeting.store.add("connected", 0) >= self.world_size), deadline)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        forget_groups(abort=False)
         self._say_goodbye()
         if server is not None and not poll(self._all_left, deadline):
             present = [rank for rank in range(self.world_size) if not self.meeting.store.check([f"left/{rank}"])]
@@ -114,7 +112,7 @@ def open_group(placement: Placement, arrival: Arrival, device: torch.device, tim
             device_id=device if arrival.backend == "nccl" else None,
         )
     except Exception as error:
-        abandon()
+        forget_groups(abort=True)
         meeting.server = None  # else the traceback would keep the port taken
         raise WorldError(
             f"rank {placement.rank} of {placement.world_size}: {arrival.backend} could not connect the ranks, which "
@@ -132,17 +130,24 @@ def adopt_group() -> Group:
     return Group(dist.get_backend(), Meeting(store), rank, dist.get_world_size(), owned=False)
 
 
-def abandon() -> None:
-    """Forget torch.distributed's groups without waiting for any rank or pending work."""
+def forget_groups(*, abort: bool) -> None:
+    """Take torch.distributed's groups down.
+
+    Args:
+        abort: wait for no rank and for no pending work.
+    """
     if not dist.is_initialized():
         return
     c10d = dist.distributed_c10d
-    groups = list(c10d._world.pg_map)
-    for group in groups:
-        # One reference too many: the destructor of a gloo group, which waits for pending collectives, never runs.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    backends = {group: c10d._world.pg_map[group][0] for group in c10d._world.pg_map}
+    for group, backend in backends.items():
+        # One reference too many, so that the destructor of a gloo group never runs. It waits for pending collectives,
+        # and for worker threads that let go of a collective's tensors some milliseconds after it returned, for which
+        # they need Python's lock; the last owner may be a model in DDP, which is freed under that very lock.
+        if "gloo" in backend:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     with contextlib.suppress(RuntimeError):
-        if any("nccl" in c10d._world.pg_map[group][0] for group in groups):
+        if abort and any("nccl" in backend for backend in backends.values()):
             c10d._abort_process_group()
         else:
             dist.destroy_process_group()
