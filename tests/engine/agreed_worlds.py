@@ -113,8 +113,8 @@ class Drawn:
 
 @st.composite
 def drawn_worlds(draw: st.DrawFn, *, acts: tuple[Act, ...] = (), policies: tuple[Uneven, ...] = POLICIES) -> Drawn:
-    size = draw(st.integers(1, 4))
     accumulate = draw(st.integers(1, 4))
+    size = draw(st.integers(2 if acts and accumulate == 1 else 1, 4))
     policy = draw(st.sampled_from(policies))
     lookahead = draw(st.none() | st.integers(accumulate, 12))
     some = st.integers(0 if draw(st.integers(0, 4)) == 0 else 1, 40)
@@ -214,9 +214,7 @@ def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
     def step(engine: Engine, batch: torch.Tensor) -> None:
         state = engine.state
         name = int(batch[0]) if state.active else None
-        window_ends_at = (
-            engine._loop.supply.agreed.window_ends_at if engine._loop.supply.agreed is not None else state.iteration
-        )
+        window_ends_at = engine._loop.supply.agreed.window_ends_at if engine._loop.supply.agreed is not None else state.iteration
         rows = len(batch) if state.active else 0
         assert state.samples in (None, rows)
         log.steps.append(Step(state.epoch, state.iteration, name, rows, state.weight, state.group_end, window_ends_at))

@@ -169,13 +169,15 @@ class Supply:
         """Whether a one-shot iterator has anything left, asked before an epoch begins so that none is empty."""
         self._source.set_epoch(self.state.epoch)  # another rank's data may begin its pass here
         self.open_or_go_on()
-        if not self._has_more():
+        gives = True
+        while gives and not self._has_more():
             self._restart()
             if Request.TERMINATE in self.engine.asked:
                 return False
-            if not self._has_more():
-                self._say_dry()
-                return False
+            gives = self._has_more() or self._taken() > self._pass_began_at  # these wait for the rest of their group
+        if not gives:
+            self._say_dry()
+            return False
         if self.agreed is None:
             self._begin_pass()
         return True
