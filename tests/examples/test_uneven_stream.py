@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 
 import pytest
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "uneven_stream.py"
-OF_A_LAUNCHER = ("RANK", "LOCAL_", "WORLD_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM", "ALLSTEP_RUN")
+from tests.examples.launching import EXAMPLES, environment
+
+EXAMPLE = EXAMPLES / "uneven_stream.py"
 
 
 def stream(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(OF_A_LAUNCHER)}
     return subprocess.run(
         [sys.executable, "-m", "allstep", "run", "--nproc", "3", str(EXAMPLE), "--epochs", "2", *arguments],
         cwd=folder,
-        env=clean | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=100,

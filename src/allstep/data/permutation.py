@@ -46,8 +46,9 @@ class Permutation:
     __slots__ = ("_high_mask", "_inverse_table", "_keys", "_low_bits", "_low_mask", "_n", "_table", "seed")
 
     def __init__(self, n: int, seed: int) -> None:
-        if not 0 <= n <= MAX_LENGTH:
-            raise DataError(f"n is {n}; a Permutation needs 0 <= n <= 2**62")
+        if not isinstance(n, int | np.integer) or not 0 <= n <= MAX_LENGTH:
+            raise DataError(f"n is {n!r}; a Permutation needs an int, 0 <= n <= 2**62")
+        n = int(n)
         self._n = n
         self.seed = seed
         self._table: Indices | None = None

@@ -221,6 +221,9 @@ def resolve_global_batch(batch_size: int | None, global_batch_size: int | None, 
             f"batch_size is {batch_size} and global_batch_size {global_batch_size}; give one of them: "
             "samples a rank, or samples of all ranks together"
         )
+    for name, value in (("batch_size", batch_size), ("global_batch_size", global_batch_size)):
+        if value is not None and not isinstance(value, int | np.integer):
+            raise DataError(f"{name} is {value!r}; give an int")
     if batch_size is not None:
         if batch_size < 1:
             raise DataError(f"batch_size is {batch_size}; give at least 1")

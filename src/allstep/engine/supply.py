@@ -219,8 +219,10 @@ class Supply:
             return
         state.unread = agreed.close_epoch()
         if state.unread and self.engine.coordinator.rank == 0:
-            left = ", ".join(f"rank {u.rank}: {u.batches} batches of {u.samples} samples" for u in state.unread)
-            self.engine.logger.warning("epoch %d ended when a rank ran out of data; unread: %s", state.epoch, left)
+            left = ", ".join(f"rank {u.rank}: {u.batches} batches, {u.samples} samples" for u in state.unread)
+            self.engine.logger.warning(
+                "epoch %d ended when a rank ran out of data; unread, as far as known: %s", state.epoch, left
+            )
         self._land(reopens=False)
 
     def _land(self, *, reopens: bool = True) -> None:

@@ -32,8 +32,10 @@ def wrap_module(
             CUDA, `device_ids=[device.index]`.
 
     Raises:
-        ParallelError: the module is wrapped already, or SyncBatchNorm was asked for where it does not exist.
+        ParallelError: no module was given, it is wrapped already, or SyncBatchNorm was asked for where there is none.
     """
+    if not isinstance(module, nn.Module):
+        raise ParallelError(f"module is {module!r}; wrap a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
     if world_size == 1:

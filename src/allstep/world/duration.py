@@ -7,7 +7,10 @@ from datetime import timedelta
 
 def seconds(name: str, value: float | timedelta) -> float:
     """A duration in seconds; raises ValueError, naming the argument, unless it is positive."""
-    result = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    try:
+        result = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    except (TypeError, ValueError):
+        result = 0.0
     if not result > 0:
-        raise ValueError(f"{name} is {value}; it must be a positive number of seconds or timedelta")
+        raise ValueError(f"{name} is {value!r}; it must be a positive number of seconds or timedelta")
     return result
