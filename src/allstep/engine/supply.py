@@ -153,7 +153,9 @@ class Supply:
         if self.is_dry:
             return False
         if self._taken() == 0:
-            raise DataError("data is empty: it gave no batch; give at least one" + self._who_is_empty())
+            raise DataError(
+                f"data is empty{self._who_is_empty()}: it gave no batch; give at least one{self._or_longest()}"
+            )
         if state.epoch_length is None:
             state.epoch_length = self._taken() - self.engine.progress.epoch_began_at
         elif self._taken() > self._pass_began_at:
@@ -251,8 +253,13 @@ class Supply:
     def _who_is_empty(self) -> str:
         if self.agreed is None or self.engine.coordinator.world_size == 1:
             return ""
-        empty = [str(r) for r, n in enumerate(self.engine.coordinator.gather(self.agreed.total())) if n == 0]
-        return f" on rank {', '.join(empty)}, or train with uneven='longest', in which it takes part at weight zero"
+        empty = [str(rank) for rank, n in enumerate(self.engine.coordinator.gather(self.agreed.total())) if n == 0]
+        return f" on rank {', '.join(empty)}"
+
+    def _or_longest(self) -> str:
+        if self.agreed is None or self.engine.coordinator.world_size == 1:
+            return ""
+        return ", or train with uneven='longest', in which a rank without data takes part at weight zero"
 
     def _say_dry(self) -> None:
         state = self.state

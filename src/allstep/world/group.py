@@ -5,8 +5,9 @@ there already. `Group.leave` undoes what `open_group` did, and for an adopted gr
 is left initialised.
 
 Leaving well: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store, waits
-until all have said so, since a rank still at work may need it. Leaving after an error: nothing is waited for, and
-nccl's communicators are aborted. Either way a gloo group's C++ object is kept until the process ends (`forget_groups`).
+until all have said so, since a rank still at work may need it. Leaving after an error: nothing is waited for. A gloo
+group with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process
+ends; nccl's communicators are aborted.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from allstep.world.roll_call import Arrival
 from allstep.world.stores import PrefixStore
 
 _GOODBYE_S = 2.0
+_LETTING_GO_S = 0.05
 
 
 @dataclass(slots=True)
@@ -138,16 +140,21 @@ def forget_groups(*, abort: bool) -> None:
     """
     if not dist.is_initialized():
         return
+    if not abort:
+        # Gloo's threads let go of a collective's tensors some milliseconds after it returned, for which they need
+        # Python's lock. A model in DDP may be the group's last owner, and is freed under that very lock, so give them
+        # the time before anything is destroyed.
+        time.sleep(_LETTING_GO_S)
+        dist.destroy_process_group()
+        return
     c10d = dist.distributed_c10d
     backends = {group: c10d._world.pg_map[group][0] for group in c10d._world.pg_map}
     for group, backend in backends.items():
-        # One reference too many, so that the destructor of a gloo group never runs. It waits for pending collectives,
-        # and for worker threads that let go of a collective's tensors some milliseconds after it returned, for which
-        # they need Python's lock; the last owner may be a model in DDP, which is freed under that very lock.
+        # One reference too many: the destructor of a gloo group, which waits for pending collectives, never runs.
         if "gloo" in backend:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     with contextlib.suppress(RuntimeError):
-        if abort and any("nccl" in backend for backend in backends.values()):
+        if any("nccl" in backend for backend in backends.values()):
             c10d._abort_process_group()
         else:
             dist.destroy_process_group()
