@@ -1,246 +1,299 @@
-"""What ranks agree, over real gloo processes: gradients, fillers, stops and errors."""
+"""Agreement on real gloo ranks: gradients are those of one process, and no collective of a step goes unmatched."""
 
 from __future__ import annotations
 
-import math
+import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
-from allstep import Engine, Events
-from allstep.errors import DivergenceError, TermsError
-from allstep.testing import RanksError, run_ranks
+from allstep.coordination import Uneven
+from allstep.engine import Engine, Events
+from allstep.errors import TermsError
+from allstep.testing import run_ranks
 from allstep.world import World
 
 pytestmark = pytest.mark.slow
-
-FEATURES = 3
-
-
-def rows(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+Batch = tuple[torch.Tensor, torch.Tensor]
+FEATURES, STEPS = 5, 20
 
 
-def ragged(rank: int, batches: int) -> list[torch.Tensor]:
-    return [rows(1 + (rank * 3 + at * 2) % 5, 100 * rank + at) for at in range(batches)]
-
-
-def model_of(world: World | None) -> nn.Module:
+def _model() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    return model if world is None else world.wrap(model)
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.Tanh(), nn.Linear(8, 1)).double()
 
 
-def parameters(model: nn.Module) -> list[float]:
-    return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
+def _shard(rank: int, count: int) -> list[Batch]:
+    """Ragged batches: 1 to 6 rows, others on each rank."""
+    generator = torch.Generator().manual_seed(100 + rank)
+    made = []
+    for at in range(count):
+        rows = 1 + (3 * at + 2 * rank) % 6
+        made.append(
+            (
+                torch.randn(rows, FEATURES, generator=generator, dtype=torch.float64),
+                torch.randn(rows, 1, generator=generator, dtype=torch.float64),
+            )
+        )
+    return made
 
 
-def train(world: World, accumulate: int, batches: int) -> tuple[list[float], int]:
-    model = model_of(world)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def _mask(y: torch.Tensor) -> torch.Tensor:
+    return y[:, 0] > -0.8  # the tokens that count
+
+
+def _loss(model: nn.Module, batch: Batch, tokens: bool) -> torch.Tensor:
+    x, y = batch
+    each = functional.mse_loss(model(x), y, reduction="none")[:, 0]
+    return each[_mask(y)].mean() if tokens else each.mean()
+
+
+def _samples_in(batch: Batch) -> int:
+    return int(_mask(batch[1]).sum())
+
+
+def _train(world: World, counts: list[int], accumulate: int, tokens: bool, uneven: Uneven) -> list[torch.Tensor]:
+    model = world.wrap(_model())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     steps = 0
 
-    def step(engine: Engine, batch: torch.Tensor) -> None:
+    def step(engine: Engine, batch: Batch) -> None:
         nonlocal steps
-        (model(batch).square().mean() * engine.state.weight).backward()
-        if engine.state.group_end:
-            optimizer.step()
-            optimizer.zero_grad()
-            steps += 1
-
-    Engine(step, accumulate=accumulate).run(ragged(world.rank, batches))
-    return parameters(model), steps
-
-
-def one_process_on_the_concatenated_batches(world_size: int, accumulate: int, batches: int) -> list[float]:
-    model = model_of(None)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    shares = [ragged(rank, batches) for rank in range(world_size)]
-    for first in range(0, batches, accumulate):
-        group = [share[at] for share in shares for at in range(first, min(first + accumulate, batches))]
-        optimizer.zero_grad()
-        model(torch.cat(group)).square().mean().backward()
-        optimizer.step()
-    return parameters(model)
-
-
-@pytest.mark.parametrize(("accumulate", "batches"), [(1, 20), (3, 59)], ids=["plain", "accumulated"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_twenty_steps_over_ragged_batches_equal_those_of_one_process(
-    world_size: int, accumulate: int, batches: int
-) -> None:
-    expected = one_process_on_the_concatenated_batches(world_size, accumulate, batches)
-    for trained, steps in run_ranks(train, world_size, accumulate, batches):
-        assert steps == 20
-        assert trained == pytest.approx(expected, rel=1e-6, abs=1e-12)
-
-
-class Reducing(nn.Module):
-    """A module whose forward pass reduces a statistic over ranks, as SyncBatchNorm does."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mean = x.detach().mean(0)
-        torch.distributed.all_reduce(mean)
-        return x - 0 * mean
-
-
-def longest(world: World, counts: list[int], accumulate: int) -> dict[str, Any]:
-    torch.manual_seed(0)
-    inner = nn.Sequential(Reducing(), nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, 1)).double()
-    model = world.wrap(inner, broadcast_buffers=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    idle, own = 0, 0
-
-    def step(engine: Engine, batch: torch.Tensor) -> None:
-        nonlocal idle, own
-        loss = model(batch).square().mean()
-        world.all_reduce(1)  # a collective of the step's own
-        if engine.state.active:
-            own += len(batch)
-        else:
-            idle += 1
-            assert engine.state.weight == 0.0
-            assert engine.state.samples == 0
-            loss = loss * math.inf
+        loss = _loss(model, batch, tokens)
         (loss * engine.state.weight).backward()
         if engine.state.group_end:
             optimizer.step()
             optimizer.zero_grad()
+            steps += 1
+            if steps == STEPS:
+                engine.terminate(agreed=True)
 
-    data = [rows(4, 10 * world.rank + at) for at in range(counts[world.rank])]
-    state = Engine(step, accumulate=accumulate).run(iter(data), uneven="longest")
-    tracked = int(inner[1].num_batches_tracked)  # type: ignore[arg-type]
-    return {"iteration": state.iteration, "idle": idle, "own": own, "tracked": tracked, "trained": parameters(model)}
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("counts", [[5, 2, 4], [3, 0, 4]], ids=["uneven", "an-empty-shard"])
-def test_fillers_keep_collectives_matched_and_leave_no_trace(counts: list[int], accumulate: int) -> None:
-    results = run_ranks(longest, 3, counts, accumulate)
-    for result, count in zip(results, counts, strict=True):
-        assert result["iteration"] == max(counts)
-        assert result["idle"] == max(counts) - count
-        assert result["own"] == 4 * count
-        assert result["tracked"] == count
-        assert result["trained"] == results[0]["trained"]
-        assert all(map(math.isfinite, result["trained"]))
+    engine = Engine(step, accumulate=accumulate, samples_in=_samples_in if tokens else None)
+    if world.world_size == 1:
+        engine.modules.append(model)
+    engine.run(_shard(world.rank, counts[world.rank]), max_epochs=50, uneven=uneven)
+    assert steps == STEPS
+    return [p.detach().clone() for p in model.parameters()]
 
 
-def stops(world: World, window: int | None, agreed: bool) -> tuple[int, str | None, list[str]]:
-    model = model_of(world)
-    fired: list[str] = []
-
-    def step(engine: Engine, batch: torch.Tensor) -> None:
-        model(batch).sum().backward()
-        if engine.state.iteration == 5 and (world.rank == 1 or agreed):
-            engine.terminate(reason="seen enough", agreed=agreed)
-
-    engine = Engine(step)
-    for event in (Events.EPOCH_STARTED, Events.ITERATION_COMPLETED, Events.TERMINATE, Events.COMPLETED):
-        engine.add_event_handler(event, lambda _, name: fired.append(name), event.name)
-    state = engine.run([rows(2, at) for at in range(200)], window=window)
-    return state.iteration, state.stop_reason, fired
-
-
-def test_one_ranks_stop_is_everybodys_at_one_iteration() -> None:
-    results = run_ranks(stops, 4, None, False)
-    assert results == [results[0]] * 4
-    iteration, reason, fired = results[0]
-    assert 5 <= iteration < 200
-    assert reason == "rank 1: seen enough"
-    assert fired[-2:] == ["TERMINATE", "COMPLETED"]
+def _alone(counts: list[int], accumulate: int, tokens: bool, uneven: Uneven) -> list[torch.Tensor]:
+    """The same steps in one process, each on all samples of its group."""
+    model = _model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    shards = [_shard(rank, n) for rank, n in enumerate(counts)]
+    length = max(counts) if uneven == "longest" else min(counts)
+    steps = 0
+    while True:
+        for begin in range(0, length, accumulate):
+            taken = [b for at in range(begin, min(begin + accumulate, length)) for s in shards for b in s[at : at + 1]]
+            whole = (torch.cat([x for x, _ in taken]), torch.cat([y for _, y in taken]))
+            optimizer.zero_grad()
+            _loss(model, whole, tokens).backward()
+            optimizer.step()
+            steps += 1
+            if steps == STEPS:
+                return [p.detach() for p in model.parameters()]
 
 
-def test_with_a_window_of_one_a_stop_holds_after_the_present_iteration() -> None:
-    assert {result[0] for result in run_ranks(stops, 2, 1, False)} == {5}
+CASES: list[tuple[list[int], int, bool, Uneven]] = [
+    ([7], 1, False, "shortest"),
+    ([7], 3, True, "shortest"),
+    ([7, 7], 1, False, "shortest"),
+    ([9, 6], 1, True, "longest"),
+    ([7, 5], 3, False, "longest"),
+    ([7, 5, 6], 1, False, "shortest"),
+    ([8, 0, 5], 1, False, "longest"),
+    ([7, 8, 5], 3, True, "longest"),
+    ([7, 8, 7], 4, False, "shortest"),
+]
 
 
-def test_an_agreed_stop_holds_at_once() -> None:
-    assert {result[0] for result in run_ranks(stops, 2, None, True)} == {5}
+def _train_cases(world: World, cases: list[int]) -> list[list[torch.Tensor]]:
+    return [_train(world, *CASES[case]) for case in cases]
 
 
-def diverges(world: World) -> str:
-    def step(engine: Engine, batch: int) -> None:
-        if engine.state.iteration == 3 and world.rank == 0:
-            engine.terminate(agreed=True)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_twenty_steps_are_those_of_one_process_on_all_the_samples(size: int) -> None:
+    cases = [at for at, (counts, *_) in enumerate(CASES) if len(counts) == size]
+    results = run_ranks(_train_cases, size, cases)
+    for at, case in enumerate(cases):
+        expected = _alone(*CASES[case])
+        for rank in range(size):
+            for mine, wanted in zip(results[rank][at], expected, strict=True):
+                torch.testing.assert_close(mine, wanted, rtol=1e-6, atol=1e-12, msg=f"{CASES[case]} rank {rank}")
 
+
+class Statistics(nn.Module):
+    """Centres by a mean over all ranks, which it all-reduces in forward, and keeps a running one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running", torch.zeros(1, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = x.detach().mean().reshape(1).clone()
+        dist.all_reduce(mean)
+        self.running += 1
+        return x - mean / dist.get_world_size()
+
+
+def _fill(world: World, poison: bool, counts: list[int], accumulate: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), Statistics(), nn.Linear(8, 1)).double()
+    model = world.wrap(body, broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    active: list[bool] = []
+
+    def step(engine: Engine, batch: Batch) -> None:
+        x, y = batch
+        loss = functional.mse_loss(model(x), y)
+        world.all_reduce(1.0)  # a collective of the step's own
+        if not engine.state.active and poison:
+            loss = loss * float("nan")
+        (loss * engine.state.weight).backward()
+        if engine.state.group_end:
+            optimizer.step()
+            optimizer.zero_grad()
+        active.append(engine.state.active)
+
+    data = [(x.repeat(2, 1), y.repeat(2, 1)) for x, y in _shard(world.rank, counts[world.rank])]
+    Engine(step, accumulate=accumulate).run(data, max_epochs=2, uneven="longest")
+    return {
+        "parameters": [p.detach().clone() for p in model.parameters()],
+        "tracked": int(body[1].num_batches_tracked),
+        "calls": float(body[2].running),
+        "active": sum(active),
+        "iterations": len(active),
+    }
+
+
+def _fill_all(world: World) -> list[dict[str, Any]]:
+    return [
+        _fill(world, poison, counts, accumulate)
+        for counts, accumulate in (([6, 0, 3], 1), ([5, 2, 4], 3))
+        for poison in (False, True)
+    ]
+
+
+def test_a_filler_leaves_no_trace_even_when_its_loss_is_not_a_number() -> None:
+    results = run_ranks(_fill_all, 3)
+    for scenario, counts in enumerate(([6, 0, 3], [6, 0, 3], [5, 2, 4], [5, 2, 4])):
+        for rank in range(3):
+            told = results[rank][scenario]
+            assert told["active"] == told["tracked"] == told["calls"] == 2 * counts[rank]
+            assert told["iterations"] == 2 * max(counts)
+            for mine, first in zip(told["parameters"], results[0][scenario]["parameters"], strict=True):
+                assert mine.isfinite().all()
+                assert torch.equal(mine, first)
+    for clean, poisoned in ((0, 1), (2, 3)):
+        for one, other in zip(results[0][clean]["parameters"], results[0][poisoned]["parameters"], strict=True):
+            assert torch.equal(one, other)
+
+
+def _count_reductions(world: World) -> tuple[list[int], int, int]:
+    model = world.wrap(_model())
+    reduced = 0
+
+    def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations, and not as strings
+        nonlocal reduced
+        reduced += 1
+        buffer = bucket.buffer().div_(world.world_size)
+        work = dist.all_reduce(buffer, async_op=True)
+        assert work is not None
+        return work.get_future().then(lambda done: done.value()[0])
+
+    model.register_comm_hook(None, hook)
+    after: list[int] = []
+    calls = 0
+    plain = dist.all_reduce
+
+    def count(tensor: torch.Tensor, *args: Any, group: Any = None, **options: Any) -> Any:
+        nonlocal calls
+        calls += group is None
+        return plain(tensor, *args, group=group, **options)
+
+    def step(engine: Engine, batch: Batch) -> None:
+        (_loss(model, batch, False) * engine.state.weight).backward()
+        after.append(reduced)
+
+    dist.all_reduce = count
     try:
-        Engine(step).run(range(100))
-    except DivergenceError as error:
-        return str(error)
-    return "nothing was noticed"
+        Engine(step, accumulate=3).run(_shard(world.rank, [8, 7][world.rank]), uneven="longest")
+    finally:
+        dist.all_reduce = plain
+    return after, reduced, calls
 
 
-def test_an_agreed_stop_that_one_rank_alone_calls_is_an_error_on_all() -> None:
-    first, second = run_ranks(diverges, 2)
-    assert first == second
-    assert "terminate(agreed=True)" in first
-    assert "coordinator=Alone()" in first
+def test_gradients_are_reduced_at_a_groups_end_only_and_agreement_stays_off_the_device_group() -> None:
+    for after, reduced, calls in run_ranks(_count_reductions, 2):
+        assert after == [0, 0, 1, 1, 1, 2, 2, 3]
+        assert calls == reduced == 3
 
 
-def differs(world: World, key: str, values: list[Any]) -> str:
-    options = {key: values[world.rank]}
-    constructor = {name: options.pop(name) for name in ("accumulate", "name") if name in options}
-    try:
-        Engine(lambda e, b: None, **constructor).run(range(4), **options)
-    except TermsError as error:
-        return str(error)
-    return "nothing was noticed"
+def _differ(world: World, cases: list[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[str, float]]:
+    said = []
+    for options, terms in cases:
+        options, terms = (options, terms) if world.rank == 1 else ({}, {"max_epochs": 2})
+        engine = Engine(lambda e, b: None, **{"name": "trainer", **options})
+        began = time.monotonic()
+        try:
+            engine.run(_shard(world.rank, 4), **terms)
+        except TermsError as error:
+            said.append((str(error), time.monotonic() - began))
+    return said
 
 
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("max_epochs", [1, 2]),
-        ("max_iters", [3, 4]),
-        ("uneven", ["shortest", "longest"]),
-        ("accumulate", [1, 2]),
-        ("window", [1, 2]),
-        ("name", ["trainer", "evaluator"]),
-    ],
-)
-def test_ranks_about_to_run_different_things_are_told_the_key_and_each_value(key: str, values: list[Any]) -> None:
-    first, second = run_ranks(differs, 2, key, values)
-    assert first == second
-    assert key in first
-    assert f"rank 0: {values[0]!r}, rank 1: {values[1]!r}" in first
+def test_ranks_about_to_run_different_things_are_told_within_two_seconds() -> None:
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {"max_epochs": 3}),
+        ({}, {"max_epochs": 2, "uneven": "longest"}),
+        ({"accumulate": 2}, {"max_epochs": 2}),
+        ({}, {"max_epochs": 2, "window": 1}),
+        ({"name": "evaluator"}, {"max_epochs": 2}),
+    ]
+    words = ["max_epochs is rank 0: 2, rank 1: 3", "rank 1: 'longest'", "accumulate is rank 0: 1, rank 1: 2"]
+    words += ["window is rank 0: None, rank 1: 1", "'trainer', rank 1: 'evaluator'"]
+    for said in run_ranks(_differ, 3, cases):
+        assert len(said) == len(cases)
+        for (message, seconds), word in zip(said, words, strict=True):
+            assert word in message
+            assert seconds < 2
 
 
-def own_loader(world: World, uneven: str) -> tuple[list[int], list[float]]:
-    seen: list[int] = []
-    weights: list[float] = []
+def _stop(world: World) -> list[tuple[int, int, str | None, str | None]]:
+    logging.getLogger("allstep.engine").disabled = True
+    told: list[tuple[int, int, str | None, str | None]] = []
 
-    def step(engine: Engine, batch: torch.Tensor) -> None:
-        weights.append(engine.state.weight)
-        if engine.state.active:
-            seen.extend(batch.tolist())
+    def run(ask: Callable[[Engine], None], at: int, **terms: Any) -> None:
+        engine = Engine(lambda e, b: None, name="run")
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=at), lambda: ask(engine))
+        error = None
+        try:
+            engine.run(DataLoader(TensorDataset(torch.zeros(60, 1)), batch_size=1), max_epochs=2, **terms)
+        except Exception as caught:
+            error = type(caught).__name__
+        told.append((engine.state.epoch, engine.state.iteration, engine.state.stop_reason, error))
 
-    loader = world.loader(torch.arange(13), global_batch_size=6)  # type: ignore[arg-type]
-    Engine(step).run(loader, uneven=uneven)  # type: ignore[arg-type]
-    return seen, weights
-
-
-@pytest.mark.parametrize("uneven", ["shortest", "longest", "error"])
-def test_a_tail_smaller_than_the_world_is_trained_under_every_policy(uneven: str) -> None:
-    results = run_ranks(own_loader, 3, uneven)
-    assert sorted(sample for seen, _ in results for sample in seen) == list(range(13))
-    assert [weights for _, weights in results] == [[1.0, 1.0, 3.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]
-
-
-def gives_less(world: World) -> None:
-    class Short(torch.utils.data.Sampler[int]):
-        def __len__(self) -> int:
-            return 8
-
-        def __iter__(self) -> Any:
-            return iter(range(8 if world.rank == 0 else 5))
-
-    loader = torch.utils.data.DataLoader(torch.arange(8), batch_size=1, sampler=Short())  # type: ignore[arg-type]
-    Engine(lambda e, b: None).run(loader, max_epochs=2)
+    run(lambda e: e.terminate(reason="enough") if world.rank == 1 else None, 17)
+    run(lambda e: e.terminate(reason="enough") if world.rank == 2 else None, 17, window=1)
+    run(lambda e: e.terminate(agreed=True, reason="all"), 17)
+    run(lambda e: e.terminate(agreed=True) if world.rank == 3 else None, 17)
+    return [(e, i, r if r is None else r.split(": ")[-1], x) for e, i, r, x in told]
 
 
-def test_data_that_gives_less_than_it_declared_is_one_error_that_names_rank_and_numbers() -> None:
-    with pytest.raises(RanksError, match="rank 1 declared 8 batches and gave 5"):
-        run_ranks(gives_less, 2)
+def test_a_stop_on_one_rank_ends_all_at_one_iteration() -> None:
+    results = run_ranks(_stop, 4)
+    early, at_once, agreed, _ = results[0]
+    assert all(result[:3] == results[0][:3] for result in results)
+    assert 17 <= early[1] <= 60
+    assert early[2:] == ("enough", None)
+    assert at_once == (1, 17, "enough", None)
+    assert agreed == (1, 17, "all", None)
+    assert [result[3][3] for result in results] == ["DivergenceError"] * 4
