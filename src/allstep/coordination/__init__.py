@@ -2,11 +2,20 @@
 
 from allstep.coordination.alone import Alone
 from allstep.coordination.coordinator import Asked, Coordinator, Pending, Request
-from allstep.coordination.ledger import POLICIES, Ledger, Uneven, agree_length, agree_window, next_window
+from allstep.coordination.ledger import (
+    LONGEST_WINDOW,
+    POLICIES,
+    Ledger,
+    Uneven,
+    agree_length,
+    agree_window,
+    next_window,
+)
 from allstep.coordination.ranked import Ranked
 from allstep.coordination.votes import Ballot, Occasion, Tally, read_tally, vector_length
 
 __all__ = [
+    "LONGEST_WINDOW",
     "POLICIES",
     "Alone",
     "Asked",

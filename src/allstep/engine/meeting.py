@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from allstep.coordination import Coordinator, Uneven, agree_length
+from allstep.coordination import LONGEST_WINDOW, Coordinator, Uneven, agree_length
 from allstep.engine.agreed import Agreement
 from allstep.errors import DataError, TermsError, UnevenDataError
 
 _DEFAULT_LOOKAHEAD = 4
-_LONGEST_WINDOW = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def meet(
             "same number, or choose uneven='shortest' or 'longest'",
             counts=tuple(n or 0 for n in lengths),
         )
-    longest = _LONGEST_WINDOW if window is None else window
+    longest = LONGEST_WINDOW if window is None else window
     if not all(each.is_declared for each in said):
         ahead = lookahead if lookahead is not None else max(_DEFAULT_LOOKAHEAD, group_size)
         longest = min(longest, ahead // (2 * group_size))
