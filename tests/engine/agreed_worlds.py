@@ -228,8 +228,8 @@ def run_rank(coordinator: Coordinator, drawn: Drawn) -> Log:
     def note(event: Events) -> None:
         state = engine.state
         log.events.append((event.name, state.epoch, state.iteration, state.epoch_length, state.stop_reason))
-        if event in (Events.EPOCH_STARTED, Events.TERMINATE, Events.COMPLETED):
-            log.unread.setdefault(state.epoch - (event is Events.EPOCH_STARTED), state.unread)
+        if event is Events.EPOCH_COMPLETED:
+            log.unread[state.epoch] = state.unread
 
     for event in Events:
         engine.add_event_handler(event, lambda *_, event=event: note(event))

@@ -266,3 +266,26 @@ def test_an_evaluator_in_a_trainers_handlers_skips_the_step_where_a_rank_has_no_
     counts = [3, 0, 5, 1]
     for seen, count in zip(run_ranks(_evaluated, 4, counts), counts, strict=True):
         assert seen == [(at + 1, at < count, at < count) for at in range(5)] * 2
+
+
+def _buffers(world: World) -> list[tuple[int, float]]:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm1d(1, momentum=0.5)
+    model = world.wrap(nn.Sequential(norm, nn.Linear(1, 1)))  # DDP broadcasts rank 0's buffers in each forward pass
+    seen: list[tuple[int, float]] = []
+
+    def step(engine: Engine, batch: torch.Tensor) -> None:
+        (model(batch).mean() * engine.state.weight).backward()
+
+    engine = Engine(step)
+    engine.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: seen.append((int(norm.num_batches_tracked or 0), float(norm.running_mean)))
+    )
+    engine.run([torch.full((2, 1), 8.0)] * (3 - 2 * world.rank), uneven="longest")
+    return seen
+
+
+def test_a_rank_without_a_batch_keeps_the_buffers_that_ddp_broadcast_and_not_its_fillers() -> None:
+    active, idle = run_ranks(_buffers, 2)
+    assert active == [(1, 4.0), (2, 6.0), (3, 7.0)]
+    assert idle == [(1, 4.0), (1, 4.0), (2, 6.0)]
