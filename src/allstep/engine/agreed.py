@@ -4,8 +4,8 @@ Contract: the loop opens an `AgreedFeed` at the beginning of a pass and takes on
 vote on each window of iterations before it is run, one window ahead and asynchronously, or, with a window of one group,
 just before it. From the vote it sets, for each iteration, `state.weight`, `state.active`, `state.group_end` and
 `state.samples`. The loop calls `advance` when a window ends, `report_unread` before the handlers of EPOCH_COMPLETED and
-`close_epoch` after them, and heeds what has landed then. A rank without a batch for an iteration is given a filler: the last batch it had, or one of
-another rank's.
+`close_epoch` after them, and heeds what has landed then. A rank without a batch for an iteration is given a filler: the
+last batch it had, or one of another rank's.
 
 Who says what when. At the beginning of window w each rank reads the result of the vote on w, which was cast at the
 beginning of w - 1, and casts the vote on w + 1: how many samples it has for each of its iterations, and what was asked
