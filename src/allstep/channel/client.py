@@ -56,6 +56,10 @@ class Client:
         """
         raise NotImplementedError
 
-    def close(self) -> None:
-        """Say goodbye: this World was closed in order."""
+    def withdraw(self) -> None:
+        """Take back failures that were reported as not leaving."""
+        raise NotImplementedError
+
+    def close(self, *, closed: bool = True) -> None:
+        """Say goodbye: this World was closed in order, or it is left open while the interpreter ends."""
         raise NotImplementedError

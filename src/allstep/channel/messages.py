@@ -39,6 +39,7 @@ class Hello:
     arrival: Arrival
     stacks_file: str = ""
     patience: float = 600.0
+    generation: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Failure:
     section: str = ""
     derived: bool = False
     device: str = ""
+    leaving: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,15 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class Bye:
-    """A rank closed its World, in order."""
+    """A rank closed its World, in order, or (`closed` false) its interpreter ends with the World open."""
+
+    rank: int
+    closed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """A rank goes on after failures that were not leaving: they were caught."""
 
     rank: int
 
@@ -177,6 +187,7 @@ Message = (
     | Failure
     | Stacks
     | Bye
+    | Withdraw
     | Welcome
     | Refused
     | Leave

@@ -29,20 +29,20 @@ class WatchedDDP(DistributedDataParallel):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As in DDP."""
-        output = super().forward(*inputs, **kwargs)
+        output = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         if self.pulse is not None and torch.is_grad_enabled() and self.require_backward_grad_sync:
             began = _backward_watch(self.pulse)
             for tensor in _tensors(output):
                 if tensor.requires_grad:
-                    tensor.register_hook(began)
+                    tensor.register_hook(began)  # type: ignore[no-untyped-call]
         return output
 
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.pulse is None:
-            return super()._pre_forward(*inputs, **kwargs)
+            return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         self.pulse.wait_began("buffers")
         try:
-            return super()._pre_forward(*inputs, **kwargs)
+            return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         finally:
             self.pulse.wait_ended()
 

@@ -1,9 +1,9 @@
-"""What a rank tells the others' service about an exception: a pure function of the exception.
+"""What a rank says about an exception: a pure function of the exception.
 
-Contract: `describe` is called with the exception that is about to leave a run, a World or the script. It says whether
+Contract: `describe` is called with an exception that is about to leave a run, a World or the script. It says whether
 the exception is *derived*: about another rank's end, such as a connection that broke or a collective whose time is up,
-so that it is never taken for the first cause while a better one exists. An exception that came in the wake of another
-is judged with it: clean-up in a `finally:` that fails because the peers are gone does not hide the error before it.
+so that it is never taken for the first cause while a better one exists. An exception is judged with the ones that led
+to it: clean-up in a `finally:` that fails because the peers are gone does not hide the error before it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ import torch.distributed as dist
 
 from allstep.errors import AgreementError
 
-# What gloo, nccl and torch's store say when a peer is gone or silent; all of them raise plain RuntimeErrors for some.
+# gloo, nccl and the store raise plain RuntimeErrors for some of what a peer's end does to them.
 _PEER_GONE = re.compile(
-    r"gloo/|"
-    r"[Cc]onnection (was )?(closed|reset|refused)( by)?( remote)?( peer)?|"
-    r"Broken pipe|"
-    r"[Tt]imed out (waiting|after) .*(operation|clients?|peers?|ranks?|recv|send|ms)|"
-    r"Application timeout caused pair closure|"
-    r"NCCL (communicator was aborted|error|timeout|watchdog)|ncclRemoteError|ncclSystemError|"
-    r"[Ww]atchdog caught collective operation timeout|"
-    r"(collective|the store) (was )?(timed out|lost)|"
-    r"Process group .*(aborted|shut ?down)",
-    re.DOTALL,
+    r"gloo/|connection (was )?(closed|reset|refused) by|closed by (remote )?peer|broken pipe|pair closure"
+    r"|timed out .*(operation|\bclients?\b|\bpeers?\b|\branks?\b|\brecv\b|\bsend\b|\d+ ?ms)|socket timeout"
+    r"|ncclremoteerror|ncclsystemerror|nccl communicator was aborted|watchdog caught collective|monitoredbarrier"
+    r"|the store was lost|aborted .*process group",
+    re.DOTALL | re.IGNORECASE,
 )
-_BROKEN_CONNECTION = (dist.DistError, ConnectionError) if dist.is_available() else (ConnectionError,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +45,28 @@ class Description:
 
 
 def describe(error: BaseException) -> Description:
-    """The exception as text; where a derived one came in the wake of an ordinary one, named after that."""
-    chain = list(_wake(error))
-    ordinary = [each for each in chain if not is_derived(each)]
-    derived = error not in ordinary and not ordinary or len(ordinary) < len(chain) and error in ordinary
-    first = ordinary[-1] if ordinary and not derived else error
-    return Description(_name(type(first)), _message(first), "".join(traceback.format_exception(error)), derived)
+    """The exception as text; a derived one that came in the wake of an ordinary one is named after that."""
+    others = list(_led_to(error))
+    named, derived = error, any(is_derived(each) for each in others)
+    if is_derived(error):
+        ordinary = next((each for each in others if not is_derived(each)), None)
+        named, derived = ordinary or error, ordinary is None
+    return Description(_name(type(named)), _message(named), "".join(traceback.format_exception(error)), derived)
 
 
 def is_derived(error: BaseException) -> bool:
     """Whether one exception, by itself, is about another rank's end."""
-    if isinstance(error, _BROKEN_CONNECTION):
+    if dist.is_available() and isinstance(error, dist.DistError):
         return True
-    if isinstance(error, AgreementError):
+    if not isinstance(error, RuntimeError) or isinstance(error, AgreementError):  # agreement is about all ranks alike
         return False
-    return isinstance(error, RuntimeError) and _PEER_GONE.search(str(error)) is not None
+    return _PEER_GONE.search(_message(error)) is not None
 
 
-def _wake(error: BaseException) -> Iterator[BaseException]:
-    """The exception, what it came from, what that came from, and so on."""
-    seen: set[int] = set()
-    link: BaseException | None = error
+def _led_to(error: BaseException) -> Iterator[BaseException]:
+    """What the exception was raised from or during, what that was, and so on."""
+    seen = {id(error)}
+    link = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         yield link
@@ -79,11 +74,13 @@ def _wake(error: BaseException) -> Iterator[BaseException]:
 
 
 def _name(kind: type[BaseException]) -> str:
-    return kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def _message(error: BaseException) -> str:
     try:
         return str(error)
     except Exception:  # a broken __str__ must not hide the error
-        return f"<{type(error).__name__} whose text cannot be made>"
+        return f"<a {type(error).__name__} whose text cannot be made>"
