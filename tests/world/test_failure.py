@@ -83,6 +83,8 @@ def test_a_kind_is_named_in_full_and_a_traceback_has_the_line_that_raised():
         raise Own
     except Own as error:
         about = describe(error)
-    assert about.kind.endswith("test_failure.test_a_kind_is_named_in_full_and_a_traceback_has_the_line_that_raised.<locals>.Own")
+    assert about.kind.endswith(
+        "test_failure.test_a_kind_is_named_in_full_and_a_traceback_has_the_line_that_raised.<locals>.Own"
+    )
     assert "raise Own" in about.traceback
     assert about.message == "<a Own whose text cannot be made>"

@@ -135,6 +135,8 @@ class Client:
         """Say goodbye: this World was closed in order, or (`closed` false) the interpreter ends while it is open."""
         self._send(Bye(self._rank, closed), REPORT_S)
         self._let_go()
+        with contextlib.suppress(OSError):
+            os.unlink(self._stacks_file)  # only the stacks of a rank that failed are of interest afterwards
 
     def _let_go(self) -> None:
         self._closing = True

@@ -78,8 +78,7 @@ class Record:
         if known is not None and (known.leaving or not failure.leaving):
             return
         if known is not None and (known.kind, known.message) == (failure.kind, failure.message):
-            place = {"epoch": known.epoch, "iteration": known.iteration, "section": known.section}
-            self.failure = replace(failure, **place)
+            self.failure = replace(failure, epoch=known.epoch, iteration=known.iteration, section=known.section)
         else:
             self.failure, self.failed = failure, moment
 

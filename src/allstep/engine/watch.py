@@ -68,6 +68,7 @@ class Watch:
 
         return firing
 
+
 @contextmanager
 def watched(name: str, state: State) -> Iterator[Watch | None]:
     """The run of an engine called `name`: what it raises is reported, if there is anybody to report to."""

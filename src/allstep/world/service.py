@@ -12,7 +12,6 @@ WorldError that says so.
 
 from __future__ import annotations
 
-import itertools
 import os
 import secrets
 import tempfile
@@ -33,16 +32,12 @@ SERVED = "served"
 _ANY = "0.0.0.0"
 _HERE = "127.0.0.1"
 
-_generations = itertools.count(1)
-
-
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Where a rank introduces itself, with what secret, and for the how-manieth time. `supervised`: by a supervisor."""
+    """Where a rank introduces itself, and with what secret. `supervised`: at the supervisor that started it."""
 
     address: str
     nonce: str
-    generation: int = 1
     supervised: bool = False
 
 
@@ -51,7 +46,7 @@ def supervised_service(placement: Placement) -> Service | None:
     address = os.environ.get("ALLSTEP_CHANNEL")
     if placement.launcher != "allstep" or not address:
         return None
-    return Service(address, os.environ.get("ALLSTEP_NONCE", ""), next(_generations), supervised=True)
+    return Service(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
 
 
 def sidecar_service(store: Store, placement: Placement, timeout: float, deadline: float) -> Service:
@@ -92,7 +87,6 @@ def join(service: Service, placement: Placement, arrival: Arrival, timeout: floa
         attempt=placement.attempt,
         arrival=arrival,
         stacks_file=_stacks_file(placement, service),
-        generation=service.generation,
     )
     return Client.connect(service.address, hello, timeout)
 
@@ -129,5 +123,5 @@ def _published(store: Store, node: int, placement: Placement, timeout: float, de
 def _stacks_file(placement: Placement, service: Service) -> str:
     """Where this rank's stacks are left when Python itself cannot answer; read by the service of the node."""
     folder = os.environ.get("ALLSTEP_ATTEMPT_FOLDER") or tempfile.gettempdir()
-    name = f"allstep-{service.nonce[:8]}-{service.generation}-rank_{placement.rank}.stacks"
+    name = f"allstep-{service.nonce[:8]}-rank_{placement.rank}.stacks"
     return os.path.join(folder, name)
