@@ -14,7 +14,6 @@ from allstep.world import World, current
 from tests.engine.recording import nothing
 from tests.world.watching import watched_world
 
-
 _PLAIN = ["data", "step"]
 
 
@@ -37,9 +36,7 @@ def test_the_pulse_has_the_place_of_the_run_and_its_engines_name():
     with watched_world() as (_, _, pulse):
         assert pulse.section_name == "startup"
         Engine(step, name="trainer").run([1, 2], max_epochs=2)
-        assert places == [("trainer", 1, 1, "step"), ("trainer", 1, 2, "step"), ("trainer", 2, 3, "step")] + [
-            ("trainer", 2, 4, "step")
-        ]
+        assert places == [("trainer", epoch, at, "step") for epoch, at in ((1, 1), (1, 2), (2, 3), (2, 4))]
         assert (pulse.section_name, pulse.epoch, pulse.iteration) == ("idle", 2, 4)
 
 
@@ -88,7 +85,7 @@ def test_an_exception_is_reported_where_it_happened_before_any_handler_sees_it()
         if engine.state.iteration == 2:
             raise ValueError("the cause")
 
-    with watched_world() as (_, client, pulse):
+    with watched_world() as (_, client, _pulse):
         engine = Engine(step)
         engine.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: order.append(len(client.said)))
         with pytest.raises(ValueError, match="the cause"):
@@ -105,7 +102,7 @@ def test_what_the_data_raises_is_reported_in_the_section_data():
         yield 1
         raise OSError("a broken shard")
 
-    with watched_world() as (_, client, pulse):
+    with watched_world() as (_, client, _pulse):
         with pytest.raises(OSError, match="a broken shard"):
             Engine(nothing).run(batches(), epoch_length=3)
         assert client.said[0].section == "data"

@@ -1,4 +1,7 @@
-"""A service that a thread of the test drives, for ranks that a test starts itself."""
+"""A service that a thread of the test drives, for ranks that a test starts itself.
+
+As a supervisor would, it orders the ranks to leave when there is a verdict.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from allstep.channel.events import HubEvent, Verdict
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
 from allstep.channel.messages import Beat
+from allstep.exit_codes import PEER_LOST
 
 NONCE = "5ec4e7"
 
@@ -52,7 +56,10 @@ class Served:
                 hub.ready(key)
             if time.monotonic() >= (hub.deadline() or 0.0):
                 hub.tick()
-            self.events += hub.take()
+            happened = hub.take()
+            if any(isinstance(event, Verdict) for event in happened):
+                hub.order_leave("the run has failed", PEER_LOST)
+            self.events += happened
             for rank, seen in self.beats.items():
                 beat = hub.status(rank)
                 if beat is not None:

@@ -17,9 +17,10 @@ def failures(client) -> list[tuple[str, bool]]:
     ("error", "kind"), [(ValueError("x"), "ValueError"), (SystemExit(3), "SystemExit"), (MemoryError(), "MemoryError")]
 )
 def test_an_exception_that_leaves_the_world_is_reported_before_it_ends(error, kind):
-    with pytest.raises(type(error)), watched_world() as (world, client, pulse), world:
+    with watched_world() as (world, client, pulse):
         pulse.epoch, pulse.iteration = 2, 17
-        raise error
+        with pytest.raises(type(error)), world:
+            raise error
     failure = client.said[0]
     assert (failure.kind, failure.leaving, failure.rank, failure.attempt) == (kind, True, 0, 3)
     assert (failure.epoch, failure.iteration, failure.section, failure.device) == (2, 17, "startup", "cpu")
