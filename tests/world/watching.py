@@ -13,6 +13,7 @@ from allstep.channel.pulse import Pulse
 from allstep.placement import Placement
 from allstep.world import World, current
 from allstep.world.reporting import Reporter
+from allstep.world.service import Service
 
 
 class NotingClient:
@@ -56,7 +57,7 @@ class NotingPulse(Pulse):
 def watched_world(supervised: bool = True) -> Iterator[tuple[World, NotingClient, NotingPulse]]:
     """A current World of one with such a client; closed afterwards."""
     client, pulse = NotingClient(), NotingPulse()
-    reporter = Reporter(client, pulse, 0, 3, "cpu", supervised=supervised)  # type: ignore[arg-type]
+    reporter = Reporter(client, Service("", "", supervised), pulse, 0, 3, "cpu")  # type: ignore[arg-type]
     reporter.install()
     world = World(Placement("alone"), torch.device("cpu"), None, 60.0, pulse, reporter)
     current.install(world)

@@ -149,7 +149,12 @@ def _adopt(
     if service is None:
         return World(placement, device, group, timeout, pulse)
     arrival = _introduce(placement, device, group.backend, facts)
-    return World(placement, device, group, timeout, pulse, _join(service, placement, arrival, pulse, timeout))
+    try:
+        reporter = _join(service, placement, arrival, pulse, timeout)
+    except BaseException:
+        service.release()
+        raise
+    return World(placement, device, group, timeout, pulse, reporter)
 
 
 def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> Arrival:
@@ -172,7 +177,7 @@ def _join(service: Service, placement: Placement, arrival: Arrival, pulse: Pulse
     client = join(service, placement, arrival, timeout)
     client.start(pulse)
     device = arrival.device_type if arrival.accelerator is None else f"cuda {arrival.accelerator}"
-    reporter = Reporter(client, pulse, placement.rank, placement.attempt, device, supervised=service.supervised)
+    reporter = Reporter(client, service, pulse, placement.rank, placement.attempt, device)
     reporter.install()
     return reporter
 

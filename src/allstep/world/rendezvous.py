@@ -52,6 +52,8 @@ class Meeting:
             with contextlib.suppress(dist.DistError):
                 poll(lambda: self.store.add(SERVED, 0) >= self.world_size, time.monotonic() + _HEARD_S)
             self.server = None  # else the traceback would keep the port taken
+        if self.service is not None:
+            self.service.release()
 
 
 def meet(placement: Placement, process: str, timeout: float, *, starts_service: bool = True) -> Meeting:

@@ -19,22 +19,23 @@ from allstep.channel.client import Client
 from allstep.channel.messages import Failure
 from allstep.channel.pulse import Pulse
 from allstep.world.failure import describe
+from allstep.world.service import Service
 
 _MARK = "_allstep_reported"
 _LINGER_S = 2.0
 
 
 class Reporter:
-    """The reports of one rank. `supervised` says that a supervisor started it, which prints the report by itself."""
+    """The reports of one rank, which `client` carries to `service`."""
 
-    def __init__(self, client: Client, pulse: Pulse, rank: int, attempt: int, device: str, *, supervised: bool) -> None:
+    def __init__(self, client: Client, service: Service, pulse: Pulse, rank: int, attempt: int, device: str) -> None:
         self.client = client
+        self._service = service
         self.has_seen = False
         self._pulse = pulse
         self._rank = rank
         self._attempt = attempt
         self._device = device
-        self._supervised = supervised
         self._is_over = False
         self._closed_in_order = True
         self._previous = sys.excepthook
@@ -49,7 +50,7 @@ class Reporter:
         """An exception leaves the World or the script."""
         if is_failure(error):
             self._send(error, leaving=True)
-            if not self._supervised:
+            if not self._service.supervised:
                 # As late as can be: a launcher such as torchrun ends the others as soon as this process has ended.
                 atexit.register(self.client.linger, _LINGER_S)
 
@@ -77,6 +78,7 @@ class Reporter:
         """The World is over, and its process group gone. After a failure the client stays until the process ends."""
         if not failed:
             self.client.close(closed=self._closed_in_order)
+            self._service.release()
         self._is_over = True
         if sys.excepthook == self._hook:  # else somebody wrapped it, and it stays below, silent
             sys.excepthook = self._previous

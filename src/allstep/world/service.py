@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from allstep.channel.arrival import Arrival
 from allstep.channel.client import Client
 from allstep.channel.messages import Hello
-from allstep.channel.sidecar import start_sidecar
+from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world.polling import poll
@@ -34,11 +34,20 @@ _HERE = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Where a rank introduces itself, and with what secret. `supervised`: at the supervisor that started it."""
+    """Where a rank introduces itself, and with what secret.
+
+    `supervised` says that it is the supervisor that started this process; `sidecar` is what this rank started itself.
+    """
 
     address: str
     nonce: str
     supervised: bool = False
+    sidecar: Sidecar | None = None
+
+    def release(self) -> None:
+        """This rank is through: a sidecar that it started may end, once the other ranks are through too."""
+        if self.sidecar is not None:
+            self.sidecar.release()
 
 
 def supervised_service(placement: Placement) -> Service | None:
@@ -62,18 +71,19 @@ def sidecar_service(store: Store, placement: Placement, timeout: float, deadline
         WorldError: the sidecar of this node, or the head's, was not started in time.
         torch.distributed.DistNetworkError: the store went away.
     """
+    sidecar: Sidecar | None = None
     if placement.local_rank == 0:
         if placement.node_rank == 0:
             nonce = secrets.token_hex(16)
-            address = _start(placement, nonce)
+            sidecar = _start(placement, nonce)
         else:
             port, nonce = _published(store, 0, placement, timeout, deadline)
             assert placement.rendezvous is not None
-            address = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}")
-        store.set(f"service/{placement.node_rank}", f"{address.rpartition(':')[2]} {nonce}")
+            sidecar = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}")
+        store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
     store.add(SERVED, 1)
-    return Service(f"{_HERE}:{port}", nonce)
+    return Service(f"{_HERE}:{port}", nonce, sidecar=sidecar)
 
 
 def join(service: Service, placement: Placement, arrival: Arrival, timeout: float) -> Client:
@@ -91,9 +101,9 @@ def join(service: Service, placement: Placement, arrival: Arrival, timeout: floa
     return Client.connect(service.address, hello, timeout)
 
 
-def _start(placement: Placement, nonce: str, upstream: str = "") -> str:
+def _start(placement: Placement, nonce: str, upstream: str = "") -> Sidecar:
     first = placement.rank - placement.local_rank
-    sidecar = start_sidecar(
+    return start_sidecar(
         nonce=nonce,
         attempt=placement.attempt,
         world_size=placement.world_size,
@@ -105,7 +115,6 @@ def _start(placement: Placement, nonce: str, upstream: str = "") -> str:
         ranks=range(first, first + placement.local_world_size),
         run=placement.run_id,
     )
-    return sidecar.address
 
 
 def _published(store: Store, node: int, placement: Placement, timeout: float, deadline: float) -> tuple[str, str]:
