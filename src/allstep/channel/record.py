@@ -146,7 +146,7 @@ def account(record: Record, *, supervised: bool) -> Account:
         epoch=place.epoch if place else 0,
         iteration=place.iteration if place else 0,
         section=place.section if place else "",
-        waiting=beat.waiting if beat else "",
+        waiting=beat.waiting if beat and not failure else "",
         traceback=failure.traceback if failure else "",
         output=record.end.stderr if record.end else "",
         note=record.end.note if record.end else "",
