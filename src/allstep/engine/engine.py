@@ -26,8 +26,11 @@ from allstep.engine.reader import SamplesIn, declared_counts
 from allstep.engine.state import State
 from allstep.engine.steering import Steering
 from allstep.engine.terms import Terms, is_done, length_of, settle_terms
+from allstep.engine.watch import Watch, watched
 from allstep.errors import DataError, EngineError
 from allstep.world import World
+
+_Arguments = tuple[int | None, int | None, int | None, Uneven, int | None, int | None]
 
 
 class Engine(Listening, Steering):
@@ -75,7 +78,7 @@ class Engine(Listening, Steering):
         self.samples_in = samples_in
         self.uneven = uneven
         self.idle = idle
-        self.name = name or getattr(process_function, "__qualname__", type(process_function).__qualname__)
+        self.name = name or str(getattr(process_function, "__qualname__", type(process_function).__qualname__))
         self.modules: list[nn.Module] = []
         self.logger = logging.getLogger("allstep.engine")
         self.kept: list[Any] = []
@@ -127,6 +130,12 @@ class Engine(Listening, Steering):
         """
         if self._is_running:
             raise EngineError("this engine is running; a handler that wants to run something needs another Engine")
+        arguments = (max_epochs, max_iters, epoch_length, uneven or self.uneven, window, lookahead)
+        with watched(self.name, self.state) as watch:
+            return self._run(data, arguments, watch)
+
+    def _run(self, data: Any, arguments: _Arguments, watch: Watch | None) -> State:
+        max_epochs, max_iters, epoch_length, *_ = arguments
         state, suspended = self.state, self._drive is not None
         if suspended and state.max_epochs is None and state.max_iters is None:
             self._drop_run()
@@ -135,7 +144,6 @@ class Engine(Listening, Steering):
         if not suspended:
             self._settle_counters()
             source = state.dataloader if data is None else data
-            arguments = (max_epochs, max_iters, epoch_length, uneven or self.uneven, window, lookahead)
             meeting = self._meet(source, *arguments)
             length = _checked_length(source) if meeting is None else meeting.length
         terms = settle_terms(
@@ -149,7 +157,7 @@ class Engine(Listening, Steering):
             resuming=suspended or self._was_loaded,
         )
         if not suspended:
-            self._begin(terms, data, meeting)
+            self._begin(terms, data, meeting, watch)
         elif data is not None and data is not state.dataloader:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
@@ -276,7 +284,7 @@ class Engine(Listening, Steering):
             needs_fillers=self.idle == "filler",
         )
 
-    def _begin(self, terms: Terms, data: Any, meeting: Meeting | None) -> None:
+    def _begin(self, terms: Terms, data: Any, meeting: Meeting | None, watch: Watch | None) -> None:
         state = self.state
         if data is None and not terms.fresh:
             data = state.dataloader
@@ -293,7 +301,7 @@ class Engine(Listening, Steering):
         world = World.current()
         state.seed = None if world is None else world.seed
         self.registry.schedule(state)
-        self._loop = Loop(self, meeting, continues=not terms.fresh and not is_spent)
+        self._loop = Loop(self, meeting, continues=not terms.fresh and not is_spent, watch=watch)
         self._drive = self._loop.drive()
 
     def _go_on(self) -> State:
