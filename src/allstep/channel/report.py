@@ -160,7 +160,7 @@ def _stacks(case: Case) -> list[str]:
         if each.stacks:
             lines.append(f"  rank {each.rank}'s {role} (most recent call first):")
             lines += [f"  {line}" for line in set_off(_without_heading(main_thread(each.stacks)))[:_FRAMES]]
-        lines += [f"    its unfinished collective: {line}" for line in each.trace.splitlines()]
+        lines += [f"    its collective on record: {line}" for line in each.trace.splitlines()]
     return lines
 
 
