@@ -43,11 +43,11 @@ def test_a_count_that_grew_explains_a_sigkill(tmp_path: Path) -> None:
     count = tmp_path / "memory.events"
     count.write_text("oom_kill 4\n")
     watch = MemoryWatch([tmp_path / "absent", count])
-    assert watch.note(KILLED, "") == "it came from outside the run; when memory runs short the kernel sends it (see dmesg)"
-    count.write_text("oom_kill 5\n")
-    assert watch.note(KILLED, "") == (
-        "likely out of memory: the kernel killed 1 process for it in this memory cgroup"
+    assert (
+        watch.note(KILLED, "") == "it came from outside the run; when memory runs short the kernel sends it (see dmesg)"
     )
+    count.write_text("oom_kill 5\n")
+    assert watch.note(KILLED, "") == ("likely out of memory: the kernel killed 1 process for it in this memory cgroup")
     assert watch.note(0, "") == ""
     assert watch.note(1, "ValueError: x") == ""
 

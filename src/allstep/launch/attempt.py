@@ -80,6 +80,7 @@ class Attempt:
         folder: where their logs go, or None for no logs.
         shown: the ranks whose output is passed on.
         grace: seconds between a signal to stop and SIGKILL.
+        relayed: another machine decides; a verdict of the channel then means that it was lost.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Attempt:
         folder: AttemptFolder | None,
         shown: frozenset[int],
         grace: float,
+        relayed: bool = False,
     ) -> None:
         self.stopped_by: signal.Signals | None = None
         self.case: Case | None = None
@@ -105,6 +107,7 @@ class Attempt:
         self._folder = folder
         self._shown = shown
         self._grace = grace
+        self._relayed = relayed
         self._workers: dict[int, WorkerProcess] = {}
         self._killed: set[int] = set()
         self._kill_at: float | None = None
@@ -182,14 +185,16 @@ class Attempt:
     def _act(self, event: HubEvent) -> None:
         if isinstance(event, Verdict) and self.case is None:
             self.case = event.case
-            self._give_up_at = time.monotonic() + REMOTE
+            self._give_up_at = time.monotonic() + (0 if self._relayed else REMOTE)
             if self.stopped_by is None:
                 self._channel.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
         elif isinstance(event, Ordered):
             self._kill_soon()
         elif isinstance(event, StragglerSeen):
-            self._terminal.say(f"rank {event.rank} is slow: its own part of a step takes {event.ratio:.1f}x the others'")
+            self._terminal.say(
+                f"rank {event.rank} is slow: its own part of a step takes {event.ratio:.1f}x the others'"
+            )
         elif isinstance(event, AllEnded):
             self._over_everywhere = True
         elif isinstance(event, Finished):

@@ -27,7 +27,9 @@ _CONNECT = 2.0
 _PAUSE = 0.25
 
 
-def join(loop: Loop, nodes: Nodes, introduction: Join, limit: float, stopped: Callable[[], bool]) -> Start | Over | None:
+def join(
+    loop: Loop, nodes: Nodes, introduction: Join, limit: float, stopped: Callable[[], bool]
+) -> Start | Over | None:
     """Come to the head and wait there.
 
     Args:
@@ -75,7 +77,9 @@ def _connect(host: str, port: int) -> Wire:
     return Wire(socket.create_connection((host, port), timeout=_CONNECT))
 
 
-def _messages(loop: Loop, wire: Wire, stopped: Callable[[], bool]) -> Generator[Start | Over | Refused | Waiting, None, None]:
+def _messages(
+    loop: Loop, wire: Wire, stopped: Callable[[], bool]
+) -> Generator[Start | Over | Refused | Waiting, None, None]:
     """What the head says, as it comes; ends when `stopped`; raises ConnectionError when it is silent or gone."""
     ready: list[bool] = []
     loop.watch(wire.fileno(), lambda: ready.append(True))

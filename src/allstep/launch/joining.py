@@ -119,8 +119,8 @@ class Roster:
     def turned_away(self, join: Join) -> str:
         """Why a stranger cannot join, in words for it."""
         return (
-            f"the port is that of run {self.own.run!r} ({self.own.process}), and this is run {join.run!r} or has another "
-            "ALLSTEP_SECRET; give each run a port of its own, and all its nodes the same --name and ALLSTEP_SECRET"
+            f"the port is that of run {self.own.run!r} ({self.own.process}), and this is run {join.run!r} or has "
+            "another ALLSTEP_SECRET; give each run a port of its own, and all its nodes the same --name and ALLSTEP_SECRET"
         )
 
     def objection(self, join: Join) -> str:

@@ -18,9 +18,9 @@ class Loop:
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self._other: Callable[[selectors.SelectorKey], None] | None = None
+        self._other: Callable[[selectors.SelectorKey], object] | None = None
 
-    def watch(self, fd: int, call: Callable[[], None], events: int = selectors.EVENT_READ) -> None:
+    def watch(self, fd: int, call: Callable[[], object], events: int = selectors.EVENT_READ) -> None:
         """Call `call` whenever `fd` is ready."""
         self.selector.register(fd, events, call)
 
@@ -33,7 +33,7 @@ class Loop:
         """Whether `fd` is watched."""
         return fd in self.selector.get_map()
 
-    def delegate(self, call: Callable[[selectors.SelectorKey], None] | None) -> None:
+    def delegate(self, call: Callable[[selectors.SelectorKey], object] | None) -> None:
         """Give keys that others registered to `call`, or, with None, to nobody."""
         self._other = call
 

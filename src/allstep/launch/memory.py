@@ -25,7 +25,7 @@ def counters(cgroups: str) -> list[Path]:
     root = Path("/sys/fs/cgroup")
     paths: list[Path] = []
     for line in cgroups.splitlines():
-        hierarchy, controllers, path = (line.split(":", 2) + ["", ""])[:3]
+        hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
         if hierarchy == "0" and not controllers:
             paths += [root / path.strip("/") / "memory.events", root / "memory.events"]
         elif "memory" in controllers.split(","):
