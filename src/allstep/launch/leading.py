@@ -218,4 +218,6 @@ def _in_short(case: Case) -> str:
     cause = case.cause
     place = f", epoch {cause.epoch}, iteration {cause.iteration}" if cause.epoch else ""
     what = cause.what.strip().splitlines()[0] if cause.what.strip() else cause.kind.value
-    return f"rank {cause.rank}: {what[:200]}{place}"
+    said = (cause.traceback or cause.output).strip().splitlines()[-1:]
+    words = f" ({said[0].strip()[:200]})" if said and cause.kind is Kind.EXIT else ""
+    return f"rank {cause.rank}: {what[:200]}{words}{place}"

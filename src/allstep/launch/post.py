@@ -9,6 +9,7 @@ tells those that wait that the run has ended. A stranger is turned away and said
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -36,7 +37,7 @@ def open_door(ports: Iterable[int]) -> socket.socket:
         try:
             return _listen(port)
         except OSError as error:
-            problems.append(f"{port} ({error.strerror})")
+            problems.append(f"{port} ({os.strerror(error.errno or 0)})")
     raise LaunchError(
         f"node 0 cannot listen for the other nodes on port {', '.join(problems)}; end what holds it, which may be "
         "another node 0 of this run, or choose another port for --rdzv on all nodes"
