@@ -11,18 +11,20 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from allstep.errors import ConfigurationError, LaunchError
 from allstep.launch.devices import probe_hardware, visible_devices
 from allstep.launch.folder import default_name
 from allstep.launch.machine import Launch
-from allstep.launch.nodes import find_nodes, warning
 from allstep.launch.plan import Command, worker_count
 from allstep.launch.settings import LaunchSettings, parse_nproc, parse_show, parse_variable, shown_ranks
 from allstep.launch.supervisor import supervise
+
+if TYPE_CHECKING:
+    from allstep.launch.nodes import Nodes
 
 T = TypeVar("T")
 
@@ -89,11 +91,9 @@ def _launch(settings: LaunchSettings, command: Command) -> int:
     environ = dict(os.environ)
     devices = visible_devices({**environ, **settings.env}, probe_hardware)
     workers = worker_count(settings, devices)
-    nodes = find_nodes(settings, environ)
+    nodes = _nodes(settings, environ)
     if nodes is None:
         shown_ranks(settings.show, workers)
-        if remark := warning(environ):
-            print(f"allstep: warning: {remark}", file=sys.stderr, flush=True)
     return supervise(
         Launch(
             settings=settings,
@@ -106,6 +106,18 @@ def _launch(settings: LaunchSettings, command: Command) -> int:
             nodes=nodes,
         )
     )
+
+
+def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
+    """This machine's place among several, with a warning where there are others that it does not use."""
+    if (settings.nnodes, settings.node_rank, settings.rdzv) == (None, None, None) and "SLURM_JOB_ID" not in environ:
+        return None
+    from allstep.launch.nodes import find_nodes, warning
+
+    nodes = find_nodes(settings, environ)
+    if nodes is None and (remark := warning(environ)):
+        print(f"allstep: warning: {remark}", file=sys.stderr, flush=True)
+    return nodes
 
 
 def _check_script(path: str) -> None:

@@ -16,6 +16,7 @@ from allstep.channel.watchdog import Limits
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder, join_attempt
+from allstep.launch.introduction import introduce
 from allstep.launch.joiner import SILENCE, join
 from allstep.launch.joining import Over, Start
 from allstep.launch.machine import Machine
@@ -31,7 +32,7 @@ def follow(machine: Machine) -> int:
     begun = False
     while True:
         try:
-            answer = join(machine.loop, nodes, machine.launch.introduction(), limit, machine.stopped)
+            answer = join(machine.loop, nodes, introduce(machine.launch), limit, machine.stopped)
         except LaunchError as error:
             if not begun:
                 raise

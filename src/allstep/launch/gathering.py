@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 
 from allstep.errors import ConfigurationError
+from allstep.launch.introduction import introduce
 from allstep.launch.joining import Over, Refused, Start
 from allstep.launch.machine import Machine
 from allstep.launch.plan import Share
@@ -26,7 +27,7 @@ class Gathering:
         self._machine = machine
         self._nodes = nodes
         self._limit = machine.launch.settings.rdzv_timeout
-        self._post = Post(machine.loop, open_door(nodes.ports), machine.launch.introduction(), machine.say)
+        self._post = Post(machine.loop, open_door(nodes.ports), introduce(machine.launch), machine.say)
 
     def complete(self) -> str:
         """Wait for all machines; return why they cannot start, or "" (also where a signal to stop came)."""

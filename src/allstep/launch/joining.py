@@ -120,7 +120,7 @@ class Roster:
         """Why a stranger cannot join, in words for it."""
         return (
             f"the port is that of run {self.own.run!r} ({self.own.process}), and this is run {join.run!r} or has "
-            "another ALLSTEP_SECRET; give each run a port of its own, and all its nodes the same --name and ALLSTEP_SECRET"
+            "another ALLSTEP_SECRET; give each run a port of its own, and all its nodes the same --name and secret"
         )
 
     def objection(self, join: Join) -> str:

@@ -1,8 +1,8 @@
 """The machine that decides: it begins attempts, has the other machines do their share, and reports.
 
 Contract: `lead` returns the run's exit status: that of the first cause, 128 + N where signal N stopped the run, 85
-where workers made room in order. Each attempt has a number, folder, port and nonce that no other has, so nothing that an
-earlier attempt left can be taken for its own. An attempt that failed is followed by another as `restarts.decide` says;
+where workers made room in order. Each attempt has a number, folder, port and nonce that no other has, so nothing that
+an earlier attempt left can be taken for its own. An attempt that failed is followed by another as `restarts.decide` says;
 a signal to stop ends that. The report is shown whether or not it can also be written.
 What can go wrong before the first worker runs: the folder cannot be made, other machines do not come or do not fit, or
 a worker cannot be started; each is a LaunchError.
@@ -11,10 +11,11 @@ a worker cannot be started; each is a LaunchError.
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import socket
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from allstep.channel.causes import Case, Kind
 from allstep.channel.hub import Hub
@@ -24,11 +25,13 @@ from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.attempt import Attempt
 from allstep.launch.folder import AttemptFolder, create_attempt
-from allstep.launch.gathering import Gathering
 from allstep.launch.machine import Machine
 from allstep.launch.plan import Share
 from allstep.launch.port import ReservedPort
 from allstep.launch.restarts import FailedAttempt, Progress, decide
+
+if TYPE_CHECKING:
+    from allstep.launch.gathering import Gathering
 
 TIDY = 5.0
 """Seconds that other machines have to come for the last word."""
@@ -47,7 +50,7 @@ class _Leader:
         self._settings = launch.settings
         self._limits = Limits.parse(launch.settings.limits or launch.environ.get("ALLSTEP_LIMITS", ""))
         self._failed: list[FailedAttempt] = []
-        self._gathering = Gathering(machine) if launch.nodes is not None else None
+        self._gathering = _gathering(machine) if launch.nodes is not None else None
         self._name = launch.name
         self._folder: AttemptFolder | None = None
         self._number = -1
@@ -92,7 +95,7 @@ class _Leader:
 
     def _attempt(self) -> int | None:
         """Run one attempt everywhere; return the run's exit status, or None where another is to follow."""
-        nonce = secrets.token_hex(16)
+        nonce = os.urandom(16).hex()
         several = self._gathering is not None
         with ReservedPort() as reserved, contextlib.ExitStack() as stack:
             listener = socket.create_server(("" if several else "127.0.0.1", 0), backlog=1024)
@@ -203,6 +206,12 @@ class _Leader:
             return f"run {self._name} ended on all nodes"
         why = f": {self._failed[-1].summary}" if self._failed else ""
         return f"run {self._name} ended with exit code {status}{why}; node 0 has the report"
+
+
+def _gathering(machine: Machine) -> Gathering:
+    from allstep.launch.gathering import Gathering  # what one machine alone does not need
+
+    return Gathering(machine)
 
 
 def _progress(hub: Hub, world_size: int) -> Progress:

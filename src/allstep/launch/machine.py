@@ -8,24 +8,23 @@ channel that the caller opened; `stopped_by` is the first signal to stop that ca
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from allstep.launch.attempt import Attempt, Channel
 from allstep.launch.devices import Devices
 from allstep.launch.folder import AttemptFolder
-from allstep.launch.joining import Join, token
 from allstep.launch.loop import Loop
-from allstep.launch.nodes import Nodes
 from allstep.launch.plan import Command, Share, plan_workers
 from allstep.launch.settings import LaunchSettings, shown_ranks
 from allstep.launch.signals import STOP, Signals
 from allstep.launch.terminal import Terminal
-from allstep.version import __version__
+
+if TYPE_CHECKING:
+    from allstep.launch.nodes import Nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,34 +50,6 @@ class Launch:
     cores: int
     environ: Mapping[str, str]
     nodes: Nodes | None = None
-
-    def introduction(self) -> Join:
-        """What this machine says to the others of its run."""
-        assert self.nodes is not None
-        run = self.settings.name or self.nodes.job or os.path.basename(self.command.target)
-        return Join(
-            run=run,
-            token=token(run, self.environ.get("ALLSTEP_SECRET", "")),
-            nodes=self.nodes.count,
-            node_rank=self.nodes.rank,
-            workers=self.workers,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            facts=self._facts(),
-        )
-
-    def _facts(self) -> dict[str, str]:
-        settings = self.settings
-        return {
-            "the version of allstep": __version__,
-            "the script": self.command.target,
-            "the script's arguments": repr(list(self.command.arguments)),
-            "name": str(settings.name),
-            "max_restarts": str(settings.max_restarts),
-            "stop_after": str(settings.stop_after),
-            "limits": str(settings.limits),
-            "fault": str(settings.fault),
-        }
 
 
 class Machine:
