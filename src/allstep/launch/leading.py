@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ from allstep.launch.restarts import FailedAttempt, Progress, decide
 
 if TYPE_CHECKING:
     from allstep.launch.gathering import Gathering
+
+# torch.distributed puts this before each line of a traceback once a process group exists.
+_TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 
 TIDY = 5.0
 """Seconds that other machines have to come for the last word."""
@@ -228,5 +232,5 @@ def _in_short(case: Case) -> str:
     place = f", epoch {cause.epoch}, iteration {cause.iteration}" if cause.epoch else ""
     what = cause.what.strip().splitlines()[0] if cause.what.strip() else cause.kind.value
     said = (cause.traceback or cause.output).strip().splitlines()[-1:]
-    words = f" ({said[0].strip()[:200]})" if said and cause.kind is Kind.EXIT else ""
+    words = f" ({_TORCHS_PREFIX.sub('', said[0].strip())[:200]})" if said and cause.kind is Kind.EXIT else ""
     return f"rank {cause.rank}: {what[:200]}{words}{place}"
