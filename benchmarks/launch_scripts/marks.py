@@ -1,15 +1,16 @@
-"""What the scripts of `benchmarks/launch.py` share: marks with a time, and the faults."""
+"""What the scripts of `benchmarks/launch.py` share: marks with a time, and the faults that BENCH_FAULT names."""
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
 FAULT_AT = 5
-STEPS = 1_000_000
+STRUCK = {"both": (1, 2)}
+FAULT = os.environ.get("BENCH_FAULT", "none")
+STEPS = 2 if FAULT == "none" else 20 if FAULT == "restarts" else 100_000
 
 
 def rank() -> int:
@@ -23,28 +24,21 @@ def mark(what: str) -> None:
         path.write_text(f"{time.time()} {os.getpid()}")
 
 
-def last_step() -> int:
-    return 2 if os.environ.get("BENCH_FAULT", "none") == "none" else STEPS
-
-
 def strike(step: int) -> bool:
-    """Do what BENCH_FAULT says, at step 5, and return whether to leave the loop without a word."""
-    fault = os.environ.get("BENCH_FAULT", "none")
-    struck = {"both": (1, 2)}.get(fault, (1,))
-    if step != FAULT_AT or fault == "none" or rank() not in struck:
+    """Do what is to happen at this step; true where the rank is to leave its loop without a word."""
+    if step != FAULT_AT or FAULT == "none" or rank() not in STRUCK.get(FAULT, (1,)):
         return False
-    if fault == "restarts" and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) >= 3:
-        sys.exit(0) if False else None
+    if FAULT == "restarts" and int(os.environ["TORCHELASTIC_RESTART_COUNT"]) >= 3:
         return False
     mark("fault")
-    if fault == "kill":
+    if FAULT == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "leave":
+    if FAULT == "leave":
         return True
     raise ValueError(f"bad batch on rank {rank()}")
 
 
-def slow_cleanup() -> None:
-    """What a careful script does in a `finally`, and what loses the true error elsewhere: let go, then take time."""
-    if os.environ.get("BENCH_FAULT") == "cleanup":
+def clean_up() -> None:
+    """What a careful script does in a `finally`, and what loses the true error elsewhere: it takes its time."""
+    if FAULT == "cleanup":
         time.sleep(3)

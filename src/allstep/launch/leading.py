@@ -2,8 +2,8 @@
 
 Contract: `lead` returns the run's exit status: that of the first cause, 128 + N where signal N stopped the run, 85
 where workers made room in order. Each attempt has a number, folder, port and nonce that no other has, so nothing that
-an earlier attempt left can be taken for its own. An attempt that failed is followed by another as `restarts.decide` says;
-a signal to stop ends that. The report is shown whether or not it can also be written.
+an earlier attempt left can be taken for its own. An attempt that failed is followed by another as `restarts.decide`
+says; a signal to stop ends that. The report is shown whether or not it can also be written.
 What can go wrong before the first worker runs: the folder cannot be made, other machines do not come or do not fit, or
 a worker cannot be started; each is a LaunchError.
 """
