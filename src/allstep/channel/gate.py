@@ -157,6 +157,8 @@ class Gate:
 
     def close(self) -> None:
         """Close all sockets, this side's listener too."""
+        if self._listener.fileno() == -1:
+            return
         for peer in list(self._peers):
             self._drop(peer, "closed")
         if self._accept_at is None:

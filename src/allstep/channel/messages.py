@@ -3,7 +3,7 @@
 Who says what:
 - rank to service: `Hello` first, with the run's nonce; then `Beat` once a second, `Failure` when an exception is first
   seen, `Stacks` when asked, and `Bye` before it closes.
-- service to rank: `Welcome` when all ranks are there and fit, or `Refused`; then `AskStacks`, and `Leave`.
+- service to rank: `Welcome` when all ranks are there and fit, or `Refused`; then `AskStacks`, `Notice` and `Leave`.
 - relay to head: `NodeHello` first; then the lines of its ranks as they are, besides `WorkerEnded`, `RankLost` and
   `NodeBeat`. Head to relay: what it would tell the ranks, `NodeBeat`, and `Finish` when the attempt is over.
 
@@ -128,6 +128,14 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Write a line to standard error. A relay gives it to `printer`."""
+
+    text: str
+    printer: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class AskStacks:
     """Answer with `Stacks`."""
 
@@ -180,6 +188,7 @@ Message = (
     | Welcome
     | Refused
     | Leave
+    | Notice
     | AskStacks
     | NodeHello
     | NodeBeat
@@ -248,6 +257,10 @@ def _checks(kind: type[Any]) -> list[_Check]:
     return checks
 
 
+def _is(value: Any, accepted: tuple[type, ...]) -> bool:
+    return isinstance(value, accepted) and (value.__class__ is not bool or bool in accepted)
+
+
 def _build(kind: type[Any], body: Mapping[str, Any]) -> Any:
     values: dict[str, Any] = {}
     for name, accepted, nested, items, required in _CHECKS[kind]:
@@ -256,16 +269,15 @@ def _build(kind: type[Any], body: Mapping[str, Any]) -> Any:
                 raise ChannelError(f"a {kind.__name__} without {name}")
             continue
         value: Any = body[name]
-        if not isinstance(value, accepted) or (value.__class__ is bool and bool not in accepted):
+        if not _is(value, accepted):
             raise ChannelError(f"a {kind.__name__} whose {name} is {str(value)[:40]!r}")
         if nested is not None:
-            value = _build(nested, typing.cast(Mapping[str, Any], value))
+            value = _build(nested, value)
         elif items is not None:
             wanted = (float, int) if items is float else (items,)
-            contents = value.values() if value.__class__ is dict else value
-            if not all(isinstance(item, wanted) for item in contents):
+            if not all(isinstance(item, wanted) for item in (value.values() if accepted == (dict,) else value)):
                 raise ChannelError(f"a {kind.__name__} whose {name} is {str(value)[:40]!r}")
-            if value.__class__ is list:
+            if accepted == (list,):
                 value = tuple(value)
         values[name] = value
     return kind(**values)
