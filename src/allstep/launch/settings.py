@@ -134,12 +134,9 @@ def check_seconds(field_name: str, value: float) -> float:
 
 def check_limits(text: str) -> str:
     """Give `text` back if it says how long sections may last, else raise ConfigurationError."""
-    from allstep.channel.watchdog import Limits
+    from allstep.channel.limits import Limits
 
-    try:
-        Limits.parse(text)
-    except ValueError as error:
-        raise ConfigurationError(f"limits is {text!r}: {error}") from error
+    Limits.parse(text)
     return text
 
 
