@@ -151,3 +151,106 @@ def test_strangers_on_the_port_are_turned_away_and_the_run_goes_on(tmp_path: Pat
             assert end(stranger)[0] == 2
         with node(tmp_path, 1, port, "--name", "exp", target) as other:
             assert (end(other)[0], end(head)[0]) == (0, 0)
+
+
+SAY = "print([os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK')])\n"
+STAY = "import signal\nprint('pid', os.getpid(), flush=True)\nwhile True:\n    signal.pause()\n"
+
+
+def logs(folder: Path) -> list[str]:
+    """The logs of all machines, as MACHINE/ATTEMPT/RANK."""
+    found = folder.glob("host_*/runs/*/attempt_*/rank_*.log")
+    return sorted(f"{path.parts[-5][:6]}/{path.parts[-2][-1]}/{path.stem[-1]}" for path in found)
+
+
+def test_ranks_run_through_machines_with_different_numbers_of_workers(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, SAY)), free_port()
+    with (
+        node(tmp_path, 0, port, "--name", "exp", "--nproc", "1", target) as head,
+        node(tmp_path, 1, port, "--name", "exp", "--nproc", "2", target) as other,
+    ):
+        code, out, said = end(head)
+        assert (code, out) == (0, "[0] ['0', '0', '3', '1', '0']\n"), said
+        assert "allstep: run exp: 1 worker of 3, node 0 of 2, output kept in runs/exp/attempt_0" in said
+        code, out, said = end(other)
+        assert (code, sorted(out.splitlines())) == (
+            0,
+            ["[1] ['1', '0', '3', '2', '1']", "[2] ['2', '1', '3', '2', '1']"],
+        )
+        assert said.endswith("allstep: run exp ended on all nodes\n")
+    assert logs(tmp_path) == ["host_0/0/0", "host_1/0/1", "host_1/0/2"]
+
+
+def test_a_collective_runs_over_machines(tmp_path: Path) -> None:
+    text = (
+        "import torch\nimport torch.distributed as dist\ndist.init_process_group('gloo')\n"
+        "x = torch.tensor([dist.get_rank() + 1.0])\ndist.all_reduce(x)\nprint(x.item())\ndist.destroy_process_group()\n"
+    )
+    target, port = str(script(tmp_path, text)), free_port()
+    with node(tmp_path, 0, port, target) as head, node(tmp_path, 1, port, "--nproc", "2", target) as other:
+        assert end(head)[:2] == (0, "[0] 6.0\n")
+        assert sorted(end(other)[1].splitlines()) == ["[1] 6.0", "[2] 6.0"]
+
+
+def test_a_failure_on_one_machine_ends_the_others_and_is_reported_once(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, f"if rank == 1:\n    raise ValueError('bad batch')\n{STAY}")), free_port()
+    with (
+        node(tmp_path, 0, port, "--name", "exp", target) as head,
+        node(tmp_path, 1, port, "--name", "exp", target) as other,
+    ):
+        code, _, said = end(head)
+        assert code == 1
+        assert "allstep: run exp failed: rank 1 of 2 failed first\n  exit code 1\n" in said
+        assert "    ValueError: bad batch\n" in said
+        code, _, said = end(other)
+        assert code == 1
+        assert "failed first" not in said
+        assert said.endswith(
+            "allstep: run exp ended with exit code 1: rank 1: exit code 1 (ValueError: bad batch); "
+            "node 0 has the report\n"
+        )
+    assert len(list(tmp_path.glob("host_0*/runs/exp/attempt_0/failure.json"))) == 1
+
+
+def test_the_head_begins_attempts_on_all_machines(tmp_path: Path) -> None:
+    text = "attempt = os.environ['ALLSTEP_ATTEMPT']\nprint(attempt, os.environ['MASTER_PORT'])\n"
+    target = str(script(tmp_path, f"{text}if rank == int(attempt):\n    sys.exit(3)\n"))
+    port = free_port()
+    arguments = ["--max-restarts", "3", "--nproc", "1", target]
+    with node(tmp_path, 0, port, *arguments) as head, node(tmp_path, 1, port, *arguments) as other:
+        code, out, said = end(head)
+        assert code == 0, said
+        assert "attempt 0 failed: rank 0: exit code 3" in said
+        assert "attempt 1 failed: rank 1: exit code 3" in said
+        assert "succeeded after 2 restarts" in said
+        code, there, said = end(other)
+        assert code == 0, said
+    assert out.replace("[0]", "") == there.replace("[1]", "")  # the same attempts, the same ports
+    assert len(set(out.split("\n"))) == 4
+    assert len(logs(tmp_path)) == 6
+
+
+@pytest.mark.parametrize("killed", [0, 1], ids=["the head", "the other"])
+def test_losing_a_machine_ends_the_other_within_the_limit(killed: int, tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, STAY)), free_port()
+    limits = {"ALLSTEP_LIMITS": "link=3"}
+    with node(tmp_path, 0, port, target, env=limits) as head, node(tmp_path, 1, port, target, env=limits) as other:
+        processes = (head, other)
+        for process in processes:
+            assert process.stdout is not None
+            assert "pid" in process.stdout.readline()
+        processes[killed].kill()
+        code, _, said = end(processes[1 - killed])
+    assert code == 84, said
+    assert "node" in said.splitlines()[-1] or "lost" in said
+
+
+def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, STAY)), free_port()
+    with node(tmp_path, 0, port, target) as head, node(tmp_path, 1, port, target) as other:
+        for process in (head, other):
+            assert process.stdout is not None
+            assert "pid" in process.stdout.readline()
+        head.send_signal(signal.SIGTERM)
+        assert end(head)[0] == 143
+        assert end(other)[0] == 143
