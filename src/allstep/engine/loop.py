@@ -22,7 +22,7 @@ An iteration costs one comparison an event (`slot.due`) and one (`until`) for al
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -70,6 +70,10 @@ class Loop:
             self._step = self._agreed_step
         if watch is not None:
             self._step, self._fire = watch.step(self._step), watch.fire(self._fire)
+
+    def wrap_step(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Call `wrapper(step)` in place of the step from the next epoch or resumption on."""
+        self._step = wrapper(self._step)
 
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""

@@ -29,6 +29,7 @@ from allstep.channel.pulse import Pulse
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import WorldError
+from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
 from allstep.world import current
@@ -363,6 +364,7 @@ class World:
         self._closed = True
         current.remove(self)
         atexit.unregister(self.leave_at_exit)
+        strike(Here("exit", self.rank, self.placement.attempt))
         if not in_order and self.reporter is not None:
             self.reporter.left_open()
         if self._group is not None:
