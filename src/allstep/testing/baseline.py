@@ -158,7 +158,7 @@ def _changeable() -> list[Callable[[], None]]:
         pairs.append((lambda: os.sched_getaffinity(0), lambda cores: os.sched_setaffinity(0, cores)))
     return [
         *(hold(get, put) for get, put in pairs),
-        *(contents(each) for each in (sys.path, sys.meta_path, warnings.filters, root.handlers)),
+        *(contents(each) for each in (sys.argv, sys.path, sys.meta_path, warnings.filters, root.handlers)),
         *(attribute(sys, name) for name in ("argv", "stdin", "stdout", "stderr", "excepthook", "unraisablehook")),
         attribute(threading, "excepthook"),
     ]

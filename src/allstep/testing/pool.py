@@ -132,7 +132,7 @@ class Pool:
         """Keep processes whose outcome was read; they put themselves in order meanwhile."""
         with self._lock:
             room = 0 if self._closed else _MOST_IDLE - len(self._idle)
-            self._idle += processes[:room]
+            self._idle[:0] = processes[:room]  # a next call then has the same, in the same places
         for process in processes[room:]:
             process.end()
 

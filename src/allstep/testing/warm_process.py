@@ -62,5 +62,7 @@ def perform(call: Call) -> Outcome:
         with allstep.init() as world:
             value = fn(world, *args)
     except BaseException as error:
+        if error.__traceback__ is not None:
+            error.__traceback__ = error.__traceback__.tb_next  # without this function's frame
         return failure("raised", error)
     return Outcome("returned", value)
