@@ -116,8 +116,8 @@ class Refused:
 class Leave:
     """End the process now with `code`, after writing `report` (if any) to standard error.
 
-    Without a code the process only writes. `spared` are ranks that a relay passes this to nobody of, and `printer` the
-    one that gets the report (-1: nobody).
+    Without a code the process only writes, and knows that its failure was judged. A relay gives its `spared` ranks no
+    code, and the report to `printer` alone (-1: to nobody).
     """
 
     reason: str
@@ -248,6 +248,10 @@ def _checks(kind: type[Any]) -> list[_Check]:
     return checks
 
 
+def _is(value: Any, accepted: tuple[type, ...]) -> bool:
+    return isinstance(value, accepted) and (value.__class__ is not bool or bool in accepted)
+
+
 def _build(kind: type[Any], body: Mapping[str, Any]) -> Any:
     values: dict[str, Any] = {}
     for name, accepted, nested, items, required in _CHECKS[kind]:
@@ -255,17 +259,16 @@ def _build(kind: type[Any], body: Mapping[str, Any]) -> Any:
             if required:
                 raise ChannelError(f"a {kind.__name__} without {name}")
             continue
-        value = body[name]
-        if not isinstance(value, accepted) or (value.__class__ is bool and bool not in accepted):
+        value: Any = body[name]
+        if not _is(value, accepted):
             raise ChannelError(f"a {kind.__name__} whose {name} is {str(value)[:40]!r}")
         if nested is not None:
             value = _build(nested, value)
         elif items is not None:
             wanted = (float, int) if items is float else (items,)
-            contents = value.values() if value.__class__ is dict else value
-            if not all(isinstance(item, wanted) for item in contents):
+            if not all(isinstance(item, wanted) for item in (value.values() if accepted == (dict,) else value)):
                 raise ChannelError(f"a {kind.__name__} whose {name} is {str(value)[:40]!r}")
-            if value.__class__ is list:
+            if accepted == (list,):
                 value = tuple(value)
         values[name] = value
     return kind(**values)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.hub import HubEvent
-from allstep.channel.watchdog import Limits
+from allstep.channel.limits import Limits
 
 
 class Relay:
