@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import os
 import pickle
+import secrets
+import socket
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from allstep.channel.limits import Limits
+from allstep.channel.report import failure_text
 from allstep.errors import RanksError
 from allstep.faults import FaultPlan
 from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
 from allstep.testing.call import Call
 from allstep.testing.pool import Pool, own_pool
-from allstep.testing.round import play
-from allstep.testing.verdict import Ended, first_failure
+from allstep.testing.round import Ended, Round
 
 T = TypeVar("T")
 
@@ -64,20 +67,28 @@ def run_ranks(
     }
     function = pickle.dumps((fn, args))
     pool = Pool() if fresh else own_pool()
+    limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
+    listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
+    nonce = secrets.token_hex(8)
     with ReservedPort() as reserved:
-        calls = _calls(variables, world_size, reserved.port, function)
+        channel = {"ALLSTEP_CHANNEL": f"127.0.0.1:{listener.getsockname()[1]}", "ALLSTEP_NONCE": nonce}
+        calls = _calls({**variables, **(channel if world_size > 1 else {})}, world_size, reserved.port, function)
         try:
-            ends = play(calls, pool, timeout)
+            played = Round(calls, pool, listener, nonce, limits).play(timeout)
         finally:
             if fresh:
                 pool.close()
-    cause = first_failure(ends)
-    if cause is None:
-        by_rank = sorted(ends, key=lambda end: end.rank)
-        return [end.outcome.value for end in by_rank if end.outcome is not None]
-    if cause.is_late:
-        raise RanksError(_unfinished(ends, world_size, timeout))
-    raise RanksError(cause.describe(world_size)) from (cause.outcome.error if cause.outcome else None)
+    ends = played.ends
+    if all(rank in ends and ends[rank].returned for rank in range(world_size)):
+        return [_value(ends[rank]) for rank in range(world_size)]
+    if played.case is None:
+        raise RanksError(_unfinished(played.late, world_size, timeout))
+    rank = played.case.cause.rank
+    if rank in ends and not ends[rank].returned:
+        outcome = ends[rank].outcome
+        error = None if outcome is None else outcome.error
+        raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from error
+    raise RanksError(failure_text(played.case).rstrip())
 
 
 def _calls(variables: Mapping[str, str], world_size: int, port: int, function: bytes) -> list[Call]:
@@ -94,10 +105,14 @@ def _calls(variables: Mapping[str, str], world_size: int, port: int, function: b
         )
         for rank in range(world_size)
     ]
-    return [Call({**variables, **place}, os.getcwd(), tuple(sys.path), function) for place in places]
+    return [Call({**place, **variables}, os.getcwd(), tuple(sys.path), function) for place in places]
 
 
-def _unfinished(ends: Sequence[Ended], world_size: int, timeout: float) -> str:
-    late = sorted((end for end in ends if end.is_late), key=lambda end: end.rank)
-    stacks = "".join(f"\nrank {end.rank} is at:\n{end.stacks}" for end in late if end.stacks)
-    return f"ranks {[end.rank for end in late]} of {world_size} did not finish in {timeout} s{stacks}"
+def _value(end: Ended) -> Any:
+    assert end.outcome is not None
+    return end.outcome.value
+
+
+def _unfinished(late: Mapping[int, str], world_size: int, timeout: float) -> str:
+    stacks = "".join(f"\nrank {rank} is at:\n{text}" for rank, text in late.items() if text)
+    return f"ranks {sorted(late)} of {world_size} did not finish in {timeout} s{stacks}"
