@@ -26,7 +26,7 @@ from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
 from allstep.testing.call import Call
 from allstep.testing.pool import Pool, own_pool
-from allstep.testing.round import Ended, Round
+from allstep.testing.round import Ended, Played, Round
 
 T = TypeVar("T")
 
@@ -59,53 +59,47 @@ def run_ranks(
     __tracebackhide__ = True
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; it must be 1 or more")
-    variables = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        **(env or {}),
-        **(fault.to_environ() if fault is not None else {}),
-    }
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), **(fault.to_environ() if fault else {})}
     function = pickle.dumps((fn, args))
     pool = Pool() if fresh else own_pool()
-    limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
-    listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
-    nonce = secrets.token_hex(8)
-    with ReservedPort() as reserved:
-        channel = {"ALLSTEP_CHANNEL": f"127.0.0.1:{listener.getsockname()[1]}", "ALLSTEP_NONCE": nonce}
-        calls = _calls({**variables, **(channel if world_size > 1 else {})}, world_size, reserved.port, function)
-        try:
-            played = Round(calls, pool, listener, nonce, limits).play(timeout)
-        finally:
-            if fresh:
-                pool.close()
+    try:
+        played = _play(function, world_size, variables, pool, timeout)
+    finally:
+        if fresh:
+            pool.close()
     ends = played.ends
     if all(rank in ends and ends[rank].returned for rank in range(world_size)):
         return [_value(ends[rank]) for rank in range(world_size)]
     if played.case is None:
         raise RanksError(_unfinished(played.late, world_size, timeout))
     rank = played.case.cause.rank
-    if rank in ends and not ends[rank].returned:
-        outcome = ends[rank].outcome
-        error = None if outcome is None else outcome.error
-        raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from error
-    raise RanksError(failure_text(played.case).rstrip())
+    if rank not in ends or ends[rank].returned:
+        raise RanksError(failure_text(played.case).rstrip())
+    outcome = ends[rank].outcome
+    raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from outcome and outcome.error
 
 
-def _calls(variables: Mapping[str, str], world_size: int, port: int, function: bytes) -> list[Call]:
-    run_id = f"test-{uuid.uuid4().hex[:8]}"
-    places = [
-        worker_environment(
-            rank=rank,
-            world_size=world_size,
-            local_rank=rank,
-            local_world_size=world_size,
-            master_addr="127.0.0.1",
-            master_port=port,
-            run_id=run_id,
-        )
-        for rank in range(world_size)
-    ]
-    return [Call({**place, **variables}, os.getcwd(), tuple(sys.path), function) for place in places]
+def _play(function: bytes, world_size: int, variables: Mapping[str, str], pool: Pool, timeout: float) -> Played:
+    limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
+    nonce, run_id = secrets.token_hex(8), f"test-{uuid.uuid4().hex[:8]}"
+    listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
+    service = f"127.0.0.1:{listener.getsockname()[1]}" if world_size > 1 else ""
+    with ReservedPort() as reserved:
+        places = [
+            worker_environment(
+                rank=rank,
+                world_size=world_size,
+                local_rank=rank,
+                local_world_size=world_size,
+                master_addr="127.0.0.1",
+                master_port=reserved.port,
+                run_id=run_id,
+            )
+            for rank in range(world_size)
+        ]
+        channel = {"ALLSTEP_CHANNEL": service, "ALLSTEP_NONCE": nonce}
+        calls = [Call({**variables, **place, **channel}, os.getcwd(), tuple(sys.path), function) for place in places]
+        return Round(calls, pool, listener, nonce, limits).play(timeout)
 
 
 def _value(end: Ended) -> Any:
