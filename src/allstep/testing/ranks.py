@@ -76,7 +76,9 @@ def run_ranks(
     if rank not in ends or ends[rank].returned:
         raise RanksError(failure_text(played.case).rstrip())
     outcome = ends[rank].outcome
-    raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from outcome and outcome.error
+    raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from (
+        outcome.error if outcome is not None else None
+    )
 
 
 def _play(function: bytes, world_size: int, variables: Mapping[str, str], pool: Pool, timeout: float) -> Played:
