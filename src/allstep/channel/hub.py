@@ -48,6 +48,7 @@ from allstep.channel.messages import (
     Refused,
     Stacks,
     Welcome,
+    Withdraw,
     WorkerEnded,
     encode,
 )
@@ -281,12 +282,12 @@ class Hub:
                     self.worker_ended(end)
                 case RankLost(rank, why) if rank in node.ranks:
                     self._rank_lost(rank, why, peer)
-                case Beat() | Failure() | Stacks() | Bye() if message.rank in node.ranks:
+                case Beat() | Failure() | Stacks() | Bye() | Withdraw() if message.rank in node.ranks:
                     self._note(message, peer)
-        elif isinstance(message, Beat | Failure | Stacks | Bye) and message.rank == peer.name:
+        elif isinstance(message, Beat | Failure | Stacks | Bye | Withdraw) and message.rank == peer.name:
             self._note(message, peer)
 
-    def _note(self, message: Beat | Failure | Stacks | Bye, peer: Peer) -> None:
+    def _note(self, message: Beat | Failure | Stacks | Bye | Withdraw, peer: Peer) -> None:
         record = self._records.get(message.rank)
         if record is None or self._doors.get(message.rank) is not peer:
             return
@@ -294,16 +295,20 @@ class Hub:
             case Beat():
                 record.beat, record.beaten = message, self._clock()
                 self._furthest = max(self._furthest, (message.epoch, message.iteration))
-            case Failure() if record.failure is None:
-                record.failure, record.failed = message, self._moment()
+            case Failure():
+                record.note_failure(message, self._moment())
                 self._furthest = max(self._furthest, (message.epoch, message.iteration))
                 self._evidence()
+            case Withdraw():
+                record.forget_seen()
             case Stacks():
                 record.stacks, record.trace = message.text, message.trace
                 if self._gather_until is not None and all(r.stacks for r in self._records.values() if r.present):
                     self._gather_until = self._clock()
             case Bye():
-                record.bye = self._moment()
+                record.bye, record.left_open = self._moment(), not message.closed
+                if message.closed:
+                    record.forget_seen()
                 self._evidence()
 
     def _arrive(self, hello: Hello, peer: Peer) -> None:
