@@ -32,6 +32,7 @@ from allstep.channel.messages import (
     Hello,
     Leave,
     Message,
+    Notice,
     Refused,
     Stacks,
     Welcome,
@@ -214,6 +215,8 @@ class Client:
             match decode(line):
                 case Leave() as order:
                     self._obey(order)
+                case Notice(text):
+                    write_out(text)
                 case AskStacks():
                     self._send(Stacks(self._rank, own_stacks(), active_collectives()), REPORT_S)
 

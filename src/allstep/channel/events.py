@@ -41,10 +41,14 @@ class AllEnded:
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """At a relay: the head ordered the ranks to leave, and they were told; the driver kills those that do not."""
+    """At a relay: the head ordered the ranks to leave, and they were told; the driver kills those that do not.
+
+    `spared` are ranks of any node that are on their way out with an exception of their own.
+    """
 
     reason: str
     code: int
+    spared: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ from allstep.channel.messages import (
     Message,
     NodeBeat,
     NodeHello,
+    Notice,
     RankLost,
     Refused,
     Stacks,
@@ -197,6 +198,12 @@ class Hub:
             self._gate.send(door, encode(told))
         self._hear()
 
+    def notify(self, text: str, printer: int) -> None:
+        """Have a rank write a line to standard error."""
+        door = self._doors.get(printer)
+        if door is not None:
+            self._gate.send(door, encode(Notice(text, printer)))
+
     def finish(self, text: str, code: int) -> None:
         """Tell every relay that the attempt is over."""
         self._finished = True
@@ -228,6 +235,15 @@ class Hub:
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""
         return [rank for rank, record in self._records.items() if record.present]
+
+    def processes(self) -> dict[int, tuple[str, int]]:
+        """Host and process of each rank that came."""
+        return {r.rank: (r.arrival.host, r.arrival.pid) for r in self._records.values() if r.arrival}
+
+    @property
+    def settling(self) -> bool:
+        """Whether something is known that may still become a verdict."""
+        return self._verdict is None and (self._look_at is not None or self._gather_until is not None)
 
     def case(self) -> Case | None:
         """The case as it stands now: the cause of the verdict, and what has become of the others since."""
@@ -359,10 +375,9 @@ class Hub:
         record = self._records.get(rank)
         if record is None:
             return
-        if peer not in self._nodes:
-            for arrival in self._roll.remove(peer):
-                record.arrival, record.lost, record.lost_why = arrival, self._moment(), why
-                self._evidence()
+        for arrival in self._roll.remove_rank(rank) if peer in self._nodes else self._roll.remove(peer):
+            record.arrival, record.lost, record.lost_why = arrival, self._moment(), why
+            self._evidence()
         if self._doors.get(rank) is peer:
             del self._doors[rank]
             if record.bye is None and record.lost is None:

@@ -3,7 +3,7 @@
 Who says what:
 - rank to service: `Hello` first, with the run's nonce; then `Beat` once a second, `Failure` when an exception is first
   seen, `Stacks` when asked, and `Bye` before it closes.
-- service to rank: `Welcome` when all ranks are there and fit, or `Refused`; then `AskStacks`, and `Leave`.
+- service to rank: `Welcome` when all ranks are there and fit, or `Refused`; then `AskStacks`, `Notice` and `Leave`.
 - relay to head: `NodeHello` first; then the lines of its ranks as they are, besides `WorkerEnded`, `RankLost` and
   `NodeBeat`. Head to relay: what it would tell the ranks, `NodeBeat`, and `Finish` when the attempt is over.
 
@@ -138,6 +138,14 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Notice:
+    """Write a line to standard error. A relay gives it to `printer`."""
+
+    text: str
+    printer: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class AskStacks:
     """Answer with `Stacks`."""
 
@@ -191,6 +199,7 @@ Message = (
     | Welcome
     | Refused
     | Leave
+    | Notice
     | AskStacks
     | NodeHello
     | NodeBeat

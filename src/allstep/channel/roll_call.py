@@ -57,6 +57,13 @@ class RollCall(Generic[Door]):
         self._ranks = {arrival.rank for arrival, _ in self._waiting}
         return gone
 
+    def remove_rank(self, rank: int) -> list[Arrival]:
+        """A rank is gone, which came through a door of many; return its arrivals."""
+        gone = [arrival for arrival, _ in self._waiting if arrival.rank == rank]
+        self._waiting = [each for each in self._waiting if each[0].rank != rank]
+        self._ranks.discard(rank)
+        return gone
+
     def deadline(self) -> float | None:
         """When `verdict` will say something though nobody else comes."""
         return self._until if self._waiting else None
