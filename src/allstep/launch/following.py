@@ -11,8 +11,8 @@ import contextlib
 import socket
 from pathlib import Path
 
+from allstep.channel.limits import Limits
 from allstep.channel.relay import Relay
-from allstep.channel.watchdog import Limits
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder, join_attempt

@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allstep.channel.causes import Case, Kind
+from allstep.channel.causes import Case
 from allstep.channel.hub import Hub
+from allstep.channel.limits import Limits
+from allstep.channel.record import Kind
 from allstep.channel.report import failure_json, failure_text, write_report
-from allstep.channel.watchdog import Limits
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.attempt import Attempt

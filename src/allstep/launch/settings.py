@@ -134,7 +134,7 @@ def check_seconds(field_name: str, value: float) -> float:
 
 def check_limits(text: str) -> str:
     """Give `text` back if it says how long sections may last, else raise ConfigurationError."""
-    from allstep.channel.watchdog import Limits
+    from allstep.channel.limits import Limits
 
     try:
         Limits.parse(text)
