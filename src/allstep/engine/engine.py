@@ -309,7 +309,7 @@ class Engine(Listening, Steering):
         assert self._drive is not None
         self._is_running = True
         try:
-            with Rehearsal(self, self._loop):
+            with Rehearsal(self):
                 next(self._drive)
         except StopIteration:
             self._drop_run()

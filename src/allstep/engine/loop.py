@@ -22,7 +22,7 @@ An iteration costs one comparison an event (`slot.due`) and one (`until`) for al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from allstep.coordination import Request
 from allstep.engine.events import EventEnum, Events
 from allstep.engine.filler import without_gradient, without_reduction, without_trace
 from allstep.engine.meeting import Meeting
+from allstep.engine.rehearsal import rehearsed
 from allstep.engine.source import END
 from allstep.engine.supply import Supply
 from allstep.engine.terms import is_done
@@ -68,12 +69,9 @@ class Loop:
         if meeting is not None:
             self._modules = engine.modules_in_step()
             self._step = self._agreed_step
+        self._step = rehearsed(self._step)
         if watch is not None:
             self._step, self._fire = watch.step(self._step), watch.fire(self._fire)
-
-    def wrap_step(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Call `wrapper(step)` in place of the step from the next epoch or resumption on."""
-        self._step = wrapper(self._step)
 
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""

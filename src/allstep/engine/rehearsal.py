@@ -1,8 +1,9 @@
 """Faults of the environment's plan, in an engine's run.
 
-Contract: `Engine` drives its loop inside `Rehearsal`. Without a plan that does nothing. With one, the outermost engine
-of a thread asks `faults.strike` before each batch, in each step and after it; engines that run inside another's
-handlers ask nothing, so that an iteration in a plan is the trainer's. A rank told to leave early returns from its run.
+Contract: `Engine` drives its loop inside `Rehearsal`, and the loop calls the step that `rehearsed` gives it. Without a
+plan neither does anything. With one, the outermost engine of a thread asks `faults.strike` before each batch, in each
+step and after it; engines that run inside another's handlers ask nothing, so that an iteration in a plan is the
+trainer's. A rank told to leave early returns from its run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from allstep.world import World
 
 if TYPE_CHECKING:
     from allstep.engine.engine import Engine
-    from allstep.engine.loop import Loop
 
 _within: ContextVar[bool] = ContextVar("allstep_rehearses", default=False)
 
@@ -28,19 +28,17 @@ _within: ContextVar[bool] = ContextVar("allstep_rehearses", default=False)
 class Rehearsal:
     """Has the plan's faults strike in one drive of an engine's loop."""
 
-    def __init__(self, engine: Engine, loop: Loop | None) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._loop = loop
         self._handles: list[Any] = []
         self._token: Token[bool] | None = None
 
     def __enter__(self) -> None:
-        if not faults.active() or _within.get() or self._loop is None:
+        if not faults.active() or _within.get():
             return
         self._token = _within.set(True)
         for event, when in ((Events.GET_BATCH_STARTED, "data"), (Events.ITERATION_COMPLETED, "handler")):
             self._handles.append(self._engine.add_event_handler(event, _strike, when))
-        self._loop.wrap_step(_with_faults)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -56,18 +54,11 @@ class Rehearsal:
         return False
 
 
-class _StruckStep:
-    """A step in which faults strike before its own work."""
-
-    def __init__(self, step: Callable[[Any, Any], Any]) -> None:
-        self._step = step
-
-    def __call__(self, engine: Engine, batch: Any) -> Any:
-        return self._step(engine, _strike(engine, "step", batch))
-
-
-def _with_faults(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return step if isinstance(step, _StruckStep) else _StruckStep(step)
+def rehearsed(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The step of a loop in the making; where there is a plan, faults strike in it before its own work."""
+    if not faults.active() or _within.get():
+        return step
+    return lambda engine, batch: step(engine, _strike(engine, "step", batch))
 
 
 def _strike(engine: Engine, when: When, batch: Any = None) -> Any:
@@ -75,4 +66,6 @@ def _strike(engine: Engine, when: When, batch: Any = None) -> Any:
     rank = engine.coordinator.rank if world is None else world.rank
     attempt = 0 if world is None else world.placement.attempt
     iteration = state.iteration + (when == "data")
+    if when == "data" and world is not None:
+        world.pulse.enter("data")
     return faults.strike(faults.Here(when, rank, attempt, state.epoch, iteration), batch)

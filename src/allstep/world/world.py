@@ -364,9 +364,9 @@ class World:
         self._closed = True
         current.remove(self)
         atexit.unregister(self.leave_at_exit)
-        strike(Here("exit", self.rank, self.placement.attempt))
         if not in_order and self.reporter is not None:
             self.reporter.left_open()
+        strike(Here("exit", self.rank, self.placement.attempt))
         if self._group is not None:
             with self._waits("close", depth=2):
                 self._group.leave(failed=failed, patience=patience)
