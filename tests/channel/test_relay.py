@@ -147,7 +147,7 @@ def test_a_head_that_is_finished_may_close():
 
 
 def test_a_head_that_never_answers_is_a_verdict_in_bounded_time(monkeypatch):
-    monkeypatch.setattr("allstep.channel.relay.CONNECT_S", 1.0)
+    monkeypatch.setattr("allstep.channel.uplink.CONNECT_S", 1.0)
     sock = listening()
     port = sock.getsockname()[1]
     sock.close()

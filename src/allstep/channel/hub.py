@@ -241,7 +241,7 @@ class Hub:
                         peer.name = hello.arrival.rank
                         self._arrive(hello, peer)
                     case Came(peer, NodeHello() as hello):
-                        self._nodes[peer] = _Node(hello, self._clock())
+                        self._nodes[peer] = _Node(hello, self._world_size, self._clock())
                     case Said(peer, message, _) if peer in self._nodes:
                         self._say_node(peer, self._nodes[peer], message)
                     case Said(peer, message, _):
@@ -356,8 +356,8 @@ class Hub:
 class _Node:
     """A relay that is connected."""
 
-    def __init__(self, hello: NodeHello, now: float) -> None:
+    def __init__(self, hello: NodeHello, world_size: int, now: float) -> None:
         self.rank = hello.node_rank
         self.host = hello.host
-        self.ranks = frozenset(hello.ranks)
+        self.ranks = frozenset(rank for rank in hello.ranks if 0 <= rank < world_size)
         self.heard = now
