@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from allstep.channel.arrival import objection
-from allstep.channel.causes import Case, case_of, due, judge
+from allstep.channel.causes import CAUSES, Case, case_of, due, judge
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import (
     AllArrived,
@@ -53,7 +53,7 @@ from allstep.channel.messages import (
     WorkerEnded,
     encode,
 )
-from allstep.channel.record import Kind, Moment, Record, account
+from allstep.channel.record import Moment, Record, account
 from allstep.channel.roll_call import RollCall
 from allstep.channel.stacks_file import read_stacks
 from allstep.channel.watch import Watch
@@ -124,6 +124,7 @@ class Hub:
         self._refusal = ""
         self._look_at: float | None = None
         self._gather_until: float | None = None
+        self._unanswered: set[int] = set()
         self._tick_at = clock() + _PERIOD
         self._verdict: Case | None = None
         self._told: Leave | None = None
@@ -319,7 +320,8 @@ class Hub:
                 record.forget_seen()
             case Stacks():
                 record.stacks, record.trace = message.text, message.trace
-                if self._gather_until is not None and all(r.stacks for r in self._records.values() if r.present):
+                self._unanswered.discard(message.rank)
+                if self._gather_until is not None and not self._unanswered:
                     self._gather_until = self._clock()
             case Bye():
                 record.bye, record.left_open = self._moment(), not message.closed
@@ -352,7 +354,7 @@ class Hub:
     def _admit(self) -> None:
         waited = self._roll.clear()
         for arrival, door in waited:
-            self._records[arrival.rank] = Record(arrival.rank, arrival)
+            self._records[arrival.rank] = Record(arrival.rank, arrival, beaten=self._clock())
             self._doors[arrival.rank] = door
         welcome = encode(Welcome())
         for door in dict.fromkeys(door for _, door in waited):
@@ -418,17 +420,23 @@ class Hub:
     def _watch_progress(self) -> None:
         if self._verdict is not None:
             return
-        unheard = [node for node in self._nodes.values() if self._watch.age(node.heard) > 3 * _PERIOD]
-        away = {rank for node in unheard for rank in node.ranks}
         records = self._records.values()
         for rank, ratio in self._watch.new_stragglers(records):
             self._events.append(StragglerSeen(rank, ratio))
         settling = due(list(records), supervised=self._supervised) is not None
-        if self._gather_until is None and not settling and self._watch.hangs(records, away):
+        if self._gather_until is None and not settling and self._watch.hangs(records, self._away()):
             self._ask_stacks()
+
+    def _away(self) -> set[int]:
+        """The ranks of nodes that are not heard from."""
+        unheard = [node for node in self._nodes.values() if self._watch.age(node.heard) > 3 * _PERIOD]
+        return {rank for node in unheard for rank in node.ranks}
 
     def _ask_stacks(self) -> None:
         self._gather_until = self._clock() + GATHER_S
+        self._unanswered = set(self.present())
+        for record in self._records.values():
+            record.stacks = record.trace = ""
         line = encode(AskStacks())
         for door in dict.fromkeys(self._doors.values()):
             self._gate.send(door, line)
@@ -439,7 +447,9 @@ class Hub:
         for rank, record in self._records.items():
             if record.present and not record.stacks:
                 record.stacks = read_stacks(self._stacks_files.get(rank, ""))
-        failed = any(record.failed for record in self._records.values())
+        failed = any(record.failed or record.ended for record in self._records.values())
+        if not failed and not self._watch.hangs(self._records.values(), self._away()):
+            return  # it moves again
         hang = (self._watch.suspects if failed else self._watch.diagnose)(self._records.values())
         moment = self._moment()
         for rank, why in hang.behind.items():
@@ -459,9 +469,8 @@ class Hub:
         if now < at:
             self._look_at = at
             return
-        kinds = {account(record, supervised=self._supervised).kind for record in records if record.failed}
-        unknown = [record for record in records if record.present and not record.failed]
-        if unknown and kinds <= {Kind.DERIVED} and not any(r.lost or r.ended for r in records):
+        kinds = {account(record, supervised=self._supervised).kind for record in records}
+        if kinds.isdisjoint(CAUSES) and any(record.present and not record.failed for record in records):
             self._ask_stacks()  # others gave up on somebody who has not said a word: see what those do
             return
         self._judge("")
