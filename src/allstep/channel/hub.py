@@ -14,7 +14,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from allstep.channel.arrival import objection
@@ -49,6 +49,7 @@ from allstep.channel.messages import (
     Refused,
     Stacks,
     Welcome,
+    Withdraw,
     WorkerEnded,
     encode,
 )
@@ -83,6 +84,7 @@ class Hub:
         world_size: int,
         limits: Limits,
         supervised: bool = True,
+        remote: Mapping[int, Sequence[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to serve.
@@ -96,6 +98,8 @@ class Hub:
             limits: how long sections may last.
             supervised: the driver will call `worker_ended` for every rank, so that a closed connection is not yet
                 an end; false where a closed connection is the only news there will be.
+            remote: the ranks of each node that a relay will speak for; one that has not come within twice
+                `limits.link` is lost.
             clock: seconds, never turned back.
         """
         self._world_size = world_size
@@ -114,6 +118,8 @@ class Hub:
         )
         self._doors: dict[int, Peer] = {}  # the way to each rank that was let in: its own connection, or a relay's
         self._nodes: dict[Peer, _Node] = {}
+        self._expected = dict(remote or {})
+        self._expected_by = clock() + 2 * limits.link
         self._roll: RollCall[Peer] = RollCall(world_size, clock)
         self._hellos: dict[int, Hello] = {}
         self._refusal = ""
@@ -241,6 +247,7 @@ class Hub:
                         peer.name = hello.arrival.rank
                         self._arrive(hello, peer)
                     case Came(peer, NodeHello() as hello):
+                        self._expected.pop(hello.node_rank, None)
                         self._nodes[peer] = _Node(hello, self._world_size, self._clock())
                     case Said(peer, message, _) if peer in self._nodes:
                         self._say_node(peer, self._nodes[peer], message)
@@ -265,7 +272,7 @@ class Hub:
                 for arrival in self._roll.remove_rank(rank):
                     self._inquiry.lost(rank, why, arrival)
                 self._shut(rank, peer, why)
-            case Beat() | Failure() | Stacks() | Bye() if message.rank in node.ranks:
+            case Beat() | Failure() | Stacks() | Bye() | Withdraw() if message.rank in node.ranks:
                 self._say(peer, message.rank, message)
 
     def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
@@ -279,8 +286,10 @@ class Hub:
                 self._inquiry.failed(message)
             case Stacks():
                 self._inquiry.answered(message)
-            case Bye():
-                self._inquiry.said_goodbye(rank)
+            case Bye(_, closed):
+                self._inquiry.said_goodbye(rank, closed=closed)
+            case Withdraw():
+                self._inquiry.withdrew(rank)
 
     def _arrive(self, hello: Hello, peer: Peer) -> None:
         arrival = hello.arrival
@@ -344,6 +353,12 @@ class Hub:
             self._gate.send(peer, encode(NodeBeat()))
             if self._silence(node) > self._limits.link and not self._finished:
                 self._lose_node(peer, f"nothing was heard from it for {self._silence(node):.0f} s")
+
+        if self._clock() >= self._expected_by and not self._finished:
+            for node_rank, ranks in self._expected.items():
+                why = f"was lost with node {node_rank}: its service never connected to the head's"
+                self._inquiry.node_lost(ranks, why)
+            self._expected.clear()
 
     def _silence(self, node: _Node) -> float:
         return self._inquiry.watch.age(node.heard)

@@ -35,6 +35,7 @@ from allstep.channel.messages import (
     Refused,
     Stacks,
     Welcome,
+    Withdraw,
     WorkerEnded,
     decode,
     encode,
@@ -318,19 +319,24 @@ class Relay:
         self._uplink.send(line + b"\n", at_once=True)
 
     def _say(self, peer: Peer, message: Message, line: bytes) -> None:
-        if not isinstance(message, Beat | Failure | Stacks | Bye) or self._peers.get(message.rank) is not peer:
+        if (
+            not isinstance(message, Beat | Failure | Stacks | Bye | Withdraw)
+            or self._peers.get(message.rank) is not peer
+        ):
             return
         record = self._records[message.rank]
         match message:
             case Beat():
                 record.beat, record.beaten = message, self._clock()
                 self._furthest = max(self._furthest, (message.epoch, message.iteration))
-            case Failure() if record.failure is None:
-                record.failure, record.failed = message, self._moment()
+            case Failure():
+                record.note_failure(message, self._moment())
+            case Withdraw():
+                record.forget_seen()
             case Stacks():
                 record.stacks = message.text or " "
             case Bye():
-                record.bye = self._moment()
+                record.bye, record.left_open = self._moment(), not message.closed
         self._uplink.send(line + b"\n", at_once=not isinstance(message, Beat))
 
     def _lose(self, peer: Peer, why: str) -> None:
