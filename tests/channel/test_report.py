@@ -86,6 +86,13 @@ def test_two_failures_are_both_shown():
     assert text.count("train_step") == 2
 
 
+def test_thousands_of_different_failures_are_a_short_report():
+    others = tuple(replace(CAUSE, rank=rank, what=f"ValueError: batch of rank {rank}") for rank in range(2, 4096))
+    lines = failure_text(Case(CAUSE, others, 4096, 0)).splitlines()
+    assert len(lines) < 100
+    assert "rank 2 failed too" in "".join(lines)
+
+
 def test_a_death_by_signal_shows_the_last_output_and_what_the_supervisor_noticed():
     killed = Account(1, Kind.SIGNAL, "killed by SIGKILL (exit code 137)", 137, note="likely out of memory")
     text = failure_text(Case(killed, (PEER,), 2, 0), tails={1: "loading\nstep 7\n"}, logs={1: Path("/runs/r1.log")})
