@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from allstep.channel.arrival import Arrival
 from allstep.channel.events import AllArrived, Refusal, Verdict
+from allstep.channel.gate import Peer
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
-from allstep.channel.messages import Beat, Failure, Hello, Leave, NodeBeat, NodeHello, Welcome, decode, encode
+from allstep.channel.messages import Beat, Failure, Hello, Leave, Message, NodeBeat, NodeHello, Welcome, decode, encode
 from allstep.channel.wire import Connection
 
 NONCE = "benchmark"
@@ -40,8 +41,8 @@ class MeasuredHub(Hub):
 
     latencies: list[float]
 
-    def _note(self, message: object, peer: object) -> None:
-        super()._note(message, peer)  # type: ignore[arg-type]
+    def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
+        super()._say(peer, rank, message)
         if isinstance(message, Beat):
             self.latencies.append(time.monotonic() - message.longest["idle"])  # where the sender put the time
 

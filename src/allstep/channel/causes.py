@@ -57,9 +57,10 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
     """When to judge, on the records' clock; None where nothing speaks of a failure."""
     causes, derived = [], []
     for record in records:
-        if (record.failed and not record.only_seen) or record.ended or record.lost:
+        left = record.ended or record.lost or (record.bye if record.awaited else None)
+        if (record.failed and not record.only_seen) or left:
             kind = account(record, supervised=supervised).kind
-            first = record.failed or record.ended or record.lost
+            first = record.failed or left
             assert first is not None
             if kind in CAUSES:
                 waits = UNEXPLAINED if kind is Kind.LOST and supervised else 0.0
