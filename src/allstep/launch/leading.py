@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # torch.distributed puts this before each line of a traceback once a process group exists.
 _TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 
-TIDY = 5.0
+TIDY = 3.0
 """Seconds that other machines have to come for the last word."""
 
 
