@@ -17,8 +17,8 @@ from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.introduction import introduce
-from allstep.launch.joiner import SILENCE, join
-from allstep.launch.joining import Over, Start
+from allstep.launch.joiner import SILENCE, join, leave
+from allstep.launch.joining import Gone, Over, Start
 from allstep.launch.machine import Machine
 from allstep.launch.nodes import Nodes
 from allstep.launch.plan import Share
@@ -41,6 +41,7 @@ def follow(machine: Machine) -> int:
         if answer is None:
             assert machine.stopped_by is not None
             machine.say(f"stopped by {machine.stopped_by.name}")
+            leave(nodes, Gone(introduce(machine.launch).token, nodes.rank, f"stopped by {machine.stopped_by.name}"))
             return 128 + machine.stopped_by
         if isinstance(answer, Over):
             machine.say(answer.text)
