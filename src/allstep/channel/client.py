@@ -24,6 +24,7 @@ import weakref
 from dataclasses import replace
 
 from allstep.channel.address import split_address
+from allstep.channel.ending import about_another_rank
 from allstep.channel.flight_recorder import active_collectives
 from allstep.channel.leaving import leave, write_out
 from allstep.channel.messages import (
@@ -71,6 +72,7 @@ class Client:
         self._pulse: Pulse | None = None
         self._thread: threading.Thread | None = None
         self._number = 0
+        self._early: list[bytes] = []  # what came right behind the welcome
         self._reported: list[BaseException] = []
         itself = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
@@ -98,7 +100,10 @@ class Client:
         return client
 
     def start(self, pulse: Pulse) -> None:
-        """Begin to beat, and to obey the service, in a daemon thread."""
+        """Begin to beat, and to obey the service, in a daemon thread.
+
+        Call it right after `connect`, before anything that could wait for other ranks.
+        """
         self._pulse = pulse
         self._thread = threading.Thread(target=self._serve, args=(pulse,), daemon=True, name="allstep channel")
         self._thread.start()
@@ -113,12 +118,12 @@ class Client:
         self._number += 1
         self._send(replace(failure, rank=self._rank, attempt=self._attempt, number=self._number), REPORT_S)
 
-    def report_exception(self, error: BaseException, *, derived: bool = False, device: str = "") -> None:
+    def report_exception(self, error: BaseException, *, derived: bool | None = None, device: str = "") -> None:
         """Report an exception once: a second call for the same one, at an outer door, does nothing.
 
         Args:
             error: the exception. Place (epoch, iteration, section) is the pulse's.
-            derived: it is about another rank's end.
+            derived: it is about another rank's end; None: `about_another_rank` says.
             device: where this rank computes.
         """
         if any(error is reported for reported in self._reported):
@@ -139,7 +144,7 @@ class Client:
                 epoch=pulse.epoch if pulse else 0,
                 iteration=pulse.iteration if pulse else 0,
                 section=pulse.section_name if pulse else "",
-                derived=derived,
+                derived=about_another_rank(error) if derived is None else derived,
                 device=device,
             )
         )
@@ -193,9 +198,11 @@ class Client:
                 )
             _wait(connection, left, writing=connection.backlog > 0)
             connection.flush()
-            for line in connection.receive():
+            lines = connection.receive()
+            for index, line in enumerate(lines, 1):
                 match _decoded(line, address):
                     case Welcome():
+                        self._early = lines[index:]
                         return
                     case Refused(reason):
                         raise WorldError(reason)
@@ -212,6 +219,8 @@ class Client:
         with contextlib.closing(StacksTimer(self._stacks_file)) as timer, selectors.PollSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
             selector.register(connection.sock, selectors.EVENT_READ)
+            for line in self._early:
+                self._heed(line)
             while not self._closing and not connection.ended:
                 if time.monotonic() >= beat_at:
                     timer.wind_up()
