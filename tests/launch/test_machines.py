@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from allstep.launch.joining import Join, encode, token
+from allstep.version import __version__
 from tests.launch.command import ALLSTEP, LIMIT, environment, script
 
 pytestmark = pytest.mark.slow
@@ -288,3 +290,24 @@ def test_a_machine_that_was_stopped_is_not_waited_for_before_a_restart(tmp_path:
     assert code == 143
     assert "attempt 0 failed: rank 1: killed by SIGTERM" in said
     assert said.endswith("allstep: no further attempt: node 1 left: stopped by SIGTERM\n")
+
+
+def test_a_machine_that_joins_and_then_is_never_heard_of_is_lost(tmp_path: Path) -> None:
+    target, port = script(tmp_path, STAY), free_port()
+    facts = {
+        "the version of allstep": __version__,
+        "the script": str(target),
+        "the script's arguments": "[]",
+        "name": "exp",
+        "max_restarts": "0",
+        "stop_after": "3",
+        "limits": "link=1",
+        "fault": "None",
+    }
+    with node(tmp_path, 0, port, "--name", "exp", "--limits", "link=1", str(target)) as head:
+        await_connection(port)
+        with socket.create_connection(("127.0.0.1", port)) as silent:
+            silent.sendall(encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
+            code, _, said = end(head)
+    assert code == 84, said
+    assert "node 1, which did not connect" in said

@@ -75,7 +75,7 @@ class Attempt:
 
     Args:
         plans: the workers to start.
-        channel: the service that they report to; the attempt drives it and leaves it open.
+        channel: the service that they report to, whose sockets the loop is to give it; it is left open.
         loop: the run's loop.
         terminal: where output is shown.
         folder: where their logs go, or None for no logs.
@@ -116,7 +116,6 @@ class Attempt:
         self._over_everywhere = False
         self._interrupted = False
         self._memory = MemoryWatch()
-        loop.delegate(channel.ready)
 
     def start(self) -> None:
         """Start the workers."""
@@ -161,7 +160,6 @@ class Attempt:
 
     def close(self) -> None:
         """Kill what is left, and let go of pipes and logs."""
-        self._loop.delegate(None)
         for rank, worker in self._workers.items():
             if rank not in self.ends:
                 self._loop.forget(worker.exit_fd)

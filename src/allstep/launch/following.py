@@ -86,8 +86,12 @@ def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
         world_size=start.world_size,
         limits=limits,
     )
+    machine.loop.delegate(relay.ready)
     with contextlib.closing(relay):
-        attempt = machine.attempt(share, relay, folder, relayed=True)
+        try:
+            attempt = machine.attempt(share, relay, folder, relayed=True)
+        finally:
+            machine.loop.delegate(None)
     if attempt.case is not None and attempt.finished is None:
         return f"run {start.run_id}: {attempt.case.cause.what}; this node's workers were ended"
     return ""
