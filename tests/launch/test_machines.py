@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from allstep.launch.joining import Join, encode, token
+from allstep.version import __version__
 from tests.launch.command import ALLSTEP, LIMIT, environment, script
 
 pytestmark = pytest.mark.slow
@@ -118,14 +120,33 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_wait_for_other_machines(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, "print('ran')")), free_port()
-    with node(tmp_path, 0, port, target, nodes=3) as head, node(tmp_path, 1, port, target, nodes=3) as other:
-        await_connection(port)
-        other.send_signal(signal.SIGTERM)
-        assert end(other)[0] == 143
+    with node(tmp_path, 0, port, target) as head:
+        await_handler(head)
         head.send_signal(signal.SIGINT)
         code, _, said = end(head)
-    assert code == 130
-    assert "stopped by SIGINT" in said
+    assert (code, said) == (130, "allstep: stopped by SIGINT\n")
+
+
+def test_a_machine_that_is_stopped_while_it_waits_says_so_to_the_head(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, "print('ran')")), free_port()
+    with node(tmp_path, 1, port, target, nodes=3) as other:
+        await_handler(other)
+        with node(tmp_path, 0, port, target, nodes=3) as head:
+            await_connection(port)
+            other.send_signal(signal.SIGTERM)
+            assert end(other)[0] == 143
+            code, _, said = end(head)
+    assert code == 2
+    assert said.endswith("error: node 1 left: stopped by SIGTERM\n")
+
+
+def await_handler(process: subprocess.Popen[str]) -> None:
+    """Wait until the process has begun to watch for signals."""
+    bit = 1 << (signal.SIGTERM - 1)
+    while True:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if int(status.split("SigCgt:")[1].split()[0], 16) & bit:
+            return
 
 
 def await_connection(port: int) -> None:
@@ -254,3 +275,39 @@ def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
         head.send_signal(signal.SIGTERM)
         assert end(head)[0] == 143
         assert end(other)[0] == 143
+
+
+def test_a_machine_that_was_stopped_is_not_waited_for_before_a_restart(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, STAY)), free_port()
+    arguments = ["--max-restarts", "5", target]
+    with node(tmp_path, 0, port, *arguments) as head, node(tmp_path, 1, port, *arguments) as other:
+        for process in (head, other):
+            assert process.stdout is not None
+            assert "pid" in process.stdout.readline()
+        other.send_signal(signal.SIGTERM)
+        assert end(other)[0] == 143
+        code, _, said = end(head)
+    assert code == 143
+    assert "attempt 0 failed: rank 1: killed by SIGTERM" in said
+    assert said.endswith("allstep: no further attempt: node 1 left: stopped by SIGTERM\n")
+
+
+def test_a_machine_that_joins_and_then_is_never_heard_of_is_lost(tmp_path: Path) -> None:
+    target, port = script(tmp_path, STAY), free_port()
+    facts = {
+        "the version of allstep": __version__,
+        "the script": str(target),
+        "the script's arguments": "[]",
+        "name": "exp",
+        "max_restarts": "0",
+        "stop_after": "3",
+        "limits": "link=1",
+        "fault": "None",
+    }
+    with node(tmp_path, 0, port, "--name", "exp", "--limits", "link=1", str(target)) as head:
+        await_connection(port)
+        with socket.create_connection(("127.0.0.1", port)) as silent:
+            silent.sendall(encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
+            code, _, said = end(head)
+    assert code == 84, said
+    assert "node 1, which did not connect" in said
