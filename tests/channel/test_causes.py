@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from allstep.channel.causes import PATIENCE, SETTLE, UNEXPLAINED, due, judge
-from allstep.channel.ending import WorkerEnd, describe, exit_status
+from allstep.channel.ending import WorkerEnd, about_another_rank, describe, exit_status
 from allstep.channel.messages import Beat, Failure
 from allstep.channel.record import Kind, Moment, Record
 from tests.channel.driving import arrival
@@ -144,3 +144,17 @@ def test_other_causes_come_before_what_followed_from_them():
 def test_an_end_is_named_as_a_shell_would_number_it(returncode, status, words):
     assert exit_status(returncode) == status
     assert describe(returncode) == words
+
+
+@pytest.mark.parametrize(
+    ("error", "derived"),
+    [
+        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:3456"), True),
+        (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ConnectionResetError("Connection reset by peer"), False),  # somebody's download
+        (ValueError("connection closed"), False),
+    ],
+)
+def test_an_exception_about_another_rank_is_known_by_its_kind(error, derived):
+    assert about_another_rank(error) is derived

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
-from allstep.channel.client import Client, _message
+from allstep.channel.client import Client
 from allstep.channel.events import AllArrived, Verdict
-from allstep.channel.messages import Hello, Welcome, encode
+from allstep.channel.messages import Failure, Hello, Notice, Welcome, encode
+from allstep.channel.pulse import Pulse
 from allstep.channel.record import Kind
 from allstep.errors import WorldError
 from tests.channel.driving import arrival, listening, rank_processes, serving
@@ -135,14 +138,33 @@ def test_a_report_to_a_frozen_service_returns_in_bounded_time():
         thread.join()
         began = time.monotonic()
         for _ in range(3):
-            client.report_exception(ValueError("x" * 1_000_000))
+            client.report(Failure(0, 0, 0, "ValueError", "x" * 1_000_000, ""))
         client.close()
         assert time.monotonic() - began < 10
 
 
-def test_an_error_whose_text_cannot_be_made_is_reported_all_the_same():
-    class Broken(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
+@pytest.mark.parametrize("behind", [b"", encode(Notice("slow down\n"))])
+def test_what_comes_right_behind_the_welcome_is_heard(behind, capfd):
+    with listening() as sock:
 
-    assert "could not be made" in _message(Broken())
+        def welcome() -> None:
+            accepted.append(sock.accept()[0])
+            accepted[0].sendall(encode(Welcome()) + behind)
+
+        accepted: list[Any] = []
+        thread = threading.Thread(target=welcome)
+        thread.start()
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=5)
+        client.start(Pulse())
+        thread.join()
+        assert b'"Beat"' in receive_until(accepted[0], b"Beat")
+        client.close()
+        accepted[0].close()
+    assert ("slow down" in capfd.readouterr().err) == bool(behind)
+
+
+def receive_until(sock: socket.socket, wanted: bytes) -> bytes:
+    data = b""
+    while wanted not in data:
+        data += sock.recv(4096)
+    return data

@@ -328,6 +328,40 @@ def test_who_gave_up_on_a_rank_that_hangs_is_not_the_cause():
         assert the_cause(hub) == (1, Kind.HANG)
 
 
+def test_who_gave_up_may_have_ended_by_the_time_the_rank_that_hangs_is_looked_for():
+    with serving(limits="step=100") as hub, world(hub) as ranks:
+        ranks[0].fail("RuntimeError", "Timed out waiting 5000ms for recv operation to complete", derived=True)
+        ranks[0].close()
+        hub.service.worker_ended(WorkerEnd(0, 1))
+
+        def turn() -> bool:
+            ranks[1].beat(iteration=7)
+            hub.pass_time(0.3)
+            return any(isinstance(event, Verdict) for event in hub.events)
+
+        hub.until(turn)
+        assert the_cause(hub) == (1, Kind.HANG)
+        assert "iteration 7" in hub.verdict().cause.what
+
+
+def test_a_rank_that_freezes_before_its_first_heartbeat_is_found():
+    with serving(limits="silence=1.5") as hub, world(hub) as ranks:
+        beat_all(hub, ranks[:1], 20)
+        assert the_cause(hub) == (1, Kind.HANG)
+
+
+def test_a_rank_that_moves_again_while_stacks_are_gathered_has_not_hung():
+    with serving(limits="step=1") as hub, world(hub) as ranks:
+        for caller in ranks:
+            caller.beat(seconds=5.0)
+        ranks[0].hears(AskStacks)
+        for _ in range(12):
+            for caller in ranks:
+                caller.beat(seconds=0.0)
+            hub.pass_time(0.25)
+        assert not hub.events[1:]
+
+
 def test_a_straggler_is_named_once_and_not_ended():
     with serving() as hub, world(hub) as ranks:
         for _ in range(8):

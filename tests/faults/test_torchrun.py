@@ -82,6 +82,18 @@ def test_an_exception_without_a_with_block_is_reported_by_the_excepthook(tmp_pat
     assert_one_report(ran, "rank 1", "KeyError", "missing")
 
 
+def test_ranks_of_a_second_node_are_heard_through_its_relay(tmp_path: Path) -> None:
+    ran = torchrun(
+        tmp_path, TRAINS.format(fault="raise ValueError('the true cause')", cleanup="pass"), ranks=1, nodes=2
+    )
+    assert_one_report(ran, "rank 1 of 2", "ValueError: the true cause", "iteration 5")
+
+
+def test_a_node_whose_ranks_come_and_go_leaves_nothing(tmp_path: Path) -> None:
+    ran = torchrun(tmp_path, TRAINS.format(fault="pass", cleanup="pass"), ranks=1, nodes=2)
+    assert (ran.code, ran.left) == (0, []), ran.output
+
+
 LEAVES_EARLY = """
 import sys, time
 import allstep

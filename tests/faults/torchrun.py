@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,8 @@ import time
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+
+from allstep.launch.port import ReservedPort
 
 _TOKEN = "ALLSTEP_TEST_TOKEN"
 
@@ -29,33 +32,49 @@ class Ran:
         return self.output[self.output.index("allstep: ") :]
 
 
-def torchrun(folder: Path, script: str, *, ranks: int = 2, timeout: float = 90.0, **env: str) -> Ran:
-    """Run a script as `torchrun --nproc-per-node RANKS`, and wait until every process that came of it is gone."""
+def torchrun(folder: Path, script: str, *, ranks: int = 2, nodes: int = 1, timeout: float = 90.0, **env: str) -> Ran:
+    """Run a script as `torchrun --nproc-per-node RANKS`, and wait until every process that came of it is gone.
+
+    With several nodes there is a torchrun for each, all on this machine; `code` is then the worst of theirs.
+    """
     path = folder / "script.py"
     path.write_text(script)
     token = uuid.uuid4().hex
-    options = ("--nnodes=1", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(path)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ALLSTEP_", "SLURM"))}
+    agents = []
     began = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        env={**environment, "OMP_NUM_THREADS": "1", _TOKEN: token, **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        seconds = time.monotonic() - began
-        left = _gone(token)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
-        process.kill()
-        process.wait()
-    return Ran(process.returncode, output, seconds, [str(each) for each in left])
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(ReservedPort()).port if nodes > 1 else 0
+        for node in range(nodes):
+            options = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}"]
+            if nodes > 1:
+                options += [f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+            else:
+                options += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]
+            output = stack.enter_context((folder / f"output-{node}").open("w+"))
+            agent = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *options, str(path)],
+                env={**environment, "OMP_NUM_THREADS": "1", _TOKEN: token, **env},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            agents.append((agent, output))
+        try:
+            for agent, _ in agents:
+                agent.wait(timeout)
+        finally:
+            seconds = time.monotonic() - began
+            left = _gone(token)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            texts = []
+            for agent, output in agents:
+                agent.kill()
+                agent.wait()
+                output.seek(0)
+                texts.append(output.read())
+    return Ran(max(agent.returncode for agent, _ in agents), "".join(texts), seconds, [str(each) for each in left])
 
 
 def _gone(token: str, seconds: float = 15.0) -> list[int]:

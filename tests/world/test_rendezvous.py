@@ -153,7 +153,7 @@ def test_a_meeting_that_is_given_up_gives_its_port_back(ports):
     places = [placement(rank, ports[:1]) for rank in range(2)]
     kept = meet_all(places)
     for meeting in kept:
-        meeting.give_up()
+        meeting.give_up(2)
     assert_one_store(meet_all(places))
     assert len(kept) == 2
 

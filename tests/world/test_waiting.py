@@ -44,3 +44,9 @@ def test_a_wait_that_raises_is_over():
     with pytest.raises(KeyError):
         door.fail()
     assert door.pulse.waiting == ""
+
+
+def test_a_wait_that_no_line_of_the_users_began_has_no_line():
+    waits = Waits(Pulse())
+    with waits.at("close", 10_000):
+        assert waits._pulse.waiting == "close #1"

@@ -29,7 +29,8 @@ UNEXPLAINED = 2.0
 """Seconds after which a closed connection counts, where the end of its process was expected and did not come."""
 
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_CAUSES = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.SERVICE_LOST, Kind.EARLY)
+CAUSES = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.SERVICE_LOST, Kind.EARLY)
+"""What an end can be that needs no other to explain it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +57,12 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
     """When to judge, on the records' clock; None where nothing speaks of a failure."""
     causes, derived = [], []
     for record in records:
-        if (record.failed and not record.only_seen) or record.ended or record.lost:
+        left = record.ended or record.lost or (record.bye if record.awaited else None)
+        if (record.failed and not record.only_seen) or left:
             kind = account(record, supervised=supervised).kind
-            first = record.failed or record.ended or record.lost
+            first = record.failed or left
             assert first is not None
-            if kind in _CAUSES:
+            if kind in CAUSES:
                 waits = UNEXPLAINED if kind is Kind.LOST and supervised else 0.0
                 causes.append(first.at + waits)
             elif kind is Kind.DERIVED:
@@ -93,7 +95,7 @@ def judge(
         slow: ranks that were slow, and how many times slower.
     """
     accounts = [account(record, supervised=supervised) for record in records]
-    causes = sorted((each for each in accounts if each.kind in _CAUSES), key=_distance)
+    causes = sorted((each for each in accounts if each.kind in CAUSES), key=_distance)
     cause = causes[0] if causes else _without_causes(accounts)
     return case_of(cause, accounts, attempt=attempt, explanation=explanation, slow=slow)
 
@@ -136,7 +138,7 @@ def _distance(each: Account) -> tuple[int, int, int]:
     """How far from the cause an end of this kind usually is, then the order in which it was heard of."""
     if each.kind is Kind.SIGNAL:
         far = 1 if each.status - 128 in _POLITE else 0
-    elif each.kind in _CAUSES:
+    elif each.kind in CAUSES:
         far = _FAR.get(each.kind, 1)
     else:
         far = _FAR.get(each.kind, 6)

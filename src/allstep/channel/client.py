@@ -71,6 +71,7 @@ class Client:
         self._pulse: Pulse | None = None
         self._thread: threading.Thread | None = None
         self._number = 0
+        self._early: list[bytes] = []  # what came right behind the welcome
         itself = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
 
@@ -97,7 +98,10 @@ class Client:
         return client
 
     def start(self, pulse: Pulse) -> None:
-        """Begin to beat, and to obey the service, in a daemon thread."""
+        """Begin to beat, and to obey the service, in a daemon thread.
+
+        Call it right after `connect`, before anything that could wait for other ranks.
+        """
         self._pulse = pulse
         self._thread = threading.Thread(target=self._serve, args=(pulse,), daemon=True, name="allstep channel")
         self._thread.start()
@@ -175,9 +179,11 @@ class Client:
                 )
             _wait(connection, left, writing=connection.backlog > 0)
             connection.flush()
-            for line in connection.receive():
+            lines = connection.receive()
+            for index, line in enumerate(lines, 1):
                 match _decoded(line, address):
                     case Welcome():
+                        self._early = lines[index:]
                         return
                     case Refused(reason):
                         raise WorldError(reason)
@@ -194,6 +200,8 @@ class Client:
         with contextlib.closing(StacksTimer(self._stacks_file)) as timer, selectors.PollSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
             selector.register(connection.sock, selectors.EVENT_READ)
+            for line in self._early:
+                self._heed(line)
             while not self._closing and not connection.ended:
                 if time.monotonic() >= beat_at:
                     timer.wind_up()

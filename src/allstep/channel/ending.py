@@ -14,9 +14,12 @@ _CONNECTION_LOST = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken ?pipe|connection(reset|refused|aborted)error"
     r"|socket (closed|timeout)|sendbytes failed|recvbytes failed|recvvalue failed|failed to recv"
     r"|dist(backend|network|store)error|ncclremoteerror|remote process (has )?(exited|terminated)"
-    r"|process ?group ?watchdog|heartbeat monitor|(read|write) error .*peer|timeout caused pair closure",
+    r"|process ?group ?watchdog|heartbeat monitor|(read|write) error .*peer|timeout caused pair closure"
+    r"|communicator was aborted|timed out waiting \d+ ?ms for (recv|send)|collective operation timeout",
     re.IGNORECASE,
 )
+
+_TORCHS = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,16 @@ def signal_name(number: int) -> str:
 def about_a_lost_connection(text: str) -> bool:
     """Whether the last lines of a text are about a connection that another process let go."""
     return _CONNECTION_LOST.search("\n".join(text.rstrip().splitlines()[-12:])) is not None
+
+
+def about_another_rank(error: BaseException) -> bool:
+    """Whether an exception is most likely about the end of another rank: what torch raises for a broken collective.
+
+    torch's own types say so; a plain RuntimeError does by its text. Other types are somebody else's connections.
+    """
+    if type(error).__module__.startswith("torch") and type(error).__name__ in _TORCHS:
+        return True
+    return type(error) is RuntimeError and about_a_lost_connection(str(error))
 
 
 def after_another(end: WorkerEnd) -> bool:

@@ -1,4 +1,7 @@
-"""What torch's flight recorder says of this rank's unfinished collectives, where it was turned on.
+"""What torch's flight recorder says of this rank's last collectives, where it was turned on.
+
+Backends differ in what they record: nccl notes when a collective has started and completed, gloo only that it was
+called. So what is not completed is shown as recorded, newest last, and the numbers of ranks can be compared.
 
 Never imports torch: a process that has not imported it has no collectives.
 """
@@ -13,11 +16,11 @@ from typing import Any
 
 _VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _PATIENCE_S = 0.5
-_SHOWN = 8
+_SHOWN = 3
 
 
 def active_collectives() -> str:
-    """One line for each collective that has not completed, newest last; empty where nothing is recorded."""
+    """One line for each of the last collectives that are not on record as completed; empty without a record."""
     c10d = sys.modules.get("torch._C._distributed_c10d")
     dump = getattr(c10d, "_dump_fr_trace_json", None)
     if dump is None or not any(os.environ.get(name, "0") not in ("", "0") for name in _VARIABLES):
@@ -34,7 +37,7 @@ def active_collectives() -> str:
 
 
 def summary(dumped: bytes | str) -> str:
-    """The unfinished collectives of a dump in JSON; if all are finished, the last one."""
+    """The last collectives of a dump in JSON that are not completed; if all are, the last one."""
     try:
         entries: list[dict[str, Any]] = json.loads(dumped).get("entries", [])
         unfinished = [entry for entry in entries if entry.get("state") != "completed"]

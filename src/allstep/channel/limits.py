@@ -15,13 +15,14 @@ from allstep.errors import ConfigurationError
 
 MULTIPLE = 10.0
 
+# A run that is ended by mistake costs more than minutes of one that hangs: compiling again, a slow file system.
 _BOUNDS: Mapping[str, tuple[float, float]] = {
-    "startup": (1800.0, 1800.0),
-    "data": (60.0, 1800.0),
-    "step": (60.0, 1800.0),
-    "evaluation": (120.0, 1800.0),
-    "checkpoint": (300.0, 3600.0),
-    "handler": (300.0, 3600.0),
+    "startup": (3600.0, 3600.0),
+    "data": (300.0, 1800.0),
+    "step": (300.0, 1800.0),
+    "evaluation": (600.0, 1800.0),
+    "checkpoint": (600.0, 3600.0),
+    "handler": (600.0, 3600.0),
     "idle": (math.inf, math.inf),
 }
 

@@ -146,7 +146,7 @@ def account(record: Record, *, supervised: bool) -> Account:
         epoch=place.epoch if place else 0,
         iteration=place.iteration if place else 0,
         section=place.section if place else "",
-        waiting=beat.waiting if beat else "",
+        waiting=beat.waiting if beat and not failure else "",
         traceback=failure.traceback if failure else "",
         output=record.end.stderr if record.end else "",
         note=record.end.note if record.end else "",
@@ -209,7 +209,8 @@ def _by_end(record: Record, end: WorkerEnd, moment: Moment | None) -> _Judgement
         if record.arrival is not None and record.bye is None:
             what = "left early: its process ended with exit code 0 while its World was open"
             return Kind.EARLY, what, USER_ERROR, moment
-        return Kind.FINISHED, "finished without error", 0, record.bye or moment
+        what = "ended with its World open" if record.left_open else "finished without error"
+        return Kind.FINISHED, what, 0, record.bye or moment
     if after_another(end):
         return Kind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
     return (Kind.SIGNAL if code < 0 else Kind.EXIT), describe(code), exit_status(code), moment

@@ -23,6 +23,8 @@ LINES = 50
 """Lines of a rank's output that the report repeats, at most."""
 
 _FRAMES = 40
+_GROUPS = 16  # lines about others
+_ALSO = 3  # further causes that are shown with a traceback
 _STACKS = 4  # ranks behind whose stacks are shown; the file has all
 _TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
 _FAILED_TOO = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST)
@@ -55,13 +57,9 @@ def failure_text(
         lines.append("  it wrote nothing to standard error")
     if logs and cause.rank in logs:
         lines.append(f"  its whole output: {logs[cause.rank]}")
-    for also in case.others:
-        if also.kind is Kind.ERROR and also.what != cause.what:
-            lines += [
-                f"  rank {also.rank} failed too: {also.what}",
-                *(f"    {line}" for line in filter(None, (_place(also),))),
-            ]
-            lines += [f"    {line}" for line in set_off(_cut(also.traceback))[-12:]]
+    for also in _further(case):
+        lines.append(f"  rank {also.rank} failed too: {also.what}")
+        lines += [f"    {line}" for line in (_place(also), *set_off(_cut(also.traceback))[-12:])]
     lines += [f"  {line}" for line in _others(case)]
     lines += [f"  rank {rank} was slow: {ratio:.1f} times the others' own time for a step" for rank, ratio in case.slow]
     return "\n".join(lines) + "\n"
@@ -160,13 +158,22 @@ def _stacks(case: Case) -> list[str]:
         if each.stacks:
             lines.append(f"  rank {each.rank}'s {role} (most recent call first):")
             lines += [f"  {line}" for line in set_off(_without_heading(main_thread(each.stacks)))[:_FRAMES]]
-        lines += [f"    its unfinished collective: {line}" for line in each.trace.splitlines()]
+        lines += [f"    its collective on record: {line}" for line in each.trace.splitlines()]
     return lines
 
 
 def _without_heading(stack: str) -> str:
     heading, _, frames = stack.partition("\n")
     return frames if "most recent call first" in heading else stack
+
+
+def _further(case: Case) -> list[Account]:
+    """The first exceptions that say something else than the cause does."""
+    different: dict[str, Account] = {case.cause.what: case.cause}
+    for each in case.others:
+        if each.kind is Kind.ERROR and len(different) <= _ALSO:
+            different.setdefault(each.what, each)
+    return list(different.values())[1:]
 
 
 def _others(case: Case) -> list[str]:
@@ -179,7 +186,11 @@ def _others(case: Case) -> list[str]:
         else:
             how = each.what
         alike.setdefault(how, []).append(each.rank)
-    return [f"{_ranks(ranks)}: {how}" for how, ranks in alike.items()]
+    lines = [f"{_ranks(ranks)}: {how}" for how, ranks in alike.items()]
+    if len(lines) <= _GROUPS:
+        return lines
+    rest = [rank for ranks in list(alike.values())[_GROUPS:] for rank in ranks]
+    return [*lines[:_GROUPS], f"{_ranks(rest)}: see the report's file"]
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 
 from allstep.channel.limits import Limits
+from allstep.channel.messages import Beat
 from allstep.channel.record import Record
 from allstep.channel.stacks import waits_in
 from allstep.channel.watchdog import Hang, Standing, diagnose, longest_stays, overdue, stragglers
@@ -34,6 +35,10 @@ class Watch:
     def slow(self) -> list[tuple[int, float]]:
         """The ranks that were slow at any time, and how many times slower at the last."""
         return sorted(self._ever.items())
+
+    def now(self) -> float:
+        """The clock."""
+        return self._clock()
 
     def driven(self) -> None:
         """The driver runs."""
@@ -80,12 +85,18 @@ class Watch:
     def _standings(self, records: Iterable[Record], away: Collection[int]) -> list[Standing]:
         return [
             Standing(
-                record.beat,
+                beat,
                 self.age(record.beaten),
                 record.rank in away,
                 record.stacks,
-                record.beat.waiting or (waits_in(record.stacks) if record.stacks else ""),
+                beat.waiting or (waits_in(record.stacks) if record.stacks else ""),
             )
             for record in records
-            if record.beat is not None and record.present and record.failed is None
+            if record.present and record.failed is None
+            for beat in (record.beat or _before_the_first(record.rank),)
         ]
+
+
+def _before_the_first(rank: int) -> Beat:
+    """The place of a rank that was let in and has not beaten yet."""
+    return Beat(rank, 0, 0, 0, 0, "startup", 0.0)

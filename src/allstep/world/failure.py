@@ -8,23 +8,11 @@ to it: clean-up in a `finally:` that fails because the peers are gone does not h
 
 from __future__ import annotations
 
-import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
-from allstep.errors import AgreementError
-
-# gloo, nccl and the store raise plain RuntimeErrors for some of what a peer's end does to them.
-_PEER_GONE = re.compile(
-    r"gloo/|connection (was )?(closed|reset|refused) by|closed by (remote )?peer|broken pipe|pair closure"
-    r"|timed out .*(operation|\bclients?\b|\bpeers?\b|\branks?\b|\brecv\b|\bsend\b|\d+ ?ms)|socket timeout"
-    r"|ncclremoteerror|ncclsystemerror|nccl communicator was aborted|watchdog caught collective|monitoredbarrier"
-    r"|the store was lost|aborted .*process group",
-    re.DOTALL | re.IGNORECASE,
-)
+from allstep.channel.ending import about_another_rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +35,11 @@ class Description:
 def describe(error: BaseException) -> Description:
     """The exception as text; a derived one that came in the wake of an ordinary one is named after that."""
     others = list(_led_to(error))
-    named, derived = error, any(is_derived(each) for each in others)
-    if is_derived(error):
-        ordinary = next((each for each in others if not is_derived(each)), None)
+    named, derived = error, any(about_another_rank(each) for each in others)
+    if about_another_rank(error):
+        ordinary = next((each for each in others if not about_another_rank(each)), None)
         named, derived = ordinary or error, ordinary is None
     return Description(_name(type(named)), _message(named), "".join(traceback.format_exception(error)), derived)
-
-
-def is_derived(error: BaseException) -> bool:
-    """Whether one exception, by itself, is about another rank's end."""
-    if dist.is_available() and isinstance(error, dist.DistError):
-        return True
-    if not isinstance(error, RuntimeError) or isinstance(error, AgreementError):  # agreement is about all ranks alike
-        return False
-    return _PEER_GONE.search(_message(error)) is not None
 
 
 def _led_to(error: BaseException) -> Iterator[BaseException]:

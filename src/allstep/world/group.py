@@ -127,7 +127,7 @@ def adopt_group() -> Group:
     rank, size = dist.get_rank(), dist.get_world_size()
     base = PrefixStore("allstep", dist.distributed_c10d._get_default_store())
     store = PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
-    return Group(dist.get_backend(), Meeting(store, size), rank, size, owned=False)
+    return Group(dist.get_backend(), Meeting(store), rank, size, owned=False)
 
 
 def forget_groups(*, abort: bool) -> None:

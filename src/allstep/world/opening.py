@@ -117,7 +117,7 @@ def _open(
                     reporter = _join(meeting.service, placement, arrival, pulse, timeout)
                 group = open_group(placement, meeting, chosen, device, timeout)
             except BaseException:
-                meeting.give_up()
+                meeting.give_up(placement.world_size)
                 raise
         return World(placement, device, group, timeout, pulse, reporter)
     except BaseException as error:

@@ -42,15 +42,14 @@ class Meeting:
     """
 
     store: Store
-    world_size: int
     server: TCPStore | None = None
     service: Service | None = None
 
-    def give_up(self) -> None:
+    def give_up(self, world_size: int) -> None:
         """The ranks do not fit: let the server go, once the others have had the time to learn it at the service."""
         if self.server is not None:
             with contextlib.suppress(dist.DistError):
-                poll(lambda: self.store.add(SERVED, 0) >= self.world_size, time.monotonic() + _HEARD_S)
+                poll(lambda: self.store.add(SERVED, 0) >= world_size, time.monotonic() + _HEARD_S)
             self.server = None  # else the traceback would keep the port taken
         if self.service is not None:
             self.service.release()
@@ -76,7 +75,7 @@ def meet(placement: Placement, process: str, timeout: float, *, starts_service: 
     def enter(client: TCPStore, server: TCPStore | None = None) -> Meeting:
         store = _own_space(client, name, placement.rank, process)
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
-        return Meeting(store, placement.world_size, server, service)
+        return Meeting(store, server, service)
 
     if placement.rank == 0 and not place.agent_store:
         server, port = _serve(place, timeout)

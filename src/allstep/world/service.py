@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from allstep.channel.arrival import Arrival
@@ -29,6 +30,7 @@ from allstep.world.stores import Store
 SERVED = "served"
 """Counts, in the store, the ranks that know where their service is."""
 
+_MARGIN_S = 2.0
 _ANY = "0.0.0.0"
 _HERE = "127.0.0.1"
 
@@ -73,6 +75,8 @@ def sidecar_service(store: Store, placement: Placement, timeout: float, deadline
         torch.distributed.DistNetworkError: the store went away.
     """
     sidecar: Sidecar | None = None
+    if placement.node_rank:
+        store.set(f"node/{placement.node_rank}/{placement.local_rank}", str(placement.rank))
     if placement.local_rank == 0:
         if placement.node_rank == 0:
             nonce = secrets.token_hex(16)
@@ -80,7 +84,8 @@ def sidecar_service(store: Store, placement: Placement, timeout: float, deadline
         else:
             port, nonce = _published(store, 0, placement, timeout, deadline)
             assert placement.rendezvous is not None
-            sidecar = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}")
+            ranks = _ranks_of_node(store, placement, deadline)
+            sidecar = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}", ranks=ranks)
         store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
     store.add(SERVED, 1)
@@ -102,8 +107,7 @@ def join(service: Service, placement: Placement, arrival: Arrival, timeout: floa
     return Client.connect(service.address, hello, timeout)
 
 
-def _start(placement: Placement, nonce: str, upstream: str = "") -> Sidecar:
-    first = placement.rank - placement.local_rank
+def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence[int] = ()) -> Sidecar:
     return start_sidecar(
         nonce=nonce,
         attempt=placement.attempt,
@@ -113,9 +117,19 @@ def _start(placement: Placement, nonce: str, upstream: str = "") -> Sidecar:
         attempt_folder=os.environ.get("ALLSTEP_ATTEMPT_FOLDER", ""),
         upstream=upstream,
         node_rank=placement.node_rank,
-        ranks=range(first, first + placement.local_world_size),
+        ranks=ranks,
         run=placement.run_id,
     )
+
+
+def _ranks_of_node(store: Store, placement: Placement, deadline: float) -> list[int]:
+    """The ranks of this node, by their own word: a launcher may have spread them over the nodes in any order.
+
+    Where one does not come, the others are still in time to have it named.
+    """
+    keys = [f"node/{placement.node_rank}/{local_rank}" for local_rank in range(placement.local_world_size)]
+    poll(lambda: store.check(keys), deadline - _MARGIN_S)
+    return [int(store.get(key)) for key in keys if store.check([key])]
 
 
 def _published(store: Store, node: int, placement: Placement, timeout: float, deadline: float) -> tuple[str, str]:

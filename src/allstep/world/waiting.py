@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
 
 from allstep.channel.pulse import Pulse
 
@@ -24,9 +25,11 @@ class Waits:
     def at(self, name: str, depth: int) -> AbstractContextManager[None]:
         """Wait in `name` for the length of a with block; the user's line is `depth` frames above World's `_waits`."""
         self._count += 1
-        user = sys._getframe(depth + 2)
-        where = f"{user.f_code.co_filename.rpartition('/')[2]}:{user.f_lineno}"
-        return self._waiting(f"{name} #{self._count} at {where}")
+        user: FrameType | None = sys._getframe(2)
+        for _ in range(depth):
+            user = None if user is None else user.f_back
+        where = "" if user is None else f" at {user.f_code.co_filename.rpartition('/')[2]}:{user.f_lineno}"
+        return self._waiting(f"{name} #{self._count}{where}")
 
     @contextmanager
     def _waiting(self, what: str) -> Iterator[None]:
