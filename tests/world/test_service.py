@@ -181,3 +181,46 @@ def test_the_wait_for_gradients_is_not_a_ranks_own_time():
     assert fast[1] >= SLEEP  # it takes as long as the slow one,
     assert fast[0] < SLEEP / 2  # but not by itself
     assert fast[2] == slow[2] == ""
+
+
+def watched_alone(world: World) -> tuple[bool, bool]:
+    world.close()
+    with allstep.init() as with_service:
+        watched = with_service.client is not None
+    del os.environ["ALLSTEP_CHANNEL"]
+    with allstep.init() as without:
+        return watched, without.client is None
+
+
+def test_a_world_of_one_is_watched_by_the_supervisor_that_started_it_and_else_by_nobody():
+    with serving(1) as served:
+        assert run_ranks(watched_alone, 1, env=served.env) == [(True, True)]
+        assert any(isinstance(event, AllArrived) for event in served.events)
+
+
+def sidecar_in_a_row(world: World) -> list[bool]:
+    """Worlds without a supervisor, each with a service of its own."""
+    seen = []
+    for _ in range(3):
+        world.all_reduce(1)
+        seen.append(world.client is not None)
+        world.close()
+        world = allstep.init()
+    world.close()
+    return seen
+
+
+@pytest.mark.slow
+def test_without_a_supervisor_each_world_has_a_service_of_its_own():
+    assert run_ranks(sidecar_in_a_row, 2, env={"ALLSTEP_CHANNEL": ""}) == [[True] * 3] * 2
+
+
+def other_facts_at_a_sidecar(world: World) -> tuple[str, float, World | None]:
+    return open_again(world, facts={"config": {"lr": world.rank}}, timeout=120)
+
+
+@pytest.mark.slow
+def test_a_sidecar_judges_as_a_supervisor_does_and_the_ranks_can_go_on():
+    for said, took, _ in run_ranks(other_facts_at_a_sidecar, 2, env={"ALLSTEP_CHANNEL": ""}):
+        assert said.startswith("ranks disagree about config.lr (rank 0: '0'; rank 1: '1')")
+        assert took < QUICK

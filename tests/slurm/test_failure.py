@@ -1,0 +1,49 @@
+"""Under a real srun, without any supervisor of allstep's: the first cause is reported once and the step ends."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+
+SCRIPT = """
+import torch
+import allstep
+from allstep import Engine
+
+with allstep.init() as world:
+    model = world.wrap(torch.nn.Linear(4, 2))
+
+    def step(engine, batch):
+        model(batch).sum().backward()
+        if world.rank == 3 and engine.state.iteration == 5:
+            raise ValueError("the true cause")
+
+    Engine(step).run([torch.ones(3, 4)] * 40, max_epochs=50)
+"""
+
+
+def test_a_task_that_raises_is_the_cause_and_all_tasks_of_all_nodes_end(cluster: Cluster, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    # Cyclic: ranks 0 and 2 are on the first node, so that a node's ranks are not consecutive. And srun itself does not
+    # end a step of which a task failed.
+    done = cluster.srun(
+        *("-N2", "--ntasks-per-node=2", "-m", "cyclic", "--kill-on-bad-exit=0"),
+        sys.executable,
+        str(script),
+        env=environment,
+        timeout=110,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("allstep: ") == 1, done.stderr
+    report = done.stderr[done.stderr.index("allstep: ") :]
+    assert "rank 3 of 4" in report
+    assert "ValueError: the true cause" in report
+    assert "iteration 5" in report
