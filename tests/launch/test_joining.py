@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from allstep.errors import LaunchError
-from allstep.launch.joining import Join, Over, Refused, Roster, Start, Waiting, decode, encode, token
+from allstep.launch.joining import Gone, Join, Over, Refused, Roster, Start, Waiting, decode, encode, token
 
 HEAD = Join("exp", token("exp", ""), 3, 0, 2, "h0", 10, {"the script": "train.py"})
 
@@ -26,10 +26,17 @@ def roster(*joins: Join) -> Roster:
 
 @pytest.mark.parametrize(
     "message",
-    [HEAD, Waiting(), Start("exp", 3, "n0", 1, 2, 4, 8, 5), Over(3, "done"), Refused("no", stranger=True)],
+    [
+        HEAD,
+        Waiting(),
+        Gone("t", 1, "x"),
+        Start("exp", 3, "n0", 1, 2, 4, 8, 5),
+        Over(3, "done"),
+        Refused("no", stranger=True),
+    ],
     ids=lambda message: type(message).__name__,
 )
-def test_a_message_arrives_as_it_was_sent(message: Join | Waiting | Start | Over | Refused) -> None:
+def test_a_message_arrives_as_it_was_sent(message: Join | Waiting | Start | Over | Refused | Gone) -> None:
     line = encode(message)
     assert line.count(b"\n") == 1
     assert decode(line) == message

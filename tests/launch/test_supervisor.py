@@ -206,6 +206,28 @@ def test_a_signal_to_stop_lets_workers_leave_and_gives_its_own_exit_code(
     assert said.endswith(f"allstep: stopped by {number.name}\n")
 
 
+def test_a_worker_that_was_stopped_can_still_act_on_the_signal(tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        "import signal\ndef leave(number, frame):\n    print('left'); sys.exit(0)\nsignal.signal(15, leave)\n" + STAY,
+    )
+    with started(tmp_path, "--nproc", "2", "script.py") as process:
+        for pid in pids(lines(process.stdout, 2)):
+            os.kill(pid, signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, sorted(out.splitlines())) == (143, ["[0] left", "[1] left"])
+
+
+def test_peers_of_a_failed_worker_never_get_the_signal_that_means_preemption(tmp_path: Path) -> None:
+    deaf = "import signal\nfor number in (1, 2, 15):\n    signal.signal(number, lambda *_: print('told', flush=True))\n"
+    os.mkfifo(tmp_path / "fifo")
+    script(tmp_path, f"{deaf}if rank == 1:\n    open('fifo').read(); sys.exit(3)\nopen('fifo', 'w')\n{STAY}")
+    result = run(tmp_path, "--nproc", "2", "script.py")
+    assert result.returncode == 3
+    assert "told" not in result.stdout
+
+
 def test_ctrl_c_is_a_keyboard_interrupt_in_the_workers(tmp_path: Path) -> None:
     script(
         tmp_path, f"try:\n    {STAY.replace(chr(10), chr(10) + '    ')}\nexcept KeyboardInterrupt:\n    print('saved')"

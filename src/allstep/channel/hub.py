@@ -210,6 +210,11 @@ class Hub:
         """Whether something is known that may still become a verdict."""
         return self._inquiry.settling
 
+    def expect_node(self, node_rank: int, ranks: Sequence[int]) -> None:
+        """Expect a relay for these ranks; if it has not come within twice `limits.link`, its node is lost."""
+        self._expected[node_rank] = ranks
+        self._expected_by = self._clock() + 2 * self._limits.link
+
     def progress(self) -> tuple[int, int]:
         """The furthest (epoch, iteration) that any rank reached."""
         return self._inquiry.furthest

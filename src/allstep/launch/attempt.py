@@ -25,6 +25,7 @@ from typing import Protocol
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.hub import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
+from allstep.channel.record import Kind
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder
@@ -43,8 +44,8 @@ LEAVE = 1.0
 LINGER = 1.0
 """Seconds for which output is read after the last worker has ended."""
 
-REMOTE = 30.0
-"""Seconds after a verdict within which the other machines' workers must have ended, or are taken for lost."""
+REMOTE = 10.0
+"""Seconds after a verdict in which the other machines can say how their workers ended; less where one is lost."""
 
 
 class Channel(Protocol):
@@ -74,7 +75,7 @@ class Attempt:
 
     Args:
         plans: the workers to start.
-        channel: the service that they report to; the attempt drives it and leaves it open.
+        channel: the service that they report to, whose sockets the loop is to give it; it is left open.
         loop: the run's loop.
         terminal: where output is shown.
         folder: where their logs go, or None for no logs.
@@ -115,7 +116,6 @@ class Attempt:
         self._over_everywhere = False
         self._interrupted = False
         self._memory = MemoryWatch()
-        loop.delegate(channel.ready)
 
     def start(self) -> None:
         """Start the workers."""
@@ -160,7 +160,6 @@ class Attempt:
 
     def close(self) -> None:
         """Kill what is left, and let go of pipes and logs."""
-        self._loop.delegate(None)
         for rank, worker in self._workers.items():
             if rank not in self.ends:
                 self._loop.forget(worker.exit_fd)
@@ -185,7 +184,8 @@ class Attempt:
     def _act(self, event: HubEvent) -> None:
         if isinstance(event, Verdict) and self.case is None:
             self.case = event.case
-            self._give_up_at = time.monotonic() + (0 if self._relayed else REMOTE)
+            lost = event.case.cause.kind is Kind.NODE_LOST
+            self._give_up_at = time.monotonic() + (0 if self._relayed else 2 * LEAVE if lost else REMOTE)
             if self.stopped_by is None:
                 self._channel.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
             self._kill_soon()

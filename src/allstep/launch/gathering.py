@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from allstep.channel.hub import Hub
 from allstep.errors import ConfigurationError
 from allstep.launch.introduction import introduce
 from allstep.launch.joining import Over, Refused, Start
@@ -47,9 +48,13 @@ class Gathering:
         """The workers of all machines together."""
         return self._post.roster().world_size()
 
-    def start(self, share: Share, channel_port: int) -> None:
-        """Let the other machines begin an attempt of which the head's share is this."""
-        firsts = self._post.roster().first_ranks()
+    def start(self, share: Share, channel_port: int, hub: Hub) -> None:
+        """Let the other machines begin an attempt of which the head's share is this, and the hub expect them."""
+        roster = self._post.roster()
+        firsts = roster.first_ranks()
+        for node, first in firsts.items():
+            if node != 0:
+                hub.expect_node(node, range(first, first + roster.joined[node].workers))
         self._post.start(
             {
                 node: Start(

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator
 
 from allstep.errors import LaunchError
-from allstep.launch.joining import Join, Over, Refused, Start, Waiting, decode
+from allstep.launch.joining import Gone, Join, Over, Refused, Start, Waiting, decode
 from allstep.launch.loop import Loop
 from allstep.launch.nodes import Nodes
 from allstep.launch.wire import Wire
@@ -73,6 +73,13 @@ def join(
     raise AssertionError("a place has a port")
 
 
+def leave(nodes: Nodes, message: Gone) -> None:
+    """Tell the head that this node will not come again, if the head is there to hear it."""
+    for port in nodes.ports:
+        with contextlib.suppress(OSError), contextlib.closing(_connect(nodes.host, port)) as wire:
+            wire.send(message)
+
+
 def _connect(host: str, port: int) -> Wire:
     return Wire(socket.create_connection((host, port), timeout=_CONNECT))
 
@@ -98,7 +105,7 @@ def _messages(
                     message = decode(line)
                 except LaunchError as error:
                     raise ConnectionError(str(error)) from error
-                if not isinstance(message, Join):
+                if not isinstance(message, Join | Gone):
                     yield message
     finally:
         loop.forget(wire.fileno())

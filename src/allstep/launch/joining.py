@@ -3,8 +3,9 @@
 Contract: node 0's supervisor, the head, listens on the rendezvous port for the whole run. Every other node connects
 before each attempt and says `Join`; the head answers `Waiting` every few seconds, and, when all nodes are there,
 `Start`, with what the node needs to start its workers, or `Over` when there will be no further attempt. Who cannot take
-part gets `Refused`. One line of JSON each, with a version. `Roster` decides who is welcome: a wrong token is a
-stranger's run, which is turned away alone; two nodes of one rank, or settings that differ, end the run for all.
+part gets `Refused`; a node that will not come again says `Gone`. One line of JSON each, with a version. `Roster`
+decides who is welcome: a wrong token is a stranger's run, which is turned away alone; two nodes of one rank, or
+settings that differ, end the run for all.
 """
 
 from __future__ import annotations
@@ -76,8 +77,17 @@ class Refused:
     stranger: bool = False
 
 
-Message = Join | Waiting | Start | Over | Refused
-_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Join, Waiting, Start, Over, Refused)}
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """A node of the run will not come again, for this reason."""
+
+    token: str
+    node_rank: int
+    reason: str
+
+
+Message = Join | Waiting | Start | Over | Refused | Gone
+_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Join, Waiting, Start, Over, Refused, Gone)}
 
 
 def encode(message: Message) -> bytes:
@@ -97,6 +107,8 @@ def decode(line: bytes) -> Message:
         raise LaunchError("not a message of an allstep node") from error
     if isinstance(message, Join) and not (_is_text(message) and _is_counted(message)):
         raise LaunchError("not a message of an allstep node")
+    if isinstance(message, Gone) and not all(isinstance(text, str) for text in (message.token, message.reason)):
+        raise LaunchError("not a message of an allstep node")
     return message
 
 
@@ -112,7 +124,7 @@ class Roster:
         self.own = own
         self.joined: dict[int, Join] = {own.node_rank: own}
 
-    def is_stranger(self, join: Join) -> bool:
+    def is_stranger(self, join: Join | Gone) -> bool:
         """Whether it belongs to another run."""
         return not hmac.compare_digest(join.token.encode(), self.own.token.encode())
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # torch.distributed puts this before each line of a traceback once a process group exists.
 _TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 
-TIDY = 5.0
+TIDY = 3.0
 """Seconds that other machines have to come for the last word."""
 
 
@@ -115,15 +115,24 @@ class _Leader:
                 limits=self._limits,
             )
             stack.callback(hub.close)
+            self._machine.loop.delegate(hub.ready)
+            stack.callback(self._machine.loop.delegate, None)
             if self._gathering is not None:
-                self._gathering.start(share, channel_port)
+                self._gathering.start(share, channel_port, hub)
             attempt = self._machine.attempt(share, hub, self._folder)
             status = self._conclude(attempt, hub, share)
-            if several:
+            if self._gathering is not None:
                 hub.finish(self._last_word(status), status or 0)
-            if status is not None and self._gathering is not None:
-                self._gathering.over(status, self._last_word(status), until=time.monotonic() + TIDY)
+                self._tidy(hub, self._gathering, status)
         return status
+
+    def _tidy(self, hub: Hub, gathering: Gathering, status: int | None) -> None:
+        """Let the other machines hear that the attempt is over, and after the last one, that the run is."""
+        until = time.monotonic() + TIDY
+        while hub.backlog and time.monotonic() < until:
+            self._machine.turn(until)
+        if status is not None:
+            gathering.over(status, self._last_word(status), until=until)
 
     def _share(self, nonce: str, channel_port: int, master_port: int) -> Share:
         launch = self._machine.launch

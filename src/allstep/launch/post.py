@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 from allstep.errors import LaunchError
-from allstep.launch.joining import Join, Over, Refused, Roster, Start, Waiting, decode
+from allstep.launch.joining import Gone, Join, Over, Refused, Roster, Start, Waiting, decode
 from allstep.launch.loop import Loop
 from allstep.launch.wire import Wire
 
@@ -147,9 +147,13 @@ class Post:
         try:
             for line in wire.receive():
                 message = decode(line)
-                if not isinstance(message, Join) or wire not in self._unknown:
+                if isinstance(message, Gone) and not self._roster.is_stranger(message):
+                    self.objection = f"node {message.node_rank} left: {message.reason}"
+                    self._away.discard(message.node_rank)
+                elif isinstance(message, Join) and wire in self._unknown:
+                    self._admit(wire, message)
+                else:
                     raise LaunchError("not a node that joins")
-                self._admit(wire, message)
         except (ConnectionError, LaunchError):
             self._drop(wire)
 

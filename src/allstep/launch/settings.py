@@ -136,10 +136,7 @@ def check_limits(text: str) -> str:
     """Give `text` back if it says how long sections may last, else raise ConfigurationError."""
     from allstep.channel.limits import Limits
 
-    try:
-        Limits.parse(text)
-    except ValueError as error:
-        raise ConfigurationError(f"limits is {text!r}: {error}") from error
+    Limits.parse(text)
     return text
 
 
