@@ -7,21 +7,14 @@ from pathlib import Path
 import pytest
 
 from allstep.testing import FaultPlan
-from tests.faults.jobs import BOUND, STRIKES, Job, Launcher, rehearse
+from tests.faults.jobs import BOUND, STRIKES, Launcher, rehearse
+from tests.faults.reading import check_first_lines
 
 pytestmark = pytest.mark.slow
 
 LAUNCHERS: list[Launcher] = ["allstep", "torchrun"]
 
 AT = FaultPlan.at(rank=1, iteration=7)
-
-
-def check_first_lines(job: Job, *words: str) -> None:
-    """The words are in the report's first lines, in this order, before anything else is told."""
-    first = "\n".join(job.block[:12])
-    places = [first.find(word) for word in words]
-    assert -1 not in places, f"{[w for w, at in zip(words, places, strict=True) if at < 0]} not first in:\n{job.text}"
-    assert places == sorted(places), first
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
