@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
-from allstep.testing import RanksError, run_ranks
+from allstep import Engine
+from allstep.testing import FaultPlan, RanksError, run_ranks
 from allstep.world import World
+from allstep.world.group import forget_groups
+from allstep.world.polling import poll
+
+pytestmark = pytest.mark.slow
 
 
 def placed(world: World, factor: int) -> tuple[int, int, int]:
@@ -50,9 +57,50 @@ def test_a_rank_that_dies_is_named_with_its_exit_code() -> None:
         run_ranks(dies_on_rank_one, 2)
 
 
-def test_ranks_that_do_not_finish_are_named_and_none_is_left(tmp_path: Path) -> None:
+def segfaults_on_rank_one(world: World) -> None:
+    if world.rank == 1:
+        ctypes.string_at(0)
+    world.barrier()
+
+
+def test_a_rank_that_crashes_is_named_with_its_stack() -> None:
+    with pytest.raises(RanksError, match=r"(?s)rank 1 of 2 died .*SIGSEGV.*Segmentation fault.*segfaults_on_rank_one"):
+        run_ranks(segfaults_on_rank_one, 2)
+
+
+def notices_first(world: World, done: Path) -> None:
+    if world.rank == 1:
+        try:
+            raise ValueError("the true cause")
+        finally:
+            forget_groups(abort=False)
+            poll(done.exists, time.monotonic() + 30)
+            time.sleep(0.5)
+    try:
+        world.barrier()
+    finally:
+        done.touch()
+
+
+def test_an_error_about_a_lost_connection_waits_for_its_cause(tmp_path: Path) -> None:
+    with pytest.raises(RanksError, match=r"(?s)rank 1 of 2 raised.*the true cause") as caught:
+        run_ranks(notices_first, 2, tmp_path / "done")
+    assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_fault_can_be_rehearsed_in_ranks() -> None:
+    with pytest.raises(RanksError, match=r"rank 1 of 2 died with exit code -9"):
+        run_ranks(trains, 2, fault=FaultPlan.at(rank=1, iteration=3).kill(9))
+    assert run_ranks(trains, 2) == [5, 5]
+
+
+def trains(world: World) -> int:
+    return Engine(lambda engine, batch: world.all_reduce(1)).run(range(5)).iteration
+
+
+def test_ranks_that_do_not_finish_are_named_with_where_they_stand_and_none_is_left(tmp_path: Path) -> None:
     with pytest.raises(
-        RanksError, match=r"ranks \[0, 1\] of 2 did not finish in 5"
+        RanksError, match=r"(?s)ranks \[0, 1\] of 2 did not finish in 5.*rank 1 is at:.*tells_its_pid_and_waits"
     ):  # rank 0 waits for rank 1 to leave
         run_ranks(tells_its_pid_and_waits, 2, tmp_path, timeout=5.0)
     pids = [int(path.name) for path in tmp_path.iterdir()]

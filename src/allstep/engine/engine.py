@@ -23,6 +23,7 @@ from allstep.engine.loop import Loop
 from allstep.engine.meeting import Hello, Meeting, meet
 from allstep.engine.progress import Progress, place_from
 from allstep.engine.reader import SamplesIn, declared_counts
+from allstep.engine.rehearsal import Rehearsal
 from allstep.engine.state import State
 from allstep.engine.steering import Steering
 from allstep.engine.terms import Terms, is_done, length_of, settle_terms
@@ -308,7 +309,8 @@ class Engine(Listening, Steering):
         assert self._drive is not None
         self._is_running = True
         try:
-            next(self._drive)
+            with Rehearsal(self):
+                next(self._drive)
         except StopIteration:
             self._drop_run()
         except BaseException:

@@ -31,6 +31,7 @@ from allstep.coordination import Request
 from allstep.engine.events import EventEnum, Events
 from allstep.engine.filler import without_gradient, without_reduction, without_trace
 from allstep.engine.meeting import Meeting
+from allstep.engine.rehearsal import rehearsed
 from allstep.engine.source import END
 from allstep.engine.supply import Supply
 from allstep.engine.terms import is_done
@@ -68,6 +69,7 @@ class Loop:
         if meeting is not None:
             self._modules = engine.modules_in_step()
             self._step = self._agreed_step
+        self._step = rehearsed(self._step)
         if watch is not None:
             self._step, self._fire = watch.step(self._step), watch.fire(self._fire)
 

@@ -3,6 +3,7 @@
 One thread per rank: ranks share the machine's cores, and a library that has started its threads cannot be forked.
 """
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,3 +13,6 @@ import torch.nn.parallel  # noqa: F401
 
 import allstep.engine
 import allstep.world  # noqa: F401
+
+gc.collect()
+gc.freeze()  # a rank's collector then neither reads nor copies what it shares with the server

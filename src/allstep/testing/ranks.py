@@ -1,28 +1,32 @@
 """`run_ranks`: call a function on several real ranks and give back what each returned.
 
-Contract: the test's process calls; each rank is a process forked from a server that has imported torch already (tens of
-milliseconds, not seconds), gets the environment that `allstep run` would give it, enters `allstep.init()` and calls
-`fn(world, *args)`. Afterwards no rank's process is left, whatever happened. `fn` and its arguments are pickled, so `fn`
-is a function at a module's top level. What can go wrong: a rank raises or dies (the first to do so is reported, the
-others are ended), or the time limit passes (the ranks that did not finish are named).
+Contract: the test's process calls; each rank is a warm process of the pool, gets this process's environment and what
+`allstep run` would add to it, enters `allstep.init()` and calls `fn(world, *args)`. A call of as many ranks as an
+earlier one starts no process. `fn` and its arguments are pickled, so `fn` is a function at a module's top level. What
+can go wrong: a rank raises or dies (the first cause is reported, and the ranks of that call are ended), or the time
+limit passes (the ranks that did not finish are named, with where they stand).
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
+import secrets
+import socket
 import sys
-import time
-import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
+from allstep.channel.limits import Limits
+from allstep.channel.report import failure_text
 from allstep.errors import RanksError
+from allstep.faults import FaultPlan
 from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
+from allstep.testing.call import Call
+from allstep.testing.pool import Pool, own_pool
+from allstep.testing.round import Ended, Played, Round
 
 T = TypeVar("T")
 
@@ -33,8 +37,10 @@ def run_ranks(
     *args: Any,
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
+    fault: FaultPlan | None = None,
+    fresh: bool = False,
 ) -> list[T]:
-    """Call `fn(world, *args)` on `world_size` gloo ranks on this machine and return the results in rank order.
+    """Call `fn(world, *args)` on `world_size` ranks on this machine and return the results in rank order.
 
     Args:
         fn: a function at a module's top level.
@@ -42,91 +48,67 @@ def run_ranks(
         args: further arguments, pickled to each rank.
         timeout: seconds for the whole call.
         env: environment variables to set in every rank, over the ones of this process.
+        fault: what the ranks rehearse.
+        fresh: run in new processes, and end them after; for a function that changes its process in a way that the
+            pool cannot undo (it puts back environment, folder, generators, torch's defaults, signals, and imports the
+            test's own modules anew; it replaces processes that leave threads, processes or an open World).
 
     Raises:
         RanksError: a rank raised, died, or did not finish in time. An exception of a rank is its `__cause__`.
     """
+    __tracebackhide__ = True
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; it must be 1 or more")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["allstep.testing.preload"])
-    processes: list[Any] = []
-    pipes: dict[Connection, int] = {}
-    with ReservedPort() as reserved:
-        run_id = f"test-{uuid.uuid4().hex[:8]}"
-        try:
-            for rank in range(world_size):
-                here, there = context.Pipe(duplex=False)
-                variables = {"OMP_NUM_THREADS": "1", **(env or {})} | worker_environment(
-                    rank=rank,
-                    world_size=world_size,
-                    local_rank=rank,
-                    local_world_size=world_size,
-                    master_addr="127.0.0.1",
-                    master_port=reserved.port,
-                    run_id=run_id,
-                )
-                process = context.Process(
-                    target=_rank_main,
-                    args=(there, variables, pickle.dumps((fn, args))),
-                    daemon=True,
-                    name=f"rank {rank}",
-                )
-                process.start()
-                there.close()
-                processes.append(process)
-                pipes[here] = rank
-            return _collect(processes, pipes, time.monotonic() + timeout, timeout)
-        finally:
-            for process in processes:
-                process.kill()
-            for process in processes:
-                process.join()
-            for pipe in pipes:
-                pipe.close()
-
-
-def _collect(processes: list[Any], pipes: dict[Connection, int], deadline: float, timeout: float) -> list[Any]:
-    results: dict[int, Any] = {}
-    waiting = dict(pipes)
-    while waiting:
-        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            raise RanksError(f"ranks {sorted(waiting.values())} of {len(processes)} did not finish in {timeout} s")
-        for pipe in ready:
-            assert isinstance(pipe, Connection)
-            rank = waiting.pop(pipe)
-            try:
-                succeeded, payload = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                processes[rank].join()
-                raise RanksError(
-                    f"rank {rank} of {len(processes)} died with exit code {processes[rank].exitcode}"
-                ) from None
-            if not succeeded:
-                text, error = payload
-                raise RanksError(f"rank {rank} of {len(processes)} raised:\n{text}") from error
-            results[rank] = payload
-    return [results[rank] for rank in range(len(processes))]
-
-
-def _rank_main(pipe: Connection, variables: dict[str, str], call: bytes) -> None:
-    os.environ.update(variables)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), **(fault.to_environ() if fault else {})}
+    function = pickle.dumps((fn, args))
+    pool = Pool() if fresh else own_pool()
     try:
-        import allstep
+        played = _play(function, world_size, variables, pool, timeout)
+    finally:
+        if fresh:
+            pool.close()
+    ends = played.ends
+    if all(rank in ends and ends[rank].returned for rank in range(world_size)):
+        return [_value(ends[rank]) for rank in range(world_size)]
+    if played.case is None:
+        raise RanksError(_unfinished(played.late, world_size, timeout))
+    rank = played.case.cause.rank
+    if rank not in ends or ends[rank].returned:
+        raise RanksError(failure_text(played.case).rstrip())
+    outcome = ends[rank].outcome
+    raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from (
+        outcome.error if outcome is not None else None
+    )
 
-        fn, args = pickle.loads(call)
-        with allstep.init() as world:
-            result = fn(world, *args)
-        message = pickle.dumps((True, result))
-    except BaseException as error:
-        text = "".join(traceback.format_exception(error))
-        try:
-            message = pickle.dumps((False, (text, error)))
-            pickle.loads(message)
-        except Exception:  # an exception that cannot be pickled still tells its text
-            message = pickle.dumps((False, (text, None)))
-    pipe.send_bytes(message)
-    pipe.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
+
+def _play(function: bytes, world_size: int, variables: Mapping[str, str], pool: Pool, timeout: float) -> Played:
+    limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
+    nonce, run_id = secrets.token_hex(8), f"test-{uuid.uuid4().hex[:8]}"
+    listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
+    service = f"127.0.0.1:{listener.getsockname()[1]}" if world_size > 1 else ""
+    with ReservedPort() as reserved:
+        places = [
+            worker_environment(
+                rank=rank,
+                world_size=world_size,
+                local_rank=rank,
+                local_world_size=world_size,
+                master_addr="127.0.0.1",
+                master_port=reserved.port,
+                run_id=run_id,
+            )
+            for rank in range(world_size)
+        ]
+        channel = {"ALLSTEP_CHANNEL": service, "ALLSTEP_NONCE": nonce}
+        calls = [Call({**variables, **place, **channel}, os.getcwd(), tuple(sys.path), function) for place in places]
+        return Round(calls, pool, listener, nonce, limits).play(timeout)
+
+
+def _value(end: Ended) -> Any:
+    assert end.outcome is not None
+    return end.outcome.value
+
+
+def _unfinished(late: Mapping[int, str], world_size: int, timeout: float) -> str:
+    stacks = "".join(f"\nrank {rank} is at:\n{text}" for rank, text in late.items() if text)
+    return f"ranks {sorted(late)} of {world_size} did not finish in {timeout} s{stacks}"

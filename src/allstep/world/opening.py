@@ -24,6 +24,7 @@ import torch.distributed as dist
 from allstep.channel.arrival import Arrival
 from allstep.channel.pulse import Pulse
 from allstep.errors import WorldError
+from allstep.faults import Here, strike
 from allstep.placement import Placement, Rendezvous, detect
 from allstep.version import __version__
 from allstep.world import current, xla
@@ -75,6 +76,7 @@ def init(
     placement = detect(os.environ)
     for text in placement.warnings:
         warnings.warn(text, stacklevel=2)
+    strike(Here("start", placement.rank, placement.attempt))
     if dist.is_available() and dist.is_initialized():
         world = _adopt(placement, backend, device, limit, same)
     else:

@@ -29,6 +29,7 @@ from allstep.channel.pulse import Pulse
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import WorldError
+from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
 from allstep.world import current
@@ -365,6 +366,7 @@ class World:
         atexit.unregister(self.leave_at_exit)
         if not in_order and self.reporter is not None:
             self.reporter.left_open()
+        strike(Here("exit", self.rank, self.placement.attempt))
         if self._group is not None:
             with self._waits("close", depth=2):
                 self._group.leave(failed=failed, patience=patience)

@@ -1,0 +1,89 @@
+"""Rows 6 to 8, 19, 24 and 35 of the fault matrix: ranks that make no progress, or too little of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from allstep.testing import FaultPlan
+from tests.faults.jobs import STRIKES, Launcher, rehearse
+from tests.faults.reading import check_first_lines
+
+pytestmark = pytest.mark.slow
+
+LIMITS = "step=3,handler=3,evaluation=3,data=3,silence=3"
+FOUND = 3.0 + 7.0
+"""Seconds from the fault to the end: the limit, and a bound for what is done when it has passed."""
+
+AT = FaultPlan.at(rank=1, iteration=7)
+
+
+@pytest.mark.parametrize("launcher", ["allstep", "torchrun"])
+def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_path: Path, launcher: Launcher) -> None:
+    job = rehearse(tmp_path, "train.py", fault=AT.sleep(1000), launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS})
+    assert job.since(STRIKES) < FOUND
+    check_first_lines(job, "rank 1 of 2 made no progress", "epoch 1, iteration 7", "section step")
+    assert "acts.py" in job.text[job.text.index("made no progress") :]  # where it sleeps
+    if launcher == "allstep":
+        assert job.code == 83
+        assert (job.cause["rank"], job.cause["kind"], job.cause["iteration"]) == (1, "hang", 7)
+        assert "carry_out" in job.cause["stacks"]
+        (other,) = job.report["others"]
+        assert other["rank"] == 0
+        assert "all_reduce" in other["waiting"]
+
+
+def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> None:
+    fault = FaultPlan.at(1, 7, when="data").sleep(1000)
+    job = rehearse(tmp_path, "train.py", fault=fault, options=["--limits", LIMITS])
+    assert job.since(STRIKES) < FOUND
+    assert job.code == 83
+    check_first_lines(job, "rank 1 of 2 made no progress", "section data")
+
+
+def test_row_7_a_frozen_rank_is_found_and_ended_by_force(tmp_path: Path) -> None:
+    job = rehearse(tmp_path, "train.py", fault=AT.freeze(), options=["--limits", LIMITS])
+    assert job.since(STRIKES) < FOUND
+    assert job.code == 83
+    check_first_lines(job, "rank 1 of 2 made no progress")
+    assert (job.cause["rank"], job.cause["kind"]) == (1, "hang")
+
+
+def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_path: Path) -> None:
+    job = rehearse(tmp_path, "train.py", fault=AT.hold_gil(1000), options=["--limits", LIMITS])
+    assert job.since(STRIKES) < FOUND
+    assert job.code == 83
+    check_first_lines(job, "rank 1 of 2 made no progress")
+    assert "_sleep_with_lock" in job.cause["stacks"]
+
+
+@pytest.mark.parametrize("launcher", ["allstep", "torchrun"])
+def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit(
+    tmp_path: Path, launcher: Launcher
+) -> None:
+    fault = FaultPlan.at(0, 7).freeze()
+    job = rehearse(tmp_path, "train.py", fault=fault, launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS})
+    assert job.since(STRIKES) < FOUND
+    assert job.code != 0
+    check_first_lines(job, "rank 0 of 2 made no progress")
+
+
+@pytest.mark.parametrize("launcher", ["allstep", "torchrun"])
+def test_row_24_a_slow_rank_is_named_and_not_ended(tmp_path: Path, launcher: Launcher) -> None:
+    job = rehearse(tmp_path, "few_steps.py", "40", fault=FaultPlan.at(1, 2).slow(0.1), launcher=launcher)
+    assert job.code == 0, job.text
+    assert job.text.count("trained 40") == 2
+    assert any("rank 1 is slow" in line for _, line in job.said), job.text
+    assert job.report == {}
+
+
+def test_row_35_a_rank_alone_in_a_collective_is_named_as_a_divergence(tmp_path: Path) -> None:
+    job = rehearse(tmp_path, "alone_in_a_collective.py", options=["--limits", LIMITS])
+    assert job.since("rank 0 goes alone") < FOUND
+    assert job.code == 83
+    block = "\n".join(job.block)
+    assert "all_reduce" in block
+    assert "evaluates" in block or "handler" in block
+    assert {each["rank"] for each in (job.cause, *job.report["others"])} == {0, 1}
+    assert job.report["explanation"], job.text
