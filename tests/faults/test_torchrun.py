@@ -43,7 +43,7 @@ def trains(folder: Path, fault: str, cleanup: str = "pass") -> Ran:
 
 def assert_one_report(ran: Ran, *said: str) -> None:
     assert ran.code != 0
-    assert ran.output.count("allstep: ") == 1, ran.output
+    assert ran.output.count("allstep: run ") == 1, ran.output
     for text in said:
         assert text in ran.report
     assert ran.left == []
@@ -53,7 +53,7 @@ def assert_one_report(ran: Ran, *said: str) -> None:
 def test_a_healthy_run_leaves_nothing_and_reports_nothing(tmp_path: Path) -> None:
     ran = trains(tmp_path, "pass")
     assert (ran.code, ran.left) == (0, []), ran.output
-    assert "allstep: " not in ran.output
+    assert "allstep: run " not in ran.output  # a straggler may be named on a loaded machine
 
 
 def test_a_rank_that_raises_is_the_cause_with_its_place_and_traceback(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Ran:
     @property
     def report(self) -> str:
         """allstep's report, from its first line on."""
-        return self.output[self.output.index("allstep: ") :]
+        return self.output[self.output.index("allstep: run ") :]
 
 
 def torchrun(folder: Path, script: str, *, ranks: int = 2, nodes: int = 1, timeout: float = 90.0, **env: str) -> Ran:

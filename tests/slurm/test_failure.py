@@ -42,8 +42,8 @@ def test_a_task_that_raises_is_the_cause_and_all_tasks_of_all_nodes_end(cluster:
         timeout=110,
     )
     assert done.returncode != 0
-    assert done.stderr.count("allstep: ") == 1, done.stderr
-    report = done.stderr[done.stderr.index("allstep: ") :]
+    assert done.stderr.count("allstep: run ") == 1, done.stderr
+    report = done.stderr[done.stderr.index("allstep: run ") :]
     assert "rank 3 of 4" in report
     assert "ValueError: the true cause" in report
     assert "iteration 5" in report

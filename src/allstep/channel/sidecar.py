@@ -5,9 +5,10 @@ of its own, with nothing on its standard streams, and returns when the service l
 of the sidecar's lifeline, through which it also gives the configuration, so that the nonce is on no command line. The
 sidecar ends when its lifeline has closed, no rank is connected any more, and nothing is left to judge.
 
-After a verdict it orders the ranks to leave, has the cause itself, or else the lowest living rank, print the report,
-writes `failure.json` where an attempt folder is known, and kills what stays of its node. It ignores the signals that a
-scheduler sends to a whole job: it ends when the ranks have.
+After a verdict it writes the report to its starter's standard error, of which it holds a duplicate, orders the ranks to
+leave, writes `failure.json` where an attempt folder is known, and kills what stays of its node. It ignores the signals
+that a scheduler sends to a whole job: it ends when the ranks have, and until then whoever reads the starter's standard
+error to its end waits.
 """
 
 from __future__ import annotations
@@ -100,15 +101,18 @@ def start_sidecar(
     setup = Setup(nonce, attempt, world_size, host, limits, attempt_folder, upstream, node_rank, tuple(ranks), run)
     theirs, lifeline = os.pipe()
     answer, answer_theirs = os.pipe()
+    given = [theirs, answer_theirs]
+    with contextlib.suppress(OSError):  # there may be no standard error
+        given.append(os.dup(2))
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, lifeline)
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_PROCESS.resolve()), str(theirs), str(answer_theirs)],
+                [sys.executable, "-I", "-S", str(_PROCESS.resolve()), *map(str, given)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(theirs, answer_theirs),
+                pass_fds=given,
                 start_new_session=True,
                 cwd="/",
             )
@@ -116,8 +120,8 @@ def start_sidecar(
             os.close(answer)
             raise WorldError(f"the service of this node's ranks could not be started: {error}") from error
         finally:
-            os.close(theirs)
-            os.close(answer_theirs)
+            for fd in given:
+                os.close(fd)
         os.write(lifeline, json.dumps(asdict(setup)).encode() + b"\n")
         text = _read_answer(answer, timeout)
         port = text.removeprefix("port ")

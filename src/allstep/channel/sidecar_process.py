@@ -1,8 +1,10 @@
-"""The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE_FD ANSWER_FD`; see `sidecar`.
+"""The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE ANSWER [OUTLET]`; see `sidecar`.
 
-Contract: its setup comes as a line on the lifeline, and its port, or why it cannot serve, goes to the answer. Then it
-serves until the lifeline has closed, no rank is connected any more and nothing is left to judge, or until `_END_S`
-after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the ranks have.
+Contract: the arguments are file descriptors. Its setup comes as a line on the lifeline, and its port, or why it cannot
+serve, goes to the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to
+judge, or until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the
+ranks have. The outlet is the standard error of the rank that started it. The report is written there, since a launcher
+may end all ranks within a tenth of a second; where there is none, a rank writes it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import select
 import selectors
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -42,14 +45,16 @@ CLEAN_UP_S = 5.0
 """Seconds that a rank has to end that is on its way out with an exception of its own."""
 
 _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
+_WRITE_S = 1.0
 _BACKLOG = 1024
 
 
 class _Service:
     """The loop of the sidecar's process."""
 
-    def __init__(self, setup: Setup, lifeline: int, listener: socket.socket) -> None:
+    def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, outlet: int | None) -> None:
         self._setup = setup
+        self._outlet = outlet
         self._selector = selectors.DefaultSelector()
         self._lifeline_open = True
         self._lifeline = lifeline
@@ -146,11 +151,14 @@ class _Service:
         hung = {each.rank for each in (cause, *case.others) if each.kind is Kind.HANG}
         living = [rank for rank in self._service.present() if rank not in hung] or self._service.present()
         printer = cause.rank if cause.rank in own and cause.rank in living else min(living, default=None)
+        report = f"allstep: {report}"
+        if self._outlet is not None and _write(self._outlet, report):
+            printer, report = None, ""
         self._service.order_leave(
             f"rank {cause.rank}: {cause.what}",
             case.exit_code if hung else PEER_LOST,
             printer=printer,
-            report=f"allstep: {report}",
+            report=report,
         )
         self._write(case)
         self._expect_end(case.exit_code, own)
@@ -181,11 +189,28 @@ class _Service:
                         signal.pidfd_send_signal(self._processes[rank], signal.SIGKILL)
 
 
+def _write(fd: int, text: str) -> bool:
+    """Write to a rank's standard error, which is shared, so it cannot be made non-blocking; whether it all went out."""
+    done: list[bool] = []
+
+    def write() -> None:
+        left = text.encode(errors="replace")
+        with contextlib.suppress(OSError):
+            while left:
+                left = left[os.write(fd, left) :]
+            done.append(True)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(_WRITE_S)
+    return thread.is_alive() or bool(done)  # what is being written slowly is not to be written twice
+
+
 def _ended(pidfd: int) -> bool:
     return bool(select.select([pidfd], [], [], 0)[0])
 
 
-def main(lifeline: int, answer: int) -> None:
+def main(lifeline: int, answer: int, outlet: int | None = None) -> None:
     """Serve until nobody needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -202,7 +227,7 @@ def main(lifeline: int, answer: int) -> None:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.bind((setup.host, 0))
         listener.listen(_BACKLOG)
-        service = _Service(setup, lifeline, listener)
+        service = _Service(setup, lifeline, listener, outlet)
     except Exception as error:
         os.write(answer, f"{type(error).__name__}: {error}".encode())
         return
@@ -212,4 +237,4 @@ def main(lifeline: int, answer: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:]))
