@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,13 @@ class Driven:
 
 @contextlib.contextmanager
 def serving(
-    world_size: int = 2, *, limits: str = "", supervised: bool = True, nonce: str = NONCE, attempt: int = 0
+    world_size: int = 2,
+    *,
+    limits: str = "",
+    supervised: bool = True,
+    nonce: str = NONCE,
+    attempt: int = 0,
+    remote: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[Driven]:
     driven = Driven(
         lambda selector, listener: Hub(
@@ -100,6 +106,7 @@ def serving(
             world_size=world_size,
             limits=Limits.parse(limits),
             supervised=supervised,
+            remote=remote,
         )
     )
     with contextlib.closing(driven):

@@ -9,10 +9,11 @@ import signal
 import socket
 import sys
 import time
+import traceback
 
 from allstep.channel.arrival import Arrival
 from allstep.channel.client import Client
-from allstep.channel.messages import Hello
+from allstep.channel.messages import Failure, Hello
 from allstep.channel.pulse import Pulse
 from allstep.errors import WorldError
 
@@ -21,6 +22,12 @@ def train(pulse: Pulse, iteration: int) -> None:
     with pulse.run("trainer"):
         pulse.epoch, pulse.iteration = 1, iteration
         pulse.enter("step")
+
+
+def failure(pulse: Pulse, error: BaseException, **options: bool) -> Failure:
+    place = {"epoch": pulse.epoch, "iteration": pulse.iteration, "section": pulse.section_name}
+    text = "".join(traceback.format_exception(error))
+    return Failure(0, 0, 0, type(error).__name__, str(error), text, **place, **options)
 
 
 def fail_in_step() -> None:
@@ -52,8 +59,7 @@ def main() -> None:
             try:
                 fail_in_step()
             except ValueError as error:
-                client.report_exception(error)
-                client.report_exception(error)
+                client.report(failure(pulse, error))
                 if action == "raise_slowly":
                     time.sleep(600)
                 client.linger(10)
@@ -62,7 +68,7 @@ def main() -> None:
             try:
                 raise ConnectionError("Connection closed by peer")
             except ConnectionError as error:
-                client.report_exception(error, derived=True)
+                client.report(failure(pulse, error, derived=True))
                 raise
         elif action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -82,21 +82,21 @@ def test_a_rank_says_what_it_waits_in(pulse: Pulse):
 
 def test_its_own_time_for_a_step_has_no_waiting_in_it(pulse: Pulse, clock: Clock):
     with pulse.run("trainer"):
-        for _ in range(RECENT + 1):
+        for iteration in range(RECENT + 1):
             assert pulse.beat(0, 0, 1).own_step == 0.0  # not enough steps yet
+            pulse.step_begins(1, iteration)
             clock.now += 0.25
             pulse.wait_began("gradients")
             clock.now += 10
             pulse.wait_ended()
-            pulse.step_done()
         assert pulse.beat(0, 0, 1).own_step == 0.25
 
 
 def test_only_recent_steps_count(pulse: Pulse, clock: Clock):
     with pulse.run("trainer"):
-        for seconds in [9.0] * 30 + [0.5] * RECENT:
+        for seconds in [9.0] * 30 + [0.5] * (RECENT + 1):
+            pulse.step_begins(1, 1)
             clock.now += seconds
-            pulse.step_done()
         assert pulse.beat(0, 0, 1).own_step == 0.5
 
 
@@ -116,7 +116,7 @@ def test_it_may_be_read_from_another_thread_at_any_moment(pulse: Pulse):
     thread.start()
     for number in range(20_000):
         with pulse.run("trainer"), pulse.section(f"section {number % 500}"):
-            pulse.step_done()
+            pulse.step_begins(1, number)
     stop.set()
     thread.join()
     assert not problems

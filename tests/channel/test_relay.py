@@ -120,6 +120,13 @@ def test_a_node_that_is_not_heard_from_is_lost_at_the_limit_and_not_before():
         assert hub.verdict().cause.kind is Kind.NODE_LOST
 
 
+def test_a_node_that_never_connects_is_lost():
+    with serving(2, limits="link=0.5", remote={1: (1,)}) as hub, contextlib.closing(Caller(hub, 0).come()):
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (1, Kind.NODE_LOST)
+        assert "never connected" in case.cause.what
+
+
 def test_losing_the_head_is_a_verdict_at_the_relay():
     with two_nodes("link=2") as (hub, relay, ranks):
         ranks[1].driven = ranks[2].driven = relay
@@ -147,7 +154,7 @@ def test_a_head_that_is_finished_may_close():
 
 
 def test_a_head_that_never_answers_is_a_verdict_in_bounded_time(monkeypatch):
-    monkeypatch.setattr("allstep.channel.relay.CONNECT_S", 1.0)
+    monkeypatch.setattr("allstep.channel.uplink.CONNECT_S", 1.0)
     sock = listening()
     port = sock.getsockname()[1]
     sock.close()

@@ -59,7 +59,11 @@ def gradients(world):
     module.zero_grad()
     module(batch).mean().backward()
     whole = [parameter.grad for parameter in module.parameters()]
-    facts = (type(wrapped) is DistributedDataParallel, wrapped.gradient_as_bucket_view, world.unwrap(wrapped) is module)
+    facts = (
+        isinstance(wrapped, DistributedDataParallel),
+        wrapped.gradient_as_bucket_view,
+        world.unwrap(wrapped) is module,
+    )
     return averaged, whole, facts
 
 

@@ -7,7 +7,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -16,7 +15,6 @@ from allstep.errors import WorldError
 from allstep.launch.port import ReservedPort
 from allstep.placement import Placement, Rendezvous
 from allstep.world.rendezvous import meet
-from allstep.world.roll_call import Arrival
 from allstep.world.stores import TCPStore
 
 HOST = "127.0.0.1"
@@ -35,16 +33,18 @@ def placement(rank: int, ports: tuple[int, ...], world_size: int = 2, **options)
     )
 
 
-def arrival(place: Placement, **changes) -> Arrival:
-    return replace(Arrival(place.rank, place.world_size, "here", 100 + place.rank, "cpu", "gloo"), **changes)
-
-
-def meet_all(places: list[Placement], timeout: float = 30.0, arrivals: list[Arrival] | None = None):
+def meet_all(places: list[Placement], timeout: float = 30.0, processes: list[str] | None = None):
     """What `meet` returned or raised, for each rank; all call it at once."""
-    arrivals = arrivals or [arrival(place) for place in places]
+    names = processes or [f"process {100 + place.rank} on here" for place in places]
+
+    def call(place: Placement, process: str):
+        try:
+            return meet(place, process, timeout, starts_service=False)
+        except Exception as error:
+            return error
+
     with ThreadPoolExecutor(len(places)) as pool:
-        calls = [pool.submit(meet, place, own, timeout) for place, own in zip(places, arrivals, strict=True)]
-        return [call.exception() or call.result() for call in calls]
+        return list(pool.map(call, places, names))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_rank_zero_names_the_ports_when_all_are_taken(ports):
     strangers = [TCPStore(HOST, port, None, True, timedelta(seconds=5), wait_for_workers=False) for port in ports[:2]]
     place = placement(0, ports[:2])
     with pytest.raises(WorldError, match=f"cannot serve .* port {ports[0]}, {ports[1]} in use") as raised:
-        meet(place, arrival(place), 5.0)
+        meet(place, "me", 5.0, starts_service=False)
     assert "MASTER_PORT" in str(raised.value)
     assert len(strangers) == 2
 
@@ -120,7 +120,7 @@ def test_a_rank_that_finds_nobody_says_where_it_looked(ports):
     stranger = TCPStore(HOST, ports[1], None, True, timedelta(seconds=5), wait_for_workers=False)
     place = placement(1, ports[:2])
     with pytest.raises(WorldError) as raised:
-        meet(place, arrival(place), 0.2)
+        meet(place, "me", 0.2, starts_service=False)
     message = str(raised.value)
     assert f"rank 1 of 2 (run 'job-1.0', attempt 0) did not meet the others at {HOST}" in message
     assert f"port {ports[0]}: nothing answers" in message
@@ -136,47 +136,26 @@ def test_a_host_name_that_does_not_resolve_is_named(ports, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", resolve)
     place = placement(1, ports[:1], host="no-such-host.invalid")
     with pytest.raises(WorldError, match=r"no-such-host.invalid .*does not resolve"):
-        meet(place, arrival(place), 0.1)
-
-
-def test_ranks_that_do_not_come_are_named_on_all_that_did(ports):
-    errors = meet_all([placement(rank, ports[:1], 4) for rank in (0, 2)], timeout=1.0)
-    for error in errors:
-        assert isinstance(error, WorldError)
-        assert "2 of 4 ranks did not arrive within 1 s: 1, 3;" in str(error)
+        meet(place, "me", 0.1, starts_service=False)
 
 
 def test_two_processes_with_one_rank_are_named(ports):
     places = [placement(0, ports[:1]), placement(1, ports[:1]), placement(1, ports[:1])]
-    arrivals = [arrival(places[0]), arrival(places[1]), arrival(places[2], pid=999)]
-    first, *twins = meet_all(places, arrivals=arrivals)
+    first, *twins = meet_all(places, processes=["process 100 on here", "process 101 on here", "process 999 on there"])
     assert not isinstance(first, Exception)
     (error,) = [twin for twin in twins if isinstance(twin, Exception)]
     assert "two processes are rank 1" in str(error)
-    assert "process 999 on here" in str(error)
+    assert "process 999 on there" in str(error)
     assert "process 101 on here" in str(error)
 
 
-def test_ranks_at_odds_all_get_the_same_error(ports):
+def test_a_meeting_that_is_given_up_gives_its_port_back(ports):
     places = [placement(rank, ports[:1]) for rank in range(2)]
-    first, second = meet_all(places, arrivals=[arrival(places[0]), arrival(places[1], backend="nccl")])
-    assert isinstance(first, WorldError)
-    assert str(first) == str(second)
-    assert "disagree about backend" in str(first)
-
-
-def test_a_failed_meeting_gives_its_port_back_though_its_error_is_kept(ports):
-    places = [placement(rank, ports[:1]) for rank in range(2)]
-    kept = meet_all(places, arrivals=[arrival(places[0]), arrival(places[1], backend="nccl")])
+    kept = meet_all(places)
+    for meeting in kept:
+        meeting.give_up(2)
     assert_one_store(meet_all(places))
     assert len(kept) == 2
-
-
-def test_two_ranks_on_one_gpu_are_refused_before_nccl_is_asked(ports):
-    places = [placement(rank, ports[:1]) for rank in range(2)]
-    shared = [arrival(place, device_type="cuda", backend="nccl", accelerator="GPU-7") for place in places]
-    for error in meet_all(places, arrivals=shared):
-        assert "same CUDA device, GPU-7" in str(error)
 
 
 def test_an_agents_store_is_shared_over_attempts_and_worlds_without_mixing_them(ports):

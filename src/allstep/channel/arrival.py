@@ -140,7 +140,7 @@ def _facts(arrivals: Sequence[Arrival]) -> str:
     if differing is None:
         return ""
     values: dict[str | None, list[int]] = {}
-    for arrival in arrivals:
+    for arrival in sorted(arrivals, key=lambda each: each.rank):
         values.setdefault(arrival.facts.get(differing), []).append(arrival.rank)
     shown = "; ".join(
         f"{'rank' if len(ranks) == 1 else 'ranks'} {spans(ranks)}: {'not set' if value is None else repr(value)}"

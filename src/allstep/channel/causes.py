@@ -3,7 +3,8 @@
 Contract: from the records of all ranks, `due` says when there is enough to judge, and `judge` makes a `Case`: the
 first cause, then every other rank in causal order. Ends rank by how far from the cause they usually are: death by
 signal; an exception, an exit code, a process or node that is gone; leaving early; no progress; an error about another
-rank's end. Among equals the first to arrive at the service counts; no wall clock takes part.
+rank's end. Among equals the first to arrive at the service counts; no wall clock takes part. An exception that was
+only seen to leave a run, and may yet be caught, opens no case; in a case that something else opens it counts.
 
 An error about another's end never closes the case by itself while a rank has not been heard of, but for at most
 `PATIENCE` seconds. A rank that closed its World in order is a cause only when others could not go on without it.
@@ -56,13 +57,13 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
     """When to judge, on the records' clock; None where nothing speaks of a failure."""
     causes, derived = [], []
     for record in records:
-        if record.failed or record.ended or record.lost:
+        left = record.ended or record.lost or (record.bye if record.awaited else None)
+        if (record.failed and not record.only_seen) or left:
             kind = account(record, supervised=supervised).kind
-            first = record.failed or record.ended or record.lost
+            first = record.failed or left
             assert first is not None
             if kind in CAUSES:
-                waits = UNEXPLAINED if kind is Kind.LOST and supervised else 0.0
-                causes.append(first.at + waits)
+                causes.append(first.at + _window(kind, supervised))
             elif kind is Kind.DERIVED:
                 derived.append(first.at)
     if not causes and not derived:
@@ -71,8 +72,17 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
     if causes:
         if heard and all(record.end is not None and record.end.returncode == 0 for record in records):
             return None  # each left without closing its World, and nobody was left waiting
-        return min(causes) + (0.0 if heard else SETTLE)
+        return min(causes) - (SETTLE if heard else 0.0)
     return min(derived) + (SETTLE if heard else PATIENCE)
+
+
+def _window(kind: Kind, supervised: bool) -> float:
+    """Seconds after an end within which something may come that stands before it."""
+    if kind is not Kind.LOST:
+        return SETTLE
+    # Without a supervisor nothing that comes later stands before a connection that closed, and the launcher is about
+    # to end the ranks that could print the report.
+    return UNEXPLAINED + SETTLE if supervised else 0.0
 
 
 def judge(
@@ -118,7 +128,7 @@ def _without_causes(accounts: Sequence[Account]) -> Account:
     left = sorted((each for each in accounts if each.kind is Kind.FINISHED), key=lambda each: each.order)
     if left and not stuck_alone:
         place = f" at epoch {left[0].epoch}, iteration {left[0].iteration}" if left[0].iteration else ""
-        what = f"left early: it closed its World{place} while others still needed it"
+        what = f"left early: it {left[0].what}{place} while others still needed it"
         return replace(left[0], kind=Kind.EARLY, what=what, status=USER_ERROR)
     if hung:
         return min(stuck_alone or hung, key=lambda each: (each.epoch, each.iteration, each.rank))

@@ -19,12 +19,10 @@ import selectors
 import socket
 import threading
 import time
-import traceback
 import weakref
 from dataclasses import replace
 
 from allstep.channel.address import split_address
-from allstep.channel.ending import about_another_rank
 from allstep.channel.flight_recorder import active_collectives
 from allstep.channel.leaving import leave, write_out
 from allstep.channel.messages import (
@@ -38,6 +36,7 @@ from allstep.channel.messages import (
     Refused,
     Stacks,
     Welcome,
+    Withdraw,
     decode,
     encode,
 )
@@ -54,7 +53,7 @@ PERIOD = 1.0
 
 _ANSWER_S = 10.0  # in which something must answer at the service's address
 _GRACE_S = 5.0  # for the service's own verdict to come after the time is over
-_TRACEBACK = 64 << 10
+_LONGEST_TEXT = 64 << 10  # characters of a message or a traceback; its ends are what matters
 
 
 class Client:
@@ -73,7 +72,6 @@ class Client:
         self._thread: threading.Thread | None = None
         self._number = 0
         self._early: list[bytes] = []  # what came right behind the welcome
-        self._reported: list[BaseException] = []
         itself = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
 
@@ -116,38 +114,15 @@ class Client:
     def report(self, failure: Failure) -> None:
         """Send a failure now; returns within `REPORT_S`. Its `rank`, `attempt` and `number` are filled in here."""
         self._number += 1
-        self._send(replace(failure, rank=self._rank, attempt=self._attempt, number=self._number), REPORT_S)
-
-    def report_exception(self, error: BaseException, *, derived: bool | None = None, device: str = "") -> None:
-        """Report an exception once: a second call for the same one, at an outer door, does nothing.
-
-        Args:
-            error: the exception. Place (epoch, iteration, section) is the pulse's.
-            derived: it is about another rank's end; None: `about_another_rank` says.
-            device: where this rank computes.
-        """
-        if any(error is reported for reported in self._reported):
-            return
-        self._reported.append(error)
-        pulse = self._pulse
-        kind = type(error)
-        module = "" if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}."
-        text = "".join(traceback.format_exception(error))
-        self.report(
-            Failure(
-                rank=self._rank,
-                attempt=self._attempt,
-                number=0,
-                kind=f"{module}{kind.__qualname__}",
-                message=_shortened(_message(error), _TRACEBACK),
-                traceback=_shortened(text, _TRACEBACK),
-                epoch=pulse.epoch if pulse else 0,
-                iteration=pulse.iteration if pulse else 0,
-                section=pulse.section_name if pulse else "",
-                derived=about_another_rank(error) if derived is None else derived,
-                device=device,
-            )
+        sent = replace(
+            failure,
+            rank=self._rank,
+            attempt=self._attempt,
+            number=self._number,
+            message=_shortened(failure.message, _LONGEST_TEXT),
+            traceback=_shortened(failure.traceback, _LONGEST_TEXT),
         )
+        self._send(sent, REPORT_S)
 
     def linger(self, timeout: float) -> None:
         """After a report, let the service finish its judgement, and write the report if it asks for that.
@@ -157,10 +132,16 @@ class Client:
         if self._thread is not None and self._thread.is_alive() and not self.lost:
             self._judged.wait(timeout)
 
-    def close(self) -> None:
-        """Say goodbye: this World was closed in order."""
-        self._send(Bye(self._rank), REPORT_S)
+    def withdraw(self) -> None:
+        """Take back what was reported as only seen: the exception was caught, and the rank goes on."""
+        self._send(Withdraw(self._rank), REPORT_S)
+
+    def close(self, *, closed: bool = True) -> None:
+        """Say goodbye: this World was closed in order, or (`closed` false) the interpreter ends while it is open."""
+        self._send(Bye(self._rank, closed), REPORT_S)
         self._let_go()
+        with contextlib.suppress(OSError):
+            os.unlink(self._stacks_file)  # only the stacks of a rank that failed are of interest afterwards
 
     def _let_go(self) -> None:
         self._closing = True
@@ -286,13 +267,6 @@ def _decoded(line: bytes, address: str) -> Message:
         return decode(line)
     except ChannelError as error:
         raise WorldError(f"what answers at {address} is not this run's control channel: {error}") from error
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as another:  # a user's __str__
-        return f"(its message could not be made: {type(another).__name__})"
 
 
 def _shortened(text: str, most: int) -> str:

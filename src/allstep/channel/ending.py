@@ -15,7 +15,7 @@ _CONNECTION_LOST = re.compile(
     r"|socket (closed|timeout)|sendbytes failed|recvbytes failed|recvvalue failed|failed to recv"
     r"|dist(backend|network|store)error|ncclremoteerror|remote process (has )?(exited|terminated)"
     r"|process ?group ?watchdog|heartbeat monitor|(read|write) error .*peer|timeout caused pair closure"
-    r"|timed out waiting \d+ ?ms for (recv|send)|collective operation timeout",
+    r"|communicator was aborted|timed out waiting \d+ ?ms for (recv|send)|collective operation timeout",
     re.IGNORECASE,
 )
 

@@ -14,7 +14,11 @@ from __future__ import annotations
 import selectors
 import socket
 import time
+<<<<<<< HEAD
 from collections.abc import Callable, Collection, Mapping
+=======
+from collections.abc import Callable, Mapping, Sequence
+>>>>>>> channel
 from dataclasses import replace
 
 from allstep.channel.arrival import objection
@@ -49,6 +53,7 @@ from allstep.channel.messages import (
     Refused,
     Stacks,
     Welcome,
+    Withdraw,
     WorkerEnded,
     encode,
 )
@@ -83,6 +88,7 @@ class Hub:
         world_size: int,
         limits: Limits,
         supervised: bool = True,
+        remote: Mapping[int, Sequence[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to serve.
@@ -96,6 +102,8 @@ class Hub:
             limits: how long sections may last.
             supervised: the driver will call `worker_ended` for every rank, so that a closed connection is not yet
                 an end; false where a closed connection is the only news there will be.
+            remote: the ranks of each node that a relay will speak for; one that has not come within twice
+                `limits.link` is lost.
             clock: seconds, never turned back.
         """
         self._world_size = world_size
@@ -114,7 +122,12 @@ class Hub:
         )
         self._doors: dict[int, Peer] = {}  # the way to each rank that was let in: its own connection, or a relay's
         self._nodes: dict[Peer, _Node] = {}
+<<<<<<< HEAD
         self._expected: dict[int, tuple[Collection[int], float]] = {}
+=======
+        self._expected = dict(remote or {})
+        self._expected_by = clock() + 2 * limits.link
+>>>>>>> channel
         self._roll: RollCall[Peer] = RollCall(world_size, clock)
         self._hellos: dict[int, Hello] = {}
         self._refusal = ""
@@ -246,8 +259,13 @@ class Hub:
                         peer.name = hello.arrival.rank
                         self._arrive(hello, peer)
                     case Came(peer, NodeHello() as hello):
+<<<<<<< HEAD
                         self._nodes[peer] = _Node(hello, self._clock())
                         self._expected.pop(hello.node_rank, None)
+=======
+                        self._expected.pop(hello.node_rank, None)
+                        self._nodes[peer] = _Node(hello, self._world_size, self._clock())
+>>>>>>> channel
                     case Said(peer, message, _) if peer in self._nodes:
                         self._say_node(peer, self._nodes[peer], message)
                     case Said(peer, message, _):
@@ -271,7 +289,7 @@ class Hub:
                 for arrival in self._roll.remove_rank(rank):
                     self._inquiry.lost(rank, why, arrival)
                 self._shut(rank, peer, why)
-            case Beat() | Failure() | Stacks() | Bye() if message.rank in node.ranks:
+            case Beat() | Failure() | Stacks() | Bye() | Withdraw() if message.rank in node.ranks:
                 self._say(peer, message.rank, message)
 
     def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
@@ -285,8 +303,10 @@ class Hub:
                 self._inquiry.failed(message)
             case Stacks():
                 self._inquiry.answered(message)
-            case Bye():
-                self._inquiry.said_goodbye(rank)
+            case Bye(_, closed):
+                self._inquiry.said_goodbye(rank, closed=closed)
+            case Withdraw():
+                self._inquiry.withdrew(rank)
 
     def _arrive(self, hello: Hello, peer: Peer) -> None:
         arrival = hello.arrival
@@ -355,6 +375,12 @@ class Hub:
                 del self._expected[rank]
                 self._inquiry.node_lost(ranks, f"was lost with node {rank}, which did not connect to this one")
 
+        if self._clock() >= self._expected_by and not self._finished:
+            for node_rank, ranks in self._expected.items():
+                why = f"was lost with node {node_rank}: its service never connected to the head's"
+                self._inquiry.node_lost(ranks, why)
+            self._expected.clear()
+
     def _silence(self, node: _Node) -> float:
         return self._inquiry.watch.age(node.heard)
 
@@ -366,8 +392,8 @@ class Hub:
 class _Node:
     """A relay that is connected."""
 
-    def __init__(self, hello: NodeHello, now: float) -> None:
+    def __init__(self, hello: NodeHello, world_size: int, now: float) -> None:
         self.rank = hello.node_rank
         self.host = hello.host
-        self.ranks = frozenset(hello.ranks)
+        self.ranks = frozenset(rank for rank in hello.ranks if 0 <= rank < world_size)
         self.heard = now

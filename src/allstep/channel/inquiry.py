@@ -24,7 +24,7 @@ from allstep.channel.watch import Watch
 GATHER_S = 2.0
 """Seconds that ranks have to answer with their stacks."""
 
-_SOON = 0.02  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
+_SOON = 0.01  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
 
 
 class Inquiry:
@@ -86,12 +86,14 @@ class Inquiry:
         self.furthest = max(self.furthest, (beat.epoch, beat.iteration))
 
     def failed(self, failure: Failure) -> None:
-        """A rank reported an exception; its first one counts."""
-        record = self.records[failure.rank]
-        if record.failure is None:
-            record.failure, record.failed = failure, self._moment()
-            self.furthest = max(self.furthest, (failure.epoch, failure.iteration))
-            self._evidence()
+        """A rank reported an exception; its first one that is leaving counts."""
+        self.records[failure.rank].note_failure(failure, self._moment())
+        self.furthest = max(self.furthest, (failure.epoch, failure.iteration))
+        self._evidence()
+
+    def withdrew(self, rank: int) -> None:
+        """A rank caught what it had reported, and goes on."""
+        self.records[rank].forget_seen()
 
     def answered(self, stacks: Stacks) -> None:
         """A rank sent its stacks."""
@@ -101,9 +103,12 @@ class Inquiry:
         if self._gather_until is not None and not self._unanswered:
             self._gather_until = self._clock()
 
-    def said_goodbye(self, rank: int) -> None:
-        """A rank closed its World in order."""
-        self.records[rank].bye = self._moment()
+    def said_goodbye(self, rank: int, *, closed: bool = True) -> None:
+        """A rank closed its World in order, or (`closed` false) its interpreter ends with the World open."""
+        record = self.records[rank]
+        record.bye, record.left_open = self._moment(), not closed
+        if closed:
+            record.forget_seen()
         self._evidence()
 
     def lost(self, rank: int, why: str, arrival: Arrival | None = None) -> None:
@@ -137,7 +142,7 @@ class Inquiry:
         """Ranks wait in init for these: note those that will not come."""
         for rank in ranks:
             record = self.records[rank]
-            if record.end is not None and not record.awaited:
+            if (record.end is not None or record.left_open) and not record.awaited:
                 record.awaited = "and did not call init, where others wait for it"
                 self._evidence()
 

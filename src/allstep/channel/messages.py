@@ -68,7 +68,8 @@ class Failure:
     """An exception on its way out of a rank.
 
     `kind` is its qualified name, `traceback` the text that Python would print, and `derived` says that it is about
-    another rank's end: a collective or a connection that broke.
+    another rank's end: a collective or a connection that broke. `leaving` says that it leaves the World or the script;
+    otherwise it left a run, and the script may still catch it.
     """
 
     rank: int
@@ -82,6 +83,7 @@ class Failure:
     section: str = ""
     derived: bool = False
     device: str = ""
+    leaving: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,15 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class Bye:
-    """A rank closed its World, in order."""
+    """A rank closed its World, in order, or (`closed` false) its interpreter ends with the World open."""
+
+    rank: int
+    closed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """A rank goes on after failures that were not leaving: they were caught."""
 
     rank: int
 
@@ -185,6 +195,7 @@ Message = (
     | Failure
     | Stacks
     | Bye
+    | Withdraw
     | Welcome
     | Refused
     | Leave

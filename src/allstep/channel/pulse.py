@@ -67,7 +67,10 @@ class Pulse:
             yield
         finally:
             self._runs -= 1
-            self.engine, self.epoch, self.iteration, section, self._step_began = before
+            engine, epoch, iteration, section, self._step_began = before
+            self.engine, self.waiting = engine, ""
+            if self._runs:  # after the outermost run its place stays, for what is reported later
+                self.epoch, self.iteration = epoch, iteration
             self.enter(section if self._runs else "idle")
 
     @property
@@ -85,14 +88,22 @@ class Pulse:
         self.waiting = ""
         self._waited += self._clock() - self._waited_since
 
-    def step_done(self) -> None:
-        """Say that an iteration is complete: the time since the last one, less what was waited, is its own time.
+    def step_begins(self, epoch: int, iteration: int) -> None:
+        """Enter the section "step", at this place.
 
-        Only the outermost engine's iterations count; where another engine ran in between, its time is part of them.
+        The time since the last step began, less what was waited, is the rank's own time of an iteration. Only the
+        outermost engine's steps count; where another engine ran in between, its time is part of them. One call with one
+        reading of the clock, since it is made in every iteration.
         """
-        if self._runs > 1:
-            return
         now = self._clock()
+        lasted = now - self._since
+        section = self.section_name
+        if lasted > self._longest.get(section, 0.0):
+            self._longest[section] = lasted
+        self._since = now
+        self.section_name = "step"
+        self.epoch = epoch
+        self.iteration = iteration
         if self._step_began is not None:
             self._own[self._steps % RECENT] = now - self._step_began - self._waited
             self._steps += 1

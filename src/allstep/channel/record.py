@@ -7,7 +7,7 @@ service's own clock) at which it came. `account` is a pure function of a record:
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from allstep.channel.arrival import Arrival
@@ -59,6 +59,7 @@ class Record:
     lost_why: str = ""
     node_lost: bool = False
     bye: Moment | None = None
+    left_open: bool = False
     ordered: Moment | None = None
     hung: Moment | None = None
     hung_why: str = ""
@@ -70,6 +71,26 @@ class Record:
     def present(self) -> bool:
         """Whether its World is open, as far as is known."""
         return self.arrival is not None and not (self.bye or self.ended or self.lost)
+
+    def note_failure(self, failure: Failure, moment: Moment) -> None:
+        """An exception was reported. The first that is leaving stays; where it was seen before, so does its place."""
+        known = self.failure
+        if known is not None and (known.leaving or not failure.leaving):
+            return
+        if known is not None and (known.kind, known.message) == (failure.kind, failure.message):
+            self.failure = replace(failure, epoch=known.epoch, iteration=known.iteration, section=known.section)
+        else:
+            self.failure, self.failed = failure, moment
+
+    def forget_seen(self) -> None:
+        """The rank goes on after an exception that left a run."""
+        if self.failure is not None and not self.failure.leaving:
+            self.failure = self.failed = None
+
+    @property
+    def only_seen(self) -> bool:
+        """Whether its failure may yet be caught: it left a run, and the rank is still there."""
+        return self.failure is not None and not self.failure.leaving and not (self.bye or self.ended or self.lost)
 
     @property
     def host(self) -> str:
@@ -125,7 +146,7 @@ def account(record: Record, *, supervised: bool) -> Account:
         epoch=place.epoch if place else 0,
         iteration=place.iteration if place else 0,
         section=place.section if place else "",
-        waiting=beat.waiting if beat else "",
+        waiting=beat.waiting if beat and not failure else "",
         traceback=failure.traceback if failure else "",
         output=record.end.stderr if record.end else "",
         note=record.end.note if record.end else "",
@@ -151,8 +172,10 @@ def _judge(record: Record, supervised: bool) -> _Judgement:
         return _by_end(record, record.end, record.ended)
     if record.node_lost:
         return Kind.NODE_LOST, record.lost_why, PEER_LOST, record.lost
+    if record.bye is not None and record.left_open and record.awaited:
+        return Kind.EARLY, f"left early: it ended with its World open {record.awaited}", USER_ERROR, record.bye
     if record.bye is not None:
-        return Kind.FINISHED, "closed its World", 0, record.bye
+        return Kind.FINISHED, "ended with its World open" if record.left_open else "closed its World", 0, record.bye
     if record.lost is not None:
         what = (
             f"let go of its connection to the service ({record.lost_why}), and its process goes on"
@@ -186,7 +209,8 @@ def _by_end(record: Record, end: WorkerEnd, moment: Moment | None) -> _Judgement
         if record.arrival is not None and record.bye is None:
             what = "left early: its process ended with exit code 0 while its World was open"
             return Kind.EARLY, what, USER_ERROR, moment
-        return Kind.FINISHED, "finished without error", 0, record.bye or moment
+        what = "ended with its World open" if record.left_open else "finished without error"
+        return Kind.FINISHED, what, 0, record.bye or moment
     if after_another(end):
         return Kind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
     return (Kind.SIGNAL if code < 0 else Kind.EXIT), describe(code), exit_status(code), moment

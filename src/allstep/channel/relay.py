@@ -9,19 +9,16 @@ ranks to leave. No call blocks, but for resolving the head's name when the relay
 
 from __future__ import annotations
 
-import errno
-import os
 import selectors
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 from allstep.channel.causes import Case, case_of
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Refusal, Verdict
-from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said
+from allstep.channel.gate import Came, Gate, Gone, Peer, Said
 from allstep.channel.limits import Limits
 from allstep.channel.messages import (
     AskStacks,
@@ -32,33 +29,27 @@ from allstep.channel.messages import (
     Hello,
     Leave,
     Message,
-    NodeBeat,
     NodeHello,
     Notice,
     RankLost,
     Refused,
     Stacks,
     Welcome,
+    Withdraw,
     WorkerEnded,
     decode,
     encode,
 )
 from allstep.channel.record import Account, Kind, Moment, Record, account
 from allstep.channel.stacks_file import read_stacks
+from allstep.channel.uplink import Uplink
 from allstep.channel.watch import Watch
-from allstep.channel.wire import Connection
 from allstep.errors import ChannelError
 from allstep.exit_codes import PEER_LOST
-
-CONNECT_S = 30.0
-"""Seconds in which the head must be reached."""
 
 ANSWER_S = 1.2
 """Seconds after which the stacks file speaks for a rank that was asked for its stacks."""
 
-_PERIOD = 1.0
-_COLLECT_S = 0.1
-_RETRY_S = 0.5
 _STDERR = 8 << 10
 
 
@@ -104,9 +95,6 @@ class Relay:
         self._limits = limits
         self._supervised = supervised
         self._gate = Gate(selector, listener, self, nonce=nonce, attempt=attempt, clock=clock)
-        found = socket.getaddrinfo(*upstream, type=socket.SOCK_STREAM)[0]
-        self._family: int = found[0]
-        self._head: tuple[Any, ...] = found[4]
         self._head_name = f"{upstream[0]}:{upstream[1]}"
         self._hello = NodeHello(nonce, attempt, node_rank, socket.gethostname(), tuple(ranks))
         self._world_size = world_size
@@ -115,57 +103,37 @@ class Relay:
         self._waiting: list[Peer] = []  # those that were not welcomed yet
         self._stacks_files: dict[int, str] = {}
         self._watch = Watch(limits, clock)
+        self._uplink = Uplink(selector, self, upstream, self._hello, link=limits.link, watch=self._watch)
         self._events: list[HubEvent] = []
         self._order = 0
         self._furthest = (0, 0)
-        self._outgoing: list[bytes] = []
-        self._send_at: float | None = None
         self._stacks_at: float | None = None
-        self._tick_at = clock() + _PERIOD
-        self._up: Connection | None = None
-        self._connecting: socket.socket | None = None
-        self._connect_at: float | None = clock()
-        self._connect_by = clock() + CONNECT_S
-        self._heard = clock()
         self._finished = False
+        self._refused = False
         self._told: Leave | None = None
         self._verdict: Account | None = None
-        self._connect()
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
         self._watch.driven()
-        if self._connecting is not None and key.fileobj is self._connecting:
-            self._connected(self._connecting)
-        elif self._up is not None and key.fileobj is self._up.sock:
-            self._up.flush()
-            for line in self._up.receive():
-                self._from_head(line)
-            self._settle_up()
-        elif key.fileobj is not None:
+        if self._uplink.owns(key.fileobj):
+            self._uplink.ready()
+        else:
             self._gate.ready(key)
         self._hear()
 
-    def deadline(self) -> float | None:
+    def deadline(self) -> float:
         """When `tick` is due, on the clock."""
-        times = (self._gate.deadline(), self._send_at, self._stacks_at, self._connect_at, self._tick_at)
+        times = (self._gate.deadline(), self._uplink.deadline(), self._stacks_at)
         return min(at for at in times if at is not None)
 
     def tick(self) -> None:
         """Act on the time that has passed."""
         self._watch.driven()
-        now = self._clock()
         self._gate.tick()
-        if self._connect_at is not None and now >= self._connect_at:
-            self._connect()
-        if now >= self._tick_at:
-            self._tick_at = now + _PERIOD
-            self._tell(NodeBeat())
-            self._check_link(now)
-        if self._stacks_at is not None and now >= self._stacks_at:
+        self._uplink.tick()
+        if self._stacks_at is not None and self._clock() >= self._stacks_at:
             self._answer_for_the_silent()
-        if self._send_at is not None and now >= self._send_at:
-            self._send_up()
         self._hear()
 
     def worker_ended(self, end: WorkerEnd) -> None:
@@ -196,8 +164,7 @@ class Relay:
     @property
     def backlog(self) -> int:
         """Bytes that wait to be sent; a driver that ends may give them a moment."""
-        up = self._up.backlog if self._up else 0
-        return up + sum(map(len, self._outgoing)) + sum(peer.connection.backlog for peer in self._peers.values())
+        return self._uplink.backlog + sum(peer.connection.backlog for peer in self._peers.values())
 
     @property
     def connected(self) -> int:
@@ -239,54 +206,17 @@ class Relay:
 
     def close(self) -> None:
         """Let go of all sockets, after what waits was offered to the head once more."""
-        self._send_up()
-        self._drop_up()
+        self._uplink.flush()
+        self._uplink.close()
         self._gate.close()
 
     def _moment(self) -> Moment:
         self._order += 1
         return Moment(self._order, self._clock())
 
-    def _connect(self) -> None:
-        self._connect_at = None
-        sock = socket.socket(self._family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        error = sock.connect_ex(self._head)
-        if error in (0, errno.EINPROGRESS):
-            self._connecting = sock
-            self._selector.register(sock, selectors.EVENT_WRITE, HubKey(self))
-        else:
-            sock.close()
-            self._unreachable(os.strerror(error))
-
-    def _connected(self, sock: socket.socket) -> None:
-        self._connecting = None
-        self._selector.unregister(sock)
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            sock.close()
-            self._unreachable(os.strerror(error))
-            return
-        self._up, self._heard = Connection(sock), self._clock()
-        self._selector.register(sock, selectors.EVENT_READ, HubKey(self))
-        self._up.send(encode(self._hello))
-        self._send_up()
-
-    def _unreachable(self, why: str) -> None:
-        if self._clock() < self._connect_by:
-            self._connect_at = self._clock() + _RETRY_S
-        else:
-            self._lose_head(f"could not be reached within {CONNECT_S:g} s ({why})")
-
-    def _check_link(self, now: float) -> None:
-        if self._up is not None and (silent := self._watch.age(self._heard)) > self._limits.link:
-            self._lose_head(f"was not heard from for {silent:.0f} s")
-        elif self._connecting is not None and now > self._connect_by:
-            self._lose_head(f"could not be reached within {CONNECT_S:g} s")
-
     def _lose_head(self, how: str) -> None:
-        self._drop_up()
-        if self._finished or self._verdict is not None:
+        self._uplink.give_up(how)
+        if self._finished or self._refused or self._verdict is not None:
             return
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
         lowest = min(self._records, default=0)
@@ -296,42 +226,10 @@ class Relay:
         assert case is not None
         self._events.append(Verdict(case))
 
-    def _drop_up(self) -> None:
-        for sock in (self._connecting, self._up.sock if self._up else None):
-            if sock is not None:
-                self._selector.unregister(sock)
-                sock.close()
-        self._up = self._connecting = self._connect_at = None
-
     def _tell(self, message: Message) -> None:
-        self._pass_up(encode(message), at_once=True)
-
-    def _pass_up(self, line: bytes, *, at_once: bool) -> None:
-        self._outgoing.append(line)
-        if at_once:
-            self._send_up()
-        elif self._send_at is None:
-            self._send_at = self._clock() + _COLLECT_S
-
-    def _send_up(self) -> None:
-        self._send_at = None
-        if self._up is not None and self._outgoing:
-            lines, self._outgoing = b"".join(self._outgoing), []
-            self._up.send(lines)
-            self._settle_up()
-
-    def _settle_up(self) -> None:
-        if self._up is None:
-            return
-        if self._up.ended:
-            self._lose_head(f"closed the connection ({self._up.ended})")
-        else:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._up.backlog else 0)
-            if self._selector.get_key(self._up.sock).events != events:
-                self._selector.modify(self._up.sock, events, HubKey(self))
+        self._uplink.send(encode(message), at_once=True)
 
     def _from_head(self, line: bytes) -> None:
-        self._heard = self._clock()
         try:
             message = decode(line)
         except ChannelError as error:
@@ -347,6 +245,7 @@ class Relay:
                 waiting, self._waiting = self._waiting, []
                 for peer in waiting:
                     self._gate.refuse(peer, reason)
+                self._refused = not self.present()
                 self._events.append(Refusal(reason))
             case Leave():
                 self._order_out(message)
@@ -382,7 +281,9 @@ class Relay:
                 self._tell(Stacks(rank, text))
 
     def _hear(self) -> None:
-        """Act on what came through the gate."""
+        """Act on what came from the head and through the gate."""
+        for line in self._uplink.take():
+            self._from_head(line)
         while happened := self._gate.take():
             for each in happened:
                 match each:
@@ -394,6 +295,8 @@ class Relay:
                         self._say(peer, message, line)
                     case Gone(peer, why):
                         self._lose(peer, why)
+        if self._uplink.lost:
+            self._lose_head(self._uplink.lost)
 
     def _arrive(self, peer: Peer, hello: Hello, line: bytes) -> None:
         rank = hello.arrival.rank
@@ -413,23 +316,28 @@ class Relay:
             self._records[rank] = Record(rank, hello.arrival)
             self._peers[rank] = peer
             self._stacks_files[rank] = hello.stacks_file
-        self._pass_up(line + b"\n", at_once=True)
+        self._uplink.send(line + b"\n", at_once=True)
 
     def _say(self, peer: Peer, message: Message, line: bytes) -> None:
-        if not isinstance(message, Beat | Failure | Stacks | Bye) or self._peers.get(message.rank) is not peer:
+        if (
+            not isinstance(message, Beat | Failure | Stacks | Bye | Withdraw)
+            or self._peers.get(message.rank) is not peer
+        ):
             return
         record = self._records[message.rank]
         match message:
             case Beat():
                 record.beat, record.beaten = message, self._clock()
                 self._furthest = max(self._furthest, (message.epoch, message.iteration))
-            case Failure() if record.failure is None:
-                record.failure, record.failed = message, self._moment()
+            case Failure():
+                record.note_failure(message, self._moment())
+            case Withdraw():
+                record.forget_seen()
             case Stacks():
                 record.stacks = message.text or " "
             case Bye():
-                record.bye = self._moment()
-        self._pass_up(line + b"\n", at_once=not isinstance(message, Beat))
+                record.bye, record.left_open = self._moment(), not message.closed
+        self._uplink.send(line + b"\n", at_once=not isinstance(message, Beat))
 
     def _lose(self, peer: Peer, why: str) -> None:
         if peer in self._waiting:

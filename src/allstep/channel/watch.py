@@ -36,6 +36,10 @@ class Watch:
         """The ranks that were slow at any time, and how many times slower at the last."""
         return sorted(self._ever.items())
 
+    def now(self) -> float:
+        """The clock."""
+        return self._clock()
+
     def driven(self) -> None:
         """The driver runs."""
         now = self._clock()

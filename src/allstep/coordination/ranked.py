@@ -7,30 +7,45 @@ that never comes leaves the others waiting until the group's time limit, which r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from allstep.channel.pulse import Pulse
+
+
+@contextmanager
+def _waiting(pulse: Pulse) -> Iterator[None]:
+    pulse.wait_began("agreement")
+    try:
+        yield
+    finally:
+        pulse.wait_ended()
+
 
 class _Reduction:
-    __slots__ = ("_tensor", "_work")
+    __slots__ = ("_pulse", "_tensor", "_work")
 
-    def __init__(self, tensor: torch.Tensor, work: dist.Work) -> None:
+    def __init__(self, tensor: torch.Tensor, work: dist.Work, pulse: Pulse) -> None:
         self._tensor = tensor
         self._work = work
+        self._pulse = pulse
 
     def wait(self) -> list[int]:
-        self._work.wait()
+        with _waiting(self._pulse):
+            self._work.wait()
         return self._tensor.tolist()
 
 
 class Ranked:
-    """Agreement among the ranks of `group`, a gloo group of its own."""
+    """Agreement among the ranks of `group`, a gloo group of its own. `pulse` is told when this rank waits."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, pulse: Pulse | None = None) -> None:
         self._group = group
+        self._pulse = Pulse() if pulse is None else pulse
         self.rank: int = group.rank()
         self.world_size: int = group.size()
 
@@ -39,18 +54,19 @@ class Ranked:
         tensor = torch.tensor(vector, dtype=torch.int64)
         work = dist.all_reduce(tensor, group=self._group, async_op=True)
         assert work is not None
-        return _Reduction(tensor, work)
+        return _Reduction(tensor, work, self._pulse)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, pickled."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self._group)
+        with _waiting(self._pulse):
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source` of the group, pickled."""
         values = [value]
-        dist.broadcast_object_list(
-            values, src=dist.get_global_rank(self._group, source), group=self._group, device=torch.device("cpu")
-        )
+        origin = dist.get_global_rank(self._group, source)
+        with _waiting(self._pulse):
+            dist.broadcast_object_list(values, src=origin, group=self._group, device=torch.device("cpu"))
         return values[0]

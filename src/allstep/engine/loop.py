@@ -34,6 +34,7 @@ from allstep.engine.meeting import Meeting
 from allstep.engine.source import END
 from allstep.engine.supply import Supply
 from allstep.engine.terms import is_done
+from allstep.engine.watch import Watch
 from allstep.errors import EngineError
 
 if TYPE_CHECKING:
@@ -50,20 +51,25 @@ class Loop:
     """One run of an engine, from STARTED to COMPLETED.
 
     `until` is the iteration after which there is more to decide than which handlers are due. `supply` is where batches
-    come from.
+    come from. With a `watch` the world is told where the run is; without one the step and the data are used bare.
     """
 
-    def __init__(self, engine: Engine, meeting: Meeting | None, *, continues: bool) -> None:
+    def __init__(self, engine: Engine, meeting: Meeting | None, *, continues: bool, watch: Watch | None = None) -> None:
         self.engine = engine
         self.state = engine.state
         self.until: float = LOOK_NOW
-        self.supply = Supply(engine, meeting, continues=continues, announce=self._announce)
+        iterate = iter if watch is None else watch.iterate
+        self.supply = Supply(engine, meeting, continues=continues, announce=self._announce, iterate=iterate)
         self._slots = engine.registry.slots
         self._asked = engine.asked
         self._step = engine.process_function
+        self._fire = engine._fire_event
+        self._watch = watch
         if meeting is not None:
             self._modules = engine.modules_in_step()
             self._step = self._agreed_step
+        if watch is not None:
+            self._step, self._fire = watch.step(self._step), watch.fire(self._fire)
 
     def wrap_step(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         """Call `wrapper(step)` in place of the step from the next epoch or resumption on."""
@@ -84,6 +90,8 @@ class Loop:
             self.supply.keep_unused()
             raise
         except BaseException as error:
+            if self._watch is not None:
+                self._watch.saw(error)
             self.engine.logger.error("the run ends at iteration %d: %r", self.state.iteration, error)
             self._asked.clear()
             earlier = len(self.engine.requests)
@@ -94,6 +102,8 @@ class Loop:
             if Request.TERMINATE not in self._asked:
                 self.supply.keep_unused()
                 raise
+            if self._watch is not None:
+                self._watch.ended_well()
             self._conclude(began)
         self.supply.keep_unused()
 
@@ -143,7 +153,7 @@ class Loop:
 
     def _iterate(self) -> Generator[None, None, None]:
         engine, state, asked, progress = self.engine, self.state, self._asked, self.engine.progress
-        fire, step, supply = engine._fire_event, self._step, self.supply
+        fire, step, supply = self._fire, self._step, self.supply
         getting, got = self._slots[Events.GET_BATCH_STARTED], self._slots[Events.GET_BATCH_COMPLETED]
         started, completed = self._slots[Events.ITERATION_STARTED], self._slots[Events.ITERATION_COMPLETED]
         done = state.iteration
@@ -263,6 +273,6 @@ class Loop:
         slot = self._slots[event]
         if slot.due <= (getattr(self.state, slot.attribute) if slot.attribute else 0):
             try:
-                self.engine._fire_event(event, *arguments)
+                self._fire(event, *arguments)
             except StopIteration as error:
                 raise EngineError(_STOP_ITERATION) from error

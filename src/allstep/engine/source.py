@@ -18,10 +18,11 @@ END: Any = object()
 
 
 class Source:
-    """Passes over `data`; None is an endless series of None."""
+    """Passes over `data`; None is an endless series of None. `iterate` is called in place of `iter`."""
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, iterate: Callable[[Any], Iterator[Any]] = iter) -> None:
         self.data = data
+        self._iterate = iterate
         self._iterator: Iterator[Any] | None = None
         self.batches: Iterator[Any] | None = None
 
@@ -39,7 +40,9 @@ class Source:
     def put_back(self, batches: list[Any]) -> None:
         """Give these before anything else: they were read from a one-shot iterator and not used."""
         if not isinstance(self.batches, _Returnable):
-            self._iterator = self.batches = _Returnable(iter(self.data) if self.batches is None else self.batches)
+            self._iterator = self.batches = _Returnable(
+                self._iterate(self.data) if self.batches is None else self.batches
+            )
         self.batches.returned.extendleft(reversed(batches))
 
     def open(self, skip: int = 0, *, may_end: bool = False) -> None:
@@ -54,7 +57,7 @@ class Source:
         if hook is not None:
             hook(skip)
         if not (self.is_one_shot and self.batches):  # else a batch that `has_more` keeps would be lost
-            self._iterator = repeat(None) if self.data is None else iter(self.data)
+            self._iterator = repeat(None) if self.data is None else self._iterate(self.data)
             self.batches = self._iterator
         assert self.batches is not None
         if hook is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from allstep.coordination import Request
@@ -35,7 +35,13 @@ class Supply:
     """
 
     def __init__(
-        self, engine: Engine, meeting: Meeting | None, *, continues: bool, announce: Callable[[EventEnum], None]
+        self,
+        engine: Engine,
+        meeting: Meeting | None,
+        *,
+        continues: bool,
+        announce: Callable[[EventEnum], None],
+        iterate: Callable[[Any], Iterator[Any]] = iter,
     ) -> None:
         self.engine = engine
         self.state = engine.state
@@ -49,7 +55,8 @@ class Supply:
         self._meeting = meeting
         self._continues = continues
         self._pass_began_at = 0
-        self._source = Source(engine.state.dataloader)
+        self._iterate = iterate
+        self._source = Source(engine.state.dataloader, iterate)
         self._replaced = False
         self._unused, engine.kept = engine.kept, []
 
@@ -79,7 +86,7 @@ class Supply:
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""
         self._continues = False
-        self._source, self.feed, self.takes_batches, self._unused = Source(data), None, False, []
+        self._source, self.feed, self.takes_batches, self._unused = Source(data, self._iterate), None, False, []
         if self.engine.progress.epoch_is_open:
             self._source.set_epoch(self.state.epoch - 1)
             if self.agreed is None:

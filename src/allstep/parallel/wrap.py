@@ -14,11 +14,19 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from allstep.channel.pulse import Pulse
 from allstep.errors import ParallelError
+from allstep.parallel.watched import WatchedDDP
 
 
 def wrap_module(
-    module: nn.Module, device: torch.device, world_size: int, *, sync_batchnorm: bool = False, **ddp_options: Any
+    module: nn.Module,
+    device: torch.device,
+    world_size: int,
+    *,
+    sync_batchnorm: bool = False,
+    pulse: Pulse | None = None,
+    **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP.
 
@@ -28,6 +36,7 @@ def wrap_module(
         device: this rank's device.
         world_size: number of ranks; with 1 nothing but the move happens.
         sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only.
+        pulse: told on the CPU when this rank waits for the others; see `allstep.parallel.watched`.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -53,7 +62,11 @@ def wrap_module(
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
-    return DistributedDataParallel(module, **(defaults | ddp_options))
+    if pulse is None or device.type != "cpu":
+        return DistributedDataParallel(module, **(defaults | ddp_options))
+    watched = WatchedDDP(module, **(defaults | ddp_options))
+    watched.pulse = pulse
+    return watched
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -2,7 +2,7 @@
 
 Contract: `look` sees what this process can use; `choose_device` and `choose_backend` decide, as pure functions, from
 that, the `Placement` and what the caller asked for. What one process cannot see, that two ranks were given the same
-GPU, is found when the ranks have met (`roll_call`).
+GPU, is found when the ranks introduce themselves (`service`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The default process group while a World is open: made and ended by allstep, or the user's own, adopted.
 
-Contract: `open_group` meets the other ranks and initialises torch.distributed; `adopt_group` takes the group that is
+Contract: `open_group` initialises torch.distributed among ranks that have met; `adopt_group` takes the group that is
 there already. `Group.leave` undoes what `open_group` did, and for an adopted group nothing. If opening fails, nothing
 is left initialised.
 
@@ -26,8 +26,7 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world.polling import poll
-from allstep.world.rendezvous import Meeting, meet
-from allstep.world.roll_call import Arrival
+from allstep.world.rendezvous import Meeting
 from allstep.world.stores import PrefixStore
 
 _GOODBYE_S = 2.0
@@ -96,40 +95,39 @@ class Group:
             self.meeting.store.add("left", 1)
 
 
-def open_group(placement: Placement, arrival: Arrival, device: torch.device, timeout: float) -> Group:
-    """Meet the other ranks and initialise torch.distributed.
+def open_group(placement: Placement, meeting: Meeting, backend: str, device: torch.device, timeout: float) -> Group:
+    """Initialise torch.distributed among ranks that have met and fit together.
 
     Raises:
-        WorldError: the ranks did not meet, or the backend could not connect them.
+        WorldError: the backend could not connect them.
     """
-    meeting = meet(placement, arrival, timeout)
     try:
         dist.init_process_group(
-            arrival.backend,
+            backend,
             store=PrefixStore("group", meeting.store),
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=timedelta(seconds=timeout),
             # Bound to its device, nccl connects here and now, where a failure has a name.
-            device_id=device if arrival.backend == "nccl" else None,
+            device_id=device if backend == "nccl" else None,
         )
     except Exception as error:
         forget_groups(abort=True)
         meeting.server = None  # else the traceback would keep the port taken
         raise WorldError(
-            f"rank {placement.rank} of {placement.world_size}: {arrival.backend} could not connect the ranks, which "
+            f"rank {placement.rank} of {placement.world_size}: {backend} could not connect the ranks, which "
             f"had met at {placement.rendezvous}: {error}"
         ) from error
     meeting.store.add("connected", 1)
-    return Group(arrival.backend, meeting, placement.rank, placement.world_size)
+    return Group(backend, meeting, placement.rank, placement.world_size)
 
 
 def adopt_group() -> Group:
     """The process group that the user's own code initialised."""
-    rank = dist.get_rank()
+    rank, size = dist.get_rank(), dist.get_world_size()
     base = PrefixStore("allstep", dist.distributed_c10d._get_default_store())
     store = PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
-    return Group(dist.get_backend(), Meeting(store), rank, dist.get_world_size(), owned=False)
+    return Group(dist.get_backend(), Meeting(store), rank, size, owned=False)
 
 
 def forget_groups(*, abort: bool) -> None:

@@ -1,9 +1,10 @@
 """`init`: from an environment to an open World.
 
 Contract: called once per process and World, by every rank of a start. It finds the placement (a broken environment
-fails here, before anything is connected), chooses device and backend, meets the other ranks if there are any, and makes
-the World current. If any of it fails, no World is current and no process group is left. A process group that the user's
-own code initialised before is adopted: used, and left alone on close.
+fails here, before anything is connected), chooses device and backend, finds the other ranks if there are any, has them
+judged at the service that watches over them (`service`), opens the process group, and makes the World current. If any
+of it fails, no World is current and no process group is left. A process group that the user's own code initialised
+before is adopted: used, and left alone on close.
 """
 
 from __future__ import annotations
@@ -11,22 +12,30 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from allstep.channel.arrival import Arrival
+from allstep.channel.pulse import Pulse
 from allstep.errors import WorldError
 from allstep.faults import Here, strike
 from allstep.placement import Placement, Rendezvous, detect
+from allstep.version import __version__
 from allstep.world import current, xla
 from allstep.world.collectives import Collectives
 from allstep.world.device import choose_backend, choose_device, look
 from allstep.world.duration import seconds
+from allstep.world.facts import facts_of
 from allstep.world.group import Group, adopt_group, open_group
-from allstep.world.roll_call import Arrival
+from allstep.world.rendezvous import meet
+from allstep.world.reporting import Reporter
+from allstep.world.service import Service, join, sidecar_service, supervised_service
 from allstep.world.world import World
 
 _TIMEOUT = timedelta(minutes=10)
@@ -37,6 +46,8 @@ def init(
     device: str | torch.device | None = None,
     timeout: float | timedelta = _TIMEOUT,
     seed: int | None = None,
+    *,
+    facts: Mapping[str, object] | None = None,
 ) -> World:
     """Open the World: find this process' place, its device, and the other ranks.
 
@@ -45,27 +56,31 @@ def init(
         device: by default CUDA by local rank, or MPS in a world of one, or the CPU; see `allstep.world.device`.
         timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective.
         seed: if given, what `World.seed_everything` is called with.
+        facts: what must be the same on all ranks, by name, such as `{"config": settings}`; values are compared as text
+            and nested mappings key by key, before ranks connect.
 
     Returns:
         The World, to be used as a context manager or closed with `close`.
 
     Raises:
         PlacementError: the environment does not say which rank this is.
-        WorldError: a World is open already, device or backend do not fit, or the ranks did not meet.
+        WorldError: a World is open already, device or backend do not fit, the ranks did not meet, or they differ in
+            what must be the same.
     """
     if current.current() is not None:
         raise WorldError(
             "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
         )
     limit = seconds("timeout", timeout)
+    same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
     placement = detect(os.environ)
     for text in placement.warnings:
         warnings.warn(text, stacklevel=2)
     strike(Here("start", placement.rank, placement.attempt))
     if dist.is_available() and dist.is_initialized():
-        world = _adopt(placement, backend, device, limit)
+        world = _adopt(placement, backend, device, limit, same)
     else:
-        world = _open(placement, backend, device, limit)
+        world = _open(placement, backend, device, limit, same)
     try:
         if seed is not None:
             world.seed_everything(seed)
@@ -77,24 +92,48 @@ def init(
     return world
 
 
-def _open(placement: Placement, backend: str | None, asked: str | torch.device | None, timeout: float) -> World:
+def _open(
+    placement: Placement,
+    backend: str | None,
+    asked: str | torch.device | None,
+    timeout: float,
+    facts: Mapping[str, str],
+) -> World:
+    pulse = Pulse()
     device = _ready(choose_device(placement, look(), asked))
     chosen = choose_backend(device, backend)
-    if placement.world_size == 1:
-        return World(placement, device, None, timeout)
-    arrival = Arrival(
-        rank=placement.rank,
-        world_size=placement.world_size,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        device_type=device.type,
-        backend=chosen,
-        accelerator=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
-    )
-    return World(placement, device, open_group(placement, arrival, device, timeout), timeout)
+    supervised = supervised_service(placement)
+    if supervised is None and placement.world_size == 1:
+        return World(placement, device, None, timeout, pulse)
+    arrival = _introduce(placement, device, chosen, facts)
+    # A supervisor's service judges who came before anything else is tried; a sidecar's is found through the store.
+    reporter = None if supervised is None else _join(supervised, placement, arrival, pulse, timeout)
+    try:
+        group = None
+        if placement.world_size > 1:
+            meeting = meet(placement, arrival.process, timeout, starts_service=supervised is None)
+            try:
+                if meeting.service is not None:
+                    reporter = _join(meeting.service, placement, arrival, pulse, timeout)
+                group = open_group(placement, meeting, chosen, device, timeout)
+            except BaseException:
+                meeting.give_up(placement.world_size)
+                raise
+        return World(placement, device, group, timeout, pulse, reporter)
+    except BaseException as error:
+        if reporter is not None:
+            reporter.give_up(error)
+        raise
 
 
-def _adopt(detected: Placement, backend: str | None, asked: str | torch.device | None, timeout: float) -> World:
+def _adopt(
+    detected: Placement,
+    backend: str | None,
+    asked: str | torch.device | None,
+    timeout: float,
+    facts: Mapping[str, str],
+) -> World:
+    pulse = Pulse()
     group = adopt_group()
     if backend is not None and backend.lower() != group.backend:
         raise WorldError(
@@ -106,7 +145,43 @@ def _adopt(detected: Placement, backend: str | None, asked: str | torch.device |
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
     device = _ready(choose_device(placement, look(), asked))
-    return World(placement, device, group, timeout)
+    service = supervised_service(placement) if placement == detected else None
+    if service is None and placement.world_size > 1:
+        service = sidecar_service(group.meeting.store, placement, timeout, time.monotonic() + timeout)
+    if service is None:
+        return World(placement, device, group, timeout, pulse)
+    arrival = _introduce(placement, device, group.backend, facts)
+    try:
+        reporter = _join(service, placement, arrival, pulse, timeout)
+    except BaseException:
+        service.release()
+        raise
+    return World(placement, device, group, timeout, pulse, reporter)
+
+
+def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> Arrival:
+    return Arrival(
+        rank=placement.rank,
+        world_size=placement.world_size,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device_type=device.type,
+        backend=backend,
+        accelerator=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
+        local_rank=placement.local_rank,
+        node_rank=placement.node_rank,
+        facts=facts,
+    )
+
+
+def _join(service: Service, placement: Placement, arrival: Arrival, pulse: Pulse, timeout: float) -> Reporter:
+    """Pass the roll call and begin to beat."""
+    client = join(service, placement, arrival, timeout)
+    client.start(pulse)
+    device = arrival.device_type if arrival.accelerator is None else f"cuda {arrival.accelerator}"
+    reporter = Reporter(client, service, pulse, placement.rank, placement.attempt, device)
+    reporter.install()
+    return reporter
 
 
 def _adopted_placement(group: Group, places: list[tuple[str, Placement]]) -> Placement:

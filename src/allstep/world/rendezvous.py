@@ -3,9 +3,9 @@
 Contract: `meet` is called by every rank of a world of several, once per start. Rank 0 serves a store on the first
 candidate port that is free (unless the launcher's agent serves one) and writes the name of the run into it; the others
 try the candidates in turn and accept only a store that holds this name, so a stranger's store or service on a port is
-passed over. Then each rank puts its `Arrival` there and waits for rank 0's verdict. After: all ranks are present and
-fit together, and hold a store of their own name space. What can go wrong: ports taken, a host that does not answer,
-ranks missing, doubled, or at odds with each other; each is a WorldError that says which, on every rank that can know.
+passed over. After: the rank holds a store of its start's own name space, and knows the service at which all ranks
+introduce themselves (`service`), which judges whether they are all there and fit together. What can go wrong: ports
+taken, a host that does not answer, rank 0 missing, a rank doubled; each is a WorldError that says which.
 
 The name space carries run, attempt and, where one store outlives several Worlds (an agent's), the generation: how
 many times this rank has met there.
@@ -13,6 +13,7 @@ many times this rank has met there.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -24,53 +25,69 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.world.polling import poll
-from allstep.world.roll_call import Arrival, objection
+from allstep.world.service import SERVED, Service, sidecar_service
 from allstep.world.stores import PrefixStore, Store, TCPStore
 
 _CONNECT_S = 2.0
 _HANDSHAKE_S = (1.0, 16.0)
 _IDENTIFY_S = 0.5
-_HEARD_S = 5.0
-_NAMED = 16
+_HEARD_S = 1.0
 
 
 @dataclass(slots=True)
 class Meeting:
-    """What ranks hold after they have met: the store, and on rank 0 its server, which lives as long as it is held."""
+    """What a rank holds after it has met the others: the store, and on rank 0 its server, which lives while it is held.
+
+    `service` is where the ranks introduce themselves, where a sidecar was started for that.
+    """
 
     store: Store
     server: TCPStore | None = None
+    service: Service | None = None
+
+    def give_up(self, world_size: int) -> None:
+        """The ranks do not fit: let the server go, once the others have had the time to learn it at the service."""
+        if self.server is not None:
+            with contextlib.suppress(dist.DistError):
+                poll(lambda: self.store.add(SERVED, 0) >= world_size, time.monotonic() + _HEARD_S)
+            self.server = None  # else the traceback would keep the port taken
+        if self.service is not None:
+            self.service.release()
 
 
-def meet(placement: Placement, arrival: Arrival, timeout: float) -> Meeting:
+def meet(placement: Placement, process: str, timeout: float, *, starts_service: bool = True) -> Meeting:
     """Find the other ranks.
 
     Args:
         placement: of a world of several.
-        arrival: how this rank introduces itself.
+        process: which process this is, for errors.
         timeout: seconds that the ranks have to arrive, counted on each from its own call.
+        starts_service: have a sidecar started; without it the launcher serves.
 
     Raises:
-        WorldError: they did not all arrive, or do not fit together.
+        WorldError: this rank did not find the others' store, or another process has its rank.
     """
     assert placement.rendezvous is not None
     place = placement.rendezvous
     deadline = time.monotonic() + timeout
     name = f"allstep/{placement.run_id}/{placement.attempt}"
-    server: TCPStore | None = None
+
+    def enter(client: TCPStore, server: TCPStore | None = None) -> Meeting:
+        store = _own_space(client, name, placement.rank, process)
+        service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
+        return Meeting(store, server, service)
+
     if placement.rank == 0 and not place.agent_store:
         server, port = _serve(place, timeout)
         try:
             server.set(name, "met here")
-            client = _client("127.0.0.1", port, _HANDSHAKE_S[1], timeout)
-            return Meeting(_call_roll(client, name, placement, arrival, deadline, timeout), server)
+            return enter(_client("127.0.0.1", port, _HANDSHAKE_S[1], timeout), server)
         except BaseException:
-            server = None  # else the traceback would keep the port taken
+            del server  # else the traceback would keep the port taken
             raise
     while True:
-        client = _find(place, None if place.agent_store else name, placement, deadline, timeout)
         try:
-            return Meeting(_call_roll(client, name, placement, arrival, deadline, timeout))
+            return enter(_find(place, None if place.agent_store else name, placement, deadline, timeout))
         except dist.DistNetworkError as error:
             # The store went away under us: a World that rank 0 was just closing, on the same port. Its next one comes.
             if time.monotonic() >= deadline:
@@ -156,52 +173,16 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
     return made[0]
 
 
-def _call_roll(
-    client: Store, name: str, placement: Placement, arrival: Arrival, deadline: float, timeout: float
-) -> Store:
-    rank, world_size = placement.rank, placement.world_size
+def _own_space(client: Store, name: str, rank: int, process: str) -> Store:
+    """The name space of this start of the ranks in a store that may have seen others."""
     base = PrefixStore(name, client)
-    owner = base.compare_set(f"owner/{rank}", "", arrival.process).decode()
-    if owner != arrival.process:
+    owner = base.compare_set(f"owner/{rank}", "", process).decode()
+    if owner != process:
         raise WorldError(
-            f"two processes are rank {rank}: {owner} and {arrival.process}; give each process its own RANK, "
+            f"two processes are rank {rank}: {owner} and {process}; give each process its own RANK, "
             "or each job its own MASTER_PORT"
         )
-    store = PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
-    store.set(f"arrival/{rank}", arrival.to_json())
-    store.add("arrived", 1)
-    if rank == 0:
-        everyone = poll(lambda: store.add("arrived", 0) >= world_size, deadline)
-        verdict = _judge(store, world_size) if everyone else _missing(store, world_size, timeout)
-        store.set("verdict", verdict or "go")
-        # The others read it from this process, which may end right after: it stays until they have, if they can.
-        poll(lambda: store.add("heard", 0) >= store.add("arrived", 0) - 1, time.monotonic() + _HEARD_S)
-        if verdict:
-            raise WorldError(verdict)
-        return store
-    if not poll(lambda: store.check(["verdict"]), deadline + _HEARD_S):
-        if store.add("arrived", 0) < world_size:
-            raise WorldError(_missing(store, world_size, timeout))
-        raise WorldError(_text(placement, timeout, "all arrived, but rank 0 did not say so"))
-    verdict = store.get("verdict").decode()
-    store.add("heard", 1)
-    if verdict != "go":
-        raise WorldError(verdict)
-    return store
-
-
-def _judge(store: Store, world_size: int) -> str:
-    texts = store.multi_get([f"arrival/{rank}" for rank in range(world_size)])
-    return objection([Arrival.from_json(text) for text in texts])
-
-
-def _missing(store: Store, world_size: int, timeout: float) -> str:
-    absent = [rank for rank in range(world_size) if not store.check([f"arrival/{rank}"])]
-    named = ", ".join(map(str, absent[:_NAMED])) + (", ..." if len(absent) > _NAMED else "")
-    return (
-        f"{len(absent)} of {world_size} ranks did not arrive within {timeout:g} s: {named}; check that their processes "
-        "started, can reach rank 0's host and port, and call init; or give init a longer timeout"
-    )
+    return PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
 
 
 def _text(placement: Placement, timeout: float, what: str) -> str:

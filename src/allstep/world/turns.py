@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from allstep.errors import WorldError
 from allstep.world.polling import poll
@@ -16,7 +16,9 @@ from allstep.world.stores import Store
 
 
 @contextmanager
-def first_then_rest(store: Store, key: str, *, first: bool, timeout: float) -> Iterator[None]:
+def first_then_rest(
+    store: Store, key: str, *, first: bool, timeout: float, waits: AbstractContextManager[None]
+) -> Iterator[None]:
     """Run the body on the first rank, then on the others.
 
     Args:
@@ -24,6 +26,7 @@ def first_then_rest(store: Store, key: str, *, first: bool, timeout: float) -> I
         key: names this turn; never used twice in the store.
         first: whether this rank is the first.
         timeout: seconds that the others wait.
+        waits: what the others are in meanwhile.
 
     Raises:
         WorldError: the first rank did not finish in time, or the store was lost, on the others.
@@ -35,7 +38,8 @@ def first_then_rest(store: Store, key: str, *, first: bool, timeout: float) -> I
             store.set(key, "done")
         return
     try:
-        done = poll(lambda: store.check([key]), time.monotonic() + timeout)
+        with waits:
+            done = poll(lambda: store.check([key]), time.monotonic() + timeout)
     except RuntimeError as error:
         raise WorldError(f"the store was lost while waiting for the first rank's turn: {error}") from error
     if not done:

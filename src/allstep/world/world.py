@@ -14,7 +14,7 @@ import atexit
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar, overload
@@ -23,6 +23,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from allstep.channel.client import Client
+from allstep.channel.messages import SECTIONS
+from allstep.channel.pulse import Pulse
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import WorldError
@@ -36,8 +39,10 @@ from allstep.world.duration import seconds
 from allstep.world.folding import Number, Op
 from allstep.world.group import Group
 from allstep.world.move import to_device
+from allstep.world.reporting import Reporter
 from allstep.world.seeding import seed_generators
 from allstep.world.turns import first_then_rest
+from allstep.world.waiting import Waits
 from allstep.world.xla import seed_device
 
 T = TypeVar("T")
@@ -54,16 +59,29 @@ class World:
         backend: of the process group; None in a world of one, which has none.
         seed: what `seed_everything` was given last, or None.
         coordinator: how engines of this world agree.
+        pulse: where this rank is; what a service that watches over the ranks is told.
+        reporter: how exceptions are told to that service; None where there is none.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, group: Group | None, timeout: float) -> None:
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        group: Group | None,
+        timeout: float,
+        pulse: Pulse | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
         self.placement = placement
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self.coordinator: Coordinator = Alone() if group is None else Ranked(group.for_agreement(timeout))
+        self.pulse = Pulse() if pulse is None else pulse
+        self.reporter = reporter
+        self.coordinator: Coordinator = Alone() if group is None else Ranked(group.for_agreement(timeout), self.pulse)
         self._group = group
         self._timeout = timeout
+        self._meetings = Waits(self.pulse)
         self._turns = 0
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._closed = False
@@ -74,6 +92,11 @@ class World:
     def current() -> World | None:
         """The World that is open in this process, or None."""
         return current.current()
+
+    @property
+    def client(self) -> Client | None:
+        """The connection to the service that watches over the ranks, if there is one."""
+        return None if self.reporter is None else self.reporter.client
 
     @property
     def rank(self) -> int:
@@ -111,7 +134,11 @@ class World:
         Args and errors as in `allstep.parallel.wrap_module`.
         """
         self._check_open("wrap")
-        wrapped = wrap_module(module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, **ddp_options)
+        pulse = None if self.reporter is None else self.pulse
+        with self._waits("wrap"):
+            wrapped = wrap_module(
+                module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, pulse=pulse, **ddp_options
+            )
         self._wrapped.append(weakref.ref(wrapped))
         return wrapped
 
@@ -184,7 +211,8 @@ class World:
             CollectiveError: an unknown op, or what no backend carries.
         """
         self._check_open("all_reduce")
-        return self._collectives.all_reduce(x, op)
+        with self._waits("all_reduce"):
+            return self._collectives.all_reduce(x, op)
 
     @overload
     def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
@@ -199,7 +227,8 @@ class World:
             CollectiveError: a rank gave something else, on all ranks.
         """
         self._check_open("all_gather")
-        return self._collectives.all_gather(x)
+        with self._waits("all_gather"):
+            return self._collectives.all_gather(x)
 
     @overload
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
@@ -215,7 +244,8 @@ class World:
             CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
         """
         self._check_open("broadcast")
-        return self._collectives.broadcast(x, src)
+        with self._waits("broadcast"):
+            return self._collectives.broadcast(x, src)
 
     def gather_objects(self, value: T) -> list[T]:
         """One object of each rank, in rank order, on every rank.
@@ -226,12 +256,14 @@ class World:
             CollectiveError: an object cannot be pickled, on all ranks.
         """
         self._check_open("gather_objects")
-        return self._collectives.gather_objects(value)
+        with self._waits("gather_objects"):
+            return self._collectives.gather_objects(value)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
         self._check_open("barrier")
-        self._collectives.barrier()
+        with self._waits("barrier"):
+            self._collectives.barrier()
 
     @contextmanager
     def main_first(self, *, local: bool = False, timeout: float | timedelta = _TURN) -> Iterator[None]:
@@ -254,7 +286,27 @@ class World:
             return
         key = f"turn/{self._turns}/{self.node_rank if local else 'all'}"
         first = self.local_rank == 0 if local else self.is_main
-        with first_then_rest(self._group.meeting.store, key, first=first, timeout=limit):
+        waits = nullcontext() if first else self._waits("main_first", depth=2)
+        with first_then_rest(self._group.meeting.store, key, first=first, timeout=limit, waits=waits):
+            yield
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Say that the body is work of another kind than a step, so that it is measured and limited as such.
+
+        The watchdog learns how long each kind of work takes and ends a run in which one takes far too long. A handler
+        that writes a checkpoint itself does it in `with world.section("checkpoint"):`.
+
+        Args:
+            name: "data", "step", "evaluation", "checkpoint" or "handler".
+
+        Raises:
+            ValueError: there is no such section.
+        """
+        self._check_open("section")
+        if name not in SECTIONS:
+            raise ValueError(f"section is {name!r}; it must be one of {', '.join(map(repr, SECTIONS))}")
+        with self.pulse.section(name):
             yield
 
     def print(self, *values: object, **options: Any) -> None:
@@ -296,23 +348,39 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if error is not None and self.reporter is not None:
+            self.reporter.leaving(error)
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
         self._leave(failed=failed, patience=self._timeout)
 
     def leave_at_exit(self) -> None:
         """What `init` registers for a World that nobody closed before the interpreter ends."""
         failed = getattr(sys, "last_value", None) is not None
-        self._leave(failed=failed, patience=min(self._timeout, 5.0))
+        self._leave(failed=failed, patience=min(self._timeout, 5.0), in_order=False)
 
-    def _leave(self, *, failed: bool, patience: float) -> None:
+    def _leave(self, *, failed: bool, patience: float, in_order: bool = True) -> None:
         if self._closed:
             return
         self._closed = True
         current.remove(self)
         atexit.unregister(self.leave_at_exit)
+<<<<<<< HEAD
         strike(Here("exit", self.rank, self.placement.attempt))
+=======
+        if not in_order and self.reporter is not None:
+            self.reporter.left_open()
+>>>>>>> channel
         if self._group is not None:
-            self._group.leave(failed=failed, patience=patience)
+            with self._waits("close", depth=2):
+                self._group.leave(failed=failed, patience=patience)
+        if self.reporter is not None:
+            self.reporter.end(failed=failed)
+
+    def _waits(self, name: str, depth: int = 1) -> AbstractContextManager[None]:
+        """To be entered around what waits for the other ranks; `depth` frames lie between the caller and the user."""
+        if self.reporter is None or self.world_size == 1:
+            return nullcontext()
+        return self._meetings.at(name, depth)
 
     def _check_open(self, name: str) -> None:
         if self._closed:

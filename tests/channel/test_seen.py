@@ -1,0 +1,108 @@
+"""Exceptions that left a run and may yet be caught, and ranks that end with their World open: what the hub makes of
+them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from allstep.channel.causes import SETTLE
+from allstep.channel.ending import WorkerEnd
+from allstep.channel.events import Verdict
+from allstep.channel.messages import Bye, Failure, Withdraw
+from allstep.channel.record import Kind
+from tests.channel.driving import Caller, serving, world
+
+
+def fails(caller: Caller, *, leaving: bool, message: str = "bad batch", iteration: int = 7, **what: Any) -> None:
+    text = f"Traceback (most recent call last):\nValueError: {message}\n"
+    caller.say(Failure(caller.rank, 0, 1, "ValueError", message, text, 1, iteration, "step", leaving=leaving, **what))
+
+
+def no_verdict(hub: Any) -> bool:
+    hub.pass_time(4 * SETTLE)
+    return not [event for event in hub.events if isinstance(event, Verdict)]
+
+
+def test_an_exception_that_may_yet_be_caught_ends_nothing():
+    with serving() as hub, world(hub) as (_, second):
+        fails(second, leaving=False)
+        assert no_verdict(hub)
+
+
+def test_it_is_the_cause_at_the_place_where_it_was_seen_once_it_leaves_the_script():
+    with serving() as hub, world(hub) as (_, second):
+        fails(second, leaving=False)
+        fails(second, leaving=True, iteration=0)
+        cause = hub.verdict().cause
+        assert (cause.rank, cause.kind, cause.iteration) == (1, Kind.ERROR, 7)
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_it_is_the_cause_when_others_fail_for_want_of_the_rank_that_cleans_up(supervised: bool):
+    with serving(supervised=supervised) as hub, world(hub) as (first, second):
+        fails(second, leaving=False)
+        hub.pass_time(0.1)
+        first.fail("RuntimeError", "Connection closed by peer", derived=True)
+        assert hub.verdict().cause.rank == 1
+
+
+def test_it_is_the_cause_when_the_process_ends_after_it():
+    with serving() as hub, world(hub) as (_, second):
+        fails(second, leaving=False)
+        hub.pass_time(0.1)
+        hub.service.worker_ended(WorkerEnd(1, 1))
+        assert hub.verdict().cause.kind is Kind.ERROR
+
+
+def test_one_that_was_taken_back_is_no_cause_of_what_comes_later():
+    with serving() as hub, world(hub) as (first, second):
+        fails(second, leaving=False, message="out of memory")
+        second.say(Withdraw(1))
+        hub.pass_time(0.1)
+        fails(first, leaving=True, message="the true cause")
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.what) == (0, "ValueError: the true cause")
+
+
+def test_closing_the_world_takes_it_back():
+    with serving() as hub, world(hub) as (first, second):
+        fails(second, leaving=False)
+        second.say(Bye(1))
+        first.say(Bye(0))
+        hub.pass_time(0.1)
+        for rank in range(2):
+            hub.service.worker_ended(WorkerEnd(rank, 0))
+        assert no_verdict(hub)
+
+
+def test_a_second_exception_that_leaves_is_told_apart_from_the_first_that_was_seen():
+    with serving() as hub, world(hub) as (_, second):
+        fails(second, leaving=False, message="caught")
+        fails(second, leaving=True, message="not caught", iteration=9)
+        cause = hub.verdict().cause
+        assert (cause.what, cause.iteration) == ("ValueError: not caught", 9)
+
+
+def test_a_rank_that_ends_with_its_world_open_is_the_cause_when_others_fail_for_want_of_it():
+    with serving() as hub, world(hub) as (first, second):
+        second.say(Bye(1, closed=False))
+        second.close()
+        hub.service.worker_ended(WorkerEnd(1, 0))
+        hub.pass_time(0.1)
+        first.fail("RuntimeError", "Connection closed by peer", derived=True)
+        cause = hub.verdict().cause
+        assert (cause.rank, cause.kind) == (1, Kind.EARLY)
+        assert "with its World open" in cause.what
+
+
+def test_ranks_that_end_with_their_worlds_open_at_different_times_have_not_failed():
+    with serving() as hub, world(hub) as (first, second):
+        second.say(Bye(1, closed=False))
+        second.close()
+        hub.service.worker_ended(WorkerEnd(1, 0))
+        assert no_verdict(hub)
+        first.say(Bye(0, closed=False))
+        hub.service.worker_ended(WorkerEnd(0, 0))
+        assert no_verdict(hub)
