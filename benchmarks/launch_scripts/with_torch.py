@@ -26,6 +26,7 @@ def main() -> None:
                 return
     finally:
         if marks.FAULT == "cleanup":
+            del model, optimizer, loss  # which would keep the connections open
             dist.destroy_process_group()
         marks.clean_up()
     dist.destroy_process_group()
