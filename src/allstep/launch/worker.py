@@ -205,9 +205,11 @@ def _without_this_file(traceback: TracebackType | None) -> TracebackType | None:
             while kept and kept[-1].tb_frame.f_code.co_filename.startswith("<frozen importlib"):
                 kept.pop()
         traceback = traceback.tb_next
-    for each, following in zip(kept, [*kept[1:], None], strict=True):
+    following: TracebackType | None = None
+    for each in reversed(kept):
         each.tb_next = following
-    return kept[0] if kept else None
+        following = each
+    return following
 
 
 def _say_nothing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
