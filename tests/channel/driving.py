@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,6 @@ def serving(
     supervised: bool = True,
     nonce: str = NONCE,
     attempt: int = 0,
-    remote: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[Driven]:
     driven = Driven(
         lambda selector, listener: Hub(
@@ -106,7 +105,6 @@ def serving(
             world_size=world_size,
             limits=Limits.parse(limits),
             supervised=supervised,
-            remote=remote,
         )
     )
     with contextlib.closing(driven):

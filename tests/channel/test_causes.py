@@ -102,7 +102,7 @@ def test_when_to_judge(records, at):
 
 
 def test_without_a_supervisor_a_closed_connection_does_not_wait():
-    assert due([rank(0), rank(1, lost=(1, 10.0))], supervised=False) == pytest.approx(10.0 + SETTLE)
+    assert due([rank(0), rank(1, lost=(1, 10.0))], supervised=False) == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize(

@@ -121,10 +121,11 @@ def test_a_node_that_is_not_heard_from_is_lost_at_the_limit_and_not_before():
 
 
 def test_a_node_that_never_connects_is_lost():
-    with serving(2, limits="link=0.5", remote={1: (1,)}) as hub, contextlib.closing(Caller(hub, 0).come()):
+    with serving(2, limits="link=0.5") as hub, contextlib.closing(Caller(hub, 0).come()):
+        hub.service.expect_node(1, [1])
         case = hub.verdict()
         assert (case.cause.rank, case.cause.kind) == (1, Kind.NODE_LOST)
-        assert "never connected" in case.cause.what
+        assert "did not connect" in case.cause.what
 
 
 def test_losing_the_head_is_a_verdict_at_the_relay():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -54,7 +55,7 @@ def test_ranks_train_and_leave_and_the_sidecar_ends():
         assert not gone(service.pid)
 
 
-def test_an_exception_ends_all_with_one_report_and_a_file(tmp_path):
+def test_an_exception_ends_all_with_one_report_and_a_file(tmp_path, capfd):
     nonce = new_nonce()
     with (
         sidecar(3, nonce, attempt_folder=str(tmp_path), run="digits") as service,
@@ -62,14 +63,29 @@ def test_an_exception_ends_all_with_one_report_and_a_file(tmp_path):
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [84, 1, 84]
-        errors = [rank.errors() for rank in ranks]
-        assert "run digits failed: rank 1 of 3 failed first" in errors[1]
-        assert not any("failed first" in errors[rank] for rank in (0, 2))
+        assert not any("failed first" in rank.errors() for rank in ranks)
+    assert capfd.readouterr().err.count("run digits failed: rank 1 of 3 failed first") == 1
     content = json.loads((tmp_path / "failure.json").read_text())
     assert (content["cause"]["rank"], content["cause"]["kind"], content["exit_code"]) == (1, "error", 1)
 
 
-def test_a_killed_rank_is_named_by_the_lowest_living_one():
+def test_a_killed_rank_is_named_though_its_launcher_ends_the_others_at_once(capfd):
+    nonce = new_nonce()
+    with (
+        sidecar(2, nonce) as service,
+        rank_processes(service.address, ("kill",), ("wait",), nonce=nonce) as ranks,
+    ):
+        wait_for(ranks[0].ended)
+        ranks[1].process.terminate()
+        wait_for(lambda: ended(ranks))
+    assert "rank 0 of 2 failed first" in capfd.readouterr().err
+
+
+def test_without_a_standard_error_of_its_own_the_lowest_living_rank_writes_the_report(monkeypatch):
+    def closed(fd: int) -> int:
+        raise OSError(errno.EBADF, "no such descriptor")
+
+    monkeypatch.setattr(os, "dup", closed)
     nonce = new_nonce()
     with (
         sidecar(3, nonce) as service,
@@ -80,7 +96,7 @@ def test_a_killed_rank_is_named_by_the_lowest_living_one():
         assert "rank 0 of 3 failed first" in ranks[1].errors()
 
 
-def test_a_frozen_rank_is_killed():
+def test_a_frozen_rank_is_killed(capfd):
     nonce = new_nonce()
     with (
         sidecar(2, nonce, limits="silence=2") as service,
@@ -88,7 +104,7 @@ def test_a_frozen_rank_is_killed():
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [-9, 83]
-        assert "rank 0 of 2 made no progress" in ranks[1].errors()
+    assert "rank 0 of 2 made no progress" in capfd.readouterr().err
 
 
 def test_a_rank_that_cleans_up_for_ever_is_killed():
@@ -125,7 +141,7 @@ def test_it_is_in_a_session_of_its_own_and_holds_nothing_of_its_starter():
         assert nonce not in Path(f"/proc/{service.pid}/cmdline").read_text()
 
 
-def test_two_nodes_leave_together():
+def test_two_nodes_leave_together(capfd):
     nonce = new_nonce()
     with (
         sidecar(2, nonce) as head,
@@ -140,7 +156,7 @@ def test_two_nodes_leave_together():
             stack.callback(rank.end)
         wait_for(lambda: ended(ranks), BOUND)
         assert [rank.process.returncode for rank in ranks] == [84, 1]
-        assert "rank 1 of 2 failed first" in ranks[1].errors()
+    assert capfd.readouterr().err.count("rank 1 of 2 failed first") == 1
 
 
 def test_limits_that_cannot_be_read_start_nothing():

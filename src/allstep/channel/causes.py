@@ -63,8 +63,7 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
             first = record.failed or left
             assert first is not None
             if kind in CAUSES:
-                waits = UNEXPLAINED if kind is Kind.LOST and supervised else 0.0
-                causes.append(first.at + waits)
+                causes.append(first.at + _window(kind, supervised))
             elif kind is Kind.DERIVED:
                 derived.append(first.at)
     if not causes and not derived:
@@ -73,8 +72,17 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
     if causes:
         if heard and all(record.end is not None and record.end.returncode == 0 for record in records):
             return None  # each left without closing its World, and nobody was left waiting
-        return min(causes) + (0.0 if heard else SETTLE)
+        return min(causes) - (SETTLE if heard else 0.0)
     return min(derived) + (SETTLE if heard else PATIENCE)
+
+
+def _window(kind: Kind, supervised: bool) -> float:
+    """Seconds after an end within which something may come that stands before it."""
+    if kind is not Kind.LOST:
+        return SETTLE
+    # Without a supervisor nothing that comes later stands before a connection that closed, and the launcher is about
+    # to end the ranks that could print the report.
+    return UNEXPLAINED + SETTLE if supervised else 0.0
 
 
 def judge(

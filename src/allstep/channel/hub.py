@@ -14,7 +14,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from allstep.channel.arrival import objection
@@ -84,7 +84,6 @@ class Hub:
         world_size: int,
         limits: Limits,
         supervised: bool = True,
-        remote: Mapping[int, Sequence[int]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to serve.
@@ -98,8 +97,6 @@ class Hub:
             limits: how long sections may last.
             supervised: the driver will call `worker_ended` for every rank, so that a closed connection is not yet
                 an end; false where a closed connection is the only news there will be.
-            remote: the ranks of each node that a relay will speak for; one that has not come within twice
-                `limits.link` is lost.
             clock: seconds, never turned back.
         """
         self._world_size = world_size
@@ -118,14 +115,17 @@ class Hub:
         )
         self._doors: dict[int, Peer] = {}  # the way to each rank that was let in: its own connection, or a relay's
         self._nodes: dict[Peer, _Node] = {}
-        self._expected = dict(remote or {})
-        self._expected_by = clock() + 2 * limits.link
+        self._expected: dict[int, tuple[Collection[int], float]] = {}
         self._roll: RollCall[Peer] = RollCall(world_size, clock)
         self._hellos: dict[int, Hello] = {}
         self._refusal = ""
         self._told: Leave | None = None
         self._tick_at = clock() + _PERIOD
         self._finished = False
+
+    def expect_node(self, node_rank: int, ranks: Collection[int]) -> None:
+        """A node with these ranks will connect; if it does not within twice the limit for links, it is lost."""
+        self._expected[node_rank] = ranks, self._clock() + 2 * self._limits.link
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
@@ -210,11 +210,6 @@ class Hub:
         """Whether something is known that may still become a verdict."""
         return self._inquiry.settling
 
-    def expect_node(self, node_rank: int, ranks: Sequence[int]) -> None:
-        """Expect a relay for these ranks; if it has not come within twice `limits.link`, its node is lost."""
-        self._expected[node_rank] = ranks
-        self._expected_by = self._clock() + 2 * self._limits.link
-
     def progress(self) -> tuple[int, int]:
         """The furthest (epoch, iteration) that any rank reached."""
         return self._inquiry.furthest
@@ -252,8 +247,8 @@ class Hub:
                         peer.name = hello.arrival.rank
                         self._arrive(hello, peer)
                     case Came(peer, NodeHello() as hello):
-                        self._expected.pop(hello.node_rank, None)
                         self._nodes[peer] = _Node(hello, self._world_size, self._clock())
+                        self._expected.pop(hello.node_rank, None)
                     case Said(peer, message, _) if peer in self._nodes:
                         self._say_node(peer, self._nodes[peer], message)
                     case Said(peer, message, _):
@@ -358,12 +353,10 @@ class Hub:
             self._gate.send(peer, encode(NodeBeat()))
             if self._silence(node) > self._limits.link and not self._finished:
                 self._lose_node(peer, f"nothing was heard from it for {self._silence(node):.0f} s")
-
-        if self._clock() >= self._expected_by and not self._finished:
-            for node_rank, ranks in self._expected.items():
-                why = f"was lost with node {node_rank}: its service never connected to the head's"
-                self._inquiry.node_lost(ranks, why)
-            self._expected.clear()
+        for rank, (ranks, until) in list(self._expected.items()):
+            if self._clock() > until and not self._finished:
+                del self._expected[rank]
+                self._inquiry.node_lost(ranks, f"was lost with node {rank}, which did not connect to this one")
 
     def _silence(self, node: _Node) -> float:
         return self._inquiry.watch.age(node.heard)

@@ -24,7 +24,7 @@ from allstep.channel.watch import Watch
 GATHER_S = 2.0
 """Seconds that ranks have to answer with their stacks."""
 
-_SOON = 0.02  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
+_SOON = 0.01  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
 
 
 class Inquiry:
