@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 BOUND = 5.0
 """Seconds from a fault to the end of the whole job, unless a row of the matrix says otherwise."""
 
-LIMIT = 30.0
+LIMIT = 60.0
 GONE = 5.0
 STRIKES = "allstep: a rehearsed fault strikes"
 _MARK = "FAULTS_TEST_JOB"
@@ -62,6 +62,7 @@ class Job:
     report: Mapping[str, Any]
     left: Sequence[str]
     folder: Path
+    pid: int
 
     @property
     def text(self) -> str:
@@ -131,7 +132,7 @@ class Running:
         for reader in self._readers:
             reader.join(GONE)
         left = self._left()
-        return Job(code, tuple(self.said), self.began, ended, _report(self.folder), left, self.folder)
+        return Job(code, tuple(self.said), self.began, ended, _report(self.folder), left, self.folder, self.process.pid)
 
     def pids(self) -> list[int]:
         """Processes of this job that live."""
@@ -241,6 +242,26 @@ def rehearse(folder: Path, script: str, *arguments: str, **options: Any) -> Job:
         job = running.end()
     assert not job.left, f"left behind: {job.left}; the job said:\n{job.text}"
     return job
+
+
+def by_hand(folder: Path, script: str, *places: Mapping[str, str]) -> list[Job]:
+    """Start one process of a script per place, without a launcher, and wait for all; nothing may be left."""
+    with contextlib.ExitStack() as stack:
+        argv = [sys.executable, str(SCRIPTS / script)]
+        running = [stack.enter_context(start(folder, argv, place)) for place in places]
+        jobs = [each.end() for each in running]
+    assert not any(job.left for job in jobs), [job.left for job in jobs]
+    return jobs
+
+
+def place(rank: int, world_size: int, port: int, **more: str) -> dict[str, str]:
+    """The variables with which a person starts a rank by hand on one machine."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    return {name: str(value) for name, value in numbers.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **more,
+    }
 
 
 def _report(folder: Path) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 
 from allstep import Alone, Engine, Events, StopOnSignal
 from allstep.errors import EngineError
+from allstep.launch.worker import Notices
 from allstep.testing import run_ranks
 from allstep.world import World
 
@@ -167,3 +168,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_iteration(
     assert results == [results[0]] * size
     assert iteration >= 3
     assert (reason, ended) == (f"rank 1: signal {number.name}", ["TERMINATE", "COMPLETED"])
+
+
+def test_a_signal_that_an_earlier_handler_noted_counts_once() -> None:
+    noted = Notices()
+    before = signal.signal(signal.SIGUSR1, noted)
+    try:
+        signal.raise_signal(signal.SIGUSR1)
+        for reason in ("signal SIGUSR1", None):
+            engine = Engine(lambda engine, batch: None, coordinator=Alone())
+            with StopOnSignal().attach(engine):
+                state = engine.run(range(5))
+            assert (state.stop_reason or "").endswith(reason or "")
+            assert (state.iteration < 5) is (reason is not None)
+        assert signal.getsignal(signal.SIGUSR1) is noted
+    finally:
+        signal.signal(signal.SIGUSR1, before)

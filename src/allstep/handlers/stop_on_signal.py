@@ -5,6 +5,8 @@ Their handler only notes that a signal came, since it may run between any two in
 for the run's end after the present iteration or epoch. So all ranks stop at the same iteration, by the end of the next
 window, whichever of them the signal reached. `detach`, or the end of a `with` block, gives the signals back.
 
+Under `allstep run` a SIGUSR1 that came before, even before torch was imported, counts as well.
+
 A second signal, of any of the kinds, gives all of them their default action, so that a third one ends the process at
 once. What can go wrong: a step that hangs never comes to ask; and a handler installed by C code cannot be given back.
 """
@@ -52,9 +54,17 @@ class StopOnSignal:
         for number in self.signals:
             before = signal.signal(number, self._note)
             self._before[number] = signal.SIG_DFL if before is None else before
+            self._take_over(before)
         for event in (Events.STARTED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
             self._handles.append(engine.add_event_handler(event, self._tell))
         return self
+
+    def _take_over(self, before: Any) -> None:
+        """Heed a signal that came before anybody could, and that the handler until now noted (a worker's bootstrap)."""
+        noted = getattr(before, "received", None)
+        if isinstance(noted, list) and noted:
+            self.received = self.received or signal.Signals(noted[0])
+            noted.clear()
 
     def detach(self) -> None:
         """Give the signals the handlers they had, and leave the engine; twice is once."""

@@ -73,6 +73,8 @@ def start_worker(plan: WorkerPlan, *, pidfd: bool = True) -> WorkerProcess:
         undo.callback(os.close, stdout)
         stderr, stderr_theirs = os.pipe()
         undo.callback(os.close, stderr)
+        notice = {signal.SIGUSR1}  # would end a worker that has not begun to handle it; its bootstrap lets it through
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, notice)
         try:
             process = subprocess.Popen(
                 plan.command_line(os.getpid(), theirs),
@@ -84,6 +86,7 @@ def start_worker(plan: WorkerPlan, *, pidfd: bool = True) -> WorkerProcess:
                 start_new_session=True,
             )
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for fd in (theirs, stdout_theirs, stderr_theirs):
                 os.close(fd)
         undo.pop_all()

@@ -7,6 +7,8 @@ write end of the pipe LIFELINE_FD and never writes. Afterwards:
   its process group when the last write end of the pipe closes (asynchronous I/O with SIGKILL as its signal). Neither
   needs a thread, so nothing in this process can hold it up, and forking stays free of a second thread. Where the
   kernel has no such means, a thread waits on the pipe instead.
+- a notice that comes before the script handles it (SIGUSR1, with which schedulers announce a job's end) is noted by the
+  handler that the script then finds, and does not end the process.
 - `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so
   that processes which the script spawns find its `__main__` too.
 - while torch is imported the garbage collector rests: the import makes hundreds of thousands of objects, nearly all of
@@ -31,7 +33,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import ModuleType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 
 # typeshed shows only the public part of runpy; this is what `python -m` itself calls, and what debuggers use.
 from runpy import _run_module_as_main  # type: ignore[attr-defined]  # isort: skip
@@ -117,6 +119,24 @@ def _execute_quietly(loader: SourceFileLoader) -> None:
     vars(loader)["exec_module"] = exec_module
 
 
+class Notices:
+    """What handles a notice before the script does: it is noted in `received`, and ends nothing."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        self.received.append(number)
+
+
+def note_early_notices() -> None:
+    """Note SIGUSR1 until the script has a handler of its own, and let it come: the supervisor blocked it till now."""
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, Notices())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
 def run_script(path: str, arguments: list[str]) -> None:
     """Run a file, or a folder or zip archive with a `__main__.py`, as `python PATH ARGUMENT...` does."""
     sys.argv = [path, *arguments]
@@ -161,6 +181,7 @@ def main(argv: list[str]) -> None:
     """Run what the supervisor's command line says; an exception of the script leaves as it would without allstep."""
     supervisor, lifeline, kind, target, *arguments = argv
     tie_to_supervisor(int(supervisor), int(lifeline))
+    note_early_notices()
     faulthandler.enable()
     sys.meta_path.insert(0, _QuietImport("torch", "torch._dynamo"))
     try:

@@ -59,11 +59,11 @@ def run_ranks(
     __tracebackhide__ = True
     if world_size < 1:
         raise ValueError(f"world_size is {world_size}; it must be 1 or more")
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), **(fault.to_environ() if fault else {})}
+    given = {**(env or {}), **(fault.to_environ() if fault else {})}
     function = pickle.dumps((fn, args))
     pool = Pool() if fresh else own_pool()
     try:
-        played = _play(function, world_size, variables, pool, timeout)
+        played = _play(function, world_size, given, pool, timeout)
     finally:
         if fresh:
             pool.close()
@@ -81,11 +81,15 @@ def run_ranks(
     )
 
 
-def _play(function: bytes, world_size: int, variables: Mapping[str, str], pool: Pool, timeout: float) -> Played:
+def _play(function: bytes, world_size: int, given: Mapping[str, str], pool: Pool, timeout: float) -> Played:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **given}
     limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
     nonce, run_id = secrets.token_hex(8), f"test-{uuid.uuid4().hex[:8]}"
     listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
-    service = f"127.0.0.1:{listener.getsockname()[1]}" if world_size > 1 else ""
+    channel: dict[str, str] = {}
+    if "ALLSTEP_CHANNEL" not in given:  # else the caller serves the ranks
+        service = f"127.0.0.1:{listener.getsockname()[1]}" if world_size > 1 else ""
+        channel = {"ALLSTEP_CHANNEL": service, "ALLSTEP_NONCE": nonce}
     with ReservedPort() as reserved:
         places = [
             worker_environment(
@@ -99,7 +103,6 @@ def _play(function: bytes, world_size: int, variables: Mapping[str, str], pool: 
             )
             for rank in range(world_size)
         ]
-        channel = {"ALLSTEP_CHANNEL": service, "ALLSTEP_NONCE": nonce}
         calls = [Call({**variables, **place, **channel}, os.getcwd(), tuple(sys.path), function) for place in places]
         return Round(calls, pool, listener, nonce, limits).play(timeout)
 
