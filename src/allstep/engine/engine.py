@@ -20,7 +20,7 @@ from allstep.coordination import POLICIES, Alone, Asked, Coordinator, Request, U
 from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
 from allstep.engine.loop import LOOK_NOW, Loop
-from allstep.engine.meeting import Hello, Meeting, meet
+from allstep.engine.meeting import Hello, Meeting, Reduction, meet
 from allstep.engine.progress import Progress, place_from
 from allstep.engine.reader import SamplesIn, declared_counts
 from allstep.engine.source import END
@@ -48,6 +48,8 @@ class Engine(Listening):
     Attributes:
         state: the run's `State`.
         modules: wrapped modules that the step trains, besides those from the current world's `wrap`.
+        reductions: what is reduced over ranks at this engine's events; ranks compare them at a run's start.
+        is_running: whether `run` is under way.
         logger: where the engine reports.
         should_terminate: whether the run is to end; as `should_terminate_single_epoch` and `should_interrupt`.
     """
@@ -76,6 +78,7 @@ class Engine(Listening):
         self.idle = idle
         self.name = name or getattr(process_function, "__qualname__", type(process_function).__qualname__)
         self.modules: list[nn.Module] = []
+        self.reductions: list[Reduction] = []
         self.logger = logging.getLogger("allstep.engine")
         self.progress = Progress()
         self.asked: set[Request] = set()
@@ -98,6 +101,11 @@ class Engine(Listening):
             return self._given_coordinator
         world = World.current()
         return Alone() if world is None else world.coordinator
+
+    @property
+    def is_running(self) -> bool:
+        """Whether `run` is under way."""
+        return self._is_running
 
     @property
     def should_terminate(self) -> bool:
@@ -373,7 +381,8 @@ class Engine(Listening):
             "state.max_iters": state.max_iters,
         }
         is_declared = self.samples_in is None and declared_counts(data) is not None
-        hello = Hello(terms, length_of(data), is_declared, hasattr(data, "__next__"))
+        schema = tuple(line for reduction in self.reductions for line in reduction.schema())
+        hello = Hello(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)
         return meet(
             coordinator,
             hello,

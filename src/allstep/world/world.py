@@ -60,13 +60,15 @@ class World:
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self.coordinator: Coordinator = Alone() if group is None else Ranked(group.for_agreement(timeout))
         self._group = group
         self._timeout = timeout
         self._turns = 0
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._closed = False
         transport = choose_transport(device, group.backend) if group is not None else device
+        self.coordinator: Coordinator = (
+            Alone() if group is None else Ranked(group.for_agreement(timeout), carries=transport.type)
+        )
         self._collectives = Collectives(self.rank, self.world_size, device, transport)
 
     @staticmethod
