@@ -98,7 +98,7 @@ class Exchange:
         ]
         if apart:
             return Gathered(_reduce_blocks(coordinator, plan), ranks)
-        return Gathered(_fold_blocks(plan, payloads), ranks)
+        return Gathered(_fold_blocks(plan, ranks), ranks)
 
     def _gather_frames(
         self, coordinator: Coordinator, frame: Callable[[int], torch.Tensor]
@@ -145,20 +145,14 @@ def _gather_payloads(
     return list(coordinator.gather_bytes(buffer))
 
 
-def _fold_blocks(plan: Plan, payloads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    folded, at = [], 0
-    for block in plan.blocks:
-        size = block.length * block.dtype.itemsize
-        rows = torch.stack([payload[at : at + size] for payload in payloads]).view(block.dtype)
-        folded.append(fold(rows, block.op))
-        at += padded(size)
-    return folded
+def _fold_blocks(plan: Plan, ranks: Sequence[Unpacked]) -> list[torch.Tensor]:
+    return [fold([rank.blocks[at] for rank in ranks], block.op) for at, block in enumerate(plan.blocks)]
 
 
 def _reduce_blocks(coordinator: Coordinator, plan: Plan) -> list[torch.Tensor]:
     reduced = []
     for block, values in zip(plan.blocks, block_values(plan), strict=True):
-        carried = values.to(carrier(block.dtype, block.op))
+        carried = values.to(carrier(block.dtype))
         flat = torch.view_as_real(carried) if carried.is_complex() else carried
         total = coordinator.reduce_tensor(flat, block.op)
         total = torch.view_as_complex(total) if carried.is_complex() else total

@@ -18,7 +18,7 @@ from allstep.errors import MetricMismatchError
 from allstep.metrics.plan import ListedState
 
 
-def carrier(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
+def carrier(dtype: torch.dtype) -> torch.dtype:
     """In which type elements are reduced: integers add up in int64, 16-bit floats in float32."""
     if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize >= 4):
         return dtype
@@ -33,15 +33,16 @@ def result_type(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
     return torch.int64 if grows else dtype
 
 
-def fold(rows: torch.Tensor, op: ReduceOp) -> torch.Tensor:
-    """Reduce (ranks, n) to (n,), one rank after the other."""
-    total = rows[0].to(carrier(rows.dtype, op), copy=True)
+def fold(rows: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
+    """Reduce the tensors of all ranks, of one shape and type, element by element, one rank after the other."""
+    dtype = rows[0].dtype
+    total = rows[0].to(carrier(dtype), copy=True)
     for row in rows[1:]:
         if op == "sum":
             total += row
         else:
             total = (torch.maximum if op == "max" else torch.minimum)(total, row.to(total.dtype))
-    return total.to(result_type(rows.dtype, op))
+    return total.to(result_type(dtype, op))
 
 
 def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]]) -> Any:
@@ -72,8 +73,12 @@ def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]])
     if state.reduction is None:
         return stacked
     if state.reduction is dim_zero_mean and stacked.is_floating_point():
-        return (fold(stacked.flatten(1), "sum") / len(every)).to(stacked.dtype).reshape(stacked.shape[1:])
+        return _mean(stacked)
     return state.reduction(stacked)
+
+
+def _mean(stacked: torch.Tensor) -> torch.Tensor:
+    return (fold(stacked.to(carrier(stacked.dtype)).unbind(), "sum") / len(stacked)).to(stacked.dtype)
 
 
 def _shapes(tensors: Sequence[Any]) -> str:

@@ -37,9 +37,7 @@ def installed(
             held = vars(metric)
             new = states.get(id(metric), {})
             names = [*new, *_KEPT]
-            before.append(
-                (metric, {n: held[n] for n in names if n in held}, [n for n in names if n not in held])
-            )
+            before.append((metric, {n: held[n] for n in names if n in held}, [n for n in names if n not in held]))
             held.update(new)
             count = updates.get(id(metric), metric._update_count)
             held.update(_update_count=count, _computed=None, _to_sync=False, _is_synced=False, _should_unsync=True)

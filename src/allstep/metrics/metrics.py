@@ -150,7 +150,8 @@ class Metrics:
         load_states(found, states, self.carried)
 
     def _begin(self, engine: Engine, event: Event) -> None:
-        goes_on_from = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.progress.epoch_began_at}.get(event)
+        beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.progress.epoch_began_at}
+        goes_on_from = beginnings.get(event)
         if goes_on_from is None or engine.state.iteration <= goes_on_from:
             self.reset()
 

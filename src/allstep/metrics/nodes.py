@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 
@@ -21,10 +22,12 @@ Entry: TypeAlias = Metric | MetricCollection
 
 # What torchmetrics itself keeps of a metric beside its states; an update changes it on every rank for itself.
 _BOOKKEEPING = frozenset(
-    "_update_count _computed _forward_cache _is_synced _cache _to_sync _should_unsync _enable_grad _device _dtype "
-    "training compute_on_cpu".split()
+    {
+        *("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache", "_to_sync", "_should_unsync"),
+        *("_enable_grad", "_device", "_dtype", "training", "compute_on_cpu"),
+    }
 )
-_PLAIN = (bool, int, float, str, bytes, type(None))
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +45,9 @@ class Node:
 
     def learnt(self) -> dict[str, Any]:
         """Plain attributes beside the states that updates have set, which a rank without a batch lacks."""
-        return {name: value for name, value in plain_attributes(self.metric).items() if not self._began_with(name, value)}
+        return {
+            name: value for name, value in plain_attributes(self.metric).items() if not self._began_with(name, value)
+        }
 
     def _began_with(self, name: str, value: Any) -> bool:
         missing: Any = _BOOKKEEPING
@@ -107,9 +112,6 @@ def all_metrics(entries: Iterable[Entry]) -> Iterator[Metric]:
 
 def plain_attributes(metric: Metric) -> dict[str, Any]:
     """A metric's attributes that are no state: numbers, texts, types."""
-    import torch
-
-    kinds = (*_PLAIN, torch.dtype)
     return {
-        name: value for name, value in vars(metric).items() if isinstance(value, kinds) and name not in _BOOKKEEPING
+        name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN) and name not in _BOOKKEEPING
     }

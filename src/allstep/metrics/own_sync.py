@@ -1,4 +1,4 @@
-"""Metrics that bring a way of their own to reduce over ranks: torchmetrics' `_sync_dist`, overridden, or a `dist_sync_fn`.
+"""Metrics with a way of their own to reduce over ranks: an overridden `_sync_dist`, or a `dist_sync_fn`.
 
 Contract: `sync_by_itself` calls the metric's own `_sync_dist` on every rank, with a gathering function that goes
 through the coordinator, and gives back the states that it left. The metric is put back. Such a metric decides by its

@@ -49,7 +49,9 @@ class EventReduction:
         """Compute these metrics too. Raises ValueError when a name is taken."""
         taken = sorted(self._entries.keys() & member.entries.keys())
         if taken:
-            raise ValueError(f"metrics named {', '.join(taken)} are computed at {self.event} already; choose other names")
+            raise ValueError(
+                f"metrics named {', '.join(taken)} are computed at {self.event} already; choose other names"
+            )
         self._become([*self.members, member])
 
     def leave(self, member: Metrics) -> None:
@@ -102,8 +104,8 @@ class EventReduction:
                 unseen.append(name)
         if unseen:
             raise NotComputableError(
-                f"at {event_name(self.event)} these metrics have seen no sample on any rank: {', '.join(unseen)}. Check "
-                "that the data is not empty and that the usage's `updates` comes before its `computes`"
+                f"at {event_name(self.event)} these metrics have seen no sample on any rank: {', '.join(unseen)}. "
+                "Check that the data is not empty and that the usage's `updates` comes before its `computes`"
             )
 
     def _become(self, members: Sequence[Metrics]) -> None:
@@ -128,7 +130,7 @@ class EventReduction:
 def _of_all_ranks(plan: Plan, gathered: Gathered) -> tuple[States, dict[int, int]]:
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
-        for state, part in zip(block.states, values.split([s.shape.numel() for s in block.states]), strict=True):
+        for state, part in zip(block.states, torch.split(values, [s.shape.numel() for s in block.states]), strict=True):
             states[id(plan.nodes[state.node].metric)][state.name] = part.reshape(state.shape)
     for at, listed in enumerate(plan.listed):
         node = plan.nodes[listed.node]

@@ -104,7 +104,9 @@ class Sum(_Total):
             self._add(amount)
             return
         if isinstance(amount, float) or (isinstance(amount, torch.Tensor) and amount.is_floating_point()):
-            raise TypeError(f"value is {value!r}; a Sum of integers takes integers, or make it Sum(dtype=torch.float64)")
+            raise TypeError(
+                f"value is {value!r}; a Sum of integers takes integers, or make it Sum(dtype=torch.float64)"
+            )
         self.whole = self.whole + amount
 
     def compute(self) -> torch.Tensor:

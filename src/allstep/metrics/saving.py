@@ -67,7 +67,7 @@ def _joined(node: Node, name: str, default: Any, own: list[Any], brought: list[A
         return [_on(value, device) for values in [*own, brought] for value in values], []
     op = element_wise(node.metric._reductions[name])
     if op is not None:
-        return fold(torch.stack([_on(value, device) for value in own]), op).to(own[0].dtype), []
+        return fold([_on(value, device) for value in own], op).to(own[0].dtype), []
     first, *rest = [_on(value, device) for value in [*own, *brought]]
     return first, rest
 
