@@ -59,7 +59,7 @@ class Ranked:
         """One collective."""
         sent, group = self._ready(buffer)
         rows = torch.empty((self.world_size, *sent.shape), dtype=sent.dtype, device=sent.device)
-        dist.all_gather_into_tensor(rows, sent, group=group)
+        dist.all_gather(list(rows.unbind()), sent, group=group)
         return rows.to(buffer.device)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:

@@ -3,8 +3,8 @@
 Contract: each is a torchmetrics metric, so that it can be mixed with others, combined by arithmetic and given to any
 usage. `update` takes what a step returned: a number or a tensor without dimensions is a mean over the batch's samples
 and stands for each of them; a tensor with dimensions holds one value a sample and is not weighed again. Sums are kept
-in float64 with the part that each addition rounded away (Neumaier's form of Kahan's summation), so that their error
-does not grow with the number of batches; counts, and sums of integers, are int64.
+in float64 beside what each addition rounded away (Knuth, The Art of Computer Programming, volume 2, section 4.2.2,
+theorem B), so that their error does not grow with the number of batches; counts, and sums of integers, are int64.
 """
 
 from __future__ import annotations
@@ -35,12 +35,17 @@ class _Total(Weighted):
         self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def _add(self, amount: torch.Tensor | float) -> None:
+        # Knuth's two-sum: `lost` is exactly what rounding took from the sum.
         before = self.total
-        added = torch.as_tensor(amount, dtype=before.dtype, device=before.device)
-        self.total = before + added
-        # The larger of the two loses nothing: what the sum lacks of the smaller one is exact.
-        lost = torch.where(before.abs() >= added.abs(), before - self.total + added, added - self.total + before)
-        self.residue = self.residue + torch.where(self.total.isfinite(), lost, 0.0)
+        after = before + amount
+        taken = after - before
+        lost = (before - (after - taken)) + (amount - taken)
+        self.residue.add_(lost)
+        before.copy_(after)
+
+    def _sum(self) -> torch.Tensor:
+        # Beyond the range of floats, and for NaN, what was lost is no number.
+        return torch.where(self.residue.isfinite(), self.total + self.residue, self.total)
 
 
 class Mean(_Total):
@@ -60,16 +65,17 @@ class Mean(_Total):
             TypeError: samples is not an integer.
         """
         number = _count(samples)
-        if isinstance(value, torch.Tensor) and value.ndim:
-            self._add(value.detach().to(self.total.dtype).sum())
-            self.count = self.count + value.numel()
-        else:
+        if not isinstance(value, torch.Tensor):
             self._add(value * number)
-            self.count = self.count + number
+            self.count.add_(number)
+            return
+        exact = value.detach().to(self.total)
+        self._add(exact.sum() if value.ndim else exact * number)
+        self.count.add_(value.numel() if value.ndim else number)
 
     def compute(self) -> torch.Tensor:
         """The mean, float64, shape (); NaN over no sample."""
-        return (self.total + self.residue) / self.count
+        return self._sum() / self.count
 
 
 class Sum(_Total):
@@ -93,25 +99,28 @@ class Sum(_Total):
 
     def update(self, value: torch.Tensor | float, samples: int | torch.Tensor = 1) -> None:
         """Take a batch in; see `Mean.update`."""
-        number = _count(samples)
-        per_sample = isinstance(value, torch.Tensor) and value.ndim > 0
-        amount = value.detach().sum() if isinstance(value, torch.Tensor) and per_sample and self.integer else value
-        if isinstance(amount, torch.Tensor) and per_sample and not self.integer:
-            amount = amount.detach().to(self.total.dtype).sum()
-        if self.weighted and not per_sample:
-            amount = amount * number
-        if not self.integer:
-            self._add(amount)
-            return
-        if isinstance(amount, float) or (isinstance(amount, torch.Tensor) and amount.is_floating_point()):
+        number = _count(samples) if self.weighted else 1
+        if self.integer:
+            self._add_integer(value, number)
+        elif isinstance(value, torch.Tensor):
+            exact = value.detach().to(self.total)
+            self._add(exact.sum() if value.ndim else exact * number)
+        else:
+            self._add(value * number)
+
+    def _add_integer(self, value: torch.Tensor | float, number: int | torch.Tensor) -> None:
+        if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
             raise TypeError(
                 f"value is {value!r}; a Sum of integers takes integers, or make it Sum(dtype=torch.float64)"
             )
-        self.whole = self.whole + amount
+        per_sample = isinstance(value, torch.Tensor) and value.ndim > 0
+        self.whole.add_(
+            value.sum().to(self.whole) if isinstance(value, torch.Tensor) and per_sample else value * number
+        )
 
     def compute(self) -> torch.Tensor:
         """The sum, float64 or int64, shape ()."""
-        return self.whole if self.integer else self.total + self.residue
+        return self.whole if self.integer else self._sum()
 
 
 class _Extreme(Weighted):

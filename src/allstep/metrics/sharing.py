@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
+_CHECKS_ONLY = frozenset({"validate_args"})  # torchmetrics' flag: whether input is checked, not what is kept of it
 _READS_ANYTHING = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "super"})
 
 
@@ -48,7 +49,9 @@ def update_alike(one: Metric, other: Metric) -> bool:
     data = {name for name in names if not isinstance(getattr(type(one), name, None), FunctionType)}
     methods = names - data
     same_methods = all(getattr(type(one), name) is getattr(type(other), name, None) for name in methods)
-    held = [name for name in data if name not in one._defaults and hasattr(one, name) | hasattr(other, name)]
+    held = [
+        name for name in data - _CHECKS_ONLY if name not in one._defaults and hasattr(one, name) | hasattr(other, name)
+    ]
     return same_methods and all(_equal(getattr(one, name, None), getattr(other, name, None)) for name in held)
 
 
