@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     )
     from allstep.errors import AllstepError
     from allstep.handlers import EarlyStopping, StopOnSignal, TerminateOnNan, TimeLimit
-    from allstep.metrics import Max, Mean, Metrics, Min, Sum, Usage
+    from allstep.metrics import Gather, Max, Mean, Metrics, Min, Sum, Usage
     from allstep.placement import Placement
     from allstep.world import World, init
 
@@ -36,6 +36,7 @@ _HOMES = {
     "Engine": "allstep.engine",
     "EventEnum": "allstep.engine",
     "Events": "allstep.engine",
+    "Gather": "allstep.metrics",
     "Max": "allstep.metrics",
     "Mean": "allstep.metrics",
     "Metrics": "allstep.metrics",
@@ -64,6 +65,7 @@ __all__ = [
     "Engine",
     "EventEnum",
     "Events",
+    "Gather",
     "Max",
     "Mean",
     "Metrics",

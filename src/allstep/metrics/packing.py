@@ -106,10 +106,10 @@ def pack(plan: Plan, device: torch.device, carried: Carried, *, blocks_apart: bo
     for state in plan.listed:
         elements = given(plan.nodes[state.node], state, carried.get((state.node, state.name), ()))
         manifest.append(len(elements))
-        _add(elements, manifest, parts)
+        parts += element_parts(elements, manifest)
     learnt = {place: found for place, node in enumerate(plan.nodes) if node.updates and (found := node.learnt())}
     manifest.append(len(learnt) > 0)
-    _add([learnt] if learnt else [], manifest, parts)
+    parts += element_parts([learnt] if learnt else [], manifest)
     return Packed(manifest, [part.to(device) for part in parts])
 
 
@@ -124,13 +124,15 @@ def unpack(plan: Plan, manifest: Sequence[int], payload: torch.Tensor, *, blocks
             at += padded(size)
     numbers = iter(manifest)
     updates = [next(numbers) for _ in plan.nodes]
-    reader = _elements(numbers, payload, at)
+    reader = elements_of(numbers, payload, at)
     listed = [[next(reader) for _ in range(next(numbers))] for _ in plan.listed]
     learnt = [next(reader) for _ in range(next(numbers))]
     return Unpacked(updates, blocks, listed, learnt[0] if learnt else {})
 
 
-def _add(elements: Iterable[Any], manifest: list[int], parts: list[torch.Tensor]) -> None:
+def element_parts(elements: Iterable[Any], manifest: list[int]) -> list[torch.Tensor]:
+    """The bytes of tensors; what they are, and whatever is no tensor, is added to the manifest."""
+    parts = []
     for element in elements:
         if isinstance(element, torch.Tensor):
             manifest += [_CODES[element.dtype], element.ndim, *element.shape]
@@ -139,9 +141,11 @@ def _add(elements: Iterable[Any], manifest: list[int], parts: list[torch.Tensor]
             data = pickle.dumps(element)
             words = bytearray(data + bytes(-len(data) % 8))
             manifest += [_OBJECT, len(words) // 8, *memoryview(words).cast("q")]
+    return parts
 
 
-def _elements(numbers: Iterator[int], payload: torch.Tensor, at: int) -> Iterator[Any]:
+def elements_of(numbers: Iterator[int], payload: torch.Tensor, at: int) -> Iterator[Any]:
+    """The elements that `element_parts` wrote, one after another: their manifest, and the payload from `at` on."""
     while True:
         code, count = next(numbers), next(numbers)
         shape = tuple(next(numbers) for _ in range(count))
