@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from allstep import Alone, Engine
 from allstep.coordination import Coordinator
 from allstep.errors import MetricError, MetricMismatchError
-from allstep.metrics import Metrics
+from allstep.metrics import Max, Mean, Metrics, Sum
 from allstep.metrics.exchange import FIRST_FRAME, Exchange
 from allstep.metrics.nodes import nodes
 from allstep.metrics.plan import make_plan
@@ -277,6 +277,41 @@ def test_a_rank_that_cannot_pack_its_states_is_an_error_on_all() -> None:
     assert errors == [errors[0]] * 3
     assert "rank 1: RuntimeError" in errors[0]
     assert "rank 0" not in errors[0]
+
+
+def test_on_an_accelerator_the_payload_travels_apart_from_what_the_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(rank: int) -> States:
+        return States(
+            {
+                "sum": (tensors((3,), torch.int32, rank), "sum"),
+                "top": (tensors((2, 2), torch.float32, rank), "max"),
+                "kept": ([tensors((rank, 2), torch.float64, rank)] * rank, None),
+                "cat": ([tensors((2 * rank,), torch.bool, rank)], "cat"),
+                "words": ([f"rank {rank}"], None),
+            }
+        )
+
+    on_host = reduced(make, 3)[0]
+    monkeypatch.setattr("allstep.metrics.exchange._travels_apart", lambda device: True)
+    assert same_bits(reduced(make, 3)[0], on_host)
+    assert calls_of(make, 3, times=2) == [2, 2]
+    assert calls_of(lambda rank: States({"words": (["a"], None)}), 3) == [1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_host_waits_for_no_result_until_it_is_read() -> None:
+    engine = Engine(take, coordinator=Alone())
+    values = {"mean": lambda o: o, "sum": lambda o: o, "max": lambda o: o}
+    Metrics({"mean": Mean(), "sum": Sum(), "max": Max()}).attach(engine, values, device="cuda")
+    data = [torch.rand(4, device="cuda") for _ in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        state = engine.run(data, max_epochs=2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    every = torch.cat(data).double()
+    assert state.metrics["mean"].device.type == "cuda"
+    assert float(state.metrics["sum"]) == pytest.approx(float(every.sum()))
 
 
 def test_a_world_of_one_computes_from_its_own_states_and_leaves_them() -> None:

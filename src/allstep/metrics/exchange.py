@@ -73,7 +73,7 @@ class Exchange:
             packed = pack(plan, device, carried, blocks_apart=apart)
         except Exception as error:  # whatever it is, the others have to hear of it
             packed, failure = Packed([], []), error
-        on_host = device.type == "cpu"
+        on_host = not _travels_apart(device)
         manifest = torch.tensor(packed.manifest, dtype=torch.int64).view(torch.uint8)
         within = packed.size if on_host else 0
         size = _HEAD_BYTES + padded(manifest.numel()) + within
@@ -110,6 +110,11 @@ class Exchange:
     def _are_large(self, plan: Plan, world_size: int) -> bool:
         size = sum(block.length * block.dtype.itemsize for block in plan.blocks)
         return size * world_size > self._largest
+
+
+def _travels_apart(device: torch.device) -> bool:
+    """Whether the payload is gathered on its device, so that the host does not wait for it."""
+    return device.type != "cpu"
 
 
 def _frame(length: int, head: _Head, manifest: torch.Tensor, packed: Packed | None) -> torch.Tensor:

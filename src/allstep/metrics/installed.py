@@ -59,7 +59,8 @@ def same_draws(key: int, device: torch.device) -> Iterator[None]:
             return
         drawn = torch.cuda.get_rng_state(device)
         try:
-            torch.cuda.default_generators[device.index or 0].manual_seed(key >> 1)
+            place = torch.cuda.current_device() if device.index is None else device.index
+            torch.cuda.default_generators[place].manual_seed(key >> 1)
             yield
         finally:
             torch.cuda.set_rng_state(drawn, device)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from allstep.coordination import Schema
 from allstep.data.keys import key_of
@@ -42,6 +42,8 @@ class EventReduction:
         self.members: list[Metrics] = []
         self._entries: dict[str, Entry] = {}
         self._found: list[Node] = []
+        self._metrics: list[Metric] = []
+        self._parts: dict[str, list[int]] = {}
         self._plan: Plan | None = None
         self._exchange = Exchange()
 
@@ -89,8 +91,7 @@ class EventReduction:
         state = engine.state
         key = key_of(state.seed or 0, state.epoch, state.iteration)
         results: dict[str, Any] = {}
-        metrics = all_metrics(self._entries.values())
-        with torch.no_grad(), same_draws(key, plan.device), installed(metrics, states, updates):
+        with torch.no_grad(), same_draws(key, plan.device), installed(self._metrics, states, updates):
             for member in self.members:
                 for name, entry in member.entries.items():
                     results |= _named_results(name if member.names_results else "", entry, entry.compute())
@@ -98,8 +99,8 @@ class EventReduction:
 
     def _check_seen(self, updates: Mapping[int, int]) -> None:
         unseen = []
-        for name, entry in self._entries.items():
-            counts = [updates[id(each)] for each in all_metrics([entry]) if id(each) in updates]
+        for name, parts in self._parts.items():
+            counts = [updates[part] for part in parts if part in updates]
             if counts and not any(counts):
                 unseen.append(name)
         if unseen:
@@ -112,6 +113,8 @@ class EventReduction:
         self.members = list(members)
         self._entries = {name: entry for member in members for name, entry in member.entries.items()}
         self._found = nodes(self._entries)
+        self._metrics = list(all_metrics(self._entries.values()))
+        self._parts = {name: [id(part) for part in all_metrics([entry])] for name, entry in self._entries.items()}
         self._plan = None
 
     def _present_plan(self) -> Plan:

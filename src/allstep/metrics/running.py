@@ -139,7 +139,9 @@ class _Extreme(Weighted):
         """Take a number or a tensor in, element by element; `samples` is of no effect. NaN stays."""
         if isinstance(value, torch.Tensor) and value.numel() == 0:
             return
-        found = torch.as_tensor(value, dtype=self.value.dtype, device=self.value.device).detach()
+        if not isinstance(value, torch.Tensor):
+            value = torch.full_like(self.value, value)  # without a copy from the host, for which it would wait
+        found = value.detach().to(self.value)
         if self.sign > 0:
             self.value = torch.maximum(self.value, found.max())
         else:
