@@ -138,6 +138,18 @@ def test_an_output_that_lacks_a_name_or_samples_is_an_error_on_all_ranks() -> No
     assert "different numbers of samples" in uneven[0]
 
 
+def test_ranks_that_gather_different_names_raise_the_same_error() -> None:
+    def rank(coordinator: Coordinator) -> str:
+        names = ("y",) if coordinator.rank else ("y_pred",)
+        with pytest.raises(MetricError) as caught:
+            gathered(coordinator, Gather(*names), 11, shuffle=False)
+        return str(caught.value)
+
+    errors = simulate(rank, 2)
+    assert errors == [errors[0]] * 2
+    assert "y_pred on rank 0, y on rank 1" in errors[0]
+
+
 def test_other_data_is_ordered_by_iteration_and_rank() -> None:
     def rank(coordinator: Coordinator) -> Any:
         engine = Engine(lambda e, b: b, coordinator=coordinator, uneven="longest", idle="skip")

@@ -11,6 +11,7 @@ sample each, a part that cannot be written.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,27 @@ from allstep.metrics.parts import Format, Parts, write_part
 from allstep.metrics.samples import PLACES, Column, Samples, column_of, in_order
 
 PIECE = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What a rank tells the others before anything is given.
+
+    Attributes:
+        names: what it gathers.
+        manifest: what is needed to read its payload.
+        size: bytes of its payload.
+        samples: how many it has.
+        is_dealt: whether a sampler said where all of them stood.
+        failure: why it has nothing to give, if so.
+    """
+
+    names: tuple[str, ...]
+    manifest: list[int]
+    size: int
+    samples: int
+    is_dealt: bool
+    failure: str | None
 
 
 class Gather:
@@ -91,14 +113,14 @@ class Gather:
         if not state.active or state.samples == 0 or self._failure is not None:
             return
         try:
-            outputs = self._named(state.output)
+            outputs = {name: _on_host(value) for name, value in self._named(state.output).items()}
             places = self._where(engine, len(outputs[self.names[0]]))
         except (KeyError, TypeError, ValueError) as error:
             self._failure = f"iteration {state.iteration}: {error}"
             return
         self._places.append(places)
         for name, value in outputs.items():
-            self._batches[name].append(_on_host(value))
+            self._batches[name].append(value)
 
     def _named(self, output: Any) -> dict[str, Any]:
         if isinstance(output, Mapping):
@@ -136,24 +158,25 @@ class Gather:
 
     def _gather(self, engine: Engine) -> None:
         coordinator = engine.coordinator
-        own, failure = self._own(), self._failure
-        parts: list[torch.Tensor] = []
-        manifest: list[int] = []
-        if failure is None:
-            manifest, parts = _packed(own, self.names)
-        packed = Packed(manifest, parts)
-        said = coordinator.gather((self.names, manifest, packed.size, len(own.places), self._is_dealt, failure))
+        own, packed = self._own(), Packed([], [])
+        if self._failure is None:
+            packed = Packed(*_packed(own, self.names))
+        said: list[_Said] = coordinator.gather(
+            _Said(self.names, packed.manifest, packed.size, len(own.places), self._is_dealt, self._failure)
+        )
         _check_said(said)
-        total, samples = sum(each[2] for each in said), sum(each[3] for each in said)
-        if self.folder is not None and total > self.limit:
+        if self.folder is not None and sum(each.size for each in said) > self.limit:
             folder = self.folder / f"epoch-{engine.state.epoch:04d}"
             self._write(coordinator, own, folder)
+            samples = sum(each.samples for each in said)
             gathered: Any = Parts(folder, self.names, coordinator.world_size, samples, self.format)
         else:
             keeps = self.to == "all" or coordinator.rank == 0
-            payloads = _payloads(coordinator, packed, [each[2] for each in said], keeps=keeps)
-            every = [_unpacked(each[1], payload, self.names) for each, payload in zip(said, payloads, strict=True)]
-            gathered = self._joined(every, dealt=all(each[4] for each in said)) if keeps else None
+            payloads = _payloads(coordinator, packed, [each.size for each in said], keeps=keeps)
+            every = [
+                _unpacked(each.manifest, payload, self.names) for each, payload in zip(said, payloads, strict=True)
+            ]
+            gathered = self._joined(every, dealt=all(each.is_dealt for each in said)) if keeps else None
         engine.state.gathered = gathered  # type: ignore[attr-defined]
         self._batches, self._places = {name: [] for name in self.names}, []
 
@@ -225,12 +248,13 @@ def _payloads(
     return kept
 
 
-def _check_said(said: Sequence[Any]) -> None:
-    _raise_failures("outputs could not be gathered", [each[5] for each in said])
+def _check_said(said: Sequence[_Said]) -> None:
+    _raise_failures("outputs could not be gathered", [each.failure for each in said])
     for rank, each in enumerate(said):
-        if each[0] != said[0][0]:
+        if each.names != said[0].names:
             raise MetricError(
-                f"ranks gather different outputs: rank 0 {', '.join(said[0][0])}; rank {rank} {', '.join(each[0])}"
+                f"ranks gather different outputs: {', '.join(said[0].names)} on rank 0, {', '.join(each.names)} on rank "
+                f"{rank}. Give every rank's Gather the same names"
             )
 
 
