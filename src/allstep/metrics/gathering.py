@@ -252,9 +252,10 @@ def _check_said(said: Sequence[_Said]) -> None:
     _raise_failures("outputs could not be gathered", [each.failure for each in said])
     for rank, each in enumerate(said):
         if each.names != said[0].names:
+            first, other = ", ".join(said[0].names), ", ".join(each.names)
             raise MetricError(
-                f"ranks gather different outputs: {', '.join(said[0].names)} on rank 0, {', '.join(each.names)} on rank "
-                f"{rank}. Give every rank's Gather the same names"
+                f"ranks gather different outputs: {first} on rank 0, {other} on rank {rank}. Give the Gather of every "
+                "rank the same names"
             )
 
 
