@@ -17,9 +17,9 @@ import torch
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset
 
-from allstep.coordination import POLICIES, Uneven
+from allstep.coordination import POLICIES, Coordinator, Uneven
 from allstep.engine import Engine, Events
-from allstep.testing import SimulatedRank, simulate
+from allstep.testing import simulate
 
 Kind = Literal["plain", "list", "stream", "generator"]
 Act = Literal["terminate", "terminate_epoch", "interrupt", "set_data"]
@@ -202,12 +202,13 @@ def run_world(drawn: Drawn) -> list[Log]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return simulate(_run_rank, len(drawn.shelves), drawn, timeout=3.0)
+            return simulate(run_rank, len(drawn.shelves), drawn, timeout=3.0)
     finally:
         logger.setLevel(before)
 
 
-def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
+def run_rank(coordinator: Coordinator, drawn: Drawn) -> Log:
+    """Run the drawn world's engine on one rank and note what it saw."""
     log = Log()
     rank = coordinator.rank
 
@@ -227,8 +228,8 @@ def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
     def note(event: Events) -> None:
         state = engine.state
         log.events.append((event.name, state.epoch, state.iteration, state.epoch_length, state.stop_reason))
-        if event in (Events.EPOCH_STARTED, Events.TERMINATE, Events.COMPLETED):
-            log.unread.setdefault(state.epoch - (event is Events.EPOCH_STARTED), state.unread)
+        if event is Events.EPOCH_COMPLETED:
+            log.unread[state.epoch] = state.unread
 
     for event in Events:
         engine.add_event_handler(event, lambda *_, event=event: note(event))
@@ -259,7 +260,7 @@ def _run_rank(coordinator: SimulatedRank, drawn: Drawn) -> Log:
     except Exception as error:
         log.error = (type(error).__name__, str(error))
     log.stop_reason, log.epoch_length = engine.state.stop_reason, engine.state.epoch_length
-    log.calls = coordinator.calls
+    log.calls = getattr(coordinator, "calls", 0)
     return log
 
 

@@ -132,7 +132,10 @@ def check_stops(drawn: Drawn, logs: list[Log]) -> None:
 
 
 def check(drawn: Drawn) -> None:
-    logs = run_world(drawn)
+    check_logs(drawn, run_world(drawn))
+
+
+def check_logs(drawn: Drawn, logs: list[Log]) -> None:
     check_same_everywhere(logs)
     check_weights(drawn, logs)
     check_stops(drawn, logs)
@@ -143,7 +146,10 @@ def check(drawn: Drawn) -> None:
 
 
 def check_replaced(drawn: Drawn) -> None:
-    logs = run_world(drawn)
+    check_replaced_logs(drawn, run_world(drawn))
+
+
+def check_replaced_logs(drawn: Drawn, logs: list[Log]) -> None:
     check_same_everywhere(logs)
     check_weights(drawn, logs)
     check_stops(drawn, logs)

@@ -84,8 +84,15 @@ def test_row_32_an_empty_shard_is_an_error_on_all_or_trained_around(known: bool)
     refused = run_ranks(run, 2, [3, 0], known, "shortest")
     assert refused == [refused[0]] * 2
     assert "empty on rank 1" in refused[0]["error"]
-    trained = run_ranks(run, 2, [3, 0], known, "longest")
-    assert [result["taken"] for result in trained] == [[0.0, 1.0, 2.0] * 2, []]
+    trained = run_ranks(run, 4, [3, 0, 1, 2], known, "longest")
+    assert [result["taken"] for result in trained] == [[0.0, 1.0, 2.0] * 2, [], [0.0] * 2, [0.0, 1.0] * 2]
+
+
+@pytest.mark.parametrize(("known", "named"), [(True, "empty on rank 1"), (False, "rank 1 has 0")])
+def test_row_32_an_empty_shard_under_error_is_named_on_all(known: bool, named: str) -> None:
+    refused = run_ranks(run, 4, [3, 0, 2, 3], known, "error")
+    assert refused == [refused[0]] * 4
+    assert named in refused[0]["error"]
 
 
 def meets_nan(world: World) -> tuple[int, str | None]:

@@ -156,12 +156,14 @@ def _one_rank_is_signalled(world: World, number: int, window: int | None) -> tup
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "window"), [(signal.SIGTERM, None), (signal.SIGUSR1, 1)])
-def test_a_signal_to_one_of_three_ranks_stops_all_at_the_same_iteration(
-    number: signal.Signals, window: int | None
+@pytest.mark.parametrize(
+    ("number", "window", "size"), [(signal.SIGTERM, None, 4), (signal.SIGUSR1, 1, 3), (signal.SIGUSR1, None, 2)]
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_iteration(
+    number: signal.Signals, window: int | None, size: int
 ) -> None:
-    results = run_ranks(_one_rank_is_signalled, 3, int(number), window)
+    results = run_ranks(_one_rank_is_signalled, size, int(number), window)
     iteration, reason, ended = results[0]
-    assert results == [results[0]] * 3
+    assert results == [results[0]] * size
     assert iteration >= 3
     assert (reason, ended) == (f"rank 1: signal {number.name}", ["TERMINATE", "COMPLETED"])

@@ -9,6 +9,8 @@ leaves the others waiting until the group's time limit, which raises.
 
 from __future__ import annotations
 
+import io
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +78,29 @@ class Ranked:
         return tensor.cpu().contiguous(), None if self._carries == "cpu" else self._group
 
     def broadcast(self, value: Any, source: int) -> Any:
-        """The value of rank `source` of the group, pickled."""
-        values = [value]
+        """The value of rank `source` of the group, pickled; tensors of an accelerator arrive on the receiver's own."""
+        values = [_packed(value) if source == self.rank else None]
         dist.broadcast_object_list(
             values, src=dist.get_global_rank(self._group, source), group=self._group, device=torch.device("cpu")
         )
-        return values[0]
+        assert values[0] is not None
+        return pickle.loads(values[0])
+
+
+class _Packer(pickle.Pickler):
+    """Pickles a tensor of an accelerator with its kind of device alone: the sender's index is another rank's device."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
+            return _on_own_device, (obj.detach().cpu(), obj.device.type)
+        return NotImplemented
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Packer(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def _on_own_device(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    return tensor.to(torch.device(kind))

@@ -3,9 +3,9 @@
 Contract: the loop opens an `AgreedFeed` at the beginning of a pass and takes one batch an iteration. The feed holds a
 vote on each window of iterations before it is run, one window ahead and asynchronously, or, with a window of one group,
 just before it. From the vote it sets, for each iteration, `state.weight`, `state.active`, `state.group_end` and
-`state.samples`. The loop calls `advance` when a window ends, `close_epoch` after the handlers of EPOCH_COMPLETED, and
-heeds what has landed then. A rank without a batch for an iteration is given a filler: the last batch it had, or one of
-another rank's.
+`state.samples`. The loop calls `advance` when a window ends, `report_unread` before the handlers of EPOCH_COMPLETED and
+`close_epoch` after them, and heeds what has landed then. A rank without a batch for an iteration is given a filler: the
+last batch it had, or one of another rank's.
 
 Who says what when. At the beginning of window w each rank reads the result of the vote on w, which was cast at the
 beginning of w - 1, and casts the vote on w + 1: how many samples it has for each of its iterations, and what was asked
@@ -109,7 +109,7 @@ class AgreedFeed:
         self._filler: Any = END
         self._cast: _Cast | None = None
         self._groups = 1
-        self._window_began = monotonic_ns()
+        self._window_began = self._paused_at = monotonic_ns()
         self._window_took = 0
         self._counts: list[int | None] = []
         self._reader: Reader | None = None
@@ -202,11 +202,14 @@ class AgreedFeed:
             self._cast = self._cast_window(offset=0)
         self._enter_next_window()
 
-    def close_epoch(self) -> tuple[Unread, ...]:
-        """Hold the vote of an epoch's end; what each rank left unread, when the pass ended because one ran out."""
+    def report_unread(self) -> tuple[Unread, ...]:
+        """What each rank left unread, when the pass ended because one ran out; called where an epoch has ended."""
+        self._paused_at = monotonic_ns()
+        if self._agreement.policy == "longest":
+            return ()
         self.drain()
-        now = self._unread() if self._agreement.policy != "longest" else (0, 0)
-        before, self._left_behind = self._left_behind, (0, 0)
+        now, before = self._unread(), self._left_behind
+        self._left_behind = (0, 0)
         tally = self._read(self._cast_vote(Occasion.EPOCH_END, unread=now[0] + before[0]), 0)
         if not tally.unread:
             return ()
@@ -217,6 +220,12 @@ class AgreedFeed:
             for rank, (present, earlier) in enumerate(said)
         ]
         return tuple(each for each in left if each.batches)
+
+    def close_epoch(self) -> None:
+        """Hold the vote of an epoch's end, on what was asked for in its handlers."""
+        self.drain()
+        self._read(self._cast_vote(Occasion.EPOCH_END), 0)
+        self._window_began += monotonic_ns() - self._paused_at  # handlers of the epoch's end are no part of a window
 
     def confirm_end(self) -> None:
         """Check that all ranks end the run here, as `terminate(agreed=True)` says. Raises DivergenceError."""
@@ -308,7 +317,7 @@ class AgreedFeed:
         if tally.gave_less:
             self._say_gave_less()
         if tally.requests:
-            self.landed = [each for asked in self._coordinator.gather(cast.requests) for each in asked]
+            self.landed += [each for asked in self._coordinator.gather(cast.requests) for each in asked]
         if tally.needs_batch:
             self._share_batch()
         return tally

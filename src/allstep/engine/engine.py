@@ -1,8 +1,8 @@
 """`Engine`: runs a step over data, epoch after epoch, and fires events on the way.
 
 Contract: a user makes an engine from a step, adds handlers and calls `run`. Between runs the state may be saved with
-`state_dict` and loaded into another engine, which then goes on where the first one stood. During a run, handlers and
-the step may ask for a change of course (`terminate`, `terminate_epoch`, `interrupt`, `set_data`). What crosses ranks
+`state_dict` and loaded into another engine, which then goes on where the first one stood. Handlers are what it has from
+`Listening`, changes of course during a run (`terminate` and the like) what it has from `Steering`. What crosses ranks
 goes through the engine's `Coordinator`; the engine calls no collective. What can go wrong: bad arguments raise before
 anything has changed; an exception of the user's code leaves `run` and the engine can run again.
 """
@@ -16,21 +16,21 @@ from typing import Any, Literal
 
 from torch import nn
 
-from allstep.coordination import POLICIES, Alone, Asked, Coordinator, Request, Uneven
+from allstep.coordination import POLICIES, Coordinator, Uneven
 from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
-from allstep.engine.loop import LOOK_NOW, Loop
+from allstep.engine.loop import Loop
 from allstep.engine.meeting import Hello, Meeting, Reduction, meet
 from allstep.engine.progress import Progress, place_from
 from allstep.engine.reader import SamplesIn, declared_counts
-from allstep.engine.source import END
 from allstep.engine.state import State
+from allstep.engine.steering import Steering
 from allstep.engine.terms import Terms, is_done, length_of, settle_terms
 from allstep.errors import DataError, EngineError
 from allstep.world import World
 
 
-class Engine(Listening):
+class Engine(Listening, Steering):
     """Runs `process_function(engine, batch)` over data and fires `Events`.
 
     Args:
@@ -65,7 +65,8 @@ class Engine(Listening):
         idle: Literal["filler", "skip"] = "filler",
         name: str | None = None,
     ) -> None:
-        super().__init__(State())
+        Listening.__init__(self, State())
+        Steering.__init__(self, coordinator)
         _check_step(process_function)
         _check_choice("uneven", uneven, POLICIES)
         _check_choice("idle", idle, ("filler", "skip"))
@@ -80,47 +81,16 @@ class Engine(Listening):
         self.modules: list[nn.Module] = []
         self.reductions: list[Reduction] = []
         self.logger = logging.getLogger("allstep.engine")
-        self.progress = Progress()
-        self.asked: set[Request] = set()
-        self.requests: list[Asked] = []
         self.kept: list[Any] = []
-        self.skips_completed = False
-        self.skips_epoch_completed = False
-        self._waiting_data: Any = END
-        self._given_coordinator = coordinator
-        self._loop: Loop | None = None
         self._drive: Generator[None, None, None] | None = None
         self._is_running = False
         self._was_loaded = False
         self._user_keys: list[str] = []
 
     @property
-    def coordinator(self) -> Coordinator:
-        """How this engine's ranks agree."""
-        if self._given_coordinator is not None:
-            return self._given_coordinator
-        world = World.current()
-        return Alone() if world is None else world.coordinator
-
-    @property
     def is_running(self) -> bool:
         """Whether `run` is under way."""
         return self._is_running
-
-    @property
-    def should_terminate(self) -> bool:
-        """Whether the run is to end."""
-        return Request.TERMINATE in self.asked
-
-    @property
-    def should_terminate_single_epoch(self) -> bool:
-        """Whether the epoch is to end."""
-        return Request.TERMINATE_EPOCH in self.asked
-
-    @property
-    def should_interrupt(self) -> bool:
-        """Whether the run is to be suspended."""
-        return Request.INTERRUPT in self.asked
 
     def run(
         self,
@@ -200,72 +170,6 @@ class Engine(Listening):
         self._was_loaded = False
         return self._go_on()
 
-    def terminate(self, skip_completed: bool = False, *, reason: str | None = None, agreed: bool = False) -> None:
-        """Ask for the run's end.
-
-        Alone it holds after the event in whose handler this is called, or after the step. With several ranks any of
-        them may ask: all end at the same iteration, on a group's boundary, by the end of the next window, and at once
-        when it is asked for in a handler of EPOCH_COMPLETED. TERMINATE is fired, then COMPLETED unless
-        `skip_completed`; not EPOCH_COMPLETED of an epoch in its middle. A next `run` goes on with the epoch after it.
-
-        Args:
-            skip_completed: leave out COMPLETED.
-            reason: what `state.stop_reason` says, after the rank.
-            agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
-        """
-        self._ask(
-            Request.TERMINATE, reason, skip_completed is True, at_once=agreed
-        )  # it may be a handler, given an engine
-
-    def terminate_epoch(self, skip_epoch_completed: bool = False, *, reason: str | None = None) -> None:
-        """Ask for the epoch's end, which holds as that of `terminate` does.
-
-        TERMINATE_SINGLE_EPOCH is fired, then EPOCH_COMPLETED unless `skip_epoch_completed`; the next epoch begins a new
-        pass over the data.
-        """
-        self._ask(Request.TERMINATE_EPOCH, reason, skip_epoch_completed is True)
-
-    def interrupt(self, *, reason: str | None = None) -> None:
-        """Ask for the run to be suspended, which holds as the end by `terminate` does.
-
-        INTERRUPT is fired and `run` returns; the next call of `run` goes on at the very place.
-        """
-        self._ask(Request.INTERRUPT, reason, False)
-
-    def set_data(self, data: Any) -> None:
-        """Take batches from `data`; the epoch's length stays.
-
-        Alone, and between passes, from the next batch on; with several ranks, inside a pass, when it has been voted on,
-        as an end by `terminate` is. Ranks may replace their data one by one.
-        """
-        if self._votes and self._loop is not None and self._loop.supply.takes_batches:
-            self._waiting_data = data
-            self._ask(Request.REPLACE_DATA, None, False)
-            return
-        self.state.dataloader = data
-        if self._loop is not None:
-            self._loop.replace_data(data)
-
-    def take(self, asked: Asked) -> None:
-        """Do what was asked for and, where ranks vote, agreed."""
-        state, loop = self.state, self._loop
-        if loop is None:
-            return
-        if asked.request is Request.REPLACE_DATA:
-            if asked.rank == self.coordinator.rank and self._waiting_data is not END:
-                state.dataloader, self._waiting_data = self._waiting_data, END
-                loop.replace_data(state.dataloader)
-            return
-        if asked.request is Request.TERMINATE:
-            self.skips_completed = asked.skip
-            self.progress.abandoned = self.progress.epoch_is_open
-            if state.stop_reason is None:
-                state.stop_reason = f"rank {asked.rank}: {asked.reason}"
-        elif asked.request is Request.TERMINATE_EPOCH:
-            self.skips_epoch_completed = asked.skip
-        self.asked.add(asked.request)
-        loop.until = LOOK_NOW
-
     def modules_in_step(self) -> list[nn.Module]:
         """Wrapped modules whose gradients the step's backward passes reduce over ranks."""
         world = World.current()
@@ -331,18 +235,6 @@ class Engine(Listening):
             state.epoch -= progress.epoch_is_open
         progress.step_is_open = progress.epoch_is_open = progress.abandoned = False
 
-    @property
-    def _votes(self) -> bool:
-        return self._loop is not None and self._loop.supply.agreed is not None
-
-    def _ask(self, request: Request, reason: str | None, skip: bool, *, at_once: bool = False) -> None:
-        why = reason or f"{request.value}() at iteration {self.state.iteration}"
-        asked = Asked(request, self.coordinator.rank, why, skip)
-        if self._votes and not at_once:
-            self.requests.append(asked)
-        else:
-            self.take(asked)
-
     def _meet(
         self,
         data: Any,
@@ -406,12 +298,9 @@ class Engine(Listening):
             self.kept = []
         state.weight, state.group_end, state.active, state.samples = 1.0, True, True, None
         state.unread, state.stop_reason = (), None
-        self.requests.clear()
-        self._waiting_data = END
+        self._forget_requests()
         world = World.current()
         state.seed = None if world is None else world.seed
-        self.asked.clear()
-        self.skips_completed = self.skips_epoch_completed = False
         self.registry.schedule(state)
         self._loop = Loop(self, meeting, continues=not terms.fresh and not is_spent)
         self._drive = self._loop.drive()

@@ -128,6 +128,7 @@ class Loop:
         progress.epoch_began_at = state.iteration
         if self.supply.is_dry and not iterations:
             return
+        self.supply.report_unread()
         if not (cut and self.engine.skips_epoch_completed):
             state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
             self._announce(Events.EPOCH_COMPLETED)

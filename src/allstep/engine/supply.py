@@ -214,18 +214,24 @@ class Supply:
             self.agreed.advance()
             self._land()
 
-    def close_epoch(self) -> None:
-        """Hold the vote of an epoch's end and report what ranks left unread."""
+    def report_unread(self) -> None:
+        """Say what ranks left unread in the epoch that has ended."""
         agreed, state = self.agreed, self.state
         if agreed is None:
             return
-        state.unread = agreed.close_epoch()
+        state.unread = agreed.report_unread()
         if state.unread and self.engine.coordinator.rank == 0:
             left = ", ".join(f"rank {u.rank}: {u.batches} batches, {u.samples} samples" for u in state.unread)
             self.engine.logger.warning(
                 "epoch %d ended when a rank ran out of data; unread, as far as known: %s", state.epoch, left
             )
         self._land(reopens=False)
+
+    def close_epoch(self) -> None:
+        """Hold the vote of an epoch's end."""
+        if self.agreed is not None:
+            self.agreed.close_epoch()
+            self._land(reopens=False)
 
     def _land(self, *, reopens: bool = True) -> None:
         """Take what the ranks agreed to do."""
