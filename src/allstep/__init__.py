@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from allstep.errors import AllstepError
     from allstep.handlers import EarlyStopping, StopOnSignal, TerminateOnNan, TimeLimit
+    from allstep.metrics import Gather, Max, Mean, Metrics, Min, Sum, Usage
     from allstep.placement import Placement
     from allstep.world import World, init
 
@@ -35,13 +36,20 @@ _HOMES = {
     "Engine": "allstep.engine",
     "EventEnum": "allstep.engine",
     "Events": "allstep.engine",
+    "Gather": "allstep.metrics",
+    "Max": "allstep.metrics",
+    "Mean": "allstep.metrics",
+    "Metrics": "allstep.metrics",
+    "Min": "allstep.metrics",
     "Permutation": "allstep.data",
     "Placement": "allstep.placement",
     "ShardedBatchSampler": "allstep.data",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",
+    "Sum": "allstep.metrics",
     "TerminateOnNan": "allstep.handlers",
     "TimeLimit": "allstep.handlers",
+    "Usage": "allstep.metrics",
     "World": "allstep.world",
     "create_supervised_evaluator": "allstep.engine",
     "create_supervised_trainer": "allstep.engine",
@@ -57,13 +65,20 @@ __all__ = [
     "Engine",
     "EventEnum",
     "Events",
+    "Gather",
+    "Max",
+    "Mean",
+    "Metrics",
+    "Min",
     "Permutation",
     "Placement",
     "ShardedBatchSampler",
     "State",
     "StopOnSignal",
+    "Sum",
     "TerminateOnNan",
     "TimeLimit",
+    "Usage",
     "World",
     "__version__",
     "create_supervised_evaluator",

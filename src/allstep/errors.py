@@ -84,6 +84,18 @@ def _uneven(message: str, counts: tuple[int, ...]) -> UnevenDataError:
     return UnevenDataError(message, counts=counts)
 
 
+class MetricMismatchError(AgreementError):
+    """Ranks are about to reduce metrics that differ in name, order, type or shape; raised on all of them alike."""
+
+
+class MetricError(AllstepError, RuntimeError):
+    """A metric or its attachment was used in a way that cannot work, or a metric failed on one rank only."""
+
+
+class NotComputableError(AllstepError, RuntimeError):
+    """A metric has seen no sample on any rank."""
+
+
 class RanksError(AllstepError, RuntimeError):
     """A rank of `allstep.testing.run_ranks` failed; the message names the first one and holds its traceback."""
 

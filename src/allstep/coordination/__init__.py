@@ -1,7 +1,7 @@
 """How ranks agree: the `Coordinator` protocol with its implementations, and the pure logic of votes and ledgers."""
 
 from allstep.coordination.alone import Alone
-from allstep.coordination.coordinator import Asked, Coordinator, Pending, Request
+from allstep.coordination.coordinator import Asked, Coordinator, Pending, ReduceOp, Request
 from allstep.coordination.ledger import (
     LONGEST_WINDOW,
     POLICIES,
@@ -12,6 +12,7 @@ from allstep.coordination.ledger import (
     next_window,
 )
 from allstep.coordination.ranked import Ranked
+from allstep.coordination.schema import Schema, StateLine, check_schemas, fingerprint
 from allstep.coordination.votes import Ballot, Occasion, Tally, read_tally, vector_length
 
 __all__ = [
@@ -25,11 +26,16 @@ __all__ = [
     "Occasion",
     "Pending",
     "Ranked",
+    "ReduceOp",
     "Request",
+    "Schema",
+    "StateLine",
     "Tally",
     "Uneven",
     "agree_length",
     "agree_window",
+    "check_schemas",
+    "fingerprint",
     "next_window",
     "read_tally",
     "vector_length",

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from allstep.coordination.coordinator import ReduceOp
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:
@@ -32,6 +36,14 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         """The only value."""
         return [value]
+
+    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The only bytes, as one row."""
+        return buffer[None]
+
+    def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """The tensor itself."""
+        return tensor
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value itself."""

@@ -11,7 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import torch
+
+ReduceOp = Literal["sum", "max", "min"]
 
 
 class Request(Enum):
@@ -56,6 +60,12 @@ class Coordinator(Protocol):
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. The value is pickled."""
+
+    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Every rank's bytes: uint8 (n,), n the same everywhere, to uint8 (world_size, n) on the buffer's device."""
+
+    def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """A tensor of the same shape and type everywhere, reduced element by element, on its device."""
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source`, on every rank. It is pickled."""

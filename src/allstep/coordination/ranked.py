@@ -1,8 +1,10 @@
 """The coordinator of a process group: agreement among the ranks of a world.
 
 Contract: made by `World` on every rank, over a gloo group that is used for nothing else, so that what ranks agree never
-waits behind gradients. Gloo matches calls by order, so all are issued from the main thread. What can go wrong: a rank
-that never comes leaves the others waiting until the group's time limit, which raises.
+waits behind gradients. Gloo matches calls by order, so all are issued from the main thread. Tensors (states of metrics,
+mostly) go over the world's default group where that carries their device: on nccl the host does not wait for them, and
+a rank that comes to a vote instead is not taken for one that brings states. What can go wrong: a rank that never comes
+leaves the others waiting until the group's time limit, which raises.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from allstep.channel.pulse import Pulse
+from allstep.coordination.coordinator import ReduceOp
 
 
 @contextmanager
@@ -43,11 +46,15 @@ class _Reduction:
 
 
 class Ranked:
-    """Agreement among the ranks of `group`, a gloo group of its own. `pulse` is told when this rank waits."""
+    """Agreement among the ranks of `group`, a gloo group of its own.
 
-    def __init__(self, group: dist.ProcessGroup, pulse: Pulse | None = None) -> None:
+    `pulse` is told when this rank waits. `carries` is the type of device whose tensors the default process group takes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, pulse: Pulse | None = None, *, carries: str = "cpu") -> None:
         self._group = group
         self._pulse = Pulse() if pulse is None else pulse
+        self._carries = carries
         self.rank: int = group.rank()
         self.world_size: int = group.size()
 
@@ -64,6 +71,28 @@ class Ranked:
         with _waiting(self._pulse):
             dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+        """One collective."""
+        sent, group = self._ready(buffer)
+        rows = torch.empty((self.world_size, *sent.shape), dtype=sent.dtype, device=sent.device)
+        with _waiting(self._pulse):
+            dist.all_gather(list(rows.unbind()), sent, group=group)
+        return rows.to(buffer.device)
+
+    def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """One collective."""
+        sent, group = self._ready(tensor)
+        sent = sent.clone() if sent is tensor else sent
+        with _waiting(self._pulse):
+            dist.all_reduce(sent, op=getattr(dist.ReduceOp, op.upper()), group=group)
+        return sent.to(tensor.device)
+
+    def _ready(self, tensor: torch.Tensor) -> tuple[torch.Tensor, dist.ProcessGroup | None]:
+        """The tensor where a group carries it, and that group; None is the default one."""
+        if tensor.device.type == self._carries:
+            return tensor.contiguous(), None
+        return tensor.cpu().contiguous(), None if self._carries == "cpu" else self._group
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source` of the group, pickled; tensors of an accelerator arrive on the receiver's own."""

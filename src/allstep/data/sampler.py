@@ -136,6 +136,14 @@ class ShardedBatchSampler(Sampler[list[int]]):
             return row
         return self._place.batches.counts(start, stop)
 
+    def indices(self, number: int) -> npt.NDArray[np.int64]:
+        """Dataset indices of this rank's part in batch `number` of the epoch, int64, by arithmetic."""
+        positions = np.arange(*self._place.batches.part(number, self.rank), dtype=np.int64)
+        if not self.shuffle:
+            return positions
+        order: npt.NDArray[np.int64] = Permutation(self.length, epoch_key(self.seed, self._epoch))(positions)
+        return order
+
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
         if epoch != self._epoch:

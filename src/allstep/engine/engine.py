@@ -20,7 +20,7 @@ from allstep.coordination import POLICIES, Coordinator, Uneven
 from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
 from allstep.engine.loop import Loop
-from allstep.engine.meeting import Hello, Meeting, meet
+from allstep.engine.meeting import Hello, Meeting, Reduction, meet
 from allstep.engine.progress import Progress, place_from
 from allstep.engine.reader import SamplesIn, declared_counts
 from allstep.engine.rehearsal import Rehearsal
@@ -52,6 +52,8 @@ class Engine(Listening, Steering):
     Attributes:
         state: the run's `State`.
         modules: wrapped modules that the step trains, besides those from the current world's `wrap`.
+        reductions: what is reduced over ranks at this engine's events; ranks compare them at a run's start.
+        is_running: whether `run` is under way.
         logger: where the engine reports.
         should_terminate: whether the run is to end; as `should_terminate_single_epoch` and `should_interrupt`.
     """
@@ -81,12 +83,18 @@ class Engine(Listening, Steering):
         self.idle = idle
         self.name = name or str(getattr(process_function, "__qualname__", type(process_function).__qualname__))
         self.modules: list[nn.Module] = []
+        self.reductions: list[Reduction] = []
         self.logger = logging.getLogger("allstep.engine")
         self.kept: list[Any] = []
         self._drive: Generator[None, None, None] | None = None
         self._is_running = False
         self._was_loaded = False
         self._user_keys: list[str] = []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether `run` is under way."""
+        return self._is_running
 
     def run(
         self,
@@ -274,7 +282,8 @@ class Engine(Listening, Steering):
             "state.max_iters": state.max_iters,
         }
         is_declared = self.samples_in is None and declared_counts(data) is not None
-        hello = Hello(terms, length_of(data), is_declared, hasattr(data, "__next__"))
+        schema = tuple(line for reduction in self.reductions for line in reduction.schema())
+        hello = Hello(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)
         return meet(
             coordinator,
             hello,

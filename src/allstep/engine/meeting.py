@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from allstep.coordination import LONGEST_WINDOW, Coordinator, Uneven, agree_length
+from allstep.coordination import LONGEST_WINDOW, Coordinator, Schema, Uneven, agree_length, check_schemas
 from allstep.engine.agreed import Agreement
 from allstep.errors import DataError, TermsError, UnevenDataError
 
 _DEFAULT_LOOKAHEAD = 4
+
+
+class Reduction(Protocol):
+    """Something that is reduced over ranks at one of an engine's events."""
+
+    def schema(self) -> Schema:
+        """What it reduces, the same on every rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +33,14 @@ class Hello:
         length: batches in a pass of this rank's data, None when it does not know.
         is_declared: whether its batches need not be read to be counted.
         is_one_shot: whether its data is an iterator.
+        schema: what it reduces over ranks at the engine's events.
     """
 
     terms: Mapping[str, Any]
     length: int | None
     is_declared: bool
     is_one_shot: bool
+    schema: Schema = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +66,13 @@ def meet(
 
     Raises:
         TermsError: ranks differ in a term; names it and each rank's value.
+        MetricMismatchError: ranks differ in what they reduce; names metric, state and ranks.
         DataError: under "shortest" or "error" a rank has no batch at all, or no rank has one.
         UnevenDataError: under "error" ranks know that they have different numbers of batches.
     """
     said: list[Hello] = coordinator.gather(hello)
     _check_same([each.terms for each in said])
+    check_schemas([each.schema for each in said])
     lengths = [each.length for each in said]
     length = agree_length(lengths, policy)
     if length == 0:

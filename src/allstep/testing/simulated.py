@@ -13,6 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
+
+from allstep.coordination import ReduceOp
 from allstep.errors import SimulationError
 
 T = TypeVar("T")
@@ -77,6 +80,18 @@ class SimulatedRank:
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value."""
         return self._meetings.result(self._bring(value))
+
+    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+        """Every rank's bytes. Sizes that differ, which abort a process group, raise here."""
+        rows = self._meetings.result(self._bring(buffer))
+        if len({row.shape for row in rows}) > 1:
+            raise SimulationError(f"ranks brought buffers of different sizes: {[row.numel() for row in rows]}")
+        return torch.stack(rows)
+
+    def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """Reduced in rank order."""
+        stacked = torch.stack(self._meetings.result(self._bring(tensor)))
+        return stacked.sum(0) if op == "sum" else stacked.amax(0) if op == "max" else stacked.amin(0)
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source`."""

@@ -78,7 +78,6 @@ class World:
         self.seed: int | None = None
         self.pulse = Pulse() if pulse is None else pulse
         self.reporter = reporter
-        self.coordinator: Coordinator = Alone() if group is None else Ranked(group.for_agreement(timeout), self.pulse)
         self._group = group
         self._timeout = timeout
         self._meetings = Waits(self.pulse)
@@ -86,6 +85,9 @@ class World:
         self._wrapped: list[weakref.ref[nn.Module]] = []
         self._closed = False
         transport = choose_transport(device, group.backend) if group is not None else device
+        self.coordinator: Coordinator = (
+            Alone() if group is None else Ranked(group.for_agreement(timeout), self.pulse, carries=transport.type)
+        )
         self._collectives = Collectives(self.rank, self.world_size, device, transport)
 
     @staticmethod

@@ -1,0 +1,323 @@
+"""What metrics over ranks cost: collectives, bytes and time at an epoch's end, and the time of an update.
+
+Gloo ranks on this machine hold 1, 10 and 50 classification metrics (accuracy, precision, recall and confusion matrix of
+ten classes, in turns) that have seen the same uneven batches, and bring an epoch to its end:
+
+- allstep: the reduction of `Metrics`, everything from the states to the results;
+- torchmetrics: `compute()` of each metric, which synchronises itself;
+- PyTorch-Ignite: its own metrics of the same kinds, `compute()` of each;
+- Lightning: `self.log(..., sync_dist=True)` of as many values, its result collection computing them; these are means
+  of numbers, the only thing it can log so;
+- Accelerate: `gather_for_metrics` of predictions and targets in each iteration of an epoch of 20, then torchmetrics
+  without synchronisation: here time and collectives are those of the whole epoch.
+
+Bytes are what a rank gives to its collectives. Times are medians over repetitions that all contenders take in turns,
+so that a drift of the machine meets all of them; a repetition begins at a barrier, and its time is the slowest rank's.
+Updates are measured on one rank of the two, with the same batches: `Metrics` taking an engine's output, against a loop
+over the same metrics' `update`; and allstep's `Mean` against torchmetrics' `MeanMetric`.
+
+    pip install allstep[bench]; python benchmarks/metrics.py [--repetitions 50] [--ranks 2 4] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from machine import machine_line
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassPrecision,
+    MulticlassRecall,
+)
+
+from allstep import Alone, Engine, Mean, Metrics, World
+from allstep.testing import run_ranks
+
+CLASSES, ROWS, BATCHES = 10, 64, 20
+COUNTS = (1, 10, 50)
+AIM = 10.0
+_COLLECTIVES = (
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_single",
+    "all_reduce",
+    "barrier",
+    "broadcast",
+    "gather",
+    "reduce",
+)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What one epoch's end asked of torch.distributed."""
+
+    collectives: int
+    bytes: int
+
+
+@contextlib.contextmanager
+def observed() -> Iterator[list[int]]:
+    """Bytes that each collective inside is given by this rank; calls made by another collective are not counted."""
+    given: list[int] = []
+    inside = False
+
+    def observing(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def observe(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return call(*args, **kwargs)
+            sent = next(
+                (a for a in (args[1::-1] if "gather" in name else args[:1]) if isinstance(a, torch.Tensor)), None
+            )
+            given.append(0 if sent is None else sent.numel() * sent.element_size())
+            inside = True
+            try:
+                return call(*args, **kwargs)
+            finally:
+                inside = False
+
+        return observe
+
+    with contextlib.ExitStack() as stack:
+        for name in _COLLECTIVES:
+            for module in (dist, dist.distributed_c10d):
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, observing(getattr(module, name), name)))
+        yield given
+
+
+def batches(rank: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(rank)
+    rows = [ROWS - at % (rank + 2) for at in range(BATCHES)]
+    return [
+        (torch.rand(n, CLASSES, generator=generator), torch.randint(CLASSES, (n,), generator=generator)) for n in rows
+    ]
+
+
+def classification(count: int, **options: Any) -> dict[str, Metric]:
+    kinds: list[Callable[..., Metric]] = [
+        lambda **o: MulticlassAccuracy(CLASSES, average="micro", **o),
+        lambda **o: MulticlassPrecision(CLASSES, **o),
+        lambda **o: MulticlassRecall(CLASSES, **o),
+        lambda **o: MulticlassConfusionMatrix(CLASSES, **o),
+    ]
+    return {f"metric {at}": kinds[at % len(kinds)](validate_args=False, **options) for at in range(count)}
+
+
+def by_allstep(world: World, count: int) -> Callable[[], object]:
+    engine = Engine(lambda engine, batch: batch, uneven="longest", idle="skip")
+    Metrics(classification(count)).attach(engine)
+    engine.run(batches(world.rank))
+    reduction: Any = engine.reductions[0]
+    return lambda: reduction(engine)
+
+
+def by_torchmetrics(world: World, count: int) -> Callable[[], object]:
+    metrics = classification(count, compute_with_cache=False)
+    for batch in batches(world.rank):
+        for metric in metrics.values():
+            metric.update(*batch)
+    return lambda: [metric.compute() for metric in metrics.values()]
+
+
+def by_ignite(world: World, count: int) -> Callable[[], object]:
+    from ignite import metrics as ignite
+
+    kinds: list[Callable[[], Any]] = [
+        ignite.Accuracy,
+        lambda: ignite.Precision(average="macro"),
+        lambda: ignite.Recall(average="macro"),
+        lambda: ignite.ConfusionMatrix(CLASSES),
+    ]
+    metrics = [kinds[at % len(kinds)]() for at in range(count)]
+
+    def epoch_end() -> object:
+        for metric in metrics:  # a result is kept, and the states of some are overwritten by it
+            metric.reset()
+            metric.update(batch)
+        begin()
+        return [metric.compute() for metric in metrics]
+
+    batch = batches(world.rank)[0]
+    begin = Begin()
+    epoch_end.begin = begin  # type: ignore[attr-defined]
+    return epoch_end
+
+
+class Begin:
+    """When what is to be timed begins, for a contender that has to prepare each repetition."""
+
+    def __init__(self) -> None:
+        self.at = 0.0
+
+    def __call__(self) -> None:
+        dist.barrier()
+        self.at = time.perf_counter()
+
+
+def by_lightning(world: World, count: int) -> Callable[[], object]:
+    from lightning.pytorch.strategies import DDPStrategy
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+
+    strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * world.world_size)
+    values = [batch[0].mean() for batch in batches(world.rank)]
+    begin = Begin()
+
+    def epoch_end() -> object:
+        results = _ResultCollection(training=False)
+        for value in values[:2]:
+            for at in range(count):
+                results.log(
+                    "validation_step",
+                    f"metric {at}",
+                    value,
+                    on_step=False,
+                    on_epoch=True,
+                    sync_dist=True,
+                    sync_dist_fn=strategy.reduce,
+                    batch_size=ROWS,
+                )
+        begin()
+        return results.metrics(on_step=False)
+
+    epoch_end.begin = begin  # type: ignore[attr-defined]
+    return epoch_end
+
+
+def by_accelerate(world: World, count: int) -> Callable[[], object]:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    data = batches(0)  # it gathers batches of one size
+
+    def epoch() -> object:
+        metrics = classification(count, sync_on_compute=False)
+        gathered = [accelerator.gather_for_metrics(batch) for batch in data]
+        for batch in gathered:
+            for metric in metrics.values():
+                metric.update(*batch)
+        return [metric.compute() for metric in metrics.values()]
+
+    return epoch
+
+
+CONTENDERS: dict[str, Callable[[World, int], Callable[[], object]]] = {
+    "allstep": by_allstep,
+    "torchmetrics": by_torchmetrics,
+    "PyTorch-Ignite": by_ignite,
+    "Lightning, self.log": by_lightning,
+    "Accelerate, gather_for_metrics, whole epoch": by_accelerate,
+}
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds on the slowest rank."""
+    dist.barrier()
+    begin = time.perf_counter()
+    run()
+    end = time.perf_counter()
+    prepared = getattr(run, "begin", None)
+    took = torch.tensor(end - (begin if prepared is None else prepared.at), dtype=torch.float64)
+    dist.all_reduce(took, op=dist.ReduceOp.MAX)
+    return float(took)
+
+
+def measure(world: World, count: int, repetitions: int) -> dict[str, tuple[Traffic, float]]:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    runs: dict[str, Callable[[], object]] = {}
+    for name, make in CONTENDERS.items():
+        with contextlib.suppress(ImportError):
+            runs[name] = make(world, count)
+    traffic = {}
+    for name, run in runs.items():
+        run()
+        prepared = hasattr(run, "begin")
+        with observed() as given:
+            run()
+        traffic[name] = Traffic(len(given) - prepared, sum(given))
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repetitions):
+        for name, run in runs.items():
+            times[name].append(timed(run))
+    return {name: (traffic[name], statistics.median(times[name])) for name in runs}
+
+
+def update_cost(repetitions: int) -> dict[str, float]:
+    """Microseconds of an update on one rank: ten metrics in a loop and by `Metrics`, and the two means."""
+    torch.set_num_threads(1)
+    batch, value = batches(0)[0], torch.tensor(0.5)
+    loop, ours = classification(10), Metrics(classification(10))
+    engine = Engine(lambda engine, batch: batch, coordinator=Alone())
+    ours.attach(engine)
+    engine.state.output, engine.state.batch = batch, batch
+    theirs_mean, our_mean = MeanMetric(), Mean()
+    calls: dict[str, Callable[[], object]] = {
+        "ten metrics, a loop over torchmetrics": lambda: [metric.update(*batch) for metric in loop.values()],
+        "ten metrics, allstep": lambda: ours._take(engine),
+        "MeanMetric, torchmetrics": lambda: theirs_mean.update(value, ROWS),
+        "Mean, allstep": lambda: our_mean.update(value, ROWS),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            for _ in range(20):
+                call()
+            times[name].append((time.perf_counter() - begin) / 20 * 1e6)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--repetitions", type=int, default=50)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--quick", action="store_true", help="two repetitions over two ranks, to try it")
+    options = parser.parse_args()
+    repetitions, worlds = (2, [2]) if options.quick else (options.repetitions, options.ranks)
+    print(machine_line())
+    print(f"{repetitions} repetitions; {CLASSES} classes, {BATCHES} batches of up to {ROWS} rows a rank.\n")
+    for world_size in worlds:
+        print(f"{world_size} gloo ranks\n\n| metrics | | collectives | bytes a rank gives | ms | / allstep |")
+        print("|---:|---|---:|---:|---:|---:|")
+        for count in COUNTS:
+            found = run_ranks(measure, world_size, count, repetitions, timeout=1800)[0]
+            own = found["allstep"][1]
+            for name, (traffic, seconds) in found.items():
+                ratio = f"{seconds / own:.1f}"
+                cells = (count, name, traffic.collectives, f"{traffic.bytes:,}", f"{seconds * 1e3:.2f}", ratio)
+                print("| " + " | ".join(map(str, cells)) + " |")
+            if count == 10:
+                gain = found["torchmetrics"][1] / own
+                verdict = "reached" if gain >= AIM else "missed"
+                note = f"aim: {AIM:.0f} times faster than torchmetrics at ten metrics, {verdict}: {gain:.1f}"
+        print(f"\n({note})\n")
+    print("| an update on one rank | µs |\n|---|---:|")
+    for name, taken in update_cost(repetitions * 2).items():
+        print(f"| {name} | {taken:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

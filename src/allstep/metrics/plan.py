@@ -1,0 +1,161 @@
+"""Which states there are, how each is reduced, and in which order they are packed.
+
+Contract: made from the metrics of one event, on each rank for itself; ranks whose plans have equal `schema` lines lay
+their states out alike. States that add up element by element (sum, max, min) are laid in blocks, one for each operation
+and element type, so that a block is reduced at once. All others travel as a list of tensors: those of list states, and
+a tensor state whose reduction must see what each rank had ("mean", None, a function of the user's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchmetrics import Metric
+from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
+
+from allstep.coordination import ReduceOp, Schema, StateLine, fingerprint
+from allstep.metrics.nodes import Node, syncs_itself
+
+Reduction = Callable[[Any], Any] | None
+
+_OPS: dict[Any, ReduceOp] = {dim_zero_sum: "sum", dim_zero_max: "max", dim_zero_min: "min"}
+_NAMES: dict[Any, str] = {dim_zero_mean: "mean", dim_zero_cat: "cat", **_OPS, None: "None"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FixedState:
+    """A tensor that is reduced element by element. `node` is its metric's index in the plan."""
+
+    node: int
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def value(self, node: Node) -> torch.Tensor:
+        """What this rank has."""
+        found: torch.Tensor = getattr(node.metric, self.name)
+        return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ListedState:
+    """A state that travels as a list of tensors. `is_list` says that it is one, else a tensor that each rank gives."""
+
+    node: int
+    name: str
+    is_list: bool
+    reduction: Reduction
+
+    @property
+    def concatenates(self) -> bool:
+        """Whether its tensors are concatenated."""
+        return self.reduction is dim_zero_cat
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """Fixed states of one operation and element type, side by side."""
+
+    op: ReduceOp
+    dtype: torch.dtype
+    states: tuple[FixedState, ...]
+
+    @property
+    def length(self) -> int:
+        """Elements in all of them."""
+        return sum(state.shape.numel() for state in self.states)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """All states of an event's metrics.
+
+    Attributes:
+        nodes: metrics whose states are packed.
+        blocks: the fixed states.
+        listed: all others.
+        alone: metrics that reduce their states in a way of their own.
+        followers: for metrics whose states another one holds too, the index of that one in `nodes`.
+        schema: one line a state; ranks with equal ones pack alike.
+    """
+
+    nodes: tuple[Node, ...]
+    blocks: tuple[Block, ...]
+    listed: tuple[ListedState, ...]
+    alone: tuple[Node, ...]
+    followers: tuple[tuple[Node, int], ...]
+    schema: Schema
+    fingerprint: int
+
+    def is_current(self) -> bool:
+        """Whether the fixed states still have the types and shapes that the plan was made for."""
+        return all(
+            (value := state.value(self.nodes[state.node])).dtype == state.dtype and value.shape == state.shape
+            for block in self.blocks
+            for state in block.states
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the states are: the accelerator, if any of them is on one."""
+        devices = [torch.device(node.metric.device) for node in self.nodes]
+        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def make_plan(event: str, found: Iterable[Node], following: Mapping[int, Metric]) -> Plan:
+    """The plan for metrics that are reduced together at `event`.
+
+    Args:
+        event: its name, for errors.
+        found: all metrics with states.
+        following: those of them whose states another one holds too, and that one, by id.
+    """
+    every = list(found)
+    alone = [node for node in every if syncs_itself(node.metric)]
+    leading = [node for node in every if not syncs_itself(node.metric) and id(node.metric) not in following]
+    places = {id(node.metric): place for place, node in enumerate(leading)}
+    behind = [(node, places[id(following[id(node.metric)])]) for node in every if id(node.metric) in following]
+    fixed: dict[tuple[ReduceOp, torch.dtype], list[FixedState]] = {}
+    listed: list[ListedState] = []
+    lines: list[StateLine] = []
+    for place, node in enumerate(leading):
+        for name, default in node.metric._defaults.items():
+            reduction: Any = node.metric._reductions[name]
+            value = getattr(node.metric, name)
+            op = _OPS.get(reduction)
+            if isinstance(default, torch.Tensor) and isinstance(value, torch.Tensor) and op is not None:
+                state = FixedState(place, name, value.shape, value.dtype)
+                fixed.setdefault((op, value.dtype), []).append(state)
+            else:
+                listed.append(ListedState(place, name, isinstance(default, list), reduction))
+            lines.append(StateLine(event, _named(node), name, _form(default, value, reduction)))
+    lines += [StateLine(event, _named(node), "", "reduced in a way of its own") for node in alone]
+    schema = tuple(lines)
+    return Plan(
+        tuple(leading),
+        tuple(Block(op, dtype, tuple(states)) for (op, dtype), states in fixed.items()),
+        tuple(listed),
+        tuple(alone),
+        tuple(behind),
+        schema,
+        fingerprint(schema),
+    )
+
+
+def element_wise(reduction: Any) -> ReduceOp | None:
+    """The operation of a reduction that adds up element by element, None for any other."""
+    return _OPS.get(reduction)
+
+
+def _named(node: Node) -> str:
+    return f"{node.name} ({type(node.metric).__name__})"
+
+
+def _form(default: Any, value: Any, reduction: Any) -> str:
+    how = _NAMES.get(reduction) or f"reduced by {getattr(reduction, '__name__', type(reduction).__name__)}"
+    if isinstance(default, list):
+        return f"a list, {how}"
+    return f"a tensor, {how}, {str(value.dtype).removeprefix('torch.')}, shape {tuple(value.shape)}"

@@ -1,0 +1,170 @@
+"""What happens at an event at which metrics are computed: one reduction for all that are attached there.
+
+Contract: an engine has one `EventReduction` for each event at which something is computed; `Metrics.attach` joins it.
+At the event every rank exchanges its states, folds those of all ranks, and computes all results from them; these are in
+`engine.state.metrics` afterwards, the same bits on all ranks, as tensors on the metrics' device. The metrics' own
+states stay. What can go wrong is raised on all ranks alike: metrics that differ, a metric that has seen nothing
+anywhere, a `compute` that raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torchmetrics import Metric, MetricCollection
+
+from allstep.coordination import Schema
+from allstep.data.keys import key_of
+from allstep.engine import Engine
+from allstep.errors import NotComputableError
+from allstep.metrics.exchange import Exchange, Gathered
+from allstep.metrics.folding import fold_listed
+from allstep.metrics.installed import installed, same_draws
+from allstep.metrics.nodes import Entry, Node, all_metrics, followers, nodes
+from allstep.metrics.own_sync import sync_by_itself
+from allstep.metrics.packing import Carried, given
+from allstep.metrics.plan import Plan, make_plan
+from allstep.metrics.usage import Event, event_name
+
+if TYPE_CHECKING:
+    from allstep.metrics.metrics import Metrics
+
+States = dict[int, dict[str, Any]]
+
+
+class EventReduction:
+    """All metrics that one engine computes at one event."""
+
+    def __init__(self, event: Event) -> None:
+        self.event = event
+        self.members: list[Metrics] = []
+        self._entries: dict[str, Entry] = {}
+        self._found: list[Node] = []
+        self._metrics: list[Metric] = []
+        self._parts: dict[str, list[int]] = {}
+        self._plan: Plan | None = None
+        self._exchange = Exchange()
+
+    def join(self, member: Metrics) -> None:
+        """Compute these metrics too. Raises ValueError when a name is taken."""
+        taken = sorted(self._entries.keys() & member.entries.keys())
+        if taken:
+            raise ValueError(
+                f"metrics named {', '.join(taken)} are computed at {self.event} already; choose other names"
+            )
+        self._become([*self.members, member])
+
+    def leave(self, member: Metrics) -> None:
+        """Compute these metrics no more."""
+        self._become([each for each in self.members if each is not member])
+
+    def schema(self) -> Schema:
+        """What is reduced, for ranks to compare when a run begins."""
+        return self._present_plan().schema
+
+    def __call__(self, engine: Engine) -> None:
+        """Reduce, compute, and set the results."""
+        plan, coordinator = self._present_plan(), engine.coordinator
+        carried = self._carried(plan)
+        if coordinator.world_size == 1:
+            states, updates = _of_one_rank(plan, carried)
+        else:
+            states, updates = _of_all_ranks(plan, self._exchange.gather(coordinator, plan, carried))
+        for node in plan.alone:
+            if coordinator.world_size > 1:
+                states[id(node.metric)] = sync_by_itself(coordinator, node)
+                updates[id(node.metric)] = sum(coordinator.gather(node.updates))
+            else:
+                updates[id(node.metric)] = node.updates
+        for follower, place in plan.followers:
+            leader = plan.nodes[place].metric
+            states[id(follower.metric)] = {
+                name: list(value) if isinstance(value, list) else value for name, value in states[id(leader)].items()
+            }
+            updates[id(follower.metric)] = updates[id(leader)]
+        self._check_seen(updates)
+        self._compute(engine, plan, states, updates)
+
+    def _compute(self, engine: Engine, plan: Plan, states: States, updates: Mapping[int, int]) -> None:
+        state = engine.state
+        key = key_of(state.seed or 0, state.epoch, state.iteration)
+        results: dict[str, Any] = {}
+        with torch.no_grad(), same_draws(key, plan.device), installed(self._metrics, states, updates):
+            for member in self.members:
+                for name, entry in member.entries.items():
+                    results |= _named_results(name if member.names_results else "", entry, entry.compute())
+        state.metrics.update(results)
+
+    def _check_seen(self, updates: Mapping[int, int]) -> None:
+        unseen = []
+        for name, parts in self._parts.items():
+            counts = [updates[part] for part in parts if part in updates]
+            if counts and not any(counts):
+                unseen.append(name)
+        if unseen:
+            raise NotComputableError(
+                f"at {event_name(self.event)} these metrics have seen no sample on any rank: {', '.join(unseen)}. "
+                "Check that the data is not empty and that the usage's `updates` comes before its `computes`"
+            )
+
+    def _become(self, members: Sequence[Metrics]) -> None:
+        self.members = list(members)
+        self._entries = {name: entry for member in members for name, entry in member.entries.items()}
+        self._found = nodes(self._entries)
+        self._metrics = list(all_metrics(self._entries.values()))
+        self._parts = {name: [id(part) for part in all_metrics([entry])] for name, entry in self._entries.items()}
+        self._plan = None
+
+    def _present_plan(self) -> Plan:
+        if self._plan is None or not self._plan.is_current():
+            self._plan = make_plan(event_name(self.event), self._found, followers(self._entries.values()))
+        return self._plan
+
+    def _carried(self, plan: Plan) -> Carried:
+        held = {key: value for member in self.members for key, value in member.carried.items()}
+        if not held:
+            return {}
+        places = {id(node.metric): place for place, node in enumerate(plan.nodes)}
+        return {(places[metric], name): value for (metric, name), value in held.items() if metric in places}
+
+
+def _of_all_ranks(plan: Plan, gathered: Gathered) -> tuple[States, dict[int, int]]:
+    states: States = {id(node.metric): {} for node in plan.nodes}
+    for block, values in zip(plan.blocks, gathered.blocks, strict=True):
+        for state, part in zip(block.states, torch.split(values, [s.shape.numel() for s in block.states]), strict=True):
+            states[id(plan.nodes[state.node].metric)][state.name] = part.reshape(state.shape)
+    for at, listed in enumerate(plan.listed):
+        node = plan.nodes[listed.node]
+        folded = fold_listed(listed, node.name, [rank.listed[at] for rank in gathered.ranks])
+        if folded is None:
+            folded = [] if listed.is_list else getattr(node.metric, listed.name).clone()
+        states[id(node.metric)][listed.name] = folded
+    for rank in reversed(gathered.ranks):  # so that the first that has learnt something is heard
+        for place, learnt in rank.learnt.items():
+            states[id(plan.nodes[place].metric)].update(learnt)
+    counts = [sum(counts) for counts in zip(*(rank.updates for rank in gathered.ranks), strict=True)]
+    return states, {id(node.metric): count for node, count in zip(plan.nodes, counts, strict=True)}
+
+
+def _of_one_rank(plan: Plan, carried: Carried) -> tuple[States, dict[int, int]]:
+    states: States = {id(node.metric): {} for node in plan.nodes}
+    for block in plan.blocks:
+        for state in block.states:
+            node = plan.nodes[state.node]
+            states[id(node.metric)][state.name] = state.value(node).detach().clone()
+    for listed in plan.listed:
+        node = plan.nodes[listed.node]
+        brought = carried.get((listed.node, listed.name), ())
+        value = getattr(node.metric, listed.name)
+        if brought:
+            value = fold_listed(listed, node.name, [given(node, listed, brought)])
+        states[id(node.metric)][listed.name] = list(value) if isinstance(value, list) else value
+    return states, {id(node.metric): node.updates for node in plan.nodes}
+
+
+def _named_results(name: str, entry: Entry, value: Any) -> dict[str, Any]:
+    if not isinstance(entry, MetricCollection):
+        return {name: value}
+    return {f"{name}/{key}" if name else str(key): each for key, each in value.items()}

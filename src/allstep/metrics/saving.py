@@ -1,0 +1,103 @@
+"""Saving what one rank has counted, and going on from it on as many ranks as there now are.
+
+Contract: both are local. A rank that is given the states of several saved ranks joins them: sums and extremes by their
+operation, lists one after another. What only a reduction over ranks can join (a tensor that is averaged, stacked or
+given to a function of the user's) is kept beside the own state and takes part in the next reduction as another rank's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+
+from allstep.metrics.folding import fold
+from allstep.metrics.nodes import Node
+from allstep.metrics.plan import element_wise
+
+CarriedStates = MutableMapping[tuple[int, str], list[Any]]
+
+
+def saved_states(found: Sequence[Node], carried: Mapping[tuple[int, str], Sequence[Any]]) -> dict[str, Any]:
+    """What this rank has counted, by metric: tensors and lists, copied, and the number of batches."""
+    return {
+        node.name: {
+            "updates": node.updates,
+            "states": {name: _copied(getattr(node.metric, name)) for name in node.metric._defaults},
+            "carried": {
+                name: _copied(list(carried[id(node.metric), name]))
+                for name in node.metric._defaults
+                if (id(node.metric), name) in carried
+            },
+            "learnt": node.learnt(),
+        }
+        for node in found
+    }
+
+
+def load_states(found: Sequence[Node], states: Sequence[Mapping[str, Any]], carried: CarriedStates) -> None:
+    """Have metrics hold what was saved; of several saved ranks, what these have together.
+
+    Raises ValueError, and changes nothing, when a state is of other metrics.
+    """
+    for state in states:
+        _check(found, state)
+    carried.clear()
+    for node in found:
+        node.metric.reset()
+        saved = [state[node.name] for state in states]
+        vars(node.metric).update({name: value for each in saved for name, value in each["learnt"].items()})
+        for name, default in node.metric._defaults.items():
+            own = [each["states"][name] for each in saved if each["updates"] or isinstance(default, list)]
+            brought = [value for each in saved for value in each["carried"].get(name, ())]
+            if not own and not brought:
+                continue
+            joined, rest = _joined(node, name, default, own, brought)
+            setattr(node.metric, name, joined)
+            if rest:
+                carried[id(node.metric), name] = rest
+        node.metric._update_count = sum(each["updates"] for each in saved)
+
+
+def _joined(node: Node, name: str, default: Any, own: list[Any], brought: list[Any]) -> tuple[Any, list[Any]]:
+    """The state that this rank goes on with, and what stays beside it."""
+    device = node.metric.device
+    if isinstance(default, list):
+        return [_on(value, device) for values in [*own, brought] for value in values], []
+    op = element_wise(node.metric._reductions[name])
+    if op is not None:
+        return fold([_on(value, device) for value in own], op).to(own[0].dtype), []
+    first, *rest = [_on(value, device) for value in [*own, *brought]]
+    return first, rest
+
+
+def _check(found: Sequence[Node], state: Mapping[str, Any]) -> None:
+    names = [node.name for node in found]
+    if list(state) != names:
+        raise ValueError(f"the state to load is of metrics {', '.join(state)}; these are {', '.join(names)}")
+    for node in found:
+        saved = state[node.name]["states"]
+        if saved.keys() != node.metric._defaults.keys():
+            raise ValueError(
+                f"metric {node.name!r} has states {', '.join(node.metric._defaults)}; the state to load has "
+                f"{', '.join(saved)}"
+            )
+        for name, default in node.metric._defaults.items():
+            if isinstance(default, torch.Tensor) and isinstance(saved[name], torch.Tensor):
+                have, given = getattr(node.metric, name).shape, saved[name].shape
+                if have != given:
+                    raise ValueError(
+                        f"metric {node.name!r}, state {name!r}, has shape {tuple(have)}; the state to load has "
+                        f"{tuple(given)}"
+                    )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [_copied(each) for each in value] if isinstance(value, list) else value
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    return value.detach().clone().to(device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,94 @@
+"""Which metrics of a collection always hold the same states, so that these travel once.
+
+Contract: a pure function of how the metrics were made, never of what they have seen: torchmetrics forms its compute
+groups by comparing states after the first batch, so that a rank without a batch has none, and ranks could differ. Here
+two metrics share when they run the same `update`, everything that it reads of them is equal, and their states begin
+alike. Groups that a user gave a collection hold as given, and `compute_groups=False` shares nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torchmetrics import Metric, MetricCollection
+
+_CHECKS_ONLY = frozenset({"validate_args"})  # torchmetrics' flag: whether input is checked, not what is kept of it
+_READS_ANYTHING = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "super"})
+
+
+def shared_states(collection: MetricCollection) -> dict[int, Metric]:
+    """The metric that speaks for each member of a collection, by the member's id; those not listed speak themselves."""
+    members: dict[str, Metric] = dict(collection._modules)
+    asked = collection._enable_compute_groups
+    if asked is False:
+        return {}
+    if isinstance(asked, list):
+        groups = [[members[name] for name in names] for names in asked]
+    else:
+        groups = []
+        for member in members.values():
+            group = next((known for known in groups if update_alike(known[0], member)), None)
+            groups.append([member]) if group is None else group.append(member)
+    return {id(follower): group[0] for group in groups for follower in group[1:]}
+
+
+def update_alike(one: Metric, other: Metric) -> bool:
+    """Whether two metrics that are given the same batches hold the same states."""
+    function = getattr(type(one), "update", None)
+    if function is not getattr(type(other), "update", None) or not isinstance(function, FunctionType):
+        return False
+    if not one._defaults or one._reductions != other._reductions or not _equal(one._defaults, other._defaults):
+        return False
+    names = _read_by(type(one), function)
+    other_names = _read_by(type(other), function)
+    if names is None or names != other_names:
+        return False
+    data = {name for name in names if not isinstance(getattr(type(one), name, None), FunctionType)}
+    methods = names - data
+    same_methods = all(getattr(type(one), name) is getattr(type(other), name, None) for name in methods)
+    held = [
+        name for name in data - _CHECKS_ONLY if name not in one._defaults and hasattr(one, name) | hasattr(other, name)
+    ]
+    return same_methods and all(_equal(getattr(one, name, None), getattr(other, name, None)) for name in held)
+
+
+def _read_by(owner: type, function: FunctionType) -> frozenset[str] | None:
+    """Names that a method, and the methods that it calls, may read of its metric; None when it may read anything."""
+    names: set[str] = set()
+    waiting: list[FunctionType] = [function]
+    while waiting:
+        for name in _names(waiting.pop().__code__):
+            if name in _READS_ANYTHING:
+                return None
+            if name not in names:
+                names.add(name)
+                found = getattr(owner, name, None)
+                if isinstance(found, FunctionType):
+                    waiting.append(found)
+    return frozenset(names)
+
+
+def _names(code: CodeType) -> Iterable[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, torch.nn.Module) or not hasattr(one, "__eq__"):
+        return False
+    return isinstance(one, bool | int | float | str | bytes | torch.dtype | torch.device) and one == other

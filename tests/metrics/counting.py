@@ -1,0 +1,32 @@
+"""Counting the collectives that a process asks of torch.distributed, whoever asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+_NAMES = ("all_gather", "all_reduce", "broadcast", "barrier", "gather", "reduce")
+
+
+@contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """How often each collective is called inside."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return call(*args, **kwargs)
+
+        return count
+
+    with ExitStack() as stack:
+        for name in _NAMES:
+            for module in (dist, dist.distributed_c10d):
+                stack.enter_context(patch.object(module, name, counting(name, getattr(module, name))))
+        yield calls

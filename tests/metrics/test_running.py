@@ -1,0 +1,124 @@
+"""Mean, Sum, Max and Min: weighted once, exact counts, no drift."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from allstep.metrics import Max, Mean, Min, Sum
+from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks
+
+
+def test_a_mean_of_batch_means_is_the_mean_over_samples() -> None:
+    mean = Mean()
+    mean.update(torch.tensor(1.0), 3)
+    mean.update(2.0, 1)
+    assert float(mean.compute()) == 1.25
+
+
+def test_a_tensor_with_one_value_a_sample_is_not_weighed_again() -> None:
+    mean, total = Mean(), Sum()
+    for metric in (mean, total):
+        metric.update(torch.tensor([1.0, 2.0, 6.0]), 3)
+    assert float(mean.compute()) == 3.0
+    assert float(total.compute()) == 9.0
+
+
+def test_a_sum_of_batch_means_is_the_sum_over_samples_unless_they_are_totals() -> None:
+    weighted, plain = Sum(), Sum(weighted=False)
+    for metric in (weighted, plain):
+        metric.update(torch.tensor(2.0), 3)
+        metric.update(0.5, 2)
+    assert float(weighted.compute()) == 7.0
+    assert float(plain.compute()) == 2.5
+
+
+def test_a_hundred_million_samples_of_a_tenth_drift_by_less_than_a_billionth() -> None:
+    total = Sum()
+    for _ in range(1000):
+        total.update(0.1, 100_000)
+    assert abs(float(total.compute()) - 1e7) < 1e-9 * 1e7
+
+
+def test_small_amounts_are_not_lost_beside_a_large_sum() -> None:
+    total, plain = Sum(), torch.tensor(1e8, dtype=torch.float64)
+    total.update(1e8)
+    exact = 1e8 + math.fsum([0.1] * 100_000)
+    for _ in range(100_000):
+        total.update(0.1)
+        plain = plain + 0.1
+    assert abs(float(total.compute()) - exact) <= math.ulp(exact)
+    assert abs(float(plain) - exact) > 100 * math.ulp(exact)
+
+
+def test_a_sum_of_integers_is_exact_beyond_2_to_the_53() -> None:
+    total = Sum(dtype=torch.int64)
+    total.update(2**60, 1)
+    total.update(torch.tensor([1, 2]))
+    total.update(3, 2)
+    assert total.compute().dtype == torch.int64
+    assert int(total.compute()) == 2**60 + 9
+
+
+def test_a_sum_of_integers_refuses_a_fraction() -> None:
+    with pytest.raises(TypeError, match=r"Sum\(dtype=torch.float64\)"):
+        Sum(dtype=torch.int64).update(0.5)
+    with pytest.raises(ValueError, match="float32"):
+        Sum(dtype=torch.float32)
+
+
+def test_samples_are_an_integer() -> None:
+    with pytest.raises(TypeError, match=r"samples is 0\.5"):
+        Mean().update(1.0, 0.5)  # type: ignore[arg-type]
+
+
+def test_an_infinite_value_makes_an_infinite_sum_and_nan_stays() -> None:
+    total = Sum()
+    total.update(math.inf)
+    total.update(1.0)
+    assert float(total.compute()) == math.inf
+    total.update(math.nan)
+    assert math.isnan(float(total.compute()))
+
+
+def test_extremes_take_numbers_and_tensors() -> None:
+    high, low = Max(), Min()
+    for metric in (high, low):
+        metric.update(torch.tensor([3.0, -5.0]), 2)
+        metric.update(7, 1)
+        metric.update(torch.empty(0), 1)
+    assert (float(high.compute()), float(low.compute())) == (7.0, -5.0)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_over_ranks_they_are_those_of_all_samples(world_size: int) -> None:
+    batches = [torch.arange(float(n)) * 0.1 + n for n in (3, 2, 5, 1, 4, 2, 2)]
+
+    def make() -> dict[str, Mean | Sum | Max | Min]:
+        return {"mean": Mean(), "sum": Sum(), "max": Max(), "min": Min(), "of means": Mean()}
+
+    def per_sample(batch: torch.Tensor) -> torch.Tensor:
+        return batch
+
+    single = on_one(make, batches, per_sample)
+    for empty in (None, 0):
+        found = over_ranks(make, deal(batches, world_size, empty=empty), per_sample)
+        assert all_same_bits(found)
+        for name, value in single.items():
+            assert float(found[0][name]) == pytest.approx(float(value), rel=1e-15)
+    every = torch.cat(batches).double()
+    assert float(single["mean"]) == pytest.approx(float(every.mean()), rel=1e-12)
+    assert float(single["max"]) == float(every.max())
+
+
+def test_a_constant_loss_has_that_mean_over_unequal_batches() -> None:
+    dealt = [[torch.zeros(3)], [torch.zeros(2)]]
+    found = over_ranks(lambda: {"loss": Mean()}, dealt, lambda batch: torch.tensor(1.0))
+    assert [float(rank["loss"]) for rank in found] == [1.0, 1.0]
+
+
+def test_over_one_rank_a_scalar_output_is_weighed_by_the_batch() -> None:
+    single = on_one(lambda: {"loss": Mean()}, [torch.ones(3), torch.zeros(1)], lambda batch: batch.mean())
+    assert float(single["loss"]) == 0.75
