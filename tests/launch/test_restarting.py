@@ -120,7 +120,6 @@ with allstep.init() as world:
 @pytest.mark.slow
 @pytest.mark.parametrize(("stops", "attempts"), [("[7]", 3), ("[3, 7, 7]", 4)], ids=["never further", "further once"])
 def test_a_crash_loop_ends_after_restarts_without_progress(stops: str, attempts: int, tmp_path: Path) -> None:
-    pytest.importorskip("allstep.world.service", reason="ranks do not send heartbeats yet")
     script(tmp_path, TRAIN.replace("STOPS", stops))
     arguments = ["--nproc", "2", "--name", "exp", "--max-restarts", "20", "--stop-after", "2", "script.py"]
     result = run(tmp_path, *arguments)
