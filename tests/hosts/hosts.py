@@ -53,7 +53,7 @@ class Hosts:
         self.names = ("host0", "host1")
         self.addresses = ("10.77.0.1", "10.77.0.2")
         self._folder = folder
-        self._namespaces = tuple(f"allstep-{os.getpid()}-{index}" for index in range(2))
+        self.namespaces = tuple(f"allstep-{os.getpid()}-{index}" for index in range(2))
         self._undo = contextlib.ExitStack()
 
     def open(self) -> None:
@@ -61,12 +61,12 @@ class Hosts:
         with self._undo as undo:
             table = "".join(f"{ip} {name}\n" for ip, name in zip(self.addresses, self.names, strict=True))
             (self._folder / "hosts").write_text(f"127.0.0.1 localhost\n{table}")
-            for namespace in self._namespaces:
+            for namespace in self.namespaces:
                 _ip("netns", "add", namespace)
                 undo.callback(_ip, "netns", "delete", namespace)
-            first, second = self._namespaces
+            first, second = self.namespaces
             _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
-            for namespace, address in zip(self._namespaces, self.addresses, strict=True):
+            for namespace, address in zip(self.namespaces, self.addresses, strict=True):
                 _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
                 _ip("-n", namespace, "link", "set", "lo", "up")
                 _ip("-n", namespace, "link", "set", "eth0", "up")
@@ -84,7 +84,7 @@ class Hosts:
         become = 'echo "$0" > /proc/sys/kernel/hostname; mount --bind "$1" /etc/hosts; shift; exec "$@"'
         inside = ["unshare", "--uts", "--mount", "sh", "-c", become, self.names[host], str(self._folder / "hosts")]
         process = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{self._namespaces[host]}", *inside, *command],
+            ["nsenter", f"--net=/run/netns/{self.namespaces[host]}", *inside, *command],
             cwd=folder,
             env={**env, "PATH": SYSTEM_PATH},
             stdin=subprocess.DEVNULL,
@@ -100,11 +100,11 @@ class Hosts:
 
     def cut(self, host: int) -> None:
         """Cut the link at a host's side."""
-        _ip("-n", self._namespaces[host], "link", "set", "eth0", "down")
+        _ip("-n", self.namespaces[host], "link", "set", "eth0", "down")
 
     def restore(self, host: int) -> None:
         """Connect the link again."""
-        _ip("-n", self._namespaces[host], "link", "set", "eth0", "up")
+        _ip("-n", self.namespaces[host], "link", "set", "eth0", "up")
 
 
 def _ip(*arguments: str) -> None:

@@ -51,8 +51,8 @@ def test_rehearses(world_of):
 """
 
 
-def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (folder / "test_mine.py").write_text(TESTS)
+def run_pytest(folder: Path, *arguments: str, tests: str = TESTS) -> subprocess.CompletedProcess[str]:
+    (folder / "test_mine.py").write_text(tests)
     installed = any(each.name == "allstep" for each in entry_points(group="pytest11"))
     load = [] if installed else ["-p", "allstep.testing.plugin"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *load, *arguments, "test_mine.py"]
