@@ -77,6 +77,18 @@ def test_closing_the_world_takes_it_back():
         assert no_verdict(hub)
 
 
+def test_ranks_that_gave_init_up_alike_may_open_a_world_again():
+    with serving() as hub, world(hub) as ranks:
+        for rank in ranks:
+            fails(rank, leaving=False)
+            rank.say(Bye(rank.rank, closed=False))
+        assert no_verdict(hub)
+        with world(hub) as again:
+            for rank in again:
+                rank.say(Bye(rank.rank))
+        assert no_verdict(hub)
+
+
 def test_a_second_exception_that_leaves_is_told_apart_from_the_first_that_was_seen():
     with serving() as hub, world(hub) as (_, second):
         fails(second, leaving=False, message="caught")

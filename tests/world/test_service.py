@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,8 +18,24 @@ from allstep.errors import WorldError
 from allstep.parallel.watched import WatchedDDP
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.world.service import serving
+from tests.world.service import Served, serving
 
+T = TypeVar("T")
+
+
+def run_at(served: Served, fn: Callable[..., T], world_size: int, *args: Any) -> list[T]:
+    """`run_ranks`, with the worlds at the test's own service."""
+    return run_ranks(elsewhere, world_size, served.env, fn, args)
+
+
+def elsewhere(world: World, env: dict[str, str], fn: Callable[..., T], args: tuple[Any, ...]) -> T:
+    world.close()
+    os.environ.update(env)
+    with allstep.init() as again:
+        return fn(again, *args)
+
+
+NO_SUPERVISOR = {"ALLSTEP_CHANNEL": ""}
 QUICK = 10.0  # seconds; what is found when all have come takes less than two on an idle machine
 
 
@@ -47,7 +64,7 @@ def reopened() -> str:
 
 def test_a_process_may_open_worlds_in_a_row_at_one_service():
     with serving(2) as served:
-        assert run_ranks(several_worlds, 2, env=served.env) == [["", "1", "1"]] * 2
+        assert run_at(served, several_worlds, 2) == [["", "1", "1"]] * 2
         assert [type(event) for event in served.events] == [AllArrived] * 4
 
 
@@ -58,7 +75,7 @@ def other_facts(world: World) -> tuple[str, float, World | None]:
 
 def test_settings_that_differ_are_named_with_every_ranks_value_on_all_ranks():
     with serving(2) as served:
-        results = run_ranks(other_facts, 2, env=served.env)
+        results = run_at(served, other_facts, 2)
     for said, took, current in results:
         assert said == "ranks disagree about config.lr (rank 0: '0.1'; rank 1: '0.2'); give all ranks the same"
         assert took < QUICK
@@ -72,7 +89,7 @@ def other_digest(world: World) -> tuple[str, float, World | None]:
 
 def test_the_digest_of_the_launchers_configuration_is_compared():
     with serving(2) as served:
-        results = run_ranks(other_digest, 2, env=served.env)
+        results = run_at(served, other_digest, 2)
     assert [said for said, _, _ in results] == [
         "ranks disagree about ALLSTEP_CONFIG (rank 0: 'digest-0'; rank 1: 'digest-1'); give all ranks the same"
     ] * 2
@@ -86,7 +103,7 @@ def other_world_size(world: World) -> tuple[str, float, World | None]:
 
 def test_differing_world_sizes_are_found_at_once():
     with serving(2) as served:
-        results = run_ranks(other_world_size, 2, env=served.env)
+        results = run_at(served, other_world_size, 2)
     (said, took, _), (same, took_too, _) = results
     assert said == same
     assert "rank 1 (process" in said or "ranks 0 and 1 disagree about world_size" in said
@@ -104,7 +121,7 @@ def two_of_three(world: World) -> tuple[str, float, World | None] | None:
 
 def test_a_rank_that_does_not_come_is_named_on_all_that_did():
     with serving(3) as served:
-        first, absent, third = run_ranks(two_of_three, 3, env=served.env)
+        first, absent, third = run_at(served, two_of_three, 3)
     assert absent is None
     for result in (first, third):
         assert result is not None
@@ -130,7 +147,7 @@ def one_is_slow(world: World) -> list[str]:
 @pytest.mark.slow
 def test_the_service_hears_in_which_meeting_and_at_which_line_a_rank_waits():
     with serving(2) as served:
-        assert run_ranks(one_is_slow, 2, env=served.env) == [["", ""]] * 2
+        assert run_at(served, one_is_slow, 2) == [["", ""]] * 2
         waits = {beat.waiting for beat in served.beats[0].values()}
     line = one_is_slow.__code__.co_firstlineno + 8
     assert f"barrier #1 at test_service.py:{line}" in waits
@@ -145,7 +162,7 @@ def votes_late(world: World) -> None:
 @pytest.mark.slow
 def test_the_service_hears_of_a_rank_that_waits_for_agreement_and_in_which_engine():
     with serving(2) as served:
-        run_ranks(votes_late, 2, env=served.env)
+        run_at(served, votes_late, 2)
         waits = {(beat.waiting, beat.engine) for beat in served.beats[0].values()}
     assert ("agreement", "trainer") in waits
 
@@ -176,7 +193,7 @@ def one_sleeps_in_its_step(world: World) -> tuple[float, float, str]:
 @pytest.mark.slow
 def test_the_wait_for_gradients_is_not_a_ranks_own_time():
     with serving(2) as served:
-        fast, slow = run_ranks(one_sleeps_in_its_step, 2, env=served.env)
+        fast, slow = run_at(served, one_sleeps_in_its_step, 2)
     assert slow[0] >= SLEEP
     assert fast[1] >= SLEEP  # it takes as long as the slow one,
     assert fast[0] < SLEEP / 2  # but not by itself
@@ -194,7 +211,7 @@ def watched_alone(world: World) -> tuple[bool, bool]:
 
 def test_a_world_of_one_is_watched_by_the_supervisor_that_started_it_and_else_by_nobody():
     with serving(1) as served:
-        assert run_ranks(watched_alone, 1, env=served.env) == [(True, True)]
+        assert run_at(served, watched_alone, 1) == [(True, True)]
         assert any(isinstance(event, AllArrived) for event in served.events)
 
 
@@ -212,7 +229,7 @@ def sidecar_in_a_row(world: World) -> list[bool]:
 
 @pytest.mark.slow
 def test_without_a_supervisor_each_world_has_a_service_of_its_own():
-    assert run_ranks(sidecar_in_a_row, 2, env={"ALLSTEP_CHANNEL": ""}) == [[True] * 3] * 2
+    assert run_ranks(elsewhere, 2, NO_SUPERVISOR, sidecar_in_a_row, ()) == [[True] * 3] * 2
 
 
 def other_facts_at_a_sidecar(world: World) -> tuple[str, float, World | None]:
@@ -221,6 +238,6 @@ def other_facts_at_a_sidecar(world: World) -> tuple[str, float, World | None]:
 
 @pytest.mark.slow
 def test_a_sidecar_judges_as_a_supervisor_does_and_the_ranks_can_go_on():
-    for said, took, _ in run_ranks(other_facts_at_a_sidecar, 2, env={"ALLSTEP_CHANNEL": ""}):
+    for said, took, _ in run_ranks(elsewhere, 2, NO_SUPERVISOR, other_facts_at_a_sidecar, ()):
         assert said.startswith("ranks disagree about config.lr (rank 0: '0'; rank 1: '1')")
         assert took < QUICK

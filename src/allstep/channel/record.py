@@ -89,8 +89,8 @@ class Record:
 
     @property
     def only_seen(self) -> bool:
-        """Whether its failure may yet be caught: it left a run, and the rank is still there."""
-        return self.failure is not None and not self.failure.leaving and not (self.bye or self.ended or self.lost)
+        """Whether its failure may yet be caught: it left a run, or `init`, and the process has not ended of it."""
+        return self.failure is not None and not self.failure.leaving and not (self.ended or self.lost)
 
     @property
     def host(self) -> str:

@@ -9,7 +9,6 @@ anything has changed; an exception of the user's code leaves `run` and the engin
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from typing import Any, Literal
 from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
+from allstep.engine.arguments import check_choice, check_step
 from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
 from allstep.engine.loop import Loop
@@ -71,9 +71,9 @@ class Engine(Listening, Steering):
     ) -> None:
         Listening.__init__(self, State())
         Steering.__init__(self, coordinator)
-        _check_step(process_function)
-        _check_choice("uneven", uneven, POLICIES)
-        _check_choice("idle", idle, ("filler", "skip"))
+        check_step(process_function)
+        check_choice("uneven", uneven, POLICIES)
+        check_choice("idle", idle, ("filler", "skip"))
         if not isinstance(accumulate, int) or accumulate < 1:
             raise ValueError(f"accumulate is {accumulate!r}; it must be an int of at least 1")
         self.process_function = process_function
@@ -255,7 +255,7 @@ class Engine(Listening, Steering):
         lookahead: int | None,
     ) -> Meeting | None:
         """Agree with the other ranks on the coming run; None where there is nothing to agree on."""
-        _check_choice("uneven", uneven, POLICIES)
+        check_choice("uneven", uneven, POLICIES)
         if window is not None and not is_count(window, least=1):
             raise ValueError(f"window is {window!r}; it must be an int of at least 1")
         if lookahead is not None and not is_count(lookahead, least=self.accumulate):
@@ -333,25 +333,6 @@ class Engine(Listening, Steering):
         if self._drive is not None:
             self._drive.close()
         self._drive = self._loop = None
-
-
-def _check_step(step: Callable[..., Any]) -> None:
-    if not callable(step):
-        raise TypeError(f"process_function is {step!r}; it must be a function (engine, batch)")
-    try:
-        signature = inspect.signature(step)
-    except (TypeError, ValueError):  # some builtins tell no signature
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        name = getattr(step, "__name__", step)
-        raise ValueError(f"process_function is called with (engine, batch), but {name!r} takes {signature}") from None
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def _checked_length(data: Any) -> int | None:

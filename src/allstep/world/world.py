@@ -5,7 +5,8 @@ between, each method that crosses ranks is called by every rank at the same poin
 single-process meaning and no process group exists. Used after `close`, methods raise WorldError; attributes stay
 readable. When an exception leaves the `with` block nothing waits for the other ranks.
 
-It is thin on purpose: devices are chosen in `device`, ranks meet in `rendezvous`, collectives are in `collectives`.
+It is thin on purpose: devices are chosen in `device`, ranks meet in `rendezvous`, and the doors to the collectives are
+`Exchanging`'s.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import atexit
 import sys
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +29,6 @@ from allstep.channel.messages import SECTIONS
 from allstep.channel.pulse import Pulse
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
-from allstep.errors import WorldError
 from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
@@ -36,7 +36,7 @@ from allstep.world import current
 from allstep.world.collectives import Collectives
 from allstep.world.device import choose_transport
 from allstep.world.duration import seconds
-from allstep.world.folding import Number, Op
+from allstep.world.exchanging import Exchanging
 from allstep.world.group import Group
 from allstep.world.move import to_device
 from allstep.world.reporting import Reporter
@@ -50,7 +50,7 @@ T = TypeVar("T")
 _TURN = timedelta(hours=12)
 
 
-class World:
+class World(Exchanging):
     """This process' rank, device and peers; made by `allstep.init`.
 
     Attributes:
@@ -80,15 +80,14 @@ class World:
         self.reporter = reporter
         self._group = group
         self._timeout = timeout
-        self._meetings = Waits(self.pulse)
         self._turns = 0
         self._wrapped: list[weakref.ref[nn.Module]] = []
-        self._closed = False
         transport = choose_transport(device, group.backend) if group is not None else device
         self.coordinator: Coordinator = (
             Alone() if group is None else Ranked(group.for_agreement(timeout), self.pulse, carries=transport.type)
         )
-        self._collectives = Collectives(self.rank, self.world_size, device, transport)
+        collectives = Collectives(self.rank, self.world_size, device, transport)
+        super().__init__(collectives, None if group is None or reporter is None else Waits(self.pulse))
 
     @staticmethod
     def current() -> World | None:
@@ -192,80 +191,6 @@ class World:
             device_type=self.device.type,
             **dataloader_options,
         )
-
-    @overload
-    def all_reduce(self, x: torch.Tensor, op: Op = "sum") -> torch.Tensor: ...
-    @overload
-    def all_reduce(self, x: Number, op: Op = "sum") -> Any: ...
-    def all_reduce(self, x: torch.Tensor | Number, op: Op = "sum") -> Any:
-        """Reduce a tensor or number over all ranks; every rank gets the result.
-
-        A number is reduced exactly: ints to an int of any size, floats in float64 with one rounding, ranks may mix the
-        two, and `"mean"` is a float. A tensor must have the same shape and dtype on all ranks, any dtype and device;
-        the result is a new tensor there. Integer and bool tensors add and multiply in int64 and stay int64, as in
-        torch, wrapping beyond it; their `"mean"` is float64; 16-bit floats are added in float32 and rounded once.
-
-        Args:
-            x: a tensor, int, float or bool. An int on input is at most 64 bits.
-            op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"product"`.
-
-        Raises:
-            CollectiveError: an unknown op, or what no backend carries.
-        """
-        self._check_open("all_reduce")
-        with self._waits("all_reduce"):
-            return self._collectives.all_reduce(x, op)
-
-    @overload
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
-    @overload
-    def all_gather(self, x: Number) -> list[Any]: ...
-    def all_gather(self, x: torch.Tensor | Number) -> list[Any]:
-        """The tensors or numbers of all ranks, in rank order, on every rank.
-
-        Shapes and dtypes may differ. Tensors come back bit for bit on the device of this rank's `x`.
-
-        Raises:
-            CollectiveError: a rank gave something else, on all ranks.
-        """
-        self._check_open("all_gather")
-        with self._waits("all_gather"):
-            return self._collectives.all_gather(x)
-
-    @overload
-    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
-    @overload
-    def broadcast(self, x: Number | None, src: int = 0) -> Any: ...
-    def broadcast(self, x: torch.Tensor | Number | None, src: int = 0) -> Any:
-        """The tensor or number of rank `src`, on every rank.
-
-        The other ranks need not know its shape or dtype; what they give counts only for its device: the result is on
-        the device of the tensor they gave, else on this rank's.
-
-        Raises:
-            CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
-        """
-        self._check_open("broadcast")
-        with self._waits("broadcast"):
-            return self._collectives.broadcast(x, src)
-
-    def gather_objects(self, value: T) -> list[T]:
-        """One object of each rank, in rank order, on every rank.
-
-        Objects are pickled: keep them small, and put tensors in them on the CPU.
-
-        Raises:
-            CollectiveError: an object cannot be pickled, on all ranks.
-        """
-        self._check_open("gather_objects")
-        with self._waits("gather_objects"):
-            return self._collectives.gather_objects(value)
-
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self._check_open("barrier")
-        with self._waits("barrier"):
-            self._collectives.barrier()
 
     @contextmanager
     def main_first(self, *, local: bool = False, timeout: float | timedelta = _TURN) -> Iterator[None]:
@@ -374,16 +299,6 @@ class World:
                 self._group.leave(failed=failed, patience=patience)
         if self.reporter is not None:
             self.reporter.end(failed=failed)
-
-    def _waits(self, name: str, depth: int = 1) -> AbstractContextManager[None]:
-        """To be entered around what waits for the other ranks; `depth` frames lie between the caller and the user."""
-        if self.reporter is None or self.world_size == 1:
-            return nullcontext()
-        return self._meetings.at(name, depth)
-
-    def _check_open(self, name: str) -> None:
-        if self._closed:
-            raise WorldError(f"{name} was used on a World that is closed; call allstep.init() for a new one")
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
