@@ -19,7 +19,7 @@ from allstep.world import World
 from tests.metrics.counting import counted
 from tests.metrics.worlds import Make, all_same_bits, deal, on_one, take
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # each rank imports torchmetrics anew
 
 CLASSES = 5
 
@@ -76,7 +76,7 @@ def test_ten_metrics_take_one_collective_and_curves_at_most_two(world_size: int)
     for make, expected in ((ten_of_sums, [1, 1, 1]), (with_curves, [2, 1, 1])):
         data = batches() * (1 if make is ten_of_sums else 8)
         for empty in (None, 1):
-            found = run_ranks(epochs, world_size, make, deal(data, world_size, empty=empty))
+            found = run_ranks(epochs, world_size, make, deal(data, world_size, empty=empty), timeout=150)
             assert [counts for _, counts in found] == [expected] * world_size
             assert all_same_bits([metrics for metrics, _ in found])
             for name, value in on_one(make, data, transform).items():
@@ -104,7 +104,7 @@ def synchronised() -> dict[str, Metric]:
 
 
 def test_results_are_torchmetrics_own_in_a_fraction_of_its_collectives() -> None:
-    for ours, theirs, calls in run_ranks(by_torchmetrics, 2, deal(batches(), 2)):
+    for ours, theirs, calls in run_ranks(by_torchmetrics, 2, deal(batches(), 2), timeout=150):
         for name, value in theirs.items():
             torch.testing.assert_close(ours[name], value)
         assert calls > 10
@@ -141,7 +141,7 @@ def digits(world: World, samples: int) -> dict[str, Any]:
 def test_evaluation_counts_every_sample_once_at_any_world_size(samples: int) -> None:
     results = {}
     for world_size in (1, 2, 3, 4):
-        found = run_ranks(digits, world_size, samples)
+        found = run_ranks(digits, world_size, samples, timeout=150)
         assert all_same_bits(found)
         results[world_size] = found[0]
     for found in results.values():
@@ -178,7 +178,7 @@ def longest(world: World, sizes: list[list[int]]) -> dict[str, Any]:
 def test_modules_with_collectives_in_forward_are_evaluated_with_fillers_that_count_nothing() -> None:
     sizes = [[3, 2, 4], [1], [5, 5]]
     every = torch.cat([torch.arange(float(n)) + 10 * at for of_rank in sizes for at, n in enumerate(of_rank)])
-    for found in run_ranks(longest, 3, sizes):
+    for found in run_ranks(longest, 3, sizes, timeout=150):
         assert float(found["n"]) == len(every)
         assert float(found["mean"]) == pytest.approx(float(every.mean()))
 
@@ -213,6 +213,6 @@ class Wide(Metric):
 
 def test_states_of_many_megabytes_are_reduced_and_not_gathered() -> None:
     for size, reductions in ((1_000_000, 0), (20_000_000, 1)):
-        for found, calls in run_ranks(large, 2, size):
+        for found, calls in run_ranks(large, 2, size, timeout=150):
             assert found.tolist() == [3.0, 3.0]
             assert calls == reductions
