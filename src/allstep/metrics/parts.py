@@ -77,12 +77,8 @@ def write_part(folder: Path, samples: Samples, rank: int, ranks: int, format: Fo
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    try:
-        from safetensors.torch import save_file
-    except ImportError as error:
-        raise ValueError(
-            'format is "safetensors", which needs pip install allstep[safetensors]; or use "npy"'
-        ) from error
+    from safetensors.torch import save_file
+
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
