@@ -28,9 +28,9 @@ SCRIPTS = Path(__file__).with_name("scripts")
 ROOT = Path(__file__).parents[2]
 
 BOUND = 5.0
-"""Seconds from a fault to the end of the whole job, unless a row of the matrix says otherwise."""
+"""Seconds from a fault to the end of the whole job, unless a row of the matrix says otherwise; see `Job.bound`."""
 
-LIMIT = 60.0
+LIMIT = 90.0
 GONE = 5.0
 STRIKES = "allstep: a rehearsed fault strikes"
 _MARK = "FAULTS_TEST_JOB"
@@ -63,6 +63,7 @@ class Job:
     left: Sequence[str]
     folder: Path
     pid: int
+    slowness: float
 
     @property
     def text(self) -> str:
@@ -82,6 +83,10 @@ class Job:
         at = next((at for at, line in self.said if words in line), None)
         assert at is not None, f"{words!r} was not said in:\n{self.text}"
         return self.ended - at
+
+    def bound(self, seconds: float = BOUND) -> float:
+        """So many seconds of a machine that has nothing else to do, on this one."""
+        return seconds * self.slowness
 
     @property
     def cause(self) -> Mapping[str, Any]:
@@ -132,7 +137,17 @@ class Running:
         for reader in self._readers:
             reader.join(GONE)
         left = self._left()
-        return Job(code, tuple(self.said), self.began, ended, _report(self.folder), left, self.folder, self.process.pid)
+        return Job(
+            code,
+            tuple(self.said),
+            self.began,
+            ended,
+            _report(self.folder),
+            left,
+            self.folder,
+            self.process.pid,
+            slowness(),
+        )
 
     def pids(self) -> list[int]:
         """Processes of this job that live."""
@@ -162,6 +177,11 @@ class Running:
 
     def _text(self) -> str:
         return "\n".join(line for _, line in self.said)
+
+
+def slowness() -> float:
+    """How many processes want each core of this machine, at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def environment(extra: Mapping[str, str] | None = None, mark: str = "") -> dict[str, str]:

@@ -22,7 +22,7 @@ AT = FaultPlan.at(rank=1, iteration=7)
 @pytest.mark.parametrize("launcher", ["allstep", "torchrun"])
 def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "train.py", fault=AT.sleep(1000), launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS})
-    assert job.since(STRIKES) < FOUND
+    assert job.since(STRIKES) < job.bound(FOUND)
     check_first_lines(job, "rank 1 of 2 made no progress", "epoch 1, iteration 7", "section step")
     assert "acts.py" in job.text[job.text.index("made no progress") :]  # where it sleeps
     if launcher == "allstep":
@@ -37,14 +37,14 @@ def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_p
 def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> None:
     fault = FaultPlan.at(1, 7, when="data").sleep(1000)
     job = rehearse(tmp_path, "train.py", fault=fault, options=["--limits", LIMITS])
-    assert job.since(STRIKES) < FOUND
+    assert job.since(STRIKES) < job.bound(FOUND)
     assert job.code == 83
     check_first_lines(job, "rank 1 of 2 made no progress", "section data")
 
 
 def test_row_7_a_frozen_rank_is_found_and_ended_by_force(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "train.py", fault=AT.freeze(), options=["--limits", LIMITS])
-    assert job.since(STRIKES) < FOUND
+    assert job.since(STRIKES) < job.bound(FOUND)
     assert job.code == 83
     check_first_lines(job, "rank 1 of 2 made no progress")
     assert (job.cause["rank"], job.cause["kind"]) == (1, "hang")
@@ -52,7 +52,7 @@ def test_row_7_a_frozen_rank_is_found_and_ended_by_force(tmp_path: Path) -> None
 
 def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "train.py", fault=AT.hold_gil(1000), options=["--limits", LIMITS])
-    assert job.since(STRIKES) < FOUND
+    assert job.since(STRIKES) < job.bound(FOUND)
     assert job.code == 83
     check_first_lines(job, "rank 1 of 2 made no progress")
     assert "_sleep_with_lock" in job.cause["stacks"]
@@ -64,7 +64,7 @@ def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit
 ) -> None:
     fault = FaultPlan.at(0, 7).freeze()
     job = rehearse(tmp_path, "train.py", fault=fault, launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS})
-    assert job.since(STRIKES) < FOUND
+    assert job.since(STRIKES) < job.bound(FOUND)
     assert job.code != 0
     check_first_lines(job, "rank 0 of 2 made no progress")
 
@@ -80,7 +80,7 @@ def test_row_24_a_slow_rank_is_named_and_not_ended(tmp_path: Path, launcher: Lau
 
 def test_row_35_a_rank_alone_in_a_collective_is_named_as_a_divergence(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "alone_in_a_collective.py", options=["--limits", LIMITS])
-    assert job.since("rank 0 goes alone") < FOUND
+    assert job.since("rank 0 goes alone") < job.bound(FOUND)
     assert job.code == 83
     block = "\n".join(job.block)
     assert "all_reduce" in block

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from allstep.testing import FaultPlan
-from tests.faults.jobs import BOUND, SCRIPTS, STRIKES, command, rehearse, start
+from tests.faults.jobs import SCRIPTS, STRIKES, command, rehearse, start
 from tests.faults.reading import check_first_lines
 from tests.launch.test_out_of_memory import memory_cgroup
 
@@ -63,7 +63,7 @@ def test_row_36_a_rank_that_the_kernel_kills_for_memory_is_reported_so(memory_gr
 
 def test_row_36_memory_that_a_limit_denies_is_the_ranks_own_error(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "limited.py", fault=AT.allocate(64 * 2**30))
-    assert job.since(STRIKES) < BOUND
+    assert job.since(STRIKES) < job.bound()
     assert job.code == 1
     check_first_lines(job, "rank 1 of 2 failed first", "MemoryError", "iteration 7")
 
@@ -92,7 +92,7 @@ def test_row_45_a_full_disk_leaves_the_failure_on_the_terminal_and_no_half_repor
 ) -> None:
     fault = FaultPlan.at(1, 5).fill_disk(str(small_disk)) + AT.raise_(ValueError("bad batch"))
     job = rehearse(tmp_path, "train.py", fault=fault, options=["--runs", str(small_disk)])
-    assert job.since(STRIKES) < BOUND
+    assert job.since(STRIKES) < job.bound()
     assert job.code == 1
     check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch", "iteration 7")
     for report in small_disk.rglob("failure.json"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from allstep.testing import FaultPlan
-from tests.faults.jobs import BOUND, LIMIT, STRIKES, rehearse, started
+from tests.faults.jobs import LIMIT, STRIKES, rehearse, slowness, started
 from tests.faults.reading import check_first_lines
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def test_row_10_workers_are_gone_within_a_second_of_their_launchers_death_inside
         for each in watched:
             assert select.select([each], [], [], LIMIT)[0]
             os.close(each)
-        assert time.monotonic() - killed < 1.0 + BOUND
+        assert time.monotonic() - killed < slowness()
         assert running.pids() == []
 
 
@@ -45,7 +45,7 @@ def test_row_13_a_signal_repeated_escalates_and_orphans_nobody(tmp_path: Path, n
         running.process.send_signal(number)
         running.process.send_signal(number)
         job = running.end()
-    assert job.since("passed on") < BOUND
+    assert job.since("passed on") < job.bound()
     assert job.code == 128 + number
     assert job.left == []
 
@@ -68,7 +68,7 @@ def test_row_15_workers_that_ignore_term_are_killed_at_the_grace(tmp_path: Path)
         running.await_line("training", 2)
         running.process.send_signal(signal.SIGTERM)
         job = running.end()
-    assert 0.9 < job.since("SIGTERM: passed on") < 1.0 + BOUND
+    assert 0.9 < job.since("SIGTERM: passed on") < 1.0 + job.bound()
     assert job.code == 143
     assert "ranks 0, 1 had to be killed" in job.text
     assert job.left == []
