@@ -62,7 +62,7 @@ def failure_text(
         lines.append(f"  rank {also.rank} failed too: {also.what}")
         lines += [f"    {line}" for line in (_place(also), *set_off(_cut(also.traceback))[-12:])]
     lines += [f"  {line}" for line in _others(case)]
-    lines += [f"  rank {rank} was slow: {ratio:.1f} times the others' own time for a step" for rank, ratio in case.slow]
+    lines += [f"  {straggler_line(rank, ratio)}" for rank, ratio in case.slow]
     return "\n".join(lines) + "\n"
 
 
@@ -108,6 +108,11 @@ def write_report(path: Path, content: Mapping[str, object]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def straggler_line(rank: int, ratio: float) -> str:
+    """A slow rank, in words."""
+    return f"rank {rank} is slow: its own part of a step takes {ratio:.1f} times the others'"
 
 
 def last_lines(output: str) -> list[str]:
