@@ -126,7 +126,8 @@ class _Service:
                 case Verdict(case):
                     self._conclude(case)
                 case StragglerSeen(rank, ratio):
-                    self._service.notify(f"allstep: {straggler_line(rank, ratio)}\n", min(self._service.present(), default=0))
+                    printer = min(self._service.present(), default=0)
+                    self._service.notify(f"allstep: {straggler_line(rank, ratio)}\n", printer)
                 case Ordered(_, code, spared):
                     self._expect_end(code, frozenset(spared))
                 case Finished(_, code):
