@@ -15,10 +15,17 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ParallelError
+from allstep.parallel.buckets import fix_buckets
 
 
 def wrap_module(
-    module: nn.Module, device: torch.device, world_size: int, *, sync_batchnorm: bool = False, **ddp_options: Any
+    module: nn.Module,
+    device: torch.device,
+    world_size: int,
+    *,
+    sync_batchnorm: bool = False,
+    deterministic: bool = True,
+    **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP.
 
@@ -28,6 +35,9 @@ def wrap_module(
         device: this rank's device.
         world_size: number of ranks; with 1 nothing but the move happens.
         sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only.
+        deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
+            all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
+            `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -53,7 +63,10 @@ def wrap_module(
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
-    return DistributedDataParallel(module, **(defaults | ddp_options))
+    wrapped = DistributedDataParallel(module, **(defaults | ddp_options))
+    if deterministic:
+        fix_buckets(wrapped)
+    return wrapped
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -104,13 +104,13 @@ class World:
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **ddp_options: Any) -> nn.Module:
+    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **options: Any) -> nn.Module:
         """Move a module to this rank's device and, when there are peers, wrap it in DDP.
 
         Args and errors as in `allstep.parallel.wrap_module`.
         """
         self._check_open("wrap")
-        wrapped = wrap_module(module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, **ddp_options)
+        wrapped = wrap_module(module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, **options)
         self._wrapped.append(weakref.ref(wrapped))
         return wrapped
 
