@@ -120,6 +120,7 @@ def make_loader(
     seed: int,
     batch_size: int | None = None,
     global_batch_size: int | None = None,
+    max_batch_per_rank: int | None = None,
     shuffle: bool = False,
     drop_last: bool = False,
     sample_seeding: SampleSeeding = "sample",
@@ -135,6 +136,8 @@ def make_loader(
         batch_size: samples a rank takes in a batch.
         global_batch_size: samples all ranks take in a batch; give this or `batch_size`. An iterable dataset takes
             either, or neither when its elements are batches already; there it must be divisible by `world_size`.
+        max_batch_per_rank: the most samples that a rank takes in one iteration. A global batch of which a rank's share
+            is larger is taken in several iterations; an engine adds up their gradients. Map-style datasets only.
         shuffle, drop_last: see `ShardedBatchSampler`.
         sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
             once for each rank's "batch" (the same at any number of workers), or not at all ("off"). An iterable
@@ -163,6 +166,11 @@ def make_loader(
             raise DataError(
                 "shuffle=True over an iterable dataset, whose order only the dataset decides; shuffle there"
             )
+        if max_batch_per_rank is not None:
+            raise DataError(
+                "max_batch_per_rank was given for an iterable dataset, whose batches are not dealt from a global batch; "
+                "give batch_size, and accumulate= to the Engine"
+            )
         options["batch_size"] = _iterable_batch(batch_size, global_batch_size, world_size)
         options["drop_last"] = drop_last
         # Data pipes shard and seed themselves through hooks that torch finds by their type.
@@ -174,6 +182,7 @@ def make_loader(
         dataset,  # type: ignore[arg-type]
         batch_size=batch_size,
         global_batch_size=global_batch_size,
+        max_batch_per_rank=max_batch_per_rank,
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,

@@ -135,6 +135,7 @@ class World:
         *,
         batch_size: int | None = None,
         global_batch_size: int | None = None,
+        max_batch_per_rank: int | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
         sample_seeding: SampleSeeding = "sample",
@@ -145,8 +146,8 @@ class World:
 
         Args:
             seed: of order and augmentation; by default this World's `seed`, or 0.
-            dataset, batch_size, global_batch_size, shuffle, drop_last, sample_seeding, dataloader_options: see
-                `allstep.data.make_loader`, which raises DataError.
+            dataset, batch_size, global_batch_size, max_batch_per_rank, shuffle, drop_last, sample_seeding,
+                dataloader_options: see `allstep.data.make_loader`, which raises DataError.
         """
         self._check_open("loader")
         return make_loader(
@@ -156,6 +157,7 @@ class World:
             seed=seed if seed is not None else self.seed or 0,
             batch_size=batch_size,
             global_batch_size=global_batch_size,
+            max_batch_per_rank=max_batch_per_rank,
             shuffle=shuffle,
             drop_last=drop_last,
             sample_seeding=sample_seeding,
