@@ -3,10 +3,10 @@
 Contract: the sampler and whoever needs to know beforehand how many samples each rank has in a batch (the agreement of
 ranks computes its ledger from `counts`) ask here. Global batch b covers the positions [b*G, (b+1)*G) of the epoch's
 order. Where a rank's memory cannot hold its share of one, each is taken in `accumulate` iterations, micro-batches that
-differ by at most one sample and follow each other; batches are numbered by iterations. Each rank takes a contiguous part
-of a micro-batch; parts differ by at most one sample and the larger ones go to the low ranks, so a batch smaller than the
-world leaves the high ranks without a sample in it. Only an epoch's last batch can be so small where each micro-batch has
-a sample for every rank.
+differ by at most one sample and follow each other; batches are numbered by iterations. Each rank takes a contiguous
+part of a micro-batch; parts differ by at most one sample and the larger ones go to the low ranks, so a batch smaller
+than the world leaves the high ranks without a sample in it. Only an epoch's last batch can be so small where each
+micro-batch has a sample for every rank.
 """
 
 from __future__ import annotations

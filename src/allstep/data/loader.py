@@ -12,6 +12,7 @@ they wrap, which is `loader.source`. Arguments that contradict this raise a Data
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,14 +80,16 @@ class Loader(DataLoader[Any]):
         elif count < 0:
             raise DataError(f"skip_batches({count}): give 0 or more")
         else:
+            if count:
+                warn_of_dropping(count, self.source)
             self._drop_first = count
 
-    def state_dict(self, batches_done: int) -> dict[str, Any]:
-        """The state that resumes this epoch after `batches_done` of its batches: see `ShardedBatchSampler.state_dict`.
+    def state_dict(self, batches_done: int, epoch: int | None = None) -> dict[str, Any]:
+        """The state that resumes this epoch after `batches_done` of its batches; see `ShardedBatchSampler.state_dict`.
 
         Raises DataError over an iterable dataset, whose place only the dataset itself can save.
         """
-        return self._positioned().state_dict(batches_done)
+        return self._positioned().state_dict(batches_done, epoch)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, at any world size, batch size and number of workers."""
@@ -110,6 +113,15 @@ class Loader(DataLoader[Any]):
                 "save the dataset's own state, or skip_batches(n) to read and drop"
             )
         return sampler
+
+
+def warn_of_dropping(batches: int, data: Any) -> None:
+    """Say that a run goes on inside an epoch by reading `batches` batches and dropping them."""
+    warnings.warn(
+        f"{batches} batches of {type(data).__name__} are read and dropped to get to where the run goes on; to go on at "
+        "once, give a map-style dataset to world.loader, or data with state_dict() and load_state_dict()",
+        stacklevel=2,
+    )
 
 
 def make_loader(
@@ -168,7 +180,7 @@ def make_loader(
             )
         if max_batch_per_rank is not None:
             raise DataError(
-                "max_batch_per_rank was given for an iterable dataset, whose batches are not dealt from a global batch; "
+                "max_batch_per_rank was given for an iterable dataset, whose batches are not dealt from a global one; "
                 "give batch_size, and accumulate= to the Engine"
             )
         options["batch_size"] = _iterable_batch(batch_size, global_batch_size, world_size)

@@ -128,6 +128,11 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """Number of the world's batches in the epoch: `accumulate` to each global batch."""
         return self._place.batches.total
 
+    @property
+    def batches_in_epoch(self) -> int:
+        """Number of the world's batches in an epoch that is not resumed inside."""
+        return self._epoch_batches().total
+
     def __len__(self) -> int:
         return self._place.batches.of_rank(self.rank)
 

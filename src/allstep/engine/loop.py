@@ -53,11 +53,13 @@ class Loop:
     come from.
     """
 
-    def __init__(self, engine: Engine, meeting: Meeting | None, *, continues: bool) -> None:
+    def __init__(
+        self, engine: Engine, meeting: Meeting | None, *, continues: bool, opens_at: int | None = None
+    ) -> None:
         self.engine = engine
         self.state = engine.state
         self.until: float = LOOK_NOW
-        self.supply = Supply(engine, meeting, continues=continues, announce=self._announce)
+        self.supply = Supply(engine, meeting, continues=continues, opens_at=opens_at, announce=self._announce)
         self._slots = engine.registry.slots
         self._asked = engine.asked
         self._step = engine.process_function

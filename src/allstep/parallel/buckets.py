@@ -38,7 +38,8 @@ def fix_buckets(ddp: DistributedDataParallel) -> bool:
     try:
         with torch.inference_mode(False), torch.enable_grad():
             torch.autograd.backward(*_forward(ddp, here))
-            _forward(ddp, here)
+        # A second forward pass would do this, and leave DDP waiting for a backward pass.
+        ddp._has_rebuilt_buckets = ddp.reducer._rebuild_buckets()
     finally:
         ddp._modules["module"] = module
         for parameter, gradient in zip(parameters, gradients, strict=True):
