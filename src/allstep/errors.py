@@ -80,6 +80,18 @@ def _uneven(message: str, counts: tuple[int, ...]) -> UnevenDataError:
     return UnevenDataError(message, counts=counts)
 
 
+class CheckpointError(AllstepError, RuntimeError):
+    """A checkpoint could not be saved, found, read or removed."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint does not hold what it says it holds, or nothing that can be read safely."""
+
+
+class UnkeepableError(CheckpointError, TypeError):
+    """State that was to be saved has a value that a checkpoint cannot keep; the message names its key and type."""
+
+
 class RanksError(AllstepError, RuntimeError):
     """A rank of `allstep.testing.run_ranks` failed; the message names the first one and holds its traceback."""
 

@@ -16,7 +16,10 @@ from importlib import import_module
 from allstep.errors import AllstepError
 from allstep.version import __version__
 
-COMMANDS = {"run": "start a script on every device of this machine"}
+COMMANDS = {
+    "run": "start a script on every device of this machine",
+    "checkpoints": "list, verify, export and remove checkpoints",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10} {summary}" for name, summary in COMMANDS.items())
+    listing = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="allstep",
         usage="allstep [-h] [--version] COMMAND ...",

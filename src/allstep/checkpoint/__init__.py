@@ -1,0 +1,53 @@
+"""Checkpoints: how they are written, committed, kept, chosen, verified and read.
+
+Names are imported when first used: listing and verifying a folder needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allstep.checkpoint.choosing import Found
+    from allstep.checkpoint.exporting import export
+    from allstep.checkpoint.listing import Entry, entries, find_entry, remove, verify
+    from allstep.checkpoint.manifest import Manifest
+    from allstep.checkpoint.saving import Pending
+    from allstep.checkpoint.store import Loaded, Store
+
+_HOMES = {
+    "Entry": "listing",
+    "Found": "choosing",
+    "Loaded": "store",
+    "Manifest": "manifest",
+    "Pending": "saving",
+    "Store": "store",
+    "entries": "listing",
+    "export": "exporting",
+    "find_entry": "listing",
+    "remove": "listing",
+    "verify": "listing",
+}
+
+__all__ = [
+    "Entry",
+    "Found",
+    "Loaded",
+    "Manifest",
+    "Pending",
+    "Store",
+    "entries",
+    "export",
+    "find_entry",
+    "remove",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

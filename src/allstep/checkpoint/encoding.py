@@ -1,0 +1,248 @@
+"""Nested state as JSON and tensors, and back: nothing in a checkpoint is ever executed.
+
+Contract: `encode` takes what a `state_dict` is made of and gives a JSON document, in which tensors are named, and the
+tensors by name. `decode` gives the same value with the same types. JSON's own types stand for themselves; everything
+else is an object with one key that begins with "$". What cannot be kept is refused with its key and its type. Two keys
+with one tensor (tied weights) name it once. A tensor's name is made of the keys that lead to it and of nothing else, so
+that all ranks, and a run that loads into its own tensors, find the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed.tensor import DTensor
+
+from allstep.checkpoint.dtypes import dtype_name, find_dtype, is_storable
+from allstep.errors import DamagedCheckpointError, UnkeepableError
+
+_DEEPEST = 100
+_INLINE_ARRAY = 16 << 10
+_NUMBER = re.compile(r"-?\d+")
+_ARRAY_KINDS = "biufcSUmM"
+
+Fetch = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A JSON document and the tensors that it names."""
+
+    document: Any
+    tensors: dict[str, torch.Tensor]
+
+
+def encode(value: Any, prefix: str) -> Encoded:
+    """Take a nested value apart.
+
+    Args:
+        value: of dicts, lists, tuples, numbers, strings, bytes, None, tensors, numpy arrays and scalars.
+        prefix: what the tensors' names begin with, and the errors' keys.
+
+    Raises:
+        UnkeepableError: something else is in it.
+    """
+    encoder = _Encoder()
+    return Encoded(encoder.encode(value, (prefix,)), encoder.tensors)
+
+
+def decode(document: Any, fetch: Fetch) -> Any:
+    """Put a value together again; `fetch` gives the tensor of a name.
+
+    Raises:
+        DamagedCheckpointError: the document is none that `encode` gives.
+    """
+    try:
+        return _decode(document, fetch)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"the saved state cannot be read: {type(error).__name__}: {error}") from error
+
+
+@dataclass(slots=True)
+class _Encoder:
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    _seen: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def encode(self, value: Any, path: tuple[str, ...]) -> Any:
+        kind = type(value)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, torch.Tensor):
+            return {"$tensor": self._keep(value, path)}
+        if isinstance(value, np.generic | np.ndarray):
+            return self._encode_array(value, path)
+        if len(path) > _DEEPEST:
+            raise UnkeepableError(f"{path[0]} is nested more than {_DEEPEST} deep, or holds itself")
+        if kind in _SEQUENCES:
+            items = [self.encode(item, (*path, str(at))) for at, item in enumerate(_in_order(value))]
+            return items if kind is list else {_SEQUENCES[kind]: items}
+        if kind in _MAPPINGS:
+            return self._encode_mapping(value, path)
+        return _encode_leaf(value, path)
+
+    def _encode_mapping(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
+        kind = type(value)
+        items = [(key, self.encode(item, (*path, _part(key)))) for key, item in value.items()]
+        if kind is dict and all(type(key) is str and not key.startswith("$") for key, _ in items):
+            return dict(items)
+        pairs = [[self._encode_key(key, path), item] for key, item in items]
+        versions = getattr(value, "_metadata", None)  # of a module's state_dict: the version of each submodule
+        if kind is collections.OrderedDict and versions is not None:
+            return {"$ordered": pairs, "$versions": self.encode(versions, (*path, "_metadata"))}
+        return {_MAPPINGS[kind]: pairs}
+
+    def _encode_key(self, key: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(key, torch.Tensor | np.ndarray):
+            raise UnkeepableError(f"{_spell(path)} has a key of type {_type_name(key)}; use str or int keys")
+        return self.encode(key, (*path, repr(key)))
+
+    def _encode_array(self, value: np.generic | np.ndarray[Any, Any], path: tuple[str, ...]) -> Any:
+        if value.dtype.kind not in _ARRAY_KINDS or value.dtype.names is not None:
+            raise _refusal(value, path, f"its elements are {value.dtype}; keep numbers")
+        array = np.asarray(value)
+        if isinstance(value, np.ndarray) and array.nbytes > _INLINE_ARRAY and array.dtype.isnative:
+            try:
+                return {"$array": {"tensor": self._keep(torch.from_numpy(array.copy()), path)}}
+            except TypeError:
+                pass  # a dtype that torch has not
+        data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+        tag = "$array" if isinstance(value, np.ndarray) else "$scalar"
+        return {tag: {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}}
+
+    def _keep(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
+        _check_tensor(tensor, path)
+        identity = _identity(tensor)
+        if identity in self._seen:
+            return self._seen[identity]
+        name = "/".join(path)
+        self.tensors[name] = tensor.detach()
+        if identity is not None:
+            self._seen[identity] = name
+        return name
+
+
+_SEQUENCES: dict[type, str] = {list: "", tuple: "$tuple", torch.Size: "$size", set: "$set", frozenset: "$frozenset"}
+_MAPPINGS: dict[type, str] = {
+    dict: "$dict",
+    collections.OrderedDict: "$ordered",
+    collections.Counter: "$counter",
+}
+_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def _encode_leaf(value: Any, path: tuple[str, ...]) -> Any:
+    if type(value) is bytes:
+        return {"$bytes": base64.b64encode(value).decode()}
+    if type(value) is complex:
+        return {"$complex": [repr(value.real), repr(value.imag)]}
+    if isinstance(value, torch.dtype):
+        return {"$dtype": dtype_name(value)}
+    if isinstance(value, torch.device):
+        return {"$device": str(value)}
+    raise _refusal(value, path, "give it as dicts, lists, tuples, numbers, strings, bytes, tensors or numpy arrays")
+
+
+def _decode(node: Any, fetch: Fetch) -> Any:
+    if isinstance(node, list):
+        return [_decode(item, fetch) for item in node]
+    if not isinstance(node, dict):
+        return node
+    tag = next(iter(node), "")
+    if not tag.startswith("$"):
+        return {key: _decode(item, fetch) for key, item in node.items()}
+    if tag == "$ordered":
+        return _decode_ordered(node, fetch)
+    if len(node) != 1 or tag not in _DECODERS:
+        raise ValueError(f"an unknown kind of value, {sorted(node)[:3]}")
+    return _DECODERS[tag](node[tag], fetch)
+
+
+def _decode_ordered(node: dict[str, Any], fetch: Fetch) -> Any:
+    ordered: Any = collections.OrderedDict(_pairs(node["$ordered"], fetch))
+    if "$versions" in node:
+        ordered._metadata = _decode(node["$versions"], fetch)
+    return ordered
+
+
+def _pairs(content: list[list[Any]], fetch: Fetch) -> list[tuple[Any, Any]]:
+    return [(_decode(key, fetch), _decode(item, fetch)) for key, item in content]
+
+
+def _decode_array(content: dict[str, Any], fetch: Fetch) -> np.ndarray[Any, Any]:
+    if "tensor" in content:
+        return fetch(content["tensor"]).numpy()
+    dtype = np.dtype(content["dtype"])
+    if dtype.kind not in _ARRAY_KINDS or dtype.names is not None:
+        raise ValueError(f"an array of {dtype}")
+    return np.frombuffer(base64.b64decode(content["data"]), dtype).reshape(content["shape"]).copy()
+
+
+_DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
+    "$tensor": lambda content, fetch: fetch(content),
+    "$float": lambda content, _: _FLOATS[content],
+    "$complex": lambda content, _: complex(*map(float, content)),
+    "$bytes": lambda content, _: base64.b64decode(content),
+    "$dtype": lambda content, _: find_dtype(content),
+    "$device": lambda content, _: torch.device(content),
+    "$tuple": lambda content, fetch: tuple(_decode(item, fetch) for item in content),
+    "$size": lambda content, _: torch.Size(content),
+    "$set": lambda content, fetch: {_decode(item, fetch) for item in content},
+    "$frozenset": lambda content, fetch: frozenset(_decode(item, fetch) for item in content),
+    "$dict": lambda content, fetch: dict(_pairs(content, fetch)),
+    "$counter": lambda content, fetch: collections.Counter(dict(_pairs(content, fetch))),
+    "$array": _decode_array,
+    "$scalar": lambda content, fetch: _decode_array(content, fetch)[()],
+}
+
+
+def _part(key: Any) -> str:
+    """A key as a part of a name; different keys of one dict are different parts."""
+    if type(key) is int:
+        return str(key)
+    if type(key) is not str:
+        return f"~3{key!r}"
+    escaped = key.replace("~", "~0").replace("/", "~1")
+    return f"~2{escaped}" if _NUMBER.fullmatch(key) else escaped
+
+
+def _in_order(value: Any) -> list[Any]:
+    return sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)
+
+
+def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """What two names of one tensor have in common; None where it cannot be told alike on all ranks."""
+    if isinstance(tensor, DTensor) or tensor.numel() == 0:
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
+
+
+def _check_tensor(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
+    if tensor.layout is not torch.strided or tensor.is_quantized:
+        raise _refusal(tensor, path, f"its layout is {tensor.layout}; make it dense and not quantized")
+    if tensor.device.type == "meta":
+        raise _refusal(tensor, path, "it is on the meta device and has no values")
+    if not is_storable(tensor.dtype):
+        raise _refusal(tensor, path, f"its dtype is {tensor.dtype}; convert it")
+
+
+def _refusal(value: Any, path: tuple[str, ...], why: str) -> UnkeepableError:
+    return UnkeepableError(f"{_spell(path)} is a {_type_name(value)}, which a checkpoint cannot keep: {why}")
+
+
+def _spell(path: tuple[str, ...]) -> str:
+    return path[0] + "".join(f"[{part!r}]" for part in path[1:])
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,94 @@
+"""One file out of a checkpoint, which needs no allstep to be read.
+
+Contract: in any process, alone. A `.safetensors` file holds tensors by name; a `.pt` file the nested state, with numpy
+values as tensors and numbers, so that `torch.load` reads it as it is. The file appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from allstep.checkpoint.dtypes import find_dtype, stored_as, stored_shape, to_stored
+from allstep.checkpoint.layout import STATE
+from allstep.checkpoint.listing import Entry
+from allstep.checkpoint.reading import Reader
+from allstep.checkpoint.remote import open_storage
+from allstep.checkpoint.shards import lay_out
+from allstep.checkpoint.verifying import examine
+from allstep.errors import CheckpointError, DamagedCheckpointError
+
+
+def export(entry: Entry, path: str, only: str | None = None) -> None:
+    """Write a checkpoint's state to one file.
+
+    Args:
+        entry: of the checkpoint.
+        path: ends with ".safetensors" or ".pt".
+        only: a part of the state, such as "model"; the tensors' names then lack it, as `load_state_dict` expects.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, has no such part, or the path ends otherwise.
+    """
+    suffix = os.path.splitext(path)[1]
+    if suffix not in (".safetensors", ".pt"):
+        raise CheckpointError(f"cannot export to {path}: a file's name must end with .safetensors or .pt")
+    storage = open_storage(entry.folder)
+    problems = examine(storage, entry.name, "full")
+    if entry.manifest is None or problems:
+        raise DamagedCheckpointError(f"checkpoint {entry.folder}/{entry.name} is damaged: {'; '.join(problems)}")
+    with Reader(storage, entry.name, entry.manifest) as reader:
+        parts = reader.saved(STATE).value
+        if only is not None and only not in parts:
+            raise CheckpointError(f"checkpoint {entry.name} has no part {only!r}; it has {', '.join(sorted(parts))}")
+        temporary = f"{path}.tmp-{os.getpid()}"
+        try:
+            if suffix == ".pt":
+                state = _portable(reader.read_state({}))
+                torch.save(state if only is None else state[only], temporary)
+            else:
+                _write_safetensors(reader, temporary, only, {"format": "pt", "step": str(entry.manifest.step)})
+            os.replace(temporary, path)
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+
+
+def _write_safetensors(reader: Reader, path: str, only: str | None, metadata: dict[str, str]) -> None:
+    """Tensor by tensor, so that never more than one is in memory."""
+    records = {
+        name if only is None else name.removeprefix(f"{only}/"): (name, record)
+        for name, record in reader.saved(STATE).tensors.items()
+        if only is None or name.startswith(f"{only}/")
+    }
+    if not records:
+        raise CheckpointError("there are no tensors to export; choose a .pt file")
+    dtypes = {key: find_dtype(record.dtype) for key, (_, record) in records.items()}
+    layout = lay_out(
+        (
+            (key, stored_as(dtypes[key]), stored_shape(dtypes[key], record.shape))
+            for key, (_, record) in records.items()
+        ),
+        metadata,
+    )
+    with open(path, "wb") as file:
+        file.write(layout.header)
+        for slot in layout.slots:
+            tensor = to_stored(reader.read_tensor(*records[slot.key]))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return torch.from_numpy(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return {key: _portable(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set, frozenset):
+        return type(value)(_portable(item) for item in value)
+    return value

@@ -1,0 +1,98 @@
+"""The manifest: what makes a folder of files a checkpoint.
+
+Contract: `write_manifest` gives the bytes of the file that is written last; `read_manifest` takes bytes that anybody
+may have written or damaged, and gives either a `Manifest` in which every field has its type and every file name is a
+plain name, or DamagedCheckpointError. The text carries its own hash.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from allstep.checkpoint.hashing import ALGORITHM, hash_bytes
+from allstep.errors import DamagedCheckpointError
+
+FORMAT = 1
+LARGEST_MANIFEST = 64 << 20
+
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class FileRecord(BaseModel):
+    """A file's size in bytes and its hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: Count
+    hash: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Manifest(BaseModel):
+    """What a checkpoint says about itself.
+
+    Attributes:
+        format: of the files; this version reads 1.
+        order: how many saves were begun in the folder before this one, and one.
+        step: the iteration after which it was taken.
+        world_size: of the run that saved it.
+        created: seconds since 1970.
+        versions: of allstep, torch and Python.
+        metrics: by name.
+        facts: what the caller gave, such as the run's configuration.
+        files: every file but the manifest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    format: int
+    order: Count
+    step: Count
+    world_size: Annotated[int, Field(ge=1)]
+    created: float
+    versions: dict[str, str]
+    metrics: dict[str, float]
+    facts: dict[str, Any]
+    files: dict[FileName, FileRecord]
+
+    @property
+    def size(self) -> int:
+        """Bytes in all files."""
+        return sum(record.size for record in self.files.values())
+
+
+def write_manifest(manifest: Manifest) -> bytes:
+    """The manifest as the text of its file."""
+    body = json.loads(manifest.model_dump_json())
+    return json.dumps({"manifest": body, ALGORITHM: hash_bytes(_canonical(body))}, indent=1).encode() + b"\n"
+
+
+def read_manifest(text: bytes) -> Manifest:
+    """The manifest in a file's bytes.
+
+    Raises:
+        DamagedCheckpointError: it is no manifest, not whole, or of a later format.
+    """
+    try:
+        outer = json.loads(text)
+        body = outer["manifest"]
+        if outer[ALGORITHM] != hash_bytes(_canonical(body)):
+            raise DamagedCheckpointError("the manifest's text does not have the hash that it states")
+        if isinstance(body.get("format"), int) and body["format"] > FORMAT:
+            raise DamagedCheckpointError(
+                f"the checkpoint has format {body['format']}; this allstep reads {FORMAT}, so use a newer one"
+            )
+        return Manifest.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedCheckpointError(f"the manifest's {where} is wrong: {first['msg']}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"the manifest cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _canonical(body: Any) -> bytes:
+    return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()

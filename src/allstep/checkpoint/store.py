@@ -1,0 +1,269 @@
+"""`Store`: a folder of checkpoints that a run saves to and resumes from.
+
+Contract: every rank makes one and calls the same methods at the same points, from its main thread. `save` returns when
+this rank's part of the state is copied; the rest happens in a thread, over a process group of its own, with one save
+under way at a time. A save that fails is reported on every rank and leaves the other checkpoints as they are; it stops
+training only where the store is strict. A folder belongs to one run at a time: opening a store removes what earlier
+attempts left unfinished.
+
+It knows nothing of engines, modules and random generators: it is handed plain nested state, and gives it back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import torch.distributed as dist
+
+from allstep.checkpoint.choosing import Found, choose, from_first
+from allstep.checkpoint.commit import Order, commit
+from allstep.checkpoint.layout import Name, next_order, read_name
+from allstep.checkpoint.listing import committed
+from allstep.checkpoint.manifest import Manifest
+from allstep.checkpoint.reading import Reader
+from allstep.checkpoint.remote import open_storage
+from allstep.checkpoint.removal import remove_checkpoint, sweep
+from allstep.checkpoint.retention import KeepBest, Retention
+from allstep.checkpoint.saving import Pending
+from allstep.checkpoint.snapshot import Snapshot, take_snapshot
+from allstep.checkpoint.staging import Stager
+from allstep.checkpoint.storage import Storage
+from allstep.checkpoint.verifying import Verify
+from allstep.coordination import Alone, Coordinator, Ranked
+from allstep.errors import CheckpointError
+
+Busy = Literal["wait", "skip"]
+
+log = logging.getLogger("allstep.checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What was in a checkpoint.
+
+    Attributes:
+        state: the nested state of each name, as it was saved; tensors are on the CPU.
+        per_rank: what each rank of the run that saved had for itself, in rank order.
+        manifest: what the checkpoint says about itself.
+    """
+
+    state: dict[str, Any]
+    per_rank: list[Any]
+    manifest: Manifest
+
+
+class Store:
+    """A folder of checkpoints."""
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        coordinator: Coordinator | None = None,
+        background: Coordinator | None = None,
+        keep_last: int | None = 3,
+        keep_best: KeepBest | None = None,
+        verify: Verify = "full",
+        strict: bool = False,
+        busy: Busy = "wait",
+        patience: float = 30.0,
+        timeout: float = 3600.0,
+        storage: Storage | None = None,
+    ) -> None:
+        """Open a folder of checkpoints, on every rank.
+
+        Args:
+            folder: a path, or an address that fsspec knows. All ranks must reach it.
+            coordinator: for what the main threads agree on; by default over a gloo group of its own.
+            background: for the threads that write; nothing else may use it. By default the same.
+            keep_last: how many of the newest checkpoints stay after a commit; None keeps all.
+            keep_best: how many of the best stay besides: (count, name of a metric, "max" or "min").
+            verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
+            strict: a failed save raises, in `Pending.wait`, the next `save`, or `wait`.
+            busy: what `save` does while another is under way: wait for it, or leave the new one out.
+            patience: seconds for which `choose` waits for files that some ranks see and others do not.
+            timeout: seconds that ranks wait for each other in a save.
+            storage: in place of `folder`'s own.
+
+        Raises:
+            CheckpointError: an argument is wrong, or rank 0 cannot read the folder; on every rank.
+        """
+        if verify not in get_args(Verify) or busy not in get_args(Busy):
+            raise CheckpointError(
+                f'verify is {verify!r} and busy is {busy!r}; give "full" or "size", and "wait" or "skip"'
+            )
+        self._retention = Retention(keep_last, keep_best)
+        self._storage = storage if storage is not None else open_storage(str(folder))
+        self._coordinator = coordinator if coordinator is not None else _own_coordinator(timeout)
+        self._background = background if background is not None else _own_coordinator(timeout)
+        self._verify: Verify = verify
+        self._strict = strict
+        self._busy: Busy = busy
+        self._patience = patience
+        self._stager = Stager()
+        self._last: Pending | None = None
+        self._next, self._token = from_first(self._coordinator, self._begin)
+
+    @property
+    def folder(self) -> str:
+        """Where the checkpoints are."""
+        return self._storage.root
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        per_rank: Any = None,
+        metrics: Mapping[str, float] | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Pending:
+        """Copy the state and begin to write it.
+
+        Args:
+            step: the iteration after which it is taken, 0 or more, the same on all ranks.
+            state: nested values by name: dicts, lists, tuples, numbers, strings, bytes, None, tensors, numpy arrays.
+                DTensors are written by shards; every other tensor and value is the same on all ranks.
+            per_rank: a nested value of this rank alone.
+            metrics: numbers by name, for `keep_best` and for people.
+            facts: what else the manifest should say, as JSON takes it.
+
+        Raises:
+            CheckpointError: the save before failed, and the store is strict.
+        """
+        if self._busy == "skip" and self._is_busy_anywhere():
+            return Pending(step, None, strict=self._strict)
+        self.wait()
+        name = Name(self._next, step)
+        self._next += 1
+        snapshot, refused = self._take_snapshot(state, per_rank)
+        folder = name.temporary(self._token) if self._storage.has_rename else str(name)
+        order = Order(name, folder, snapshot, refused, dict(metrics or {}), dict(facts or {}))
+        self._last = Pending(step, name, strict=self._strict)
+        threading.Thread(target=self._write, args=(order, self._last), daemon=True, name=f"allstep-{name}").start()
+        return self._last
+
+    def wait(self) -> bool:
+        """Wait for the save under way, if there is one; whether the last one is committed.
+
+        Raises:
+            CheckpointError: it failed, and the store is strict. It is raised once.
+        """
+        if self._last is None:
+            return True
+        try:
+            return self._last.wait()
+        except CheckpointError:
+            self._last = None
+            raise
+
+    def close(self) -> None:
+        """Wait for the save under way and let go of the memory."""
+        try:
+            self.wait()
+        finally:
+            self._stager = Stager()
+
+    def choose(self, at: str = "auto") -> Found | None:
+        """The checkpoint to resume from, verified, the same on every rank.
+
+        Args:
+            at: "auto" for the newest here that is whole, or the path of one checkpoint, or of a folder of them.
+
+        Returns:
+            None with "auto" where there is none.
+
+        Raises:
+            CheckpointError: a path was given, and there is nothing there that can be used; on every rank.
+        """
+        if at == "auto":
+            return choose(self._storage, self._coordinator, verify=self._verify, patience=self._patience)
+        parent, _, last = at.rstrip("/").rpartition("/")
+        only = last if read_name(last) is not None else None
+        storage = open_storage((parent or ".") if only else at)
+        found = choose(storage, self._coordinator, verify=self._verify, patience=self._patience, only=only)
+        if found is None:
+            raise CheckpointError(f"there is no checkpoint to resume from at {at}")
+        return found
+
+    def load(self, found: Found, template: Mapping[str, Any] | None = None) -> Loaded:
+        """Read a checkpoint that was chosen, at any world size.
+
+        Args:
+            found: what `choose` gave.
+            template: state by name, as for `save`, where it has DTensors: they are filled in place and are what
+                `Loaded.state` holds at their keys.
+
+        Raises:
+            CheckpointError: a rank could not read it; on every rank.
+        """
+        loaded: Loaded | None = None
+        failure: str | None = None
+        try:
+            loaded = self._read(found, template or {})
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}"
+        for rank, reason in enumerate(self._coordinator.gather(failure)):
+            if reason is not None:
+                raise CheckpointError(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {reason}")
+        assert loaded is not None
+        return loaded
+
+    def _read(self, found: Found, template: Mapping[str, Any]) -> Loaded:
+        storage = self._storage if found.root == self._storage.root else open_storage(found.root)
+        with Reader(storage, found.name, found.manifest) as reader:
+            return Loaded(reader.read_state(template), reader.read_per_rank(), found.manifest)
+
+    def _begin(self) -> tuple[int, str]:
+        folders = self._storage.folders()
+        for folder in sweep(self._storage):
+            log.warning("removed %s/%s, which an earlier attempt left unfinished", self._storage.root, folder)
+        return next_order(folders), uuid.uuid4().hex[:8]
+
+    def _is_busy_anywhere(self) -> bool:
+        busy = self._last is not None and not self._last.done()
+        return self._coordinator.vote([int(busy)]).wait()[0] > 0
+
+    def _take_snapshot(self, state: Mapping[str, Any], per_rank: Any) -> tuple[Snapshot | None, str | None]:
+        """This rank's part, or why there is none; the ranks hear of that when they meet."""
+        try:
+            rank, world_size = self._background.rank, self._background.world_size
+            return take_snapshot(state, per_rank, self._stager, rank, world_size), None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
+    def _write(self, order: Order, pending: Pending) -> None:
+        error: CheckpointError | None = None
+        try:
+            commit(order, self._storage, self._background)
+        except CheckpointError as failure:
+            error = failure
+        except Exception as failure:
+            error = CheckpointError(f"step {order.name.step} was not saved: {type(failure).__name__}: {failure}")
+            error.__cause__ = failure
+        if error is not None:
+            log.error("%s (rank %d)", error, self._background.rank)
+        elif self._background.rank == 0:
+            self._retire()
+        pending.end(error)
+
+    def _retire(self) -> None:
+        """Remove what is no longer needed."""
+        try:
+            for name in self._retention.expendable(committed(self._storage)):
+                remove_checkpoint(self._storage, str(name))
+        except Exception as error:
+            log.warning("old checkpoints in %s could not be removed: %s", self._storage.root, error)
+
+
+def _own_coordinator(timeout: float) -> Coordinator:
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return Alone()
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)
+    return Ranked(group)

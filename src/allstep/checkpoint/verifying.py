@@ -1,0 +1,74 @@
+"""Whether a checkpoint is whole: its manifest read, and its files compared with what that says.
+
+Contract: nothing is changed here. `size` looks at the list of files, `full` reads them all and compares hashes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from allstep.checkpoint.hashing import hash_file
+from allstep.checkpoint.layout import MANIFEST
+from allstep.checkpoint.manifest import LARGEST_MANIFEST, Manifest, read_manifest
+from allstep.checkpoint.storage import Storage
+from allstep.errors import DamagedCheckpointError
+
+Verify = Literal["full", "size"]
+
+
+def load_manifest(storage: Storage, folder: str) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        size = storage.files(folder).get(MANIFEST)
+        if size is None:
+            raise DamagedCheckpointError(f"there is no {MANIFEST}: the save was never finished")
+        if size > LARGEST_MANIFEST:
+            raise DamagedCheckpointError(f"{MANIFEST} has {size} bytes, more than any manifest")
+        with storage.open(folder, MANIFEST) as file:
+            return read_manifest(file.read())
+    except OSError as error:
+        raise DamagedCheckpointError(f"{MANIFEST} cannot be read: {error}") from error
+
+
+def wrong_sizes(storage: Storage, folder: str, manifest: Manifest) -> list[str]:
+    """What is wrong with the list of files."""
+    present = storage.files(folder)
+    problems = []
+    for name, record in manifest.files.items():
+        if name not in present:
+            problems.append(f"{name} is missing")
+        elif present[name] != record.size:
+            problems.append(f"{name} has {present[name]} bytes instead of {record.size}")
+    return problems
+
+
+def wrong_hashes(storage: Storage, folder: str, manifest: Manifest, names: Iterable[str]) -> list[str]:
+    """What is wrong with the contents of those files of a checkpoint that are named."""
+    problems = []
+    for name in names:
+        try:
+            with storage.open(folder, name) as file:
+                _, digest = hash_file(file)
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error}")
+            continue
+        if digest != manifest.files[name].hash:
+            problems.append(f"{name} has changed since it was written: its hash is {digest}")
+    return problems
+
+
+def examine(storage: Storage, folder: str, verify: Verify) -> list[str]:
+    """Everything that is wrong with a checkpoint."""
+    try:
+        manifest = load_manifest(storage, folder)
+    except DamagedCheckpointError as error:
+        return [str(error)]
+    problems = wrong_sizes(storage, folder, manifest)
+    if problems or verify == "size":
+        return problems
+    return wrong_hashes(storage, folder, manifest, manifest.files)

@@ -1,0 +1,152 @@
+"""`allstep checkpoints`: what lies in a folder of checkpoints, and what to do with it.
+
+Contract: one process, beside a run or without one. `ls` and `verify` change nothing. Exit codes: 0 all well; 1 a
+checkpoint is damaged; 2 a wrong command line, or nothing of that name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allstep.checkpoint.listing import Entry
+
+DESCRIPTION = """\
+List, verify, export and remove checkpoints. FOLDER is what a run saved to: a path, or an address such as
+s3://bucket/run.
+"""
+
+EPILOG = """\
+exit code:
+  0  all well
+  1  a checkpoint is damaged
+  2  wrong command line, or no such checkpoint
+
+examples:
+  allstep checkpoints ls runs/digits/checkpoints
+  allstep checkpoints verify runs/digits/checkpoints
+  allstep checkpoints export runs/digits/checkpoints model.safetensors --only model
+  allstep checkpoints rm runs/digits/checkpoints save-000001-step-100
+"""
+
+_HEADINGS = ("NAME", "STEP", "SIZE", "WORLD", "SAVED (UTC)", "STATE", "METRICS")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with these arguments and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    commands = {"ls": _list, "verify": _verify, "export": _export, "rm": _remove}
+    return commands[arguments.action](arguments)
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from allstep.checkpoint.listing import entries
+
+    found = entries(arguments.folder)
+    if arguments.json:
+        print(json.dumps([_as_json(entry) for entry in found], indent=1))
+    elif not found:
+        print(f"no checkpoints in {arguments.folder}")
+    else:
+        _print_table([_HEADINGS, *map(_row, found)])
+    return int(any(entry.state == "damaged" for entry in found))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from allstep.checkpoint.listing import entries, find_entry, verify
+
+    named = [find_entry(arguments.folder, name) for name in arguments.names]
+    chosen = named or [entry for entry in entries(arguments.folder) if entry.state != "unfinished"]
+    damaged = False
+    for entry in chosen:
+        problems = verify(entry, "size" if arguments.size else "full")
+        damaged |= bool(problems)
+        print(f"{entry.name}: {'damaged' if problems else 'whole'}")
+        for problem in problems:
+            print(f"  {problem}")
+    if not chosen:
+        print(f"no checkpoints in {arguments.folder}")
+    return int(damaged)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from allstep.checkpoint.listing import find_entry
+
+    entry = find_entry(arguments.folder, arguments.checkpoint)
+    # By its name, for this one needs torch, which the launcher's process does without.
+    importlib.import_module("allstep.checkpoint.exporting").export(entry, arguments.file, arguments.only)
+    print(f"wrote {arguments.file} from {entry.name}")
+    return 0
+
+
+def _remove(arguments: argparse.Namespace) -> int:
+    from allstep.checkpoint.listing import find_entry, remove
+
+    chosen = [find_entry(arguments.folder, name) for name in arguments.names]
+    for entry in chosen:
+        remove(entry)
+        print(f"removed {entry.name}")
+    return 0
+
+
+def _row(entry: Entry) -> tuple[str, ...]:
+    manifest = entry.manifest
+    if manifest is None:
+        return (entry.name, "", "", "", "", entry.state, "")
+    metrics = "  ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items())
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(manifest.created))
+    size = f"{manifest.size / 1e6:,.1f} MB"
+    return (entry.name, str(manifest.step), size, str(manifest.world_size), saved, entry.state, metrics)
+
+
+def _as_json(entry: Entry) -> dict[str, object]:
+    manifest = entry.manifest.model_dump(mode="json") if entry.manifest is not None else None
+    return {"name": entry.name, "state": entry.state, "problems": entry.problems, "manifest": manifest}
+
+
+def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (_printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+def _printable(text: str) -> str:
+    """Without what would move a terminal's cursor: the names of metrics are anybody's."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="allstep checkpoints",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ls|verify|export|rm")
+    listing = _add(actions, "ls", "a table of what is there, the newest last")
+    listing.add_argument("--json", action="store_true", help="as JSON, with all that the manifests say")
+    verifying = _add(actions, "verify", "read every file and compare its hash")
+    verifying.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to verify (default: all)")
+    verifying.add_argument("--size", action="store_true", help="compare sizes only")
+    exporting = _add(actions, "export", "write a checkpoint's state to one file")
+    exporting.add_argument("file", metavar="FILE", help="ends with .safetensors (tensors) or .pt (all state)")
+    exporting.add_argument("--checkpoint", metavar="NAME", help="which one (default: the newest that is whole)")
+    exporting.add_argument("--only", metavar="PART", help="one part of the state, such as model")
+    removing = _add(actions, "rm", "remove checkpoints")
+    removing.add_argument("names", nargs="+", metavar="NAME", help="checkpoints to remove")
+    return parser
+
+
+def _add(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
+) -> argparse.ArgumentParser:
+    action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    action.add_argument("folder", metavar="FOLDER", help="where a run saves its checkpoints")
+    return action
