@@ -29,6 +29,10 @@ class WorldError(AllstepError, RuntimeError):
     """The process group could not be set up, or a World was used before `init` or after `close`."""
 
 
+class ChannelError(AllstepError, ConnectionError):
+    """The control channel carried something that is not a message of this version, or its other end is gone."""
+
+
 class ParallelError(AllstepError, ValueError):
     """A module cannot be spread over ranks as asked."""
 

@@ -124,3 +124,26 @@ def test_a_rank_to_show_that_will_not_exist_is_an_error(tmp_path: Path) -> None:
     result = run(tmp_path, "--nproc", "2", "--show", "0,2", "script.py")
     assert (result.returncode, result.stdout) == (2, "")
     assert "show names rank 2, but this run has 2 workers" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limits", "speed=3"], "limits: "),
+        (["--fault", "rank=1,explode"], "'explode' is wrong"),
+        (["--nnodes", "2"], "--node-rank, --rdzv are missing"),
+        (["--max-restarts", "-1"], "max_restarts is -1"),
+    ],
+)
+def test_a_wrong_option_is_named_and_nothing_is_started(arguments: list[str], message: str, tmp_path: Path) -> None:
+    script(tmp_path, "print('ran')")
+    result = run(tmp_path, *arguments, "script.py")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_limits_and_faults_reach_the_workers(tmp_path: Path) -> None:
+    script(tmp_path, "print(os.environ['ALLSTEP_LIMITS'], os.environ['ALLSTEP_FAULT'])")
+    result = run(tmp_path, "--limits", "step=60", "--fault", "rank=1,kill=9", "script.py")
+    assert result.stdout == "step=60 rank=1,kill=9\n", result.stderr

@@ -7,7 +7,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -33,11 +33,15 @@ def script(folder: Path, text: str, name: str = "script.py") -> Path:
 
 
 def run(
-    folder: Path, *arguments: str | Path, env: Mapping[str, str] | None = None, stdin: str | None = None
+    folder: Path,
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    command: Sequence[str] = (*ALLSTEP, "run"),
 ) -> subprocess.CompletedProcess[str]:
     """Run `allstep run` in `folder` to its end."""
     return subprocess.run(
-        [*ALLSTEP, "run", *map(str, arguments)],
+        [*command, *map(str, arguments)],
         cwd=folder,
         env=environment(env),
         input=stdin,

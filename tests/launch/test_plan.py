@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from allstep.launch.devices import Devices
-from allstep.launch.plan import Command, WorkerPlan, plan_workers, worker_count
+from allstep.launch.plan import Command, Share, WorkerPlan, plan_workers, worker_count
 from allstep.launch.settings import LaunchSettings
 
 
 def plan(
     environ: dict[str, str], *, cores: int = 8, devices: Devices | None = None, **settings: Any
 ) -> tuple[WorkerPlan, ...]:
+    asked = LaunchSettings(**settings)
     return plan_workers(
-        LaunchSettings(**settings),
+        asked,
         Command("train.py"),
+        share(workers=worker_count(asked, devices or Devices())),
         environ=environ,
         devices=devices or Devices(),
         cores=cores,
-        port=4711,
-        run_id="r",
-        attempt=2,
     )
+
+
+def share(workers: int, **more: Any) -> Share:
+    fields: dict[str, Any] = {
+        "run_id": "r",
+        "attempt": 2,
+        "nonce": "n0",
+        "channel": "127.0.0.1:99",
+        "master_addr": "127.0.0.1",
+        "master_port": 4711,
+        "workers": workers,
+        "first_rank": 0,
+        "world_size": workers,
+    }
+    return Share(**fields | more)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +73,8 @@ def test_each_worker_has_the_environment_that_torchrun_would_give_it() -> None:
         "TORCHELASTIC_RESTART_COUNT": "2",
         "ALLSTEP_RUN_ID": "r",
         "ALLSTEP_ATTEMPT": "2",
+        "ALLSTEP_CHANNEL": "127.0.0.1:99",
+        "ALLSTEP_NONCE": "n0",
         "PYTHONUNBUFFERED": "1",
     }
     assert expected.items() <= second.items()
@@ -85,3 +102,31 @@ def test_cores_are_divided_among_workers_unless_the_user_did(
 def test_mig_instances_are_shown_one_to_a_worker_over_what_was_inherited() -> None:
     workers = plan({"CUDA_VISIBLE_DEVICES": "MIG-a,MIG-b"}, devices=Devices(("MIG-a", "MIG-b"), apart=True))
     assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["MIG-a", "MIG-b"]
+
+
+def test_a_machine_among_several_numbers_its_ranks_from_where_the_ones_before_it_end(tmp_path: Path) -> None:
+    part = share(2, first_rank=3, world_size=5, node_rank=1, nodes=2, master_addr="head", folder=tmp_path)
+    first, second = plan_workers(LaunchSettings(), Command("x"), part, environ={}, devices=Devices(), cores=8)
+    assert (first.rank, second.rank, first.world_size) == (3, 4, 5)
+    expected = {
+        "RANK": "4",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "5",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+        "GROUP_WORLD_SIZE": "2",
+        "MASTER_ADDR": "head",
+        "ALLSTEP_ATTEMPT_FOLDER": str(tmp_path),
+    }
+    assert expected.items() <= second.environment.items()
+
+
+def test_an_attempt_without_a_folder_does_not_inherit_that_of_another_run() -> None:
+    assert "ALLSTEP_ATTEMPT_FOLDER" not in plan({"ALLSTEP_ATTEMPT_FOLDER": "/outer"})[0].environment
+
+
+def test_limits_and_faults_asked_for_win_over_the_environment() -> None:
+    outer = {"ALLSTEP_LIMITS": "step=1", "ALLSTEP_FAULT": "rank=1,exit=3"}
+    inherited, given = plan(outer)[0].environment, plan(outer, limits="step=60", fault="rank=0,exit=4")[0].environment
+    assert (inherited["ALLSTEP_LIMITS"], inherited["ALLSTEP_FAULT"]) == ("step=1", "rank=1,exit=3")
+    assert (given["ALLSTEP_LIMITS"], given["ALLSTEP_FAULT"]) == ("step=60", "rank=0,exit=4")

@@ -25,6 +25,14 @@ from allstep.launch.settings import LaunchSettings, parse_nproc, parse_show, par
         ({"env": {"A": "x\0y"}}, "cannot be an environment variable"),
         ({"grace": -0.1}, "grace is -0.1"),
         ({"grace": float("nan")}, "grace is nan"),
+        ({"max_restarts": -1}, "max_restarts is -1; it must be 0 or more"),
+        ({"stop_after": 0}, "stop_after is 0; it must be 1 or more"),
+        ({"nnodes": 0}, "nnodes is 0"),
+        ({"node_rank": -1}, "node_rank is -1"),
+        ({"rdzv": "host"}, "rdzv is 'host'; it must be HOST:PORT"),
+        ({"rdzv_timeout": -1.0}, "rdzv_timeout is -1.0"),
+        ({"limits": "speed=3"}, "speed"),
+        ({"fault": "rank=1,explode"}, "explode"),
     ],
 )
 def test_a_wrong_setting_is_refused_by_name_and_value(fields: dict[str, Any], message: str) -> None:

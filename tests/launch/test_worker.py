@@ -202,3 +202,23 @@ def test_a_worker_whose_supervisor_is_gone_before_it_is_tied_leaves(tmp_path: Pa
         os.close(read_end)
         os.close(write_end)
     assert (result.returncode, result.stdout) == (-9, b"")
+
+
+def test_importing_torch_leaves_the_collector_and_the_import_system_as_they_were(tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        "import gc\nfinders = len(sys.meta_path)\nimport torch, torch._dynamo\n"
+        "print(torch.seen, torch._dynamo.seen, gc.isenabled(), finders - len(sys.meta_path), vars(torch.__loader__))\n",
+    )
+    script(tmp_path, "import gc\nseen = gc.isenabled()\n", "torch/__init__.py")
+    script(tmp_path, "import gc\nseen = gc.isenabled()\n", "torch/_dynamo.py")
+    result = run(tmp_path, "script.py")
+    path = tmp_path / "torch/__init__.py"
+    assert result.stdout == f"False False True 1 {{'name': 'torch', 'path': '{path}'}}\n", result.stderr
+
+
+def test_an_import_of_torch_that_fails_is_told_as_plain_python_tells_it(tmp_path: Path) -> None:
+    script(tmp_path, "import torch")
+    script(tmp_path, "import gc\nraise OSError('libtorch.so is missing')\n", "torch/__init__.py")
+    said = run(tmp_path, "script.py").stderr
+    assert plain(tmp_path, "script.py").stderr in said

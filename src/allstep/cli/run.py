@@ -1,4 +1,4 @@
-"""`allstep run`: one worker per device of this machine, each running the same script.
+"""`allstep run`: one worker per device of this machine, or of several, each running the same script.
 
 Contract: reads the command line and, if asked, a configuration file; works out everything that can be wrong before
 anything is started; then hands over to the supervisor and returns its exit status. What is given on the command line
@@ -11,28 +11,32 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from allstep.errors import ConfigurationError, LaunchError
 from allstep.launch.devices import probe_hardware, visible_devices
-from allstep.launch.folder import AttemptFolder, create_attempt, default_name
-from allstep.launch.plan import Command, plan_workers, worker_count
-from allstep.launch.port import ReservedPort
+from allstep.launch.folder import default_name
+from allstep.launch.machine import Launch
+from allstep.launch.plan import Command, worker_count
 from allstep.launch.settings import LaunchSettings, parse_nproc, parse_show, parse_variable, shown_ranks
 from allstep.launch.supervisor import supervise
+
+if TYPE_CHECKING:
+    from allstep.launch.nodes import Nodes
 
 T = TypeVar("T")
 
 USAGE = "allstep run [options] [-m] script [args ...]"
 
 DESCRIPTION = """\
-Run a Python script once per device of this machine, as the ranks of one job.
+Run a Python script once per device of this machine, or of several, as the ranks of one job.
 
 Each worker gets the environment that torchrun would give it (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ...), so
 scripts made for torchrun run unchanged. Output comes out with the rank before each line, and is kept per rank in
-RUNS/NAME/attempt_0/rank_R.log. The first worker that fails ends the run.
+RUNS/NAME/attempt_K/rank_R.log. The first worker that fails ends the attempt. On several machines start the same
+command on each, with --nnodes, --node-rank and --rdzv, or as one SLURM task per node.
 """
 
 EPILOG = """\
@@ -40,12 +44,17 @@ exit code:
   0      every worker exited with 0
   N      the exit code of the worker that failed first; 128 + N if signal N killed it
   128+N  signal N stopped the run (130 for Ctrl-C, 143 for SIGTERM)
-  2      nothing was started: wrong command line or configuration
+  2      nothing was started: wrong command line or configuration, or machines that did not come together
+  83     a worker hung: no progress for longer than its section may last
+  84     the link to another machine or worker was lost
+  85     the workers made room in order; start the run again to go on
 
 examples:
   allstep run train.py --lr 0.1
   allstep run --nproc 2 -m package.train
   allstep run --config configs/quickstart.yaml examples/digits.py
+  allstep run --max-restarts 3 train.py
+  allstep run --nnodes 2 --node-rank 0 --rdzv node0:29400 train.py
 """
 
 
@@ -79,35 +88,36 @@ def split_command(argv: Sequence[str], options_with_value: frozenset[str]) -> tu
 
 
 def _launch(settings: LaunchSettings, command: Command) -> int:
-    devices = visible_devices({**os.environ, **settings.env}, probe_hardware)
+    environ = dict(os.environ)
+    devices = visible_devices({**environ, **settings.env}, probe_hardware)
     workers = worker_count(settings, devices)
-    shown = shown_ranks(settings.show, workers)
-    name = settings.name or default_name(command.target, time.strftime("%Y%m%d-%H%M%S"))
-    folder = _make_folder(settings, name)
-    with ReservedPort() as reserved:
-        plans = plan_workers(
-            settings,
-            command,
-            environ=os.environ,
+    nodes = _nodes(settings, environ)
+    if nodes is None:
+        shown_ranks(settings.show, workers)
+    return supervise(
+        Launch(
+            settings=settings,
+            command=command,
+            name=settings.name or default_name(command.target, time.strftime("%Y%m%d-%H%M%S")),
+            workers=workers,
             devices=devices,
             cores=_cores(),
-            port=reserved.port,
-            run_id=name if folder is None else folder.name,
-            attempt=0 if folder is None else folder.attempt,
+            environ=environ,
+            nodes=nodes,
         )
-        return supervise(plans, folder=folder, shown=shown, grace=settings.grace, environ=os.environ)
+    )
 
 
-def _make_folder(settings: LaunchSettings, name: str) -> AttemptFolder | None:
-    runs = Path(settings.runs or "runs")
-    try:
-        return create_attempt(runs, name, named=settings.name is not None)
-    except OSError as error:
-        reason = f"no log can be written to {runs}/{name}: {error.strerror}"
-        if settings.name is not None or settings.runs is not None:
-            raise LaunchError(f"{reason}; choose another place with --runs") from error
-        _say(f"warning: {reason}; going on without logs (--runs chooses another place)")
+def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
+    """This machine's place among several, with a warning where there are others that it does not use."""
+    if (settings.nnodes, settings.node_rank, settings.rdzv) == (None, None, None) and "SLURM_JOB_ID" not in environ:
         return None
+    from allstep.launch.nodes import find_nodes, warning
+
+    nodes = find_nodes(settings, environ)
+    if nodes is None and (remark := warning(environ)):
+        print(f"allstep: warning: {remark}", file=sys.stderr, flush=True)
+    return nodes
 
 
 def _check_script(path: str) -> None:
@@ -136,10 +146,6 @@ def _cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _say(text: str) -> None:
-    print(f"allstep: {text}", file=sys.stderr, flush=True)
 
 
 def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
@@ -187,6 +193,32 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
             metavar="SECONDS",
             help="how long workers may take to leave after a signal to stop (default: 30)",
         ),
+        parser.add_argument(
+            "--max-restarts", type=int, metavar="N", help="begin a run that failed anew, at most N times (default: 0)"
+        ),
+        parser.add_argument(
+            "--stop-after",
+            type=int,
+            metavar="K",
+            help="but not after K restarts in a row that got no further than those before (default: 3)",
+        ),
+        parser.add_argument("--nnodes", type=int, metavar="N", help="machines of the run; start this on each of them"),
+        parser.add_argument("--node-rank", type=int, metavar="K", help="which of them this is, from 0"),
+        parser.add_argument(
+            "--rdzv", metavar="HOST:PORT", help="where they meet: node 0's host, and a port that is free there"
+        ),
+        parser.add_argument(
+            "--rdzv-timeout",
+            type=float,
+            metavar="SECONDS",
+            help="how long machines wait for each other (default: 300)",
+        ),
+        parser.add_argument(
+            "--limits",
+            metavar="TEXT",
+            help="seconds that a section may last without progress, such as step=60,data=300",
+        ),
+        parser.add_argument("--fault", metavar="TEXT", help="rehearse a fault, such as rank=1,iteration=7,kill=9"),
     ]
     return parser, frozenset(option for action in actions for option in action.option_strings)
 

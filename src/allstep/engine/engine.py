@@ -24,6 +24,7 @@ from allstep.engine.loop import Loop
 from allstep.engine.meeting import Hello, Meeting, meet
 from allstep.engine.progress import Place, Progress, place_from
 from allstep.engine.reader import SamplesIn, declared_counts
+from allstep.engine.rehearsal import Rehearsal
 from allstep.engine.source import END, place_in_data
 from allstep.engine.state import State
 from allstep.engine.steering import Steering
@@ -348,7 +349,8 @@ class Engine(Listening, Steering):
         assert self._drive is not None
         self._is_running = True
         try:
-            next(self._drive)
+            with Rehearsal(self, self._loop):
+                next(self._drive)
         except StopIteration:
             self._drop_run()
         except BaseException:

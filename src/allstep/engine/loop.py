@@ -22,7 +22,7 @@ An iteration costs one comparison an event (`slot.due`) and one (`until`) for al
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,10 @@ class Loop:
         if meeting is not None:
             self._modules = engine.modules_in_step()
             self._step = self._agreed_step
+
+    def wrap_step(self, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Call `wrapper(step)` in place of the step from the next epoch or resumption on."""
+        self._step = wrapper(self._step)
 
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""

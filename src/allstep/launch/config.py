@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from allstep.errors import ConfigurationError
 from allstep.launch import settings
@@ -33,6 +33,14 @@ class LaunchConfig(BaseModel):
     show: Show | None = Field(default=None, description="all, main, or a list of ranks")
     env: dict[str, str] | None = Field(default=None, description="environment variables for the workers")
     grace: float | None = Field(default=None, description="seconds between a signal to stop and SIGKILL")
+    max_restarts: int | None = Field(default=None, description="how often a run that failed is begun anew")
+    stop_after: int | None = Field(default=None, description="restarts in a row without progress that are allowed")
+    nnodes: int | None = Field(default=None, description="the number of machines")
+    node_rank: int | None = Field(default=None, description="which of the machines this is")
+    rdzv: str | None = Field(default=None, description="where the machines meet, HOST:PORT")
+    rdzv_timeout: float | None = Field(default=None, description="seconds that machines wait for each other")
+    limits: str | None = Field(default=None, description="seconds that a section may last, such as step=60,data=300")
+    fault: str | None = Field(default=None, description="faults to rehearse, such as rank=1,iteration=7,kill=9")
 
     @field_validator("nproc", mode="before")
     @classmethod
@@ -44,10 +52,15 @@ class LaunchConfig(BaseModel):
     def _show(cls, value: object) -> object:
         return settings.parse_show(value) if isinstance(value, str) else value
 
-    @field_validator("cpu_processes")
+    @field_validator("cpu_processes", "stop_after", "nnodes")
     @classmethod
-    def _cpu_processes(cls, value: int) -> int:
-        return settings.check_count("cpu_processes", value)
+    def _counts(cls, value: int, info: ValidationInfo) -> int:
+        return settings.check_count(str(info.field_name), value)
+
+    @field_validator("max_restarts", "node_rank")
+    @classmethod
+    def _counts_from_zero(cls, value: int, info: ValidationInfo) -> int:
+        return settings.check_count(str(info.field_name), value, least=0)
 
     @field_validator("name")
     @classmethod
@@ -59,10 +72,26 @@ class LaunchConfig(BaseModel):
     def _env(cls, value: dict[str, str]) -> Mapping[str, str]:
         return settings.check_env(value)
 
-    @field_validator("grace")
+    @field_validator("grace", "rdzv_timeout")
     @classmethod
-    def _grace(cls, value: float) -> float:
-        return settings.check_grace(value)
+    def _seconds(cls, value: float, info: ValidationInfo) -> float:
+        return settings.check_seconds(str(info.field_name), value)
+
+    @field_validator("rdzv")
+    @classmethod
+    def _rdzv(cls, value: str) -> str:
+        settings.parse_rdzv(value)
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _limits(cls, value: str) -> str:
+        return settings.check_limits(value)
+
+    @field_validator("fault")
+    @classmethod
+    def _fault(cls, value: str) -> str:
+        return settings.check_fault(value)
 
 
 def load_settings(path: Path) -> dict[str, Any]:

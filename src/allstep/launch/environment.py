@@ -1,7 +1,9 @@
 """The environment variables that make a process one rank of a job: a pure function, tested as text.
 
 The names are torchrun's, so that scripts written for torchrun run unchanged; ALLSTEP_RUN_ID and ALLSTEP_ATTEMPT say
-that allstep started the process (`allstep.placement` looks for them first).
+that allstep started the process (`allstep.placement` looks for them first). ALLSTEP_CHANNEL is where the node's service
+of the control channel listens, ALLSTEP_NONCE what its ranks show there, and ALLSTEP_ATTEMPT_FOLDER, an absolute path,
+where this attempt's files are kept, if anywhere.
 """
 
 from __future__ import annotations
@@ -20,9 +22,13 @@ def worker_environment(
     max_restarts: int = 0,
     node_rank: int = 0,
     nodes: int = 1,
+    channel: str = "",
+    nonce: str = "",
+    attempt_folder: str | None = None,
 ) -> dict[str, str]:
     """Variables to set for one worker, over whatever environment it inherits."""
-    return {
+    folder = {"ALLSTEP_ATTEMPT_FOLDER": attempt_folder} if attempt_folder is not None else {}
+    return folder | {
         "RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_RANK": str(local_rank),
@@ -40,4 +46,6 @@ def worker_environment(
         "TORCHELASTIC_USE_AGENT_STORE": "False",
         "ALLSTEP_RUN_ID": run_id,
         "ALLSTEP_ATTEMPT": str(attempt),
+        "ALLSTEP_CHANNEL": channel,
+        "ALLSTEP_NONCE": nonce,
     }

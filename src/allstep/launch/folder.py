@@ -1,7 +1,8 @@
-"""A run's folder: `RUNS/NAME/attempt_K/rank_R.log`.
+"""A run's folder: `RUNS/NAME/attempt_K/rank_R.log`, and `failure.json` beside the logs of an attempt that failed.
 
 Contract: `create_attempt` makes the folder of a new attempt and never touches an older one: a name that has been used
 before gets the next attempt, so a requeued job loses no log. A run whose name was made up gets one that is free.
+`join_attempt` is for a machine that is told name and attempt; the folder may be there already, on a shared disk.
 What can go wrong: the folder cannot be made, which is an OSError for the caller to weigh.
 """
 
@@ -23,6 +24,11 @@ class AttemptFolder:
     def log(self, rank: int) -> Path:
         """Return the path of a rank's log."""
         return self.path / f"rank_{rank}.log"
+
+    @property
+    def failure(self) -> Path:
+        """The path of the report as JSON."""
+        return self.path / "failure.json"
 
 
 def default_name(target: str, stamp: str) -> str:
@@ -58,6 +64,17 @@ def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
             attempt += 1
         else:
             return AttemptFolder(path, name, attempt)
+
+
+def join_attempt(runs: Path, name: str, attempt: int) -> AttemptFolder:
+    """Make the folder of an attempt that another machine began, or use it where it is there.
+
+    Raises:
+        OSError: the folder could not be made.
+    """
+    path = runs / name / f"attempt_{attempt}"
+    path.mkdir(parents=True, exist_ok=True)
+    return AttemptFolder(path, name, attempt)
 
 
 _ATTEMPT = re.compile(r"attempt_([0-9]{1,9})")

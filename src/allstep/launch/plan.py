@@ -50,50 +50,98 @@ def worker_count(settings: LaunchSettings, devices: Devices) -> int:
     return settings.nproc if settings.nproc != "auto" else len(devices.names) or settings.cpu_processes
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """This machine's part of one attempt.
+
+    Args:
+        run_id: the run's name.
+        attempt: which start of all workers this is, as its folder and the control channel count.
+        nonce: what ranks show to the control channel.
+        channel: where this machine's service of the control channel listens, HOST:PORT.
+        master_addr: the host on which rank 0 will serve the store.
+        master_port: the port for that.
+        workers: ranks on this machine.
+        first_rank: the first of them.
+        world_size: ranks on all machines.
+        node_rank: which machine this is.
+        nodes: how many machines there are.
+        max_restarts: the highest attempt that there may be.
+        folder: where this attempt's files go, or None for nowhere.
+    """
+
+    run_id: str
+    attempt: int
+    nonce: str
+    channel: str
+    master_addr: str
+    master_port: int
+    workers: int
+    first_rank: int
+    world_size: int
+    node_rank: int = 0
+    nodes: int = 1
+    max_restarts: int = 0
+    folder: Path | None = None
+
+    @property
+    def ranks(self) -> range:
+        """The ranks on this machine."""
+        return range(self.first_rank, self.first_rank + self.workers)
+
+
 def plan_workers(
     settings: LaunchSettings,
     command: Command,
+    share: Share,
     *,
     environ: Mapping[str, str],
     devices: Devices,
     cores: int,
-    port: int,
-    run_id: str,
-    attempt: int = 0,
 ) -> tuple[WorkerPlan, ...]:
-    """Plan the workers of a one-machine run.
+    """Plan the workers of one attempt on this machine.
 
     Args:
+        settings: what was asked for.
+        command: what each worker is to run.
+        share: this machine's part.
         environ: what the workers inherit.
         devices: the CUDA devices that they share.
         cores: CPU cores that this process may use.
-        port: the port on which rank 0 will serve the store.
-        run_id: the run's name.
-        attempt: 0 for the first start of the run.
     """
-    workers = worker_count(settings, devices)
     inherited = {**environ, **settings.env}
+    inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)
     inherited.setdefault("PYTHONUNBUFFERED", "1")
-    if workers > 1:
-        inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    if share.workers > 1:
+        inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // share.workers)))
+    if settings.limits is not None:
+        inherited["ALLSTEP_LIMITS"] = settings.limits
+    if settings.fault is not None:
+        inherited["ALLSTEP_FAULT"] = settings.fault
     return tuple(
         WorkerPlan(
-            run_id=run_id,
+            run_id=share.run_id,
             rank=rank,
-            world_size=workers,
+            world_size=share.world_size,
             environment=inherited
-            | device_environment(devices, rank, workers)
+            | device_environment(devices, local_rank, share.workers)
             | worker_environment(
                 rank=rank,
-                world_size=workers,
-                local_rank=rank,
-                local_world_size=workers,
-                master_addr="127.0.0.1",
-                master_port=port,
-                run_id=run_id,
-                attempt=attempt,
+                world_size=share.world_size,
+                local_rank=local_rank,
+                local_world_size=share.workers,
+                master_addr=share.master_addr,
+                master_port=share.master_port,
+                run_id=share.run_id,
+                attempt=share.attempt,
+                max_restarts=share.max_restarts,
+                node_rank=share.node_rank,
+                nodes=share.nodes,
+                channel=share.channel,
+                nonce=share.nonce,
+                attempt_folder=str(share.folder.resolve()) if share.folder is not None else None,
             ),
             command=command,
         )
-        for rank in range(workers)
+        for local_rank, rank in enumerate(share.ranks)
     )

@@ -1,4 +1,4 @@
-"""Where a rank's output goes: its log, the terminal if shown, and for standard error a tail kept for the report.
+"""Where a rank's output goes: its log, the terminal if shown, and tails kept for the report.
 
 Contract: one `RankOutput` per worker, fed by the supervisor's loop from the worker's two pipes. A log that can no
 longer be written (a full disk) is given up with one warning; the run goes on.
@@ -43,15 +43,16 @@ class RankOutput:
             stream: Lines(rank_prefix(rank, colour=stream in coloured)) if prefixed else Verbatim()
             for stream in outlets
         }
-        self._tail = Tail()
+        self._tails = {"all": Tail(), "stderr": Tail()}
         self._path = log
         self._log: BinaryIO | None = open(log, "ab", buffering=0) if log is not None else None  # noqa: SIM115
         self._warn = warn
 
     def feed(self, stream: Stream, data: bytes) -> None:
         """Pass on what was read from a stream."""
+        self._tails["all"].feed(data)
         if stream == "stderr":
-            self._tail.feed(data)
+            self._tails["stderr"].feed(data)
         if self._log is not None:
             self._write_log(self._log, data)
         if stream in self._outlets:
@@ -64,7 +65,11 @@ class RankOutput:
 
     def last_words(self) -> str:
         """Return the last text of its standard error."""
-        return self._tail.text()
+        return self._tails["stderr"].text()
+
+    def last_output(self) -> str:
+        """Return the last text that it wrote, to either stream."""
+        return self._tails["all"].text()
 
     def close(self) -> None:
         """Close the log."""

@@ -18,7 +18,16 @@ from allstep.launch.environment import worker_environment
 Show = Literal["all", "main"] | tuple[int, ...]
 
 RESERVED = frozenset(
-    worker_environment(rank=0, world_size=1, local_rank=0, local_world_size=1, master_addr="", master_port=0, run_id="")
+    worker_environment(
+        rank=0,
+        world_size=1,
+        local_rank=0,
+        local_world_size=1,
+        master_addr="",
+        master_port=0,
+        run_id="",
+        attempt_folder="",
+    )
 )
 """Variables that the launcher sets itself for each worker."""
 
@@ -35,6 +44,14 @@ class LaunchSettings:
         show: whose output goes to the terminal: "all", "main" (rank 0), or the ranks named.
         env: variables for the workers, over the inherited environment.
         grace: seconds that workers have to leave after a signal to stop, before SIGKILL.
+        max_restarts: how often a run that failed is begun anew.
+        stop_after: restarts in a row that get no further than the attempts before, after which it is not.
+        nnodes: machines of the run; with `node_rank` and `rdzv`, or all three None for this machine alone or SLURM's.
+        node_rank: which of them this is.
+        rdzv: where node 0 waits for the others, as HOST:PORT.
+        rdzv_timeout: seconds that the machines wait for each other.
+        limits: seconds that a section of the training may last, as ALLSTEP_LIMITS has it; None is the environment's.
+        fault: faults to rehearse, as ALLSTEP_FAULT has them; None is the environment's.
 
     Raises:
         ConfigurationError: a value cannot be meant.
@@ -47,6 +64,14 @@ class LaunchSettings:
     show: Show = "all"
     env: Mapping[str, str] = field(default_factory=dict)
     grace: float = 30.0
+    max_restarts: int = 0
+    stop_after: int = 3
+    nnodes: int | None = None
+    node_rank: int | None = None
+    rdzv: str | None = None
+    rdzv_timeout: float = 300.0
+    limits: str | None = None
+    fault: str | None = None
 
     def __post_init__(self) -> None:
         if self.nproc != "auto":
@@ -55,13 +80,26 @@ class LaunchSettings:
         if self.name is not None:
             check_name(self.name)
         check_env(self.env)
-        check_grace(self.grace)
+        check_seconds("grace", self.grace)
+        check_count("max_restarts", self.max_restarts, least=0)
+        check_count("stop_after", self.stop_after)
+        if self.nnodes is not None:
+            check_count("nnodes", self.nnodes)
+        if self.node_rank is not None:
+            check_count("node_rank", self.node_rank, least=0)
+        if self.rdzv is not None:
+            parse_rdzv(self.rdzv)
+        check_seconds("rdzv_timeout", self.rdzv_timeout)
+        if self.limits is not None:
+            check_limits(self.limits)
+        if self.fault is not None:
+            check_fault(self.fault)
 
 
-def check_count(field_name: str, value: int) -> int:
-    """Give `value` back if it can be a number of workers, else raise ConfigurationError."""
-    if value < 1:
-        raise ConfigurationError(f"{field_name} is {value}; it must be 1 or more")
+def check_count(field_name: str, value: int, *, least: int = 1) -> int:
+    """Give `value` back if it can be a number of things, else raise ConfigurationError."""
+    if value < least:
+        raise ConfigurationError(f"{field_name} is {value}; it must be {least} or more")
     return value
 
 
@@ -87,11 +125,42 @@ def check_env(value: Mapping[str, str]) -> Mapping[str, str]:
     return value
 
 
-def check_grace(value: float) -> float:
+def check_seconds(field_name: str, value: float) -> float:
     """Give `value` back if it can be a number of seconds to wait, else raise ConfigurationError."""
     if not 0 <= value < 1e6:
-        raise ConfigurationError(f"grace is {value}; it is seconds, at least 0 and less than 1000000")
+        raise ConfigurationError(f"{field_name} is {value}; it is seconds, at least 0 and less than 1000000")
     return value
+
+
+def check_limits(text: str) -> str:
+    """Give `text` back if it says how long sections may last, else raise ConfigurationError."""
+    from allstep.channel.limits import Limits
+
+    Limits.parse(text)
+    return text
+
+
+def check_fault(text: str) -> str:
+    """Give `text` back if it is a fault plan, else raise ConfigurationError."""
+    from allstep.faults import FaultPlan
+
+    FaultPlan.parse(text)
+    return text
+
+
+def parse_rdzv(text: str) -> tuple[str, int]:
+    """Read `HOST:PORT` (an IPv6 address in brackets); raises ConfigurationError."""
+    host, _, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""
+    if not host or re.search(r"\s", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
+        raise ConfigurationError(
+            f"rdzv is {text!r}; it must be HOST:PORT, the machine of node rank 0 and a port from 1 to 65535 that is "
+            "free there"
+        )
+    return host, int(port)
 
 
 def parse_nproc(text: str) -> int | Literal["auto"]:

@@ -9,6 +9,8 @@ write end of the pipe LIFELINE_FD and never writes. Afterwards:
   kernel has no such means, a thread waits on the pipe instead.
 - `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so
   that processes which the script spawns find its `__main__` too.
+- while torch is imported the garbage collector rests: the import makes hundreds of thousands of objects, nearly all of
+  which stay, and looking through them again and again took a tenth of its time.
 Standard library only, and nothing of allstep: the script decides what is imported.
 """
 
@@ -20,13 +22,15 @@ if __name__ == "__main__" and not sys.flags.safe_path:
 import contextlib
 import faulthandler
 import fcntl
+import gc
 import io
 import os
 import pkgutil
 import select
 import signal
 import threading
-from importlib.machinery import SourceFileLoader
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType, TracebackType
 
 # typeshed shows only the public part of runpy; this is what `python -m` itself calls, and what debuggers use.
@@ -79,6 +83,40 @@ def _kill_own_group() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class _QuietImport:
+    """On `sys.meta_path`: finds modules where they are anyway, and has the collector rest while they are executed."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = set(names)
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        if name not in self._names:
+            return None
+        self._names.discard(name)
+        if not self._names:
+            sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            _execute_quietly(spec.loader)
+        return spec
+
+
+def _execute_quietly(loader: SourceFileLoader) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        del vars(loader)["exec_module"]
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            execute(module)
+        finally:
+            if collecting:
+                gc.enable()
+
+    vars(loader)["exec_module"] = exec_module
+
+
 def run_script(path: str, arguments: list[str]) -> None:
     """Run a file, or a folder or zip archive with a `__main__.py`, as `python PATH ARGUMENT...` does."""
     sys.argv = [path, *arguments]
@@ -124,6 +162,7 @@ def main(argv: list[str]) -> None:
     supervisor, lifeline, kind, target, *arguments = argv
     tie_to_supervisor(int(supervisor), int(lifeline))
     faulthandler.enable()
+    sys.meta_path.insert(0, _QuietImport("torch", "torch._dynamo"))
     try:
         (run_module if kind == "module" else run_script)(target, arguments)
     except SystemExit:
@@ -136,9 +175,20 @@ def main(argv: list[str]) -> None:
 
 
 def _without_this_file(traceback: TracebackType | None) -> TracebackType | None:
-    while traceback is not None and traceback.tb_frame.f_code.co_filename == __file__:
+    """Leave out this file's frames, and those of the import system that lead to them."""
+    kept: list[TracebackType] = []
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename != __file__:
+            kept.append(traceback)
+        else:
+            while kept and kept[-1].tb_frame.f_code.co_filename.startswith("<frozen importlib"):
+                kept.pop()
         traceback = traceback.tb_next
-    return traceback
+    following: TracebackType | None = None
+    for each in reversed(kept):
+        each.tb_next = following
+        following = each
+    return following
 
 
 def _say_nothing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from allstep.errors import WorldError
+from allstep.faults import Here, strike
 from allstep.placement import Placement, Rendezvous, detect
 from allstep.world import current, xla
 from allstep.world.collectives import Collectives
@@ -60,6 +61,7 @@ def init(
     placement = detect(os.environ)
     for text in placement.warnings:
         warnings.warn(text, stacklevel=2)
+    strike(Here("start", placement.rank, placement.attempt))
     if dist.is_available() and dist.is_initialized():
         world = _adopt(placement, backend, device, limit)
     else:

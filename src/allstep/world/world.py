@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import WorldError
+from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
 from allstep.world import current
@@ -311,6 +312,7 @@ class World:
         self._closed = True
         current.remove(self)
         atexit.unregister(self.leave_at_exit)
+        strike(Here("exit", self.rank, self.placement.attempt))
         if self._group is not None:
             self._group.leave(failed=failed, patience=patience)
 

@@ -1,0 +1,251 @@
+"""From what is heard of all ranks to at most one verdict; no sockets.
+
+Contract: the hub says what came, in the order in which it came, and calls `tick` when `deadline` has passed. The
+inquiry puts `Verdict`, `StragglerSeen` and `AllEnded` into the events that it was given, and calls `ask_stacks` when it
+wants the stacks of all ranks: for a hang, or where ranks failed because of one that has said nothing. It waits for them
+for `GATHER_S`, takes the stacks files of those that do not answer, and judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+from allstep.channel.arrival import Arrival
+from allstep.channel.causes import CAUSES, Case, case_of, due, judge
+from allstep.channel.ending import WorkerEnd
+from allstep.channel.events import AllEnded, HubEvent, StragglerSeen, Verdict
+from allstep.channel.limits import Limits
+from allstep.channel.messages import Beat, Failure, Stacks
+from allstep.channel.record import Moment, Record, account
+from allstep.channel.stacks_file import read_stacks
+from allstep.channel.watch import Watch
+
+GATHER_S = 2.0
+"""Seconds that ranks have to answer with their stacks."""
+
+_SOON = 0.02  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
+
+
+class Inquiry:
+    """The records of a world's ranks, and the way from them to a verdict."""
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        attempt: int,
+        supervised: bool,
+        limits: Limits,
+        clock: Callable[[], float],
+        events: list[HubEvent],
+        ask_stacks: Callable[[], None],
+    ) -> None:
+        self.records = {rank: Record(rank) for rank in range(world_size)}
+        self.watch = Watch(limits, clock)
+        self.furthest = (0, 0)
+        self._attempt = attempt
+        self._supervised = supervised
+        self._clock = clock
+        self._events = events
+        self._ask = ask_stacks
+        self._stacks_files: dict[int, str] = {}
+        self._order = 0
+        self._look_at: float | None = None
+        self._gather_until: float | None = None
+        self._unanswered: set[int] = set()
+        self._verdict: Case | None = None
+        self._all_ended = False
+
+    @property
+    def settling(self) -> bool:
+        """Whether something is known that may still become a verdict."""
+        return self._verdict is None and (self._look_at is not None or self._gather_until is not None)
+
+    def deadline(self) -> float | None:
+        """When `tick` is due."""
+        return min((at for at in (self._look_at, self._gather_until) if at is not None), default=None)
+
+    def tick(self) -> None:
+        """Judge what is due."""
+        now = self._clock()
+        if self._gather_until is not None and now >= self._gather_until:
+            self._gathered()
+        if self._look_at is not None and now >= self._look_at:
+            self._look(now)
+
+    def came(self, arrival: Arrival, stacks_file: str) -> None:
+        """A rank was let in: a new World of its begins."""
+        self.records[arrival.rank] = Record(arrival.rank, arrival, beaten=self._clock())
+        self._stacks_files[arrival.rank] = stacks_file
+
+    def beat(self, beat: Beat) -> None:
+        """A heartbeat came."""
+        record = self.records[beat.rank]
+        record.beat, record.beaten = beat, self._clock()
+        self.furthest = max(self.furthest, (beat.epoch, beat.iteration))
+
+    def failed(self, failure: Failure) -> None:
+        """A rank reported an exception; its first one counts."""
+        record = self.records[failure.rank]
+        if record.failure is None:
+            record.failure, record.failed = failure, self._moment()
+            self.furthest = max(self.furthest, (failure.epoch, failure.iteration))
+            self._evidence()
+
+    def answered(self, stacks: Stacks) -> None:
+        """A rank sent its stacks."""
+        record = self.records[stacks.rank]
+        record.stacks, record.trace = stacks.text, stacks.trace
+        self._unanswered.discard(stacks.rank)
+        if self._gather_until is not None and not self._unanswered:
+            self._gather_until = self._clock()
+
+    def said_goodbye(self, rank: int) -> None:
+        """A rank closed its World in order."""
+        self.records[rank].bye = self._moment()
+        self._evidence()
+
+    def lost(self, rank: int, why: str, arrival: Arrival | None = None) -> None:
+        """A rank's connection closed; with its arrival, where it had not been let in yet."""
+        record = self.records[rank]
+        if arrival is not None:
+            record.arrival = arrival
+        if record.lost is None and record.bye is None:
+            record.lost, record.lost_why = self._moment(), why
+            self._evidence()
+
+    def node_lost(self, ranks: Collection[int], why: str) -> None:
+        """A node is gone, with those of its ranks that had not ended."""
+        moment = self._moment()
+        for rank in ranks:
+            record = self.records.get(rank)
+            if record is not None and not record.end and not record.bye:
+                record.lost, record.node_lost, record.lost_why = record.lost or moment, True, why
+        self._evidence()
+
+    def ended(self, end: WorkerEnd) -> None:
+        """A worker's process ended."""
+        record = self.records[end.rank]
+        if record.end is None:
+            record.end, record.ended = end, self._moment()
+            self._evidence()
+            if all(each.end is not None for each in self.records.values()):
+                self._conclude()
+
+    def awaited(self, ranks: Collection[int]) -> None:
+        """Ranks wait in init for these: note those that will not come."""
+        for rank in ranks:
+            record = self.records[rank]
+            if record.end is not None and not record.awaited:
+                record.awaited = "and did not call init, where others wait for it"
+                self._evidence()
+
+    def order_leave(self) -> tuple[int, ...]:
+        """Ranks are ordered to leave now; return those that are not, being on their way out by themselves."""
+        spared = tuple(r.rank for r in self.records.values() if r.failure and not r.failure.derived)
+        now = self._moment()
+        for rank, record in self.records.items():
+            if record.end is None and record.ordered is None and rank not in spared:
+                record.ordered = now
+        return spared
+
+    def watch_progress(self, away: Collection[int]) -> None:
+        """Look for slow ranks and for a hang; `away` are the ranks of nodes that are not heard from."""
+        if self._verdict is not None:
+            return
+        records = self.records.values()
+        for rank, ratio in self.watch.new_stragglers(records):
+            self._events.append(StragglerSeen(rank, ratio))
+        quiet = self._gather_until is None and due(self._all(), supervised=self._supervised) is None
+        if quiet and self.watch.hangs(records, away):
+            self._gather()
+
+    def case(self) -> Case | None:
+        """The case as it stands now: the cause of the verdict, and what has become of the others since."""
+        if self._verdict is None:
+            return None
+        before = self._verdict
+        accounts = [account(record, supervised=self._supervised) for record in self._all()]
+        now = accounts[before.cause.rank]
+        cause = now if now.kind == before.cause.kind else replace(before.cause, output=now.output, note=now.note)
+        return case_of(cause, accounts, attempt=self._attempt, explanation=before.explanation, slow=before.slow)
+
+    def ends(self) -> Mapping[int, WorkerEnd]:
+        """How workers ended, by rank."""
+        return {rank: record.end for rank, record in self.records.items() if record.end is not None}
+
+    def present(self) -> list[int]:
+        """The ranks whose World is open, as far as is known."""
+        return [rank for rank, record in self.records.items() if record.present]
+
+    def _all(self) -> Sequence[Record]:
+        return list(self.records.values())
+
+    def _moment(self) -> Moment:
+        self._order += 1
+        return Moment(self._order, self._clock())
+
+    def _evidence(self) -> None:
+        if self._look_at is None and self._verdict is None:
+            self._look_at = self._clock() + _SOON
+
+    def _look(self, now: float) -> None:
+        """Judge if there is enough to judge by."""
+        self._look_at = None
+        if self._verdict is not None or self._gather_until is not None:
+            return
+        records = self._all()
+        at = due(records, supervised=self._supervised)
+        if at is None:
+            return
+        if now < at:
+            self._look_at = at
+            return
+        kinds = {account(record, supervised=self._supervised).kind for record in records}
+        if kinds.isdisjoint(CAUSES) and any(record.present and not record.failed for record in records):
+            self._gather()  # others gave up on somebody who has not said a word: see what those do
+            return
+        self._judge("")
+
+    def _gather(self) -> None:
+        self._gather_until = self._clock() + GATHER_S
+        self._unanswered = set(self.present())
+        for record in self.records.values():
+            record.stacks = record.trace = ""
+        self._ask()
+
+    def _gathered(self) -> None:
+        """The stacks are in, or will not come: say who is behind, and judge."""
+        self._gather_until = None
+        for rank, record in self.records.items():
+            if record.present and not record.stacks:
+                record.stacks = read_stacks(self._stacks_files.get(rank, ""))
+        failed = due(self._all(), supervised=self._supervised) is not None
+        if not failed and not self.watch.hangs(self.records.values(), ()):
+            return  # it moves again
+        hang = (self.watch.suspects if failed else self.watch.diagnose)(self.records.values())
+        moment = self._moment()
+        for rank, why in hang.behind.items():
+            self.records[rank].hung, self.records[rank].hung_why = moment, why
+        self._judge(hang.explanation)
+
+    def _conclude(self) -> None:
+        """Every worker has ended."""
+        if self._verdict is None and due(self._all(), supervised=self._supervised) is not None:
+            self._judge("")
+        if not self._all_ended:
+            self._all_ended = True
+            self._events.append(AllEnded())
+
+    def _judge(self, explanation: str) -> None:
+        self._look_at = None
+        if self._verdict is None:
+            self._verdict = judge(
+                self._all(),
+                supervised=self._supervised,
+                attempt=self._attempt,
+                explanation=explanation,
+                slow=self.watch.slow,
+            )
+            self._events.append(Verdict(self._verdict))

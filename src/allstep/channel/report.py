@@ -1,0 +1,204 @@
+"""The failure report: a `Case` as text for somebody who was not watching, and as JSON.
+
+Contract: pure functions, but for `write_report`, after which the file holds the whole report or what it held before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from allstep.channel.arrival import spans
+from allstep.channel.causes import Case
+from allstep.channel.frames import set_off
+from allstep.channel.record import Account, Kind
+from allstep.channel.stacks import main_thread
+
+LINES = 50
+"""Lines of a rank's output that the report repeats, at most."""
+
+_FRAMES = 40
+_GROUPS = 16  # lines about others
+_ALSO = 3  # further causes that are shown with a traceback
+_STACKS = 4  # ranks behind whose stacks are shown; the file has all
+_TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
+_FAILED_TOO = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST)
+
+
+def failure_text(
+    case: Case, *, name: str = "", tails: Mapping[int, str] | None = None, logs: Mapping[int, Path] | None = None
+) -> str:
+    """The block that ends a failed run: first cause first, then each further cause, then the others, one line each.
+
+    Args:
+        case: what happened.
+        name: the run's name.
+        tails: the last text of ranks' output, where the caller has it; else what came with their ends.
+        logs: where each rank's whole output is.
+    """
+    cause = case.cause
+    lines = [f"{f'run {name}' if name else 'the run'} failed: {_headline(case)}", f"  {cause.what}"]
+    lines += [f"  {line}" for line in filter(None, (_place(cause), cause.note, case.explanation))]
+    if cause.traceback:
+        lines += [f"  {line}" for line in set_off(_cut(cause.traceback))]
+    lines += _stacks(case)
+    output = (tails or {}).get(cause.rank) or cause.output
+    last = last_lines(output)
+    if cause.traceback and any(line.startswith("Traceback (most") for line in last):
+        last = []  # it is the same traceback
+    if last:
+        lines += ["  its last lines of output:", *(f"    {line}".rstrip() for line in last)]
+    elif cause.kind in (Kind.SIGNAL, Kind.EXIT) and not cause.traceback:
+        lines.append("  it wrote nothing to standard error")
+    if logs and cause.rank in logs:
+        lines.append(f"  its whole output: {logs[cause.rank]}")
+    for also in _further(case):
+        lines.append(f"  rank {also.rank} failed too: {also.what}")
+        lines += [f"    {line}" for line in (_place(also), *set_off(_cut(also.traceback))[-12:])]
+    lines += [f"  {line}" for line in _others(case)]
+    lines += [f"  rank {rank} was slow: {ratio:.1f} times the others' own time for a step" for rank, ratio in case.slow]
+    return "\n".join(lines) + "\n"
+
+
+def failure_json(
+    case: Case, *, name: str = "", tails: Mapping[int, str] | None = None, logs: Mapping[int, Path] | None = None
+) -> dict[str, object]:
+    """The same as values that JSON can carry."""
+
+    def one(each: Account) -> dict[str, object]:
+        values = asdict(each)
+        values["kind"] = str(each.kind)
+        values["output"] = "\n".join(last_lines((tails or {}).get(each.rank) or each.output))
+        values["log"] = str(logs[each.rank]) if logs and each.rank in logs else ""
+        return values
+
+    return {
+        "version": 1,
+        "run": name,
+        "attempt": case.attempt,
+        "world_size": case.world_size,
+        "exit_code": case.exit_code,
+        "cause": one(case.cause),
+        "others": [one(each) for each in case.others],
+        "explanation": case.explanation,
+        "stragglers": [{"rank": rank, "ratio": round(ratio, 3)} for rank, ratio in case.slow],
+    }
+
+
+def write_report(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON so that a reader finds the whole of it or nothing.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def last_lines(output: str) -> list[str]:
+    """The end of what was written: from where its last traceback or crash dump begins, at most `LINES`."""
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
+    lines = [_TORCHS_PREFIX.sub("", line) for line in lines[-LINES:]]
+    for index, line in enumerate(lines):
+        if line.startswith(
+            ("Traceback (most recent call last)", "Fatal Python error", "  + Exception Group Traceback")
+        ):
+            return lines[index:]
+    return lines if any(lines) else []
+
+
+def _headline(case: Case) -> str:
+    cause = case.cause
+    if cause.kind is Kind.NODE_LOST:
+        return f"a node of its {case.world_size} ranks was lost"
+    if cause.kind is Kind.SERVICE_LOST:
+        return "the link to the head was lost"
+    if cause.kind is Kind.HANG:
+        behind = [cause.rank, *(each.rank for each in case.others if each.kind is Kind.HANG)]
+        return f"{_ranks(behind)} of {case.world_size} made no progress"
+    first = "left first" if cause.kind is Kind.EARLY else "failed first"
+    return f"rank {cause.rank} of {case.world_size} {first}"
+
+
+def _place(each: Account) -> str:
+    parts = [
+        f"rank {each.rank}" + (f" on {each.host}" if each.host else "") + (f", pid {each.pid}" if each.pid else "")
+    ]
+    if each.device:
+        parts.append(f"device {each.device}")
+    if each.epoch or each.iteration:
+        parts.append(f"epoch {each.epoch}, iteration {each.iteration}")
+    if each.section:
+        parts.append(f"section {each.section}")
+    if each.waiting:
+        parts.append(f"waiting in {each.waiting}")
+    return ", ".join(parts)
+
+
+def _stacks(case: Case) -> list[str]:
+    lines: list[str] = []
+    hanging = [each for each in (case.cause, *case.others) if each.kind is Kind.HANG and (each.stacks or each.trace)]
+    waiting = [each for each in case.others if each.kind is not Kind.HANG and each.stacks][:1]
+    for each in (*hanging[:_STACKS], *(waiting if hanging else ())):
+        role = "stack" if each.kind is Kind.HANG else "stack, as one that waits"
+        if each.stacks:
+            lines.append(f"  rank {each.rank}'s {role} (most recent call first):")
+            lines += [f"  {line}" for line in set_off(_without_heading(main_thread(each.stacks)))[:_FRAMES]]
+        lines += [f"    its collective on record: {line}" for line in each.trace.splitlines()]
+    return lines
+
+
+def _without_heading(stack: str) -> str:
+    heading, _, frames = stack.partition("\n")
+    return frames if "most recent call first" in heading else stack
+
+
+def _further(case: Case) -> list[Account]:
+    """The first exceptions that say something else than the cause does."""
+    different: dict[str, Account] = {case.cause.what: case.cause}
+    for each in case.others:
+        if each.kind is Kind.ERROR and len(different) <= _ALSO:
+            different.setdefault(each.what, each)
+    return list(different.values())[1:]
+
+
+def _others(case: Case) -> list[str]:
+    alike: dict[str, list[int]] = {}
+    for each in sorted(case.others, key=lambda each: each.rank):
+        if each.kind in _FAILED_TOO or each.kind is Kind.DERIVED:
+            how = f"failed {'because of that' if each.kind is Kind.DERIVED else 'too'}, {each.what}"
+        elif each.kind is Kind.RUNNING and each.waiting:
+            how = f"waited in {each.waiting}"
+        else:
+            how = each.what
+        alike.setdefault(how, []).append(each.rank)
+    lines = [f"{_ranks(ranks)}: {how}" for how, ranks in alike.items()]
+    if len(lines) <= _GROUPS:
+        return lines
+    rest = [rank for ranks in list(alike.values())[_GROUPS:] for rank in ranks]
+    return [*lines[:_GROUPS], f"{_ranks(rest)}: see the report's file"]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {spans(ranks)}"
+
+
+def _cut(text: str) -> str:
+    lines = text.rstrip().splitlines()
+    if len(lines) <= 2 * _FRAMES:
+        return text
+    return "\n".join((*lines[:_FRAMES], f"  ... {len(lines) - 2 * _FRAMES} lines left out", *lines[-_FRAMES:]))

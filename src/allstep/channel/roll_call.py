@@ -1,0 +1,85 @@
+"""The ranks that have arrived and wait for the others: when they may go on, or are turned away.
+
+Contract: `add` each arrival, with the door it came through; ask `verdict` after each and when `deadline` has passed.
+An objection waits a moment before it is pronounced, so that it names as many ranks as it concerns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from allstep.channel.arrival import Arrival, absent, objection
+
+GATHER_S = 0.3
+"""Seconds between the first objection and the verdict."""
+
+Door = TypeVar("Door")
+
+
+class RollCall(Generic[Door]):
+    """Those who wait to go on together."""
+
+    def __init__(self, world_size: int, clock: Callable[[], float]) -> None:
+        self._world_size = world_size
+        self._clock = clock
+        self._waiting: list[tuple[Arrival, Door]] = []
+        self._ranks: set[int] = set()
+        self._patience = 0.0
+        self._until: float | None = None
+
+    @property
+    def waiting(self) -> list[tuple[Arrival, Door]]:
+        """Who waits, in the order they came."""
+        return list(self._waiting)
+
+    @property
+    def missing(self) -> set[int]:
+        """The ranks that those who wait are waiting for; empty where nobody waits."""
+        return set(range(self._world_size)) - self._ranks if self._waiting else set()
+
+    def add(self, arrival: Arrival, door: Door, patience: float) -> None:
+        """Somebody arrived, and gives the others `patience` seconds."""
+        now = self._clock()
+        if not self._waiting:
+            self._patience, self._until = patience, now + patience
+        first = self._waiting[0][0] if self._waiting else arrival
+        if arrival.rank in self._ranks or objection([first, arrival] if self._waiting else [arrival], self._world_size):
+            assert self._until is not None
+            self._until = min(self._until, now + GATHER_S)
+        self._waiting.append((arrival, door))
+        self._ranks.add(arrival.rank)
+
+    def remove(self, door: Door) -> list[Arrival]:
+        """A door closed; return who had come through it."""
+        gone = [arrival for arrival, through in self._waiting if through is door]
+        self._waiting = [(arrival, through) for arrival, through in self._waiting if through is not door]
+        self._ranks = {arrival.rank for arrival, _ in self._waiting}
+        return gone
+
+    def remove_rank(self, rank: int) -> list[Arrival]:
+        """A rank is gone, which came through a door of many; return its arrivals."""
+        gone = [arrival for arrival, _ in self._waiting if arrival.rank == rank]
+        self._waiting = [each for each in self._waiting if each[0].rank != rank]
+        self._ranks.discard(rank)
+        return gone
+
+    def deadline(self) -> float | None:
+        """When `verdict` will say something though nobody else comes."""
+        return self._until if self._waiting else None
+
+    def verdict(self) -> str | None:
+        """None: wait on. Empty: all are there and fit. Else why they cannot go on."""
+        if not self._waiting:
+            return None
+        assert self._until is not None
+        late = self._clock() >= self._until
+        if not late and (len(self._waiting) < self._world_size or len(self._ranks) < self._world_size):
+            return None
+        arrivals = [arrival for arrival, _ in self._waiting]
+        return objection(arrivals, self._world_size) or absent(arrivals, self._world_size, self._patience)
+
+    def clear(self) -> list[tuple[Arrival, Door]]:
+        """Let all go; return who waited."""
+        waited, self._waiting, self._ranks = self._waiting, [], set()
+        return waited

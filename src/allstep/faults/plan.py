@@ -1,0 +1,173 @@
+"""`FaultPlan`: what a run is to rehearse, built in Python or read from text.
+
+Contract: a plan is a value. `FaultPlan.parse(plan.to_text()) == plan`, so that a plan made in a test travels to every
+rank of a job, under any launcher, as the environment variable ALLSTEP_FAULT.
+"""
+
+from __future__ import annotations
+
+import builtins
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from allstep.errors import ConfigurationError
+from allstep.faults.fault import Fault, When
+from allstep.faults.kinds import Raised
+from allstep.faults.text import read_fault, write_fault
+
+VARIABLE = "ALLSTEP_FAULT"
+
+
+@dataclass(frozen=True, slots=True)
+class FaultPlan:
+    """Faults for a run to rehearse; `FaultPlan.at(rank=1, iteration=7).kill(9)`, several added with `+`."""
+
+    faults: tuple[Fault, ...] = ()
+
+    @staticmethod
+    def at(
+        rank: int | None = None,
+        iteration: int | None = None,
+        *,
+        epoch: int | None = None,
+        attempt: int | range | None = None,
+        when: When = "step",
+    ) -> Place:
+        """Say where; the methods of what this gives say what happens there.
+
+        Args:
+            rank: which rank; None for every rank.
+            iteration: of the run, from 1, as `engine.state.iteration`; by default the first that fits otherwise.
+            epoch: from 1; by default any.
+            attempt: which start of the run, or a range of them, from 0; by default all.
+            when: "start" (in `allstep.init`, before the ranks meet), "data" (before the iteration's batch is taken),
+                "step", "handler" (after the step), or "exit" (as the World is left).
+
+        Raises:
+            ConfigurationError: a value is out of range; raised by the method that says what happens.
+        """
+        return Place(rank, iteration, epoch, attempt, when)
+
+    @staticmethod
+    def parse(text: str) -> FaultPlan:
+        """Read a plan such as `rank=1,iteration=7,kill=9`; several faults are separated by `;`.
+
+        Raises:
+            ConfigurationError: a part of it is wrong; the message names it and what is allowed.
+        """
+        return FaultPlan(tuple(read_fault(part) for part in text.split(";") if part.strip()))
+
+    @staticmethod
+    def from_environ(environ: Mapping[str, str]) -> FaultPlan:
+        """The plan in ALLSTEP_FAULT, or one without faults.
+
+        Raises:
+            ConfigurationError: what is there is no plan.
+        """
+        try:
+            return FaultPlan.parse(environ.get(VARIABLE, ""))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{VARIABLE}: {error}") from None
+
+    def to_text(self) -> str:
+        """The plan as `parse` reads it."""
+        return ";".join(write_fault(fault) for fault in self.faults)
+
+    def to_environ(self) -> dict[str, str]:
+        """The variable to set in the environment of a job that is to rehearse this plan."""
+        return {VARIABLE: self.to_text()}
+
+    def __add__(self, other: FaultPlan) -> FaultPlan:
+        return FaultPlan(self.faults + other.faults)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a fault strikes; each method says what happens there, and gives the plan."""
+
+    rank: int | None
+    iteration: int | None
+    epoch: int | None
+    attempt: int | range | None
+    when: When
+
+    def raise_(self, error: BaseException) -> FaultPlan:
+        """Raise the exception. Its type must be importable, and its arguments at most one text."""
+        kind, arguments = type(error), error.args
+        if len(arguments) > 1 or not all(isinstance(argument, str) for argument in arguments):
+            raise ConfigurationError(
+                f"{error!r} cannot be sent to a rank: an exception to rehearse has one text as its argument, or none"
+            )
+        if "<locals>" in kind.__qualname__:
+            raise ConfigurationError(
+                f"{kind.__qualname__} cannot be found by a rank; define it at a module's top level"
+            )
+        is_builtin = getattr(builtins, kind.__name__, None) is kind
+        name = kind.__name__ if is_builtin else f"{kind.__module__}.{kind.__qualname__}"
+        return self._plan("raise", Raised(name, arguments[0] if arguments else ""))
+
+    def kill(self, number: int) -> FaultPlan:
+        """Send the rank's process a signal."""
+        return self._plan("kill", int(signal.Signals(number)))
+
+    def freeze(self) -> FaultPlan:
+        """Stop the rank's process with SIGSTOP, all its threads."""
+        return self._plan("freeze")
+
+    def hold_gil(self, seconds: float) -> FaultPlan:
+        """Sleep in C with Python's interpreter lock held, so that no other thread of the rank runs."""
+        return self._plan("hold_gil", float(seconds))
+
+    def sleep(self, seconds: float) -> FaultPlan:
+        """Sleep once, as a step does that hangs."""
+        return self._plan("sleep", float(seconds))
+
+    def slow(self, seconds: float) -> FaultPlan:
+        """Sleep in every iteration from there on, as a slow device does."""
+        return self._plan("slow", float(seconds))
+
+    def exit(self, code: int) -> FaultPlan:
+        """Call `sys.exit(code)`."""
+        return self._plan("exit", code)
+
+    def leave(self) -> FaultPlan:
+        """Have `Engine.run` return on this rank, as if it alone were done."""
+        return self._plan("leave")
+
+    def segfault(self) -> FaultPlan:
+        """Read from address 0."""
+        return self._plan("segfault")
+
+    def abort(self) -> FaultPlan:
+        """Call C's `abort`."""
+        return self._plan("abort")
+
+    def fill_disk(self, path: str) -> FaultPlan:
+        """Fill the file system of a folder, which must have less than 1 GiB free: a small tmpfs, say."""
+        return self._plan("fill_disk", str(path))
+
+    def allocate(self, size: int) -> FaultPlan:
+        """Allocate so many bytes and write to all of them."""
+        return self._plan("allocate", size)
+
+    def ignore(self, number: int) -> FaultPlan:
+        """Ignore a signal from there on."""
+        return self._plan("ignore", int(signal.Signals(number)))
+
+    def nan(self) -> FaultPlan:
+        """Make the floating-point numbers of the step's batch NaN, from which loss and gradients follow."""
+        return self._plan("nan")
+
+    def _plan(self, kind: str, argument: Any = None) -> FaultPlan:
+        fault = Fault(kind, argument, self.rank, self.iteration, self.epoch, _span(self.attempt), self.when)
+        return FaultPlan((read_fault(write_fault(fault)),))  # so that what a text cannot say is refused here
+
+
+def _span(attempts: int | range | None) -> tuple[int, int] | None:
+    if isinstance(attempts, range):
+        if not attempts or attempts.step != 1:
+            raise ConfigurationError(f"attempt is {attempts}; a range must have members and a step of 1")
+        return attempts[0], attempts[-1]
+    return None if attempts is None else (attempts, attempts)

@@ -1,0 +1,250 @@
+"""One attempt on this machine: its workers started, watched, told to leave, ended.
+
+Contract: `run` is called once, from the main thread, and returns when no worker of this machine is left, nor anything
+in a worker's process group, and the control channel has said that the attempt is over everywhere. Then `case` is the
+failure, or None, `stopped_by` the signal that stopped it, or None, and `ends` says how each worker ended. In it:
+- All workers exit with 0: success.
+- The channel's service settles on a case (a failure or a hang): it orders the other ranks to leave; who has not after
+  `LEAVE` seconds is killed (a pending gloo collective cannot be aborted, and SIGTERM is for preemption only).
+- A signal to stop (`heed`): passed on (SIGINT as such, the others as SIGTERM), then SIGCONT, so that a worker that was
+  stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. SIGUSR1 and SIGUSR2 are passed on.
+- A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then
+  killed.
+What can go wrong: a worker cannot be started; `start` raises LaunchError, and `close` ends those that were.
+"""
+
+from __future__ import annotations
+
+import selectors
+import signal
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+from allstep.channel.causes import Case
+from allstep.channel.ending import WorkerEnd
+from allstep.channel.hub import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
+from allstep.channel.record import Kind
+from allstep.errors import LaunchError
+from allstep.exit_codes import PEER_LOST
+from allstep.launch.folder import AttemptFolder
+from allstep.launch.loop import Loop
+from allstep.launch.memory import MemoryWatch
+from allstep.launch.plan import WorkerPlan
+from allstep.launch.process import WorkerProcess, start_worker
+from allstep.launch.rank_output import RankOutput
+from allstep.launch.signals import PASS_ON, STOP
+from allstep.launch.streams import RankStreams
+from allstep.launch.terminal import Terminal
+
+LEAVE = 1.0
+"""Seconds that peers of a failed worker have to leave."""
+
+LINGER = 1.0
+"""Seconds for which output is read after the last worker has ended."""
+
+REMOTE = 10.0
+"""Seconds after a verdict in which the other machines can say how their workers ended; less where one is lost."""
+
+
+class Channel(Protocol):
+    """What an attempt drives: the service of the whole world, or this machine's relay to it."""
+
+    def ready(self, key: selectors.SelectorKey) -> None:
+        """Act on a socket of its own."""
+
+    def deadline(self) -> float | None:
+        """When `tick` is due."""
+
+    def tick(self) -> None:
+        """Act on the time that has passed."""
+
+    def worker_ended(self, end: WorkerEnd) -> None:
+        """Take note of how a worker ended."""
+
+    def take(self) -> list[HubEvent]:
+        """What happened since the last call."""
+
+    def order_leave(self, reason: str, code: int, *, printer: int | None = None, report: str | None = None) -> None:
+        """Order the ranks to leave."""
+
+
+class Attempt:
+    """The workers of this machine in one attempt.
+
+    Args:
+        plans: the workers to start.
+        channel: the service that they report to, whose sockets the loop is to give it; it is left open.
+        loop: the run's loop.
+        terminal: where output is shown.
+        folder: where their logs go, or None for no logs.
+        shown: the ranks whose output is passed on.
+        grace: seconds between a signal to stop and SIGKILL.
+        relayed: another machine decides; a verdict of the channel then means that it was lost.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[WorkerPlan],
+        channel: Channel,
+        *,
+        loop: Loop,
+        terminal: Terminal,
+        folder: AttemptFolder | None,
+        shown: frozenset[int],
+        grace: float,
+        relayed: bool = False,
+    ) -> None:
+        self.stopped_by: signal.Signals | None = None
+        self.case: Case | None = None
+        self.finished: Finished | None = None
+        self.ends: dict[int, WorkerEnd] = {}
+        self.streams = RankStreams(loop, terminal)
+        self._plans = plans
+        self._channel = channel
+        self._loop = loop
+        self._terminal = terminal
+        self._folder = folder
+        self._shown = shown
+        self._grace = grace
+        self._relayed = relayed
+        self._workers: dict[int, WorkerProcess] = {}
+        self._killed: set[int] = set()
+        self._kill_at: float | None = None
+        self._give_up_at: float | None = None
+        self._over_everywhere = False
+        self._interrupted = False
+        self._memory = MemoryWatch()
+
+    def start(self) -> None:
+        """Start the workers."""
+        for plan in self._plans:
+            try:
+                output = RankOutput(
+                    plan.rank,
+                    self._terminal.outlets if plan.rank in self._shown else {},
+                    prefixed=plan.world_size > 1,
+                    coloured=self._terminal.coloured,
+                    log=self._folder.log(plan.rank) if self._folder is not None else None,
+                    warn=self._terminal.say,
+                )
+                worker = start_worker(plan)
+            except OSError as error:
+                raise LaunchError(f"rank {plan.rank} of {plan.world_size} could not be started: {error}") from error
+            self._workers[plan.rank] = worker
+            self._loop.watch(worker.exit_fd, partial(self._note_end, plan.rank))
+            self.streams.open(plan.rank, {"stdout": worker.stdout, "stderr": worker.stderr}, output)
+
+    def run(self) -> None:
+        """Watch the workers to their end, and the attempt to its end everywhere."""
+        while self._remaining() or not self._is_over_everywhere():
+            self._turn()
+        self._linger()
+
+    def heed(self, number: signal.Signals) -> None:
+        """Act on a signal to the supervisor."""
+        self._interrupted = self._interrupted or number in STOP
+        remaining = self._remaining()
+        if number in PASS_ON:
+            for worker in remaining:
+                worker.send(number)
+        elif self.stopped_by is None and self.case is None:
+            self._stop(number, remaining)
+        else:
+            self._kill()
+
+    def killed(self) -> tuple[int, ...]:
+        """The ranks that had to be killed."""
+        return tuple(sorted(rank for rank, end in self.ends.items() if end.killed))
+
+    def close(self) -> None:
+        """Kill what is left, and let go of pipes and logs."""
+        for rank, worker in self._workers.items():
+            if rank not in self.ends:
+                self._loop.forget(worker.exit_fd)
+            worker.kill_group()
+        self.streams.close()
+        for worker in self._workers.values():
+            worker.release()
+
+    def _turn(self, until: float | None = None) -> None:
+        self._terminal.adjust()
+        self.streams.adjust()
+        due = [at for at in (until, self._kill_at, self._give_up_at, self._channel.deadline()) if at is not None]
+        self._loop.turn(min(due, default=None))
+        now = time.monotonic()
+        if (tick_at := self._channel.deadline()) is not None and now >= tick_at:
+            self._channel.tick()
+        for event in self._channel.take():
+            self._act(event)
+        if self._kill_at is not None and now >= self._kill_at:
+            self._kill()
+
+    def _act(self, event: HubEvent) -> None:
+        if isinstance(event, Verdict) and self.case is None:
+            self.case = event.case
+            lost = event.case.cause.kind is Kind.NODE_LOST
+            self._give_up_at = time.monotonic() + (0 if self._relayed else 2 * LEAVE if lost else REMOTE)
+            if self.stopped_by is None:
+                self._channel.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
+            self._kill_soon()
+        elif isinstance(event, Ordered):
+            self._kill_soon()
+        elif isinstance(event, StragglerSeen):
+            self._terminal.say(
+                f"rank {event.rank} is slow: its own part of a step takes {event.ratio:.1f}x the others'"
+            )
+        elif isinstance(event, AllEnded):
+            self._over_everywhere = True
+        elif isinstance(event, Finished):
+            self.finished = event
+            self._over_everywhere = True
+            self._kill_soon()
+
+    def _is_over_everywhere(self) -> bool:
+        return self._over_everywhere or (self._give_up_at is not None and time.monotonic() >= self._give_up_at)
+
+    def _stop(self, number: signal.Signals, remaining: Sequence[WorkerProcess]) -> None:
+        self.stopped_by = number
+        self._kill_at = time.monotonic() + self._grace
+        self._terminal.say(
+            f"{number.name}: passed on to the workers, which have {self._grace:g} s to leave; "
+            "a second signal ends them at once"
+        )
+        for worker in remaining:
+            worker.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+            worker.send(signal.SIGCONT)
+
+    def _kill_soon(self) -> None:
+        if self.stopped_by is None:
+            self._kill_at = min(self._kill_at or float("inf"), time.monotonic() + LEAVE)
+
+    def _kill(self) -> None:
+        self._kill_at = None
+        for worker in self._remaining():
+            self._killed.add(worker.rank)
+            worker.kill_group()
+
+    def _note_end(self, rank: int) -> None:
+        worker = self._workers[rank]
+        self._loop.forget(worker.exit_fd)
+        self.streams.drain(rank)
+        code = worker.returncode()
+        words = self.streams.last_words(rank)
+        killed = rank in self._killed and code == -signal.SIGKILL
+        note = "" if killed else self._memory.note(code, words)
+        self.ends[rank] = WorkerEnd(rank, code, killed, words, note)
+        self._channel.worker_ended(self.ends[rank])
+
+    def _remaining(self) -> list[WorkerProcess]:
+        return [worker for rank, worker in self._workers.items() if rank not in self.ends]
+
+    def _linger(self) -> None:
+        """Read on until the pipes end, `LINGER` has passed, or a signal says that nobody cares."""
+        until = time.monotonic() + LINGER
+        self._interrupted = False
+        while not self.streams.ended and not self._interrupted and time.monotonic() < until:
+            self._turn(until)
+        for worker in self._workers.values():
+            worker.kill_group()

@@ -1,0 +1,146 @@
+"""This machine in a run: what it was asked to start, and how it carries out its share of an attempt.
+
+Contract: a `Machine` is made within `Signals`, and closed at the end. `attempt` runs one share to its end, over a
+channel that the caller opened; `stopped_by` is the first signal to stop that came, also between attempts. `say` and
+`write_out` speak to the person at the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from allstep.launch.attempt import Attempt, Channel
+from allstep.launch.devices import Devices
+from allstep.launch.folder import AttemptFolder
+from allstep.launch.loop import Loop
+from allstep.launch.plan import Command, Share, plan_workers
+from allstep.launch.settings import LaunchSettings, shown_ranks
+from allstep.launch.signals import STOP, Signals
+from allstep.launch.terminal import Terminal
+
+if TYPE_CHECKING:
+    from allstep.launch.nodes import Nodes
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start on this machine.
+
+    Args:
+        settings: what was asked for.
+        command: what each worker runs.
+        name: the run's name, where this machine decides it.
+        workers: ranks on this machine.
+        devices: the CUDA devices that they share.
+        cores: CPU cores that this process may use.
+        environ: what the workers inherit; NO_COLOR and ALLSTEP_SECRET are looked at.
+        nodes: this machine's place among several, or None.
+    """
+
+    settings: LaunchSettings
+    command: Command
+    name: str
+    workers: int
+    devices: Devices
+    cores: int
+    environ: Mapping[str, str]
+    nodes: Nodes | None = None
+
+
+class Machine:
+    """The loop, the terminal and the signals of this machine's supervisor, over all its attempts.
+
+    Args:
+        launch: what to start.
+        signals: entered already.
+    """
+
+    def __init__(self, launch: Launch, signals: Signals) -> None:
+        self.launch = launch
+        self.loop = Loop()
+        self.terminal = Terminal(self.loop, launch.environ)
+        self.say = self.terminal.say
+        self.stopped_by: signal.Signals | None = None
+        self._signals = signals
+        self._attempt: Attempt | None = None
+        self.loop.watch(signals.fd, self._heed)
+
+    def stopped(self) -> bool:
+        """Whether a signal to stop has come."""
+        return self.stopped_by is not None
+
+    def attempt(
+        self, share: Share, channel: Channel, folder: AttemptFolder | None, *, relayed: bool = False
+    ) -> Attempt:
+        """Run this machine's share of an attempt to its end.
+
+        Raises:
+            LaunchError: a worker could not be started; the others are ended.
+            ConfigurationError: output was asked for of a rank that does not exist.
+        """
+        launch = self.launch
+        shown = shown_ranks(launch.settings.show, share.world_size)
+        plans = plan_workers(
+            launch.settings,
+            launch.command,
+            share,
+            environ=launch.environ,
+            devices=launch.devices,
+            cores=launch.cores,
+        )
+        self._announce(share, folder)
+        attempt = Attempt(
+            plans,
+            channel,
+            loop=self.loop,
+            terminal=self.terminal,
+            folder=folder,
+            shown=shown,
+            grace=launch.settings.grace,
+            relayed=relayed,
+        )
+        with contextlib.closing(attempt):
+            attempt.start()
+            self._attempt = attempt
+            try:
+                attempt.run()
+            finally:
+                self._attempt = None
+        return attempt
+
+    def turn(self, until: float) -> None:
+        """Wait for the next event between attempts, at most until then."""
+        self.terminal.adjust()
+        self.loop.turn(until)
+
+    def write_out(self) -> None:
+        """Wait until everything is written, or a signal says that nobody cares."""
+        before = self.stopped_by
+        self.stopped_by = None
+        while self.terminal.waiting and not self.stopped():
+            self.turn(time.monotonic() + 3600)
+        self.stopped_by = self.stopped_by or before
+
+    def close(self) -> None:
+        """Let go of the loop."""
+        self.loop.close()
+
+    def _heed(self) -> None:
+        for number in self._signals.take():
+            if self._attempt is not None:
+                self._attempt.heed(number)
+            if number in STOP and self.stopped_by is None:
+                self.stopped_by = number
+
+    def _announce(self, share: Share, folder: AttemptFolder | None) -> None:
+        here = f"{share.workers} worker{'s' if share.workers > 1 else ''}"
+        if share.nodes > 1:
+            here += f" of {share.world_size}, node {share.node_rank} of {share.nodes}"
+        kept = f", output kept in {folder.path}" if folder is not None else ""
+        self.terminal.kept_in = str(folder.path) if folder is not None else ""
+        self.say(f"run {share.run_id}: {here}{kept}")

@@ -1,0 +1,91 @@
+"""Which machine of a run of several this is: from the settings, or from the SLURM step that started it. Pure.
+
+Contract: `find_nodes` returns None for a run of this machine alone, or a consistent `Nodes`; nothing is guessed. Given
+settings win over SLURM's variables. What can go wrong is a ConfigurationError or PlacementError that names the option
+or variable and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from allstep.errors import ConfigurationError
+from allstep.launch.settings import LaunchSettings, parse_rdzv
+from allstep.placement.slurm_step import SlurmStep
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """This machine's place among those of a run.
+
+    `ports` are tried in order; several only where nobody could choose one beforehand (a SLURM step). `job` names what
+    started the nodes together, empty where nothing did.
+    """
+
+    count: int
+    rank: int
+    host: str
+    ports: tuple[int, ...]
+    job: str = ""
+
+    @property
+    def head(self) -> bool:
+        """Whether this machine decides for all."""
+        return self.rank == 0
+
+
+def find_nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
+    """Return this machine's place among several, or None where it is the only one."""
+    given = {"nnodes": settings.nnodes, "node_rank": settings.node_rank, "rdzv": settings.rdzv}
+    if any(value is not None for value in given.values()):
+        return _from_settings(settings, given)
+    return _from_slurm(environ)
+
+
+def warning(environ: Mapping[str, str]) -> str:
+    """Say so where a SLURM job has several machines and this process was not started on each of them."""
+    nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
+    if SlurmStep().matches(environ) or not nodes.isdecimal() or int(nodes) < 2:
+        return ""
+    return (
+        f"the job has {nodes} nodes, but only this one is used, since srun did not start this process; "
+        "to use them all: srun --ntasks-per-node=1 allstep run ..."
+    )
+
+
+def _from_settings(settings: LaunchSettings, given: Mapping[str, object]) -> Nodes | None:
+    if settings.nnodes == 1 and settings.rdzv is None and settings.node_rank in (None, 0):
+        return None
+    if absent := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]:
+        raise ConfigurationError(
+            f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing: a run of several machines needs "
+            "--nnodes N --node-rank K --rdzv HOST:PORT on each, where HOST is the machine of node rank 0"
+        )
+    assert settings.nnodes is not None
+    assert settings.node_rank is not None
+    assert settings.rdzv is not None
+    if settings.node_rank >= settings.nnodes:
+        raise ConfigurationError(
+            f"node_rank is {settings.node_rank}; it must be less than nnodes, which is {settings.nnodes}"
+        )
+    if settings.nnodes == 1:
+        return None
+    host, port = parse_rdzv(settings.rdzv)
+    return Nodes(settings.nnodes, settings.node_rank, host, (port,))
+
+
+def _from_slurm(environ: Mapping[str, str]) -> Nodes | None:
+    slurm = SlurmStep()
+    if not slurm.matches(environ):
+        return None
+    place = slurm.place(environ)
+    if place.local_world_size != 1:
+        raise ConfigurationError(
+            f"srun started {place.local_world_size} tasks on this node (SLURM_STEP_TASKS_PER_NODE), and each is an "
+            "`allstep run` that would start workers of its own; start one a node, srun --ntasks-per-node=1 allstep run "
+            "..., or the script itself, srun python ..."
+        )
+    if place.rendezvous is None:
+        return None
+    return Nodes(place.nodes, place.node_rank, place.rendezvous.host, place.rendezvous.ports, job=place.run_id)

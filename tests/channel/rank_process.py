@@ -1,0 +1,89 @@
+"""One rank with a real client: `rank_process.py ADDRESS NONCE RANK WORLD_SIZE [WHAT...]`, without importing torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import sys
+import time
+
+from allstep.channel.arrival import Arrival
+from allstep.channel.client import Client
+from allstep.channel.messages import Hello
+from allstep.channel.pulse import Pulse
+from allstep.errors import WorldError
+
+
+def train(pulse: Pulse, iteration: int) -> None:
+    with pulse.run("trainer"):
+        pulse.epoch, pulse.iteration = 1, iteration
+        pulse.enter("step")
+
+
+def fail_in_step() -> None:
+    raise ValueError("bad batch")
+
+
+def main() -> None:
+    address, nonce, rank, world_size, *what = sys.argv[1:]
+    action, *arguments = what or ["wait"]
+    pulse = Pulse()
+    arrival = Arrival(int(rank), int(world_size), socket.gethostname(), os.getpid(), "cpu", "gloo")
+    stacks_file = arguments[0] if action == "hold_gil" else ""
+    try:
+        client = Client.connect(address, Hello(nonce, 0, arrival, stacks_file), timeout=20)
+    except WorldError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    client.start(pulse)
+    print("welcome", flush=True)
+    with pulse.run("trainer"):
+        pulse.epoch, pulse.iteration = 1, 7
+        pulse.enter("step")
+        if action == "wait":
+            pulse.wait_began("gradients")
+            time.sleep(600)
+        elif action == "sleep":
+            time.sleep(600)
+        elif action in ("raise", "raise_slowly"):
+            try:
+                fail_in_step()
+            except ValueError as error:
+                client.report_exception(error)
+                client.report_exception(error)
+                if action == "raise_slowly":
+                    time.sleep(600)
+                client.linger(10)
+                raise
+        elif action == "derived":
+            try:
+                raise ConnectionError("Connection closed by peer")
+            except ConnectionError as error:
+                client.report_exception(error, derived=True)
+                raise
+        elif action == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif action == "hold_gil":
+            time.sleep(0.2)  # the first beat
+            ctypes.PyDLL(None).sleep(600)
+        elif action == "fork":
+            if os.fork() == 0:
+                for fd in (1, 2):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+                closed = select.poll()
+                closed.register(0, 0)
+                closed.poll()  # the test's end
+                os._exit(0)
+            sys.stdin.readline()
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.stdin.readline()
+    client.close()
+
+
+if __name__ == "__main__":
+    main()

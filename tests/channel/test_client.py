@@ -1,0 +1,178 @@
+"""A real client in a process of its own, against a hub that the test drives."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from allstep.channel.client import Client, _message
+from allstep.channel.events import AllArrived, Verdict
+from allstep.channel.messages import Hello, Notice, Welcome, encode
+from allstep.channel.pulse import Pulse
+from allstep.channel.record import Kind
+from allstep.errors import WorldError
+from tests.channel.driving import arrival, listening, rank_processes, serving
+
+pytestmark = pytest.mark.slow
+
+
+def test_ranks_meet_beat_and_say_goodbye():
+    with serving() as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
+        hub.event(AllArrived)
+        hub.until(lambda: all(hub.service.status(rank) for rank in (0, 1)))
+        status = hub.service.status(1)
+        assert (status.epoch, status.iteration, status.engine) in ((1, 7, "trainer"), (0, 0, ""))
+        for rank in ranks:
+            rank.process.stdin.write("\n")
+            rank.process.stdin.flush()
+        hub.until(lambda: all(rank.ended() for rank in ranks))
+        hub.pass_time(0.5)
+        assert [rank.process.returncode for rank in ranks] == [0, 0]
+        assert not [event for event in hub.events if isinstance(event, Verdict)]
+
+
+def test_a_failure_is_reported_before_the_rank_cleans_up_and_the_others_leave_at_once():
+    with serving() as hub, rank_processes(hub.address, ("wait",), ("raise_slowly",)) as ranks:
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind, case.cause.iteration) == (1, Kind.ERROR, 7)
+        assert "in fail_in_step" in case.cause.traceback
+        hub.service.order_leave("rank 1 failed", 84, printer=0, report="THE REPORT\n")
+        hub.until(ranks[0].ended)
+        assert ranks[0].process.returncode == 84
+        assert "THE REPORT" in ranks[0].errors()
+        assert not ranks[1].ended()
+
+
+def test_a_failing_rank_lingers_to_print_the_report():
+    with serving(supervised=False) as hub, rank_processes(hub.address, ("wait",), ("raise",)) as ranks:
+        hub.verdict()
+        assert not ranks[1].ended()
+        hub.service.order_leave("rank 1 failed", 84, printer=1, report="THE REPORT\n")
+        hub.until(lambda: all(rank.ended() for rank in ranks))
+        assert ranks[1].process.returncode == 1
+        errors = ranks[1].errors()
+        assert errors.index("THE REPORT") < errors.index("ValueError: bad batch")
+
+
+def test_a_frozen_rank_is_found():
+    with serving(limits="silence=2") as hub, rank_processes(hub.address, ("wait",), ("stop",)):
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
+        assert "in main" in case.others[0].stacks
+
+
+def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks(tmp_path):
+    with (
+        serving(limits="silence=4") as hub,
+        rank_processes(hub.address, ("wait",), ("hold_gil", str(tmp_path / "stacks"))),
+    ):
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
+        assert "in main" in case.cause.stacks
+
+
+def test_a_rank_that_sleeps_is_named_with_its_stack_and_not_the_one_that_waits():
+    with serving(limits="step=1.5") as hub, rank_processes(hub.address, ("wait",), ("sleep",)):
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
+        assert "rank_process.py" in case.cause.stacks
+        assert case.others[0].waiting == "gradients"
+
+
+def test_a_forked_child_does_not_keep_a_dead_ranks_connection_open():
+    with serving(supervised=False) as hub, rank_processes(hub.address, ("wait",), ("fork",)) as ranks:
+        hub.event(AllArrived)
+        ranks[1].process.stdin.write("\n")
+        ranks[1].process.stdin.flush()
+        assert hub.verdict().cause.kind is Kind.LOST
+
+
+def test_a_stranger_gets_the_reason_as_an_error():
+    with serving() as hub, rank_processes(hub.address, ("close",), nonce="another") as ranks:
+        hub.until(ranks[0].ended)
+        assert "another run's service" in ranks[0].errors()
+
+
+def test_a_rank_outlives_its_service():
+    with serving() as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
+        hub.event(AllArrived)
+        hub.service.close()
+        for rank in ranks:
+            rank.process.stdin.write("\n")
+            rank.process.stdin.flush()
+            assert rank.process.wait(30) == 0
+
+
+def test_nothing_at_the_address_is_an_error_in_bounded_time():
+    sock = listening()
+    port = sock.getsockname()[1]
+    sock.close()
+    with pytest.raises(WorldError, match=f"nothing answers at 127.0.0.1:{port}"):
+        Client.connect(f"127.0.0.1:{port}", Hello("n", 0, arrival(0)), timeout=0.5)
+
+
+def test_a_frozen_service_is_an_error_in_bounded_time(monkeypatch):
+    monkeypatch.setattr("allstep.channel.client._GRACE_S", 0.5)
+    with listening() as sock:
+        began = time.monotonic()
+        with pytest.raises(WorldError, match="may be frozen"):
+            Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=0.5)
+        assert time.monotonic() - began < 10
+
+
+def test_a_report_to_a_frozen_service_returns_in_bounded_time():
+    with listening() as sock:
+
+        def welcome() -> None:
+            accepted.append(sock.accept()[0])
+            accepted[0].sendall(encode(Welcome()))
+
+        accepted: list[object] = []
+        thread = threading.Thread(target=welcome)
+        thread.start()
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=5)
+        thread.join()
+        began = time.monotonic()
+        for _ in range(3):
+            client.report_exception(ValueError("x" * 1_000_000))
+        client.close()
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("behind", [b"", encode(Notice("slow down\n"))])
+def test_what_comes_right_behind_the_welcome_is_heard(behind, capfd):
+    with listening() as sock:
+
+        def welcome() -> None:
+            accepted.append(sock.accept()[0])
+            accepted[0].sendall(encode(Welcome()) + behind)
+
+        accepted: list[Any] = []
+        thread = threading.Thread(target=welcome)
+        thread.start()
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=5)
+        client.start(Pulse())
+        thread.join()
+        assert b'"Beat"' in receive_until(accepted[0], b"Beat")
+        client.close()
+        accepted[0].close()
+    assert ("slow down" in capfd.readouterr().err) == bool(behind)
+
+
+def receive_until(sock: socket.socket, wanted: bytes) -> bytes:
+    data = b""
+    while wanted not in data:
+        data += sock.recv(4096)
+    return data
+
+
+def test_an_error_whose_text_cannot_be_made_is_reported_all_the_same():
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    assert "could not be made" in _message(Broken())

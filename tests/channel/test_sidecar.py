@@ -1,0 +1,148 @@
+"""The sidecar as a process, and ranks as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allstep.channel.sidecar import Sidecar, new_nonce, start_sidecar
+from allstep.errors import ConfigurationError
+from tests.channel.driving import BOUND, RankProcess, gone, rank_processes, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def sidecar(world_size: int, nonce: str, **settings: Any) -> Iterator[Sidecar]:
+    started = start_sidecar(nonce=nonce, attempt=0, world_size=world_size, **settings)
+    try:
+        yield started
+    finally:
+        started.release()
+        try:
+            wait_for(lambda: gone(started.pid), 20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(started.pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(started.pid, 0)
+
+
+def close(ranks: list[RankProcess]) -> None:
+    for rank in ranks:
+        rank.process.stdin.write("\n")
+        rank.process.stdin.flush()
+
+
+def ended(ranks: list[RankProcess]) -> bool:
+    return all(rank.ended() for rank in ranks)
+
+
+def test_ranks_train_and_leave_and_the_sidecar_ends():
+    nonce = new_nonce()
+    with sidecar(2, nonce) as service, rank_processes(service.address, ("close",), ("close",), nonce=nonce) as ranks:
+        close(ranks)
+        wait_for(lambda: ended(ranks))
+        assert [rank.process.returncode for rank in ranks] == [0, 0]
+        assert not gone(service.pid)
+
+
+def test_an_exception_ends_all_with_one_report_and_a_file(tmp_path):
+    nonce = new_nonce()
+    with (
+        sidecar(3, nonce, attempt_folder=str(tmp_path), run="digits") as service,
+        rank_processes(service.address, ("wait",), ("raise",), ("wait",), nonce=nonce) as ranks,
+    ):
+        wait_for(lambda: ended(ranks))
+        assert [rank.process.returncode for rank in ranks] == [84, 1, 84]
+        errors = [rank.errors() for rank in ranks]
+        assert "run digits failed: rank 1 of 3 failed first" in errors[1]
+        assert not any("failed first" in errors[rank] for rank in (0, 2))
+    content = json.loads((tmp_path / "failure.json").read_text())
+    assert (content["cause"]["rank"], content["cause"]["kind"], content["exit_code"]) == (1, "error", 1)
+
+
+def test_a_killed_rank_is_named_by_the_lowest_living_one():
+    nonce = new_nonce()
+    with (
+        sidecar(3, nonce) as service,
+        rank_processes(service.address, ("kill",), ("wait",), ("wait",), nonce=nonce) as ranks,
+    ):
+        wait_for(lambda: ended(ranks))
+        assert [rank.process.returncode for rank in ranks] == [-9, 84, 84]
+        assert "rank 0 of 3 failed first" in ranks[1].errors()
+
+
+def test_a_frozen_rank_is_killed():
+    nonce = new_nonce()
+    with (
+        sidecar(2, nonce, limits="silence=2") as service,
+        rank_processes(service.address, ("stop",), ("wait",), nonce=nonce) as ranks,
+    ):
+        wait_for(lambda: ended(ranks))
+        assert [rank.process.returncode for rank in ranks] == [-9, 83]
+        assert "rank 0 of 2 made no progress" in ranks[1].errors()
+
+
+def test_a_rank_that_cleans_up_for_ever_is_killed():
+    nonce = new_nonce()
+    with (
+        sidecar(2, nonce) as service,
+        rank_processes(service.address, ("raise_slowly",), ("wait",), nonce=nonce) as ranks,
+    ):
+        wait_for(lambda: ended(ranks))
+        assert [rank.process.returncode for rank in ranks] == [-9, 84]
+
+
+def test_the_signals_of_a_scheduler_do_not_silence_it():
+    nonce = new_nonce()
+    with sidecar(2, nonce) as service:
+        os.kill(service.pid, signal.SIGTERM)
+        with rank_processes(service.address, ("wait",), ("raise",), nonce=nonce) as ranks:
+            wait_for(lambda: ended(ranks))
+            assert [rank.process.returncode for rank in ranks] == [84, 1]
+
+
+def test_it_ends_with_the_process_that_started_it():
+    with sidecar(2, new_nonce()) as service:
+        service.release()
+        wait_for(lambda: gone(service.pid))
+
+
+def test_it_is_in_a_session_of_its_own_and_holds_nothing_of_its_starter():
+    nonce = new_nonce()
+    with sidecar(2, nonce) as service:
+        assert os.getsid(service.pid) == service.pid
+        for fd in (0, 1, 2):
+            assert os.readlink(f"/proc/{service.pid}/fd/{fd}") == os.devnull
+        assert nonce not in Path(f"/proc/{service.pid}/cmdline").read_text()
+
+
+def test_two_nodes_leave_together():
+    nonce = new_nonce()
+    with (
+        sidecar(2, nonce) as head,
+        sidecar(2, nonce, upstream=head.address, node_rank=1, ranks=[1]) as node,
+        contextlib.ExitStack() as stack,
+    ):
+        ranks = [
+            RankProcess(head.address, 0, 2, "wait", nonce=nonce),
+            RankProcess(node.address, 1, 2, "raise", nonce=nonce),
+        ]
+        for rank in ranks:
+            stack.callback(rank.end)
+        wait_for(lambda: ended(ranks), BOUND)
+        assert [rank.process.returncode for rank in ranks] == [84, 1]
+        assert "rank 1 of 2 failed first" in ranks[1].errors()
+
+
+def test_limits_that_cannot_be_read_start_nothing():
+    with pytest.raises(ConfigurationError, match="limits"):
+        start_sidecar(nonce="n", attempt=0, world_size=2, limits="stepp=3")

@@ -1,0 +1,172 @@
+"""Reading stacks and flight records as Python and torch write them."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+
+import pytest
+
+from allstep.channel.flight_recorder import active_collectives, summary
+from allstep.channel.own_stacks import StacksTimer, own_stacks
+from allstep.channel.stacks import main_thread, waits_in
+from tests.channel.driving import listening, wait_for
+
+OTHER = 'Thread 0x00007f1 [beat] (most recent call first):\n  File "/lib/python3.11/selectors.py", line 9 in select\n'
+
+
+def stack(*frames: tuple[str, str]) -> str:
+    lines = "".join(f'  File "{file}", line 3 in {name}\n' for file, name in frames)
+    return f"{OTHER}\nThread 0x00007f2 (most recent call first):\n{lines}"
+
+
+TORCH = "/venv/lib/python3.11/site-packages/torch"
+
+
+@pytest.mark.parametrize(
+    ("frames", "waits"),
+    [
+        ([("train.py", "sleep")], ""),
+        ([(f"{TORCH}/autograd/graph.py", "_engine_run_backward"), ("train.py", "step")], "gradients"),
+        (
+            [
+                (f"{TORCH}/distributed/distributed_c10d.py", "all_reduce"),
+                (f"{TORCH}/distributed/c10d_logger.py", "wrapper"),
+            ],
+            "all_reduce",
+        ),
+        ([(f"{TORCH}/nn/modules/module.py", "forward")], ""),
+        ([("/x/allstep/coordination/ranked.py", "wait")], "wait"),
+        ([("train.py", "slow"), (f"{TORCH}/distributed/x.py", "hook")], ""),
+    ],
+)
+def test_whether_a_rank_waits_for_its_peers_shows_in_its_stack(frames, waits):
+    assert waits_in(stack(*frames)) == waits
+
+
+def test_the_main_threads_stack_is_found():
+    assert "train.py" in main_thread(stack(("train.py", "f")))
+    assert "beat" not in main_thread(stack(("train.py", "f")))
+
+
+def test_of_several_stacks_in_a_file_the_last_counts():
+    text = f"Timeout (0:00:02)!\n{stack(('old.py', 'f'))}Timeout (0:00:02)!\n{stack(('new.py', 'f'))}"
+    assert "new.py" in main_thread(text)
+    assert "old.py" not in main_thread(text)
+
+
+def test_a_real_stack_has_the_main_thread_last_and_not_the_one_that_asks():
+    found: list[str] = []
+
+    def ask() -> None:
+        found.append(own_stacks())
+
+    thread = threading.Thread(target=ask, name="asks")
+    thread.start()
+    thread.join()
+    assert "test_a_real_stack_has_the_main_thread_last" in main_thread(found[0])
+    assert "own_stacks" not in found[0]
+
+
+def test_the_timer_writes_when_it_is_not_wound_up(tmp_path, monkeypatch):
+    monkeypatch.setattr("allstep.channel.own_stacks.WITHOUT_BEAT_S", 0.1)
+    path = tmp_path / "stacks"
+    timer = StacksTimer(str(path))
+    timer.wind_up()
+    wait_for(lambda: "most recent call first" in path.read_text())
+    monkeypatch.setattr("allstep.channel.own_stacks.WITHOUT_BEAT_S", 60)
+    timer.wind_up()
+    assert path.read_text() == ""
+    timer.close()
+
+
+def test_a_stacks_file_that_cannot_be_written_is_done_without(tmp_path):
+    timer = StacksTimer(str(tmp_path / "none" / "stacks"))
+    timer.wind_up()
+    timer.close()
+
+
+def test_the_flight_recorders_unfinished_collectives_are_named():
+    entries = [
+        {"collective_seq_id": 11, "profiling_name": "gloo:all_reduce", "state": "completed"},
+        {
+            "collective_seq_id": 12,
+            "profiling_name": "gloo:all_reduce",
+            "state": "scheduled",
+            "process_group": ["0", "default_pg"],
+            "input_sizes": [[8]],
+        },
+    ]
+    assert (
+        summary(json.dumps({"entries": entries})) == "gloo:all_reduce #12 of group default_pg: scheduled, sizes [[8]]"
+    )
+    assert summary(json.dumps({"entries": entries[:1]})).endswith("completed")
+
+
+@pytest.mark.parametrize("dump", [b"", b"[]", b"{}", b'{"entries": 3}', b'{"entries": [3]}'])
+def test_a_record_that_cannot_be_read_is_done_without(dump):
+    assert summary(dump) == ""
+
+
+def test_without_torch_or_its_variables_nothing_is_recorded(monkeypatch):
+    monkeypatch.delenv("TORCH_FR_BUFFER_SIZE", raising=False)
+    monkeypatch.delenv("TORCH_NCCL_TRACE_BUFFER_SIZE", raising=False)
+    assert active_collectives() == ""
+
+
+def test_the_faulthandlers_format_is_the_one_that_is_read():
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        assert "test_the_faulthandlers_format" in main_thread(file.read())
+
+
+WAITING = """
+import os, sys, threading, time
+import torch
+import torch.distributed as dist
+from torch import nn
+from allstep.channel.own_stacks import own_stacks
+from allstep.channel.stacks import waits_in
+
+how, rank, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+model = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+
+def look():
+    while True:
+        if found := waits_in(own_stacks()):
+            print(found, flush=True)
+            os._exit(0)
+        time.sleep(0.05)
+
+if rank == 1:
+    time.sleep(60)
+loss = model(torch.ones(2, 4)).sum()
+threading.Thread(target=look, daemon=True).start()
+if how == "backward":
+    loss.backward()
+else:
+    dist.all_reduce(torch.ones(2))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "waits"), [("backward", "gradients"), ("all_reduce", "all_reduce")])
+def test_torchs_own_waiting_is_recognised(how, waits):
+    with listening() as sock:
+        port = sock.getsockname()[1]
+    command = [sys.executable, "-c", WAITING, how]
+    with (
+        subprocess.Popen([*command, "1", str(port)]) as peer,
+        subprocess.Popen([*command, "0", str(port)], stdout=subprocess.PIPE, text=True) as process,
+    ):
+        try:
+            assert process.communicate(timeout=60)[0].strip() == waits
+        finally:
+            process.kill()
+            peer.kill()

@@ -1,0 +1,114 @@
+"""Two hosts on one machine, for tests: network namespaces with a link between them that can be cut.
+
+Contract: `ensure_possible` returns where this process may make them, installing iproute2 where the environment allows
+that; `Hosts.open` makes them and `close` removes exactly those. Each host has an address, a name of its own and
+a hosts file; nothing of the machine's own network is touched, and several test processes do not meet. What can go
+wrong: no root, no programs, or a kernel that refuses; each is `HostsUnavailable` and says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+PROGRAMS = ("ip", "nsenter", "unshare")
+SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+
+
+class HostsUnavailable(Exception):
+    """Hosts cannot be made here; the message says why."""
+
+
+def ensure_possible(environ: Mapping[str, str]) -> None:
+    """Return where hosts can be made; with CI or ALLSTEP_TEST_INSTALL set, iproute2 is installed if it is missing."""
+    if os.geteuid() != 0:
+        raise HostsUnavailable("network namespaces need root")
+    if not _missing():
+        return
+    if not (environ.get("CI") or environ.get("ALLSTEP_TEST_INSTALL")) or shutil.which("apt-get") is None:
+        raise HostsUnavailable(f"{', '.join(_missing())} not found; install iproute2 or set ALLSTEP_TEST_INSTALL=1")
+    with (Path(tempfile.gettempdir()) / "allstep-test-install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        for command in (["update"], ["install", "-y", "--no-install-recommends", "iproute2", "util-linux"]):
+            done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, timeout=100)
+            if done.returncode:
+                raise HostsUnavailable(f"apt-get {' '.join(command)} failed: {(done.stderr or done.stdout)[-500:]}")
+
+
+def _missing() -> list[str]:
+    return [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]
+
+
+class Hosts:
+    """Hosts 0 and 1, named host0 and host1, between `open` and `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.names = ("host0", "host1")
+        self.addresses = ("10.77.0.1", "10.77.0.2")
+        self._folder = folder
+        self._namespaces = tuple(f"allstep-{os.getpid()}-{index}" for index in range(2))
+        self._undo = contextlib.ExitStack()
+
+    def open(self) -> None:
+        """Make them."""
+        with self._undo as undo:
+            table = "".join(f"{ip} {name}\n" for ip, name in zip(self.addresses, self.names, strict=True))
+            (self._folder / "hosts").write_text(f"127.0.0.1 localhost\n{table}")
+            for namespace in self._namespaces:
+                _ip("netns", "add", namespace)
+                undo.callback(_ip, "netns", "delete", namespace)
+            first, second = self._namespaces
+            _ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+            for namespace, address in zip(self._namespaces, self.addresses, strict=True):
+                _ip("-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+                _ip("-n", namespace, "link", "set", "lo", "up")
+                _ip("-n", namespace, "link", "set", "eth0", "up")
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        """Remove them."""
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def start(
+        self, host: int, command: list[str], *, folder: Path, env: Mapping[str, str]
+    ) -> Iterator[subprocess.Popen[str]]:
+        """Start a command on a host; it is killed at the end of the block if it still runs."""
+        become = 'echo "$0" > /proc/sys/kernel/hostname; mount --bind "$1" /etc/hosts; shift; exec "$@"'
+        inside = ["unshare", "--uts", "--mount", "sh", "-c", become, self.names[host], str(self._folder / "hosts")]
+        process = subprocess.Popen(
+            ["nsenter", f"--net=/run/netns/{self._namespaces[host]}", *inside, *command],
+            cwd=folder,
+            env={**env, "PATH": SYSTEM_PATH},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.communicate()
+
+    def cut(self, host: int) -> None:
+        """Cut the link at a host's side."""
+        _ip("-n", self._namespaces[host], "link", "set", "eth0", "down")
+
+    def restore(self, host: int) -> None:
+        """Connect the link again."""
+        _ip("-n", self._namespaces[host], "link", "set", "eth0", "up")
+
+
+def _ip(*arguments: str) -> None:
+    program = shutil.which("ip", path=SYSTEM_PATH)
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, timeout=30)
+    if done.returncode:
+        raise HostsUnavailable(f"ip {' '.join(arguments)} failed: {done.stderr.strip()}")
