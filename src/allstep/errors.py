@@ -7,6 +7,8 @@ of a user's step, handler or dataset are never wrapped: they leave `Engine.run` 
 
 from __future__ import annotations
 
+from allstep.exit_codes import PREEMPTED
+
 
 class AllstepError(Exception):
     """Base of all errors that allstep itself raises."""
@@ -94,6 +96,16 @@ class DamagedCheckpointError(CheckpointError):
 
 class UnkeepableError(CheckpointError, TypeError):
     """State that was to be saved has a value that a checkpoint cannot keep; the message names its key and type."""
+
+
+class Preempted(SystemExit):
+    """The run made room: its state is saved, and its process is to end with exit code 85. No error, so no AllstepError.
+
+    `Engine.run` raises it after a stop that `Preemption` was asked for. Uncaught, it ends the process.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
 
 
 class RanksError(AllstepError, RuntimeError):

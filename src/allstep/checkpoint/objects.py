@@ -1,10 +1,10 @@
 """What goes into a checkpoint for each kind of object, and how it comes back.
 
-Contract: `Checkpoint` makes one `Kept` for each object that it was given and calls `state` on all ranks. It is what is the same on every rank,
-`of_rank` what this rank has for itself; `load` gives both back, to objects of a run of any world size. Modules are
-taken out of DDP and torch.compile. Modules and optimizers of sharded parameters (FSDP2, tensor parallel) go through
-`torch.distributed.checkpoint.state_dict`, whose tensors say how they are sharded; they are their own `template`, filled
-in place. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
+Contract: `Checkpoint` makes one `Kept` for each object that it was given and calls `state` on all ranks. It is what is
+the same on every rank, `of_rank` what this rank has for itself; `load` gives both back, to objects of a run of any
+world size. Modules are taken out of DDP and torch.compile. Modules and optimizers of sharded parameters (FSDP2, tensor
+parallel) go through `torch.distributed.checkpoint.state_dict`, whose tensors say how they are sharded; they are their
+own `template`, filled in place. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class _Plain:
 
 
 class _Replicated(_Plain):
-    """A module in DDP. Its buffers are rank 0's where DDP broadcasts them before each forward pass, else each rank's."""
+    """A module in DDP. Its buffers are rank 0's where DDP broadcasts them before a forward pass, else each rank's."""
 
     def __init__(self, module: nn.Module, replica: DistributedDataParallel) -> None:
         super().__init__(module)

@@ -52,6 +52,7 @@ class Engine(Listening, Steering):
         state: the run's `State`.
         modules: wrapped modules that the step trains, besides those from the current world's `wrap`.
         logger: where the engine reports.
+        leaves_with: what `run` raises once, in place of returning, when the run has ended; a handler sets it.
         should_terminate: whether the run is to end; as `should_terminate_single_epoch` and `should_interrupt`.
     """
 
@@ -82,6 +83,7 @@ class Engine(Listening, Steering):
         self.modules: list[nn.Module] = []
         self.logger = logging.getLogger("allstep.engine")
         self.kept: list[Any] = []
+        self.leaves_with: BaseException | None = None
         self._drive: Generator[None, None, None] | None = None
         self._is_running = False
         self._was_loaded = False
@@ -353,6 +355,9 @@ class Engine(Listening, Steering):
                 next(self._drive)
         except StopIteration:
             self._drop_run()
+            leaving, self.leaves_with = self.leaves_with, None
+            if leaving is not None:
+                raise leaving from None
         except BaseException:
             self._drop_run()
             raise

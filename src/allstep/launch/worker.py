@@ -7,6 +7,7 @@ write end of the pipe LIFELINE_FD and never writes. Afterwards:
   its process group when the last write end of the pipe closes (asynchronous I/O with SIGKILL as its signal). Neither
   needs a thread, so nothing in this process can hold it up, and forking stays free of a second thread. Where the
   kernel has no such means, a thread waits on the pipe instead.
+- SIGUSR1, with which schedulers announce a job's end, is kept and does not end a process that is still importing.
 - `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so
   that processes which the script spawns find its `__main__` too.
 - while torch is imported the garbage collector rests: the import makes hundreds of thousands of objects, nearly all of
@@ -46,6 +47,17 @@ def tie_to_supervisor(supervisor: int, lifeline: int) -> None:
         threading.Thread(target=_await_close, args=(lifeline,), daemon=True, name="allstep lifeline").start()
     if os.getppid() != supervisor or select.select([lifeline], [], [], 0)[0]:
         _kill_own_group()
+
+
+class EarlySignals:
+    """A signal's handler until the script puts in its own: whoever does finds in `kept` which came before."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+
+    def __call__(self, number: int, frame: object) -> None:
+        """Keep the signal."""
+        self.kept.append(number)
 
 
 def _die_with_parent() -> bool:
@@ -160,6 +172,7 @@ def _new_main() -> ModuleType:
 def main(argv: list[str]) -> None:
     """Run what the supervisor's command line says; an exception of the script leaves as it would without allstep."""
     supervisor, lifeline, kind, target, *arguments = argv
+    signal.signal(signal.SIGUSR1, EarlySignals())
     tie_to_supervisor(int(supervisor), int(lifeline))
     faulthandler.enable()
     sys.meta_path.insert(0, _QuietImport("torch", "torch._dynamo"))

@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import WorldError
+from allstep.exit_codes import PREEMPTED
 from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
@@ -298,7 +299,7 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
+        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED))
         self._leave(failed=failed, patience=self._timeout)
 
     def leave_at_exit(self) -> None:
