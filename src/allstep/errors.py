@@ -7,8 +7,6 @@ of a user's step, handler or dataset are never wrapped: they leave `Engine.run` 
 
 from __future__ import annotations
 
-from allstep.exit_codes import PREEMPTED
-
 
 class AllstepError(Exception):
     """Base of all errors that allstep itself raises."""
@@ -103,9 +101,6 @@ class Preempted(SystemExit):
 
     `Engine.run` raises it after a stop that `Preemption` was asked for. Uncaught, it ends the process.
     """
-
-    def __init__(self) -> None:
-        super().__init__(PREEMPTED)
 
 
 class RanksError(AllstepError, RuntimeError):

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from allstep.engine import Engine, Events
 from allstep.engine.terms import is_done
 from allstep.errors import Preempted
+from allstep.exit_codes import PREEMPTED
 from allstep.handlers.stop_on_signal import SIGNAL_REASON, StopOnSignal
 
 _PATIENCE_S = 30
@@ -56,7 +57,7 @@ class Preemption(StopOnSignal):
         completed = state.epoch - engine.progress.epoch_is_open
         asked = (state.stop_reason or "").partition(": ")[2].startswith(SIGNAL_REASON)
         if asked and not is_done(state.iteration, completed, state.max_epochs, state.max_iters):
-            engine.leaves_with = Preempted()
+            engine.leaves_with = Preempted(PREEMPTED)
 
     def _requeue(self, engine: Engine) -> None:
         """Give the job back, once: SLURM then ends it. Everything was saved in TERMINATE."""

@@ -7,7 +7,8 @@ window, whichever of them the signal reached. `detach`, or the end of a `with` b
 
 A second signal, of any of the kinds, hurries: engines that were named for it end as well, such as an evaluator that the
 trainer's handler runs. It gives all signals their default action, so that a third one ends the process at once. A
-signal that came before this, and that `allstep run` kept, counts. What can go wrong: a step that hangs never comes to ask; and a handler installed by C code cannot be given back.
+signal that came before `attach`, and that `allstep run` kept, counts. What can go wrong: a step that hangs never comes
+to ask; and a handler installed by C code cannot be given back.
 """
 
 from __future__ import annotations
