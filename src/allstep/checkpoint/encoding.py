@@ -125,7 +125,7 @@ class _Encoder:
         if identity in self._seen:
             return self._seen[identity]
         name = "/".join(path)
-        self.tensors[name] = tensor.detach()
+        self.tensors[name] = tensor
         if identity is not None:
             self._seen[identity] = name
         return name

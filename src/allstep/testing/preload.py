@@ -10,5 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch.distributed
 import torch.nn.parallel  # noqa: F401
 
+import allstep.checkpoint.store
 import allstep.engine
 import allstep.world  # noqa: F401
