@@ -10,7 +10,7 @@ from allstep.coordination import Alone
 from allstep.testing import run_ranks
 from tests.checkpoint.training import EPOCHS, SAMPLES, Job, Run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def begin(world, job, kill):

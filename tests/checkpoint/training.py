@@ -114,8 +114,10 @@ class Run:
             self.checkpoint.resume()
         try:
             self.engine.run(self.data, max_epochs=epochs, window=self.job.window)
-        except Killed:
+        except Killed as killed:
+            killed.__traceback__ = None
             self.checkpoint.close()
+            self.data._iterator = None
         return self
 
     def weights(self) -> list[torch.Tensor]:

@@ -162,9 +162,15 @@ class Trail(Iterator[Any]):
             raise StopIteration
         return batch
 
-    def behind(self, done: int) -> Any:
-        """The data's state behind the first `done` batches of the pass."""
-        return next((state for read, state in reversed(self._states) if read <= done), self._states[0][1])
+    def behind(self, done: int, *, sees_end: bool) -> Any:
+        """The data's state behind the first `done` batches of the pass.
+
+        Where they are all of them and the end has been read, the state behind the end if `sees_end`, else before it:
+        a run that resumes inside an epoch has to find its end.
+        """
+        known = [(read, state) for read, state in self._states if read <= done] or [self._states[0]]
+        exact = [state for read, state in known if read == known[-1][0]]
+        return exact[-1 if sees_end else 0]
 
     def last(self) -> Any:
         """The data's state behind all that was read."""

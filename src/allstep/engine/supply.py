@@ -151,10 +151,11 @@ class Supply:
         """The data's own state behind the first `iteration` iterations of the run; END where it has none."""
         if self._trail is None:
             return END
-        if self.agreed is not None and self.agreed.pass_has_ended:
+        is_inside = self.engine.progress.epoch_is_open
+        if self.agreed is not None and self.agreed.pass_has_ended and not is_inside:
             return self._trail.last()
         done = self._done_in_pass(iteration)
-        return END if done is None else self._trail.behind(done)
+        return END if done is None else self._trail.behind(done, sees_end=not is_inside)
 
     def _done_in_pass(self, iteration: int | None = None) -> int | None:
         by = self.state.iteration if iteration is None else iteration
