@@ -1,4 +1,4 @@
-"""Where in its data a run stands: data with a state of its own, places of other splits, and data that can only be read."""
+"""Where in its data a run stands: data with a state of its own, places of other splits, data that can only be read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that was saved at one world size goes on at another: same state, each sample once, the same global batches."""
+"""Row 42 of the fault matrix: a run saved at one world size goes on at another: same state, each sample once."""
 
 from __future__ import annotations
 
