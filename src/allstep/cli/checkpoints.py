@@ -100,8 +100,15 @@ def _row(entry: Entry) -> tuple[str, ...]:
         return (entry.name, "", "", "", "", entry.state, "")
     metrics = "  ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items())
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(manifest.created))
-    size = f"{manifest.size / 1e6:,.1f} MB"
-    return (entry.name, str(manifest.step), size, str(manifest.world_size), saved, entry.state, metrics)
+    return (entry.name, str(manifest.step), _size(manifest.size), str(manifest.world_size), saved, entry.state, metrics)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
 
 
 def _as_json(entry: Entry) -> dict[str, object]:

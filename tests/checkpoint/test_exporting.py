@@ -1,0 +1,71 @@
+"""One file out of a checkpoint, read without allstep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from allstep.checkpoint import Store, export, find_entry
+from allstep.errors import CheckpointError, DamagedCheckpointError
+from tests.checkpoint.folders import flip, same, some_state
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    state = some_state(3) | {"extra": {"scale": np.float32(0.5), "table": np.arange(3), "pair": (1, None)}}
+    state["model"]["phase"] = torch.complex(torch.ones(2), torch.zeros(2))
+    assert Store(str(tmp_path / "c")).save(3, state).wait()
+    return tmp_path / "c"
+
+
+def test_torch_loads_all_of_a_pt_file_safely(folder: Path, tmp_path: Path) -> None:
+    export(find_entry(str(folder), None), str(tmp_path / "all.pt"))
+    state: dict[str, Any] = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert same(state["optimizer"]["param_groups"], some_state(3)["optimizer"]["param_groups"])
+    assert list(state["optimizer"]["state"]) == [0, 1, 2, 3]
+    assert state["extra"]["scale"] == 0.5
+    assert state["extra"]["table"].tolist() == [0, 1, 2]
+    assert state["extra"]["pair"] == (1, None)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_model_alone_has_the_names_that_load_state_dict_expects(suffix: str, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / f"model{suffix}"
+    export(find_entry(str(folder), None), str(path), only="model")
+    if suffix == ".pt":
+        state = torch.load(path, weights_only=True)
+    else:
+        state = pytest.importorskip("safetensors.torch").load_file(path)
+        assert torch.equal(torch.view_as_complex(state["phase"]), torch.ones(2, dtype=torch.complex64))
+    del state["phase"]
+    assert same(state, some_state(3)["model"])
+
+
+def test_several_parts_keep_theirs_in_the_names(folder: Path, tmp_path: Path) -> None:
+    export(find_entry(str(folder), None), str(tmp_path / "all.safetensors"))
+    names = pytest.importorskip("safetensors.torch").load_file(tmp_path / "all.safetensors")
+    assert {"model/layer0.weight", "optimizer/state/0/exp_avg"} <= names.keys()
+
+
+@pytest.mark.parametrize(
+    ("file", "only", "said"),
+    [
+        ("x.bin", None, "safetensors or .pt"),
+        ("x.pt", "modle", "it has extra, model"),
+        ("x.safetensors", "trainer", ".pt"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(file: str, only: str, said: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        export(find_entry(str(folder), None), str(tmp_path / file), only)
+    assert not list(tmp_path.glob("x.*"))
+
+
+def test_a_damaged_checkpoint_is_not_exported(folder: Path, tmp_path: Path) -> None:
+    flip(folder / "save-000001-step-3" / "rank_00000.safetensors", -1)
+    with pytest.raises(DamagedCheckpointError, match="has changed"):
+        export(find_entry(str(folder), None), str(tmp_path / "x.pt"))

@@ -1,0 +1,163 @@
+"""Checkpoints in places without a rename: in memory, and in an S3 server of this machine."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import fsspec
+import pytest
+
+from allstep.checkpoint import Store, entries, find_entry, remove, verify
+from allstep.checkpoint.hashing import Buffer
+from allstep.checkpoint.layout import MANIFEST
+from allstep.checkpoint.remote import FsspecStorage, open_storage
+from allstep.checkpoint.storage import LocalStorage
+from allstep.errors import CheckpointError
+from tests.checkpoint.folders import same, some_state
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    address = f"memory://run{next(_numbers)}/checkpoints"
+    yield address
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    filesystem.pseudo_dirs[:] = [""]
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    pytest.importorskip("s3fs")
+    servers = pytest.importorskip("moto.server")
+    server = servers.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_server,
+    }.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()
+    bucket = f"bucket{next(_numbers)}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/run/checkpoints"
+
+
+@pytest.fixture(params=["memory", "s3"])
+def address(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+def test_what_was_saved_comes_back(address: str) -> None:
+    store = Store(address)
+    assert store.choose() is None
+    pending = store.save(5, some_state(5), {"rank": 0}, {"loss": 0.5})
+    assert pending.wait(), pending.error
+    found = Store(address).choose()
+    assert found is not None
+    loaded = store.load(found)
+    assert same(loaded.state["model"], some_state(5)["model"])
+    assert loaded.per_rank == [{"rank": 0}]
+    again = store.choose(f"{address}/save-000001-step-5")
+    assert again == found
+
+
+def test_old_ones_are_removed_and_new_ones_chosen(address: str) -> None:
+    store = Store(address, keep_last=2)
+    for step in (1, 2, 3):
+        assert store.save(step, some_state(step)).wait()
+    assert [entry.name for entry in entries(address)] == ["save-000002-step-2", "save-000003-step-3"]
+    found = store.choose()
+    assert found is not None
+    assert found.manifest.step == 3
+
+
+def test_a_damaged_one_is_set_aside(address: str) -> None:
+    store = Store(address)
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    filesystem, path = fsspec.core.url_to_fs(f"{address}/save-000002-step-2/rank_00000.safetensors")
+    content = bytearray(filesystem.cat_file(path))
+    content[-1] ^= 1
+    filesystem.pipe_file(path, bytes(content))
+    found = store.choose()
+    assert found is not None
+    assert found.manifest.step == 1
+    assert [entry.state for entry in entries(address)] == ["whole", "set aside"]
+    assert verify(find_entry(address, "save-000002-step-2"))
+    remove(find_entry(address, "save-000002-step-2"))
+    assert [entry.state for entry in entries(address)] == ["whole"]
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Dying(FsspecStorage):
+    """Stops for good before the n-th file, as a killed process would: nothing is cleaned up."""
+
+    def __init__(self, root: str, files: int) -> None:
+        super().__init__(root)
+        self.files_left = files
+
+    def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
+        if self.files_left == 0:
+            raise Interrupted
+        self.files_left -= 1
+        super().write(folder, name, blocks)
+
+    def remove_file(self, folder: str, name: str) -> None:
+        raise Interrupted
+
+    def remove(self, folder: str) -> None:
+        raise Interrupted
+
+
+@pytest.mark.parametrize("files", range(4))
+def test_without_its_manifest_a_save_is_no_checkpoint_and_the_next_start_sweeps_it_away(
+    files: int, memory: str
+) -> None:
+    assert Store(memory).save(1, some_state(1)).wait()
+    assert not Store("", storage=Dying(memory, files)).save(2, some_state(2)).wait()
+    if files:
+        assert [entry.state for entry in entries(memory)] == ["whole", "unfinished"]
+    found = Store(memory).choose()
+    assert found is not None
+    assert found.manifest.step == 1
+    assert len(entries(memory)) == 1
+
+
+def test_the_manifest_arrives_last(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    write = FsspecStorage.write
+
+    def noted(self: FsspecStorage, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
+        write(self, folder, name, blocks)
+        written.append(name)
+
+    monkeypatch.setattr(FsspecStorage, "write", noted)
+    assert Store(memory).save(1, some_state()).wait()
+    assert written[-1] == MANIFEST
+    assert len(written) == 4
+
+
+def test_an_address_chooses_its_storage(tmp_path: Any) -> None:
+    assert isinstance(open_storage(str(tmp_path)), LocalStorage)
+    assert open_storage(f"file://{tmp_path}").root == str(tmp_path)
+    assert not open_storage("memory://x").has_rename
+    with pytest.raises(CheckpointError, match="nosuch"):
+        open_storage("nosuch://x")
