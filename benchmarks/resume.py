@@ -17,9 +17,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-
 from machine import machine_line
+from torch.utils.data import DataLoader, Dataset
 
 BATCH = 32
 
