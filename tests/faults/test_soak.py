@@ -53,7 +53,7 @@ def test_twenty_blows_change_nothing(tmp_path):
     struck, ended = 0, None
     while ended != 0:
         with started(tmp_path, *arguments(tmp_path, "struck", "5 iterations"), env=ENV) as process:
-            goal = newest(tmp_path / "struck") + random.randint(1, 12)
+            goal = newest(tmp_path / "struck") + random.randint(1, 9)
             deadline = time.monotonic() + LIMIT_S
             while struck < 20 and process.poll() is None and newest(tmp_path / "struck") < goal:
                 assert time.monotonic() < deadline, "no progress"
