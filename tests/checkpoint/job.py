@@ -5,6 +5,7 @@ python -m tests.checkpoint.job FOLDER OUT [every] [seconds a step takes]
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -19,7 +20,7 @@ def main(folder: str, out: str, every: str = "2 iterations", pause: str = "0") -
     with allstep.init() as world:
         run = Run(world, Job(folder, every=every))
         run.checkpoint.resume()
-        Preemption().attach(run.engine)
+        Preemption(requeue="JOB_REQUEUE" in os.environ).attach(run.engine)
         run.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: time.sleep(float(pause)))
         run.engine.add_event_handler(
             Events.ITERATION_COMPLETED, lambda engine: print(f"iteration {engine.state.iteration}", flush=True)
