@@ -7,7 +7,8 @@
 
 Each epoch trains over all ranks and evaluates over all ranks: every test sample counts once, whatever their number.
 Metrics are printed and, with --out, written as one JSON object a line; --save keeps the trained weights, and --evaluate
-computes the test accuracy of saved weights without training.
+computes the test accuracy of saved weights without training. With --checkpoints a run that was killed or preempted goes
+on where it was when it is started again, on as many ranks as it then has.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import allstep
-from allstep import Engine, Events
+from allstep import Checkpoint, Engine, Events, Preemption
 
 TEST_SIZE = 360
 
@@ -93,7 +94,9 @@ def main(world: allstep.World, options: argparse.Namespace) -> float:
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def report(engine: Engine) -> None:
-        loss = world.all_reduce(float(engine.state.output), op="mean")
+        # None where a resumed run had only the epoch's end left to do.
+        last = float("nan") if engine.state.output is None else float(engine.state.output)
+        loss = world.all_reduce(last, op="mean")
         engine.state.metrics = {"epoch": engine.state.epoch, "loss": loss, "test_accuracy": evaluate()}
         took = time.perf_counter() - began
         world.print(
@@ -104,6 +107,11 @@ def main(world: allstep.World, options: argparse.Namespace) -> float:
             with options.out.open("a") as file:
                 print(json.dumps(engine.state.metrics), file=file)
 
+    if options.checkpoints is not None:
+        objects = {"model": model, "optimizer": optimizer, "trainer": trainer}
+        every = options.checkpoint_every
+        Checkpoint(options.checkpoints, objects, every=every).attach(trainer).resume()
+        Preemption(hurries=[evaluator]).attach(trainer)
     began = time.perf_counter()
     world.print(f"{world.world_size} rank(s) on {world.device.type}, {len(train_set)} training samples")
     if options.evaluate is None:
@@ -124,6 +132,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path, help="file to append each epoch's metrics to, as JSON lines")
     parser.add_argument("--save", type=Path, help="file to save the trained weights to")
+    parser.add_argument("--checkpoints", type=Path, help="folder to save checkpoints to and to resume from")
+    parser.add_argument("--checkpoint-every", default="epoch", help="such as epoch, '50 iterations' or '10 minutes'")
     parser.add_argument("--evaluate", type=Path, help="evaluate these weights instead of training")
     return parser.parse_args()
 

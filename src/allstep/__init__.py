@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from allstep.version import __version__
 
 if TYPE_CHECKING:
+    from allstep.checkpoint import Checkpoint
     from allstep.coordination import Alone, Coordinator
     from allstep.data import Permutation, ShardedBatchSampler, shard
     from allstep.engine import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         create_supervised_trainer,
     )
     from allstep.errors import AllstepError
-    from allstep.handlers import EarlyStopping, StopOnSignal, TerminateOnNan, TimeLimit
+    from allstep.handlers import EarlyStopping, Preemption, StopOnSignal, TerminateOnNan, TimeLimit
     from allstep.metrics import Gather, Max, Mean, Metrics, Min, Sum, Usage
     from allstep.placement import Placement
     from allstep.world import World, init
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Alone": "allstep.coordination",
     "AllstepError": "allstep.errors",
+    "Checkpoint": "allstep.checkpoint",
     "Coordinator": "allstep.coordination",
     "EarlyStopping": "allstep.handlers",
     "Engine": "allstep.engine",
@@ -43,6 +45,7 @@ _HOMES = {
     "Min": "allstep.metrics",
     "Permutation": "allstep.data",
     "Placement": "allstep.placement",
+    "Preemption": "allstep.handlers",
     "ShardedBatchSampler": "allstep.data",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",
@@ -60,6 +63,7 @@ _HOMES = {
 __all__ = [
     "AllstepError",
     "Alone",
+    "Checkpoint",
     "Coordinator",
     "EarlyStopping",
     "Engine",
@@ -72,6 +76,7 @@ __all__ = [
     "Min",
     "Permutation",
     "Placement",
+    "Preemption",
     "ShardedBatchSampler",
     "State",
     "StopOnSignal",

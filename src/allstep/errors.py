@@ -108,6 +108,13 @@ class UnkeepableError(CheckpointError, TypeError):
     """State that was to be saved has a value that a checkpoint cannot keep; the message names its key and type."""
 
 
+class Preempted(SystemExit):
+    """The run made room: its state is saved, and its process is to end with exit code 85. No error, so no AllstepError.
+
+    `Engine.run` raises it after a stop that `Preemption` was asked for. Uncaught, it ends the process.
+    """
+
+
 class RanksError(AllstepError, RuntimeError):
     """A rank of `allstep.testing.run_ranks` failed; the message names the first one and holds its traceback."""
 

@@ -94,7 +94,7 @@ def test_a_run_resumed_anywhere_takes_the_batches_that_were_left(length: int | N
     batches, seen = batches_of(engine), record(engine, Events.EPOCH_COMPLETED)
     engine.run(range(4))
     assert batches == expected[iteration:]
-    assert seen == [entry for entry in events if entry[2] > iteration]
+    assert seen == [entry for entry in events if entry[2] >= iteration]
 
 
 def test_a_run_over_data_of_unknown_length_resumes_inside_its_first_epoch() -> None:
@@ -247,8 +247,22 @@ def test_a_restored_run_that_was_finished_begins_anew_when_run_again() -> None:
     assert seen == [("STARTED", 0, 0)]
 
 
-def test_a_state_saved_after_an_epochs_last_step_resumes_with_the_next_epoch() -> None:
+def test_a_state_saved_after_an_epochs_last_step_resumes_with_that_epochs_end() -> None:
     _, batches, seen = run_from(saved_after(3, range(3), max_epochs=2), range(3))
+    assert batches == [0, 1, 2]
+    assert seen == [
+        ("EPOCH_STARTED", 1, 3),
+        ("EPOCH_COMPLETED", 1, 3),
+        ("EPOCH_STARTED", 2, 3),
+        ("EPOCH_COMPLETED", 2, 6),
+    ]
+
+
+def test_a_state_saved_in_an_epochs_end_resumes_with_the_next_epoch() -> None:
+    engine, saved = Engine(nothing), []
+    engine.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda e: saved.append(e.state_dict()))
+    engine.run(range(3), max_epochs=2)
+    _, batches, seen = run_from(saved[0], range(3))
     assert batches == [0, 1, 2]
     assert seen == [("EPOCH_STARTED", 2, 3), ("EPOCH_COMPLETED", 2, 6)]
 

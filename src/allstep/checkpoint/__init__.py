@@ -9,17 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from allstep.checkpoint.checkpoint import Checkpoint
     from allstep.checkpoint.choosing import Found
     from allstep.checkpoint.exporting import export
     from allstep.checkpoint.listing import Entry, entries, find_entry, remove, verify
     from allstep.checkpoint.manifest import Manifest
+    from allstep.checkpoint.objects import PerRank
     from allstep.checkpoint.saving import Pending
     from allstep.checkpoint.store import Loaded, Store
 
 _HOMES = {
+    "Checkpoint": "checkpoint",
     "Entry": "listing",
     "Found": "choosing",
     "Loaded": "store",
+    "PerRank": "objects",
     "Manifest": "manifest",
     "Pending": "saving",
     "Store": "store",
@@ -31,11 +35,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "Checkpoint",
     "Entry",
     "Found",
     "Loaded",
     "Manifest",
     "Pending",
+    "PerRank",
     "Store",
     "entries",
     "export",

@@ -219,6 +219,11 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
             help="seconds that a section may last without progress, such as step=60,data=300",
         ),
         parser.add_argument("--fault", metavar="TEXT", help="rehearse a fault, such as rank=1,iteration=7,kill=9"),
+        parser.add_argument(
+            "--resume",
+            metavar="auto|PATH|none",
+            help="what a script's Checkpoint goes on from: its newest (the default), the one at PATH, or nothing",
+        ),
     ]
     return parser, frozenset(option for action in actions for option in action.option_strings)
 

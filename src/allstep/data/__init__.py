@@ -12,13 +12,14 @@ from allstep.data.loader import Loader, make_loader
 from allstep.data.permutation import Permutation
 from allstep.data.sampler import IndexBatch, ShardedBatchSampler
 from allstep.data.seeding import SampleSeeding
-from allstep.data.sharding import shard
+from allstep.data.sharding import PlacedIterable, shard
 
 __all__ = [
     "EpochBatches",
     "IndexBatch",
     "Loader",
     "Permutation",
+    "PlacedIterable",
     "SampleSeeding",
     "ShardedBatchSampler",
     "epoch_key",

@@ -12,6 +12,7 @@ they wrap, which is `loader.source`. Arguments that contradict this raise a Data
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,14 +80,16 @@ class Loader(DataLoader[Any]):
         elif count < 0:
             raise DataError(f"skip_batches({count}): give 0 or more")
         else:
+            if count:
+                warn_of_dropping(count, self.source)
             self._drop_first = count
 
-    def state_dict(self, batches_done: int) -> dict[str, Any]:
-        """The state that resumes this epoch after `batches_done` of its batches: see `ShardedBatchSampler.state_dict`.
+    def state_dict(self, batches_done: int, epoch: int | None = None) -> dict[str, Any]:
+        """The state that resumes this epoch after `batches_done` of its batches; see `ShardedBatchSampler.state_dict`.
 
         Raises DataError over an iterable dataset, whose place only the dataset itself can save.
         """
-        return self._positioned().state_dict(batches_done)
+        return self._positioned().state_dict(batches_done, epoch)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, at any world size, batch size and number of workers."""
@@ -112,6 +115,15 @@ class Loader(DataLoader[Any]):
         return sampler
 
 
+def warn_of_dropping(batches: int, data: Any) -> None:
+    """Say that a run goes on inside an epoch by reading `batches` batches and dropping them."""
+    warnings.warn(
+        f"{batches} batches of {type(data).__name__} are read and dropped to get to where the run goes on; to go on at "
+        "once, give a map-style dataset to world.loader, or data with state_dict() and load_state_dict()",
+        stacklevel=2,
+    )
+
+
 def make_loader(
     dataset: Dataset[Any],
     *,
@@ -120,6 +132,7 @@ def make_loader(
     seed: int,
     batch_size: int | None = None,
     global_batch_size: int | None = None,
+    max_batch_per_rank: int | None = None,
     shuffle: bool = False,
     drop_last: bool = False,
     sample_seeding: SampleSeeding = "sample",
@@ -135,6 +148,8 @@ def make_loader(
         batch_size: samples a rank takes in a batch.
         global_batch_size: samples all ranks take in a batch; give this or `batch_size`. An iterable dataset takes
             either, or neither when its elements are batches already; there it must be divisible by `world_size`.
+        max_batch_per_rank: the most samples that a rank takes in one iteration. A global batch of which a rank's share
+            is larger is taken in several iterations; an engine adds up their gradients. Map-style datasets only.
         shuffle, drop_last: see `ShardedBatchSampler`.
         sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
             once for each rank's "batch" (the same at any number of workers), or not at all ("off"). An iterable
@@ -163,6 +178,11 @@ def make_loader(
             raise DataError(
                 "shuffle=True over an iterable dataset, whose order only the dataset decides; shuffle there"
             )
+        if max_batch_per_rank is not None:
+            raise DataError(
+                "max_batch_per_rank was given for an iterable dataset, whose batches are not dealt from a global one; "
+                "give batch_size, and accumulate= to the Engine"
+            )
         options["batch_size"] = _iterable_batch(batch_size, global_batch_size, world_size)
         options["drop_last"] = drop_last
         # Data pipes shard and seed themselves through hooks that torch finds by their type.
@@ -174,6 +194,7 @@ def make_loader(
         dataset,  # type: ignore[arg-type]
         batch_size=batch_size,
         global_batch_size=global_batch_size,
+        max_batch_per_rank=max_batch_per_rank,
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,

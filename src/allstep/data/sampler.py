@@ -5,6 +5,10 @@ to go on inside an epoch, `skip_batches` or `load_state_dict`. Global batch b is
 takes a contiguous part (see `EpochBatches`); no sample is repeated or padded, and any world size with the same G trains
 the same global batches. An iterator keeps what it was made with: `set_epoch` while one is in use does not disturb it.
 
+Micro-batches. With `max_batch_per_rank` a global batch that is too large for a rank's memory is taken in `accumulate`
+iterations, whose gradients are to be added up; batches are then those iterations, and every promise above holds for the
+global batches, which do not depend on it.
+
 Position. A sampler cannot see what was trained: a DataLoader asks it for batches far ahead of the step. So `state_dict`
 is told how many batches of the epoch are done, and nothing here counts by itself. The state holds samples taken by the
 whole world, so it loads at any world size and any batch size. Batches are numbered from the epoch's beginning, also
@@ -27,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from allstep.data.batches import EpochBatches
+from allstep.data.batches import EpochBatches, micro_batches
 from allstep.data.keys import epoch_key
 from allstep.data.permutation import MAX_LENGTH, Permutation
 from allstep.errors import DataError
@@ -69,6 +73,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
         global_batch_size: samples all ranks together take in a batch; give this or `batch_size`. At least one a rank;
             what does not divide evenly goes to the low ranks.
         rank, world_size: this rank, among how many.
+        max_batch_per_rank: the most samples that a rank takes in a batch; a larger share of a global batch is taken in
+            `accumulate` batches, the same number on every rank.
         shuffle: a random order each epoch, else the dataset's own.
         drop_last: leave out a last global batch that is smaller than the others.
         seed: any integer, the same on every rank.
@@ -82,6 +88,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         *,
         batch_size: int | None = None,
         global_batch_size: int | None = None,
+        max_batch_per_rank: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = False,
@@ -102,6 +109,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self.seed = int(seed)
         self.length = length
         self.global_batch_size = resolve_global_batch(batch_size, global_batch_size, world_size)
+        self.accumulate = _resolve_accumulate(self.global_batch_size, world_size, max_batch_per_rank)
         self._epoch = 0
         self._place = _Place(self._epoch_batches())
 
@@ -117,8 +125,13 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
     @property
     def global_length(self) -> int:
-        """Number of global batches in the epoch: the largest `len` among the ranks."""
+        """Number of the world's batches in the epoch: `accumulate` to each global batch."""
         return self._place.batches.total
+
+    @property
+    def batches_in_epoch(self) -> int:
+        """Number of the world's batches in an epoch that is not resumed inside."""
+        return self._epoch_batches().total
 
     def __len__(self) -> int:
         return self._place.batches.of_rank(self.rank)
@@ -164,11 +177,12 @@ class ShardedBatchSampler(Sampler[list[int]]):
             )
         self._place = _Place(self._place.batches, count)
 
-    def state_dict(self, batches_done: int) -> dict[str, Any]:
-        """The state that resumes this epoch after `batches_done` of its batches, counted from the epoch's beginning.
+    def state_dict(self, batches_done: int, epoch: int | None = None) -> dict[str, Any]:
+        """The state that resumes an epoch after `batches_done` of its batches, counted from the epoch's beginning.
 
-        `batches_done` is what steps consumed, which may be less than what a DataLoader has read. The dictionary holds
-        plain numbers and is the same on every rank. Raises DataError when the epoch has fewer batches.
+        `batches_done` is what steps consumed, which may be less than what a DataLoader has read; `epoch` is by default
+        the one that the next iteration belongs to. The dictionary holds plain numbers and is the same on every rank.
+        Raises DataError when the epoch has fewer batches.
         """
         if not 0 <= batches_done <= self.global_length:
             raise DataError(
@@ -180,7 +194,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
             "length": self.length,
             "shuffle": self.shuffle,
             "seed": self.seed,
-            "epoch": self._epoch,
+            "epoch": self._epoch if epoch is None else epoch,
             "samples_taken": self._place.batches.first(batches_done),
         }
 
@@ -205,7 +219,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self._epoch = state["epoch"]
         plain = taken % self.global_batch_size == 0 or taken == self.length
         batches = self._epoch_batches(origin=0 if plain else taken)
-        self._place = _Place(batches, min(-(-taken // self.global_batch_size), batches.total))
+        self._place = _Place(batches, min(-(-taken // self.global_batch_size) * self.accumulate, batches.total))
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._place.next_batch == 0:
@@ -219,7 +233,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
         yield from _index_batches(place.batches, self.rank, place.next_batch, order, epoch)
 
     def _epoch_batches(self, origin: int = 0) -> EpochBatches:
-        return EpochBatches(self.length, self.global_batch_size, self.world_size, self.drop_last, origin)
+        sizes = self.length, self.global_batch_size, self.world_size
+        return EpochBatches(*sizes, self.drop_last, origin, self.accumulate)
 
 
 def resolve_global_batch(batch_size: int | None, global_batch_size: int | None, world_size: int) -> int:
@@ -245,6 +260,14 @@ def resolve_global_batch(batch_size: int | None, global_batch_size: int | None, 
     return global_batch_size
 
 
+def _resolve_accumulate(global_batch: int, world_size: int, most: int | None) -> int:
+    if most is None:
+        return 1
+    if not isinstance(most, int | np.integer) or most < 1:
+        raise DataError(f"max_batch_per_rank is {most!r}; give an int of at least 1, or leave it out")
+    return micro_batches(global_batch, world_size, int(most))
+
+
 def _length_of(data: Sized) -> int:
     try:
         return len(data)
@@ -258,18 +281,19 @@ def _length_of(data: Sized) -> int:
 def _index_batches(
     batches: EpochBatches, rank: int, start: int, order: Permutation | None, epoch: int
 ) -> Iterator[list[int]]:
-    # Batches before the last all have the same size, so a run of them is one array; the run grows, so that the first
-    # batch comes at once.
-    number, stop = start, batches.of_rank(rank)
+    # A run of batches is looked up in the order at once; the run grows, so that the first batch comes at once.
+    number, stop = start, batches.total
     run = _FIRST_CHUNK
     while number < stop:
-        first, end = batches.part(number, rank)
-        size = end - first
-        many = max(1, min(run // size, stop - 1 - number))
-        steps = np.arange(many, dtype=np.int64) * batches.batch
-        positions = first + steps[:, None] + np.arange(size, dtype=np.int64)
-        rows = (positions if order is None else order(positions)).tolist()
-        for i, row in enumerate(rows):
-            yield IndexBatch(row, epoch, first + i * batches.batch)
+        many = max(1, min(run * batches.world_size // batches.micro, stop - number))
+        begins, sizes = batches.parts(number, number + many, rank)
+        ends = np.cumsum(sizes)
+        positions = np.arange(int(ends[-1]), dtype=np.int64) + np.repeat(begins - (ends - sizes), sizes)
+        indices = (positions if order is None else order(positions)).tolist()
+        done = 0
+        for first, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            if end > done:
+                yield IndexBatch(indices[done:end], epoch, first)
+            done = end
         number += many
         run = min(2 * run, _LARGEST_CHUNK)

@@ -106,6 +106,7 @@ class AgreedFeed:
         self._gave_less: str | None = None
         self._group: list[Any] = []
         self._carried: deque[tuple[Any, int | None]] = deque()
+        self._group_began: tuple[int, int] | None = None
         self._filler: Any = END
         self._cast: _Cast | None = None
         self._groups = 1
@@ -133,6 +134,8 @@ class AgreedFeed:
         if at >= ledger.iterations:
             raise StopIteration
         self._at = at + 1
+        if self._reader is not None and at % self._agreement.group_size == 0:
+            self._group_began = state.iteration, self._reader.taken
         samples = self._counts[at] or 0
         batch = self._take()
         if batch is END:
@@ -175,7 +178,7 @@ class AgreedFeed:
         if reader is not None:
             if self._reader is not None and self._gave_less is None:
                 self._gave_less = self._reader.gave_less
-            self._reader, self._unread_is_said = reader, False
+            self._reader, self._unread_is_said, self._group_began = reader, False, None
         self._cast = self._cast_window(offset=0)
         self._enter_next_window()
 
@@ -188,6 +191,22 @@ class AgreedFeed:
         self._left, self._at = 0, 0
         self._ledger = Ledger(0, True, False, (), self._agreement.group_size)
         return kept
+
+    def taken_by(self, iteration: int) -> int | None:
+        """This rank's batches of the pass in the first `iteration` iterations of the run, which end a group.
+
+        None where batches wait for the rest of their group.
+        """
+        if self._reader is None or self.waiting:
+            return None
+        if self._group_began is not None and self._group_began[0] >= iteration:
+            return self._group_began[1]
+        return self._reader.taken
+
+    @property
+    def pass_has_ended(self) -> bool:
+        """Whether the ranks agreed that the pass has no more iterations."""
+        return self._ledger.ends_pass and not self.has_more()
 
     @property
     def waiting(self) -> int:

@@ -17,13 +17,15 @@ from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
 from allstep.engine.arguments import check_choice, check_step
+from allstep.engine.data_place import group_size_over, sampler_of, saved_place, take_up
 from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
 from allstep.engine.loop import Loop
 from allstep.engine.meeting import Hello, Meeting, Reduction, meet
-from allstep.engine.progress import Progress, place_from
+from allstep.engine.progress import Place, Progress, place_from
 from allstep.engine.reader import SamplesIn, declared_counts
 from allstep.engine.rehearsal import Rehearsal
+from allstep.engine.source import END, place_in_data
 from allstep.engine.state import State
 from allstep.engine.steering import Steering
 from allstep.engine.terms import Terms, is_done, length_of, settle_terms
@@ -55,6 +57,7 @@ class Engine(Listening, Steering):
         reductions: what is reduced over ranks at this engine's events; ranks compare them at a run's start.
         is_running: whether `run` is under way.
         logger: where the engine reports.
+        leaves_with: what `run` raises once, in place of returning, when the run has ended; a handler sets it.
         should_terminate: whether the run is to end; as `should_terminate_single_epoch` and `should_interrupt`.
     """
 
@@ -86,9 +89,12 @@ class Engine(Listening, Steering):
         self.reductions: list[Reduction] = []
         self.logger = logging.getLogger("allstep.engine")
         self.kept: list[Any] = []
+        self.leaves_with: BaseException | None = None
         self._drive: Generator[None, None, None] | None = None
         self._is_running = False
         self._was_loaded = False
+        self._saved_data: Mapping[str, Any] | None = None
+        self._own_data_state: Any = END
         self._user_keys: list[str] = []
 
     @property
@@ -149,10 +155,12 @@ class Engine(Listening, Steering):
         if suspended and state.max_epochs is None and state.max_iters is None:
             self._drop_run()
             suspended = False
-        meeting, length = None, None
+        meeting, length, opens_at = None, None, None
         if not suspended:
             self._settle_counters()
             source = state.dataloader if data is None else data
+            opens_at, max_iters = self._take_up(source, max_iters)
+            arguments = (max_epochs, max_iters, *arguments[2:])
             meeting = self._meet(source, *arguments)
             length = _checked_length(source) if meeting is None else meeting.length
         terms = settle_terms(
@@ -166,7 +174,7 @@ class Engine(Listening, Steering):
             resuming=suspended or self._was_loaded,
         )
         if not suspended:
-            self._begin(terms, data, meeting, watch)
+            self._begin(terms, data, meeting, opens_at, watch)
         elif data is not None and data is not state.dataloader:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
@@ -178,6 +186,11 @@ class Engine(Listening, Steering):
             return state
         self._was_loaded = False
         return self._go_on()
+
+    @property
+    def group_size(self) -> int:
+        """Iterations in an accumulation group: `accumulate`, times those in which the data gives a global batch."""
+        return group_size_over(self.state.dataloader, self.accumulate)
 
     def modules_in_step(self) -> list[nn.Module]:
         """Wrapped modules whose gradients the step's backward passes reduce over ranks."""
@@ -191,20 +204,24 @@ class Engine(Listening, Steering):
         return self._user_keys
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, in plain numbers; collective-free.
+        """Where the run stands; collective-free.
 
         `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
         `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
-        `epoch_length` and `max_epochs` or `max_iters` are the run's terms.
+        `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `data` is there when
+        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's.
         """
         state, progress = self.state, self.progress
         terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
+        iteration = state.iteration - progress.step_is_open - progress.steps_in_group
+        data = self._data_place(iteration)
         return {
-            "iteration": state.iteration - progress.step_is_open - progress.steps_in_group,
+            "iteration": iteration,
             "epochs_completed": state.epoch - progress.epoch_is_open,
             "epoch_began_at": progress.epoch_began_at,
             "epoch_length": state.epoch_length,
             **terms,
+            **({} if data is None else {"data": data}),
             **{key: getattr(state, key) for key in self._user_keys},
         }
 
@@ -223,15 +240,47 @@ class Engine(Listening, Steering):
             raise EngineError("this engine is running; load a state before run(), or after it")
         place = place_from(state_dict, self._user_keys)
         self._drop_run()
+        self._stand_at(place)
+        self.state.dataloader = None
+        for key in self._user_keys:
+            setattr(self.state, key, state_dict[key])
+        self._saved_data, self._own_data_state = state_dict.get("data"), END
+        self._was_loaded = True
+
+    def _stand_at(self, place: Place) -> None:
         state = self.state
         state.iteration, state.epoch = place.iteration, place.epochs_completed
         state.epoch_length, state.max_epochs, state.max_iters = place.epoch_length, place.max_epochs, place.max_iters
-        state.dataloader = None
-        for key in self._user_keys:
-            setattr(state, key, state_dict[key])
         self.progress = Progress(epoch_began_at=place.epoch_began_at)
         self.registry.schedule(state)
-        self._was_loaded = True
+
+    def _take_up(self, data: Any, max_iters: int | None) -> tuple[int | None, int | None]:
+        """Bring data and counters to the place that was loaded: the batch to open with, and `max_iters` for this data.
+
+        None is the batch where the data has to be brought there by counting.
+        """
+        state, saved = self.state, self._saved_data
+        if not self._was_loaded or saved is None:
+            return None, max_iters
+        self._saved_data = None
+        terms = state.epoch_length, state.max_epochs, state.max_iters
+        place = Place(state.iteration, state.epoch, self.progress.epoch_began_at, *terms)
+        taken = take_up(data, saved, place, group_size_over(data, self.accumulate))
+        self._stand_at(taken.place)
+        return taken.opens_at, state.max_iters if max_iters == place.max_iters else max_iters
+
+    def _data_place(self, iteration: int) -> dict[str, Any] | None:
+        """What to save of the place in the data."""
+        state, progress = self.state, self.progress
+        if state.dataloader is None:
+            return dict(self._saved_data) if self._was_loaded and self._saved_data is not None else None
+        sampler, epoch, done = sampler_of(state.dataloader), 0, 0
+        if sampler is not None:
+            completed = state.epoch - progress.epoch_is_open
+            length = sampler.batches_in_epoch
+            epoch, done = place_in_data(iteration, progress.epoch_began_at, state.epoch_length, completed, length)
+        own = self._own_data_state if self._loop is None else self._loop.supply.own_state(iteration)
+        return saved_place(state.dataloader, epoch, done, own, self.group_size)
 
     def _settle_counters(self) -> None:
         """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
@@ -258,12 +307,13 @@ class Engine(Listening, Steering):
         check_choice("uneven", uneven, POLICIES)
         if window is not None and not is_count(window, least=1):
             raise ValueError(f"window is {window!r}; it must be an int of at least 1")
-        if lookahead is not None and not is_count(lookahead, least=self.accumulate):
+        group_size = group_size_over(data, self.accumulate)
+        if lookahead is not None and not is_count(lookahead, least=group_size):
             raise ValueError(
-                f"lookahead is {lookahead!r}; it must be an int of at least {self.accumulate}, one accumulation group"
+                f"lookahead is {lookahead!r}; it must be an int of at least {group_size}, one accumulation group"
             )
         coordinator, state = self.coordinator, self.state
-        if coordinator.world_size == 1 and self.accumulate == 1:
+        if coordinator.world_size == 1 and group_size == 1:
             return None
         terms = {
             "the engine's name": self.name,
@@ -272,7 +322,7 @@ class Engine(Listening, Steering):
             "epoch_length": epoch_length,
             "uneven": uneven,
             "idle": self.idle,
-            "accumulate": self.accumulate,
+            "accumulate": group_size,
             "window": window,
             "lookahead": lookahead,
             "state.epoch": state.epoch,
@@ -288,13 +338,15 @@ class Engine(Listening, Steering):
             coordinator,
             hello,
             policy=uneven,
-            group_size=self.accumulate,
+            group_size=group_size,
             window=1 if coordinator.world_size == 1 else window,
             lookahead=lookahead,
             needs_fillers=self.idle == "filler",
         )
 
-    def _begin(self, terms: Terms, data: Any, meeting: Meeting | None, watch: Watch | None) -> None:
+    def _begin(
+        self, terms: Terms, data: Any, meeting: Meeting | None, opens_at: int | None, watch: Watch | None
+    ) -> None:
         state = self.state
         if data is None and not terms.fresh:
             data = state.dataloader
@@ -311,7 +363,9 @@ class Engine(Listening, Steering):
         world = World.current()
         state.seed = None if world is None else world.seed
         self.registry.schedule(state)
-        self._loop = Loop(self, meeting, continues=not terms.fresh and not is_spent, watch=watch)
+        self._own_data_state = END
+        continues = not terms.fresh and not is_spent
+        self._loop = Loop(self, meeting, continues=continues, opens_at=opens_at, watch=watch)
         self._drive = self._loop.drive()
 
     def _go_on(self) -> State:
@@ -322,6 +376,9 @@ class Engine(Listening, Steering):
                 next(self._drive)
         except StopIteration:
             self._drop_run()
+            leaving, self.leaves_with = self.leaves_with, None
+            if leaving is not None:
+                raise leaving from None
         except BaseException:
             self._drop_run()
             raise
@@ -330,6 +387,10 @@ class Engine(Listening, Steering):
         return self.state
 
     def _drop_run(self) -> None:
+        if self._loop is not None:
+            progress = self.progress
+            done = self.state.iteration - progress.step_is_open - progress.steps_in_group
+            self._own_data_state = self._loop.supply.own_state(done)
         if self._drive is not None:
             self._drive.close()
         self._drive = self._loop = None

@@ -55,12 +55,26 @@ class Loop:
     come from. With a `watch` the world is told where the run is; without one the step and the data are used bare.
     """
 
-    def __init__(self, engine: Engine, meeting: Meeting | None, *, continues: bool, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        meeting: Meeting | None,
+        *,
+        continues: bool,
+        opens_at: int | None = None,
+        watch: Watch | None = None,
+    ) -> None:
         self.engine = engine
         self.state = engine.state
         self.until: float = LOOK_NOW
-        iterate = iter if watch is None else watch.iterate
-        self.supply = Supply(engine, meeting, continues=continues, announce=self._announce, iterate=iterate)
+        self.supply = Supply(
+            engine,
+            meeting,
+            continues=continues,
+            opens_at=opens_at,
+            announce=self._announce,
+            iterate=iter if watch is None else watch.iterate,
+        )
         self._slots = engine.registry.slots
         self._asked = engine.asked
         self._step = engine.process_function

@@ -75,6 +75,4 @@ def place_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Place
         iteration = state_dict["iteration"]
         epochs = iteration // length if length else 0
         began_at = epochs * (length or 0)
-    if length is not None and iteration - began_at >= length:  # saved after an epoch's last step, before its end
-        epochs, began_at = epochs + 1, iteration
     return Place(iteration, epochs, began_at, length, state_dict.get("max_epochs"), state_dict.get("max_iters"))

@@ -32,6 +32,7 @@ class Reader(Protocol):
 
     gave_less: str | None
     target: int
+    taken: int
 
     def look(self, start: int, stop: int) -> list[int | None]:
         """Samples in the batches from `start` to `stop`, counted from the next one; None where there is none."""
@@ -66,6 +67,7 @@ class DeclaredReader:
         self._held: list[Any] = []
         self.gave_less: str | None = None
         self.target = 0
+        self.taken = 0
 
     def look(self, start: int, stop: int) -> list[int | None]:
         """Arithmetic."""
@@ -78,6 +80,7 @@ class DeclaredReader:
         if promised and batch is END:
             self._say_less()
         self._position += 1
+        self.taken += batch is not END
         return batch
 
     def first(self) -> Any:
@@ -126,7 +129,7 @@ class AheadReader:
         self._iterations = iterations
         self._position = 0
         self._read: deque[tuple[Any, int]] = deque()
-        self._taken = 0
+        self.taken = 0
         self._ended = False
         self.gave_less: str | None = None
         self.target = 0
@@ -145,7 +148,7 @@ class AheadReader:
         if not self._read:
             return END
         batch, _ = self._read.popleft()
-        self._taken += 1
+        self.taken += 1
         self._fill(min(self.target, len(self._read) + 1))
         return batch
 
@@ -158,7 +161,7 @@ class AheadReader:
         """What was read ahead, and of a declared length also the batches that would follow, not counted yet."""
         left = len(self._read)
         if self._length is not None and not self._ended:
-            left = max(left, self._length - self._taken)
+            left = max(left, self._length - self.taken)
         return left, sum(samples for _, samples in self._read)
 
     def kept(self) -> list[Any]:
@@ -167,7 +170,7 @@ class AheadReader:
 
     def total(self) -> tuple[int, bool]:
         """What was taken and what was read ahead."""
-        return self._taken + len(self._read), self._ended
+        return self.taken + len(self._read), self._ended
 
     def _fill(self, target: int) -> None:
         while len(self._read) < target and not self._ended:

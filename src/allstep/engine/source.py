@@ -8,10 +8,11 @@ the data gives nothing, or fewer batches than a continued run has consumed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
+from allstep.data.loader import warn_of_dropping
 from allstep.errors import DataError
 
 END: Any = object()
@@ -61,6 +62,8 @@ class Source:
             self.batches = self._iterator
         assert self.batches is not None
         if hook is None:
+            if skip and not isinstance(self.data, Sequence):
+                warn_of_dropping(skip, self.data)
             for done in range(skip):
                 if next(self.batches, END) is END:
                     if may_end:

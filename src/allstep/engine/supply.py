@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from allstep.coordination import Request
 from allstep.engine.agreed import AgreedFeed
+from allstep.engine.data_place import Trail, keeper_of
 from allstep.engine.events import EventEnum, Events
 from allstep.engine.meeting import Meeting
 from allstep.engine.reader import make_reader
-from allstep.engine.source import Source, place_in_data
+from allstep.engine.source import END, Source, place_in_data
 from allstep.engine.terms import length_of
 from allstep.errors import DataError
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 class Supply:
     """Batches of one run.
 
-    `continues` says that the state is not at a pass's beginning, so that the first pass is opened where it stands.
+    `continues` says that the state is not at a pass's beginning, so that the first pass is opened where it stands;
+    `opens_at` is the batch with which data opens that was brought there already.
     `takes_batches` says that a pass is open, so that ranks that agree have to vote before other data is taken.
     """
 
@@ -40,6 +42,7 @@ class Supply:
         meeting: Meeting | None,
         *,
         continues: bool,
+        opens_at: int | None = None,
         announce: Callable[[EventEnum], None],
         iterate: Callable[[Any], Iterator[Any]] = iter,
     ) -> None:
@@ -54,8 +57,11 @@ class Supply:
         self._announce = announce
         self._meeting = meeting
         self._continues = continues
+        self._opens_at = opens_at
         self._pass_began_at = 0
         self._iterate = iterate
+        self._trail: Trail | None = None
+        self._trail_began_at = 0
         self._source = Source(engine.state.dataloader, iterate)
         self._replaced = False
         self._unused, engine.kept = engine.kept, []
@@ -85,7 +91,7 @@ class Supply:
 
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""
-        self._continues = False
+        self._continues, self._opens_at, self._trail = False, None, None
         self._source, self.feed, self.takes_batches, self._unused = Source(data, self._iterate), None, False, []
         if self.engine.progress.epoch_is_open:
             self._source.set_epoch(self.state.epoch - 1)
@@ -107,7 +113,8 @@ class Supply:
         """Begin taking batches: where the state says, the first time in a continued run, else at a pass's beginning."""
         state, progress, skip = self.state, self.engine.progress, 0
         present = begun_in = state.epoch - progress.epoch_is_open
-        if self._continues:
+        opens_at, self._opens_at = self._opens_at, None
+        if self._continues and opens_at is None:
             length = length_of(self._source.data) if self._meeting is None else self._meeting.length
             begun_in, skip = place_in_data(
                 state.iteration, progress.epoch_began_at, state.epoch_length, present, length
@@ -121,7 +128,9 @@ class Supply:
         self._source.open(skip, may_end=self.agreed is not None)
         if begun_in != present:  # the pass after this one, if it begins in this epoch, is of this epoch
             self._source.set_epoch(present)
-        self._begin_pass(skip, is_new=is_new)
+        self._begin_pass(skip if opens_at is None else opens_at, is_new=is_new)
+        if opens_at is not None:
+            self._pass_began_at -= 1  # it may be at the data's end, and another pass begins then
 
     def _begin_pass(self, position: int = 0, *, is_new: bool = True) -> None:
         source = self._source
@@ -129,12 +138,30 @@ class Supply:
         self.takes_batches = True
         if is_new:
             self._pass_began_at = self._taken()
+        batches, keeper = source.batches, keeper_of(source.data)
+        self._trail, self._trail_began_at = None, self.state.iteration
+        if keeper is not None:
+            batches = self._trail = Trail(batches, keeper, self._done_in_pass)
         if self.agreed is None:
-            self.feed = source.batches
+            self.feed = batches
         else:
             self.feed = self.agreed
-            self.agreed.open_pass(make_reader(source.data, source.batches, position, self.engine.samples_in))
+            self.agreed.open_pass(make_reader(source.data, batches, position, self.engine.samples_in))
             self._land()
+
+    def own_state(self, iteration: int) -> Any:
+        """The data's own state behind the first `iteration` iterations of the run; END where it has none."""
+        if self._trail is None:
+            return END
+        is_inside = self.engine.progress.epoch_is_open
+        if self.agreed is not None and self.agreed.pass_has_ended and not is_inside:
+            return self._trail.last()
+        done = self._done_in_pass(iteration)
+        return END if done is None else self._trail.behind(done, sees_end=not is_inside)
+
+    def _done_in_pass(self, iteration: int | None = None) -> int | None:
+        by = self.state.iteration if iteration is None else iteration
+        return by - self._trail_began_at if self.agreed is None else self.agreed.taken_by(by)
 
     def _restart(self) -> None:
         ended = self._source
@@ -211,7 +238,7 @@ class Supply:
         """Keep what was read ahead of a one-shot iterator for the engine's next run over it."""
         if self.agreed is not None and self._source.is_one_shot:
             progress = self.engine.progress
-            undone = progress.steps_in_group > 0 or (progress.step_is_open and self.engine.accumulate > 1)
+            undone = progress.steps_in_group > 0 or (progress.step_is_open and self.engine.group_size > 1)
             kept = self._unused if self.feed is None else self.agreed.abandon_pass(group_is_undone=undone)
             self.engine.kept = kept
 

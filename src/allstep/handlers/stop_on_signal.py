@@ -5,10 +5,10 @@ Their handler only notes that a signal came, since it may run between any two in
 for the run's end after the present iteration or epoch. So all ranks stop at the same iteration, by the end of the next
 window, whichever of them the signal reached. `detach`, or the end of a `with` block, gives the signals back.
 
-Under `allstep run` a SIGUSR1 that came before, even before torch was imported, counts as well.
-
-A second signal, of any of the kinds, gives all of them their default action, so that a third one ends the process at
-once. What can go wrong: a step that hangs never comes to ask; and a handler installed by C code cannot be given back.
+A second signal, of any of the kinds, hurries: engines that were named for it end as well, such as an evaluator that the
+trainer's handler runs. It gives all signals their default action, so that a third one ends the process at once. A
+signal that came before `attach`, and that `allstep run` kept, counts. What can go wrong: a step that hangs never comes
+to ask; and a handler installed by C code cannot be given back.
 """
 
 from __future__ import annotations
@@ -22,21 +22,31 @@ from typing import Any
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.errors import EngineError
 
+SIGNAL_REASON = "signal "
+"""What the reason of a stop for a signal begins with."""
+
 
 class StopOnSignal:
     """Turns signals into `terminate(reason="signal SIGTERM")`.
 
     Args:
         signals: which; by default the ones that schedulers send before the end of a job.
+        hurries: engines that a second signal ends as well.
 
     Attributes:
         received: the first signal that came since `attach`, or None.
     """
 
-    def __init__(self, signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1)) -> None:
+    def __init__(
+        self,
+        signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1),
+        *,
+        hurries: Iterable[Engine] = (),
+    ) -> None:
         self.signals = tuple(signal.Signals(number) for number in signals)
         self.received: signal.Signals | None = None
-        self._is_told = False
+        self.hurries = tuple(hurries)
+        self._is_told = self._hurries_now = False
         self._before: dict[signal.Signals, Any] = {}
         self._handles: list[RemovableEventHandle] = []
 
@@ -50,13 +60,16 @@ class StopOnSignal:
             raise EngineError("StopOnSignal must be attached in the main thread: Python handles signals only there")
         if self._handles:
             raise EngineError("StopOnSignal is attached already; detach() it first, or make another one")
-        self.received, self._is_told = None, False
+        self.received, self._is_told, self._hurries_now = None, False, False
         for number in self.signals:
             before = signal.signal(number, self._note)
             self._before[number] = signal.SIG_DFL if before is None else before
             self._take_over(before)
         for event in (Events.STARTED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
             self._handles.append(engine.add_event_handler(event, self._tell))
+        for other in self.hurries:
+            for event in (Events.STARTED, Events.ITERATION_COMPLETED):
+                self._handles.append(other.add_event_handler(event, self._hurry))
         return self
 
     def _take_over(self, before: Any) -> None:
@@ -87,10 +100,15 @@ class StopOnSignal:
         if self.received is None:
             self.received = signal.Signals(number)
             return
+        self._hurries_now = True
         for each in self.signals:
             signal.signal(each, signal.SIG_DFL)
 
     def _tell(self, engine: Engine) -> None:
         if self.received is not None and not self._is_told:
             self._is_told = True
-            engine.terminate(reason=f"signal {self.received.name}")
+            engine.terminate(reason=f"{SIGNAL_REASON}{self.received.name}")
+
+    def _hurry(self, engine: Engine) -> None:
+        if self._hurries_now and self.received is not None:
+            engine.terminate(reason=f"{SIGNAL_REASON}{self.received.name}, twice")

@@ -41,6 +41,7 @@ class LaunchConfig(BaseModel):
     rdzv_timeout: float | None = Field(default=None, description="seconds that machines wait for each other")
     limits: str | None = Field(default=None, description="seconds that a section may last, such as step=60,data=300")
     fault: str | None = Field(default=None, description="faults to rehearse, such as rank=1,iteration=7,kill=9")
+    resume: str | None = Field(default=None, description="auto, none, or the path of a checkpoint to go on from")
 
     @field_validator("nproc", mode="before")
     @classmethod
@@ -87,6 +88,11 @@ class LaunchConfig(BaseModel):
     @classmethod
     def _limits(cls, value: str) -> str:
         return settings.check_limits(value)
+
+    @field_validator("resume")
+    @classmethod
+    def _resume(cls, value: str) -> str:
+        return settings.check_resume(value)
 
     @field_validator("fault")
     @classmethod

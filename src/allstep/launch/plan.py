@@ -118,6 +118,8 @@ def plan_workers(
         inherited["ALLSTEP_LIMITS"] = settings.limits
     if settings.fault is not None:
         inherited["ALLSTEP_FAULT"] = settings.fault
+    if settings.resume is not None:
+        inherited["ALLSTEP_RESUME"] = settings.resume
     return tuple(
         WorkerPlan(
             run_id=share.run_id,

@@ -52,6 +52,8 @@ class LaunchSettings:
         rdzv_timeout: seconds that the machines wait for each other.
         limits: seconds that a section of the training may last, as ALLSTEP_LIMITS has it; None is the environment's.
         fault: faults to rehearse, as ALLSTEP_FAULT has them; None is the environment's.
+        resume: the checkpoint that scripts go on from: "auto" for the newest, a path, or "none"; None is the
+            environment's ALLSTEP_RESUME.
 
     Raises:
         ConfigurationError: a value cannot be meant.
@@ -72,6 +74,7 @@ class LaunchSettings:
     rdzv_timeout: float = 300.0
     limits: str | None = None
     fault: str | None = None
+    resume: str | None = None
 
     def __post_init__(self) -> None:
         if self.nproc != "auto":
@@ -94,6 +97,8 @@ class LaunchSettings:
             check_limits(self.limits)
         if self.fault is not None:
             check_fault(self.fault)
+        if self.resume is not None:
+            check_resume(self.resume)
 
 
 def check_count(field_name: str, value: int, *, least: int = 1) -> int:
@@ -130,6 +135,13 @@ def check_seconds(field_name: str, value: float) -> float:
     if not 0 <= value < 1e6:
         raise ConfigurationError(f"{field_name} is {value}; it is seconds, at least 0 and less than 1000000")
     return value
+
+
+def check_resume(text: str) -> str:
+    """Give `text` back if it can say what to resume from, else raise ConfigurationError."""
+    if not text.strip():
+        raise ConfigurationError("resume is empty; it must be auto, none, or the path of a checkpoint")
+    return text
 
 
 def check_limits(text: str) -> str:

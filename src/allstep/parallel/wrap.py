@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allstep.channel.pulse import Pulse
 from allstep.errors import ParallelError
+from allstep.parallel.buckets import fix_buckets
 from allstep.parallel.watched import WatchedDDP
 
 
@@ -25,6 +26,7 @@ def wrap_module(
     world_size: int,
     *,
     sync_batchnorm: bool = False,
+    deterministic: bool = True,
     pulse: Pulse | None = None,
     **ddp_options: Any,
 ) -> nn.Module:
@@ -36,6 +38,9 @@ def wrap_module(
         device: this rank's device.
         world_size: number of ranks; with 1 nothing but the move happens.
         sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only.
+        deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
+            all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
+            `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
         pulse: told on the CPU when this rank waits for the others; see `allstep.parallel.watched`.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
@@ -62,11 +67,13 @@ def wrap_module(
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
-    if pulse is None or device.type != "cpu":
-        return DistributedDataParallel(module, **(defaults | ddp_options))
-    watched = WatchedDDP(module, **(defaults | ddp_options))
-    watched.pulse = pulse
-    return watched
+    watches = pulse is not None and device.type == "cpu"
+    wrapped = (WatchedDDP if watches else DistributedDataParallel)(module, **(defaults | ddp_options))
+    if deterministic:
+        fix_buckets(wrapped)
+    if isinstance(wrapped, WatchedDDP):
+        wrapped.pulse = pulse
+    return wrapped
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from types import TracebackType
 from allstep.channel.client import Client
 from allstep.channel.messages import Failure
 from allstep.channel.pulse import Pulse
+from allstep.exit_codes import PREEMPTED
 from allstep.world.failure import describe
 from allstep.world.service import Service
 
@@ -114,7 +115,7 @@ class Reporter:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a process that ends by this exception has failed; not by Ctrl-C, nor by an exit with code 0."""
+    """Whether a process that ends by this exception has failed; not by Ctrl-C, nor by making room, nor by an exit with code 0."""
     if isinstance(error, SystemExit):
-        return error.code not in (None, 0)
+        return error.code not in (None, 0, PREEMPTED)
     return not isinstance(error, KeyboardInterrupt | GeneratorExit)

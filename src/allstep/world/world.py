@@ -29,6 +29,7 @@ from allstep.channel.messages import SECTIONS
 from allstep.channel.pulse import Pulse
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.data import Loader, SampleSeeding, make_loader
+from allstep.exit_codes import PREEMPTED
 from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
@@ -129,7 +130,7 @@ class World(Exchanging):
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
-    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **ddp_options: Any) -> nn.Module:
+    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **options: Any) -> nn.Module:
         """Move a module to this rank's device and, when there are peers, wrap it in DDP.
 
         Args and errors as in `allstep.parallel.wrap_module`.
@@ -138,7 +139,7 @@ class World(Exchanging):
         pulse = None if self.reporter is None else self.pulse
         with self._waits("wrap"):
             wrapped = wrap_module(
-                module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, pulse=pulse, **ddp_options
+                module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, pulse=pulse, **options
             )
         self._wrapped.append(weakref.ref(wrapped))
         return wrapped
@@ -164,6 +165,7 @@ class World(Exchanging):
         *,
         batch_size: int | None = None,
         global_batch_size: int | None = None,
+        max_batch_per_rank: int | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
         sample_seeding: SampleSeeding = "sample",
@@ -174,8 +176,8 @@ class World(Exchanging):
 
         Args:
             seed: of order and augmentation; by default this World's `seed`, or 0.
-            dataset, batch_size, global_batch_size, shuffle, drop_last, sample_seeding, dataloader_options: see
-                `allstep.data.make_loader`, which raises DataError.
+            dataset, batch_size, global_batch_size, max_batch_per_rank, shuffle, drop_last, sample_seeding,
+                dataloader_options: see `allstep.data.make_loader`, which raises DataError.
         """
         self._check_open("loader")
         return make_loader(
@@ -185,6 +187,7 @@ class World(Exchanging):
             seed=seed if seed is not None else self.seed or 0,
             batch_size=batch_size,
             global_batch_size=global_batch_size,
+            max_batch_per_rank=max_batch_per_rank,
             shuffle=shuffle,
             drop_last=drop_last,
             sample_seeding=sample_seeding,
@@ -277,7 +280,7 @@ class World(Exchanging):
     ) -> None:
         if error is not None and self.reporter is not None:
             self.reporter.leaving(error)
-        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0))
+        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED))
         self._leave(failed=failed, patience=self._timeout)
 
     def leave_at_exit(self) -> None:

@@ -1,0 +1,246 @@
+"""`Checkpoint`: saves everything that a run needs to go on, and brings it back.
+
+Contract: every rank makes one with the same objects and attaches it to the engine that trains; `resume`, before the
+run, finds the newest whole checkpoint, or the one it is told to, and loads it into the objects. During the run it saves
+on the boundaries of accumulation groups only, after all other handlers of the same event: when one is due, when the run
+is terminated for whatever reason, preemption included, and at its end. What decides that one is due is the same on
+every rank. Saving copies the state and goes on training; the store writes in the background.
+
+The random generators are put back last, when the resumed run begins, so that what is done between `resume` and the run
+does not count; inside an epoch they are put back once more when its first batch is about to be taken, so that nothing
+that begins a pass counts twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from allstep.checkpoint import rng
+from allstep.checkpoint.objects import Kept, kept_objects
+from allstep.checkpoint.retention import KeepBest
+from allstep.checkpoint.schedule import Every, Schedule, read_every
+from allstep.checkpoint.store import Busy, Loaded, Store
+from allstep.checkpoint.verifying import Verify
+from allstep.engine import Engine, Events
+from allstep.engine.registry import RemovableEventHandle
+from allstep.errors import CheckpointError
+from allstep.world import World
+
+RESUME_VARIABLE = "ALLSTEP_RESUME"
+
+log = logging.getLogger("allstep.checkpoint")
+
+
+class Checkpoint:
+    """Saves objects to a folder and resumes from it.
+
+    Args:
+        folder: a path or an address that fsspec knows, which all ranks reach; or a `Store`.
+        objects: what to save, by name: modules, optimizers, schedulers, scalers, metrics, engines, generators, and
+            whatever else has `state_dict` and `load_state_dict`. `PerRank(object)` says that ranks differ in it.
+        every: when to save besides the run's end: iterations as an int, a timedelta, a text such as "epoch" or
+            "10 minutes", or several of these in a tuple.
+        keep_last: how many of the newest checkpoints to keep; None keeps all.
+        keep_best: how many of the best to keep besides: (count, name of a metric, "max" or "min").
+        metrics: `engine -> mapping`, numbers to save with it; by default the numbers in `engine.state.metrics`.
+        facts: what else the manifest should say, such as the run's configuration; as JSON takes it.
+        verify, strict, busy: see `Store`.
+
+    Raises:
+        CheckpointError: an object has no state, or the folder cannot be used.
+        ValueError: `every` cannot be meant.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | Store,
+        objects: Mapping[str, Any],
+        *,
+        every: Every | Sequence[Every] | None = "epoch",
+        keep_last: int | None = 3,
+        keep_best: KeepBest | None = None,
+        metrics: Callable[[Engine], Mapping[str, Any]] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        verify: Verify = "full",
+        strict: bool = False,
+        busy: Busy = "wait",
+    ) -> None:
+        self._times = read_every(every)
+        self.objects = dict(objects)
+        self._kept: dict[str, Kept] = kept_objects(self.objects)
+        self.metrics = metrics
+        self.facts = dict(facts or {})
+        if isinstance(folder, Store):
+            self.store = folder
+        else:
+            self.store = Store(
+                os.fspath(folder), keep_last=keep_last, keep_best=keep_best, verify=verify, strict=strict, busy=busy
+            )
+        self._schedule: Schedule | None = None
+        self._saved_at: tuple[int, int] | None = None
+        self._handles: list[RemovableEventHandle] = []
+        self._generators: Callable[[], None] | None = None
+        self._resumed_inside = False
+
+    def attach(self, engine: Engine) -> Checkpoint:
+        """Save during the runs of `engine`; returns self."""
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(
+            Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED, self._go_on_inside
+        )
+        return self
+
+    def resume(self, at: str | os.PathLike[str] | None = None, *, partial: bool = False) -> Loaded | None:
+        """Load a checkpoint into the objects, on every rank.
+
+        Args:
+            at: "auto" for the newest whole one in the folder, the path of one or of another folder, or "none" to begin
+                anew. By default what the environment variable ALLSTEP_RESUME says, which `allstep run --resume` sets,
+                else "auto".
+            partial: leave objects that the checkpoint does not have as they are.
+
+        Returns:
+            What was loaded; None where there is nothing to resume from.
+
+        Raises:
+            CheckpointError: the path that was asked for has none, or objects are missing in it, on every rank.
+        """
+        chosen = os.fspath(at) if at is not None else os.environ.get(RESUME_VARIABLE) or "auto"
+        if chosen == "none":
+            return None
+        found = self.store.choose(chosen)
+        if found is None:
+            return None
+        templates = {name: kept.template() for name, kept in self._kept.items()}
+        loaded = self.store.load(found, {name: each for name, each in templates.items() if each is not None})
+        self._load(loaded, partial=partial)
+        if _rank() == 0:
+            facts = loaded.manifest.facts
+            log.warning(
+                "resumed from %s: iteration %d, epoch %s, saved by %d ranks",
+                *(found.name, loaded.manifest.step, facts.get("epoch"), loaded.manifest.world_size),
+            )
+        return loaded
+
+    def save(self, engine: Engine, *, wait: bool = False) -> None:
+        """Save now, on every rank at the same point, between accumulation groups.
+
+        Args:
+            wait: return when it is committed.
+        """
+        place = engine.state_dict()
+        step = place["iteration"]
+        facts = {
+            "epoch": place["epochs_completed"],
+            "iteration": step,
+            "stop_reason": engine.state.stop_reason,
+            "seed": _seed(),
+            **self.facts,
+        }
+        common = {name: state for name, kept in self._kept.items() if (state := kept.state()) is not None}
+        of_rank = {name: state for name, kept in self._kept.items() if (state := kept.of_rank()) is not None}
+        self.store.save(step, common, {"objects": of_rank, "generators": rng.capture()}, self._metrics(engine), facts)
+        self._saved_at = step, place["epochs_completed"]
+        if self._schedule is not None:
+            self._schedule.saved(engine.state.iteration)
+        if wait:
+            self.store.wait()
+
+    def close(self) -> None:
+        """Wait for the save under way."""
+        self.store.close()
+
+    def _load(self, loaded: Loaded, *, partial: bool) -> None:
+        mine = [each["objects"] for each in loaded.per_rank]
+        known = loaded.state.keys() | (mine[0].keys() if mine else set())
+        missing = sorted(self._kept.keys() - known)
+        if missing and not partial:
+            raise CheckpointError(
+                f"the checkpoint lacks {', '.join(missing)}; it has {', '.join(sorted(known))}. Give what it was saved "
+                "with, or resume(partial=True) to leave them as they are"
+            )
+        rank, epoch = _rank(), 0
+        metrics = dict(loaded.manifest.metrics)
+        for name, kept in self._kept.items():
+            if name in known:
+                kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
+        for value in self.objects.values():
+            if isinstance(value, Engine):
+                epoch = value.state.epoch
+                value.state.metrics = {**metrics, **value.state.metrics}
+        self._resumed_inside = any(
+            isinstance(value, Engine) and value.state.iteration > value.progress.epoch_began_at
+            for value in self.objects.values()
+        )
+        self._generators = _generators(loaded, rank, epoch)
+
+    def _metrics(self, engine: Engine) -> dict[str, float]:
+        given = engine.state.metrics if self.metrics is None else self.metrics(engine)
+        return {name: float(value) for name, value in given.items() if _is_number(value)}
+
+    def _start(self, engine: Engine) -> None:
+        """Come after all handlers that were added before the run, and go on with the generators."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = [
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_iteration),
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch),
+            engine.add_event_handler(Events.TERMINATE | Events.COMPLETED, self._at_end),
+        ]
+        self._schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
+        if self._generators is not None:
+            self._generators()
+        if not self._resumed_inside:
+            self._generators = None
+
+    def _go_on_inside(self, engine: Engine) -> None:
+        if self._generators is not None and self._schedule is not None:
+            self._generators()
+            self._generators, self._resumed_inside = None, False
+
+    def _after_iteration(self, engine: Engine) -> None:
+        state, schedule = engine.state, self._schedule
+        assert schedule is not None
+        if not state.group_end or not schedule.iteration_is_due(state.iteration):
+            return
+        # At an epoch's end the handlers of EPOCH_COMPLETED are still to come: it is saved after them.
+        if state.epoch_length is None or state.iteration - engine.progress.epoch_began_at < state.epoch_length:
+            self.save(engine)
+
+    def _after_epoch(self, engine: Engine) -> None:
+        assert self._schedule is not None
+        if self._schedule.epoch_is_due(engine.state.epoch, engine.state.iteration):
+            self.save(engine)
+
+    def _at_end(self, engine: Engine) -> None:
+        place = engine.state_dict()
+        if self._saved_at != (place["iteration"], place["epochs_completed"]):
+            self.save(engine)
+        self.store.wait()
+
+
+def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
+    if rank < len(loaded.per_rank):
+        return lambda: rng.restore(loaded.per_rank[rank]["generators"])
+    return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float)
+
+
+def _rank() -> int:
+    world = World.current()
+    return 0 if world is None else world.rank
+
+
+def _seed() -> int | None:
+    world = World.current()
+    return None if world is None else world.seed

@@ -1,0 +1,224 @@
+"""What goes into a checkpoint for each kind of object, and how it comes back.
+
+Contract: `Checkpoint` makes one `Kept` for each object that it was given and calls `state` on all ranks. It is what is
+the same on every rank, `of_rank` what this rank has for itself; `load` gives both back, to objects of a run of any
+world size. Modules are taken out of DDP and torch.compile. Modules and optimizers of sharded parameters (FSDP2, tensor
+parallel) go through `torch.distributed.checkpoint.state_dict`, whose tensors say how they are sharded; they are their
+own `template`, filled in place. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from allstep.engine import Engine
+from allstep.errors import CheckpointError
+from allstep.parallel import unwrap
+
+
+class Stateful(Protocol):
+    """What can be kept in a checkpoint."""
+
+    def state_dict(self) -> Any:
+        """The state to keep."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take the state over."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerRank:
+    """Says of an object that its state differs by rank, such as a metric in the middle of an epoch.
+
+    Each rank gets its own back. At another world size, an object that has `load_rank_states(states)` is given the
+    states of all ranks; without it ranks beyond the saved ones keep what they have, and states without a rank are left.
+    """
+
+    kept: Stateful
+
+
+class Kept(Protocol):
+    """One object of a checkpoint."""
+
+    def state(self) -> Any:
+        """What is the same on every rank; None where there is nothing."""
+
+    def of_rank(self) -> Any:
+        """What this rank has for itself; None where there is nothing."""
+
+    def template(self) -> Any:
+        """State to be filled in place, or None."""
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        """Take over `state`, and of what each rank that saved had for itself what is for `rank`."""
+
+
+def kept_objects(objects: Mapping[str, Any]) -> dict[str, Kept]:
+    """How each object is kept.
+
+    Raises:
+        CheckpointError: an object has no state to keep.
+    """
+    modules = [unwrap(each) for each in objects.values() if isinstance(each, nn.Module)]
+    return {name: _kept(name, each, modules) for name, each in objects.items()}
+
+
+def _kept(name: str, value: Any, modules: list[nn.Module]) -> Kept:
+    if isinstance(value, Engine):
+        return _KeptEngine(value)
+    if isinstance(value, PerRank):
+        return _KeptByRank(value.kept)
+    if isinstance(value, torch.Generator):
+        return _KeptByRank(_Generator(value))
+    if isinstance(value, nn.Module):
+        module = unwrap(value)
+        if _is_sharded(module.parameters()):
+            return _ShardedModule(module)
+        replica = next((each for each in value.modules() if isinstance(each, DistributedDataParallel)), None)
+        return _Plain(module) if replica is None else _Replicated(module, replica)
+    if isinstance(value, torch.optim.Optimizer):
+        parameters = [each for group in value.param_groups for each in group["params"]]
+        if _is_sharded(parameters):
+            return _ShardedOptimizer(value, _module_of(name, parameters, modules))
+        return _Plain(value)
+    if not callable(getattr(value, "state_dict", None)) or not callable(getattr(value, "load_state_dict", None)):
+        raise CheckpointError(
+            f"{name!r} is a {type(value).__name__}, which has no state_dict() and load_state_dict(); leave it out"
+        )
+    return _KeptByRank(value) if getattr(value, "state_differs_by_rank", False) else _Plain(value)
+
+
+class _Plain:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state(self) -> Any:
+        return self.value.state_dict()
+
+    def of_rank(self) -> Any:
+        return None
+
+    def template(self) -> Any:
+        return None
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        self.value.load_state_dict(state)
+
+
+class _Replicated(_Plain):
+    """A module in DDP. Its buffers are rank 0's where DDP broadcasts them before a forward pass, else each rank's."""
+
+    def __init__(self, module: nn.Module, replica: DistributedDataParallel) -> None:
+        super().__init__(module)
+        self.replica = replica
+
+    def state(self) -> Any:
+        if self.replica.broadcast_buffers and any(True for _ in self.replica.buffers()):
+            # As the next forward pass would.
+            self.replica._sync_buffers()  # type: ignore[no-untyped-call]
+        return self.value.state_dict()
+
+    def of_rank(self) -> Any:
+        return None if self.replica.broadcast_buffers else dict(self.value.named_buffers())
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        self.value.load_state_dict(state)
+        buffers = of_ranks[rank] if rank < len(of_ranks) else None
+        with torch.no_grad():
+            for name, buffer in (buffers or {}).items():
+                self.value.get_buffer(name).copy_(buffer)
+
+
+class _KeptByRank(_Plain):
+    def state(self) -> Any:
+        return None
+
+    def of_rank(self) -> Any:
+        return self.value.state_dict()
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        take_all = getattr(self.value, "load_rank_states", None)
+        if take_all is not None:
+            take_all(of_ranks)
+        elif rank < len(of_ranks):
+            self.value.load_state_dict(of_ranks[rank])
+
+
+class _KeptEngine(_Plain):
+    """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not."""
+
+    def state(self) -> Any:
+        state = self.value.state_dict()
+        return {key: each for key, each in state.items() if key != "data" or "own" not in each}
+
+    def of_rank(self) -> Any:
+        data = self.value.state_dict().get("data", {})
+        return data if "own" in data else None
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        own = of_ranks[rank] if rank < len(of_ranks) else None
+        self.value.load_state_dict(state if own is None else {**state, "data": own})
+
+
+class _ShardedModule(_Plain):
+    def state(self) -> Any:
+        return get_model_state_dict(self.value)
+
+    def template(self) -> Any:
+        return self.state()
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        set_model_state_dict(self.value, state)
+
+
+class _ShardedOptimizer(_Plain):
+    def __init__(self, value: torch.optim.Optimizer, module: nn.Module) -> None:
+        super().__init__(value)
+        self.module = module
+
+    def state(self) -> Any:
+        return get_optimizer_state_dict(self.module, self.value)
+
+    def template(self) -> Any:
+        return self.state()
+
+    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        set_optimizer_state_dict(self.module, self.value, state)
+
+
+class _Generator:
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def state_dict(self) -> Any:
+        return self.generator.get_state()
+
+    def load_state_dict(self, state: Any, /) -> None:
+        self.generator.set_state(state)
+
+
+def _is_sharded(parameters: Iterable[torch.Tensor]) -> bool:
+    return any(isinstance(each, DTensor) for each in parameters)
+
+
+def _module_of(name: str, parameters: list[torch.Tensor], modules: list[nn.Module]) -> nn.Module:
+    wanted = {id(each) for each in parameters}
+    for module in modules:
+        if wanted <= {id(each) for each in module.parameters()}:
+            return module
+    raise CheckpointError(
+        f"the optimizer {name!r} has sharded parameters of a module that is not in the checkpoint; add that module"
+    )

@@ -1,0 +1,62 @@
+"""Random generators of one rank: their state, and a fresh one for a rank that has none saved.
+
+Contract: each rank saves what `capture` gives under its own number and gives it to `restore` when it goes on: Python's
+`random`, numpy's global generator, torch's on the CPU, and those of the accelerators that are in use. A rank that did
+not exist when the state was saved calls `seed_for_rank`: its generators are a function of (seed, epoch, rank).
+Restoring draws nothing and starts no device.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from allstep.data.keys import key_of
+from allstep.errors import CheckpointError
+
+_RANKS = 5
+
+
+def capture() -> dict[str, Any]:
+    """The state of this process' generators, of plain values, numpy arrays and tensors."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def restore(state: Mapping[str, Any]) -> None:
+    """Go on with the generators where `capture` found them. Devices that are not here are passed over.
+
+    Raises:
+        CheckpointError: the state is not what `capture` gives.
+    """
+    try:
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available():
+            for device, each in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
+                torch.cuda.set_rng_state(each, device)
+        if "mps" in state and torch.backends.mps.is_available():
+            torch.mps.set_rng_state(state["mps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the random generators' state cannot be restored: {error!r}") from error
+
+
+def seed_for_rank(seed: int, epoch: int, rank: int) -> None:
+    """Seed this process' generators for a rank that has no saved state, from (seed, epoch, rank)."""
+    key = key_of(seed, epoch, _RANKS, rank)
+    random.seed(key)
+    np.random.seed([key & 0xFFFFFFFF, key >> 32])
+    torch.manual_seed(key >> 1)

@@ -1,0 +1,86 @@
+"""`Preemption`: a signal ends the run on all ranks with everything saved, and says that it is to be started again.
+
+Contract: attached from the main thread to the engine that trains, beside a `Checkpoint` that is attached to it. A
+signal to any rank, SIGTERM or SIGUSR1, stops all of them after the same iteration; the checkpoint saves there and
+waits until that is committed; then `Engine.run` raises `Preempted`, with which the process ends with exit code 85, or
+the SLURM job is put back into its queue first. A run that was complete when the stop held ends as if there had been no
+signal. A second signal hurries: the engines in `hurries`, such as an evaluator that runs in the trainer's handler, end
+too. A third one kills, as it does by default. What can go wrong: a step that hangs never stops; a job that cannot be
+requeued is said to be so, and ends with exit code 85 all the same.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterable, Mapping
+
+from allstep.engine import Engine, Events
+from allstep.engine.terms import is_done
+from allstep.errors import Preempted
+from allstep.exit_codes import PREEMPTED
+from allstep.handlers.stop_on_signal import SIGNAL_REASON, StopOnSignal
+
+_PATIENCE_S = 30
+
+
+class Preemption(StopOnSignal):
+    """Ends a run that is asked to make room with exit code 85.
+
+    Args:
+        requeue: put the SLURM job back into its queue; outside SLURM without effect. For signals that come before the
+            job's time is up (`sbatch --signal`); a job that SLURM itself preempts is requeued by it.
+        hurries: engines that a second signal ends as well.
+        signals: as for `StopOnSignal`.
+    """
+
+    def __init__(
+        self,
+        *,
+        requeue: bool = False,
+        hurries: Iterable[Engine] = (),
+        signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1),
+    ) -> None:
+        super().__init__(signals, hurries=hurries)
+        self.requeue = requeue
+
+    def attach(self, engine: Engine) -> Preemption:
+        """Listen on behalf of `engine`; returns self, for use in a `with` statement. Errors as in `StopOnSignal`."""
+        super().attach(engine)
+        self._handles.append(engine.add_event_handler(Events.TERMINATE, self._leave))
+        self._handles.append(engine.add_event_handler(Events.COMPLETED, self._requeue))
+        return self
+
+    def _leave(self, engine: Engine) -> None:
+        state = engine.state
+        completed = state.epoch - engine.progress.epoch_is_open
+        asked = (state.stop_reason or "").partition(": ")[2].startswith(SIGNAL_REASON)
+        if asked and not is_done(state.iteration, completed, state.max_epochs, state.max_iters):
+            engine.leaves_with = Preempted(PREEMPTED)
+
+    def _requeue(self, engine: Engine) -> None:
+        """Give the job back, once: SLURM then ends it. Everything was saved in TERMINATE."""
+        if not self.requeue or engine.coordinator.rank or not isinstance(engine.leaves_with, Preempted):
+            return
+        command = requeue_command(os.environ)
+        if command is None:
+            return
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+            failure = done.stderr.strip() if done.returncode else None
+        except (OSError, subprocess.TimeoutExpired) as error:
+            failure = str(error)
+        if failure is None:
+            engine.logger.warning("SLURM job %s is put back into its queue", command[-1])
+        else:
+            engine.logger.error("%s failed: %s; start the job again by hand", " ".join(command), failure)
+
+
+def requeue_command(environ: Mapping[str, str]) -> list[str] | None:
+    """What puts this process' SLURM job back into its queue; None outside SLURM."""
+    job = environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return ["scontrol", "requeue", f"{array}_{task}" if array and task else job]

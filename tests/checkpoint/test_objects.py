@@ -1,0 +1,100 @@
+"""What is kept of each kind of object, over real ranks where they shard or differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from allstep.checkpoint import Checkpoint, PerRank
+from allstep.errors import CheckpointError
+from allstep.testing import run_ranks
+
+
+class Counted:
+    """State that differs by rank."""
+
+    def __init__(self, value=0):
+        self.value = value
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+class Summed(Counted):
+    """And that can be dealt anew."""
+
+    def load_rank_states(self, states):
+        self.value = sum(state["value"] for state in states)
+
+
+def test_an_object_without_a_state_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(CheckpointError, match="'loss' is a function"):
+        Checkpoint(tmp_path, {"loss": lambda: None})
+
+
+def save_differing(world, folder):
+    from allstep import Engine
+
+    objects = {"one": PerRank(Counted(10 + world.rank)), "sum": PerRank(Summed(1 + world.rank))}
+    Checkpoint(folder, objects, every=None).save(Engine(lambda e, b: None), wait=True)
+
+
+def load_differing(world, folder):
+    objects = {"one": PerRank(Counted()), "sum": PerRank(Summed())}
+    Checkpoint(folder, objects, every=None).resume()
+    return objects["one"].kept.value, objects["sum"].kept.value
+
+
+@pytest.mark.slow
+def test_each_rank_gets_its_own_back_and_what_can_be_dealt_anew_is(tmp_path):
+    run_ranks(save_differing, 2, str(tmp_path))
+    assert run_ranks(load_differing, 2, str(tmp_path)) == [(10, 3), (11, 3)]
+    assert run_ranks(load_differing, 3, str(tmp_path)) == [(10, 3), (11, 3), (0, 3)]
+
+
+@pytest.mark.slow
+def test_an_object_that_is_new_since_the_save_is_an_error_unless_told(tmp_path):
+    def both(world_objects, **how):
+        return Checkpoint(tmp_path, world_objects, every=None).resume(**how)
+
+    from allstep import Engine
+
+    Checkpoint(tmp_path, {"one": Counted(3)}, every=None).save(Engine(lambda e, b: None), wait=True)
+    one, ema = Counted(), Counted(9)
+    with pytest.raises(CheckpointError, match="the checkpoint lacks ema; it has one"):
+        both({"one": one, "ema": ema})
+    both({"one": one, "ema": ema}, partial=True)
+    assert (one.value, ema.value) == (3, 9)
+
+
+def sharded(world, folder, steps, resumes):
+    from torch.distributed.fsdp import fully_shard
+
+    from allstep import Engine
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Linear(12, 6))
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer}, every=None)
+    if resumes:
+        checkpoint.resume()
+    for step in range(*steps):
+        optimizer.zero_grad()
+        model(torch.full((2, 6), float(step))).pow(2).mean().backward()
+        optimizer.step()
+    checkpoint.save(Engine(lambda e, b: None), wait=True)
+    return [each.full_tensor().detach() for each in model.parameters()]
+
+
+@pytest.mark.slow
+def test_sharded_modules_and_optimizers_resume_at_any_world_size(tmp_path):
+    whole = run_ranks(sharded, 2, str(tmp_path / "whole"), (0, 4), False)[0]
+    run_ranks(sharded, 2, str(tmp_path / "parts"), (0, 2), False)
+    three = run_ranks(sharded, 3, str(tmp_path / "parts"), (2, 4), True)[0]
+    for mine, expected in zip(three, whole, strict=True):
+        torch.testing.assert_close(mine, expected)

@@ -1,0 +1,113 @@
+"""Rows 11, 12 and 14 of the fault matrix: signals lead to one stop, a checkpoint, exit code 85, and an equal run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from allstep.exit_codes import PREEMPTED
+from tests.checkpoint.training import equal
+from tests.launch.command import run, script, started
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
+
+
+def job(folder, name, *arguments, ranks=2):
+    return ["--nproc", str(ranks), "-m", "tests.checkpoint.job", folder / name, folder / f"{name}.pt", *arguments]
+
+
+def unbroken(folder):
+    done = run(folder, *job(folder, "unbroken", "100 iterations"), env=ENV)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "unbroken.pt")
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return line
+    raise AssertionError(f"{text!r} never came: {process.stderr.read()}")
+
+
+def iterations(text):
+    return [int(each) for each in re.findall(r"iteration (\d+)$", text, re.M)]
+
+
+def preempted(folder, send, at="iteration 3"):
+    with started(folder, *job(folder, "preempted", "100 iterations", "0.2"), env=ENV) as process:
+        wait_for(process, at)
+        send(process)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == PREEMPTED, err
+    return out
+
+
+def assert_goes_on_as_if_unbroken(folder):
+    resumed = run(folder, *job(folder, "preempted", "100 iterations"), env=ENV)
+    assert resumed.returncode == 0, resumed.stderr
+    weights, iteration = torch.load(folder / "preempted.pt")
+    expected, last = unbroken(folder)
+    assert iteration == last
+    assert equal(weights, expected)
+    return resumed
+
+
+def test_sigterm_to_all_stops_all_at_one_iteration_and_the_resumed_run_equals_an_unbroken_one(tmp_path):
+    out = preempted(tmp_path, lambda process: process.send_signal(signal.SIGTERM))
+    last = max(iterations(out))
+    assert iterations(out).count(last) == 2  # each rank says it
+    resumed = assert_goes_on_as_if_unbroken(tmp_path)
+    assert min(iterations(resumed.stdout)) == last + 1
+
+
+def test_sigterm_to_one_rank_stops_all_together(tmp_path):
+    def send(process):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGTERM)
+
+    preempted(tmp_path, send)
+    assert_goes_on_as_if_unbroken(tmp_path)
+
+
+def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_path):
+    for _ in range(2):
+        done = run(tmp_path, *job(tmp_path, "run"), env=ENV)
+        assert done.returncode == 0, done.stderr
+    assert "nothing to run: all that was asked is done" in done.stderr
+    assert "iteration 1" not in done.stdout
+
+
+def test_resume_none_begins_anew(tmp_path):
+    assert run(tmp_path, *job(tmp_path, "run", ranks=1), env=ENV).returncode == 0
+    again = run(tmp_path, "--resume", "none", *job(tmp_path, "run", ranks=1), env=ENV)
+    assert again.returncode == 0
+    assert min(iterations(again.stdout)) == 1
+
+
+def test_usr1_before_torch_is_imported_is_remembered(tmp_path):
+    text = """
+print("up", flush=True)
+import time, signal, pathlib
+while not pathlib.Path("sent").exists():
+    time.sleep(0.01)
+import runpy
+sys.argv = ["job", sys.argv[1], sys.argv[2], "100 iterations"]
+runpy.run_module("tests.checkpoint.job", run_name="__main__")
+"""
+    path = script(tmp_path, text)
+    with started(tmp_path, "--nproc", "2", path, tmp_path / "run", tmp_path / "run.pt", env=ENV) as process:
+        wait_for(process, "up")
+        wait_for(process, "up")
+        process.send_signal(signal.SIGUSR1)
+        (tmp_path / "sent").touch()
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == PREEMPTED, err
+    assert max(iterations(out), default=0) < 15

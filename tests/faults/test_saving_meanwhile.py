@@ -1,0 +1,67 @@
+"""Row 43 of the fault matrix: training goes on while a slow disk is written to, with one save under way at a time."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from allstep import Engine, Events
+from allstep.checkpoint import Checkpoint, Store
+from allstep.checkpoint.storage import LocalStorage
+from allstep.testing import run_ranks
+from tests.checkpoint.training import Job, Run, equal
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
+
+
+class SlowStorage(LocalStorage):
+    """Writes that take their time; `most` is how many folders were written to at once."""
+
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        self.open_folders: set[str] = set()
+        self.most = 0
+        self.lock = threading.Lock()
+
+    def write(self, folder: str, name: str, blocks: Any) -> None:
+        with self.lock:
+            self.open_folders.add(folder)
+            self.most = max(self.most, len(self.open_folders))
+        time.sleep(0.1)
+        super().write(folder, name, blocks)
+        with self.lock:
+            self.open_folders.discard(folder)
+
+
+def train_with_a_slow_disk(world, folder, busy):
+    run = Run(world, Job(folder, every=None))
+    storage = SlowStorage(folder)
+    store = Store(folder, storage=storage, busy=busy, keep_last=None)
+    objects = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler, "engine": run.engine}
+    Checkpoint(store, objects, every=1).attach(run.engine)
+    during: list[bool] = []
+
+    def look(engine: Engine) -> None:
+        during.append(store._last is not None and not store._last.done())
+
+    run.engine.add_event_handler(Events.ITERATION_STARTED, look)
+    run.engine.run(run.data, max_epochs=3)
+    return storage.most, sum(during), len(store.choose().manifest.files) > 0, run.weights()
+
+
+def unbroken(world, folder):
+    return Run(world, Job(folder, every=None)).go().weights()
+
+
+@pytest.mark.parametrize("busy", ["wait", "skip"])
+def test_one_save_is_under_way_and_training_goes_on_to_the_same_end(tmp_path, busy):
+    results = run_ranks(train_with_a_slow_disk, 2, str(tmp_path / "slow"), busy, timeout=150)
+    expected = run_ranks(unbroken, 2, str(tmp_path / "unbroken"))
+    for (most, during, whole, weights), other in zip(results, expected, strict=True):
+        assert most <= 1
+        assert during >= 3
+        assert whole
+        assert equal(weights, other)
