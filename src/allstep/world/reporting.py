@@ -115,7 +115,7 @@ class Reporter:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a process that ends by this exception has failed; not by Ctrl-C, nor by making room, nor by an exit with code 0."""
+    """Whether a process that ends by this exception has failed; not by Ctrl-C, making room, or an exit with code 0."""
     if isinstance(error, SystemExit):
         return error.code not in (None, 0, PREEMPTED)
     return not isinstance(error, KeyboardInterrupt | GeneratorExit)
