@@ -113,7 +113,6 @@ def open_group(placement: Placement, meeting: Meeting, backend: str, device: tor
         )
     except Exception as error:
         forget_groups(abort=True)
-        meeting.server = None  # else the traceback would keep the port taken
         raise WorldError(
             f"rank {placement.rank} of {placement.world_size}: {backend} could not connect the ranks, which "
             f"had met at {placement.rendezvous}: {error}"

@@ -25,13 +25,14 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.world.polling import poll
-from allstep.world.service import SERVED, Service, sidecar_service
+from allstep.world.service import Service, sidecar_service
 from allstep.world.stores import PrefixStore, Store, TCPStore
 
 _CONNECT_S = 2.0
 _HANDSHAKE_S = (1.0, 16.0)
 _IDENTIFY_S = 0.5
-_HEARD_S = 1.0
+_HEARD_S = 5.0
+_MET = "met"  # counts, in the store, the ranks that need it no more to find the others
 
 
 @dataclass(slots=True)
@@ -46,10 +47,10 @@ class Meeting:
     service: Service | None = None
 
     def give_up(self, world_size: int) -> None:
-        """The ranks do not fit: let the server go, once the others have had the time to learn it at the service."""
+        """No group comes of it: let the server go, once the others have found what they look for in it."""
         if self.server is not None:
             with contextlib.suppress(dist.DistError):
-                poll(lambda: self.store.add(SERVED, 0) >= world_size, time.monotonic() + _HEARD_S)
+                poll(lambda: self.store.add(_MET, 0) >= world_size, time.monotonic() + _HEARD_S)
             self.server = None  # else the traceback would keep the port taken
         if self.service is not None:
             self.service.release()
@@ -75,6 +76,8 @@ def meet(placement: Placement, process: str, timeout: float, *, starts_service: 
     def enter(client: TCPStore, server: TCPStore | None = None) -> Meeting:
         store = _own_space(client, name, placement.rank, process)
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
+        with contextlib.suppress(dist.DistError):  # a server that waits for just this may go before it answers
+            store.add(_MET, 1)
         return Meeting(store, server, service)
 
     if placement.rank == 0 and not place.agent_store:

@@ -27,9 +27,6 @@ from allstep.placement import Placement
 from allstep.world.polling import poll
 from allstep.world.stores import Store
 
-SERVED = "served"
-"""Counts, in the store, the ranks that know where their service is."""
-
 _MARGIN_S = 2.0
 _ANY = "0.0.0.0"
 _HERE = "127.0.0.1"
@@ -88,7 +85,6 @@ def sidecar_service(store: Store, placement: Placement, timeout: float, deadline
             sidecar = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}", ranks=ranks)
         store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
-    store.add(SERVED, 1)
     return Service(f"{_HERE}:{port}", nonce, sidecar=sidecar)
 
 
