@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import multiprocessing
 import os
 import random
 import select
@@ -315,6 +316,42 @@ def test_warm_processes_end_with_their_owner_however_it_ends(doing: str, tmp_pat
         owner.wait(LIMIT)
         for each in watched:
             await_end(each)
+
+
+def call_in_a_child(answers: Any) -> None:
+    answers.put(sorted(run_ranks(pid, 2)))
+
+
+def test_a_child_of_the_owner_has_a_pool_of_its_own_and_ends_it() -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    before = pids()
+    child = context.Process(target=call_in_a_child, args=(answers,))
+    child.start()
+    theirs = answers.get(timeout=LIMIT * 2)
+    child.join(LIMIT * 2)
+    assert child.exitcode == 0
+    assert before.isdisjoint(theirs)
+    assert not any(Path(f"/proc/{each}").exists() for each in theirs)
+    assert pids() == before
+
+
+def refused_in_a_child(answers: Any) -> None:
+    try:
+        run_ranks(pid, 2)
+    except RanksError as error:
+        answers.put(str(error))
+
+
+def test_a_forked_child_of_the_owner_is_refused_with_the_remedy() -> None:
+    before = pids()
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=refused_in_a_child, args=(answers,))
+    child.start()
+    assert "spawn" in answers.get(timeout=LIMIT)
+    child.join(LIMIT)
+    assert pids() == before
 
 
 def test_the_process_that_calls_loads_no_torch() -> None:

@@ -117,3 +117,23 @@ def test_ranks_that_do_not_finish_are_named_with_where_they_stand_and_none_is_le
 def test_a_world_of_nobody_is_refused(world_size: int) -> None:
     with pytest.raises(ValueError, match="world_size"):
         run_ranks(placed, world_size, 1)
+
+
+def returns_what_cannot_be_sent(world: World) -> object:
+    return lambda: world.rank
+
+
+def test_a_result_that_cannot_be_pickled_is_an_error_that_says_so() -> None:
+    with pytest.raises(RanksError, match=r"(?is)of 2 raised:.*pickle"):
+        run_ranks(returns_what_cannot_be_sent, 2)
+
+
+def returns_early(world: World) -> None:
+    if world.rank == 0:
+        world.barrier()
+
+
+def test_a_rank_that_returns_while_others_need_it_is_named() -> None:
+    with pytest.raises(RanksError, match=r"rank 1 of 2 left first") as caught:
+        run_ranks(returns_early, 2)
+    assert "left early" in str(caught.value)

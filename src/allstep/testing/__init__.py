@@ -1,8 +1,35 @@
-"""Ranks inside a test, real and simulated: what allstep's own tests use, public so that users test their scripts."""
+"""Ranks inside a test, real and simulated: what allstep's own tests use, public so that users test their scripts.
 
-from allstep.errors import RanksError, SimulationError
-from allstep.faults import FaultPlan
-from allstep.testing.ranks import run_ranks
-from allstep.testing.simulated import SimulatedRank, simulate
+Names are imported when first used (PEP 562): pytest loads the plugin of this package in every project, and only
+simulated ranks need torch in the test's own process.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from allstep.errors import RanksError, SimulationError
+    from allstep.faults import FaultPlan
+    from allstep.testing.ranks import run_ranks
+    from allstep.testing.simulated import SimulatedRank, simulate
+
+_HOMES = {
+    "FaultPlan": "allstep.faults",
+    "RanksError": "allstep.errors",
+    "SimulatedRank": "allstep.testing.simulated",
+    "SimulationError": "allstep.errors",
+    "run_ranks": "allstep.testing.ranks",
+    "simulate": "allstep.testing.simulated",
+}
 
 __all__ = ["FaultPlan", "RanksError", "SimulatedRank", "SimulationError", "run_ranks", "simulate"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

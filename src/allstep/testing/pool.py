@@ -2,14 +2,13 @@
 
 Contract: `take` gives warm processes, started only where too few are idle; the caller sends each a `Call` and gives it
 back when it has its `Outcome`, or retires it. A process that cannot put itself back in order is retired before anybody
-gets it again. There is one pool in a process, made when first asked for; a forked child makes its own. At the end of
-the interpreter the pool is closed, and where the owner is killed the kernel ends its processes. What can go wrong: a
-process cannot be started, which is an OSError.
+gets it again. There is one pool in a process, made when first asked for and closed at the process's end; where the
+owner is killed the kernel ends its processes. What can go wrong: a process cannot be started, which is an OSError; and
+a forked child of the owner, which has neither its pool nor, in Python's multiprocessing, its server, is refused.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import multiprocessing
 import os
@@ -20,13 +19,14 @@ import threading
 import time
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
+from multiprocessing.util import Finalize
 from typing import Any
 
+from allstep.errors import RanksError
 from allstep.testing.call import Call, Outcome
 
 _TIDY_S = 10.0
 _STACKS_S = 1.0
-_MOST_IDLE = 16
 _MOST_STACKS = 20_000
 
 
@@ -107,11 +107,13 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: list[WarmProcess] = []
+        self._most = 0
         self._closed = False
 
     def take(self, count: int) -> list[WarmProcess]:
         """So many processes that are in order; those that are missing are started."""
         taken: list[WarmProcess] = []
+        self._most = max(self._most, count)
         try:
             while len(taken) < count:
                 with self._lock:
@@ -129,9 +131,9 @@ class Pool:
         return taken
 
     def give_back(self, processes: list[WarmProcess]) -> None:
-        """Keep processes whose outcome was read; they put themselves in order meanwhile."""
+        """Keep processes whose outcome was read, as many as one call has taken."""
         with self._lock:
-            room = 0 if self._closed else _MOST_IDLE - len(self._idle)
+            room = 0 if self._closed else max(0, self._most - len(self._idle))
             self._idle[:0] = processes[:room]  # a next call then has the same, in the same places
         for process in processes[room:]:
             process.end()
@@ -149,13 +151,22 @@ _making = threading.Lock()
 
 
 def own_pool() -> Pool:
-    """The pool of this process."""
+    """The pool of this process.
+
+    Raises:
+        RanksError: this process was forked from one that has a pool.
+    """
     with _making:
         pool = _pools.get(os.getpid())
+        if pool is None and _pools:
+            raise RanksError(
+                "ranks cannot be started in a process forked from one that has started ranks already; start that "
+                "process with multiprocessing's spawn method"
+            )
         if pool is None:
-            _pools.clear()  # a parent's, in a forked child: not this process's to use or to end
             pool = _pools[os.getpid()] = Pool()
-            atexit.register(_close, os.getpid())
+            # Before multiprocessing waits for processes that are not daemons, also in a process of its own making.
+            Finalize(None, close_pool, exitpriority=100)
         return pool
 
 
@@ -165,11 +176,6 @@ def close_pool() -> None:
         pool = _pools.pop(os.getpid(), None)
     if pool is not None:
         pool.close()
-
-
-def _close(owner: int) -> None:
-    if os.getpid() == owner:
-        close_pool()
 
 
 def _serve(control: Connection, lifeline: Connection, stacks: Any) -> None:

@@ -70,10 +70,11 @@ def run_ranks(
     ends = played.ends
     if all(rank in ends and ends[rank].returned for rank in range(world_size)):
         return [_value(ends[rank]) for rank in range(world_size)]
-    if played.case is None:
+    failed = [rank for rank, end in ends.items() if not end.returned]
+    if played.case is None and not failed:
         raise RanksError(_unfinished(played.late, world_size, timeout))
-    rank = played.case.cause.rank
-    if rank not in ends or ends[rank].returned:
+    rank = failed[0] if played.case is None else played.case.cause.rank
+    if played.case is not None and rank not in failed:
         raise RanksError(failure_text(played.case).rstrip())
     outcome = ends[rank].outcome
     raise RanksError(f"rank {rank} of {world_size} {ends[rank].describe()}") from (
