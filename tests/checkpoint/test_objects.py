@@ -93,8 +93,8 @@ def sharded(world, folder, steps, resumes):
 
 @pytest.mark.slow
 def test_sharded_modules_and_optimizers_resume_at_any_world_size(tmp_path):
-    whole = run_ranks(sharded, 2, str(tmp_path / "whole"), (0, 4), False)[0]
-    run_ranks(sharded, 2, str(tmp_path / "parts"), (0, 2), False)
-    three = run_ranks(sharded, 3, str(tmp_path / "parts"), (2, 4), True)[0]
+    whole = run_ranks(sharded, 2, str(tmp_path / "whole"), (0, 4), False, fresh=True)[0]
+    run_ranks(sharded, 2, str(tmp_path / "parts"), (0, 2), False, fresh=True)
+    three = run_ranks(sharded, 3, str(tmp_path / "parts"), (2, 4), True, fresh=True)[0]
     for mine, expected in zip(three, whole, strict=True):
         torch.testing.assert_close(mine, expected)

@@ -97,6 +97,7 @@ def whole(value: Any) -> Any:
     return value
 
 
+# torch's DTensor remembers which rank a process is, so these ask for fresh processes.
 def save_sharded(world: World, folder: Path) -> dict[str, Any]:
     model, optimizer = sharded(world, 0)
     train(model, optimizer)
@@ -121,17 +122,17 @@ def load_sharded(world: World, folder: Path) -> dict[str, Any]:
 
 
 def test_fsdp_shards_are_read_at_any_world_size(tmp_path: Path) -> None:
-    saved = run_ranks(save_sharded, 2, tmp_path)[0]
+    saved = run_ranks(save_sharded, 2, tmp_path, fresh=True)[0]
     rows = json.loads((tmp_path / "save-000001-step-1" / "state.json").read_text())["tensors"]["model/first.weight"]
     assert [chunk["sizes"] for chunk in rows["chunks"]] == [[7, 7], [6, 7]]
     for world_size in (1, 2, 3, 4):
-        for loaded in run_ranks(load_sharded, world_size, tmp_path):
+        for loaded in run_ranks(load_sharded, world_size, tmp_path, fresh=True):
             assert same(loaded["model"], saved["model"])
             assert same(loaded["optimizer"]["state"], saved["optimizer"]["state"])
 
 
 def test_sharded_state_is_whole_where_nothing_is_sharded(tmp_path: Path) -> None:
-    saved = run_ranks(save_sharded, 3, tmp_path)[0]
+    saved = run_ranks(save_sharded, 3, tmp_path, fresh=True)[0]
     store = Store(str(tmp_path))
     found = store.choose()
     assert found is not None
@@ -164,10 +165,10 @@ def load_columns(world: World, folder: Path) -> list[bool]:
 
 
 def test_each_box_of_a_mesh_is_written_once_and_read_in_another_cut(tmp_path: Path) -> None:
-    run_ranks(save_mesh, 4, tmp_path)
+    run_ranks(save_mesh, 4, tmp_path, fresh=True)
     index = json.loads((tmp_path / "save-000001-step-1" / "state.json").read_text())["tensors"]
     assert [len(record["chunks"]) for record in index.values()] == [2, 4, 4, 1]
-    assert run_ranks(load_columns, 3, tmp_path) == [[True] * 4] * 3
+    assert run_ranks(load_columns, 3, tmp_path, fresh=True) == [[True] * 4] * 3
 
 
 def load_wrong_shape(world: World, folder: Path) -> str:
@@ -187,8 +188,8 @@ def load_wrong_shape(world: World, folder: Path) -> str:
 
 
 def test_one_rank_that_cannot_load_is_an_error_on_all(tmp_path: Path) -> None:
-    run_ranks(save_sharded, 2, tmp_path)
-    for said in run_ranks(load_wrong_shape, 2, tmp_path):
+    run_ranks(save_sharded, 2, tmp_path, fresh=True)
+    for said in run_ranks(load_wrong_shape, 2, tmp_path, fresh=True):
         assert "rank 1" in said
         assert "shape [13, 7]" in said
 
@@ -206,6 +207,7 @@ def save_what_differs(world: World, folder: Path, how: str) -> str:
     assert not pending.wait()
     world.barrier()  # rank 0 has cleaned up when its own wait returns
     assert os.listdir(folder) == []
+    world.barrier()
     assert store.save(2, {"model": {"w": torch.zeros(3)}}).wait()
     return str(pending.error)
 

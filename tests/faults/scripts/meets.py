@@ -10,5 +10,5 @@ if __name__ == "__main__":
     with allstep.init(timeout=patience, facts={"optimizer": {"name": "sgd", "lr": float(own)}}) as world:
         print("met", world.rank, "of", world.world_size, os.environ.get("ALLSTEP_CHANNEL", ""), flush=True)
         if "STAY" in os.environ:
-            while not os.path.exists("go"):
-                world.barrier()
+            while not world.all_reduce(os.path.exists("go"), "max"):  # all leave in the same turn
+                pass
