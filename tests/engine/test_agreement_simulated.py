@@ -550,6 +550,9 @@ def test_nothing_is_reported_unread_that_the_next_epoch_reads() -> None:
         ("max_iters", {"max_iters": 5}, {"max_iters": 6}),
         ("uneven", {"uneven": "longest"}, {"uneven": "error"}),
         ("window", {"window": 1}, {}),
+        ("window", {"window": 0}, {}),
+        ("uneven", {"uneven": "sometimes"}, {}),
+        ("lookahead", {"lookahead": -1}, {}),
         ("lookahead", {"lookahead": 8}, {}),
         ("epoch_length", {"epoch_length": 3}, {}),
         ("accumulate", {"engine": {"accumulate": 2}}, {}),
@@ -571,6 +574,13 @@ def test_ranks_about_to_run_different_things_raise_the_same_error(
     value = next(iter(value.values())) if isinstance(value, dict) else value
     assert f"{key} is rank 0: " in messages[0]
     assert f"rank 1: {value!r}" in messages[0]
+
+
+def test_what_cannot_be_meant_and_all_ranks_say_is_an_error_about_the_argument() -> None:
+    def world(coordinator: SimulatedRank) -> None:
+        Engine(lambda e, b: None, coordinator=coordinator).run(batches(3), window=0)
+
+    assert raised_everywhere(world, 2, ValueError) == ["window is 0; it must be an int of at least 1"] * 2
 
 
 def test_the_engine_s_name_is_by_default_its_step_s() -> None:

@@ -6,6 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from allstep.coordination import POLICIES
+from allstep.engine.filters import is_count
+
 
 def check_step(step: Callable[..., Any]) -> None:
     """Raise TypeError or ValueError unless a step can be called with (engine, batch)."""
@@ -26,3 +29,14 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check_agreement(uneven: str, window: int | None, lookahead: int | None, group_size: int) -> None:
+    """Raise ValueError unless ranks can agree in this way; with several, called when all are known to say the same."""
+    check_choice("uneven", uneven, POLICIES)
+    if window is not None and not is_count(window, least=1):
+        raise ValueError(f"window is {window!r}; it must be an int of at least 1")
+    if lookahead is not None and not is_count(lookahead, least=group_size):
+        raise ValueError(
+            f"lookahead is {lookahead!r}; it must be an int of at least {group_size}, one accumulation group"
+        )

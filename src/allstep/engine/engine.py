@@ -16,9 +16,8 @@ from typing import Any, Literal
 from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
-from allstep.engine.arguments import check_choice, check_step
+from allstep.engine.arguments import check_agreement, check_choice, check_step
 from allstep.engine.data_place import group_size_over, sampler_of, saved_place, take_up
-from allstep.engine.filters import is_count
 from allstep.engine.listening import Listening
 from allstep.engine.loop import Loop
 from allstep.engine.meeting import Hello, Meeting, Reduction, meet
@@ -304,17 +303,12 @@ class Engine(Listening, Steering):
         lookahead: int | None,
     ) -> Meeting | None:
         """Agree with the other ranks on the coming run; None where there is nothing to agree on."""
-        check_choice("uneven", uneven, POLICIES)
-        if window is not None and not is_count(window, least=1):
-            raise ValueError(f"window is {window!r}; it must be an int of at least 1")
         group_size = group_size_over(data, self.accumulate)
-        if lookahead is not None and not is_count(lookahead, least=group_size):
-            raise ValueError(
-                f"lookahead is {lookahead!r}; it must be an int of at least {group_size}, one accumulation group"
-            )
         coordinator, state = self.coordinator, self.state
-        if coordinator.world_size == 1 and group_size == 1:
-            return None
+        if coordinator.world_size == 1:
+            check_agreement(uneven, window, lookahead, group_size)
+            if group_size == 1:
+                return None
         terms = {
             "the engine's name": self.name,
             "max_epochs": max_epochs,

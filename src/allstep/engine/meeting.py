@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from allstep.coordination import LONGEST_WINDOW, Coordinator, Schema, Uneven, agree_length, check_schemas
 from allstep.engine.agreed import Agreement
+from allstep.engine.arguments import check_agreement
 from allstep.errors import DataError, TermsError, UnevenDataError
 
 _DEFAULT_LOOKAHEAD = 4
@@ -66,12 +67,14 @@ def meet(
 
     Raises:
         TermsError: ranks differ in a term; names it and each rank's value.
+        ValueError: all ranks say the same, and it cannot be meant.
         MetricMismatchError: ranks differ in what they reduce; names metric, state and ranks.
         DataError: under "shortest" or "error" a rank has no batch at all, or no rank has one.
         UnevenDataError: under "error" ranks know that they have different numbers of batches.
     """
     said: list[Hello] = coordinator.gather(hello)
     _check_same([each.terms for each in said])
+    check_agreement(policy, window, lookahead, group_size)
     check_schemas([each.schema for each in said])
     lengths = [each.length for each in said]
     length = agree_length(lengths, policy)
