@@ -188,9 +188,9 @@ def slowest(world: World, seconds: float) -> float:
     return float(world.all_reduce(seconds, op="max"))
 
 
-def compare(megabytes: int, saves: int, parent: Path) -> dict[str, Figures]:
+def compare(names: list[str], megabytes: int, saves: int, parent: Path) -> dict[str, Figures]:
     figures = {}
-    for name in CONTENDERS:
+    for name in names:
         folder = Path(tempfile.mkdtemp(prefix="checkpoints-", dir=parent))
         try:
             figures[name] = run_ranks(measure, 2, name, megabytes, saves, folder, timeout=900.0)[0]
@@ -221,6 +221,7 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[10, 200], metavar="MB", help="10, 200 and 1000 in docs"
     )
+    parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="CONTENDER")
     parser.add_argument("--saves", type=int, default=6)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to measure")
     parser.add_argument("--quick", action="store_true", help="10 MB, three saves")
@@ -229,7 +230,7 @@ def main() -> None:
         arguments.sizes, arguments.saves = [10], 3
     print(machine_line())
     for megabytes in arguments.sizes:
-        figures = compare(megabytes, arguments.saves, arguments.folder)
+        figures = compare(arguments.only, megabytes, arguments.saves, arguments.folder)
         print(f"\n{megabytes} MB, 2 ranks, {arguments.saves} saves\n")
         print("\n".join(table(figures)))
         peers = [steady(each.blocked) for name, each in figures.items() if name != "allstep"]

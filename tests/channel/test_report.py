@@ -121,7 +121,7 @@ def test_a_hang_names_who_is_behind_with_stacks_and_collectives():
 
 
 def test_slow_ranks_are_named():
-    assert "rank 2 was slow: 1.8 times" in failure_text(replace(CASE, slow=((2, 1.8),)))
+    assert "rank 2 is slow: its own part of a step takes 1.8 times" in failure_text(replace(CASE, slow=((2, 1.8),)))
 
 
 def test_a_hang_of_thousands_of_ranks_is_a_short_report():

@@ -60,7 +60,7 @@ def test_the_module_and_the_command_say_their_version(command: list[str], tmp_pa
 
 def test_help_names_the_commands_and_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert "run        start a script on every device of this machine" in capsys.readouterr().out
+    assert "run          start a script on every device of this machine" in capsys.readouterr().out
     assert main(["run", "--help"]) == 0
     said = capsys.readouterr().out
     for option in ("--nproc", "--config", "--name", "--runs", "--show", "--env", "--grace", "-m", "exit code:"):

@@ -27,6 +27,7 @@ _GROUPS = 16  # lines about others
 _ALSO = 3  # further causes that are shown with a traceback
 _STACKS = 4  # ranks behind whose stacks are shown; the file has all
 _TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
+_SILENT = (Kind.SIGNAL, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.EARLY, Kind.HANG)  # said nothing at their end
 _FAILED_TOO = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST)
 
 
@@ -61,7 +62,7 @@ def failure_text(
         lines.append(f"  rank {also.rank} failed too: {also.what}")
         lines += [f"    {line}" for line in (_place(also), *set_off(_cut(also.traceback))[-12:])]
     lines += [f"  {line}" for line in _others(case)]
-    lines += [f"  rank {rank} was slow: {ratio:.1f} times the others' own time for a step" for rank, ratio in case.slow]
+    lines += [f"  {straggler_line(rank, ratio)}" for rank, ratio in case.slow]
     return "\n".join(lines) + "\n"
 
 
@@ -109,6 +110,11 @@ def write_report(path: Path, content: Mapping[str, object]) -> None:
         raise
 
 
+def straggler_line(rank: int, ratio: float) -> str:
+    """A slow rank, in words."""
+    return f"rank {rank} is slow: its own part of a step takes {ratio:.1f} times the others'"
+
+
 def last_lines(output: str) -> list[str]:
     """The end of what was written: from where its last traceback or crash dump begins, at most `LINES`."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
@@ -135,18 +141,15 @@ def _headline(case: Case) -> str:
 
 
 def _place(each: Account) -> str:
-    parts = [
-        f"rank {each.rank}" + (f" on {each.host}" if each.host else "") + (f", pid {each.pid}" if each.pid else "")
-    ]
-    if each.device:
-        parts.append(f"device {each.device}")
-    if each.epoch or each.iteration:
-        parts.append(f"epoch {each.epoch}, iteration {each.iteration}")
-    if each.section:
-        parts.append(f"section {each.section}")
-    if each.waiting:
-        parts.append(f"waiting in {each.waiting}")
-    return ", ".join(parts)
+    who = [f"rank {each.rank}" + (f" on {each.host}" if each.host else "")]
+    who += [f"pid {each.pid}"] if each.pid else []
+    who += [f"device {each.device}"] if each.device else []
+    where = [f"epoch {each.epoch}, iteration {each.iteration}"] if each.epoch or each.iteration else []
+    where += [f"section {each.section}"] if each.section else []
+    where += [f"waiting in {each.waiting}"] if each.waiting else []
+    if where and each.kind in _SILENT and not (each.traceback or each.stacks):
+        return f"{', '.join(who)}; its last heartbeat: {', '.join(where)}"
+    return ", ".join(who + where)
 
 
 def _stacks(case: Case) -> list[str]:

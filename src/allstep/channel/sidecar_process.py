@@ -34,7 +34,7 @@ from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
 from allstep.channel.record import Kind
 from allstep.channel.relay import Relay
-from allstep.channel.report import failure_json, failure_text, write_report
+from allstep.channel.report import failure_json, failure_text, straggler_line, write_report
 from allstep.channel.sidecar import Setup
 from allstep.exit_codes import PEER_LOST
 
@@ -126,8 +126,8 @@ class _Service:
                 case Verdict(case):
                     self._conclude(case)
                 case StragglerSeen(rank, ratio):
-                    text = f"allstep: rank {rank} is slow: {ratio:.1f} times the others' own time for a step\n"
-                    self._service.notify(text, min(self._service.present(), default=0))
+                    printer = min(self._service.present(), default=0)
+                    self._service.notify(f"allstep: {straggler_line(rank, ratio)}\n", printer)
                 case Ordered(_, code, spared):
                     self._expect_end(code, frozenset(spared))
                 case Finished(_, code):

@@ -111,10 +111,11 @@ def _prepare(order: Order, storage: Storage, rank: int) -> tuple[str | None, boo
 def _agree_to_write(order: Order, refused: str | None, storage: Storage, coordinator: Coordinator) -> None:
     snapshot = order.snapshot
     free: int | None = None
-    try:
-        free = storage.free()
-    except Exception as error:
-        refused = refused or f"the disk's free space is unknown: {error}"
+    if coordinator.rank == 0:  # which alone knows that what it removed of earlier saves is gone
+        try:
+            free = storage.free()
+        except Exception as error:
+            refused = refused or f"the disk's free space is unknown: {error}"
     specs = snapshot.specs if snapshot is not None else {}
     size = snapshot.staged.size if snapshot is not None else 0
     ready: list[_Ready] = coordinator.gather(_Ready(refused, size, free, _digest(specs)))
@@ -122,8 +123,8 @@ def _agree_to_write(order: Order, refused: str | None, storage: Storage, coordin
     if len({each.tensors for each in ready}) > 1:
         raise CheckpointError(f"step {order.name.step} was not saved: {_difference(coordinator.gather(specs))}")
     need = sum(each.size for each in ready) + _ROOM
-    room = min((each.free for each in ready if each.free is not None), default=need)
-    if room < need:
+    room = ready[0].free
+    if room is not None and room < need:
         raise CheckpointError(
             f"step {order.name.step} was not saved: it needs {need / 1e6:,.1f} MB and {storage.root} has "
             f"{room / 1e6:,.1f} MB left; make room, or keep fewer checkpoints"

@@ -26,6 +26,7 @@ from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.hub import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
 from allstep.channel.record import Kind
+from allstep.channel.report import straggler_line
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder
@@ -192,9 +193,7 @@ class Attempt:
         elif isinstance(event, Ordered):
             self._kill_soon()
         elif isinstance(event, StragglerSeen):
-            self._terminal.say(
-                f"rank {event.rank} is slow: its own part of a step takes {event.ratio:.1f}x the others'"
-            )
+            self._terminal.say(straggler_line(event.rank, event.ratio))
         elif isinstance(event, AllEnded):
             self._over_everywhere = True
         elif isinstance(event, Finished):
