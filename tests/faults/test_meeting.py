@@ -139,3 +139,14 @@ def test_row_30_a_corrupt_configuration_starts_nothing_and_names_file_line_and_f
     for word in says:
         assert word in job.text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.yaml", "script.py"]
+
+
+def test_row_18_ranks_that_torchruns_agent_left_behind_come_to_their_end(tmp_path: Path) -> None:
+    with started(
+        tmp_path, "few_steps.py", "20", fault=FaultPlan.at(iteration=5).sleep(2), launcher="torchrun"
+    ) as running:
+        running.await_line(STRIKES, 2)
+        running.process.kill()  # it serves the store
+        running.await_line("trained 20", 2)
+        job = running.end()
+    assert job.left == []

@@ -17,7 +17,7 @@ def main(world: allstep.World) -> None:
 
     @trainer.on(Events.STARTED)
     def say() -> None:
-        print("training", flush=True)
+        sys.stdout.write("training\n")  # in one piece: ranks may share the stream
 
     try:
         trainer.run(range(100), max_epochs=10)
