@@ -77,7 +77,8 @@ def test_plain_values_come_back_with_their_types(value: Any) -> None:
 def test_values_of_the_field_come_back_with_their_types(value: Any) -> None:
     back = there_and_back(value)
     assert type(back) is type(value)
-    assert repr(back) == repr(value)
+    # The order of a set's members is that in which they came.
+    assert back == value if isinstance(value, set | frozenset) else repr(back) == repr(value)
 
 
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])

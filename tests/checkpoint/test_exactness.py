@@ -38,14 +38,14 @@ def test_killed_at_every_iteration(tmp_path, ranks):
         assert began == [(kill - 1) // 2 * 2 + 1 for kill in kills]
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.nightly) for ranks in (1, 2)), 3])
 def test_killed_with_workers_and_accumulation(tmp_path, ranks):
     job = Job(str(tmp_path), workers=2, accumulate=2, every=3)
     for parted, _ in run_ranks(unequal_after_kills, ranks, job, [4, 8] if ranks == 1 else [8], timeout=280):
         assert parted == []
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_killed_with_a_global_batch_in_micro_batches(tmp_path, ranks):
     job = Job(str(tmp_path), most=2, every=2)
     for parted, _ in run_ranks(unequal_after_kills, ranks, job, [7, 16, 23], timeout=280):

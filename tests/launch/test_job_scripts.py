@@ -23,7 +23,7 @@ def test_torchrun_sh_starts_the_processes_it_is_told_to(tmp_path: Path) -> None:
     shutil.copy(ROOT / "launch/torchrun.sh", tmp_path / "launch")
     ready = f"allstep_environment() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n"
     (tmp_path / "launch/environment.sh").write_text(ready)
-    script(tmp_path, "print(rank, os.environ['WORLD_SIZE'], sys.argv[1:], flush=True)")
+    script(tmp_path, "os.write(1, f\"{rank} {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n\".encode())")
     result = subprocess.run(
         [tmp_path / "launch/torchrun.sh", "script.py", "--lr", "0.1"],
         env=environment({"NPROC": "2"}),
