@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__":  # without site-packages: find the package that this file is in
+if __name__ == "__main__":  # without site-packages: find the package that this file is in, behind the library
     import os.path
 
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 
 import contextlib
 import json

@@ -116,8 +116,8 @@ class Place:
         """Stop the rank's process with SIGSTOP, all its threads."""
         return self._plan("freeze")
 
-    def hold_gil(self, seconds: float) -> FaultPlan:
-        """Sleep in C with Python's interpreter lock held, so that no other thread of the rank runs."""
+    def hold_gil(self, seconds: float = 3600.0) -> FaultPlan:
+        """Sleep in C with the interpreter lock held, so that no other thread of the rank runs; by default for an hour."""
         return self._plan("hold_gil", float(seconds))
 
     def sleep(self, seconds: float) -> FaultPlan:
