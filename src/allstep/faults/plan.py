@@ -117,7 +117,7 @@ class Place:
         return self._plan("freeze")
 
     def hold_gil(self, seconds: float = 3600.0) -> FaultPlan:
-        """Sleep in C with the interpreter lock held, so that no other thread of the rank runs; by default for an hour."""
+        """Sleep in C with the interpreter lock held, for an hour by default: no other thread of the rank runs."""
         return self._plan("hold_gil", float(seconds))
 
     def sleep(self, seconds: float) -> FaultPlan:
