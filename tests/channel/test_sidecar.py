@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from allstep.channel.sidecar import Sidecar, new_nonce, start_sidecar
+from allstep.channel.address import new_nonce
+from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import ConfigurationError
 from tests.channel.driving import BOUND, RankProcess, gone, rank_processes, wait_for
 

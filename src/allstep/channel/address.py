@@ -1,6 +1,8 @@
-"""HOST:PORT as text and as a pair."""
+"""Where a service is, as text and as a pair, and the secret that it asks for."""
 
 from __future__ import annotations
+
+import secrets
 
 from allstep.errors import WorldError
 
@@ -21,3 +23,8 @@ def split_address(address: str) -> tuple[str, int]:
 def join_address(host: str, port: int) -> str:
     """The text of a host and a port."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def new_nonce() -> str:
+    """A secret for one start of one run."""
+    return secrets.token_hex(16)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from allstep.channel.causes import Case, case_of
@@ -106,7 +106,6 @@ class Relay:
         self._uplink = Uplink(selector, self, upstream, self._hello, link=limits.link, watch=self._watch)
         self._events: list[HubEvent] = []
         self._order = 0
-        self._furthest = (0, 0)
         self._stacks_at: float | None = None
         self._finished = False
         self._refused = False
@@ -175,18 +174,6 @@ class Relay:
     def settling(self) -> bool:
         """Whether something is still to be judged here: never, the head judges."""
         return False
-
-    def progress(self) -> tuple[int, int]:
-        """The furthest (epoch, iteration) that any rank of this node reached."""
-        return self._furthest
-
-    def status(self, rank: int) -> Beat | None:
-        """The last heartbeat of a rank of this node."""
-        return self._records[rank].beat
-
-    def ends(self) -> Mapping[int, WorkerEnd]:
-        """How workers of this node ended, by rank."""
-        return {rank: record.end for rank, record in self._records.items() if record.end is not None}
 
     def present(self) -> list[int]:
         """The ranks of this node whose World is open."""
@@ -328,7 +315,6 @@ class Relay:
         match message:
             case Beat():
                 record.beat, record.beaten = message, self._clock()
-                self._furthest = max(self._furthest, (message.epoch, message.iteration))
             case Failure():
                 record.note_failure(message, self._moment())
             case Withdraw():

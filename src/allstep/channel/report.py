@@ -115,10 +115,15 @@ def straggler_line(rank: int, ratio: float) -> str:
     return f"rank {rank} is slow: its own part of a step takes {ratio:.1f} times the others'"
 
 
+def without_torchs_prefix(line: str) -> str:
+    """A line of output as the script wrote it."""
+    return _TORCHS_PREFIX.sub("", line)
+
+
 def last_lines(output: str) -> list[str]:
     """The end of what was written: from where its last traceback or crash dump begins, at most `LINES`."""
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
-    lines = [_TORCHS_PREFIX.sub("", line) for line in lines[-LINES:]]
+    lines = [without_torchs_prefix(line) for line in lines[-LINES:]]
     for index, line in enumerate(lines):
         if line.startswith(
             ("Traceback (most recent call last)", "Fatal Python error", "  + Exception Group Traceback")

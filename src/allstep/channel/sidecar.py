@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import select
 import subprocess
 import sys
@@ -133,11 +132,6 @@ def start_sidecar(
             )
         undo.pop_all()
     return Sidecar(join_address(host, int(port)), process, lifeline)
-
-
-def new_nonce() -> str:
-    """A secret for one start of one run."""
-    return secrets.token_hex(16)
 
 
 def _read_answer(fd: int, timeout: float) -> str:

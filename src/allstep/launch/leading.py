@@ -11,18 +11,17 @@ a worker cannot be started; each is a LaunchError.
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from allstep.channel.address import new_nonce
 from allstep.channel.causes import Case
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
 from allstep.channel.record import Kind
-from allstep.channel.report import failure_json, failure_text, write_report
+from allstep.channel.report import failure_json, failure_text, without_torchs_prefix, write_report
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.attempt import Attempt
@@ -34,9 +33,6 @@ from allstep.launch.restarts import FailedAttempt, Progress, decide
 
 if TYPE_CHECKING:
     from allstep.launch.gathering import Gathering
-
-# torch.distributed puts this before each line of a traceback once a process group exists.
-_TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")
 
 TIDY = 3.0
 """Seconds that other machines have to come for the last word."""
@@ -100,7 +96,7 @@ class _Leader:
 
     def _attempt(self) -> int | None:
         """Run one attempt everywhere; return the run's exit status, or None where another is to follow."""
-        nonce = os.urandom(16).hex()
+        nonce = new_nonce()
         several = self._gathering is not None
         with ReservedPort() as reserved, contextlib.ExitStack() as stack:
             listener = socket.create_server(("" if several else "127.0.0.1", 0), backlog=1024)
@@ -242,5 +238,5 @@ def _in_short(case: Case) -> str:
     place = f", epoch {cause.epoch}, iteration {cause.iteration}" if cause.epoch else ""
     what = cause.what.strip().splitlines()[0] if cause.what.strip() else cause.kind.value
     said = (cause.traceback or cause.output).strip().splitlines()[-1:]
-    words = f" ({_TORCHS_PREFIX.sub('', said[0].strip())[:200]})" if said and cause.kind is Kind.EXIT else ""
+    words = f" ({without_torchs_prefix(said[0].strip())[:200]})" if said and cause.kind is Kind.EXIT else ""
     return f"rank {cause.rank}: {what[:200]}{words}{place}"

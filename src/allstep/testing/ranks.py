@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import os
 import pickle
-import secrets
 import socket
 import sys
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from allstep.channel.address import new_nonce
 from allstep.channel.limits import Limits
 from allstep.channel.report import failure_text
 from allstep.errors import RanksError
@@ -85,7 +85,7 @@ def run_ranks(
 def _play(function: bytes, world_size: int, given: Mapping[str, str], pool: Pool, timeout: float) -> Played:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **given}
     limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
-    nonce, run_id = secrets.token_hex(8), f"test-{uuid.uuid4().hex[:8]}"
+    nonce, run_id = new_nonce(), f"test-{uuid.uuid4().hex[:8]}"
     listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
     channel: dict[str, str] = {}
     if "ALLSTEP_CHANNEL" not in given:  # else the caller serves the ranks

@@ -13,11 +13,11 @@ WorldError that says so.
 from __future__ import annotations
 
 import os
-import secrets
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from allstep.channel.address import new_nonce
 from allstep.channel.arrival import Arrival
 from allstep.channel.client import Client
 from allstep.channel.messages import Hello
@@ -76,7 +76,7 @@ def sidecar_service(store: Store, placement: Placement, timeout: float, deadline
         store.set(f"node/{placement.node_rank}/{placement.local_rank}", str(placement.rank))
     if placement.local_rank == 0:
         if placement.node_rank == 0:
-            nonce = secrets.token_hex(16)
+            nonce = new_nonce()
             sidecar = _start(placement, nonce)
         else:
             port, nonce = _published(store, 0, placement, timeout, deadline)
