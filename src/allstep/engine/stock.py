@@ -1,10 +1,10 @@
 """What one rank has to give: the batches of its pass, those that were carried over from the pass before, and a filler.
 
 Contract: an `AgreedFeed` asks what the coming iterations hold (`look`), votes on that with the other ranks, and takes
-the batches of the iterations that were agreed (`give`). It says when a pass begins and ends. A batch that was agreed and
-belongs to an accumulation group which the next pass completes is carried over; one that was read and not given is kept,
-for data that cannot be iterated again. Nothing here crosses ranks. What can go wrong is the reader's: data that gives
-less than it declared (`gave_less`), which all ranks hear of in their next vote.
+the batches of the iterations that were agreed (`give`). It says when a pass begins and ends. A batch that was agreed
+and belongs to an accumulation group which the next pass completes is carried over; one that was read and not given is
+kept, for data that cannot be iterated again. Nothing here crosses ranks. What can go wrong is the reader's: data that
+gives less than it declared (`gave_less`), which all ranks hear of in their next vote.
 """
 
 from __future__ import annotations
