@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -51,6 +52,15 @@ def test_two_forward_passes_of_one_backward_pass_are_one_wait(watched):
     (watched(torch.ones(2, 3)) + watched(torch.zeros(2, 3))).sum().backward()
     assert watched.pulse.waits == ["buffers", "buffers", "gradients"]
     assert watched.pulse.waiting == ""
+
+
+def test_a_compiled_model_waits_alike_and_torch_warns_of_nothing_in_it(watched):
+    compiled = torch.compile(watched, backend="eager")
+    with warnings.catch_warnings(record=True) as warned:
+        for _ in range(3):
+            compiled(torch.ones(2, 3)).sum().backward()
+    assert watched.pulse.waits == ["buffers", "gradients"] * 3
+    assert not [each for each in warned if "Dynamo" in str(each.message)]
 
 
 def test_inside_no_sync_and_without_gradients_nothing_waits_for_them(watched):

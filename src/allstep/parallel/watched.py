@@ -8,7 +8,8 @@ host only queues kernels and waits at whatever reads a result, so plain DDP is u
 
 How: a hook on the outputs queues a callback of the autograd engine when the backward pass begins. The engine calls such
 callbacks in order when all gradients are there; DDP queues the one that waits for its reductions later, when its last
-bucket is ready. So ours is called first, and one that it queues in turn is called after DDP's.
+bucket is ready. So ours is called first, and one that it queues in turn is called after DDP's. Under torch.compile both
+are left out of what is compiled, and the module inside is compiled whole.
 """
 
 from __future__ import annotations
@@ -31,12 +32,10 @@ class WatchedDDP(DistributedDataParallel):
         """As in DDP."""
         output = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         if self.pulse is not None and torch.is_grad_enabled() and self.require_backward_grad_sync:
-            began = _backward_watch(self.pulse)
-            for tensor in _tensors(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(began)  # type: ignore[no-untyped-call]
+            _watch_backward(output, self.pulse)
         return output
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.pulse is None:
             return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
@@ -52,7 +51,16 @@ class WatchedDDP(DistributedDataParallel):
         return state
 
 
-def _backward_watch(pulse: Pulse) -> Callable[[torch.Tensor], None]:
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _watch_backward(output: Any, pulse: Pulse) -> None:
+    """Tell `pulse` of the backward passes through `output`."""
+    began = _backward_hook(pulse)
+    for tensor in _tensors(output):
+        if tensor.requires_grad:
+            tensor.register_hook(began)  # type: ignore[no-untyped-call]
+
+
+def _backward_hook(pulse: Pulse) -> Callable[[torch.Tensor], None]:
     """The hook for all outputs of one forward pass; it acts once in a backward pass."""
     engine = torch.autograd.Variable._execution_engine
     has_begun = False
