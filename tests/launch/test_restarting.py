@@ -127,3 +127,13 @@ def test_a_crash_loop_ends_after_restarts_without_progress(stops: str, attempts:
     assert len(list(tmp_path.glob("runs/exp/attempt_*"))) == attempts, result.stderr
     assert "not begun again: 2 restarts in a row got no further than epoch 1, iteration 7" in result.stderr
     assert "ValueError: bad batch" in result.stderr
+
+
+def test_a_script_that_never_comes_as_far_as_init_is_a_crash_loop(tmp_path: Path) -> None:
+    script(tmp_path, "import a_package_that_is_not_there\n")
+    arguments = ["--nproc", "2", "--name", "exp", "--max-restarts", "20", "--stop-after", "2", "script.py"]
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 1
+    assert len(list(tmp_path.glob("runs/exp/attempt_*"))) == 3, result.stderr
+    assert "not begun again: 2 restarts in a row ended before all ranks had come through allstep.init" in result.stderr
+    assert "No module named 'a_package_that_is_not_there'" in result.stderr
