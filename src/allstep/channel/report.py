@@ -53,7 +53,7 @@ def failure_text(
     if cause.traceback:
         lines += [f"  {line}" for line in set_off(_cut(cause.traceback))]
     lines += _stacks(case)
-    last = last_lines((tails or {}).get(cause.rank) or cause.output, cause.traceback)
+    last = _output(cause, tails)
     if last:
         lines += ["  its last lines of output:", *(f"    {line}".rstrip() for line in last)]
     elif cause.kind in (Kind.SIGNAL, Kind.EXIT) and not cause.traceback:
@@ -76,7 +76,7 @@ def failure_json(
     def one(each: Account) -> dict[str, object]:
         values = asdict(each)
         values["kind"] = str(each.kind)
-        values["output"] = "\n".join(last_lines((tails or {}).get(each.rank) or each.output, each.traceback))
+        values["output"] = "\n".join(_output(each, tails))
         values["log"] = str(logs[each.rank]) if logs and each.rank in logs else ""
         return values
 
@@ -158,6 +158,11 @@ def _without(traceback: str, lines: list[str]) -> list[str]:
     return lines[: starts[-headings:][0]] + lines[ends[-1] + 1 :]
 
 
+def _output(each: Account, tails: Mapping[int, str] | None) -> list[str]:
+    ended_of_it = each.kind in (Kind.ERROR, Kind.DERIVED)  # else its traceback is of something before
+    return last_lines((tails or {}).get(each.rank) or each.output, each.traceback if ended_of_it else "")
+
+
 def _headline(case: Case) -> str:
     cause = case.cause
     if cause.kind is Kind.NODE_LOST:
@@ -215,6 +220,8 @@ def _others(case: Case) -> list[str]:
     for each in sorted(case.others, key=lambda each: each.rank):
         if each.kind in _FAILED_TOO or each.kind is Kind.DERIVED:
             how = f"failed {'because of that' if each.kind is Kind.DERIVED else 'too'}, {each.what}"
+        elif each.kind is Kind.SEEN:
+            how = f"had seen {each.what} leave a run, and had not ended of it"
         elif each.kind is Kind.RUNNING and each.waiting:
             how = f"waited in {each.waiting}"
         else:
