@@ -79,6 +79,29 @@ def test_workers_that_make_room_when_told_to_stop_give_that_code(tmp_path: Path)
     assert process.returncode == 85
 
 
+def test_a_worker_that_makes_room_alone_is_named_while_the_others_go_on(tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        "import signal\nif rank == 1:\n    sys.exit(85)\n"
+        "signal.signal(15, lambda *_: sys.exit(85))\nwhile True:\n    signal.pause()\n",
+    )
+    with started(tmp_path, "--nproc", "3", "script.py") as process:
+        assert lines(process.stderr, 2)[1] == "allstep: rank 1 made room (exit code 85), and ranks 0, 2 go on"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=LIMIT)
+    assert process.returncode == 85
+
+
+def test_a_worker_that_makes_room_in_the_middle_of_a_run_is_the_one_that_left_early(tmp_path: Path) -> None:
+    leaves = 'raise ValueError("bad batch")'
+    script(tmp_path, TRAIN.replace("STOPS", "[7]").replace(leaves, "os._exit(85)"))
+    result = run(tmp_path, "--nproc", "2", "--name", "exp", "script.py")
+    assert result.returncode == 85
+    cause = json.loads((tmp_path / "runs/exp/attempt_0/failure.json").read_text())["cause"]
+    assert (cause["rank"], cause["kind"]) == (1, "left early"), result.stderr
+    assert "made room (exit code 85)" in cause["what"]
+
+
 def test_attempts_go_on_without_a_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file is in the way")
     script(tmp_path, FAIL_UNTIL.format(2) + "print(attempt)")
@@ -127,3 +150,13 @@ def test_a_crash_loop_ends_after_restarts_without_progress(stops: str, attempts:
     assert len(list(tmp_path.glob("runs/exp/attempt_*"))) == attempts, result.stderr
     assert "not begun again: 2 restarts in a row got no further than epoch 1, iteration 7" in result.stderr
     assert "ValueError: bad batch" in result.stderr
+
+
+def test_a_script_that_never_comes_as_far_as_init_is_a_crash_loop(tmp_path: Path) -> None:
+    script(tmp_path, "import a_package_that_is_not_there\n")
+    arguments = ["--nproc", "2", "--name", "exp", "--max-restarts", "20", "--stop-after", "2", "script.py"]
+    result = run(tmp_path, *arguments)
+    assert result.returncode == 1
+    assert len(list(tmp_path.glob("runs/exp/attempt_*"))) == 3, result.stderr
+    assert "not begun again: 2 restarts in a row ended before all ranks had come through allstep.init" in result.stderr
+    assert "No module named 'a_package_that_is_not_there'" in result.stderr
