@@ -18,7 +18,7 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 
-from allstep.metrics.nodes import Entry, named_metrics
+from allstep.metrics.nodes import Entry, named_metrics, plain_attributes
 
 _OWN = ("torchmetrics", "allstep")
 _MISSING = object()
@@ -38,6 +38,7 @@ _LEFT_OUT = frozenset(
             "process_group",
         ),
         *("warn_on_many_detections", "model_name_or_path", "sync_on_compute", "compute_on_cpu", "dist_sync_on_step"),
+        "compute_with_cache",
     }
 )
 
@@ -58,9 +59,7 @@ def _description(metric: Metric, names: Mapping[int, str]) -> str:
     if isinstance(metric, CompositionalMetric):
         return f"the formula {_formula(metric, names)}"
     made = [
-        f"{name}={text}"
-        for name in _arguments_of(type(metric))
-        if (text := _text(vars(metric).get(name, _MISSING))) is not None
+        f"{name}={text}" for name in _compared(metric) if (text := _text(vars(metric).get(name, _MISSING))) is not None
     ]
     return f"{type(metric).__name__}({', '.join(made)})"
 
@@ -90,14 +89,21 @@ def _operator(function: Any) -> str:
     return " ".join([name, *(text for text in bound if text is not None)])
 
 
+def _compared(metric: Metric) -> list[str]:
+    """The arguments of torchmetrics' and allstep's own classes that a metric is made of, as attributes."""
+    names = list(_arguments_of(type(metric)))
+    if type(metric).__module__.partition(".")[0] == "allstep":  # some are kept under other names
+        names += [name for name in sorted(plain_attributes(metric)) if name not in names]
+    return [name for name in names if name not in _LEFT_OUT and not name.startswith("_") and "device" not in name]
+
+
 @lru_cache
 def _arguments_of(kind: type[Metric]) -> tuple[str, ...]:
-    """The arguments of torchmetrics' and allstep's own classes that a metric's class is made of."""
     names: dict[str, None] = {}
     for each in kind.__mro__:
         if each.__module__.partition(".")[0] in _OWN and "__init__" in vars(each):
             names.update(dict.fromkeys(_named_parameters(each)))
-    return tuple(name for name in names if name not in _LEFT_OUT and not name.startswith("_") and "device" not in name)
+    return tuple(names)
 
 
 def _named_parameters(kind: type) -> Iterator[str]:
