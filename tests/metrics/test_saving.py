@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from torchmetrics import Metric
-from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.wrappers import MinMaxMetric
 
 from allstep import Alone, Coordinator, Engine, Events
-from allstep.metrics import Max, Mean, Metrics
+from allstep.metrics import Max, Mean, Metrics, Sum
 from allstep.testing import simulate
-from tests.metrics.worlds import all_same_bits, deal, on_one, take
+from tests.metrics.worlds import all_same_bits, deal, on_one, same_bits, take
 
 
 class Averaged(Metric):
@@ -41,6 +42,7 @@ def make() -> dict[str, Metric]:
         "averaged": Averaged(),
         "mean": Mean(),
         "max": Max(),
+        "sum": Sum(),
     }
 
 
@@ -56,6 +58,7 @@ TRANSFORMS = {
     "averaged": transform,
     "mean": lambda b: b[0],
     "max": lambda b: b[0],
+    "sum": lambda b: b[0],
 }
 
 
@@ -122,7 +125,7 @@ def test_what_was_loaded_and_what_comes_after_is_all_samples() -> None:
     found = simulate(rank, 2)
     single = on_one(make, data, TRANSFORMS)
     assert all_same_bits(found)
-    for name in ("accuracy", "auroc", "pearson", "mean", "max"):
+    for name in ("accuracy", "auroc", "pearson", "mean", "max", "sum"):
         torch.testing.assert_close(found[0][name], single[name])
 
 
@@ -137,6 +140,127 @@ def test_saving_again_what_was_loaded_keeps_it() -> None:
     engine.reductions[0](engine)  # type: ignore[operator]
     for name, value in saved_results(states, 3).items():
         torch.testing.assert_close(engine.state.metrics[name], value)
+
+
+def in_an_epoch(coordinator: Coordinator, metrics: Metrics, state: Any, *, before: bool) -> dict[str, Any]:
+    """Results of what was loaded, before or after `attach`."""
+    engine = Engine(take, coordinator=coordinator)
+    if before:
+        metrics.load_state_dict(state)
+    metrics.attach(engine, TRANSFORMS)
+    if not before:
+        metrics.load_state_dict(state)
+    engine.reductions[0](engine)  # type: ignore[operator]
+    return dict(engine.state.metrics)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before attach", "after"])
+@pytest.mark.parametrize("now", [1, 2, 4])
+def test_states_of_all_ranks_are_counted_once_whenever_they_are_loaded(now: int, before: bool) -> None:
+    states = saved(deal(batches(9), 3))
+    expected = saved_results(states, 3)
+    found = simulate(lambda c: in_an_epoch(c, Metrics(make()), states, before=before), now)
+    assert all_same_bits(found)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[0][name], value)
+
+
+def test_what_one_rank_saved_is_gone_on_with_before_attach_too() -> None:
+    states = saved(deal(batches(9), 2))
+    expected = saved_results(states, 2)
+    found = simulate(lambda c: in_an_epoch(c, Metrics(make()), states[c.rank], before=True), 2)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[0][name], value)
+
+
+class Learning(Averaged):
+    """Keeps beside its state what its updates found out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind: torch.dtype | None = None
+        self.seen = 0
+        self.last = torch.zeros(())
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        super().update(preds, target)
+        self.kind = torch.float16
+        self.seen += 1
+        self.last = preds[-1]
+
+    def compute(self) -> torch.Tensor:
+        assert self.kind is not None
+        return self.value.to(self.kind) + self.seen + self.last
+
+
+def with_attributes() -> dict[str, Any]:
+    members = [BinaryAUROC(), BinaryAveragePrecision()]
+    return {"learnt": Learning(), "range": MinMaxMetric(MulticlassAccuracy(2)), "c": MetricCollection(members)}
+
+
+ATTRIBUTES = {
+    "learnt": transform,
+    "range": lambda b: ((b[0] > 0.5).long(), b[1]),
+    "c": transform,
+}
+
+
+def running(engine: Engine, metrics: Metrics, data: list[Any]) -> dict[str, Any]:
+    metrics.attach(engine, ATTRIBUTES, "running")
+    engine.run(data)
+    return dict(engine.state.metrics)
+
+
+def test_a_state_holds_what_updates_learnt_and_extremes_of_results_and_all_members() -> None:
+    data = batches(6)
+    whole = running(Engine(take, coordinator=Alone()), Metrics(with_attributes()), data)
+    first = Metrics(with_attributes())
+    running(Engine(take, coordinator=Alone()), first, data[:3])
+    state = first.state_dict()
+    assert state["range"]["learnt"].keys() == {"min_val", "max_val"}
+    assert len(state["c.BinaryAveragePrecision"]["states"]["preds"]) == 3
+    second = Metrics(with_attributes())
+    second.load_state_dict(state)
+    engine = Engine(take, coordinator=Alone())
+    engine.load_state_dict({"iteration": 3, "epoch_length": 6, "max_epochs": 1})
+    assert same_bits(running(engine, second, data), whole)
+
+
+def test_extremes_are_loaded_by_every_rank_of_a_larger_world() -> None:
+    data = batches(4)
+    first = Metrics(with_attributes())
+    results = running(Engine(take, coordinator=Alone()), first, data)["range"]
+    state = first.state_dict()
+
+    def rank(coordinator: Coordinator) -> dict[str, Any]:
+        engine = Engine(take, coordinator=coordinator)
+        metrics = Metrics(with_attributes()).attach(engine, ATTRIBUTES, "running")
+        metrics.load_state_dict([state])
+        engine.reductions[0](engine)  # type: ignore[operator]
+        return dict(engine.state.metrics["range"])
+
+    found = simulate(rank, 3)
+    assert all_same_bits(found)
+    assert same_bits(found[0], results)
+
+
+def test_loading_takes_back_what_updates_set_since() -> None:
+    metrics = Metrics(with_attributes())
+    empty = metrics.state_dict()
+    running(Engine(take, coordinator=Alone()), metrics, batches(2))
+    metrics.load_state_dict(empty)
+    learnt, wrapper = metrics.entries["learnt"], metrics.entries["range"]
+    assert (learnt.kind, learnt.seen, float(learnt.last)) == (None, 0, 0.0)
+    assert (float(wrapper.min_val), float(wrapper.max_val)) == (float("inf"), float("-inf"))
+
+
+def test_metrics_attached_later_do_not_take_from_others_what_they_learnt() -> None:
+    engine = Engine(take, coordinator=Alone())
+    first = Metrics({"learnt": Learning()}).attach(engine, transform)
+    engine.run(batches(2))
+    Metrics({"mean": Mean()}).attach(engine, lambda b: b[0])
+    assert first.state_dict()["learnt"]["learnt"].keys() == {"kind", "seen", "last"}
+    assert engine.reductions[0]._found[0].learnt().keys() == {"kind", "seen"}  # type: ignore[attr-defined]
 
 
 def test_a_saved_state_is_a_copy_and_loading_asks_nobody() -> None:

@@ -18,14 +18,15 @@ from torchmetrics.classification import (
 
 from allstep.metrics.nodes import followers, nodes
 from allstep.metrics.plan import make_plan
-from allstep.metrics.sharing import update_alike
+from allstep.metrics.sharing import fix_groups, update_alike
+from tests.metrics.worlds import on_one, over_ranks
 
 
 def states_of(*members: Metric, groups: Any = True) -> list[tuple[str, str]]:
     """Metrics and states that are packed of a collection."""
     entries = {"c": MetricCollection(list(members), compute_groups=groups)}
     plan = make_plan("event", nodes(entries), followers(entries.values()))
-    return [(line.metric, line.state) for line in plan.schema]
+    return [(line.metric, line.state) for line in plan.schema if line.state]
 
 
 def test_metrics_that_update_alike_are_packed_once() -> None:
@@ -78,7 +79,7 @@ class Looking(Counting):
         self.n += vars(self)["step"]
 
 
-class Above(Counting):
+class Upwards(Counting):
     def update(self) -> None:
         super().update()
 
@@ -87,4 +88,97 @@ def test_what_a_method_of_update_reads_is_compared_and_what_cannot_be_known_is_n
     assert update_alike(Counting(1), Counting(1))
     assert not update_alike(Counting(1), Counting(2))
     assert not update_alike(Looking(1), Looking(1))
-    assert not update_alike(Above(1), Above(1))
+    assert not update_alike(Upwards(1), Upwards(1))
+
+
+class Above(Metric):
+    """How many scores are above a threshold; what it counts of some batches, other thresholds count too."""
+
+    full_state_update = False
+    n: torch.Tensor
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        self.threshold = threshold
+        self.add_state("n", torch.tensor(0), "sum")
+
+    def update(self, preds: torch.Tensor) -> None:
+        self.n += (preds > self.threshold).sum()
+
+    def compute(self) -> torch.Tensor:
+        return self.n
+
+
+def low_and_high() -> MetricCollection:
+    return MetricCollection({"low": Above(0.1), "high": Above(0.9)})
+
+
+def test_members_that_agree_on_one_ranks_first_batch_by_chance_stay_apart() -> None:
+    alike, apart = torch.tensor([0.95, 0.05]), torch.tensor([0.5, 0.2])
+    found = over_ranks(lambda: {"c": low_and_high()}, [[alike, apart], [apart, alike]])
+    assert [(int(rank["c/low"]), int(rank["c/high"])) for rank in found] == [(6, 2)] * 2
+
+
+def test_a_collection_that_was_used_before_is_regrouped_and_keeps_what_it_counted() -> None:
+    collection = low_and_high()
+    collection.update(torch.tensor([0.95]))
+    assert len(collection.compute_groups) == 1
+    fix_groups(collection)
+    collection.update(torch.tensor([0.5]))
+    assert {name: int(value) for name, value in collection.compute().items()} == {"low": 2, "high": 1}
+
+
+def test_a_collection_over_ranks_is_fed_in_the_groups_that_travel() -> None:
+    collection = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3), MulticlassConfusionMatrix(3)])
+    fix_groups(collection)
+    assert list(collection.compute_groups.values()) == [
+        ["MulticlassPrecision", "MulticlassRecall"],
+        ["MulticlassConfusionMatrix"],
+    ]
+
+
+def test_one_member_under_two_names_holds_its_states_once() -> None:
+    one = Above(0.5)
+    found = on_one(lambda: {"c": MetricCollection({"a": one, "b": one})}, [torch.tensor([0.9, 0.1])])
+    assert {name: int(value) for name, value in found.items()} == {"c/a": 1, "c/b": 1}
+
+
+def test_groups_given_with_a_later_member_first_are_led_by_it() -> None:
+    names = [["MulticlassRecall", "MulticlassPrecision"]]
+    collection = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3)], compute_groups=names)
+    fix_groups(collection)
+    assert list(collection.compute_groups.values()) == names
+
+
+class Learning(Metric):
+    """Keeps what its update found out beside the state."""
+
+    full_state_update = False
+    n: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind: torch.dtype | None = None
+        self.add_state("n", torch.tensor(0), "sum")
+
+    def update(self, preds: torch.Tensor) -> None:
+        self.n += len(preds)
+        self.kind = preds.dtype
+
+    def compute(self) -> torch.Tensor:
+        assert self.kind is not None
+        return self.n.to(self.kind)
+
+
+class LearningToo(Learning):
+    def compute(self) -> torch.Tensor:
+        return -super().compute()
+
+
+def test_a_member_that_is_not_fed_has_what_its_leader_learnt() -> None:
+    def make() -> dict[str, MetricCollection]:
+        return {"c": MetricCollection([Learning(), LearningToo()])}
+
+    data = [torch.ones(2), torch.ones(3)]
+    for found in (on_one(make, data), over_ranks(make, [data, []])[1]):
+        assert [float(value) for value in found.values()] == [5.0, -5.0]

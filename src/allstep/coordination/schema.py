@@ -1,6 +1,7 @@
 """What of a metric is reduced over ranks, as lines that ranks compare before anything is reduced.
 
-Contract: a `Schema` lists every state in the order in which it is packed. Two ranks may reduce together exactly when
+Contract: a `Schema` lists every state in the order in which it is packed, and then, in lines without a state, what else
+has to be the same: how metrics were made and when they are fed. Two ranks may reduce together exactly when
 their schemas are equal; `fingerprint` is that comparison in 63 bits, and `first_difference` the words for people. Both
 are pure functions, so that all ranks, given what all said, raise the same error.
 """
@@ -15,7 +16,10 @@ from allstep.errors import MetricMismatchError
 
 
 class StateLine(NamedTuple):
-    """One state: at which event and in which metric, by what name, and how it is reduced, with type and shape."""
+    """One state: at which event and in which metric, by what name, and how it is reduced, with type and shape.
+
+    A line whose state is "" is about the metric itself.
+    """
 
     event: str
     metric: str
@@ -57,17 +61,23 @@ def check_schemas(schemas: Sequence[Schema]) -> None:
 
 def _difference(at: int, lines: Sequence[StateLine | None]) -> str:
     known = [line for line in lines if line is not None]
-    same_state = len(known) == len(lines) and len({line[:3] for line in known}) == 1
-    if same_state:
-        said = _by_ranks([line.form if line else "" for line in lines])
-        return f"metric {known[0].metric!r}, state {known[0].state!r}, at {known[0].event}, is {said}"
-    said = _by_ranks(
-        [
-            "no further state" if line is None else f"metric {line.metric!r}, state {line.state!r}, at {line.event}"
-            for line in lines
-        ]
-    )
-    return f"state number {at + 1} is {said}"
+    if len(known) == len(lines) and len({line[:3] for line in known}) == 1:
+        said = _by_ranks([line.form for line in known])
+        state = f", state {known[0].state!r}" if known[0].state else ""
+        return f"metric {known[0].metric!r}{state}, at {known[0].event}, is {said}"
+    if any(line.state for line in known):
+        return f"state number {at + 1} is {_by_ranks([_state(line) for line in lines])}"
+    return f"there is {_by_ranks([_metric(line) for line in lines])}"
+
+
+def _state(line: StateLine | None) -> str:
+    if line is None or not line.state:
+        return "no further state"
+    return f"metric {line.metric!r}, state {line.state!r}, at {line.event}"
+
+
+def _metric(line: StateLine | None) -> str:
+    return "no further metric" if line is None else f"metric {line.metric!r}, {line.form}, at {line.event},"
 
 
 def _by_ranks(said: Sequence[str]) -> str:

@@ -1,31 +1,32 @@
 """`Metrics`: metrics by name, fed with what an engine's step returns and computed over all ranks.
 
-Contract: made from torchmetrics metrics, and attached once to one engine before its run, on every rank alike. During
-the run each batch of this rank's own enters every metric once; a rank's fillers and skipped iterations enter none. At
-the usage's event the results of all ranks together are in `engine.state.metrics`. What can go wrong: see
-`EventReduction`, which reduces; an `update` that raises does so as any handler.
+Contract: made from torchmetrics metrics that have taken nothing in, and attached once to one engine before its run, on
+every rank alike. During the run each batch of this rank's own enters every metric once; a rank's fillers and skipped
+iterations enter none. At the usage's event the results of all ranks together are in `engine.state.metrics`. What can go
+wrong: see `EventReduction`, which reduces; an `update` that raises does so as any handler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.wrappers.abstract import WrapperMetric
+from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.engine.reader import count_samples
 from allstep.errors import MetricError
-from allstep.metrics.nodes import Entry, leaves, nodes, syncs_itself, takes_samples
+from allstep.metrics.describing import descriptions
+from allstep.metrics.feeding import Feeding, Transform
+from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless, syncs_itself
 from allstep.metrics.reduction import EventReduction
 from allstep.metrics.running import Weighted
 from allstep.metrics.saving import load_states, saved_states
-from allstep.metrics.usage import Event, Usage, UsageName, as_usage, base_event
+from allstep.metrics.sharing import fix_groups
+from allstep.metrics.usage import Event, Usage, UsageName, as_usage, base_event, each_event, event_name
 from allstep.world import World
-
-Transform = Callable[[Any], Any]
 
 
 class Metrics:
@@ -44,15 +45,19 @@ class Metrics:
         alone = isinstance(metrics, MetricCollection)
         entries: Mapping[str, Entry] = {"metrics": metrics} if isinstance(metrics, MetricCollection) else metrics
         for name, entry in entries.items():
-            if not isinstance(entry, Metric | MetricCollection):
-                raise TypeError(f"metric {name!r} is {entry!r}; it must be a torchmetrics Metric or MetricCollection")
+            _check_is_metric(name, entry)
         self.entries: dict[str, Entry] = dict(entries)
         self.names_results = not alone
+        self.nodes = nodes(self.entries)
+        self.stateless = stateless(self.entries)
         self.carried: dict[tuple[int, str], list[Any]] = {}
-        self._feeds: list[tuple[Transform | None, list[tuple[Entry, bool]]]] = []
+        self.described: list[tuple[str, str]] = []
+        self._made = descriptions(self.entries)
+        self._feeding: Feeding | None = None
+        self._loaded: list[Mapping[str, Any]] | None = None
         self._engine: Engine | None = None
         self._handles: list[RemovableEventHandle] = []
-        self._reduction: EventReduction | None = None
+        self._reductions: list[EventReduction] = []
 
     def attach(
         self,
@@ -77,77 +82,87 @@ class Metrics:
             This object.
 
         Raises:
-            MetricError: these metrics are attached already, or the engine is running.
+            MetricError: these metrics, or one inside, are attached already; one would be fed twice; or the engine is
+                running.
             ValueError: an unknown usage or name, or a name that is taken.
+            TypeError: what a usage names is no event.
         """
         chosen = as_usage(usage)
         if self._engine is not None:
             raise MetricError("these metrics are attached already; make other ones for another engine or usage")
         if engine.is_running:
             raise MetricError("the engine is running; attach metrics before run(), on every rank alike")
-        self._feeds = self._make_feeds(output_transform)
+        feeding = Feeding(self.entries, output_transform)
+        known = [each for each in engine.reductions if isinstance(each, EventReduction)]
+        self._check_fed_by_nobody_else(known)
+        joined = [_reduction_at(event, known) for event in each_event(chosen.computes)]
+        for reduction in joined:
+            reduction.check_joins(self)
+        for collection in collections(self.entries.values()):
+            fix_groups(collection)
         self._move(device)
-        reduction = next((r for r in _reductions(engine) if r.event == chosen.computes), None)
-        known = reduction is not None
-        reduction = reduction or EventReduction(chosen.computes)
-        reduction.join(self)
-        add = engine.add_event_handler
+        self.described = [*self._made, (", ".join(self.entries), _times(chosen))]
+        self._engine, self._feeding, self._reductions = engine, feeding, joined
         self._handles = [
-            add(chosen.resets, self._begin, base_event(chosen.resets)),
-            add(chosen.updates, self._take),
+            *(engine.add_event_handler(event, self._begin, base_event(event)) for event in each_event(chosen.resets)),
+            engine.add_event_handler(chosen.updates, self._take),
         ]
-        if known and base_event(chosen.updates) is base_event(chosen.computes):
-            engine.remove_event_handler(reduction, chosen.computes)  # it comes after all that it reduces
-            add(chosen.computes, reduction)
-        elif not known:
-            engine.reductions.append(reduction)
-            add(chosen.computes, reduction)
-        self._engine, self._reduction = engine, reduction
+        for reduction in joined:
+            self._join(reduction, chosen.updates)
+        if self._loaded is not None:  # before it was known which rank this is
+            self.load_state_dict(self._loaded)
         self._note_own_ways()
         return self
 
     def detach(self) -> None:
         """Take the metrics off their engine, on every rank alike. Raises MetricError when it is running."""
-        engine, reduction = self._engine, self._reduction
-        if engine is None or reduction is None:
+        engine = self._engine
+        if engine is None:
             return
         if engine.is_running:
             raise MetricError("the engine is running; detach metrics before or after run(), on every rank alike")
         for handle in self._handles:
             handle.remove()
-        reduction.leave(self)
-        if not reduction.members:
-            engine.reductions.remove(reduction)
-            engine.remove_event_handler(reduction, reduction.event)
-        self._engine = self._reduction = None
+        for reduction in self._reductions:
+            reduction.leave(self)
+            if not reduction.members:
+                engine.reductions.remove(reduction)
+                engine.remove_event_handler(reduction, reduction.event)
+        self._engine, self._reductions = None, []
 
     def reset(self) -> None:
         """Forget what was counted on this rank."""
         self.carried.clear()
-        for entry in leaves(self.entries.values()):
+        for entry in self.entries.values():
             entry.reset()
-            if isinstance(entry, WrapperMetric):
-                entry._update_count = 0
+        for wrapper in self._feeding.wrappers() if self._feeding is not None else ():
+            wrapper._update_count = 0
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has counted; no other rank is asked. To be saved by each rank for itself."""
-        return saved_states(nodes(self.entries), self.carried)
+        return saved_states((*self.nodes, *self.stateless), self.carried, followers(self.entries.values()))
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Go on from what `state_dict` gave; no other rank is asked.
+        """Go on from what `state_dict` gave, before or after `attach`; no other rank is asked.
 
         Args:
             state_dict: what this rank saved; or what all ranks of any number saved, in their order, of which this rank
-                takes its share, so that what was counted is counted once.
+                takes its share, so that what was counted is counted once. Before `attach`, which says how many ranks
+                there are, the share is that of the current world's rank, and is taken anew then.
 
         Raises:
             ValueError: the state is of other metrics; nothing was changed.
         """
-        coordinator = None if self._engine is None else self._engine.coordinator
-        rank, world_size = (0, 1) if coordinator is None else (coordinator.rank, coordinator.world_size)
-        states = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)[rank::world_size]
-        found = nodes(self.entries)
-        load_states(found, states, self.carried)
+        every = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        mine = every if isinstance(state_dict, Mapping) else every[slice(*self._share())]
+        load_states(self.nodes, self.stateless, mine, every, self.carried)
+        deferred = self._engine is None and not isinstance(state_dict, Mapping)
+        self._loaded = every if deferred else None
+
+    def _share(self) -> tuple[int, None, int]:
+        """The first of the saved ranks that this one goes on for, and how many on the next is."""
+        place = World.current() if self._engine is None else self._engine.coordinator
+        return (0, None, 1) if place is None else (place.rank, None, place.world_size)
 
     def _begin(self, engine: Engine, event: Event) -> None:
         beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.progress.epoch_began_at}
@@ -157,38 +172,37 @@ class Metrics:
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
-        if not state.active or state.samples == 0:
+        if not state.active or state.samples == 0 or self._feeding is None:
             return
-        samples: int | None = state.samples
-        for transform, fed in self._feeds:
-            output = state.output if transform is None else transform(state.output)
-            if output is None:
-                continue
-            given, named = _arguments(output)
-            for entry, weighted in fed:
-                known = entry._filter_kwargs(**named) if named and isinstance(entry, Metric) else named
-                if weighted:
-                    if samples is None:
-                        samples = (engine.samples_in or count_samples)(state.batch)
-                    known = {**known, "samples": samples}
-                entry.update(*given, **known)
-                if isinstance(entry, WrapperMetric):  # these do not count
-                    entry._update_count += 1
 
-    def _make_feeds(
-        self, output_transform: Transform | Mapping[str, Transform] | None
-    ) -> list[tuple[Transform | None, list[tuple[Entry, bool]]]]:
-        by_name = output_transform if isinstance(output_transform, Mapping) else {}
-        common = None if isinstance(output_transform, Mapping) else output_transform
-        unknown = sorted(by_name.keys() - self.entries.keys())
-        if unknown:
-            raise ValueError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(self.entries)}")
-        own = {id(leaf): by_name[name] for name in by_name for leaf in leaves([self.entries[name]])}
-        feeds: dict[int, tuple[Transform | None, list[tuple[Entry, bool]]]] = {}
-        for leaf in leaves(self.entries.values()):
-            transform = own.get(id(leaf), common)
-            feeds.setdefault(id(transform), (transform, []))[1].append((leaf, takes_samples(leaf)))
-        return list(feeds.values())
+        @cache
+        def samples() -> int:
+            return state.samples if state.samples is not None else (engine.samples_in or count_samples)(state.batch)
+
+        self._feeding.take(state.output, samples)
+
+    def _join(self, reduction: EventReduction, updates: Event) -> None:
+        assert self._engine is not None
+        is_new = not reduction.members
+        reduction.join(self)
+        if is_new:
+            self._engine.reductions.append(reduction)
+        elif any(base_event(each) is base_event(reduction.event) for each in each_event(updates)):
+            self._engine.remove_event_handler(reduction, reduction.event)  # it comes after all that it reduces
+        else:
+            return
+        self._engine.add_event_handler(reduction.event, reduction)
+
+    def _check_fed_by_nobody_else(self, known: Sequence[EventReduction]) -> None:
+        own = {id(metric): name for name, metric in named_metrics(self.entries)}
+        for member in {id(member): member for reduction in known for member in reduction.members}.values():
+            for name, metric in named_metrics(member.entries):
+                if id(metric) in own:
+                    raise MetricError(
+                        f"metric {own[id(metric)]!r} ({type(metric).__name__}) is attached to this engine already, as "
+                        f"{name!r} of another Metrics; both would feed and reset it. Give it a metric of its own, such "
+                        "as metric.clone(), or put both into one Metrics"
+                    )
 
     def _move(self, device: torch.device | str | None) -> None:
         world = World.current()
@@ -204,23 +218,36 @@ class Metrics:
 
     def _note_own_ways(self) -> None:
         assert self._engine is not None
-        for node in nodes(self.entries):
-            if syncs_itself(node.metric):
-                self._engine.logger.info(
-                    "metric %s (%s) reduces its states in a way of its own, with collectives of its own",
-                    node.name,
-                    type(node.metric).__name__,
+        log = self._engine.logger
+        for name, metric in named_metrics(self.entries):
+            kind = type(metric).__name__
+            if metric._defaults and syncs_itself(metric):
+                log.info(
+                    "metric %s (%s) reduces its states in a way of its own, with collectives of its own", name, kind
                 )
+            if self._engine.coordinator.world_size == 1:
+                continue
+            if metric.process_group is not None:
+                log.warning("metric %s (%s) has a process_group; it is reduced over all ranks all the same", name, kind)
+            if not metric.sync_on_compute:
+                log.warning("metric %s (%s) has sync_on_compute=False; it is reduced all the same", name, kind)
+            if metric.dist_sync_on_step:
+                log.info("metric %s (%s) has dist_sync_on_step=True; it is reduced at its usage's event", name, kind)
 
 
-def _reductions(engine: Engine) -> list[EventReduction]:
-    return [each for each in engine.reductions if isinstance(each, EventReduction)]
+def _check_is_metric(name: str, entry: Any) -> None:
+    if isinstance(entry, MetricTracker):
+        raise TypeError(
+            f"metric {name!r} is a MetricTracker, which keeps results of its own over epochs. Give the metric inside "
+            "of it, and keep engine.state.metrics at each epoch's end"
+        )
+    if not isinstance(entry, Metric | MetricCollection):
+        raise TypeError(f"metric {name!r} is {entry!r}; it must be a torchmetrics Metric or MetricCollection")
 
 
-def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """A step's output as the arguments of `update`."""
-    if isinstance(output, Mapping):
-        return (), output
-    if isinstance(output, tuple):
-        return output, {}
-    return (output,), {}
+def _reduction_at(event: Any, known: Sequence[EventReduction]) -> EventReduction:
+    return next((each for each in known if each.event == event), None) or EventReduction(event)
+
+
+def _times(usage: Usage) -> str:
+    return f"counted from {event_name(usage.resets)} on and fed at {event_name(usage.updates)}"

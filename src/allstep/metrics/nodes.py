@@ -1,8 +1,8 @@
-"""What of a metric is fed and what of it holds states: metrics may be collections, wrappers and arithmetic on others.
+"""What of a metric holds states: metrics may be collections, wrappers and arithmetic on others.
 
-Contract: pure functions over a metric as it was made. `leaves` are fed with batches, each once, however often it occurs
-in arithmetic: torchmetrics' `p * r / (p + r)` would feed p and r twice. `nodes` are all metrics inside that hold states
-of their own, by name.
+Contract: pure functions over metrics as they were made. `nodes` are all metrics inside that hold states of their own,
+by name; `stateless` are all others but arithmetic, which may still keep something beside states. A `Node` remembers how
+its metric began, so it is made once, before the metric has taken anything in.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
-from allstep.metrics.running import Weighted
 from allstep.metrics.sharing import shared_states
 
 Entry: TypeAlias = Metric | MetricCollection
@@ -28,20 +29,30 @@ _BOOKKEEPING = frozenset(
     }
 )
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype)
+_MISSING = object()
+
+# torchmetrics' detection metrics override `_sync_dist` only because their lists hold tuples too.
+_PLAIN_LISTS = frozenset({"torchmetrics.detection.mean_ap", "torchmetrics.detection._mean_ap"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """A metric that holds states. `began` has the plain attributes that it was made with."""
+    """A metric. `began` has the plain attributes that it was made with, `tensors` those tensors that are no states."""
 
     name: str
     metric: Metric
     began: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
 
     @property
     def updates(self) -> int:
         """Batches that it has taken in."""
         return int(self.metric._update_count)
+
+    @property
+    def states(self) -> Mapping[str, Any]:
+        """The states that it holds itself, and how they begin."""
+        return self.metric._defaults if _holds_states(self.metric) else {}
 
     def learnt(self) -> dict[str, Any]:
         """Plain attributes beside the states that updates have set, which a rank without a batch lacks."""
@@ -49,65 +60,98 @@ class Node:
             name: value for name, value in plain_attributes(self.metric).items() if not self._began_with(name, value)
         }
 
+    def tensors_changed(self) -> dict[str, torch.Tensor]:
+        """Tensors beside the states that were set or written to since the metric was made."""
+        return {
+            name: tensor
+            for name, (tensor, version) in _tensor_attributes(self.metric).items()
+            if name not in self.tensors or self.tensors[name][0] is not tensor or self.tensors[name][1] != version
+        }
+
+    def counted(self) -> list[str]:
+        """Attributes in which a user's own metric seems to count outside of its states, so that no rank adds them up.
+
+        These are numbers that began as other numbers, and tensors.
+        """
+        is_own = type(self.metric).__module__.partition(".")[0] in ("torchmetrics", "allstep")
+        if is_own or isinstance(self.metric, WrapperMetric):
+            return []
+        numbers = [name for name, value in self.learnt().items() if _is_number(value) and _is_number(self._start(name))]
+        return [*numbers, *(name for name in self.tensors_changed() if name in self.tensors)]
+
+    def begin_again(self) -> None:
+        """Give attributes beside the states the values that they were made with."""
+        held = vars(self.metric)
+        for name in self.learnt():
+            if name in self.began:
+                held[name] = self.began[name]
+            else:
+                del held[name]
+        held.update({name: self.tensors[name][0] for name in self.tensors_changed() if name in self.tensors})
+
+    def _start(self, name: str) -> Any:
+        return self.began.get(name, _MISSING)
+
     def _began_with(self, name: str, value: Any) -> bool:
-        missing: Any = _BOOKKEEPING
-        before = self.began.get(name, missing)
-        return bool(before is value or (before is not missing and before == value))
-
-
-def leaves(entries: Iterable[Entry]) -> list[Entry]:
-    """What is fed with each batch, without repetition."""
-    found: dict[int, Entry] = {}
-    waiting = list(entries)
-    while waiting:
-        entry = waiting.pop(0)
-        if isinstance(entry, CompositionalMetric):
-            waiting += [part for part in (entry.metric_a, entry.metric_b) if isinstance(part, Metric)]
-        else:
-            found.setdefault(id(entry), entry)
-    return list(found.values())
+        before = self._start(name)
+        return bool(before is value or (type(before) is type(value) and before == value))
 
 
 def nodes(entries: Mapping[str, Entry]) -> list[Node]:
     """All metrics with states inside of named entries, without repetition."""
-    found: dict[int, Node] = {}
+    return [_node(name, metric) for name, metric in named_metrics(entries) if _holds_states(metric)]
+
+
+def stateless(entries: Mapping[str, Entry]) -> list[Node]:
+    """All metrics without states of their own inside of named entries, arithmetic left out."""
+    return [
+        _node(name, metric)
+        for name, metric in named_metrics(entries)
+        if not _holds_states(metric) and not isinstance(metric, CompositionalMetric)
+    ]
+
+
+def named_metrics(entries: Mapping[str, Entry]) -> list[tuple[str, Metric]]:
+    """Every metric inside of named entries, with the first of its names."""
+    found: dict[int, tuple[str, Metric]] = {}
     for name, entry in entries.items():
         for path, module in entry.named_modules():
-            if isinstance(module, Metric) and module._defaults and id(module) not in found:
-                found[id(module)] = Node(f"{name}.{path}" if path else name, module, plain_attributes(module))
+            if isinstance(module, Metric):
+                found.setdefault(id(module), (f"{name}.{path}" if path else name, module))
     return list(found.values())
+
+
+def wrapped(module: nn.Module) -> Iterator[Metric]:
+    """The metrics that a wrapper, a collection or arithmetic holds, but not what those hold."""
+    for child in module.children():
+        if isinstance(child, Metric):
+            yield child
+        else:
+            yield from wrapped(child)
 
 
 def followers(entries: Iterable[Entry]) -> dict[int, Metric]:
     """For metrics in collections whose states another member holds too: that member, by the metric's id."""
     return {
         follower: leader
-        for entry in entries
-        for module in entry.modules()
-        if isinstance(module, MetricCollection)
-        for follower, leader in shared_states(module).items()
+        for collection in collections(entries)
+        for follower, leader in shared_states(collection).items()
     }
 
 
-def takes_samples(entry: Entry) -> bool:
-    """Whether a metric, or one inside of it, is told how many samples a batch has."""
-    return any(isinstance(module, Weighted) for module in entry.modules())
+def collections(entries: Iterable[Entry]) -> Iterator[MetricCollection]:
+    """Every collection inside."""
+    for entry in entries:
+        for module in entry.modules():
+            if isinstance(module, MetricCollection):
+                yield module
 
 
 def syncs_itself(metric: Metric) -> bool:
     """Whether a metric brings a way of its own to reduce its states over ranks."""
-    own = type(metric)._sync_dist is not Metric._sync_dist and not isinstance(metric, CompositionalMetric)
-    return own or metric.dist_sync_fn is not None
-
-
-def all_metrics(entries: Iterable[Entry]) -> Iterator[Metric]:
-    """Every metric inside, with states or without."""
-    seen: set[int] = set()
-    for entry in entries:
-        for module in entry.modules():
-            if isinstance(module, Metric) and id(module) not in seen:
-                seen.add(id(module))
-                yield module
+    own = type(metric)._sync_dist
+    needed = own is not Metric._sync_dist and own.__module__ not in _PLAIN_LISTS
+    return (needed and not isinstance(metric, CompositionalMetric)) or metric.dist_sync_fn is not None
 
 
 def plain_attributes(metric: Metric) -> dict[str, Any]:
@@ -115,3 +159,24 @@ def plain_attributes(metric: Metric) -> dict[str, Any]:
     return {
         name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN) and name not in _BOOKKEEPING
     }
+
+
+def _node(name: str, metric: Metric) -> Node:
+    return Node(name, metric, plain_attributes(metric), _tensor_attributes(metric))
+
+
+def _holds_states(metric: Metric) -> bool:
+    """Whether it has states, and not only shows those of what it wraps, as `ClasswiseWrapper` does."""
+    return bool(metric._defaults) and all(metric._defaults is not inner._defaults for inner in wrapped(metric))
+
+
+def _tensor_attributes(metric: Metric) -> dict[str, tuple[torch.Tensor, int]]:
+    return {
+        name: (value, 0 if value.is_inference() else value._version)
+        for name, value in vars(metric).items()
+        if isinstance(value, torch.Tensor) and name not in metric._defaults and name not in _BOOKKEEPING
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ a tensor state whose reduction must see what each rank had ("mean", None, a func
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,7 @@ class Plan:
         listed: all others.
         alone: metrics that reduce their states in a way of their own.
         followers: for metrics whose states another one holds too, the index of that one in `nodes`.
-        schema: one line a state; ranks with equal ones pack alike.
+        schema: one line a state, then what else ranks compare; ranks with equal ones pack alike.
     """
 
     nodes: tuple[Node, ...]
@@ -105,13 +105,16 @@ class Plan:
         return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def make_plan(event: str, found: Iterable[Node], following: Mapping[int, Metric]) -> Plan:
+def make_plan(
+    event: str, found: Iterable[Node], following: Mapping[int, Metric], further: Sequence[StateLine] = ()
+) -> Plan:
     """The plan for metrics that are reduced together at `event`.
 
     Args:
         event: its name, for errors.
         found: all metrics with states.
         following: those of them whose states another one holds too, and that one, by id.
+        further: lines for ranks to compare beside those of the states.
     """
     every = list(found)
     alone = [node for node in every if syncs_itself(node.metric)]
@@ -133,7 +136,8 @@ def make_plan(event: str, found: Iterable[Node], following: Mapping[int, Metric]
                 listed.append(ListedState(place, name, isinstance(default, list), reduction))
             lines.append(StateLine(event, _named(node), name, _form(default, value, reduction)))
     lines += [StateLine(event, _named(node), "", "reduced in a way of its own") for node in alone]
-    schema = tuple(lines)
+    lines += [StateLine(event, _named(node), "", f"with the states of {_named(leading[at])}") for node, at in behind]
+    schema = (*lines, *further)
     return Plan(
         tuple(leading),
         tuple(Block(op, dtype, tuple(states)) for (op, dtype), states in fixed.items()),

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from allstep.coordination import Schema
+from allstep.coordination import Schema, StateLine
 from allstep.data.keys import key_of
-from allstep.engine import Engine
-from allstep.errors import NotComputableError
+from allstep.engine import Engine, EventEnum, FilteredEvent
+from allstep.errors import MetricError, NotComputableError
 from allstep.metrics.exchange import Exchange, Gathered
 from allstep.metrics.folding import fold_listed
 from allstep.metrics.installed import installed, same_draws
-from allstep.metrics.nodes import Entry, Node, all_metrics, followers, nodes
+from allstep.metrics.nodes import Entry, Node, followers, named_metrics
 from allstep.metrics.own_sync import sync_by_itself
 from allstep.metrics.packing import Carried, given
 from allstep.metrics.plan import Plan, make_plan
-from allstep.metrics.usage import Event, event_name
+from allstep.metrics.usage import event_name
 
 if TYPE_CHECKING:
     from allstep.metrics.metrics import Metrics
@@ -37,23 +37,33 @@ States = dict[int, dict[str, Any]]
 class EventReduction:
     """All metrics that one engine computes at one event."""
 
-    def __init__(self, event: Event) -> None:
+    def __init__(self, event: EventEnum | FilteredEvent) -> None:
         self.event = event
         self.members: list[Metrics] = []
-        self._entries: dict[str, Entry] = {}
         self._found: list[Node] = []
+        self._following: dict[int, Metric] = {}
         self._metrics: list[Metric] = []
-        self._parts: dict[str, list[int]] = {}
+        self._parts: list[tuple[str, list[int]]] = []
         self._plan: Plan | None = None
         self._exchange = Exchange()
+        self._looked_at: set[int] = set()
+
+    def check_joins(self, member: Metrics) -> None:
+        """Raise ValueError when two results would have one name."""
+        owners: dict[str, str] = {}
+        for each in [*self.members, member]:
+            for name, entry in each.entries.items():
+                owner = f"{type(entry).__name__} {name!r}"
+                for result in _known_results(name if each.names_results else "", entry):
+                    if result in owners:
+                        raise ValueError(
+                            f"two results named {result} are computed at {event_name(self.event)}: of {owners[result]} "
+                            f"and of {owner}. Choose other names, or a prefix for a collection"
+                        )
+                    owners[result] = owner
 
     def join(self, member: Metrics) -> None:
-        """Compute these metrics too. Raises ValueError when a name is taken."""
-        taken = sorted(self._entries.keys() & member.entries.keys())
-        if taken:
-            raise ValueError(
-                f"metrics named {', '.join(taken)} are computed at {self.event} already; choose other names"
-            )
+        """Compute these metrics too."""
         self._become([*self.members, member])
 
     def leave(self, member: Metrics) -> None:
@@ -71,6 +81,7 @@ class EventReduction:
         if coordinator.world_size == 1:
             states, updates = _of_one_rank(plan, carried)
         else:
+            self._warn_of_counts(engine)
             states, updates = _of_all_ranks(plan, self._exchange.gather(coordinator, plan, carried))
         for node in plan.alone:
             if coordinator.world_size > 1:
@@ -91,15 +102,22 @@ class EventReduction:
         state = engine.state
         key = key_of(state.seed or 0, state.epoch, state.iteration)
         results: dict[str, Any] = {}
+        owners: dict[str, str] = {}
         with torch.no_grad(), same_draws(key, plan.device), installed(self._metrics, states, updates):
             for member in self.members:
                 for name, entry in member.entries.items():
-                    results |= _named_results(name if member.names_results else "", entry, entry.compute())
+                    found = _named_results(name if member.names_results else "", entry, entry.compute())
+                    for result in found.keys() & results.keys():
+                        raise MetricError(
+                            f"metrics {owners[result]!r} and {name!r} both give a result named {result!r}"
+                        )
+                    results |= found
+                    owners.update(dict.fromkeys(found, name))
         state.metrics.update(results)
 
     def _check_seen(self, updates: Mapping[int, int]) -> None:
         unseen = []
-        for name, parts in self._parts.items():
+        for name, parts in self._parts:
             counts = [updates[part] for part in parts if part in updates]
             if counts and not any(counts):
                 unseen.append(name)
@@ -109,17 +127,41 @@ class EventReduction:
                 "Check that the data is not empty and that the usage's `updates` comes before its `computes`"
             )
 
+    def _warn_of_counts(self, engine: Engine) -> None:
+        """Say once which attributes no rank adds up."""
+        for member in self.members:
+            for node in (*member.nodes, *member.stateless):
+                if not node.updates or id(node.metric) in self._looked_at:
+                    continue
+                self._looked_at.add(id(node.metric))
+                names = node.counted()
+                if names:
+                    engine.logger.warning(
+                        "metric %s (%s): its update changes %s, which is no state, so that results are not those of "
+                        "all ranks; declare it with add_state",
+                        node.name,
+                        type(node.metric).__name__,
+                        ", ".join(names),
+                    )
+
     def _become(self, members: Sequence[Metrics]) -> None:
         self.members = list(members)
-        self._entries = {name: entry for member in members for name, entry in member.entries.items()}
-        self._found = nodes(self._entries)
-        self._metrics = list(all_metrics(self._entries.values()))
-        self._parts = {name: [id(part) for part in all_metrics([entry])] for name, entry in self._entries.items()}
+        entries = [entry for member in members for entry in member.entries.values()]
+        self._found = [node for member in members for node in member.nodes]
+        self._following = followers(entries)
+        self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
+        self._parts = [
+            (name, [id(part) for _, part in named_metrics({name: entry})])
+            for member in members
+            for name, entry in member.entries.items()
+        ]
         self._plan = None
 
     def _present_plan(self) -> Plan:
         if self._plan is None or not self._plan.is_current():
-            self._plan = make_plan(event_name(self.event), self._found, followers(self._entries.values()))
+            event = event_name(self.event)
+            further = [StateLine(event, name, "", text) for member in self.members for name, text in member.described]
+            self._plan = make_plan(event, self._found, self._following, further)
         return self._plan
 
     def _carried(self, plan: Plan) -> Carried:
@@ -140,6 +182,8 @@ def _of_all_ranks(plan: Plan, gathered: Gathered) -> tuple[States, dict[int, int
         folded = fold_listed(listed, node.name, [rank.listed[at] for rank in gathered.ranks])
         if folded is None:
             folded = [] if listed.is_list else getattr(node.metric, listed.name).clone()
+        elif listed.is_list and node.metric.compute_on_cpu:
+            folded = _on_cpu(folded)
         states[id(node.metric)][listed.name] = folded
     for rank in reversed(gathered.ranks):  # so that the first that has learnt something is heard
         for place, learnt in rank.learnt.items():
@@ -161,7 +205,22 @@ def _of_one_rank(plan: Plan, carried: Carried) -> tuple[States, dict[int, int]]:
         if brought:
             value = fold_listed(listed, node.name, [given(node, listed, brought)])
         states[id(node.metric)][listed.name] = list(value) if isinstance(value, list) else value
+    for _, place in plan.followers:  # what its leader has learnt, it lacks
+        states[id(plan.nodes[place].metric)].update(plan.nodes[place].learnt())
     return states, {id(node.metric): node.updates for node in plan.nodes}
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    return [_on_cpu(each) for each in value] if isinstance(value, list) else value
+
+
+def _known_results(name: str, entry: Entry) -> list[str]:
+    """Names of results as far as they are known before anything is computed."""
+    if not isinstance(entry, MetricCollection):
+        return [name]
+    return [f"{name}/{key}" if name else str(key) for key in entry.keys(keep_base=False)]
 
 
 def _named_results(name: str, entry: Entry, value: Any) -> dict[str, Any]:

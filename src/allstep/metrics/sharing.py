@@ -3,7 +3,8 @@
 Contract: a pure function of how the metrics were made, never of what they have seen: torchmetrics forms its compute
 groups by comparing states after the first batch, so that a rank without a batch has none, and ranks could differ. Here
 two metrics share when they run the same `update`, everything that it reads of them is equal, and their states begin
-alike. Groups that a user gave a collection hold as given, and `compute_groups=False` shares nothing.
+alike. Groups that a user gave a collection hold as given, and `compute_groups=False` shares nothing. `fix_groups` puts
+these groups in the place of torchmetrics' own.
 """
 
 from __future__ import annotations
@@ -23,16 +24,37 @@ def shared_states(collection: MetricCollection) -> dict[int, Metric]:
     """The metric that speaks for each member of a collection, by the member's id; those not listed speak themselves."""
     members: dict[str, Metric] = dict(collection._modules)
     asked = collection._enable_compute_groups
-    if asked is False:
+    if not asked:
         return {}
     if isinstance(asked, list):
         groups = [[members[name] for name in names] for names in asked]
     else:
         groups = []
-        for member in members.values():
+        for member in {id(member): member for member in members.values()}.values():
             group = next((known for known in groups if update_alike(known[0], member)), None)
             groups.append([member]) if group is None else group.append(member)
     return {id(follower): group[0] for group in groups for follower in group[1:]}
+
+
+def fix_groups(collection: MetricCollection) -> None:
+    """Have a collection share states as `shared_states` says, instead of as its members' first batches happen to agree.
+
+    What its members hold stays.
+    """
+    if not collection._enable_compute_groups:
+        return
+    following = shared_states(collection)
+    groups: dict[int, list[str]] = {
+        id(member): [name] for name, member in collection._modules.items() if id(member) not in following
+    }
+    for name, member in collection._modules.items():
+        leader = following.get(id(member), member)
+        if name not in groups[id(leader)]:
+            groups[id(leader)].append(name)
+    collection._compute_groups_create_state_ref(copy=True)  # members of groups so far share tensors
+    collection._groups = dict(enumerate(groups.values()))
+    collection._groups_checked = True
+    collection._state_is_copy = False
 
 
 def update_alike(one: Metric, other: Metric) -> bool:

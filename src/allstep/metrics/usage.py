@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
-from allstep.engine import EventEnum, Events, FilteredEvent
+from allstep.engine import EventEnum, Events, EventsList, FilteredEvent
+from allstep.engine.filters import Every, Filter, Once, Predicate
 
-Event: TypeAlias = EventEnum | FilteredEvent
+Event: TypeAlias = EventEnum | FilteredEvent | EventsList
 UsageName = Literal["epoch", "running", "run", "iteration"]
 
 
@@ -20,10 +21,10 @@ class Usage:
     """When states are set to their beginning, when a batch enters them, and when the result is computed.
 
     Attributes:
-        resets: the event at which counting begins anew. A run that goes on in the middle of an epoch, or of the whole
-            run, keeps what was counted.
+        resets: the event, or events joined with `|`, at which counting begins anew. A run that goes on in the middle of
+            an epoch, or of the whole run, keeps what was counted.
         updates: the event after which the engine's output is taken; with a filter, only some of them are.
-        computes: the event at which all ranks reduce and the result is set.
+        computes: the event, or events joined with `|`, at which all ranks reduce and the result is set.
     """
 
     resets: Event = Events.EPOCH_STARTED
@@ -49,21 +50,57 @@ USAGES: dict[str, Usage] = {"epoch": EPOCH, "running": RUNNING, "run": RUN, "ite
 
 
 def as_usage(usage: Usage | UsageName) -> Usage:
-    """The usage that a name stands for. Raises ValueError for an unknown name."""
+    """The usage that a name stands for.
+
+    Raises:
+        ValueError: an unknown name, or several events to be fed at.
+        TypeError: a usage's event is none.
+    """
     if isinstance(usage, Usage):
+        _check(usage)
         return usage
     if usage not in USAGES:
         raise ValueError(f"usage is {usage!r}; it must be a Usage or one of {', '.join(map(repr, USAGES))}")
     return USAGES[usage]
 
 
-def base_event(event: Event) -> EventEnum:
+def _check(usage: Usage) -> None:
+    for name in ("resets", "updates", "computes"):
+        event = getattr(usage, name)
+        if not isinstance(event, EventEnum | FilteredEvent | EventsList) or event == EventsList():
+            raise TypeError(f"{name} is {event!r}; it must be an event, such as Events.EPOCH_COMPLETED")
+    if isinstance(usage.updates, EventsList):
+        raise ValueError(
+            f"updates is {event_name(usage.updates)}; it must be one event, since a batch that two of them are due at "
+            "would be counted twice. Use one event with an event_filter"
+        )
+
+
+def base_event(event: EventEnum | FilteredEvent) -> EventEnum:
     """The event without its filter."""
     return event.event if isinstance(event, FilteredEvent) else event
 
 
+def each_event(event: Event) -> tuple[EventEnum | FilteredEvent, ...]:
+    """The events of a list, each once; or the one that was given."""
+    return tuple(dict.fromkeys(event)) if isinstance(event, EventsList) else (event,)
+
+
 def event_name(event: Event) -> str:
-    """What the event is called where ranks compare what they reduce."""
+    """What the event is called where ranks compare what they reduce: the same text for equal filters."""
+    if isinstance(event, EventsList):
+        return " | ".join(map(event_name, event))
     if isinstance(event, FilteredEvent):
-        return f"{event.event.name}({type(event.filter).__name__})"
+        return f"{event.event.name}({_filter_text(event.filter)})"
     return event.name
+
+
+def _filter_text(chosen: Filter) -> str:
+    if isinstance(chosen, Predicate):
+        return f"event_filter={getattr(chosen.function, '__qualname__', type(chosen.function).__qualname__)}"
+    if isinstance(chosen, Once):
+        return f"once={', '.join(map(str, chosen.counts))}"
+    if isinstance(chosen, Every):
+        bounds = f", after={chosen.after}, before={chosen.before}" if chosen.after is not None else ""
+        return f"every={chosen.step}{bounds}"
+    return type(chosen).__qualname__

@@ -1,0 +1,187 @@
+"""What is fed with a batch, and which of a step's outputs it takes.
+
+Contract: made once from the metrics of one `Metrics`. Every metric inside takes each batch once, however often it
+occurs: torchmetrics' `p * r / (p + r)` would feed p and r twice, and so would a collection beside one of its members.
+So collections, arithmetic and wrappers that only pass on what they are given are taken apart, and of members that hold
+the same states one is fed. Where two that are fed would both feed a metric inside of them, `Feeding` raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import Parameter
+from typing import Any
+
+import torch
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.metric import CompositionalMetric
+from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from allstep.errors import MetricError
+from allstep.metrics.nodes import Entry, followers, wrapped
+from allstep.metrics.running import Weighted
+
+Transform = Callable[[Any], Any]
+
+_PASS_ON = (MetricCollection.update, CompositionalMetric.update, ClasswiseWrapper.update, MinMaxMetric.update)
+_VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fed:
+    """Something that is fed.
+
+    Attributes:
+        entry: what.
+        keys: the keyword arguments that it knows; None when it sorts them out for itself.
+        weighted: whether it is told how many samples a batch has.
+    """
+
+    entry: Entry
+    keys: frozenset[str] | None
+    weighted: bool
+
+    def take(self, given: Sequence[Any], named: Mapping[str, Any], samples: Callable[[], int]) -> None:
+        """Update it with a step's output.
+
+        Args:
+            given: positional arguments.
+            named: keyword arguments, of which it takes those that it knows.
+            samples: what counts the batch's samples.
+        """
+        known = named if self.keys is None else {key: value for key, value in named.items() if key in self.keys}
+        if self.weighted and not self._is_told_samples(given, known):
+            known = {**known, "samples": samples()}
+        self.entry.update(*given, **known)
+        if isinstance(self.entry, WrapperMetric):  # these do not count
+            self.entry._update_count += 1
+
+    def _is_told_samples(self, given: Sequence[Any], known: Mapping[str, Any]) -> bool:
+        """Whether the output itself says how many samples its value stands for."""
+        if len(given) > 1:
+            if not _is_count(given[1]):
+                raise TypeError(
+                    f"{type(self.entry).__name__} takes one value, and the number of samples that it stands for; it "
+                    f"was given {len(given)} arguments, the second a {type(given[1]).__name__}. Give it an "
+                    "output_transform of its own"
+                )
+            return True
+        return "samples" in known and _is_count(known["samples"])
+
+
+class Feeding:
+    """What of some metrics is fed, and how a step's output reaches it.
+
+    Args:
+        entries: metrics and collections by name.
+        transforms: from a step's output to what a metric takes, for all of them or by name; None gives the output.
+
+    Raises:
+        ValueError: a transform is for a name that there is not.
+        MetricError: a metric would be fed twice, or differently under two names.
+    """
+
+    def __init__(self, entries: Mapping[str, Entry], transforms: Transform | Mapping[str, Transform] | None) -> None:
+        by_name = transforms if isinstance(transforms, Mapping) else {}
+        common = None if isinstance(transforms, Mapping) else transforms
+        unknown = sorted(by_name.keys() - entries.keys())
+        if unknown:
+            raise ValueError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(entries)}")
+        fed = _fed_by_name(entries)
+        _check_fed_once(fed)
+        self._feeds: dict[int, tuple[Transform | None, list[Fed]]] = {}
+        for names, entry in fed.values():
+            own = {id(by_name[name]): by_name[name] for name in names if name in by_name}
+            if len(own) > 1:
+                raise MetricError(
+                    f"a {type(entry).__name__} is part of metrics {' and '.join(names)}, for which output_transform "
+                    "has different functions; make a metric for each"
+                )
+            transform = next(iter(own.values()), common)
+            weighted = any(isinstance(module, Weighted) for module in entry.modules())
+            keys = _keywords(entry)
+            each = Fed(entry, keys, weighted and (keys is None or "samples" in keys))
+            self._feeds.setdefault(id(transform), (transform, []))[1].append(each)
+
+    def wrappers(self) -> Iterator[WrapperMetric]:
+        """Wrappers among what is fed, whose batches are counted here."""
+        for _, fed in self._feeds.values():
+            yield from (each.entry for each in fed if isinstance(each.entry, WrapperMetric))
+
+    def take(self, output: Any, samples: Callable[[], int]) -> None:
+        """Update all with a step's output; a transform that gives None leaves it out."""
+        for transform, fed in self._feeds.values():
+            result = output if transform is None else transform(output)
+            if result is None:
+                continue
+            given, named = _arguments(result)
+            for each in fed:
+                each.take(given, named, samples)
+
+
+def _fed_by_name(entries: Mapping[str, Entry]) -> dict[int, tuple[list[str], Entry]]:
+    """What is fed, by its id, with the names of the entries that it is part of."""
+    following = followers(entries.values())
+    found: dict[int, tuple[list[str], Entry]] = {}
+    for name, entry in entries.items():
+        for part in _parts(entry):
+            leader: Entry = following.get(id(part), part)
+            names = found.setdefault(id(leader), ([], leader))[0]
+            if name not in names:
+                names.append(name)
+    return found
+
+
+def _parts(entry: Entry) -> Iterator[Entry]:
+    """What of an entry is fed for itself."""
+    if getattr(type(entry), "update", None) in _PASS_ON:
+        for inner in wrapped(entry):
+            yield from _parts(inner)
+    else:
+        yield entry
+
+
+def _check_fed_once(fed: Mapping[int, tuple[Sequence[str], Entry]]) -> None:
+    owners: dict[int, tuple[Sequence[str], Entry]] = {}
+    for names, entry in fed.values():
+        for module in entry.modules():
+            if not isinstance(module, Metric):
+                continue
+            before, other = owners.setdefault(id(module), (names, entry))
+            if other is not entry:
+                raise MetricError(
+                    f"one {type(module).__name__} is in {type(other).__name__} of metric {before[0]!r} and in "
+                    f"{type(entry).__name__} of metric {names[0]!r}; both would feed it with each batch. Give one of "
+                    "them a metric of its own, such as metric.clone()"
+                )
+
+
+def _keywords(entry: Entry) -> frozenset[str] | None:
+    """Keyword arguments that an update knows; those of a wrapper that takes any are those of what it wraps."""
+    if not isinstance(entry, Metric) or type(entry)._filter_kwargs is not Metric._filter_kwargs:
+        return None
+    parameters = entry._update_signature.parameters.values()
+    named = frozenset(each.name for each in parameters if each.kind not in _VARIABLE)
+    if all(each.kind is not Parameter.VAR_KEYWORD for each in parameters):
+        return named
+    inner = [_keywords(each) for each in wrapped(entry)] if isinstance(entry, WrapperMetric) else []
+    if not inner:
+        return None
+    return named.union(*(keys for keys in inner if keys is not None)) if None not in inner else None
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """A step's output as the arguments of `update`."""
+    if isinstance(output, Mapping):
+        return (), output
+    if isinstance(output, tuple):
+        return output, {}
+    return (output,), {}
