@@ -19,7 +19,7 @@ from allstep.world import World
 from tests.metrics.counting import begun, counted
 from tests.metrics.worlds import Make, all_same_bits, deal, on_one, take
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # each rank imports torchmetrics anew
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CLASSES = 5
 
