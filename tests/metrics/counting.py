@@ -1,4 +1,4 @@
-"""Counting the collectives that a process asks of torch.distributed, whoever asks."""
+"""Counting the collectives of a process: those that Python asks for, and all that a group begins."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def counted() -> Iterator[Counter[str]]:
             for module in (dist, dist.distributed_c10d):
                 stack.enter_context(patch.object(module, name, counting(name, getattr(module, name))))
         yield calls
+
+
+def begun() -> int:
+    """Collectives that the default group has begun, by its own count: those that DDP asks for in C++ are among them."""
+    if not dist.is_initialized():
+        return 0
+    number: int = dist.distributed_c10d._get_default_group()._get_sequence_number_for_group()
+    return number

@@ -1,43 +1,21 @@
-"""Outputs of all ranks in the order of the samples, in memory and in files."""
+"""Outputs of all ranks in the order of the samples, in memory."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import TensorDataset
 
-from allstep import Alone, Coordinator, Engine
-from allstep.data import make_loader
+from allstep import Alone, Coordinator, Engine, Events
 from allstep.errors import MetricError
-from allstep.metrics import Gather, Parts
-from allstep.metrics.samples import flattened, restored
+from allstep.metrics import Gather
 from allstep.testing import run_ranks, simulate
 from allstep.world import World
+from tests.metrics.predicting import dealt_loader, gathered, predict, ragged
 from tests.metrics.worlds import all_same_bits, same_bits
-
-
-def predict(engine: Engine, batch: Any) -> Any:
-    (x,) = batch
-    return {"y_pred": torch.stack([x * 2, x * 3], 1), "y": x}
-
-
-def gathered(coordinator: Coordinator, gather: Gather, samples: int, *, shuffle: bool, step: Any = predict) -> Any:
-    dataset = TensorDataset(torch.arange(samples))
-    loader = make_loader(
-        dataset,
-        rank=coordinator.rank,
-        world_size=coordinator.world_size,
-        seed=3,
-        global_batch_size=5,
-        shuffle=shuffle,
-    )
-    engine = Engine(step, coordinator=coordinator, uneven="longest", idle="skip")
-    gather.attach(engine)
-    engine.run(loader, max_epochs=2)
-    return engine.state.gathered  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("shuffle", [False, True], ids=["in order", "shuffled"])
@@ -61,11 +39,6 @@ def test_a_tuples_elements_and_a_single_output_are_named_in_order() -> None:
     assert single["a"].tolist() == [*range(7)]
 
 
-def ragged(engine: Engine, batch: Any) -> Any:
-    (x,) = batch
-    return {"wide": torch.ones(len(x), 1 + int(x.max()) % 3), "boxes": [torch.full((int(i) % 4, 2), int(i)) for i in x]}
-
-
 def test_ragged_outputs_are_a_list_in_the_datasets_order() -> None:
     def rank(coordinator: Coordinator) -> Any:
         return gathered(coordinator, Gather("wide", "boxes"), 11, shuffle=True, step=ragged)
@@ -86,70 +59,6 @@ def test_only_the_main_rank_is_given_what_is_for_it() -> None:
     assert others == [None, None]
 
 
-@pytest.mark.parametrize("format", ["npy", "safetensors"])
-@pytest.mark.parametrize("step", [predict, ragged], ids=["even", "ragged"])
-def test_what_is_larger_than_the_limit_is_written_in_parts_and_read_in_order(
-    tmp_path: Path, format: Any, step: Any
-) -> None:
-    pytest.importorskip(format.replace("npy", "numpy"))
-    names = ("y_pred", "y") if step is predict else ("wide", "boxes")
-
-    def rank(coordinator: Coordinator, limit: int) -> Any:
-        gather = Gather(*names, folder=tmp_path, limit=limit, format=format)
-        return gathered(coordinator, gather, 11, shuffle=True, step=step)
-
-    in_memory = simulate(rank, 3, 1_000_000)[0]
-    assert not list(tmp_path.iterdir())
-    for parts in simulate(rank, 3, 10):
-        assert isinstance(parts, Parts)
-        assert parts.folder == tmp_path / "epoch-0002"
-        assert parts.samples == 11
-        assert len(parts.files) >= 3
-        loaded = parts.load()
-        assert all(same_bits(loaded[name], in_memory[name]) for name in names)
-
-
-def test_a_part_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path: Path) -> None:
-    def rank(coordinator: Coordinator) -> str:
-        folder = tmp_path / "file" if coordinator.rank == 1 else tmp_path
-        with pytest.raises(MetricError) as caught:
-            gathered(coordinator, Gather("y", folder=folder, limit=0), 11, shuffle=False)
-        return str(caught.value)
-
-    (tmp_path / "file").write_text("in the way")
-    errors = simulate(rank, 2)
-    assert errors == [errors[0]] * 2
-    assert "rank 1: " in errors[0]
-
-
-def test_an_output_that_lacks_a_name_or_samples_is_an_error_on_all_ranks() -> None:
-    def rank(coordinator: Coordinator, names: tuple[str, ...], step: Any) -> str:
-        with pytest.raises(MetricError) as caught:
-            gathered(coordinator, Gather(*names), 11, shuffle=False, step=step)
-        return str(caught.value)
-
-    lacking = simulate(rank, 2, ("y", "more"), predict)
-    assert lacking == [lacking[0]] * 2
-    assert "lacks more" in lacking[0]
-    short = simulate(rank, 2, ("y",), lambda e, b: b[0][1:])
-    assert short == [short[0]] * 2
-    assert "samples, but the batch had" in short[0]
-    uneven = simulate(rank, 2, ("y", "z"), lambda e, b: (b[0], b[0][1:]))
-    assert "different numbers of samples" in uneven[0]
-
-
-def test_ranks_that_gather_different_names_raise_the_same_error() -> None:
-    def rank(coordinator: Coordinator) -> str:
-        names = ("y",) if coordinator.rank else ("y_pred",)
-        with pytest.raises(MetricError) as caught:
-            gathered(coordinator, Gather(*names), 11, shuffle=False)
-        return str(caught.value)
-
-    errors = simulate(rank, 2)
-    assert errors == [errors[0]] * 2
-    assert "y_pred on rank 0, y on rank 1" in errors[0]
-
-
 def test_other_data_is_ordered_by_iteration_and_rank() -> None:
     def rank(coordinator: Coordinator) -> Any:
         engine = Engine(lambda e, b: b, coordinator=coordinator, uneven="longest", idle="skip")
@@ -162,13 +71,77 @@ def test_other_data_is_ordered_by_iteration_and_rank() -> None:
         assert "index" not in found
 
 
-def test_ragged_columns_are_two_plain_tensors_and_back() -> None:
-    column = [torch.ones(2, 0), torch.ones(0, 3), torch.full((1, 2), 7.0)]
-    tensors = flattened("a", column)
-    assert set(tensors) == {"a.values", "a.shapes"}
-    assert same_bits(restored("a", tensors), column)
-    with pytest.raises(ValueError, match="'a' differ"):
-        flattened("a", [torch.ones(2), torch.ones(2, 2)])
+def test_a_step_may_use_its_outputs_memory_again() -> None:
+    tensor, rows = torch.zeros(2, dtype=torch.int64), [np.zeros(1), np.zeros(1)]
+
+    def step(engine: Engine, batch: int) -> Any:
+        tensor[:] = batch
+        for row in rows:
+            row[:] = batch
+        return {"tensor": tensor, "array": tensor.numpy(), "rows": rows}
+
+    engine = Engine(step, coordinator=Alone())
+    Gather("tensor", "array", "rows").attach(engine)
+    found = engine.run([1, 2, 3]).gathered  # type: ignore[attr-defined]
+    assert found["tensor"].tolist() == found["array"].tolist() == [1, 1, 2, 2, 3, 3]
+    assert [float(row) for row in found["rows"]] == [1, 1, 2, 2, 3, 3]
+
+
+def resumed(coordinator: Coordinator, caught: list[logging.LogRecord]) -> Any:
+    """A run of five batches that was left after two, gone on with by another engine."""
+    first = Engine(predict, coordinator=coordinator, uneven="longest", idle="skip")
+    first.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: first.terminate(agreed=True))
+    loader = dealt_loader(coordinator, 25, shuffle=True)
+    first.run(loader, window=1)
+    second = Engine(predict, coordinator=coordinator, uneven="longest", idle="skip")
+    second.logger.addFilter(lambda record: (caught.append(record), True)[1])
+    second.load_state_dict(first.state_dict())
+    loader = dealt_loader(coordinator, 25, shuffle=True)
+    Gather("y").attach(second)
+    done = set(loader.batch_sampler.indices(0).tolist()) | set(loader.batch_sampler.indices(1).tolist())  # type: ignore
+    second.run(loader)
+    return second.state.gathered, done  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_epoch_resumed_in_its_middle_has_the_rest_and_says_what_is_missing(world_size: int) -> None:
+    caught: list[logging.LogRecord] = []
+    found = simulate(resumed, world_size, caught) if world_size > 1 else [resumed(Alone(), caught)]
+    given_before = set.union(*(done for _, done in found))
+    assert len(given_before) == 10
+    for rest, _ in found:
+        assert set(rest["index"].tolist()) == set(range(25)) - given_before
+        assert same_bits(rest["y"], rest["index"])
+    warnings = {record.getMessage() for record in caught if record.levelno == logging.WARNING}
+    assert warnings == {
+        "epoch 1 was resumed after its iteration 2: what is gathered lacks the outputs of the iterations before"
+    }
+
+
+def test_a_run_that_fails_and_goes_on_from_an_earlier_place_has_each_sample_once() -> None:
+    engine = Engine(predict, coordinator=Alone())
+    Gather("y").attach(engine)
+    saved: list[Any] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: saved.append(engine.state_dict()))
+    handle = engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), fail)
+    loader = dealt_loader(Alone(), 25, shuffle=True)
+    with pytest.raises(ArithmeticError):
+        engine.run(loader)
+    handle.remove()
+    engine.load_state_dict(saved[0])
+    found = engine.run(loader).gathered  # type: ignore[attr-defined]
+    assert found["y"].tolist() == [*range(25)]
+
+
+def fail() -> None:
+    raise ArithmeticError("rehearsed")
+
+
+def test_an_engine_has_one_gather() -> None:
+    engine = Engine(predict)
+    Gather("y").attach(engine)
+    with pytest.raises(MetricError, match="has a Gather already"):
+        Gather("y_pred").attach(engine)
 
 
 def test_arguments_that_cannot_be_are_refused() -> None:

@@ -69,6 +69,22 @@ def test_they_are_those_of_one_process_also_with_a_rank_without_samples(world_si
         torch.testing.assert_close(found[0]["score"][0], single["score"][0])
 
 
+def test_the_extractor_keeps_the_mode_of_each_of_its_modules() -> None:
+    network = extractor()
+    network[1].eval()  # one that its owner has frozen
+    modes = [module.training for module in network.modules()]
+    modes_inside: list[bool] = []
+    network[3].register_forward_hook(lambda module, given, out: modes_inside.append(module.training))
+    metric = FrechetDistance(network, FEATURES)
+    batch = batches()[0]
+    metric.update(batch["fake"], batch["real"])
+    assert [module.training for module in network.modules()] == modes
+    assert modes_inside == [False, False]
+    with pytest.raises(RuntimeError):
+        metric.update(torch.ones(2, 3), torch.ones(2, 3))
+    assert [module.training for module in network.modules()] == modes
+
+
 def over_real_ranks(world: World, dealt: list[list[Any]]) -> dict[str, Any]:
     return results(world.coordinator, make, dealt[world.rank], TRANSFORMS)
 

@@ -16,10 +16,10 @@ from allstep import Engine, Events
 from allstep.metrics import Max, Mean, Metrics, Min, Sum
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.metrics.counting import counted
+from tests.metrics.counting import begun, counted
 from tests.metrics.worlds import Make, all_same_bits, deal, on_one, take
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # each rank imports torchmetrics anew
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 CLASSES = 5
 
@@ -110,10 +110,25 @@ def test_results_are_torchmetrics_own_in_a_fraction_of_its_collectives() -> None
         assert calls > 10
 
 
-def digits(world: World, samples: int) -> dict[str, Any]:
-    """A supervised evaluator over a loader whose last batch is short, and the collectives of its steps."""
+def normalised(world: World) -> nn.Module:
+    """A module with buffers, in DDP over several ranks, that has just been trained: DDP broadcasts them when called."""
     torch.manual_seed(0)
-    model = world.wrap(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)))
+    model: nn.Module = world.wrap(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)))
+    model(torch.randn(6, 4, generator=torch.Generator().manual_seed(2))).sum().backward()
+    return model
+
+
+def observed_steps(evaluator: Engine) -> list[int]:
+    """How many collectives the evaluator's steps will begin, step by step."""
+    in_steps: list[int] = []
+    evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: in_steps.append(-begun()))
+    evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda: in_steps.append(in_steps.pop() + begun()))
+    return in_steps
+
+
+def digits(world: World, samples: int) -> dict[str, Any]:
+    """A supervised evaluator over a loader whose last batch is short."""
+    model = normalised(world)
     x = torch.randn(samples, 4, generator=torch.Generator().manual_seed(1))
     y = torch.arange(samples) % CLASSES
     loader = world.loader(TensorDataset(x, y), global_batch_size=8)
@@ -128,12 +143,9 @@ def digits(world: World, samples: int) -> dict[str, Any]:
     Metrics({"samples": Sum(weighted=False, dtype=torch.int64), "low": Min(), "high": Max()}).attach(
         evaluator, {"samples": lambda o: torch.ones_like(o[1]), "low": lambda o: o[0], "high": lambda o: o[0]}
     )
-    in_steps: list[int] = []
-    with counted() as calls:
-        evaluator.add_event_handler(Events.ITERATION_STARTED, lambda: in_steps.append(-calls.total()))
-        evaluator.add_event_handler(Events.ITERATION_COMPLETED, lambda: in_steps.append(in_steps.pop() + calls.total()))
-        state = evaluator.run(loader)
-    assert sum(in_steps) == 0
+    in_steps = observed_steps(evaluator)
+    state = evaluator.run(loader)
+    assert in_steps == [0] * len(in_steps)
     return dict(state.metrics)
 
 
@@ -149,6 +161,47 @@ def test_evaluation_counts_every_sample_once_at_any_world_size(samples: int) -> 
         assert int(found["confusion"].sum()) == samples
         for name, value in results[1].items():
             torch.testing.assert_close(found[name], value)
+
+
+def steps_of(world: World, kind: str) -> list[int]:
+    """The collectives in each of two steps of an evaluator, by `kind` of evaluator."""
+    model = normalised(world)
+    if kind == "supervised":
+        evaluator = allstep.create_supervised_evaluator(model)
+    else:
+        inner = world.unwrap(model) if kind == "unwrapped" else model
+        evaluator = Engine(lambda engine, batch: inner.eval()(batch[0]), uneven="longest", idle="skip")
+    in_steps = observed_steps(evaluator)
+    evaluator.run([(torch.ones(2, 4), torch.zeros(2))] * 2)
+    return in_steps
+
+
+@pytest.mark.parametrize("kind", ["supervised", "unwrapped", "wrapped"])
+def test_evaluation_runs_without_the_broadcasts_that_ddps_forward_begins(kind: str) -> None:
+    for in_steps in run_ranks(steps_of, 2, kind, timeout=150):
+        assert len(in_steps) == 2
+        assert (in_steps == [0, 0]) == (kind != "wrapped")
+
+
+def unequal(world: World, dealt: list[list[Any]]) -> tuple[int, torch.Tensor]:
+    """How often an evaluator calls the module on this rank, and the confusion matrix of all ranks."""
+    model = normalised(world)
+    calls: list[None] = []
+    world.unwrap(model).register_forward_hook(lambda module, given, out: calls.append(None))
+    evaluator = allstep.create_supervised_evaluator(model)
+    Metrics({"confusion": classification.MulticlassConfusionMatrix(CLASSES)}).attach(evaluator)
+    state = evaluator.run(dealt[world.rank])
+    return len(calls), state.metrics["confusion"]
+
+
+def test_ranks_of_an_evaluation_may_have_different_numbers_of_batches() -> None:
+    data = [(scores[:, :4], target) for scores, target in batches()]
+    dealt = [data[:5], data[5:], []]
+    ((_, single),) = run_ranks(unequal, 1, [data], timeout=150)
+    found = run_ranks(unequal, 3, dealt, timeout=150)
+    assert [calls for calls, _ in found] == [5, 2, 0]
+    assert int(single.sum()) == sum(len(target) for _, target in data)
+    assert all(confusion.tolist() == single.tolist() for _, confusion in found)
 
 
 class MeanOverRanks(nn.Module):

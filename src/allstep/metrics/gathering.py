@@ -1,30 +1,31 @@
 """`Gather`: the outputs of all ranks, joined in the order of the samples.
 
-Contract: attached to one engine before its run, on every rank alike. Each iteration of this rank's own is kept on the
-host; at the epoch's end ranks tell each other how much they have, and then either give each other all of it, in pieces,
-or, where that is more than the limit and a folder was given, write a part each. Over allstep's own loader the sampler
-says by arithmetic which sample stood where, so that the order is the dataset's at any world size; over other data it is
-by iteration, then rank. What can go wrong is raised on all ranks alike: names that the output lacks, outputs without a
-sample each, a part that cannot be written.
+Contract: attached to one engine before its run, on every rank alike: ranks compare their settings when the run begins.
+Each iteration of this rank's own is copied to the host; at the epoch's end ranks tell each other how much they have and
+then either give each other all of it, in pieces, or, where that is more than the limit and a folder was given, write a
+part each. Over allstep's own loader the sampler says by arithmetic which sample stood where, so that the order is the
+dataset's at any world size; over other data it is by iteration, then rank. An epoch that was resumed in its middle has
+what this process saw of it, and rank 0 logs what is missing. What can go wrong is raised on all ranks alike, whatever
+it is on one of them: names that the output lacks, outputs without a value a sample, memory or a folder that is full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from allstep.coordination import Coordinator
+from allstep.coordination import Coordinator, Schema, StateLine
 from allstep.engine import Engine, Events
 from allstep.errors import MetricError
-from allstep.metrics.packing import Packed, element_parts, elements_of, padded
+from allstep.metrics.gathering_outputs import Batch, named_outputs, tensors_in
+from allstep.metrics.packing import Packed
 from allstep.metrics.parts import Format, Parts, write_part
-from allstep.metrics.samples import PLACES, Column, Samples, column_of, in_order
-
-PIECE = 64 * 2**20
+from allstep.metrics.samples import NOTHING, PLACES, Column, Samples, column_of, joined
+from allstep.metrics.samples_exchange import payloads_of_all, samples_packed, samples_unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +33,29 @@ class _Said:
     """What a rank tells the others before anything is given.
 
     Attributes:
-        names: what it gathers.
         manifest: what is needed to read its payload.
         size: bytes of its payload.
         samples: how many it has.
         is_dealt: whether a sampler said where all of them stood.
+        missing: iterations at the epoch's beginning that this process did not see.
         failure: why it has nothing to give, if so.
     """
 
-    names: tuple[str, ...]
     manifest: list[int]
     size: int
     samples: int
     is_dealt: bool
+    missing: int
     failure: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What one iteration gave: where its samples stand, int64 (n, 3), and by name their values."""
+
+    places: torch.Tensor
+    values: dict[str, Batch]
+    is_dealt: bool
 
 
 class Gather:
@@ -55,11 +65,14 @@ class Gather:
     on the host; "index" has the samples' indices in the dataset, int64, where allstep's loader dealt them. Parts in a
     folder are a `Parts`, which `load()`s that.
 
+    An epoch that a run goes on with in its middle has what was seen of it since this object was attached; what that
+    lacks is logged, and "index" tells which samples there are.
+
     Args:
         names: keys of the step's output; or, where it is a tuple, names for its elements in order; or one for all.
         to: "all" ranks or the "main" one; on the others `state.gathered` is then None.
         folder: where parts are written when what all ranks have is larger than `limit`; seen by all ranks. Each epoch
-            has a folder in it.
+            has a folder in it, and replaces the parts that another run left there.
         limit: bytes.
         format: of the parts, "npy" or "safetensors".
 
@@ -83,65 +96,63 @@ class Gather:
             raise ValueError(f"format is {format!r}; it must be 'npy' or 'safetensors'")
         self.names = names
         self.to = to
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else Path(folder).absolute()
         self.limit = limit
         self.format: Format = format
-        self._batches: dict[str, list[Any]] = {}
-        self._places: list[torch.Tensor] = []
+        self._kept: dict[int, _Kept] = {}  # by the iteration's number in the epoch
+        self._epoch = 0
+        self._missing = 0
         self._data: Any = None
-        self._is_dealt = True
-        self._failure: str | None = None
+        self._failure: Exception | None = None
 
     def attach(self, engine: Engine) -> Gather:
-        """Keep the outputs of `engine`, and gather them when its epochs end. Raises MetricError while it is running."""
+        """Keep the outputs of `engine`, and gather them when its epochs end.
+
+        Raises:
+            MetricError: the engine is running, or has a Gather already.
+        """
         if engine.is_running:
             raise MetricError("the engine is running; attach a Gather before run(), on every rank alike")
+        if any(isinstance(each, Gather) for each in engine.reductions):
+            raise MetricError("the engine has a Gather already; give that one all names")
+        engine.reductions.append(self)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._take)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._gather)
         return self
 
+    def schema(self) -> Schema:
+        """What is gathered and how, for ranks to compare when a run begins."""
+        files = "" if self.folder is None else f", above {self.limit} bytes in {self.format} files in {self.folder}"
+        form = f"{', '.join(self.names)} for {'all ranks' if self.to == 'all' else 'the main rank'}{files}"
+        return (StateLine(Events.EPOCH_COMPLETED.name, "Gather", "outputs", form),)
+
     def _begin(self, engine: Engine) -> None:
-        if engine.state.iteration > engine.progress.epoch_began_at:  # a run goes on in the middle of an epoch
-            return
-        self._batches = {name: [] for name in self.names}
-        self._places, self._failure = [], None
-        self._data, self._is_dealt = engine.state.dataloader, True
+        state = engine.state
+        done = state.iteration - engine.progress.epoch_began_at
+        goes_on = done > 0 and state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
+        if goes_on:  # iterations after the place from which the run goes on are run again
+            self._kept = {number: kept for number, kept in self._kept.items() if number < done}
+        else:
+            self._kept, self._missing = {}, done
+        self._epoch, self._data, self._failure = state.epoch, state.dataloader, None
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
         if not state.active or state.samples == 0 or self._failure is not None:
             return
-        try:
-            outputs = {name: _on_host(value) for name, value in self._named(state.output).items()}
-            places = self._where(engine, len(outputs[self.names[0]]))
-        except (KeyError, TypeError, ValueError) as error:
-            self._failure = f"iteration {state.iteration}: {error}"
-            return
-        self._places.append(places)
-        for name, value in outputs.items():
-            self._batches[name].append(value)
-
-    def _named(self, output: Any) -> dict[str, Any]:
-        if isinstance(output, Mapping):
-            missing = [name for name in self.names if name not in output]
-            if missing:
-                raise KeyError(f"the output has {', '.join(map(str, output))} and lacks {', '.join(missing)}")
-            named = {name: output[name] for name in self.names}
-        else:
-            values = output if isinstance(output, tuple) else (output,)
-            if len(values) != len(self.names):
-                raise ValueError(f"the output has {len(values)} elements for the names {', '.join(self.names)}")
-            named = dict(zip(self.names, values, strict=True))
-        lengths = {name: len(value) for name, value in named.items()}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"outputs have different numbers of samples: {lengths}")
-        return named
-
-    def _where(self, engine: Engine, samples: int) -> torch.Tensor:
-        """Where the samples of the present batch stand."""
-        state = engine.state
         number = state.iteration - engine.progress.epoch_began_at - 1
+        try:
+            values = named_outputs(state.output, self.names)
+            self._kept[number] = self._placed(engine, number, values)
+        except Exception as error:  # whatever it is, the others have to hear of it
+            error.add_note(f"in iteration {state.iteration}")
+            self._failure, self._kept = error, {}
+
+    def _placed(self, engine: Engine, number: int, values: dict[str, Batch]) -> _Kept:
+        """The outputs of the epoch's batch `number` with where its samples stand."""
+        state = engine.state
+        samples = len(values[self.names[0]])
         sampler = getattr(state.dataloader, "batch_sampler", None)
         whole = getattr(sampler, "global_length", None) == state.epoch_length
         places = torch.zeros((samples, PLACES), dtype=torch.int64)
@@ -150,126 +161,100 @@ class Gather:
             if len(indices) != samples:
                 raise ValueError(f"the output has {samples} samples, but the batch had {len(indices)}")
             places[:, 0] = torch.from_numpy(indices)
-            return places
-        self._is_dealt = False
+            return _Kept(places, values, is_dealt=True)
         places[:, 0], places[:, 1] = number, engine.coordinator.rank
         places[:, 2] = torch.arange(samples)
-        return places
+        return _Kept(places, values, is_dealt=False)
 
     def _gather(self, engine: Engine) -> None:
         coordinator = engine.coordinator
-        own, packed = self._own(), Packed([], [])
-        if self._failure is None:
-            packed = Packed(*_packed(own, self.names))
+        own, packed = NOTHING, Packed([], [])
+        is_dealt = all(kept.is_dealt for kept in self._kept.values())
+        try:
+            if self._failure is None:
+                own = self._own()
+                packed = samples_packed(own, self.names)
+        except Exception as error:
+            self._failure = error
         said: list[_Said] = coordinator.gather(
-            _Said(self.names, packed.manifest, packed.size, len(own.places), self._is_dealt, self._failure)
+            _Said(packed.manifest, packed.size, len(own.places), is_dealt, self._missing, _told(self._failure))
         )
-        _check_said(said)
+        _raise_failures("outputs could not be gathered", [each.failure for each in said], self._failure)
+        _log_missing(engine, max(each.missing for each in said))
+        gathered: Any
         if self.folder is not None and sum(each.size for each in said) > self.limit:
-            folder = self.folder / f"epoch-{engine.state.epoch:04d}"
-            self._write(coordinator, own, folder)
-            samples = sum(each.samples for each in said)
-            gathered: Any = Parts(folder, self.names, coordinator.world_size, samples, self.format)
+            gathered = self._write(coordinator, own, said, self.folder / f"epoch-{engine.state.epoch:04d}")
         else:
-            keeps = self.to == "all" or coordinator.rank == 0
-            payloads = _payloads(coordinator, packed, [each.size for each in said], keeps=keeps)
-            every = [
-                _unpacked(each.manifest, payload, self.names) for each, payload in zip(said, payloads, strict=True)
-            ]
-            gathered = self._joined(every, dealt=all(each.is_dealt for each in said)) if keeps else None
+            gathered = self._join(coordinator, packed, said)
         engine.state.gathered = gathered  # type: ignore[attr-defined]
-        self._batches, self._places = {name: [] for name in self.names}, []
+        self._kept = {}
 
     def _own(self) -> Samples:
-        if any(value.is_pinned() for of_name in self._batches.values() for value in _tensors(of_name)):
-            torch.cuda.synchronize()  # for the copies that `_on_host` began
-        places = torch.cat(self._places) if self._places else torch.zeros((0, PLACES), dtype=torch.int64)
-        return Samples(places, {name: column_of(self._batches[name]) for name in self.names})
+        kept = [self._kept[number] for number in sorted(self._kept)]
+        if any(value.is_pinned() for each in kept for batch in each.values.values() for value in tensors_in(batch)):
+            torch.cuda.synchronize()  # for the copies that `on_host` began
+        places = torch.cat([each.places for each in kept]) if kept else NOTHING.places
+        return Samples(places, {name: column_of([each.values[name] for each in kept]) for name in self.names})
 
-    def _joined(self, every: Sequence[Samples], *, dealt: bool) -> dict[str, Column]:
-        joined = in_order(every, self.names)
-        if dealt:
-            joined["index"] = torch.cat([part.places[:, 0] for part in every]).sort().values
-        return joined
+    def _keeps(self, coordinator: Coordinator) -> bool:
+        return self.to == "all" or coordinator.rank == 0
 
-    def _write(self, coordinator: Coordinator, own: Samples, folder: Path) -> None:
+    def _join(self, coordinator: Coordinator, packed: Packed, said: Sequence[_Said]) -> dict[str, Column] | None:
+        """Every rank's samples, in memory."""
+        found, failure, keeps = None, None, self._keeps(coordinator)
+        try:
+            payloads = payloads_of_all(coordinator, packed, [each.size for each in said], keeps=keeps)
+            if keeps:
+                every = [
+                    samples_unpacked(each.manifest, payload, self.names)
+                    for each, payload in zip(said, payloads, strict=True)
+                ]
+                found = joined(every, self.names, with_index=_are_dealt(said))
+        except Exception as error:
+            failure = error
+        _agree("outputs could not be joined", coordinator, failure)
+        return found
+
+    def _write(self, coordinator: Coordinator, own: Samples, said: Sequence[_Said], folder: Path) -> Parts | None:
+        """Every rank's samples, in files."""
         failure = None
         try:
             write_part(folder, own, coordinator.rank, coordinator.world_size, self.format)
-        except (OSError, ValueError) as error:
-            failure = str(error)
-        _raise_failures("a part could not be written", coordinator.gather(failure))
+        except Exception as error:
+            failure = error
+        _agree("a part could not be written", coordinator, failure)
+        samples = sum(each.samples for each in said)
+        parts = Parts(folder, self.names, coordinator.world_size, samples, self.format, _are_dealt(said))
+        return parts if self._keeps(coordinator) else None
 
 
-def _packed(samples: Samples, names: Sequence[str]) -> tuple[list[int], list[torch.Tensor]]:
-    manifest: list[int] = []
-    parts = element_parts([samples.places], manifest)
-    for name in names:
-        column = samples.columns[name]
-        ragged = isinstance(column, list)
-        elements = column if isinstance(column, list) else [column]
-        manifest += [ragged, len(elements)]
-        parts += element_parts(elements, manifest)
-    return manifest, parts
+def _log_missing(engine: Engine, missing: int) -> None:
+    if missing and engine.coordinator.rank == 0:
+        engine.logger.warning(
+            "epoch %d was resumed after its iteration %d: what is gathered lacks the outputs of the iterations before",
+            engine.state.epoch,
+            missing,
+        )
 
 
-def _unpacked(manifest: Sequence[int], payload: torch.Tensor | None, names: Sequence[str]) -> Samples:
-    if payload is None:
-        return Samples(torch.zeros((0, PLACES), dtype=torch.int64), {name: [] for name in names})
-    numbers = iter(manifest)
-    elements = elements_of(numbers, payload, 0)
-    places = next(elements)
-    columns: dict[str, Column] = {}
-    for name in names:
-        ragged, count = next(numbers), next(numbers)
-        found = [next(elements) for _ in range(count)]
-        columns[name] = found if ragged else found[0]
-    return Samples(places, columns)
+def _are_dealt(said: Sequence[_Said]) -> bool:
+    return all(each.is_dealt for each in said)
 
 
-def _payloads(
-    coordinator: Coordinator, packed: Packed, sizes: Sequence[int], *, keeps: bool
-) -> list[torch.Tensor | None]:
-    """Every rank's payload, given in pieces so that a rank that keeps none never holds much more than one."""
-    longest = max(sizes)
-    own = torch.empty(longest, dtype=torch.uint8)
-    packed.write(own)
-    if coordinator.world_size == 1:
-        return [own]
-    kept: list[torch.Tensor | None] = [
-        torch.empty(padded(size), dtype=torch.uint8) if keeps else None for size in sizes
-    ]
-    for at in range(0, longest, PIECE):
-        rows = coordinator.gather_bytes(own[at : at + PIECE])
-        for whole, row in zip(kept, rows, strict=True):
-            if whole is not None and at < len(whole):
-                piece = whole[at : at + PIECE]
-                piece.copy_(row[: len(piece)])
-    return kept
+def _agree(what: str, coordinator: Coordinator, failure: Exception | None) -> None:
+    """Raise on all ranks when one has failed."""
+    _raise_failures(what, coordinator.gather(_told(failure)), failure)
 
 
-def _check_said(said: Sequence[_Said]) -> None:
-    _raise_failures("outputs could not be gathered", [each.failure for each in said])
-    for rank, each in enumerate(said):
-        if each.names != said[0].names:
-            first, other = ", ".join(said[0].names), ", ".join(each.names)
-            raise MetricError(
-                f"ranks gather different outputs: {first} on rank 0, {other} on rank {rank}. Give the Gather of every "
-                "rank the same names"
-            )
+def _told(failure: Exception | None) -> str | None:
+    """What other ranks are told of an exception."""
+    if failure is None:
+        return None
+    notes = " ".join(getattr(failure, "__notes__", ()))
+    return f"{failure!r} {notes}".rstrip()
 
 
-def _raise_failures(what: str, failures: Sequence[str | None]) -> None:
+def _raise_failures(what: str, failures: Sequence[str | None], own: Exception | None) -> None:
     told = "; ".join(f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure is not None)
     if told:
-        raise MetricError(f"{what}: {told}")
-
-
-def _on_host(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", non_blocking=True)
-    return [_on_host(torch.as_tensor(each)) for each in value]
-
-
-def _tensors(batches: Sequence[Any]) -> list[torch.Tensor]:
-    return [each for batch in batches for each in ([batch] if isinstance(batch, torch.Tensor) else batch)]
+        raise MetricError(f"{what}: {told}") from own

@@ -2,7 +2,8 @@
 
 Contract: a torchmetrics metric; its states are sums over samples (of features and of their products, in float64), so
 that the distance over ranks is that of all samples. The extractor runs on each rank's own samples, in evaluation mode
-and without gradients. Inception score needs nothing of allstep: give torchmetrics' `InceptionScore` to `Metrics`.
+and without gradients, and is then in the mode in which it was, module by module. Inception score needs nothing of
+allstep: give torchmetrics' `InceptionScore` to `Metrics`, with an extractor in evaluation mode.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class FrechetDistance(FrechetInceptionDistance):
 
 
 class _Extractor(nn.Module):
-    """The user's module beside the number of its features, never training."""
+    """The user's module beside the number of its features, in evaluation mode while it is called."""
 
     def __init__(self, extractor: nn.Module, num_features: int) -> None:
         super().__init__()
@@ -45,5 +46,10 @@ class _Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, samples: torch.Tensor) -> Any:
+        training = [module for module in self.extractor.modules() if module.training]
         self.extractor.eval()
-        return self.extractor(samples)
+        try:
+            return self.extractor(samples)
+        finally:
+            for module in training:
+                module.training = True

@@ -1,8 +1,9 @@
 """Outputs sample by sample, and all ranks' outputs in one order: pure functions.
 
 Contract: a rank keeps what it has seen as `Samples`: for each sample where it stands (three integers that sort into the
-order) and, by name, a tensor. `in_order` joins those of all ranks. Tensors of one shape and type become one tensor with
-a row a sample; others stay a list. `flattened` and `restored` turn ragged tensors into two plain ones and back.
+order) and, by name, a tensor. `joined` joins those of all ranks, of which any may have none. Tensors of one shape and
+type become one tensor with a row a sample; others stay a list. `flattened` and `restored` turn ragged tensors into two
+plain ones and back.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ class Samples:
     columns: Mapping[str, Column]
 
 
+NOTHING = Samples(torch.zeros((0, PLACES), dtype=torch.int64), {})
+
+
 def column_of(batches: Sequence[Any]) -> Column:
     """One column of what each batch had: a tensor with a row a sample, or a list of tensors."""
     tensors = [batch for batch in batches if isinstance(batch, torch.Tensor)]
@@ -35,15 +39,18 @@ def column_of(batches: Sequence[Any]) -> Column:
     return [sample for batch in batches for sample in (batch.unbind() if isinstance(batch, torch.Tensor) else batch)]
 
 
-def in_order(parts: Sequence[Samples], names: Sequence[str]) -> dict[str, Column]:
-    """All samples in the order of their places."""
+def joined(parts: Sequence[Samples], names: Sequence[str], *, with_index: bool) -> dict[str, Column]:
+    """All samples in the order of their places; "index" is the first number of each sample's place."""
     places = torch.cat([part.places for part in parts])
     order = torch.arange(len(places))
     for column in reversed(range(PLACES)):
         order = order[torch.sort(places[order, column], stable=True).indices]
-    return {
+    found = {
         name: _ordered(column_of([part.columns[name] for part in parts if len(part.places)]), order) for name in names
     }
+    if with_index:
+        found["index"] = places[order, 0]
+    return found
 
 
 def _ordered(column: Column, order: torch.Tensor) -> Column:
@@ -53,25 +60,26 @@ def _ordered(column: Column, order: torch.Tensor) -> Column:
 
 
 def flattened(name: str, column: Column) -> dict[str, torch.Tensor]:
-    """A column as plain tensors: itself, or all values in one row, and each sample's shape.
+    """A column as plain tensors, by a kind and the name: "rows", or all "values" in one row and each sample's "shapes".
 
-    Raises ValueError when samples differ in type or number of dimensions.
+    No two names have a tensor of the same key. Raises ValueError when samples differ in type or number of dimensions.
     """
     if isinstance(column, torch.Tensor):
-        return {name: column}
+        return {f"rows.{name}": column}
     if len({(sample.dtype, sample.ndim) for sample in column}) > 1:
         raise ValueError(
             f"samples of {name!r} differ in type or number of dimensions; they cannot be written to a file"
         )
-    shapes = torch.tensor([list(sample.shape) for sample in column], dtype=torch.int64).reshape(len(column), -1)
+    dimensions = column[0].ndim if column else 0
+    shapes = torch.tensor([list(sample.shape) for sample in column], dtype=torch.int64).reshape(len(column), dimensions)
     values = torch.cat([sample.reshape(-1) for sample in column]) if column else torch.empty(0)
-    return {f"{name}.values": values, f"{name}.shapes": shapes}
+    return {f"values.{name}": values, f"shapes.{name}": shapes}
 
 
 def restored(name: str, tensors: Mapping[str, torch.Tensor]) -> Column:
     """The column that `flattened` gave."""
-    if name in tensors:
-        return tensors[name]
-    shapes = [torch.Size(shape) for shape in tensors[f"{name}.shapes"].tolist()]
-    rows = torch.split(tensors[f"{name}.values"], [shape.numel() for shape in shapes])
+    if f"rows.{name}" in tensors:
+        return tensors[f"rows.{name}"]
+    shapes = [torch.Size(shape) for shape in tensors[f"shapes.{name}"].tolist()]
+    rows = torch.split(tensors[f"values.{name}"], [shape.numel() for shape in shapes]) if shapes else ()
     return [row.reshape(shape) for row, shape in zip(rows, shapes, strict=True)]

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -35,7 +36,7 @@ class WarmProcess:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["allstep.testing.preload"])
+        context.set_forkserver_preload(_preloaded())
         self.control, control = context.Pipe()
         lifeline, self._lifeline = context.Pipe(duplex=False)
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
@@ -176,6 +177,12 @@ def close_pool() -> None:
         pool = _pools.pop(os.getpid(), None)
     if pool is not None:
         pool.close()
+
+
+def _preloaded() -> list[str]:
+    """What the server imports before it forks: torchmetrics only for those who use it, since it takes a second."""
+    metrics = ["allstep.testing.preload_metrics"] if "torchmetrics" in sys.modules else []
+    return ["allstep.testing.preload", *metrics]
 
 
 def _serve(control: Connection, lifeline: Connection, stacks: Any) -> None:
