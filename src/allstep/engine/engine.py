@@ -28,7 +28,7 @@ from allstep.engine.rehearsal import Rehearsal
 from allstep.engine.resumable import Resumable
 from allstep.engine.source import END
 from allstep.engine.state import State
-from allstep.engine.terms import Terms, is_done, length_of, settle_terms
+from allstep.engine.terms import Terms, asks_for_more, is_done, length_of, settle_terms
 from allstep.engine.watch import Watch, watched
 from allstep.errors import DataError, EngineError
 from allstep.world import World
@@ -100,7 +100,8 @@ class Engine(Listening, Resumable):
         """Run the step over `data` until the epochs or iterations are done, or somebody ends the run.
 
         A finished engine begins anew, unless a larger `max_epochs` or `max_iters` lets it go on; one that was
-        interrupted, failed or loaded a state goes on. A loaded state that is finished already returns at once.
+        interrupted, failed or loaded a state goes on. A loaded state that is finished already returns at once, as does
+        one that was ended as finished, unless it is asked for more epochs or iterations than then.
 
         Args:
             data: an iterable of batches, or None, with an `epoch_length`, for batches of None. Data shorter than the
@@ -156,11 +157,18 @@ class Engine(Listening, Resumable):
             epochs_completed=state.epoch - self.progress.epoch_is_open,
             resuming=suspended or self._was_loaded,
         )
+        is_finished = self._was_loaded and state.outcome == "finished" and not asks_for_more(terms, state)
+        finished = state.stop_reason if is_finished else None
         if not suspended:
             self._begin(terms, data, meeting, opens_at, watch)
         elif data is not None and data is not state.dataloader:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
+        if finished is not None:
+            self._drop_run()
+            state.stop_reason, state.outcome = finished, "finished"
+            self.logger.warning("nothing to run: the run was finished: %s", finished)
+            return state
         if not suspended and is_done(state.iteration, state.epoch, state.max_epochs, state.max_iters):
             self._drop_run()
             self.logger.warning(
@@ -222,7 +230,7 @@ class Engine(Listening, Resumable):
         if not is_spent:
             self.kept = []
         state.weight, state.group_end, state.active, state.samples = 1.0, True, True, None
-        state.unread, state.stop_reason = (), None
+        state.unread, state.stop_reason, state.outcome = (), None, None
         self._forget_requests()
         world = World.current()
         state.seed = None if world is None else world.seed

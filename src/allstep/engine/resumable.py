@@ -64,7 +64,8 @@ class Resumable(Steering):
         `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
         `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
         `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `data` is there when
-        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's.
+        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's. `finished`
+        is there when the run was ended as finished: why.
         """
         state, progress = self.state, self.progress
         terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
@@ -77,6 +78,7 @@ class Resumable(Steering):
             "epoch_length": state.epoch_length,
             **terms,
             **({} if data is None else {"data": data}),
+            **({"finished": state.stop_reason} if state.outcome == "finished" else {}),
             **{key: getattr(state, key) for key in self._user_keys},
         }
 
@@ -97,6 +99,8 @@ class Resumable(Steering):
         self._drop_run()
         self._stand_at(place)
         self.state.dataloader = None
+        finished = state_dict.get("finished")
+        self.state.stop_reason, self.state.outcome = finished, None if finished is None else "finished"
         for key in self._user_keys:
             setattr(self.state, key, state_dict[key])
         self._saved_data, self._own_data_state = state_dict.get("data"), END
