@@ -165,3 +165,80 @@ def save_sharded_by_rank(world, folder):
 @pytest.mark.slow
 def test_sharded_tensors_are_not_one_ranks_own(tmp_path):
     run_ranks(save_sharded_by_rank, 2, str(tmp_path), fresh=True)
+
+
+class Unready(Counted):
+    """State that cannot be had."""
+
+    def state_dict(self):
+        raise RuntimeError("not consolidated")
+
+
+def train_with_unready(world, folder, unready, strict):
+    from allstep import Engine
+
+    model = world.wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    trainer = Engine(lambda engine, batch: model(torch.ones(2, 2)).sum().backward())
+    metric = Unready() if world.rank in unready else Counted(1)
+    # Before the model, whose buffers are broadcast when its state is asked for.
+    objects = {"metric": metric, "model": model, "trainer": trainer}
+    checkpoint = Checkpoint(folder, objects, every=2, strict=strict).attach(trainer)
+    trainer.run([1] * 6)
+    checkpoint.close()
+    assert checkpoint.store.choose() is None
+    return trainer.state.iteration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unready", [[1], [0, 1]])
+def test_an_object_that_has_no_state_to_give_fails_the_save_and_not_the_training(unready, tmp_path):
+    assert run_ranks(train_with_unready, 2, str(tmp_path), unready, False) == [6, 6]
+
+
+@pytest.mark.slow
+def test_a_strict_checkpoint_says_which_object_had_no_state_to_give(tmp_path):
+    from allstep.errors import RanksError
+
+    with pytest.raises(RanksError, match="rank 1: the state of 'metric' cannot be had: RuntimeError: not consolidated"):
+        run_ranks(train_with_unready, 2, str(tmp_path), [1], True)
+
+
+def evaluating(folder, epochs, order):
+    """Iterations that a trainer and, at each epoch's end, an evaluator did."""
+    from allstep import Engine, Events
+
+    trainer, evaluator = Engine(lambda e, b: None), Engine(lambda e, b: None)
+    evaluator.state_dict_user_keys.append("best")
+    evaluator.state.best = evaluator.state.best if hasattr(evaluator.state, "best") else 0
+    counted = []
+
+    def evaluate():
+        evaluator.state.best += 1
+        evaluator.run([1, 2, 3])
+        counted.append((trainer.state.epoch, evaluator.state.iteration, evaluator.state.best))
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluate)
+    engines = {"trainer": trainer, "evaluator": evaluator}
+    checkpoint = Checkpoint(folder, {name: engines[name] for name in order}, every=None).attach(trainer)
+    checkpoint.resume()
+    trainer.run([1, 2], max_epochs=epochs)
+    return counted
+
+
+@pytest.mark.parametrize("order", [("trainer", "evaluator"), ("evaluator", "trainer")])
+def test_an_evaluator_in_the_checkpoint_evaluates_in_the_resumed_run_too(order, tmp_path):
+    assert evaluating(tmp_path, 2, order) == [(1, 3, 1), (2, 3, 2)]
+    assert evaluating(tmp_path, 4, order) == [(3, 3, 3), (4, 3, 4)]
+    assert evaluating(tmp_path, 4, order) == []
+
+
+def test_metrics_are_numbers_of_any_library(tmp_path):
+    import numpy as np
+
+    from allstep import Engine
+
+    engine = Engine(lambda e, b: None)
+    engine.state.metrics.update(plain=0.5, tensor=torch.tensor(0.5), f32=np.float32(0.5), i64=np.int64(3), text="x")
+    checkpoint = Checkpoint(tmp_path, {"engine": engine}, every=None, keep_best=(1, "f32", "max"))
+    checkpoint.save(engine, wait=True)
+    assert checkpoint.store.choose().manifest.metrics == {"plain": 0.5, "tensor": 0.5, "f32": 0.5, "i64": 3.0}

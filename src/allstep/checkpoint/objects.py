@@ -9,7 +9,7 @@ as such. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from torch import nn
 from allstep.checkpoint.modules import KeptModule
 from allstep.checkpoint.reading import ShardedLike
 from allstep.engine import Engine
+from allstep.engine.progress import place_from
+from allstep.engine.terms import is_done
 from allstep.errors import CheckpointError
 from allstep.parallel import unwrap
 
@@ -60,18 +62,52 @@ class Kept(Protocol):
         """Take over `state`, and of what each rank that saved had for itself what is for `rank`."""
 
 
-def kept_objects(objects: Mapping[str, Any]) -> dict[str, Kept]:
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The states of all objects: what is the same on every rank, what this rank has, and why one could not be had."""
+
+    common: dict[str, Any]
+    of_rank: dict[str, Any]
+    failure: str | None
+
+
+def kept_objects(objects: Mapping[str, Any], trainers: Sequence[Engine] = ()) -> dict[str, Kept]:
     """How each object is kept.
+
+    Args:
+        objects: by name.
+        trainers: the engines that the checkpoint is attached to. Others that have finished, such as evaluators, begin
+            anew in a resumed run too; a trainer has nothing left to do then. Without any, every engine is a trainer.
 
     Raises:
         CheckpointError: an object has no state to keep.
     """
-    return {name: _kept(name, each) for name, each in objects.items()}
+    return {name: _kept(name, each, trainers) for name, each in objects.items()}
 
 
-def _kept(name: str, value: Any) -> Kept:
+def collect(kept: Mapping[str, Kept]) -> Collected:
+    """Ask all objects for their states; one that raises is the failure, and keeps no rank from asking the others.
+
+    Modules in DDP are asked for theirs in a collective, which a rank that gave up would leave the others in.
+    """
+    common: dict[str, Any] = {}
+    of_rank: dict[str, Any] = {}
+    failure: str | None = None
+    for name, each in kept.items():
+        try:
+            common[name], of_rank[name] = each.state(), each.of_rank()
+        except Exception as error:
+            failure = failure or f"the state of {name!r} cannot be had: {type(error).__name__}: {error}"
+    return Collected(_without_none(common), _without_none(of_rank), failure)
+
+
+def _without_none(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
     if isinstance(value, Engine):
-        return _KeptEngine(value)
+        return _KeptEngine(value, trains=not trainers or value in trainers)
     if isinstance(value, PerRank):
         return _KeptByRank(value.kept)
     if isinstance(value, torch.Generator):
@@ -122,6 +158,10 @@ class _KeptByRank(_Plain):
 class _KeptEngine(_Plain):
     """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not."""
 
+    def __init__(self, value: Engine, *, trains: bool) -> None:
+        super().__init__(value)
+        self.trains = trains
+
     def state(self) -> Any:
         state = self.value.state_dict()
         return {key: each for key, each in state.items() if key != "data" or "own" not in each}
@@ -131,6 +171,11 @@ class _KeptEngine(_Plain):
         return data if "own" in data else None
 
     def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        place = place_from(state, self.value.state_dict_user_keys)
+        if not self.trains and is_done(place.iteration, place.epochs_completed, place.max_epochs, place.max_iters):
+            for key in self.value.state_dict_user_keys:
+                setattr(self.value.state, key, state[key])
+            return
         own = of_ranks[rank] if rank < len(of_ranks) else None
         self.value.load_state_dict(state if own is None else {**state, "data": own})
 
