@@ -98,3 +98,147 @@ def test_sharded_modules_and_optimizers_resume_at_any_world_size(tmp_path):
     three = run_ranks(sharded, 3, str(tmp_path / "parts"), (2, 4), True, fresh=True)[0]
     for mine, expected in zip(three, whole, strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+def partly_used(world, folder, steps, shards):
+    """Two groups, a frozen parameter, and one that never has a gradient and so has no state in the optimizer."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    from allstep import Engine
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
+    model[1].bias.requires_grad_(False)
+    model.register_parameter("unused", nn.Parameter(torch.ones(7)))
+    if shards:
+        fully_shard(model)
+    groups = [{"params": [model[0].weight], "lr": 0.1}, {"params": [model[0].bias, model[1].weight, model.unused]}]
+    optimizer = torch.optim.AdamW(groups, lr=0.05)
+    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer}, every=None, strict=True)
+    checkpoint.resume()
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(torch.full((2, 3), step + 1.0)).pow(2).sum().backward()
+        optimizer.step()
+    if steps:
+        checkpoint.save(Engine(lambda e, b: None), wait=True)
+
+    def whole(tensor):
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).tolist()
+
+    states = optimizer.state_dict()
+    moments = {at: {key: whole(each) for key, each in state.items()} for at, state in states["state"].items()}
+    return [whole(each) for each in model.parameters()], moments, [group["lr"] for group in states["param_groups"]]
+
+
+@pytest.mark.slow
+def test_a_sharded_optimizers_states_are_those_that_there_were_at_any_world_size(tmp_path):
+    folder = str(tmp_path)
+    saved = run_ranks(partly_used, 2, folder, 2, True, fresh=True)[0]
+    assert set(saved[1]) == {0, 1, 2}
+    assert run_ranks(partly_used, 3, folder, 0, True, fresh=True) == [saved] * 3
+    assert run_ranks(partly_used, 1, folder, 0, True, fresh=True) == [saved]
+
+
+@pytest.mark.slow
+def test_what_was_saved_sharded_loads_whole_and_the_other_way_round(tmp_path):
+    folder = str(tmp_path)
+    saved = run_ranks(partly_used, 2, folder, 1, True, fresh=True)[0]
+    assert run_ranks(partly_used, 1, folder, 0, False) == [saved]
+    whole = run_ranks(partly_used, 1, folder, 1, False)[0]
+    assert run_ranks(partly_used, 2, folder, 0, True, fresh=True) == [whole] * 2
+
+
+def save_sharded_by_rank(world, folder):
+    from torch.distributed.fsdp import fully_shard
+
+    from allstep import Engine
+
+    model = nn.Linear(3, 4)
+    fully_shard(model)
+    checkpoint = Checkpoint(folder, {"own": PerRank(model)}, every=None, strict=True)
+    with pytest.raises(CheckpointError, match="own/weight is sharded over ranks"):
+        checkpoint.save(Engine(lambda e, b: None), wait=True)
+
+
+@pytest.mark.slow
+def test_sharded_tensors_are_not_one_ranks_own(tmp_path):
+    run_ranks(save_sharded_by_rank, 2, str(tmp_path), fresh=True)
+
+
+class Unready(Counted):
+    """State that cannot be had."""
+
+    def state_dict(self):
+        raise RuntimeError("not consolidated")
+
+
+def train_with_unready(world, folder, unready, strict):
+    from allstep import Engine
+
+    model = world.wrap(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    trainer = Engine(lambda engine, batch: model(torch.ones(2, 2)).sum().backward())
+    metric = Unready() if world.rank in unready else Counted(1)
+    # Before the model, whose buffers are broadcast when its state is asked for.
+    objects = {"metric": metric, "model": model, "trainer": trainer}
+    checkpoint = Checkpoint(folder, objects, every=2, strict=strict).attach(trainer)
+    trainer.run([1] * 6)
+    checkpoint.close()
+    assert checkpoint.store.choose() is None
+    return trainer.state.iteration
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unready", [[1], [0, 1]])
+def test_an_object_that_has_no_state_to_give_fails_the_save_and_not_the_training(unready, tmp_path):
+    assert run_ranks(train_with_unready, 2, str(tmp_path), unready, False) == [6, 6]
+
+
+@pytest.mark.slow
+def test_a_strict_checkpoint_says_which_object_had_no_state_to_give(tmp_path):
+    from allstep.errors import RanksError
+
+    with pytest.raises(RanksError, match="rank 1: the state of 'metric' cannot be had: RuntimeError: not consolidated"):
+        run_ranks(train_with_unready, 2, str(tmp_path), [1], True)
+
+
+def evaluating(folder, epochs, order):
+    """Iterations that a trainer and, at each epoch's end, an evaluator did."""
+    from allstep import Engine, Events
+
+    trainer, evaluator = Engine(lambda e, b: None), Engine(lambda e, b: None)
+    evaluator.state_dict_user_keys.append("best")
+    evaluator.state.best = evaluator.state.best if hasattr(evaluator.state, "best") else 0
+    counted = []
+
+    def evaluate():
+        evaluator.state.best += 1
+        evaluator.run([1, 2, 3])
+        counted.append((trainer.state.epoch, evaluator.state.iteration, evaluator.state.best))
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, evaluate)
+    engines = {"trainer": trainer, "evaluator": evaluator}
+    checkpoint = Checkpoint(folder, {name: engines[name] for name in order}, every=None).attach(trainer)
+    checkpoint.resume()
+    trainer.run([1, 2], max_epochs=epochs)
+    return counted
+
+
+@pytest.mark.parametrize("order", [("trainer", "evaluator"), ("evaluator", "trainer")])
+def test_an_evaluator_in_the_checkpoint_evaluates_in_the_resumed_run_too(order, tmp_path):
+    assert evaluating(tmp_path, 2, order) == [(1, 3, 1), (2, 3, 2)]
+    assert evaluating(tmp_path, 4, order) == [(3, 3, 3), (4, 3, 4)]
+    assert evaluating(tmp_path, 4, order) == []
+
+
+def test_metrics_are_numbers_of_any_library(tmp_path):
+    import numpy as np
+
+    from allstep import Engine
+
+    engine = Engine(lambda e, b: None)
+    engine.state.metrics.update(plain=0.5, tensor=torch.tensor(0.5), f32=np.float32(0.5), i64=np.int64(3), text="x")
+    checkpoint = Checkpoint(tmp_path, {"engine": engine}, every=None, keep_best=(1, "f32", "max"))
+    checkpoint.save(engine, wait=True)
+    assert checkpoint.store.choose().manifest.metrics == {"plain": 0.5, "tensor": 0.5, "f32": 0.5, "i64": 3.0}

@@ -386,3 +386,20 @@ def save_from_separate_disks(world: World, folder: Path) -> str:
 def test_a_folder_that_ranks_do_not_share_is_noticed(tmp_path: Path) -> None:
     for error in run_ranks(save_from_separate_disks, 2, tmp_path):
         assert "rank 1" in error
+
+
+def save_once_more(world: World, folder: Path) -> str:
+    store = Store(str(folder))
+    if world.rank == 0:
+        store.save(5, {"a": {"x": 1}})
+    pending = store.save(10, {"a": {"x": 1}})
+    pending.wait()
+    if world.rank == 1:
+        store.save(11, {"a": {"x": 1}}).wait()
+    return str(pending.error)
+
+
+def test_a_save_on_one_rank_alone_is_an_error_that_says_so(tmp_path: Path) -> None:
+    said = run_ranks(save_once_more, 2, tmp_path)
+    assert "rank 1: it saves save-000001-step-10, and rank 0 save-000001-step-5; call save on every rank" in said[1]
+    assert os.listdir(tmp_path) == []

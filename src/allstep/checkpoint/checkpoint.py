@@ -19,11 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from allstep.checkpoint import rng
 from allstep.checkpoint.choosing import Found
-from allstep.checkpoint.objects import Kept, kept_objects
+from allstep.checkpoint.objects import Kept, collect, kept_objects
 from allstep.checkpoint.resuming import asked_for, launches_of, overruled, restarts_of
 from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.schedule import Every, Schedule, read_every
@@ -75,6 +76,7 @@ class Checkpoint:
     ) -> None:
         self._times = read_every(every)
         self.objects = dict(objects)
+        self._engines: list[Engine] = []
         self._kept: dict[str, Kept] = kept_objects(self.objects)
         self.metrics = metrics
         self.facts = dict(facts or {})
@@ -92,6 +94,8 @@ class Checkpoint:
 
     def attach(self, engine: Engine) -> Checkpoint:
         """Save during the runs of `engine`; returns self."""
+        self._engines.append(engine)
+        self._kept = kept_objects(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(
             Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED, self._go_on_inside
@@ -162,9 +166,9 @@ class Checkpoint:
             "launches": launches_of(os.environ),
             **self.facts,
         }
-        common = {name: state for name, kept in self._kept.items() if (state := kept.state()) is not None}
-        of_rank = {name: state for name, kept in self._kept.items() if (state := kept.of_rank()) is not None}
-        self.store.save(step, common, {"objects": of_rank, "generators": rng.capture()}, self._metrics(engine), facts)
+        found = collect(self._kept)
+        own = {"objects": found.of_rank, "generators": rng.capture()}
+        self.store.save(step, found.common, own, self._metrics(engine), facts, refused=found.failure)
         self._saved_at = _where(place)
         if self._schedule is not None:
             self._schedule.saved(engine.state.iteration)
@@ -189,7 +193,7 @@ class Checkpoint:
                 kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
         for value in self.objects.values():
             if isinstance(value, Engine):
-                epoch = value.state.epoch
+                epoch = max(epoch, value.state.epoch)
                 value.state.metrics = {**metrics, **value.state.metrics}
         self._resumed_inside = any(
             isinstance(value, Engine) and value.state.iteration > value.progress.epoch_began_at
@@ -271,7 +275,7 @@ def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
 def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
 
 
 def _rank() -> int:

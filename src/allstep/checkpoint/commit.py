@@ -3,8 +3,8 @@
 Contract: every rank calls `commit` with its snapshot, in a thread of its own, over a coordinator that nothing else
 uses. The ranks meet three times.
 
-1. Before anything is written: does every rank have a snapshot, of the same tensors, and has the disk room for all?
-   Rank 0 has made a fresh folder. One rank's no is everyone's.
+1. Before anything is written: do all save the same step, has every rank a snapshot, of the same tensors, and has the
+   disk room for all? Rank 0 has made a fresh folder. One rank's no is everyone's.
 2. Each rank writes its files, hashes them on the way, synchronises them, and reports their sizes, hashes and pieces.
    One rank's failure is everyone's.
 3. Rank 0 looks whether it sees all files at their sizes, writes the shared document, then the manifest, synchronises
@@ -54,6 +54,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
+    name: Name
     refused: str | None
     size: int
     free: int | None
@@ -118,8 +119,8 @@ def _agree_to_write(order: Order, refused: str | None, storage: Storage, coordin
             refused = refused or f"the disk's free space is unknown: {error}"
     specs = snapshot.specs if snapshot is not None else {}
     size = snapshot.staged.size if snapshot is not None else 0
-    ready: list[_Ready] = coordinator.gather(_Ready(refused, size, free, _digest(specs)))
-    _raise_first([each.refused for each in ready], order)
+    ready: list[_Ready] = coordinator.gather(_Ready(order.name, refused, size, free, _digest(specs)))
+    _raise_first([_other_save(each.name, ready[0].name) or each.refused for each in ready], order)
     if len({each.tensors for each in ready}) > 1:
         raise CheckpointError(f"step {order.name.step} was not saved: {_difference(coordinator.gather(specs))}")
     need = sum(each.size for each in ready) + _ROOM
@@ -135,8 +136,8 @@ def _write_own(order: Order, storage: Storage, rank: int) -> _Written:
     snapshot = order.snapshot
     assert snapshot is not None
     files: dict[str, FileRecord] = {}
-    values = Saved(tensors=_own_records(snapshot.per_rank_specs, tensor_file(rank)), value=snapshot.per_rank)
     try:
+        values = Saved(tensors=_own_records(snapshot.per_rank_specs, tensor_file(rank)), value=snapshot.per_rank)
         _write(order, storage, files, tensor_file(rank), snapshot.staged.header, snapshot.staged.data)
         _write(order, storage, files, value_file(rank), write_saved(values))
     except Exception as error:
@@ -211,6 +212,12 @@ def _unseen(storage: Storage, folder: str, files: Mapping[str, FileRecord]) -> s
                 "checkpoints need a folder that all ranks share"
             )
     return None
+
+
+def _other_save(name: Name, of_first: Name) -> str | None:
+    if name == of_first:
+        return None
+    return f"it saves {name}, and rank 0 {of_first}; call save on every rank, at the same point"
 
 
 def _discard(order: Order, storage: Storage) -> None:

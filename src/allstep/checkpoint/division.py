@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -43,11 +43,16 @@ def piece_key(piece: Piece, shape: Sequence[int]) -> str:
     return f"{piece.name}@{','.join(map(str, piece.offsets))}"
 
 
-def own_pieces(tensors: Mapping[str, torch.Tensor], rank: int, world_size: int) -> list[tuple[Piece, torch.Tensor]]:
-    """The pieces that a rank writes, each with its values."""
+def own_pieces(
+    tensors: Mapping[str, torch.Tensor], rank: int, world_size: int, of_first: Container[str] = ()
+) -> list[tuple[Piece, torch.Tensor]]:
+    """The pieces that a rank writes, each with its values; rank 0 writes the tensors in `of_first`."""
     replicated = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-    shapes = [(name, tensor.dtype.itemsize, tuple(tensor.shape)) for name, tensor in replicated.items()]
-    pieces = [(piece, _values(replicated[piece.name], piece)) for piece in divide(shapes, world_size)[rank]]
+    shared = {name: tensor for name, tensor in replicated.items() if name not in of_first}
+    shapes = [(name, tensor.dtype.itemsize, tuple(tensor.shape)) for name, tensor in shared.items()]
+    pieces = [(piece, _values(shared[piece.name], piece)) for piece in divide(shapes, world_size)[rank]]
+    if rank == 0:
+        pieces.extend((_whole(name, tensor.shape), tensor) for name, tensor in replicated.items() if name in of_first)
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor) and _writes(name, tensor):
             pieces.extend((piece, tensor.to_local().detach()) for piece in _shards(name, tensor) if piece.numel)
@@ -123,13 +128,17 @@ def _until_beyond(first: Piece, later: Sequence[Piece]) -> list[Piece]:
 
 
 def _cut(name: str, itemsize: int, shape: tuple[int, ...], world_size: int) -> list[Piece]:
-    whole = Piece(name, (0,) * len(shape), shape)
+    whole = _whole(name, shape)
     if world_size == 1 or not shape or whole.numel * itemsize < _LARGE or shape[0] < 2:
         return [whole]
     count = min(world_size, shape[0])
     edges = [shape[0] * at // count for at in range(count + 1)]
     rest = shape[1:]
     return [Piece(name, (begin, *(0,) * len(rest)), (end - begin, *rest)) for begin, end in pairwise(edges)]
+
+
+def _whole(name: str, shape: Sequence[int]) -> Piece:
+    return Piece(name, (0,) * len(shape), tuple(shape))
 
 
 def _values(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:

@@ -13,7 +13,7 @@ import base64
 import collections
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,11 +33,19 @@ Fetch = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class OfFirst:
+    """Stands for a tensor that differs by rank and is to be rank 0's; it comes back as a tensor."""
+
+    tensor: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Encoded:
-    """A JSON document and the tensors that it names."""
+    """A JSON document and the tensors that it names, with the names of those that are rank 0's."""
 
     document: Any
     tensors: dict[str, torch.Tensor]
+    of_first: frozenset[str] = frozenset()
 
 
 def encode(value: Any, prefix: str) -> Encoded:
@@ -51,7 +59,7 @@ def encode(value: Any, prefix: str) -> Encoded:
         UnkeepableError: something else is in it.
     """
     encoder = _Encoder()
-    return Encoded(encoder.encode(value, (prefix,)), encoder.tensors)
+    return Encoded(encoder.encode(value, (prefix,)), encoder.tensors, frozenset(encoder.of_first))
 
 
 def decode(document: Any, fetch: Fetch) -> Any:
@@ -69,6 +77,7 @@ def decode(document: Any, fetch: Fetch) -> Any:
 @dataclass(slots=True)
 class _Encoder:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    of_first: set[str] = field(default_factory=set)
     _seen: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def encode(self, value: Any, path: tuple[str, ...]) -> Any:
@@ -79,6 +88,10 @@ class _Encoder:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if isinstance(value, torch.Tensor):
             return {"$tensor": self._keep(value, path)}
+        if kind is OfFirst:
+            name = self._keep(value.tensor, path)
+            self.of_first.add(name)
+            return {"$tensor": name}
         if isinstance(value, np.generic | np.ndarray):
             return self._encode_array(value, path)
         if len(path) > _DEEPEST:
@@ -92,7 +105,7 @@ class _Encoder:
 
     def _encode_mapping(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
         kind = type(value)
-        items = [(key, self.encode(item, (*path, _part(key)))) for key, item in value.items()]
+        items = [(key, self.encode(item, (*path, name_part(key)))) for key, item in value.items()]
         if kind is dict and all(type(key) is str and not key.startswith("$") for key, _ in items):
             return dict(items)
         pairs = [[self._encode_key(key, path), item] for key, item in items]
@@ -124,7 +137,7 @@ class _Encoder:
         identity = _identity(tensor)
         if identity in self._seen:
             return self._seen[identity]
-        name = "/".join(path)
+        name = tensor_name(path)
         self.tensors[name] = tensor
         if identity is not None:
             self._seen[identity] = name
@@ -205,7 +218,12 @@ _DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
 }
 
 
-def _part(key: Any) -> str:
+def tensor_name(path: Iterable[str]) -> str:
+    """The name of the tensor that keys lead to, each as its `name_part`."""
+    return "/".join(path)
+
+
+def name_part(key: Any) -> str:
     """A key as a part of a name; different keys of one dict are different parts."""
     if type(key) is int:
         return str(key)

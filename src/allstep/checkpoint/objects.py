@@ -2,29 +2,25 @@
 
 Contract: `Checkpoint` makes one `Kept` for each object that it was given and calls `state` on all ranks. It is what is
 the same on every rank, `of_rank` what this rank has for itself; `load` gives both back, to objects of a run of any
-world size. Modules are taken out of DDP and torch.compile. Modules and optimizers of sharded parameters (FSDP2, tensor
-parallel) go through `torch.distributed.checkpoint.state_dict`, whose tensors say how they are sharded; they are their
-own `template`, filled in place. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
+world size. Modules are taken out of DDP and torch.compile (`allstep.checkpoint.modules`). The sharded parameters of
+FSDP2 and tensor parallelism are DTensors, which know how they are sharded; `template` says which state is to be filled
+as such. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
+from allstep.checkpoint.modules import KeptModule
+from allstep.checkpoint.reading import ShardedLike
 from allstep.engine import Engine
+from allstep.engine.progress import place_from
+from allstep.engine.terms import is_done
 from allstep.errors import CheckpointError
 from allstep.parallel import unwrap
 
@@ -66,34 +62,60 @@ class Kept(Protocol):
         """Take over `state`, and of what each rank that saved had for itself what is for `rank`."""
 
 
-def kept_objects(objects: Mapping[str, Any]) -> dict[str, Kept]:
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The states of all objects: what is the same on every rank, what this rank has, and why one could not be had."""
+
+    common: dict[str, Any]
+    of_rank: dict[str, Any]
+    failure: str | None
+
+
+def kept_objects(objects: Mapping[str, Any], trainers: Sequence[Engine] = ()) -> dict[str, Kept]:
     """How each object is kept.
+
+    Args:
+        objects: by name.
+        trainers: the engines that the checkpoint is attached to. Others that have finished, such as evaluators, begin
+            anew in a resumed run too; a trainer has nothing left to do then. Without any, every engine is a trainer.
 
     Raises:
         CheckpointError: an object has no state to keep.
     """
-    modules = [unwrap(each) for each in objects.values() if isinstance(each, nn.Module)]
-    return {name: _kept(name, each, modules) for name, each in objects.items()}
+    return {name: _kept(name, each, trainers) for name, each in objects.items()}
 
 
-def _kept(name: str, value: Any, modules: list[nn.Module]) -> Kept:
+def collect(kept: Mapping[str, Kept]) -> Collected:
+    """Ask all objects for their states; one that raises is the failure, and keeps no rank from asking the others.
+
+    Modules in DDP are asked for theirs in a collective, which a rank that gave up would leave the others in.
+    """
+    common: dict[str, Any] = {}
+    of_rank: dict[str, Any] = {}
+    failure: str | None = None
+    for name, each in kept.items():
+        try:
+            common[name], of_rank[name] = each.state(), each.of_rank()
+        except Exception as error:
+            failure = failure or f"the state of {name!r} cannot be had: {type(error).__name__}: {error}"
+    return Collected(_without_none(common), _without_none(of_rank), failure)
+
+
+def _without_none(states: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: state for name, state in states.items() if state is not None}
+
+
+def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
     if isinstance(value, Engine):
-        return _KeptEngine(value)
+        return _KeptEngine(value, trains=not trainers or value in trainers)
     if isinstance(value, PerRank):
         return _KeptByRank(value.kept)
     if isinstance(value, torch.Generator):
         return _KeptByRank(_Generator(value))
     if isinstance(value, nn.Module):
-        module = unwrap(value)
-        if _is_sharded(module.parameters()):
-            return _ShardedModule(module)
-        replica = next((each for each in value.modules() if isinstance(each, DistributedDataParallel)), None)
-        return _Plain(module) if replica is None else _Replicated(module, replica)
+        return KeptModule(unwrap(value))
     if isinstance(value, torch.optim.Optimizer):
-        parameters = [each for group in value.param_groups for each in group["params"]]
-        if _is_sharded(parameters):
-            return _ShardedOptimizer(value, _module_of(name, parameters, modules))
-        return _Plain(value)
+        return _KeptOptimizer(value)
     if not callable(getattr(value, "state_dict", None)) or not callable(getattr(value, "load_state_dict", None)):
         raise CheckpointError(
             f"{name!r} is a {type(value).__name__}, which has no state_dict() and load_state_dict(); leave it out"
@@ -118,30 +140,6 @@ class _Plain:
         self.value.load_state_dict(state)
 
 
-class _Replicated(_Plain):
-    """A module in DDP. Its buffers are rank 0's where DDP broadcasts them before a forward pass, else each rank's."""
-
-    def __init__(self, module: nn.Module, replica: DistributedDataParallel) -> None:
-        super().__init__(module)
-        self.replica = replica
-
-    def state(self) -> Any:
-        if self.replica.broadcast_buffers and any(True for _ in self.replica.buffers()):
-            # As the next forward pass would.
-            self.replica._sync_buffers()  # type: ignore[no-untyped-call]
-        return self.value.state_dict()
-
-    def of_rank(self) -> Any:
-        return None if self.replica.broadcast_buffers else dict(self.value.named_buffers())
-
-    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
-        self.value.load_state_dict(state)
-        buffers = of_ranks[rank] if rank < len(of_ranks) else None
-        with torch.no_grad():
-            for name, buffer in (buffers or {}).items():
-                self.value.get_buffer(name).copy_(buffer)
-
-
 class _KeptByRank(_Plain):
     def state(self) -> Any:
         return None
@@ -160,6 +158,10 @@ class _KeptByRank(_Plain):
 class _KeptEngine(_Plain):
     """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not."""
 
+    def __init__(self, value: Engine, *, trains: bool) -> None:
+        super().__init__(value)
+        self.trains = trains
+
     def state(self) -> Any:
         state = self.value.state_dict()
         return {key: each for key, each in state.items() if key != "data" or "own" not in each}
@@ -169,34 +171,26 @@ class _KeptEngine(_Plain):
         return data if "own" in data else None
 
     def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
+        place = place_from(state, self.value.state_dict_user_keys)
+        if not self.trains and is_done(place.iteration, place.epochs_completed, place.max_epochs, place.max_iters):
+            for key in self.value.state_dict_user_keys:
+                setattr(self.value.state, key, state[key])
+            return
         own = of_ranks[rank] if rank < len(of_ranks) else None
         self.value.load_state_dict(state if own is None else {**state, "data": own})
 
 
-class _ShardedModule(_Plain):
-    def state(self) -> Any:
-        return get_model_state_dict(self.value)
+class _KeptOptimizer(_Plain):
+    """An optimizer; what it keeps of sharded parameters is sharded as they are."""
 
     def template(self) -> Any:
-        return self.state()
-
-    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
-        set_model_state_dict(self.value, state)
-
-
-class _ShardedOptimizer(_Plain):
-    def __init__(self, value: torch.optim.Optimizer, module: nn.Module) -> None:
-        super().__init__(value)
-        self.module = module
-
-    def state(self) -> Any:
-        return get_optimizer_state_dict(self.module, self.value)
-
-    def template(self) -> Any:
-        return self.state()
-
-    def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
-        set_optimizer_state_dict(self.module, self.value, state)
+        parameters = {id(each): each for group in self.value.param_groups for each in group["params"]}
+        return {
+            "state": {
+                at: ShardedLike(each.detach())
+                for at, each in enumerate(parameters.values())  # as Optimizer.state_dict counts them
+            }
+        }
 
 
 class _Generator:
@@ -208,17 +202,3 @@ class _Generator:
 
     def load_state_dict(self, state: Any, /) -> None:
         self.generator.set_state(state)
-
-
-def _is_sharded(parameters: Iterable[torch.Tensor]) -> bool:
-    return any(isinstance(each, DTensor) for each in parameters)
-
-
-def _module_of(name: str, parameters: list[torch.Tensor], modules: list[nn.Module]) -> nn.Module:
-    wanted = {id(each) for each in parameters}
-    for module in modules:
-        if wanted <= {id(each) for each in module.parameters()}:
-            return module
-    raise CheckpointError(
-        f"the optimizer {name!r} has sharded parameters of a module that is not in the checkpoint; add that module"
-    )

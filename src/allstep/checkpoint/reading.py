@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -19,13 +20,52 @@ from torch.distributed.tensor import DTensor
 
 from allstep.checkpoint.division import Region, local_regions, overlap, piece_key
 from allstep.checkpoint.dtypes import find_dtype, stored_as, stored_shape, to_stored
-from allstep.checkpoint.encoding import decode, encode
+from allstep.checkpoint.encoding import decode, name_part, tensor_name
 from allstep.checkpoint.index import Chunk, Saved, TensorRecord, read_saved
 from allstep.checkpoint.layout import STATE, value_file
 from allstep.checkpoint.manifest import Manifest
 from allstep.checkpoint.shards import Slot, read_header
 from allstep.checkpoint.storage import Storage
 from allstep.errors import CheckpointError, DamagedCheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedLike:
+    """Stands in a template for a part of the state whose tensors are sharded as one that the run has.
+
+    What an optimizer keeps of a parameter is there only once the parameter has had a gradient, so a run that begins
+    has no tensors to fill.
+    """
+
+    tensor: torch.Tensor
+
+
+class Targets:
+    """The DTensors that a template has for tensors of a checkpoint."""
+
+    def __init__(self, template: Mapping[str, Any]) -> None:
+        self._filled: dict[str, DTensor] = {}
+        self._like: dict[str, torch.Tensor] = {}
+        self._collect(template, ())
+
+    def find(self, name: str, record: TensorRecord) -> DTensor | None:
+        """What to fill with a tensor; None where it is to be read as it is."""
+        if name in self._filled:
+            return self._filled[name]
+        like = self._like.get(name.rpartition("/")[0])
+        if not isinstance(like, DTensor) or tuple(like.shape) != record.shape:
+            return None
+        return torch.empty_like(like, dtype=find_dtype(record.dtype))  # type: ignore[return-value]
+
+    def _collect(self, value: Any, path: tuple[str, ...]) -> None:
+        if isinstance(value, DTensor):
+            self._filled[tensor_name(path)] = value
+        elif isinstance(value, ShardedLike):
+            self._like[tensor_name(path)] = value.tensor
+        elif isinstance(value, Mapping | list | tuple):
+            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            for key, item in items:
+                self._collect(item, (*path, name_part(key)))
 
 
 class Reader:
@@ -48,20 +88,14 @@ class Reader:
 
     def read_state(self, template: Mapping[str, Any]) -> dict[str, Any]:
         """The whole state by name; DTensors of `template` are filled where they are and take their places in it."""
-        targets = {
-            name: tensor
-            for part, value in template.items()
-            for name, tensor in encode(value, part).tensors.items()
-            if isinstance(tensor, DTensor)
-        }
-        value = self._read_document(STATE, targets)
+        value = self._read_document(STATE, Targets(template))
         if not isinstance(value, dict):
             raise DamagedCheckpointError(f"{STATE} holds a {type(value).__name__} instead of state by name")
         return value
 
     def read_per_rank(self) -> list[Any]:
         """What each rank of the run that saved had for itself, in rank order."""
-        return [self._read_document(value_file(rank), {}) for rank in range(self._manifest.world_size)]
+        return [self._read_document(value_file(rank), Targets({})) for rank in range(self._manifest.world_size)]
 
     def read_tensor(self, name: str, record: TensorRecord) -> torch.Tensor:
         """A whole tensor, on the CPU."""
@@ -74,14 +108,14 @@ class Reader:
         with self._storage.open(self._folder, file) as opened:
             return read_saved(opened.read())
 
-    def _read_document(self, file: str, targets: Mapping[str, DTensor]) -> Any:
+    def _read_document(self, file: str, targets: Targets) -> Any:
         saved = self.saved(file)
         done: dict[str, torch.Tensor] = {}
 
         def fetch(name: str) -> torch.Tensor:
             if name not in done:
                 record = saved.tensors[name]
-                target = targets.get(name)
+                target = targets.find(name, record)
                 done[name] = self.read_tensor(name, record) if target is None else self._fill(name, record, target)
             return done[name]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from allstep.checkpoint.division import Piece, own_pieces, piece_key
 from allstep.checkpoint.dtypes import dtype_name
@@ -58,14 +59,21 @@ def take_snapshot(state: Mapping[str, Any], per_rank: Any, stager: Stager, rank:
     """
     document: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
+    of_first: set[str] = set()
     for name, value in state.items():
         if not isinstance(name, str) or not name or "/" in name or name[0] in "~$":
             raise UnkeepableError(f'{name!r} cannot name a part of the state; use a string without "/" in it')
         encoded = encode(value, name)
         document[name] = encoded.document
         tensors.update(encoded.tensors)
+        of_first |= encoded.of_first
     own = encode(per_rank, PER_RANK)
-    pieces = own_pieces(tensors, rank, world_size)
+    for name, tensor in own.tensors.items():
+        if isinstance(tensor, DTensor):
+            raise UnkeepableError(
+                f"{name} is sharded over ranks, and was given as what this rank alone has; give it as common state"
+            )
+    pieces = own_pieces(tensors, rank, world_size, of_first)
     staged = stager.stage(
         [
             *((piece_key(piece, tensors[piece.name].shape), values) for piece, values in pieces),

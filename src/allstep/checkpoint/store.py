@@ -122,6 +122,8 @@ class Store:
         per_rank: Any = None,
         metrics: Mapping[str, float] | None = None,
         facts: Mapping[str, Any] | None = None,
+        *,
+        refused: str | None = None,
     ) -> Pending:
         """Copy the state and begin to write it.
 
@@ -132,6 +134,7 @@ class Store:
             per_rank: a nested value of this rank alone.
             metrics: numbers by name, for `keep_best` and for people.
             facts: what else the manifest should say, as JSON takes it.
+            refused: why this rank has no state to save, which fails the save on every rank.
 
         Raises:
             CheckpointError: the save before failed, and the store is strict.
@@ -141,7 +144,9 @@ class Store:
         self.wait()
         name = Name(self._next, step)
         self._next += 1
-        snapshot, refused = self._take_snapshot(state, per_rank)
+        snapshot = None
+        if refused is None:
+            snapshot, refused = self._take_snapshot(state, per_rank)
         folder = name.temporary(self._token) if self._storage.has_rename else str(name)
         order = Order(name, folder, snapshot, refused, dict(metrics or {}), dict(facts or {}))
         self._last = Pending(step, name, strict=self._strict)
