@@ -24,8 +24,8 @@ from allstep.channel.messages import Hello
 from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import WorldError
 from allstep.placement import Placement
+from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
-from allstep.world.stores import Store
 
 _MARGIN_S = 2.0
 _ANY = "0.0.0.0"
@@ -58,7 +58,7 @@ def supervised_service(placement: Placement) -> Service | None:
     return Service(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
 
 
-def sidecar_service(store: Store, placement: Placement, timeout: float, deadline: float) -> Service:
+def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float, deadline: float) -> Service:
     """The service of this rank's node, started by its local rank 0.
 
     Args:
@@ -118,7 +118,7 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
     )
 
 
-def _ranks_of_node(store: Store, placement: Placement, deadline: float) -> list[int]:
+def _ranks_of_node(store: AnsweringStore, placement: Placement, deadline: float) -> list[int]:
     """The ranks of this node, by their own word: a launcher may have spread them over the nodes in any order.
 
     Where one does not come, the others are still in time to have it named.
@@ -128,7 +128,9 @@ def _ranks_of_node(store: Store, placement: Placement, deadline: float) -> list[
     return [int(store.get(key)) for key in keys if store.check([key])]
 
 
-def _published(store: Store, node: int, placement: Placement, timeout: float, deadline: float) -> tuple[str, str]:
+def _published(
+    store: AnsweringStore, node: int, placement: Placement, timeout: float, deadline: float
+) -> tuple[str, str]:
     key = f"service/{node}"
     if not poll(lambda: store.check([key]), deadline):
         who = "rank 0" if node == 0 else f"local rank 0 of node {node}"
