@@ -17,9 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from allstep.channel.address import new_nonce
+from allstep.channel.address import join_address, new_nonce
 from allstep.channel.arrival import Arrival
 from allstep.channel.client import Client
+from allstep.channel.listening import EVERYWHERE, HERE
 from allstep.channel.messages import Hello
 from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import WorldError
@@ -28,8 +29,6 @@ from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
 
 _MARGIN_S = 2.0
-_ANY = "0.0.0.0"
-_HERE = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +81,10 @@ def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float,
             port, nonce = _published(store, 0, placement, timeout, deadline)
             assert placement.rendezvous is not None
             ranks = _ranks_of_node(store, placement, deadline)
-            sidecar = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}", ranks=ranks)
+            sidecar = _start(placement, nonce, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
         store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
-    return Service(f"{_HERE}:{port}", nonce, sidecar=sidecar)
+    return Service(join_address(HERE, int(port)), nonce, sidecar=sidecar)
 
 
 def join(service: Service, placement: Placement, arrival: Arrival, timeout: float) -> Client:
@@ -108,7 +107,7 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
         nonce=nonce,
         attempt=placement.attempt,
         world_size=placement.world_size,
-        host=_ANY if placement.nodes > 1 and not upstream else _HERE,
+        host=EVERYWHERE if placement.nodes > 1 and not upstream else HERE,
         limits=os.environ.get("ALLSTEP_LIMITS", ""),
         attempt_folder=os.environ.get("ALLSTEP_ATTEMPT_FOLDER", ""),
         upstream=upstream,
