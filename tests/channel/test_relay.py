@@ -7,6 +7,8 @@ import selectors
 import socket
 from collections.abc import Iterator, Sequence
 
+import pytest
+
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllEnded, Finished, Ordered, Refusal, Verdict
 from allstep.channel.limits import Limits
@@ -161,6 +163,19 @@ def test_a_head_that_never_answers_is_a_verdict_in_bounded_time(monkeypatch):
     sock.close()
     with relaying(port, (1,), 2) as relay:
         assert "could not be reached" in relay.verdict().cause.what
+
+
+@pytest.mark.parametrize("first", ["127.0.0.9", "192.0.2.1"], ids=["refuses", "is silent"])
+def test_a_head_is_reached_at_another_of_its_addresses(monkeypatch, first):
+    """192.0.2.0/24 is for documentation: no machine has such an address."""
+    monkeypatch.setattr("allstep.channel.uplink.ADDRESS_S", 0.5)
+    stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    with serving(2) as hub:
+        found = [(*stream, (first, hub.port)), (*stream, ("127.0.0.1", hub.port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        with relaying(hub.port, (1,), 2) as relay:
+            relay.others.append(hub)
+            relay.until(lambda: hub.service.connected == 1)
 
 
 def test_a_relay_of_another_run_is_turned_away_with_its_ranks():

@@ -27,10 +27,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def node(
-    folder: Path, rank: int, port: int, *arguments: str, nodes: int = 2, env: Mapping[str, str] | None = None
+    folder: Path,
+    rank: int,
+    port: int,
+    *arguments: str,
+    nodes: int = 2,
+    host: str = "127.0.0.1",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[str]]:
     """Start one machine's `allstep run` in a folder of its own, as on a disk that is not shared."""
-    place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv", f"127.0.0.1:{port}"]
+    place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv", f"{host}:{port}"]
     own = folder / f"host_{rank}_{os.urandom(3).hex()}"
     own.mkdir()
     process = subprocess.Popen(
@@ -88,6 +94,26 @@ def test_two_machines_of_one_rank_are_named_with_pid_and_host(tmp_path: Path) ->
             assert (code, out) == (2, "")
             assert "two supervisors are node 1: pid " in said
             assert all(f"pid {each.pid} on {socket.gethostname()}" in said for each in (first, second))
+
+
+MEETS = """
+import allstep
+with allstep.init(timeout=60) as world:
+    print("sum", world.all_reduce(1), "over", world.placement.nodes)
+"""
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the machine has no IPv6")
+def test_machines_that_know_each_other_by_ipv6_train_together(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, MEETS)), free_port()
+    with (
+        node(tmp_path, 0, port, target, host="[::1]") as head,
+        node(tmp_path, 1, port, target, host="[::1]") as other,
+    ):
+        for process in (head, other):
+            code, out, said = end(process)
+            assert code == 0, said
+            assert "sum 2 over 2" in out
 
 
 def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None:

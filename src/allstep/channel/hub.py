@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from allstep.channel.arrival import objection
+from allstep.channel.arrival import Arrival, objection
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import (
@@ -226,9 +226,9 @@ class Hub:
         """The ranks whose World is open, as far as is known."""
         return self._inquiry.present()
 
-    def processes(self) -> dict[int, tuple[str, int]]:
-        """Host and process of each rank that came."""
-        return {r.rank: (r.arrival.host, r.arrival.pid) for r in self._inquiry.records.values() if r.arrival}
+    def arrivals(self) -> dict[int, Arrival]:
+        """How each rank that came introduced itself."""
+        return {rank: record.arrival for rank, record in self._inquiry.records.items() if record.arrival}
 
     def case(self) -> Case | None:
         """The case as it stands now: the cause of the verdict, and what has become of the others since."""

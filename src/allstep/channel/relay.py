@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case, case_of
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Refusal, Verdict
@@ -179,9 +180,9 @@ class Relay:
         """The ranks of this node whose World is open."""
         return [rank for rank, record in self._records.items() if record.present]
 
-    def processes(self) -> dict[int, tuple[str, int]]:
-        """Host and process of each rank that came."""
-        return {r.rank: (r.arrival.host, r.arrival.pid) for r in self._records.values() if r.arrival}
+    def arrivals(self) -> dict[int, Arrival]:
+        """How each rank that came introduced itself."""
+        return {rank: record.arrival for rank, record in self._records.items() if record.arrival}
 
     def case(self) -> Case | None:
         """The loss of the head, as this node sees it."""

@@ -8,10 +8,11 @@ What can go wrong before that is a LaunchError.
 from __future__ import annotations
 
 import contextlib
-import socket
 from pathlib import Path
 
+from allstep.channel.address import join_address
 from allstep.channel.limits import Limits
+from allstep.channel.listening import HERE, listen
 from allstep.channel.relay import Relay
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
@@ -56,7 +57,7 @@ def follow(machine: Machine) -> int:
 def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
     """Do this machine's share of an attempt; return why the run is over for it, "" where the head will say more."""
     launch = machine.launch
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    listener = listen(HERE)
     folder = _folder(machine, start)
     ranks = range(start.first_rank, start.first_rank + launch.workers)
     limits = Limits.parse(launch.settings.limits or launch.environ.get("ALLSTEP_LIMITS", ""))
@@ -64,7 +65,7 @@ def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
         run_id=start.run_id,
         attempt=start.attempt,
         nonce=start.nonce,
-        channel=f"127.0.0.1:{listener.getsockname()[1]}",
+        channel=join_address(HERE, listener.getsockname()[1]),
         master_addr=nodes.host,
         master_port=start.master_port,
         workers=launch.workers,

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
+from allstep.channel.listening import EVERYWHERE, listen
 from allstep.errors import LaunchError
 from allstep.launch.joining import Gone, Join, Over, Refused, Roster, Start, Waiting, decode
 from allstep.launch.loop import Loop
@@ -35,20 +36,13 @@ def open_door(ports: Iterable[int]) -> socket.socket:
     problems: list[str] = []
     for port in ports:
         try:
-            return _listen(port)
+            return listen(EVERYWHERE, port)
         except OSError as error:
             problems.append(f"{port} ({os.strerror(error.errno or 0)})")
     raise LaunchError(
         f"node 0 cannot listen for the other nodes on port {', '.join(problems)}; end what holds it, which may be "
         "another node 0 of this run, or choose another port for --rdzv on all nodes"
     )
-
-
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-    return socket.create_server(("", port), backlog=1024)
 
 
 class Post:

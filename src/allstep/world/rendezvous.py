@@ -24,9 +24,10 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
+from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
 from allstep.world.service import Service, sidecar_service
-from allstep.world.stores import PrefixStore, Store, TCPStore
+from allstep.world.stores import PrefixStore, TCPStore
 
 _CONNECT_S = 2.0
 _HANDSHAKE_S = (1.0, 16.0)
@@ -42,14 +43,14 @@ class Meeting:
     `service` is where the ranks introduce themselves, where a sidecar was started for that.
     """
 
-    store: Store
+    store: AnsweringStore
     server: TCPStore | None = None
     service: Service | None = None
 
     def give_up(self, world_size: int) -> None:
         """No group comes of it: let the server go, once the others have found what they look for in it."""
         if self.server is not None:
-            with contextlib.suppress(dist.DistError):
+            with contextlib.suppress(dist.DistError, WorldError):
                 poll(lambda: self.store.add(_MET, 0) >= world_size, time.monotonic() + _HEARD_S)
             self.server = None  # else the traceback would keep the port taken
         if self.service is not None:
@@ -76,7 +77,7 @@ def meet(placement: Placement, process: str, timeout: float, *, starts_service: 
     def enter(client: TCPStore, server: TCPStore | None = None) -> Meeting:
         store = _own_space(client, name, placement.rank, process)
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
-        with contextlib.suppress(dist.DistError):  # a server that waits for just this may go before it answers
+        with contextlib.suppress(dist.DistError, WorldError):  # a server that waits for just this may go first
             store.add(_MET, 1)
         return Meeting(store, server, service)
 
@@ -147,9 +148,10 @@ def _try_port(host: str, port: int, name: str | None, patience: float, timeout: 
         return f"nothing answers ({error.strerror or error})"
     try:
         store = _client(host, port, patience, timeout)
-        if name is None or poll(lambda: store.check([name]), time.monotonic() + _IDENTIFY_S):
+        asked = AnsweringStore(store, patience)
+        if name is None or poll(lambda: asked.check([name]), time.monotonic() + _IDENTIFY_S):
             return store
-    except (TimeoutError, dist.DistError):
+    except (TimeoutError, WorldError, dist.DistError):
         return "something answers that is not a torch store"
     return "another job's store"
 
@@ -176,16 +178,16 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
     return made[0]
 
 
-def _own_space(client: Store, name: str, rank: int, process: str) -> Store:
+def _own_space(client: TCPStore, name: str, rank: int, process: str) -> AnsweringStore:
     """The name space of this start of the ranks in a store that may have seen others."""
-    base = PrefixStore(name, client)
+    base = AnsweringStore(PrefixStore(name, client))
     owner = base.compare_set(f"owner/{rank}", "", process).decode()
     if owner != process:
         raise WorldError(
             f"two processes are rank {rank}: {owner} and {process}; give each process its own RANK, "
             "or each job its own MASTER_PORT"
         )
-    return PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
+    return base.space(f"generation/{base.add(f'generation/{rank}', 1)}")
 
 
 def _text(placement: Placement, timeout: float, what: str) -> str:
