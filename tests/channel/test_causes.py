@@ -202,6 +202,15 @@ def test_a_rank_that_left_early_stays_the_cause():
     assert revised(case, [account(record, supervised=True) for record in records]).cause == case.cause
 
 
+def test_a_rank_that_closed_its_world_and_then_makes_room_gives_that_status():
+    before = [rank(0, failed=(2, 0), derived=True), rank(1, bye=(1, 0))]
+    case = judge(before, supervised=True, attempt=0)
+    assert case.exit_code == 1
+    after = [before[0], rank(1, bye=(1, 0), ordered=(3, 0), ended=(4, 0), code=85)]
+    now = revised(case, [account(record, supervised=True) for record in after])
+    assert (now.cause.rank, now.cause.kind, now.exit_code) == (1, Kind.EARLY, 85)
+
+
 @pytest.mark.parametrize(
     ("other", "now", "alone"),
     [

@@ -40,6 +40,8 @@ _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CAUSES = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.SERVICE_LOST, Kind.EARLY)
 """What an end can be that needs no other to explain it."""
 
+_GONE = (Kind.FINISHED, Kind.PREEMPTED, Kind.SEEN)  # what can be a cause where there is no other
+
 
 @dataclass(frozen=True, slots=True)
 class Case:
@@ -150,7 +152,12 @@ def revised(case: Case, accounts: Sequence[Account]) -> Case:
     """The case after the verdict, with what has become of the ranks since."""
     before = case.cause
     now = accounts[before.rank]
-    cause = now if now.kind in (before.kind, *CAUSES) else replace(before, output=now.output, note=now.note)
+    if now.kind in (before.kind, *CAUSES):
+        cause = now
+    elif now.kind in _GONE and before.kind in (Kind.EARLY, Kind.ERROR):
+        cause = _as_cause(now)  # how it went on to leave
+    else:
+        cause = replace(before, output=now.output, note=now.note)
     first = min((each for each in accounts if each.kind in CAUSES), key=_distance, default=cause)
     explanation = case.explanation
     if _distance(first)[0] < _distance(cause)[0]:
@@ -164,7 +171,7 @@ def _without_causes(accounts: Sequence[Account]) -> Account:
     """
     hung = [each for each in accounts if each.kind is Kind.HANG]
     stuck_alone = [each for each in hung if not each.waiting]
-    gone = [each for each in accounts if each.kind in (Kind.FINISHED, Kind.PREEMPTED, Kind.SEEN)]
+    gone = [each for each in accounts if each.kind in _GONE]
     if gone and not stuck_alone:
         return _as_cause(min(gone, key=lambda each: each.order))
     if hung:

@@ -226,9 +226,12 @@ def _in_a_line(failure: Failure) -> str:
 
 
 def _by_order(end: WorkerEnd | None, left: Moment) -> Judgement:
+    """The end of a rank that had been told to leave: it may have ended in a way that nobody is told to."""
     if end is not None and end.killed:
         return Kind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
-    if end is not None and end.returncode < 0 and end.returncode != -signal.SIGABRT:  # nobody is told to leave that way
+    if end is not None and end.returncode == PREEMPTED:
+        return Kind.PREEMPTED, f"made room ({describe(PREEMPTED)})", PREEMPTED, left
+    if end is not None and end.returncode < 0 and end.returncode != -signal.SIGABRT:
         return Kind.SIGNAL, describe(end.returncode), exit_status(end.returncode), left
     return Kind.ORDERED, "left when it was told to", PEER_LOST, left
 
