@@ -345,7 +345,7 @@ class Hub:
         self._roll.remove(peer)
         for rank in [rank for rank, door in self._doors.items() if door is peer]:
             del self._doors[rank]
-        if not self._finished:
+        if not self._finished and not self._refusal:
             self._inquiry.node_lost(node.ranks, f"was lost with node {node.rank} ({node.host}): {why}")
 
     def _keep_links(self) -> None:

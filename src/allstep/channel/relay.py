@@ -232,6 +232,8 @@ class Relay:
             case Refused(reason):
                 waiting, self._waiting = self._waiting, []
                 for peer in waiting:
+                    if peer.name is not None and self._peers.get(peer.name) is peer:
+                        del self._peers[peer.name]  # the gate will not say any more that it is gone
                     self._gate.refuse(peer, reason)
                 self._refused = not self.present()
                 self._events.append(Refusal(reason))
