@@ -30,10 +30,11 @@ from allstep.channel.events import (
     StragglerSeen,
     Verdict,
 )
-from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said
+from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said, who_knows
 from allstep.channel.inquiry import Inquiry
 from allstep.channel.limits import Limits
 from allstep.channel.messages import (
+    CODEC,
     AskStacks,
     Beat,
     Bye,
@@ -103,7 +104,7 @@ class Hub:
         self._limits = limits
         self._clock = clock
         self._events: list[HubEvent] = []
-        self._gate = Gate(selector, listener, self, nonce=nonce, attempt=attempt, clock=clock)
+        self._gate = Gate(selector, listener, self, codec=CODEC, admits=who_knows(nonce, attempt), clock=clock)
         self._inquiry = Inquiry(
             world_size,
             attempt=attempt,
