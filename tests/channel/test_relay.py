@@ -187,6 +187,22 @@ def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
         hub.until(lambda: any(isinstance(event, Refusal) for event in relay.events))
 
 
+def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
+    with serving(2, supervised=False) as hub, relaying(hub.port, (1,), 2, supervised=False) as relay:
+        hub.others.append(relay)
+        callers = [Caller(hub, 1, arrival=arrival(1, pid=1)).come(), Caller(relay, 1, 2).come()]
+        for caller in callers:
+            caller.driven = hub
+            caller.hears(Refused)
+            caller.close()
+        hub.until(lambda: relay.service.connected == 0)
+        hub.others.clear()
+        relay.close()
+        hub.until(lambda: hub.service.connected == 0)
+        hub.pass_time(0.5)
+        assert not [event for event in hub.events if isinstance(event, Verdict)]
+
+
 def test_a_doubled_rank_on_another_node_is_named():
     with serving(2) as hub, relaying(hub.port, (1,), 2) as relay:
         hub.others.append(relay)

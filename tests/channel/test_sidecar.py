@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from allstep.channel.address import new_nonce
-from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.channel.messages import Welcome
+from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import ConfigurationError
 from tests.channel.driving import BOUND, Caller, RankProcess, arrival, gone, rank_processes, wait_for
 

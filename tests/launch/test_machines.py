@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.joining import Join, encode, token
+from allstep.launch.joining import CODEC, Join, token
 from allstep.version import __version__
 from tests.launch.command import ALLSTEP, LIMIT, environment, script
 
@@ -333,7 +333,7 @@ def test_a_machine_that_joins_and_then_is_never_heard_of_is_lost(tmp_path: Path)
     with node(tmp_path, 0, port, "--name", "exp", "--limits", "link=1", str(target)) as head:
         await_connection(port)
         with socket.create_connection(("127.0.0.1", port)) as silent:
-            silent.sendall(encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
+            silent.sendall(CODEC.encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
             code, _, said = end(head)
     assert code == 84, said
     assert "node 1, which did not connect" in said

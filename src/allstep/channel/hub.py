@@ -30,10 +30,11 @@ from allstep.channel.events import (
     StragglerSeen,
     Verdict,
 )
-from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said
+from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said, who_knows
 from allstep.channel.inquiry import Inquiry
 from allstep.channel.limits import Limits
 from allstep.channel.messages import (
+    CODEC,
     AskStacks,
     Beat,
     Bye,
@@ -103,7 +104,7 @@ class Hub:
         self._limits = limits
         self._clock = clock
         self._events: list[HubEvent] = []
-        self._gate = Gate(selector, listener, self, nonce=nonce, attempt=attempt, clock=clock)
+        self._gate = Gate(selector, listener, self, codec=CODEC, admits=who_knows(nonce, attempt), clock=clock)
         self._inquiry = Inquiry(
             world_size,
             attempt=attempt,
@@ -345,7 +346,7 @@ class Hub:
         self._roll.remove(peer)
         for rank in [rank for rank, door in self._doors.items() if door is peer]:
             del self._doors[rank]
-        if not self._finished:
+        if not self._finished and not self._refusal:
             self._inquiry.node_lost(node.ranks, f"was lost with node {node.rank} ({node.host}): {why}")
 
     def _keep_links(self) -> None:

@@ -19,9 +19,10 @@ from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case, case_of
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Refusal, Verdict
-from allstep.channel.gate import Came, Gate, Gone, Peer, Said
+from allstep.channel.gate import Came, Gate, Gone, Peer, Said, who_knows
 from allstep.channel.limits import Limits
 from allstep.channel.messages import (
+    CODEC,
     AskStacks,
     Beat,
     Bye,
@@ -95,7 +96,7 @@ class Relay:
         self._attempt = attempt
         self._limits = limits
         self._supervised = supervised
-        self._gate = Gate(selector, listener, self, nonce=nonce, attempt=attempt, clock=clock)
+        self._gate = Gate(selector, listener, self, codec=CODEC, admits=who_knows(nonce, attempt), clock=clock)
         self._head_name = f"{upstream[0]}:{upstream[1]}"
         self._hello = NodeHello(nonce, attempt, node_rank, socket.gethostname(), tuple(ranks))
         self._world_size = world_size
@@ -232,6 +233,8 @@ class Relay:
             case Refused(reason):
                 waiting, self._waiting = self._waiting, []
                 for peer in waiting:
+                    if peer.name is not None and self._peers.get(peer.name) is peer:
+                        del self._peers[peer.name]  # the gate will not say any more that it is gone
                     self._gate.refuse(peer, reason)
                 self._refused = not self.present()
                 self._events.append(Refusal(reason))

@@ -15,7 +15,7 @@ import selectors
 import socket
 from typing import Any
 
-from allstep.channel.gate import HubKey
+from allstep.channel.gate import HubKey, Owner
 from allstep.channel.messages import NodeBeat, NodeHello, encode
 from allstep.channel.watch import Watch
 from allstep.channel.wire import Connection
@@ -37,7 +37,7 @@ class Uplink:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        owner: object,
+        owner: Owner,
         head: tuple[str, int],
         hello: NodeHello,
         *,

@@ -19,7 +19,7 @@ from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.introduction import introduce
 from allstep.launch.joiner import SILENCE, join, leave
-from allstep.launch.joining import Gone, Over, Start
+from allstep.launch.joining import Over, Resigned, Start
 from allstep.launch.machine import Machine
 from allstep.launch.nodes import Nodes
 from allstep.launch.plan import Share
@@ -42,7 +42,7 @@ def follow(machine: Machine) -> int:
         if answer is None:
             assert machine.stopped_by is not None
             machine.say(f"stopped by {machine.stopped_by.name}")
-            leave(nodes, Gone(introduce(machine.launch).token, nodes.rank, f"stopped by {machine.stopped_by.name}"))
+            leave(nodes, Resigned(introduce(machine.launch).token, nodes.rank, f"stopped by {machine.stopped_by.name}"))
             return 128 + machine.stopped_by
         if isinstance(answer, Over):
             machine.say(answer.text)
@@ -87,12 +87,8 @@ def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
         world_size=start.world_size,
         limits=limits,
     )
-    machine.loop.delegate(relay.ready)
     with contextlib.closing(relay):
-        try:
-            attempt = machine.attempt(share, relay, folder, relayed=True)
-        finally:
-            machine.loop.delegate(None)
+        attempt = machine.attempt(share, relay, folder, relayed=True)
     if attempt.case is not None and attempt.finished is None:
         return f"run {start.run_id}: {attempt.case.cause.what}; this node's workers were ended"
     return ""

@@ -111,8 +111,6 @@ class _Leader:
                 limits=self._limits,
             )
             stack.callback(hub.close)
-            self._machine.loop.delegate(hub.ready)
-            stack.callback(self._machine.loop.delegate, None)
             if self._gathering is not None:
                 self._gathering.start(share, channel_port, hub)
             attempt = self._machine.attempt(share, hub, self._folder)

@@ -13,6 +13,7 @@ WorldError that says so.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,6 +85,21 @@ def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float,
         store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
     return Service(join_address(HERE, int(port)), nonce, sidecar=sidecar)
+
+
+def head_service(store: AnsweringStore, placement: Placement, deadline: float) -> Service | None:
+    """The head's service, seen from a process that is not to start any; None where none answers in time."""
+    key = "service/0"
+    if not poll(lambda: store.check([key]), deadline):
+        return None
+    port, _, nonce = store.get(key).decode().partition(" ")
+    assert placement.rendezvous is not None
+    host = placement.rendezvous.host if placement.nodes > 1 else HERE
+    try:
+        socket.create_connection((host, int(port)), timeout=_MARGIN_S).close()
+    except OSError:
+        return None
+    return Service(join_address(host, int(port)), nonce)
 
 
 def join(service: Service, placement: Placement, arrival: Arrival, timeout: float) -> Client:
