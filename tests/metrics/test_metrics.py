@@ -481,9 +481,9 @@ def test_two_collections_given_alone_are_computed_at_one_event() -> None:
         (
             MetricCollection({"a": Noting()}),
             MetricCollection({"b": Noting(), "a": Noting()}),
-            "MetricCollection 'metrics' and of MetricCollection 'metrics'",
+            r"MetricCollection\(a\) and of MetricCollection\(a, b\)",
         ),
-        ({"va": Noting()}, MetricCollection({"a": Noting()}, prefix="v"), "Noting 'va' and of MetricCollection"),
+        ({"va": Noting()}, MetricCollection({"a": Noting()}, prefix="v"), r"Noting 'va' and of MetricCollection\(a\)"),
     ],
     ids=["an entry", "two alone", "a prefix"],
 )
@@ -533,7 +533,7 @@ def test_a_batch_is_fed_at_one_event_only_and_at_nothing_else_than_an_event() ->
 
 def test_a_tracker_says_what_to_do_instead() -> None:
     with pytest.raises(TypeError, match=r"'t' is a MetricTracker.*engine\.state\.metrics"):
-        Metrics({"t": MetricTracker(Noting())})  # type: ignore[dict-item]
+        Metrics({"t": MetricTracker(MulticlassAccuracy(4))})  # type: ignore[dict-item]
 
 
 class CountingAside(Noting):

@@ -53,7 +53,10 @@ class EventReduction:
         owners: dict[str, str] = {}
         for each in [*self.members, member]:
             for name, entry in each.entries.items():
-                owner = f"{type(entry).__name__} {name!r}"
+                kind = type(entry).__name__
+                owner = (
+                    f"{kind} {name!r}" if each.names_results else f"{kind}({', '.join(dict(entry.named_children()))})"
+                )
                 for result in _known_results(name if each.names_results else "", entry):
                     if result in owners:
                         raise ValueError(
@@ -107,10 +110,9 @@ class EventReduction:
             for member in self.members:
                 for name, entry in member.entries.items():
                     found = _named_results(name if member.names_results else "", entry, entry.compute())
-                    for result in found.keys() & results.keys():
-                        raise MetricError(
-                            f"metrics {owners[result]!r} and {name!r} both give a result named {result!r}"
-                        )
+                    twice = next((result for result in found if result in results), None)
+                    if twice is not None:
+                        raise MetricError(f"metrics {owners[twice]!r} and {name!r} both give a result named {twice!r}")
                     results |= found
                     owners.update(dict.fromkeys(found, name))
         state.metrics.update(results)
