@@ -25,7 +25,7 @@ from allstep.metrics.installed import installed, same_draws
 from allstep.metrics.nodes import Entry, Node, followers, named_metrics
 from allstep.metrics.own_sync import sync_by_itself
 from allstep.metrics.packing import Carried, given
-from allstep.metrics.plan import Plan, make_plan
+from allstep.metrics.plan import Plan, make_plan, schema_as_made
 from allstep.metrics.usage import event_name
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class EventReduction:
 
     def schema(self) -> Schema:
         """What is reduced, for ranks to compare when a run begins."""
-        return self._present_plan().schema
+        return schema_as_made(event_name(self.event), self._found, self._following, self._further())
 
     def __call__(self, engine: Engine) -> None:
         """Reduce, compute, and set the results."""
@@ -85,7 +85,9 @@ class EventReduction:
             states, updates = _of_one_rank(plan, carried)
         else:
             self._warn_of_counts(engine)
-            states, updates = _of_all_ranks(plan, self._exchange.gather(coordinator, plan, carried))
+            gathered = self._exchange.gather(coordinator, plan, carried, self._present_plan)
+            plan = self._present_plan()
+            states, updates = _of_all_ranks(plan, gathered)
         for node in plan.alone:
             if coordinator.world_size > 1:
                 states[id(node.metric)] = sync_by_itself(coordinator, node)
@@ -161,10 +163,12 @@ class EventReduction:
 
     def _present_plan(self) -> Plan:
         if self._plan is None or not self._plan.is_current():
-            event = event_name(self.event)
-            further = [StateLine(event, name, "", text) for member in self.members for name, text in member.described]
-            self._plan = make_plan(event, self._found, self._following, further)
+            self._plan = make_plan(event_name(self.event), self._found, self._following, self._further())
         return self._plan
+
+    def _further(self) -> list[StateLine]:
+        event = event_name(self.event)
+        return [StateLine(event, name, "", text) for member in self.members for name, text in member.described]
 
     def _carried(self, plan: Plan) -> Carried:
         held = {key: value for member in self.members for key, value in member.carried.items()}
