@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection, MetricTracker
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
@@ -461,6 +461,155 @@ def test_a_name_is_computed_once_at_an_event() -> None:
     with pytest.raises(ValueError, match="named n"):
         Metrics({"n": Noting()}).attach(engine)
     Metrics({"n": Noting()}).attach(engine, usage="iteration")
+
+
+def test_two_collections_given_alone_are_computed_at_one_event() -> None:
+    def make(prefix: str) -> Metrics:
+        return Metrics(MetricCollection([MulticlassAccuracy(4), MulticlassF1Score(4)], prefix=prefix))
+
+    engine = Engine(take, coordinator=Alone())
+    make("val_").attach(engine)
+    make("other_").attach(engine)
+    engine.run(batches(3))
+    assert len(engine.state.metrics) == 4
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "told"),
+    [
+        ({"c/a": Noting()}, {"c": MetricCollection({"a": Noting()})}, "Noting 'c/a' and of MetricCollection 'c'"),
+        (
+            MetricCollection({"a": Noting()}),
+            MetricCollection({"b": Noting(), "a": Noting()}),
+            r"MetricCollection\(a\) and of MetricCollection\(a, b\)",
+        ),
+        ({"va": Noting()}, MetricCollection({"a": Noting()}, prefix="v"), r"Noting 'va' and of MetricCollection\(a\)"),
+    ],
+    ids=["an entry", "two alone", "a prefix"],
+)
+def test_two_results_with_one_name_are_refused_and_both_are_named(first: Any, second: Any, told: str) -> None:
+    engine = Engine(take, coordinator=Alone())
+    Metrics(first).attach(engine)
+    with pytest.raises(ValueError, match=f"two results named .* at EPOCH_COMPLETED: of {told}"):
+        Metrics(second).attach(engine)
+    assert len(engine.reductions[0].members) == 1  # type: ignore[attr-defined]
+    engine.run([1])
+
+
+def test_names_that_only_a_result_tells_are_an_error_when_it_is_computed() -> None:
+    def by_class() -> MetricCollection:
+        return MetricCollection([ClasswiseWrapper(MulticlassAccuracy(4, average=None))])
+
+    engine = Engine(take, coordinator=Alone())
+    Metrics(by_class()).attach(engine)
+    accuracy = {"multiclassaccuracy_0": MulticlassAccuracy(4)}
+    Metrics(accuracy).attach(engine)
+    with pytest.raises(MetricError, match="'metrics' and 'multiclassaccuracy_0' both give a result named"):
+        engine.run(batches(3))
+
+
+def test_a_usage_may_compute_and_begin_at_several_events() -> None:
+    engine = Engine(take, coordinator=Alone())
+    both = Usage(resets=Events.STARTED | Events.EPOCH_STARTED, computes=Events.EPOCH_COMPLETED | Events.COMPLETED)
+    metrics = Metrics({"n": Noting()}).attach(engine, usage=both)
+    seen: list[int] = []
+    for event in (Events.EPOCH_COMPLETED, Events.COMPLETED):
+        engine.add_event_handler(event, lambda e: seen.append(int(e.state.metrics["n"])))
+    engine.run([1, 2], max_epochs=2)
+    assert seen == [2, 2, 2]
+    assert len(engine.reductions) == 2
+    metrics.detach()
+    assert engine.reductions == []
+
+
+def test_a_batch_is_fed_at_one_event_only_and_at_nothing_else_than_an_event() -> None:
+    engine, every = Engine(take, coordinator=Alone()), Events.ITERATION_COMPLETED
+    with pytest.raises(ValueError, match="counted twice"):
+        Metrics({"n": Noting()}).attach(engine, usage=EPOCH.only(every(every=2) | every(every=3)))
+    with pytest.raises(TypeError, match="computes is 'epoch'"):
+        Metrics({"n": Noting()}).attach(engine, usage=Usage(computes="epoch"))  # type: ignore[arg-type]
+    assert engine.reductions == []
+
+
+def test_a_tracker_says_what_to_do_instead() -> None:
+    with pytest.raises(TypeError, match=r"'t' is a MetricTracker.*engine\.state\.metrics"):
+        Metrics({"t": MetricTracker(MulticlassAccuracy(4))})  # type: ignore[dict-item]
+
+
+class CountingAside(Noting):
+    """Counts in attributes that are no states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.total = torch.tensor(0.0)
+        self.kind: torch.dtype | None = None
+        self.ready = False
+
+    def update(self, preds: Any, target: Any = None) -> None:
+        super().update(preds, target)
+        self.seen += 1
+        self.total += 1
+        self.kind, self.ready = torch.float32, True
+
+
+def test_what_is_counted_outside_of_states_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    def rank(coordinator: Coordinator) -> None:
+        engine = Engine(take, coordinator=coordinator)
+        Metrics({"it": CountingAside(), "range": MinMaxMetric(Noting())}).attach(engine, usage="running")
+        engine.run([1, 2, 3])
+
+    simulate(rank, 2)
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(said) == 2  # one a rank
+    assert "metric it (CountingAside): its update changes seen, total, which is no state" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"process_group": object()}, "metric it (MulticlassAccuracy) has a process_group"),
+        ({"sync_on_compute": False}, "metric it (MulticlassAccuracy) has sync_on_compute=False"),
+        ({"dist_sync_on_step": True}, "metric it (MulticlassAccuracy) has dist_sync_on_step=True"),
+    ],
+)
+def test_options_of_torchmetrics_own_reduction_that_have_no_effect_are_noted(
+    options: dict[str, Any], told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "allstep.engine"):
+        over_ranks(lambda: {"it": MulticlassAccuracy(4, **options)}, [batches(3), batches(2)])
+    assert told in caplog.text
+    caplog.clear()
+    alone(Metrics({"it": MulticlassAccuracy(4, **options)}), batches(3))
+    assert told not in caplog.text
+
+
+def test_lists_kept_on_the_host_are_computed_there() -> None:
+    class Kept(Metric):
+        full_state_update = False
+        kept: list[torch.Tensor]
+
+        def __init__(self) -> None:
+            super().__init__(compute_on_cpu=True)
+            self.add_state("kept", [], None)
+
+        def update(self, value: float) -> None:
+            self.kept.append(torch.tensor([value], device=self.device))
+
+        def compute(self) -> torch.Tensor:
+            return torch.cat(self.kept).sum()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def rank(coordinator: Coordinator) -> torch.Tensor:
+        engine = Engine(take, coordinator=coordinator)
+        Metrics({"it": Kept()}).attach(engine, device=device)
+        found: torch.Tensor = engine.run([1.0, 2.0]).metrics["it"]
+        return found
+
+    for found in simulate(rank, 2):
+        assert found.device.type == "cpu"
+        assert float(found) == 6.0
 
 
 def test_attaching_twice_during_a_run_or_what_is_no_metric_is_refused() -> None:

@@ -8,8 +8,9 @@ from the beginning. So states of fixed size take one collective, and lists at mo
 travels apart from the frame, so that the host never waits for the device: a frame on the host, then the payload on the
 device. Blocks so large that all ranks' would fill memory are reduced, one collective for each operation and type.
 
-After: every rank has all ranks' states, or all raise the same error: MetricMismatchError where schemas differ,
-MetricError where a rank could not pack its own.
+After: every rank has all ranks' states, or all raise the same error: MetricMismatchError where schemas differ by more
+than the shapes of what a rank has not seen, which `adopt` mends with two further collectives; MetricError where a rank
+could not pack its own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 
 from allstep.coordination import Coordinator, check_schemas
 from allstep.errors import MetricError
+from allstep.metrics.adopting import adopt
 from allstep.metrics.folding import carrier, fold, result_type
 from allstep.metrics.packing import ALIGNMENT, Carried, Packed, Unpacked, block_values, pack, padded, unpack
 from allstep.metrics.plan import Plan
@@ -64,8 +66,17 @@ class Exchange:
         self._largest = largest
         self._frame = FIRST_FRAME
 
-    def gather(self, coordinator: Coordinator, plan: Plan, carried: Carried) -> Gathered:
-        """Give all ranks this rank's states and be given theirs."""
+    def gather(
+        self, coordinator: Coordinator, plan: Plan, carried: Carried, replan: Callable[[], Plan] | None = None
+    ) -> Gathered:
+        """Give all ranks this rank's states and be given theirs.
+
+        Args:
+            coordinator: what the ranks meet through.
+            plan: of this rank's states.
+            carried: what loaded states brought along.
+            replan: gives the plan anew after a rank has taken on shapes of others; by default that is not done.
+        """
         device = plan.device
         apart = self._are_large(plan, coordinator.world_size)
         failure: Exception | None = None
@@ -84,6 +95,9 @@ class Exchange:
 
         rows, heads = self._gather_frames(coordinator, frame)
         if any(each.fingerprint != heads[0].fingerprint for each in heads):
+            if replan is not None:
+                adopt(coordinator, plan)
+                return self.gather(coordinator, replan(), carried)
             check_schemas(coordinator.gather(plan.schema))
         if any(each.failed for each in heads):
             _say_failed(coordinator, failure)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchmetrics import Metric
@@ -20,6 +20,7 @@ from allstep.coordination import ReduceOp, Schema, StateLine, fingerprint
 from allstep.metrics.nodes import Node, syncs_itself
 
 Reduction = Callable[[Any], Any] | None
+Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
 
 _OPS: dict[Any, ReduceOp] = {dim_zero_sum: "sum", dim_zero_max: "max", dim_zero_min: "min"}
 _NAMES: dict[Any, str] = {dim_zero_mean: "mean", dim_zero_cat: "cat", **_OPS, None: "None"}
@@ -42,12 +43,16 @@ class FixedState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ListedState:
-    """A state that travels as a list of tensors. `is_list` says that it is one, else a tensor that each rank gives."""
+    """A state that travels as a list of tensors. `is_list` says that it is one, else a tensor that each rank gives.
+
+    `form` is the shape and type of such a tensor when the plan was made.
+    """
 
     node: int
     name: str
     is_list: bool
     reduction: Reduction
+    form: Form = None
 
     @property
     def concatenates(self) -> bool:
@@ -91,11 +96,16 @@ class Plan:
     fingerprint: int
 
     def is_current(self) -> bool:
-        """Whether the fixed states still have the types and shapes that the plan was made for."""
-        return all(
+        """Whether tensors still have the types and shapes that the plan was made for."""
+        fixed = all(
             (value := state.value(self.nodes[state.node])).dtype == state.dtype and value.shape == state.shape
             for block in self.blocks
             for state in block.states
+        )
+        return fixed and all(
+            form_of(getattr(self.nodes[state.node].metric, state.name)) == state.form
+            for state in self.listed
+            if not state.is_list
         )
 
     @property
@@ -116,14 +126,9 @@ def make_plan(
         following: those of them whose states another one holds too, and that one, by id.
         further: lines for ranks to compare beside those of the states.
     """
-    every = list(found)
-    alone = [node for node in every if syncs_itself(node.metric)]
-    leading = [node for node in every if not syncs_itself(node.metric) and id(node.metric) not in following]
-    places = {id(node.metric): place for place, node in enumerate(leading)}
-    behind = [(node, places[id(following[id(node.metric)])]) for node in every if id(node.metric) in following]
+    leading, alone, behind = _divided(found, following)
     fixed: dict[tuple[ReduceOp, torch.dtype], list[FixedState]] = {}
     listed: list[ListedState] = []
-    lines: list[StateLine] = []
     for place, node in enumerate(leading):
         for name, default in node.metric._defaults.items():
             reduction: Any = node.metric._reductions[name]
@@ -133,11 +138,8 @@ def make_plan(
                 state = FixedState(place, name, value.shape, value.dtype)
                 fixed.setdefault((op, value.dtype), []).append(state)
             else:
-                listed.append(ListedState(place, name, isinstance(default, list), reduction))
-            lines.append(StateLine(event, _named(node), name, _form(default, value, reduction)))
-    lines += [StateLine(event, _named(node), "", "reduced in a way of its own") for node in alone]
-    lines += [StateLine(event, _named(node), "", f"with the states of {_named(leading[at])}") for node, at in behind]
-    schema = (*lines, *further)
+                listed.append(ListedState(place, name, isinstance(default, list), reduction, form_of(value)))
+    schema = (*_lines(event, leading, alone, behind, as_made=False), *further)
     return Plan(
         tuple(leading),
         tuple(Block(op, dtype, tuple(states)) for (op, dtype), states in fixed.items()),
@@ -149,9 +151,53 @@ def make_plan(
     )
 
 
+def schema_as_made(
+    event: str, found: Iterable[Node], following: Mapping[int, Metric], further: Sequence[StateLine] = ()
+) -> Schema:
+    """The schema of these metrics before any took a batch in, whatever shapes their states have by now."""
+    return (*_lines(event, *_divided(found, following), as_made=True), *further)
+
+
+def form_of(value: Any) -> Form:
+    """The shape and type of a tensor; None for anything else."""
+    return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
+
+
 def element_wise(reduction: Any) -> ReduceOp | None:
     """The operation of a reduction that adds up element by element, None for any other."""
     return _OPS.get(reduction)
+
+
+Behind: TypeAlias = list[tuple[Node, int]]
+
+
+def _divided(found: Iterable[Node], following: Mapping[int, Metric]) -> tuple[list[Node], list[Node], Behind]:
+    """Metrics whose states are packed, those with a way of their own, and those behind the first with its place."""
+    every = list(found)
+    alone = [node for node in every if syncs_itself(node.metric)]
+    leading = [node for node in every if not syncs_itself(node.metric) and id(node.metric) not in following]
+    places = {id(node.metric): place for place, node in enumerate(leading)}
+    behind = [(node, places[id(following[id(node.metric)])]) for node in every if id(node.metric) in following]
+    return leading, alone, behind
+
+
+def _lines(
+    event: str, leading: Sequence[Node], alone: Sequence[Node], behind: Behind, *, as_made: bool
+) -> list[StateLine]:
+    return [
+        *(
+            StateLine(
+                event,
+                _named(node),
+                name,
+                _form(default, default if as_made else getattr(node.metric, name), node.metric._reductions[name]),
+            )
+            for node in leading
+            for name, default in node.metric._defaults.items()
+        ),
+        *(StateLine(event, _named(node), "", "reduced in a way of its own") for node in alone),
+        *(StateLine(event, _named(node), "", f"with the states of {_named(leading[at])}") for node, at in behind),
+    ]
 
 
 def _named(node: Node) -> str:

@@ -25,7 +25,7 @@ from allstep.metrics.installed import installed, same_draws
 from allstep.metrics.nodes import Entry, Node, followers, named_metrics
 from allstep.metrics.own_sync import sync_by_itself
 from allstep.metrics.packing import Carried, given
-from allstep.metrics.plan import Plan, make_plan
+from allstep.metrics.plan import Plan, make_plan, schema_as_made
 from allstep.metrics.usage import event_name
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ class EventReduction:
         owners: dict[str, str] = {}
         for each in [*self.members, member]:
             for name, entry in each.entries.items():
-                owner = f"{type(entry).__name__} {name!r}"
+                kind = type(entry).__name__
+                owner = (
+                    f"{kind} {name!r}" if each.names_results else f"{kind}({', '.join(dict(entry.named_children()))})"
+                )
                 for result in _known_results(name if each.names_results else "", entry):
                     if result in owners:
                         raise ValueError(
@@ -72,7 +75,7 @@ class EventReduction:
 
     def schema(self) -> Schema:
         """What is reduced, for ranks to compare when a run begins."""
-        return self._present_plan().schema
+        return schema_as_made(event_name(self.event), self._found, self._following, self._further())
 
     def __call__(self, engine: Engine) -> None:
         """Reduce, compute, and set the results."""
@@ -82,7 +85,9 @@ class EventReduction:
             states, updates = _of_one_rank(plan, carried)
         else:
             self._warn_of_counts(engine)
-            states, updates = _of_all_ranks(plan, self._exchange.gather(coordinator, plan, carried))
+            gathered = self._exchange.gather(coordinator, plan, carried, self._present_plan)
+            plan = self._present_plan()
+            states, updates = _of_all_ranks(plan, gathered)
         for node in plan.alone:
             if coordinator.world_size > 1:
                 states[id(node.metric)] = sync_by_itself(coordinator, node)
@@ -107,10 +112,9 @@ class EventReduction:
             for member in self.members:
                 for name, entry in member.entries.items():
                     found = _named_results(name if member.names_results else "", entry, entry.compute())
-                    for result in found.keys() & results.keys():
-                        raise MetricError(
-                            f"metrics {owners[result]!r} and {name!r} both give a result named {result!r}"
-                        )
+                    twice = next((result for result in found if result in results), None)
+                    if twice is not None:
+                        raise MetricError(f"metrics {owners[twice]!r} and {name!r} both give a result named {twice!r}")
                     results |= found
                     owners.update(dict.fromkeys(found, name))
         state.metrics.update(results)
@@ -159,10 +163,12 @@ class EventReduction:
 
     def _present_plan(self) -> Plan:
         if self._plan is None or not self._plan.is_current():
-            event = event_name(self.event)
-            further = [StateLine(event, name, "", text) for member in self.members for name, text in member.described]
-            self._plan = make_plan(event, self._found, self._following, further)
+            self._plan = make_plan(event_name(self.event), self._found, self._following, self._further())
         return self._plan
+
+    def _further(self) -> list[StateLine]:
+        event = event_name(self.event)
+        return [StateLine(event, name, "", text) for member in self.members for name, text in member.described]
 
     def _carried(self, plan: Plan) -> Carried:
         held = {key: value for member in self.members for key, value in member.carried.items()}
