@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
 import allstep
-from allstep import Checkpoint, Engine, Events, Preemption
+from allstep import Checkpoint, Engine, Events, Metrics, Preemption
 
 TEST_SIZE = 360
 
@@ -76,21 +77,12 @@ def main(world: allstep.World, options: argparse.Namespace) -> float:
         optimizer.step()
         return loss.detach()
 
-    def count_correct(engine: Engine, batch: object) -> None:
-        x, y = world.to_device(batch)
-        engine.state.correct += int((inner(x).argmax(1) == y).sum())
-        engine.state.seen += len(y)
+    trainer, evaluator = Engine(train_step), allstep.create_supervised_evaluator(model)
+    # Computed at the run's end, so that an evaluation cut short by a second signal counts what it has seen.
+    Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}).attach(evaluator, usage="run")
 
-    inner = world.unwrap(model)
-    trainer, evaluator = Engine(train_step), Engine(count_correct)
-
-    @torch.no_grad()
     def evaluate() -> float:
-        inner.eval()
-        evaluator.state.correct = evaluator.state.seen = 0
-        evaluator.run(test_loader)
-        correct, seen = world.all_reduce(evaluator.state.correct), world.all_reduce(evaluator.state.seen)
-        return correct / seen
+        return float(evaluator.run(test_loader).metrics["accuracy"])
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def report(engine: Engine) -> None:
@@ -120,7 +112,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> float:
     else:
         accuracy = evaluate()
     if options.save is not None and world.is_main:
-        torch.save(inner.state_dict(), options.save)
+        torch.save(world.unwrap(model).state_dict(), options.save)
     world.print(f"test accuracy {accuracy!r} on {TEST_SIZE} samples")
     return accuracy
 

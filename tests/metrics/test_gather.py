@@ -133,6 +133,31 @@ def test_a_run_that_fails_and_goes_on_from_an_earlier_place_has_each_sample_once
     assert found["y"].tolist() == [*range(25)]
 
 
+def test_a_run_that_goes_on_from_a_later_place_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(predict, coordinator=Alone())
+    Gather("y").attach(engine)
+    loader = dealt_loader(Alone(), 25, shuffle=False)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: engine.terminate())
+    engine.run(loader)
+    other = Engine(predict, coordinator=Alone())
+    other.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: other.terminate())
+    other.run(dealt_loader(Alone(), 25, shuffle=False))
+    engine.load_state_dict(other.state_dict())
+    found = engine.run(loader).gathered  # type: ignore[attr-defined]
+    assert found["y"].tolist() == [*range(15, 25)]
+    assert "resumed after its iteration 3" in caplog.text
+
+
+def test_an_epoch_whose_data_is_replaced_is_in_order_of_its_iterations() -> None:
+    engine = Engine(predict, coordinator=Alone())
+    Gather("y").attach(engine)
+    rest = [(torch.tensor([3 - at]),) for at in range(3)]
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: engine.set_data(rest))
+    found = engine.run(dealt_loader(Alone(), 25, shuffle=False)).gathered  # type: ignore[attr-defined]
+    assert found["y"].tolist() == [*range(10), 3, 2, 1]
+    assert "index" not in found
+
+
 def fail() -> None:
     raise ArithmeticError("rehearsed")
 

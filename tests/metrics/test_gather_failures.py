@@ -13,7 +13,8 @@ import torch
 from allstep import Coordinator, Engine
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Gather, gathering
-from allstep.testing import simulate
+from allstep.testing import run_ranks, simulate
+from allstep.world import World
 from tests.metrics.predicting import gathered, predict
 
 
@@ -74,7 +75,7 @@ def test_memory_that_runs_out_on_one_rank_is_the_same_error_on_all(
         gather.rank = rank  # type: ignore[attr-defined]
         return gather
 
-    assert errors(make, 3).startswith(f"{said}: rank 1: MemoryError('rehearsed')")
+    assert errors(make, 3).startswith(f"{said}: rank 1: MemoryError: rehearsed")
 
 
 class Empty:
@@ -99,7 +100,7 @@ def test_where_the_main_rank_lacks_memory_for_all_outputs_nobody_waits_for_it(mo
         return predict(engine, batch)
 
     said = errors(lambda _: Gather("y", to="main"), 3, step)
-    assert said.startswith("outputs could not be joined: rank 0: RuntimeError('no memory, rehearsed')")
+    assert said.startswith("outputs could not be joined: rank 0: RuntimeError: no memory, rehearsed")
 
 
 def test_an_output_that_lacks_a_name_or_samples_is_the_same_error_on_all() -> None:
@@ -120,7 +121,7 @@ def test_an_output_without_a_value_for_each_sample_says_what_it_is() -> None:
     for make, said in cases:
         found = errors(lambda _: Gather("y"), 2, lambda e, b, make=make: {"y": make(b[0])})
         assert said in found
-        assert "in iteration 1" in found
+        assert "(iteration 1)" in found
 
 
 def test_ranks_that_gather_different_names_or_in_different_ways_hear_of_it_alike(tmp_path: Path) -> None:
@@ -150,3 +151,26 @@ def test_a_gather_on_some_ranks_only_is_the_same_error_on_all() -> None:
 
     found = simulate(rank, 2)
     assert found == [found[0]] * 2
+
+
+def fails_on_rank_1(world: World, folder: Path | None) -> str:
+    """The error of a rank where rank 1 has nothing to give, or, with a folder, nowhere to write it."""
+
+    def step(engine: Engine, batch: Any) -> Any:
+        return {} if world.rank == 1 and folder is None else predict(engine, batch)
+
+    with pytest.raises(MetricError) as caught:
+        gathered(world.coordinator, Gather("y", folder=folder, limit=0), 11, shuffle=False, step=step)
+    return str(caught.value)
+
+
+@pytest.mark.slow
+def test_over_real_ranks_nobody_waits_for_a_rank_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "epoch-0001" / "part-00001-of-00002.places.npy").mkdir(parents=True)
+    for folder, said in (
+        (None, "rank 1: ValueError: the output has no key and lacks y"),
+        (tmp_path, "rank 1: IsADirectory"),
+    ):
+        found = run_ranks(fails_on_rank_1, 2, folder, timeout=150)
+        assert found == [found[0]] * 2
+        assert said in found[0]

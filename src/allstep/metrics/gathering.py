@@ -51,7 +51,7 @@ class _Said:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """What one iteration gave: where its samples stand, int64 (n, 3), and by name their values."""
+    """What one iteration gave: where its samples stand, as `Samples` has it, and by name their values."""
 
     places: torch.Tensor
     values: dict[str, Batch]
@@ -101,6 +101,7 @@ class Gather:
         self.format: Format = format
         self._kept: dict[int, _Kept] = {}  # by the iteration's number in the epoch
         self._epoch = 0
+        self._seen = 0  # iterations of the epoch that are in `_kept`, but for those missing at its beginning
         self._missing = 0
         self._data: Any = None
         self._failure: Exception | None = None
@@ -130,23 +131,24 @@ class Gather:
     def _begin(self, engine: Engine) -> None:
         state = engine.state
         done = state.iteration - engine.progress.epoch_began_at
-        goes_on = done > 0 and state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
-        if goes_on:  # iterations after the place from which the run goes on are run again
+        same = state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
+        if same and 0 < done <= self._seen:  # iterations after the place from which the run goes on are run again
             self._kept = {number: kept for number, kept in self._kept.items() if number < done}
         else:
             self._kept, self._missing = {}, done
-        self._epoch, self._data, self._failure = state.epoch, state.dataloader, None
+        self._epoch, self._seen, self._data, self._failure = state.epoch, done, state.dataloader, None
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
+        number = state.iteration - engine.progress.epoch_began_at - 1
+        self._seen = number + 1
         if not state.active or state.samples == 0 or self._failure is not None:
             return
-        number = state.iteration - engine.progress.epoch_began_at - 1
         try:
             values = named_outputs(state.output, self.names)
             self._kept[number] = self._placed(engine, number, values)
         except Exception as error:  # whatever it is, the others have to hear of it
-            error.add_note(f"in iteration {state.iteration}")
+            error.add_note(f"(iteration {state.iteration})")
             self._failure, self._kept = error, {}
 
     def _placed(self, engine: Engine, number: int, values: dict[str, Batch]) -> _Kept:
@@ -155,15 +157,13 @@ class Gather:
         samples = len(values[self.names[0]])
         sampler = getattr(state.dataloader, "batch_sampler", None)
         whole = getattr(sampler, "global_length", None) == state.epoch_length
-        places = torch.zeros((samples, PLACES), dtype=torch.int64)
+        places = torch.full((samples, PLACES), number, dtype=torch.int64)
         if whole and hasattr(sampler, "indices") and state.dataloader is self._data:
             indices = sampler.indices(number)  # type: ignore[union-attr]
             if len(indices) != samples:
                 raise ValueError(f"the output has {samples} samples, but the batch had {len(indices)}")
             places[:, 0] = torch.from_numpy(indices)
             return _Kept(places, values, is_dealt=True)
-        places[:, 0], places[:, 1] = number, engine.coordinator.rank
-        places[:, 2] = torch.arange(samples)
         return _Kept(places, values, is_dealt=False)
 
     def _gather(self, engine: Engine) -> None:
@@ -209,7 +209,7 @@ class Gather:
                     samples_unpacked(each.manifest, payload, self.names)
                     for each, payload in zip(said, payloads, strict=True)
                 ]
-                found = joined(every, self.names, with_index=_are_dealt(said))
+                found = joined(every, self.names, are_dealt=_are_dealt(said))
         except Exception as error:
             failure = error
         _agree("outputs could not be joined", coordinator, failure)
@@ -251,7 +251,7 @@ def _told(failure: Exception | None) -> str | None:
     if failure is None:
         return None
     notes = " ".join(getattr(failure, "__notes__", ()))
-    return f"{failure!r} {notes}".rstrip()
+    return f"{type(failure).__name__}: {failure} {notes}".rstrip()
 
 
 def _raise_failures(what: str, failures: Sequence[str | None], own: Exception | None) -> None:

@@ -26,7 +26,7 @@ def named_outputs(output: Any, names: Sequence[str]) -> dict[str, Batch]:
     if isinstance(output, Mapping):
         missing = [name for name in names if name not in output]
         if missing:
-            raise ValueError(f"the output has {', '.join(map(str, output))} and lacks {', '.join(missing)}")
+            raise ValueError(f"the output has {', '.join(map(str, output)) or 'no key'} and lacks {', '.join(missing)}")
         named = {name: output[name] for name in names}
     else:
         values = output if isinstance(output, tuple) else (output,)

@@ -36,7 +36,7 @@ class Parts:
         ranks: how many wrote a part.
         samples: in all parts together.
         format: of the files.
-        is_dealt: whether the first number of each sample's place is its index in the dataset.
+        is_dealt: whether the samples' indices in the dataset are known.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Parts:
 
     def load(self) -> dict[str, Column]:
         """All samples in their order, in memory, as `Gather` gives them."""
-        return joined([self.part(rank) for rank in range(self.ranks)], self.names, with_index=self.is_dealt)
+        return joined([self.part(rank) for rank in range(self.ranks)], self.names, are_dealt=self.is_dealt)
 
     def part(self, rank: int) -> Samples:
         """What one rank wrote."""

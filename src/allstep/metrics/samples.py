@@ -1,7 +1,7 @@
 """Outputs sample by sample, and all ranks' outputs in one order: pure functions.
 
-Contract: a rank keeps what it has seen as `Samples`: for each sample where it stands (three integers that sort into the
-order) and, by name, a tensor. `joined` joins those of all ranks, of which any may have none. Tensors of one shape and
+Contract: a rank keeps what it has seen, in the order in which it saw it, as `Samples`: for each sample where it stands
+and, by name, a tensor. `joined` joins those of all ranks, of which any may have none. Tensors of one shape and
 type become one tensor with a row a sample; others stay a list. `flattened` and `restored` turn ragged tensors into two
 plain ones and back.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PLACES = 3  # integers that say where a sample stands
+PLACES = 2  # integers that say where a sample stands: its index in the dataset, where known, and the iteration
 
 # One tensor with a row a sample, or a list with a tensor a sample.
 Column = torch.Tensor | list[torch.Tensor]
@@ -22,7 +22,7 @@ Column = torch.Tensor | list[torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Some samples: `places` int64 (n, 3), and for each name n samples."""
+    """Some samples: `places` int64 (n, 2), and for each name n samples."""
 
     places: torch.Tensor
     columns: Mapping[str, Column]
@@ -39,16 +39,21 @@ def column_of(batches: Sequence[Any]) -> Column:
     return [sample for batch in batches for sample in (batch.unbind() if isinstance(batch, torch.Tensor) else batch)]
 
 
-def joined(parts: Sequence[Samples], names: Sequence[str], *, with_index: bool) -> dict[str, Column]:
-    """All samples in the order of their places; "index" is the first number of each sample's place."""
+def joined(parts: Sequence[Samples], names: Sequence[str], *, are_dealt: bool) -> dict[str, Column]:
+    """All samples in order.
+
+    Args:
+        parts: of each rank, in rank order.
+        names: of the columns.
+        are_dealt: whether all indices are known: then samples are in their order, and "index" has them; else they are
+            in order of iteration, then rank.
+    """
     places = torch.cat([part.places for part in parts])
-    order = torch.arange(len(places))
-    for column in reversed(range(PLACES)):
-        order = order[torch.sort(places[order, column], stable=True).indices]
+    order = torch.sort(places[:, 0 if are_dealt else 1], stable=True).indices
     found = {
         name: _ordered(column_of([part.columns[name] for part in parts if len(part.places)]), order) for name in names
     }
-    if with_index:
+    if are_dealt:
         found["index"] = places[order, 0]
     return found
 
