@@ -117,11 +117,11 @@ class Checkpoint:
         chosen = os.fspath(at) if at is not None else os.environ.get(RESUME_VARIABLE) or "auto"
         if chosen == "none":
             return None
-        found = self.store.choose(chosen)
-        if found is None:
+        templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
+        resumed = self.store.resume(chosen, templates)
+        if resumed is None:
             return None
-        templates = {name: kept.template() for name, kept in self._kept.items()}
-        loaded = self.store.load(found, {name: each for name, each in templates.items() if each is not None})
+        found, loaded = resumed
         self._load(loaded, partial=partial)
         if _rank() == 0:
             facts = loaded.manifest.facts

@@ -36,7 +36,7 @@ from allstep.checkpoint.staging import Stager
 from allstep.checkpoint.storage import Storage
 from allstep.checkpoint.verifying import Verify
 from allstep.coordination import Alone, Coordinator, Ranked
-from allstep.errors import CheckpointError
+from allstep.errors import CheckpointError, DamagedCheckpointError
 
 Busy = Literal["wait", "skip"]
 
@@ -186,15 +186,7 @@ class Store:
         Raises:
             CheckpointError: a path was given, and there is nothing there that can be used; on every rank.
         """
-        if at == "auto":
-            return choose(self._storage, self._coordinator, verify=self._verify, patience=self._patience)
-        parent, _, last = at.rstrip("/").rpartition("/")
-        only = last if read_name(last) is not None else None
-        storage = open_storage((parent or ".") if only else at)
-        found = choose(storage, self._coordinator, verify=self._verify, patience=self._patience, only=only)
-        if found is None:
-            raise CheckpointError(f"there is no checkpoint to resume from at {at}")
-        return found
+        return self._choose(at, self._verify)
 
     def load(self, found: Found, template: Mapping[str, Any] | None = None) -> Loaded:
         """Read a checkpoint that was chosen, at any world size.
@@ -208,16 +200,57 @@ class Store:
             CheckpointError: a rank could not read it; on every rank.
         """
         loaded: Loaded | None = None
-        failure: str | None = None
+        failure: tuple[bool, str] | None = None
         try:
             loaded = self._read(found, template or {})
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        for rank, reason in enumerate(self._coordinator.gather(failure)):
-            if reason is not None:
-                raise CheckpointError(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {reason}")
+            failure = isinstance(error, DamagedCheckpointError), f"{type(error).__name__}: {error}"
+        failures = self._coordinator.gather(failure)
+        for rank, each in enumerate(failures):
+            if each is not None:
+                kind = DamagedCheckpointError if any(other and other[0] for other in failures) else CheckpointError
+                raise kind(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {each[1]}")
         assert loaded is not None
         return loaded
+
+    def resume(self, at: str = "auto", template: Mapping[str, Any] | None = None) -> tuple[Found, Loaded] | None:
+        """Choose a checkpoint and load it.
+
+        Where sizes alone were verified and the contents prove to be damaged, everything is verified after all, and the
+        one before it is used.
+
+        Args:
+            at: see `choose`.
+            template: see `load`.
+
+        Raises:
+            CheckpointError: as in `choose` and `load`.
+        """
+        found = self.choose(at)
+        if found is None:
+            return None
+        try:
+            return found, self.load(found, template)
+        except DamagedCheckpointError:
+            if self._verify == "full":
+                raise
+            other = self._choose(at, "full")
+            if other is None:
+                return None
+            if other.name == found.name:
+                raise
+            return other, self.load(other, template)
+
+    def _choose(self, at: str, verify: Verify) -> Found | None:
+        if at == "auto":
+            return choose(self._storage, self._coordinator, verify=verify, patience=self._patience)
+        parent, _, last = at.rstrip("/").rpartition("/")
+        only = last if read_name(last) is not None else None
+        storage = open_storage((parent or ".") if only else at)
+        found = choose(storage, self._coordinator, verify=verify, patience=self._patience, only=only)
+        if found is None:
+            raise CheckpointError(f"there is no checkpoint to resume from at {at}")
+        return found
 
     def _read(self, found: Found, template: Mapping[str, Any]) -> Loaded:
         storage = self._storage if found.root == self._storage.root else open_storage(found.root)
@@ -226,8 +259,11 @@ class Store:
 
     def _begin(self) -> tuple[int, str]:
         folders = self._storage.folders()
-        for folder in sweep(self._storage):
-            log.warning("removed %s/%s, which an earlier attempt left unfinished", self._storage.root, folder)
+        for folder, problem in sweep(self._storage).items():
+            if problem is None:
+                log.warning("removed %s/%s, which an earlier attempt left unfinished", self._storage.root, folder)
+            else:
+                log.warning("%s/%s was left unfinished and cannot be removed: %s", self._storage.root, folder, problem)
         return next_order(folders), uuid.uuid4().hex[:8]
 
     def _is_busy_anywhere(self) -> bool:
