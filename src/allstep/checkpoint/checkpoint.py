@@ -118,7 +118,7 @@ class Checkpoint:
         if chosen == "none":
             return None
         templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
-        resumed = self.store.resume(chosen, templates)
+        resumed = self.store.resume(templates, lambda: self.store.choose(chosen))
         if resumed is None:
             return None
         found, loaded = resumed
@@ -184,6 +184,7 @@ class Checkpoint:
         self._generators = _generators(loaded, rank, epoch)
 
     def _metrics(self, engine: Engine) -> dict[str, float]:
+        """The numbers among the metrics."""
         given = engine.state.metrics if self.metrics is None else self.metrics(engine)
         return {name: float(value) for name, value in given.items() if _is_number(value)}
 

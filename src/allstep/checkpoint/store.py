@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -186,7 +186,15 @@ class Store:
         Raises:
             CheckpointError: a path was given, and there is nothing there that can be used; on every rank.
         """
-        return self._choose(at, self._verify)
+        if at == "auto":
+            return choose(self._storage, self._coordinator, verify=self._verify, patience=self._patience)
+        parent, _, last = at.rstrip("/").rpartition("/")
+        only = last if read_name(last) is not None else None
+        storage = open_storage((parent or ".") if only else at)
+        found = choose(storage, self._coordinator, verify=self._verify, patience=self._patience, only=only)
+        if found is None:
+            raise CheckpointError(f"there is no checkpoint to resume from at {at}")
+        return found
 
     def load(self, found: Found, template: Mapping[str, Any] | None = None) -> Loaded:
         """Read a checkpoint that was chosen, at any world size.
@@ -213,20 +221,23 @@ class Store:
         assert loaded is not None
         return loaded
 
-    def resume(self, at: str = "auto", template: Mapping[str, Any] | None = None) -> tuple[Found, Loaded] | None:
+    def resume(
+        self, template: Mapping[str, Any] | None = None, find: Callable[[], Found | None] | None = None
+    ) -> tuple[Found, Loaded] | None:
         """Choose a checkpoint and load it.
 
-        Where sizes alone were verified and the contents prove to be damaged, everything is verified after all, and the
-        one before it is used.
+        Where sizes alone were verified and the contents prove to be damaged, this store verifies everything from then
+        on, and the checkpoint before is used.
 
         Args:
-            at: see `choose`.
             template: see `load`.
+            find: calls `choose` on every rank; by default just that.
 
         Raises:
             CheckpointError: as in `choose` and `load`.
         """
-        found = self.choose(at)
+        find = find or self.choose
+        found = find()
         if found is None:
             return None
         try:
@@ -234,23 +245,9 @@ class Store:
         except DamagedCheckpointError:
             if self._verify == "full":
                 raise
-            other = self._choose(at, "full")
-            if other is None:
-                return None
-            if other.name == found.name:
-                raise
-            return other, self.load(other, template)
-
-    def _choose(self, at: str, verify: Verify) -> Found | None:
-        if at == "auto":
-            return choose(self._storage, self._coordinator, verify=verify, patience=self._patience)
-        parent, _, last = at.rstrip("/").rpartition("/")
-        only = last if read_name(last) is not None else None
-        storage = open_storage((parent or ".") if only else at)
-        found = choose(storage, self._coordinator, verify=verify, patience=self._patience, only=only)
-        if found is None:
-            raise CheckpointError(f"there is no checkpoint to resume from at {at}")
-        return found
+            self._verify = "full"
+        found = find()
+        return None if found is None else (found, self.load(found, template))
 
     def _read(self, found: Found, template: Mapping[str, Any]) -> Loaded:
         storage = self._storage if found.root == self._storage.root else open_storage(found.root)
