@@ -1,4 +1,4 @@
-"""StopOnSignal: a signal to one rank stops all; handlers are given back; a third signal ends the process."""
+"""StopOnSignal: a signal to one rank stops all; a second one hurries, a third one ends the process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from itertools import repeat
+from typing import Any
 
 import pytest
 
@@ -124,20 +125,78 @@ def step(engine, batch):
         os.kill(os.getpid(), signal.SIGTERM)
 
 engine = Engine(step, coordinator=Alone())
-StopOnSignal().attach(engine)
+StopOnSignal(together=float(sys.argv[2])).attach(engine)
 print(engine.run(range(5)).iteration)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("signals", "code", "printed"), [(2, 0, "1\n"), (3, -signal.SIGTERM, "")])
-def test_the_second_signal_restores_the_default_so_that_the_third_ends_the_process(
-    signals: int, code: int, printed: str
-) -> None:
+@pytest.mark.parametrize(
+    ("signals", "together", "code", "printed"),
+    [(2, 0, 0, "1\n"), (3, 0, -signal.SIGTERM, ""), (5, 60, 0, "1\n")],
+    ids=["the second does not end it", "the third does", "those that come together are one"],
+)
+def test_the_third_signal_ends_the_process(signals: int, together: int, code: int, printed: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", SIGNAL_ITSELF, str(signals)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", SIGNAL_ITSELF, str(signals), str(together)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert (done.returncode, done.stdout) == (code, printed), done.stderr
+
+
+def _hurried(signals: list[int], **options: Any) -> tuple[int, int, str | None]:
+    """Iterations of a trainer, and of an evaluator in which the signals come, and why the latter ended."""
+    trainer = Engine(lambda engine, batch: None, coordinator=Alone(), name="trainer")
+    evaluator = Engine(lambda engine, batch: None, coordinator=Alone(), name="evaluator")
+
+    def send(engine: Engine) -> None:
+        if signals:
+            os.kill(os.getpid(), signals.pop(0))
+
+    evaluator.add_event_handler(Events.ITERATION_STARTED(event_filter=lambda engine, at: at >= 3), send)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(range(10)))
+    with StopOnSignal(hurries=[evaluator], **options).attach(trainer):
+        trainer.run(range(2), max_epochs=5)
+    return trainer.state.iteration, evaluator.state.iteration, evaluator.state.stop_reason
+
+
+def test_one_signal_lets_an_evaluator_come_to_its_end() -> None:
+    assert _hurried([signal.SIGTERM]) == (2, 10, None)
+
+
+def test_a_second_signal_ends_the_engines_that_were_named_for_it() -> None:
+    assert _hurried([signal.SIGTERM, signal.SIGUSR1]) == (2, 4, "rank 0: signal SIGTERM, twice")
+
+
+def test_one_notice_that_comes_twice_hurries_nobody() -> None:
+    assert _hurried([signal.SIGTERM, signal.SIGTERM]) == (2, 10, None)
+    assert _hurried([signal.SIGTERM, signal.SIGTERM], together=0) == (2, 4, "rank 0: signal SIGTERM, twice")
+
+
+def _one_rank_hurries(world: World) -> tuple[int, int, bool]:
+    trainer = Engine(lambda engine, batch: None, name="trainer")
+    evaluator = Engine(lambda engine, batch: None, name="evaluator")
+
+    def send(engine: Engine) -> None:
+        if world.rank == 1 and engine.state.iteration in (3, 4):
+            os.kill(os.getpid(), signal.SIGUSR1 if engine.state.iteration == 3 else signal.SIGTERM)
+
+    evaluator.add_event_handler(Events.ITERATION_STARTED, send)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(repeat(0), max_iters=10**9))
+    with StopOnSignal(hurries=[evaluator]).attach(trainer):
+        trainer.run(range(2), max_epochs=5)
+    return trainer.state.iteration, evaluator.state.iteration, evaluator.state.iteration < 10**6
+
+
+@pytest.mark.slow
+def test_a_second_signal_to_one_rank_ends_the_evaluator_of_all_at_one_iteration() -> None:
+    results = run_ranks(_one_rank_hurries, 2)
+    assert results == [results[0]] * 2
+    assert results[0][0] == 2
+    assert results[0][2]
 
 
 def _one_rank_is_signalled(world: World, number: int, window: int | None) -> tuple[int, str | None, list[str]]:

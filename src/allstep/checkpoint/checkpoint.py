@@ -3,8 +3,8 @@
 Contract: every rank makes one with the same objects and attaches it to the engine that trains; `resume`, before the
 run, finds the newest whole checkpoint, or the one it is told to, and loads it into the objects. During the run it saves
 on the boundaries of accumulation groups only, after all other handlers of the same event: when one is due, when the run
-is terminated for whatever reason, preemption included, and at its end. What decides that one is due is the same on
-every rank. Saving copies the state and goes on training; the store writes in the background.
+is terminated, preemption included, and at its end. A run that was terminated as failed is not saved. What decides that
+one is due is the same on every rank. Saving copies the state and goes on training; the store writes in the background.
 
 The random generators are put back last, when the resumed run begins, so that what is done between `resume` and the run
 does not count; inside an epoch they are put back once more when its first batch is about to be taken, so that nothing
@@ -16,13 +16,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from allstep.checkpoint import rng
+from allstep.checkpoint.choosing import Found
 from allstep.checkpoint.objects import Kept, collect, kept_objects
+from allstep.checkpoint.resuming import asked_for, launches_of, overruled, restarts_of
 from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.schedule import Every, Schedule, read_every
 from allstep.checkpoint.store import Busy, Loaded, Store
@@ -32,7 +35,7 @@ from allstep.engine.registry import RemovableEventHandle
 from allstep.errors import CheckpointError
 from allstep.world import World
 
-RESUME_VARIABLE = "ALLSTEP_RESUME"
+T = TypeVar("T")
 
 log = logging.getLogger("allstep.checkpoint")
 
@@ -84,7 +87,7 @@ class Checkpoint:
                 os.fspath(folder), keep_last=keep_last, keep_best=keep_best, verify=verify, strict=strict, busy=busy
             )
         self._schedule: Schedule | None = None
-        self._saved_at: tuple[int, int] | None = None
+        self._saved_at: tuple[int, int, str | None] | None = None
         self._handles: list[RemovableEventHandle] = []
         self._generators: Callable[[], None] | None = None
         self._resumed_inside = False
@@ -99,13 +102,14 @@ class Checkpoint:
         )
         return self
 
-    def resume(self, at: str | os.PathLike[str] | None = None, *, partial: bool = False) -> Loaded | None:
+    def resume(self, at: str | os.PathLike[str] = "auto", *, partial: bool = False) -> Loaded | None:
         """Load a checkpoint into the objects, on every rank.
 
         Args:
-            at: "auto" for the newest whole one in the folder, the path of one or of another folder, or "none" to begin
-                anew. By default what the environment variable ALLSTEP_RESUME says, which `allstep run --resume` sets,
-                else "auto".
+            at: the path of one, or of another folder whose newest whole one is meant; "none" to begin anew; or "auto"
+                for what `allstep run --resume` says (the environment variable ALLSTEP_RESUME), and where it says
+                nothing, the newest whole one in this folder. A restart by the launcher goes on from what was saved
+                since the launch, whatever ALLSTEP_RESUME says. Rank 0's environment decides.
             partial: leave objects that the checkpoint does not have as they are.
 
         Returns:
@@ -114,15 +118,13 @@ class Checkpoint:
         Raises:
             CheckpointError: the path that was asked for has none, or objects are missing in it, on every rank.
         """
-        chosen = os.fspath(at) if at is not None else os.environ.get(RESUME_VARIABLE) or "auto"
-        if chosen == "none":
-            return None
-        templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
-        resumed = self.store.resume(templates, lambda: self.store.choose(chosen))
-        if resumed is None:
-            return None
-        found, loaded = resumed
-        self._load(loaded, partial=partial)
+        with _section():
+            templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
+            resumed = self.store.resume(templates, lambda: self._find(os.fspath(at)))
+            if resumed is None:
+                return None
+            found, loaded = resumed
+            self._load(loaded, partial=partial)
         if _rank() == 0:
             facts = loaded.manifest.facts
             log.warning(
@@ -131,29 +133,46 @@ class Checkpoint:
             )
         return loaded
 
+    def _find(self, at: str) -> Found | None:
+        """The checkpoint that rank 0 is told to go on from."""
+        ignored = overruled(at, os.environ)
+        if ignored is not None and _rank() == 0:
+            log.warning("the script resumes from %r, so --resume %s has no effect", at, ignored)
+        chosen, restarts = _of_rank_0((asked_for(at, os.environ), restarts_of(os.environ)))
+        if chosen != "auto" and at == "auto" and restarts:
+            found = self.store.choose("auto")
+            if found is not None and not set(restarts).isdisjoint(found.manifest.facts.get("launches", ())):
+                return found
+        return None if chosen == "none" else self.store.choose(chosen)
+
     def save(self, engine: Engine, *, wait: bool = False) -> None:
         """Save now, on every rank at the same point, between accumulation groups.
 
         Args:
             wait: return when it is committed.
         """
-        place = engine.state_dict()
+        with _section():
+            self._save(engine, engine.state_dict())
+            if wait:
+                self.store.wait()
+
+    def _save(self, engine: Engine, place: Mapping[str, Any]) -> None:
         step = place["iteration"]
         facts = {
             "epoch": place["epochs_completed"],
             "iteration": step,
             "stop_reason": engine.state.stop_reason,
             "seed": _seed(),
+            "launches": launches_of(os.environ),
             **self.facts,
         }
         found = collect(self._kept)
         own = {"objects": found.of_rank, "generators": rng.capture()}
-        self.store.save(step, found.common, own, self._metrics(engine), facts, refused=found.failure)
-        self._saved_at = step, place["epochs_completed"]
+        pending = self.store.save(step, found.common, own, self._metrics(engine), facts, refused=found.failure)
+        if not pending.skipped:
+            self._saved_at = _where(place)
         if self._schedule is not None:
             self._schedule.saved(engine.state.iteration)
-        if wait:
-            self.store.wait()
 
     def close(self) -> None:
         """Wait for the save under way."""
@@ -211,7 +230,7 @@ class Checkpoint:
     def _after_iteration(self, engine: Engine) -> None:
         state, schedule = engine.state, self._schedule
         assert schedule is not None
-        if not state.group_end or not schedule.iteration_is_due(state.iteration):
+        if state.outcome == "failed" or not state.group_end or not schedule.iteration_is_due(state.iteration):
             return
         # At an epoch's end the handlers of EPOCH_COMPLETED are still to come: it is saved after them.
         if state.epoch_length is None or state.iteration - engine.progress.epoch_began_at < state.epoch_length:
@@ -219,14 +238,34 @@ class Checkpoint:
 
     def _after_epoch(self, engine: Engine) -> None:
         assert self._schedule is not None
-        if self._schedule.epoch_is_due(engine.state.epoch, engine.state.iteration):
+        is_due = self._schedule.epoch_is_due(engine.state.epoch, engine.state.iteration)
+        if is_due and engine.state.outcome != "failed":
             self.save(engine)
 
     def _at_end(self, engine: Engine) -> None:
-        place = engine.state_dict()
-        if self._saved_at != (place["iteration"], place["epochs_completed"]):
-            self.save(engine)
-        self.store.wait()
+        with _section():
+            committed = self.store.wait()  # before the last save, which is never left out
+        if engine.state.outcome == "failed":
+            if _rank() == 0 and engine.last_event_name == Events.TERMINATE:
+                log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
+        elif not committed or self._saved_at != _where(engine.state_dict()):
+            self.save(engine, wait=True)
+
+
+def _where(place: Mapping[str, Any]) -> tuple[int, int, str | None]:
+    """What tells whether a save would say anything new."""
+    return place["iteration"], place["epochs_completed"], place.get("finished")
+
+
+def _section() -> AbstractContextManager[None]:
+    """For the watchdog: a save may last longer than a handler."""
+    world = World.current()
+    return nullcontext() if world is None else world.section("checkpoint")
+
+
+def _of_rank_0(value: T) -> T:
+    world = World.current()
+    return value if world is None else world.gather_objects(value)[0]
 
 
 def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:

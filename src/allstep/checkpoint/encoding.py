@@ -248,7 +248,8 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
 
 
 def _check_tensor(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
-    if is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor):
+    made_of_others: bool = is_traceable_wrapper_subclass(tensor)
+    if made_of_others and not isinstance(tensor, DTensor):
         raise _refusal(tensor, path, "it is made of other tensors; give those, or what they stand for")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise _refusal(tensor, path, f"its layout is {tensor.layout}; make it dense and not quantized")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     config = given.pop("config", None)
     if not rest:
         parser.error(f"{'a module' if module else 'a script'} to run is missing")
-    settings = LaunchSettings(**_merged(_from_file(config), given))
+    settings = _at_a_place(LaunchSettings(**_merged(_from_file(config), given)))
     command = Command(rest[0], tuple(rest[1:]), module)
     if not module:
         _check_script(command.target)
@@ -88,7 +90,7 @@ def split_command(argv: Sequence[str], options_with_value: frozenset[str]) -> tu
 
 
 def _launch(settings: LaunchSettings, command: Command) -> int:
-    environ = dict(os.environ)
+    environ = {**os.environ, "ALLSTEP_LAUNCH": secrets.token_hex(8)}
     devices = visible_devices({**environ, **settings.env}, probe_hardware)
     workers = worker_count(settings, devices)
     nodes = _nodes(settings, environ)
@@ -118,6 +120,19 @@ def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None
     if nodes is None and (remark := warning(environ)):
         print(f"allstep: warning: {remark}", file=sys.stderr, flush=True)
     return nodes
+
+
+def _at_a_place(settings: LaunchSettings) -> LaunchSettings:
+    """The same, with a local path to resume from that is there, wherever a script may change to."""
+    if settings.resume in (None, "auto", "none") or "://" in str(settings.resume):
+        return settings
+    path = os.path.abspath(str(settings.resume))
+    if not os.path.isdir(path):
+        raise LaunchError(
+            f"resume is {settings.resume}, and there is no folder of that name (in {os.getcwd()}); give the path of a "
+            "checkpoint or of a folder of checkpoints, auto, or none"
+        )
+    return replace(settings, resume=path)
 
 
 def _check_script(path: str) -> None:

@@ -1,7 +1,7 @@
 """How ranks agree: the `Coordinator` protocol with its implementations, and the pure logic of votes and ledgers."""
 
 from allstep.coordination.alone import Alone
-from allstep.coordination.coordinator import Asked, Coordinator, Pending, ReduceOp, Request
+from allstep.coordination.coordinator import OUTCOMES, Asked, Coordinator, Outcome, Pending, ReduceOp, Request
 from allstep.coordination.ledger import (
     LONGEST_WINDOW,
     POLICIES,
@@ -17,6 +17,7 @@ from allstep.coordination.votes import Ballot, Occasion, Tally, read_tally, vect
 
 __all__ = [
     "LONGEST_WINDOW",
+    "OUTCOMES",
     "POLICIES",
     "Alone",
     "Asked",
@@ -24,6 +25,7 @@ __all__ = [
     "Coordinator",
     "Ledger",
     "Occasion",
+    "Outcome",
     "Pending",
     "Ranked",
     "ReduceOp",

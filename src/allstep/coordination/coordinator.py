@@ -11,11 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 
 ReduceOp = Literal["sum", "max", "min"]
+
+Outcome = Literal["left", "finished", "failed"]
+"""What a run's end by request means for the run.
+
+"left": it stands where it is and is to go on another time. "finished": it has reached its goal, and a run that goes on
+from here trains nothing. "failed": what it holds is of no use; it is to go on from what was saved before.
+"""
+
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+"""In the order of their weight: where ranks ask for several, the last of them holds."""
 
 
 class Request(Enum):
@@ -29,12 +39,16 @@ class Request(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, who made it and why. `skip` leaves out COMPLETED, or EPOCH_COMPLETED, after it."""
+    """A request, who made it and why.
+
+    `skip` leaves out COMPLETED, or EPOCH_COMPLETED, after it; `outcome` is what a run's end means.
+    """
 
     request: Request
     rank: int
     reason: str
     skip: bool = False
+    outcome: Outcome = "left"
 
 
 class Pending(Protocol):

@@ -27,7 +27,7 @@ from allstep.engine.rehearsal import Rehearsal
 from allstep.engine.source import END, place_in_data
 from allstep.engine.state import State
 from allstep.engine.steering import Steering
-from allstep.engine.terms import Terms, is_done, length_of, settle_terms
+from allstep.engine.terms import Terms, asks_for_more, is_done, length_of, settle_terms
 from allstep.engine.watch import Watch, watched
 from allstep.errors import DataError, EngineError
 from allstep.world import World
@@ -115,7 +115,8 @@ class Engine(Listening, Steering):
         """Run the step over `data` until the epochs or iterations are done, or somebody ends the run.
 
         A finished engine begins anew, unless a larger `max_epochs` or `max_iters` lets it go on; one that was
-        interrupted, failed or loaded a state goes on. A loaded state that is finished already returns at once.
+        interrupted, failed or loaded a state goes on. A loaded state that is finished already returns at once, as does
+        one that was ended as finished, unless it is asked for more epochs or iterations than then.
 
         Args:
             data: an iterable of batches, or None, with an `epoch_length`, for batches of None. Data shorter than the
@@ -172,11 +173,18 @@ class Engine(Listening, Steering):
             epochs_completed=state.epoch - self.progress.epoch_is_open,
             resuming=suspended or self._was_loaded,
         )
+        is_finished = self._was_loaded and state.outcome == "finished" and not asks_for_more(terms, state)
+        finished = state.stop_reason if is_finished else None
         if not suspended:
             self._begin(terms, data, meeting, opens_at, watch)
         elif data is not None and data is not state.dataloader:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
+        if finished is not None:
+            self._drop_run()
+            state.stop_reason, state.outcome = finished, "finished"
+            self.logger.warning("nothing to run: the run was finished: %s", finished)
+            return state
         if not suspended and is_done(state.iteration, state.epoch, state.max_epochs, state.max_iters):
             self._drop_run()
             self.logger.warning(
@@ -208,7 +216,8 @@ class Engine(Listening, Steering):
         `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
         `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
         `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `data` is there when
-        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's.
+        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's. `finished`
+        is there when the run was ended as finished: why.
         """
         state, progress = self.state, self.progress
         terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
@@ -221,6 +230,7 @@ class Engine(Listening, Steering):
             "epoch_length": state.epoch_length,
             **terms,
             **({} if data is None else {"data": data}),
+            **({"finished": state.stop_reason} if state.outcome == "finished" else {}),
             **{key: getattr(state, key) for key in self._user_keys},
         }
 
@@ -241,6 +251,8 @@ class Engine(Listening, Steering):
         self._drop_run()
         self._stand_at(place)
         self.state.dataloader = None
+        finished = state_dict.get("finished")
+        self.state.stop_reason, self.state.outcome = finished, None if finished is None else "finished"
         for key in self._user_keys:
             setattr(self.state, key, state_dict[key])
         self._saved_data, self._own_data_state = state_dict.get("data"), END
@@ -352,7 +364,7 @@ class Engine(Listening, Steering):
         if not is_spent:
             self.kept = []
         state.weight, state.group_end, state.active, state.samples = 1.0, True, True, None
-        state.unread, state.stop_reason = (), None
+        state.unread, state.stop_reason, state.outcome = (), None, None
         self._forget_requests()
         world = World.current()
         state.seed = None if world is None else world.seed

@@ -60,6 +60,8 @@ def place_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Place
             raise ValueError(
                 f"the state to load must have exactly one of {pair[0]} and {pair[1]}; it has {', '.join(state_dict)}"
             )
+    if not isinstance(state_dict.get("finished"), str | None):
+        raise ValueError(f"finished is {state_dict['finished']!r} in the state to load; it must be a text, why")
     length = state_dict["epoch_length"]
     if length is not None and length < 1:
         raise ValueError(f"epoch_length is {length} in the state to load; it must be at least 1, or None")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from allstep.coordination import Outcome
+
 
 class State:
     """The state of an engine's run. Users may set further attributes.
@@ -27,6 +29,7 @@ class State:
         samples: samples in this rank's batch, 0 in a filler; None in a world of one, where nobody counts.
         unread: what each rank left unread when the last epoch ended because another one ran out.
         stop_reason: which rank ended the run and why; None while nobody did.
+        outcome: what that end means for a run that goes on from here, as `terminate` was told; None while nobody did.
     """
 
     def __init__(self, **attributes: Any) -> None:
@@ -47,6 +50,7 @@ class State:
         self.samples: int | None = None
         self.unread: tuple[Any, ...] = ()
         self.stop_reason: str | None = None
+        self.outcome: Outcome | None = None
         for name, value in attributes.items():
             setattr(self, name, value)
 

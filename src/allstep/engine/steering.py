@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from allstep.coordination import Alone, Asked, Coordinator, Request
+from allstep.coordination import OUTCOMES, Alone, Asked, Coordinator, Outcome, Request
+from allstep.engine.arguments import check_choice
 from allstep.engine.loop import LOOK_NOW, Loop
 from allstep.engine.progress import Progress
 from allstep.engine.source import END
@@ -63,7 +64,14 @@ class Steering:
         """Whether the run is to be suspended."""
         return Request.INTERRUPT in self.asked
 
-    def terminate(self, skip_completed: bool = False, *, reason: str | None = None, agreed: bool = False) -> None:
+    def terminate(
+        self,
+        skip_completed: bool = False,
+        *,
+        reason: str | None = None,
+        agreed: bool = False,
+        outcome: Outcome = "left",
+    ) -> None:
         """Ask for the run's end.
 
         Alone it holds after the event in whose handler this is called, or after the step. With several ranks any of
@@ -75,9 +83,16 @@ class Steering:
             skip_completed: leave out COMPLETED.
             reason: what `state.stop_reason` says, after the rank.
             agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
+            outcome: "left" where the run is to go on another time; "finished" where it has reached its goal, so that a
+                run which goes on from the saved state trains nothing; "failed" where its state is of no use, so that a
+                `Checkpoint` does not save it.
+
+        Raises:
+            ValueError: outcome is none of these.
         """
+        check_choice("outcome", outcome, OUTCOMES)
         # It may be a handler, given an engine as its first argument.
-        self._ask(Request.TERMINATE, reason, skip_completed is True, at_once=agreed)
+        self._ask(Request.TERMINATE, reason, skip_completed is True, at_once=agreed, outcome=outcome)
 
     def terminate_epoch(self, skip_epoch_completed: bool = False, *, reason: str | None = None) -> None:
         """Ask for the epoch's end, which holds as that of `terminate` does.
@@ -121,8 +136,8 @@ class Steering:
         if asked.request is Request.TERMINATE:
             self.skips_completed = asked.skip
             self.progress.abandoned = self.progress.epoch_is_open
-            if state.stop_reason is None:
-                state.stop_reason = f"rank {asked.rank}: {asked.reason}"
+            if state.outcome is None or OUTCOMES.index(asked.outcome) > OUTCOMES.index(state.outcome):
+                state.stop_reason, state.outcome = f"rank {asked.rank}: {asked.reason}", asked.outcome
         elif asked.request is Request.TERMINATE_EPOCH:
             self.skips_epoch_completed = asked.skip
         self.asked.add(asked.request)
@@ -132,9 +147,11 @@ class Steering:
     def _votes(self) -> bool:
         return self._loop is not None and self._loop.supply.agreed is not None
 
-    def _ask(self, request: Request, reason: str | None, skip: bool, *, at_once: bool = False) -> None:
+    def _ask(
+        self, request: Request, reason: str | None, skip: bool, *, at_once: bool = False, outcome: Outcome = "left"
+    ) -> None:
         why = reason or f"{request.value}() at iteration {self.state.iteration}"
-        asked = Asked(request, self.coordinator.rank, why, skip)
+        asked = Asked(request, self.coordinator.rank, why, skip, outcome)
         if self._votes and not at_once:
             self.requests.append(asked)
         else:

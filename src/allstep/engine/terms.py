@@ -51,6 +51,11 @@ def is_done(iteration: int, epochs_completed: int, max_epochs: int | None, max_i
     return max_epochs is not None and epochs_completed >= max_epochs
 
 
+def asks_for_more(terms: Terms, state: State) -> bool:
+    """Whether a run with these terms is to do more than the one that left `state`."""
+    return (terms.max_epochs or 0) > (state.max_epochs or 0) or (terms.max_iters or 0) > (state.max_iters or 0)
+
+
 def settle_terms(
     state: State,
     data: Any,

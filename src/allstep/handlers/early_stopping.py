@@ -2,7 +2,8 @@
 
 Contract: a callable handler, attached to the engine whose event says that there is a new score: most often the
 evaluator's COMPLETED, or the trainer's own EPOCH_COMPLETED. It asks `trainer.terminate`, which stops all ranks at the
-same iteration, whichever of them asked. Ranks whose scores differ decide each for themselves, and the first to lose
+same iteration, whichever of them asked; the run is finished then, and a run that goes on from its checkpoint trains
+nothing unless it is asked for more epochs. Ranks whose scores differ decide each for themselves, and the first to lose
 patience stops all: give a score that is reduced over the ranks where that is not meant.
 """
 
@@ -74,7 +75,8 @@ class EarlyStopping:
             self.best_score = score
         self.counter += 1
         if self.counter >= self.patience:
-            self.trainer.terminate(reason=f"no better score than {self.best_score} in {self.counter} times")
+            reason = f"no better score than {self.best_score} in {self.counter} times"
+            self.trainer.terminate(reason=reason, outcome="finished")
 
     def state_dict(self) -> dict[str, Any]:
         """The best score and how long it has stood."""

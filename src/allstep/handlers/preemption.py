@@ -4,8 +4,10 @@ Contract: attached from the main thread to the engine that trains, beside a `Che
 signal to any rank, SIGTERM or SIGUSR1, stops all of them after the same iteration; the checkpoint saves there and
 waits until that is committed; then `Engine.run` raises `Preempted`, with which the process ends with exit code 85, or
 the SLURM job is put back into its queue first. A run that was complete when the stop held ends as if there had been no
-signal. A second signal hurries: the engines in `hurries`, such as an evaluator that runs in the trainer's handler, end
-too. A third one kills, as it does by default. What can go wrong: a step that hangs never stops; a job that cannot be
+signal, and so does one that was ended as finished. A second signal hurries: the engines in `hurries`, such as an
+evaluator that runs in the trainer's handler, end too; a save that is under way, and the one of the place where the run
+stops, are still committed. A third one kills, as it does by default: the save under way is lost, and the newest
+committed checkpoint is as it was. What can go wrong: a step that hangs never stops; a job that cannot be
 requeued is said to be so, and ends with exit code 85 all the same.
 """
 
@@ -20,7 +22,7 @@ from allstep.engine import Engine, Events
 from allstep.engine.terms import is_done
 from allstep.errors import Preempted
 from allstep.exit_codes import PREEMPTED
-from allstep.handlers.stop_on_signal import SIGNAL_REASON, StopOnSignal
+from allstep.handlers.stop_on_signal import SIGNAL_REASON, TOGETHER_S, StopOnSignal
 
 _PATIENCE_S = 30
 
@@ -32,7 +34,7 @@ class Preemption(StopOnSignal):
         requeue: put the SLURM job back into its queue; outside SLURM without effect. For signals that come before the
             job's time is up (`sbatch --signal`); a job that SLURM itself preempts is requeued by it.
         hurries: engines that a second signal ends as well.
-        signals: as for `StopOnSignal`.
+        signals, together: as for `StopOnSignal`.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class Preemption(StopOnSignal):
         requeue: bool = False,
         hurries: Iterable[Engine] = (),
         signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1),
+        together: float = TOGETHER_S,
     ) -> None:
-        super().__init__(signals, hurries=hurries)
+        super().__init__(signals, hurries=hurries, together=together)
         self.requeue = requeue
 
     def attach(self, engine: Engine) -> Preemption:

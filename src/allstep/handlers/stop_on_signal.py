@@ -6,15 +6,19 @@ for the run's end after the present iteration or epoch. So all ranks stop at the
 window, whichever of them the signal reached. `detach`, or the end of a `with` block, gives the signals back.
 
 A second signal, of any of the kinds, hurries: engines that were named for it end as well, such as an evaluator that the
-trainer's handler runs. It gives all signals their default action, so that a third one ends the process at once. A
-signal that came before `attach`, and that `allstep run` kept, counts. What can go wrong: a step that hangs never comes
-to ask; and a handler installed by C code cannot be given back.
+trainer's handler runs. Nothing else is left out: what handlers do at the run's end, such as saving, is done. A third
+one ends the process, as the signal does by default. One notice often comes twice, from a scheduler that signals every
+process and from a launcher that passes it on, so signals of one kind within `together` seconds are one. A signal that
+came before `attach`, and that `allstep.init` or `allstep run` kept, counts. What can go wrong: while Python waits in
+native code, in a step that hangs or a collective, no signal is noticed; and a handler installed by C code cannot be
+given back.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterable
 from types import FrameType, TracebackType
 from typing import Any
@@ -25,6 +29,8 @@ from allstep.errors import EngineError
 SIGNAL_REASON = "signal "
 """What the reason of a stop for a signal begins with."""
 
+TOGETHER_S = 2.0
+
 
 class StopOnSignal:
     """Turns signals into `terminate(reason="signal SIGTERM")`.
@@ -32,6 +38,7 @@ class StopOnSignal:
     Args:
         signals: which; by default the ones that schedulers send before the end of a job.
         hurries: engines that a second signal ends as well.
+        together: seconds in which signals of one kind are taken for one.
 
     Attributes:
         received: the first signal that came since `attach`, or None.
@@ -42,11 +49,14 @@ class StopOnSignal:
         signals: Iterable[int] = (signal.SIGTERM, signal.SIGUSR1),
         *,
         hurries: Iterable[Engine] = (),
+        together: float = TOGETHER_S,
     ) -> None:
         self.signals = tuple(signal.Signals(number) for number in signals)
         self.received: signal.Signals | None = None
         self.hurries = tuple(hurries)
-        self._is_told = self._hurries_now = False
+        self.together = together
+        self._is_told = False
+        self._noted: list[tuple[int, float]] = []
         self._before: dict[signal.Signals, Any] = {}
         self._handles: list[RemovableEventHandle] = []
 
@@ -60,7 +70,7 @@ class StopOnSignal:
             raise EngineError("StopOnSignal must be attached in the main thread: Python handles signals only there")
         if self._handles:
             raise EngineError("StopOnSignal is attached already; detach() it first, or make another one")
-        self.received, self._is_told, self._hurries_now = None, False, False
+        self.received, self._is_told, self._noted = None, False, []
         for number in self.signals:
             before = signal.signal(number, self._note)
             self._before[number] = signal.SIG_DFL if before is None else before
@@ -76,7 +86,8 @@ class StopOnSignal:
         """Heed a signal that came before anybody could, and that the handler until now noted (a worker's bootstrap)."""
         noted = getattr(before, "received", None)
         if isinstance(noted, list) and noted:
-            self.received = self.received or signal.Signals(noted[0])
+            if self.received is None:
+                self._note(noted[0], None)
             noted.clear()
 
     def detach(self) -> None:
@@ -97,12 +108,15 @@ class StopOnSignal:
         self.detach()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if any(kind == number and now - at < self.together for kind, at in self._noted):
+            return
+        self._noted.append((number, now))
         if self.received is None:
             self.received = signal.Signals(number)
-            return
-        self._hurries_now = True
-        for each in self.signals:
-            signal.signal(each, signal.SIG_DFL)
+        elif len(self._noted) > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def _tell(self, engine: Engine) -> None:
         if self.received is not None and not self._is_told:
@@ -110,5 +124,5 @@ class StopOnSignal:
             engine.terminate(reason=f"{SIGNAL_REASON}{self.received.name}")
 
     def _hurry(self, engine: Engine) -> None:
-        if self._hurries_now and self.received is not None:
+        if len(self._noted) > 1 and self.received is not None:
             engine.terminate(reason=f"{SIGNAL_REASON}{self.received.name}, twice")

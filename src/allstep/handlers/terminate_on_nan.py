@@ -2,7 +2,8 @@
 
 Contract: attached to an engine, it looks at the outputs of this rank's own iterations until it has asked for the run's
 end. A rank decides alone and calls no collective; all ranks stop at the same iteration, by the end of the next window,
-and `state.stop_reason` names the rank. Looking at a tensor on a device makes the host wait for the step that computes
+and `state.stop_reason` names the rank. The run has failed then: a `Checkpoint` does not save its state, so that the
+run can go on from an earlier one. Looking at a tensor on a device makes the host wait for the step that computes
 it: with `every=N` that happens once in N iterations, and outputs in between are not looked at. (A loss that became NaN
 through its parameters stays NaN.) On the CPU there is nothing to wait for.
 """
@@ -53,7 +54,7 @@ class TerminateOnNan:
         self._has_asked = True
         at = engine.state.iteration
         engine.logger.error("the output of iteration %d is not finite on rank %d", at, engine.coordinator.rank)
-        engine.terminate(reason=f"the output of iteration {at} is not finite")
+        engine.terminate(reason=f"the output of iteration {at} is not finite", outcome="failed")
 
 
 def _is_finite(value: Any) -> bool:

@@ -2,7 +2,8 @@
 
 Contract: attached to an engine, it starts its clock when a run starts and looks at it after every iteration and epoch.
 Clocks of ranks differ: the first rank whose time is up asks, and all stop at the same iteration, by the end of the next
-window. So a limit is passed by up to two windows, about two seconds, or by one iteration that takes longer.
+window. So a limit is passed by up to two windows, about two seconds, or by one iteration that takes longer. The
+run is not finished then: started again, it goes on from its checkpoint with the whole limit before it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from allstep.errors import WorldError
 from allstep.faults import Here, strike
 from allstep.placement import Placement, Rendezvous, detect
 from allstep.version import __version__
-from allstep.world import current, xla
+from allstep.world import current, notices, xla
 from allstep.world.collectives import Collectives
 from allstep.world.device import choose_backend, choose_device, look
 from allstep.world.duration import seconds
@@ -71,16 +71,21 @@ def init(
         raise WorldError(
             "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
         )
-    limit = seconds("timeout", timeout)
-    same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
-    placement = detect(os.environ)
-    for text in placement.warnings:
-        warnings.warn(text, stacklevel=2)
-    strike(Here("start", placement.rank, placement.attempt))
-    if dist.is_available() and dist.is_initialized():
-        world = _adopt(placement, backend, device, limit, same)
-    else:
-        world = _open(placement, backend, device, limit, same)
+    notices.keep()
+    try:
+        limit = seconds("timeout", timeout)
+        same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
+        placement = detect(os.environ)
+        for text in placement.warnings:
+            warnings.warn(text, stacklevel=2)
+        strike(Here("start", placement.rank, placement.attempt))
+        if dist.is_available() and dist.is_initialized():
+            world = _adopt(placement, backend, device, limit, same)
+        else:
+            world = _open(placement, backend, device, limit, same)
+    except BaseException:
+        notices.give_back()
+        raise
     try:
         if seed is not None:
             world.seed_everything(seed)

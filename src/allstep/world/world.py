@@ -33,7 +33,7 @@ from allstep.exit_codes import PREEMPTED
 from allstep.faults import Here, strike
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
-from allstep.world import current
+from allstep.world import current, notices
 from allstep.world.collectives import Collectives
 from allstep.world.device import choose_transport
 from allstep.world.duration import seconds
@@ -302,6 +302,7 @@ class World(Exchanging):
                 self._group.leave(failed=failed, patience=patience)
         if self.reporter is not None:
             self.reporter.end(failed=failed)
+        notices.give_back()
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""

@@ -1,0 +1,98 @@
+"""SIGUSR1 around a World, in a process that no launcher prepared: kept for the handler that comes, and given back."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import allstep
+from allstep.world.notices import Notices
+from tests.launch.command import environment
+
+SCRIPT = """
+import os, signal, sys
+send = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+import allstep
+if "before" in sys.argv: send()
+with allstep.init():
+    if "between" in sys.argv: send()
+    engine = allstep.Engine(lambda engine, batch: None)
+    if "handled" in sys.argv: allstep.Preemption().attach(engine)
+    engine.run(range(3))
+    print(engine.state.iteration, engine.state.stop_reason, flush=True)
+if "after" in sys.argv: send()
+"""
+
+
+def run(*when: str) -> tuple[int, str]:
+    src = str(Path(allstep.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *when],
+        env=environment({"PYTHONPATH": src}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("when", "expected"),
+    [
+        (["before"], (-signal.SIGUSR1, "")),
+        (["between", "handled"], (85, "")),
+        (["between"], (0, "3 None\n")),
+        (["after"], (-signal.SIGUSR1, "3 None\n")),
+    ],
+    ids=["before", "between and handled", "between", "after"],
+)
+def test_a_notice_ends_a_process_only_before_init_and_after_the_world(
+    when: list[str], expected: tuple[int, str]
+) -> None:
+    assert run(*when) == expected
+
+
+def test_the_handler_is_there_while_the_world_is_open_and_when_it_fails_to_open_it_is_not() -> None:
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    with allstep.init():
+        assert isinstance(signal.getsignal(signal.SIGUSR1), Notices)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    with pytest.raises(allstep.AllstepError):
+        allstep.init(device="nowhere")
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_handler_that_is_there_stays_and_so_does_one_that_comes() -> None:
+    def mine(number: int, frame: object) -> None:
+        pass
+
+    signal.signal(signal.SIGUSR1, mine)
+    try:
+        with allstep.init():
+            assert signal.getsignal(signal.SIGUSR1) is mine
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        with allstep.init():
+            signal.signal(signal.SIGUSR1, mine)
+        assert signal.getsignal(signal.SIGUSR1) is mine
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+def test_another_thread_opens_a_world_without_touching_signals() -> None:
+    seen: list[object] = []
+
+    def open_one() -> None:
+        with allstep.init():
+            seen.append(signal.getsignal(signal.SIGUSR1))
+
+    thread = threading.Thread(target=open_one)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
