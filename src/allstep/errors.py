@@ -104,6 +104,10 @@ class DamagedCheckpointError(CheckpointError):
     """A checkpoint does not hold what it says it holds, or nothing that can be read safely."""
 
 
+class NewerCheckpointError(DamagedCheckpointError):
+    """A checkpoint of a later format than this version reads; it may well be whole."""
+
+
 class UnkeepableError(CheckpointError, TypeError):
     """State that was to be saved has a value that a checkpoint cannot keep; the message names its key and type."""
 

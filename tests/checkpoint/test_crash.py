@@ -47,9 +47,9 @@ def check(folder: Path) -> int:
 
 
 # make: 2; the tensors' file, of two blocks: 4; three more files: 3 each; settling twice: 1 each; rename: 2;
-# then the removal: 2 for the manifest, and one for each of three files
+# then the removal: 2 for another rename, and one for each of four files
 RENAMED = 2 + 4 + 3 * 3 + 2
-MOMENTS = range(RENAMED + 1 + 1 + 2 + 3)
+MOMENTS = range(RENAMED + 1 + 1 + 2 + 4)
 
 
 def killed_at(folder: Path, moment: int) -> None:

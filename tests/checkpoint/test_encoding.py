@@ -141,6 +141,26 @@ class Plain:
     pass
 
 
+class MadeOfTwo(torch.Tensor):
+    """A tensor of several, as quantized ones are; copied it would be a plain one."""
+
+    def __new__(cls) -> MadeOfTwo:
+        made: MadeOfTwo = torch.Tensor._make_wrapper_subclass(cls, (2,))  # type: ignore[attr-defined]
+        made.scale, made.values = torch.ones(()), torch.ones(2)
+        return made
+
+    def __tensor_flatten__(self) -> Any:
+        return ["scale", "values"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: Any, meta: Any, size: Any, stride: Any) -> MadeOfTwo:
+        return cls()
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(function)
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
     [
@@ -149,6 +169,8 @@ class Plain:
         ({"a": np.array([object()])}, r"part\['a'\] is a numpy\.ndarray.*object"),
         ({"a": torch.ones(2).to_sparse()}, r"part\['a'\] is a torch\.Tensor.*sparse"),
         ({"a": torch.empty(2, device="meta")}, r"part\['a'\].*meta"),
+        ({"a": MadeOfTwo()}, r"part\['a'\] is a .*MadeOfTwo.*made of other tensors"),
+        ({"a": np.ma.array([1, 2], mask=[0, 1])}, r"part\['a'\] is a numpy.*MaskedArray.*plain numpy arrays"),
         ({Plain(): 1}, r"Plain"),
         ({"a": OSError()}, r"part\['a'\] is a OSError"),
     ],

@@ -9,6 +9,7 @@ from torch import nn
 from allstep.checkpoint import Checkpoint, PerRank
 from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
+from tests.checkpoint.folders import Failing, Gated
 
 
 class Counted:
@@ -242,3 +243,32 @@ def test_metrics_are_numbers_of_any_library(tmp_path):
     checkpoint = Checkpoint(tmp_path, {"engine": engine}, every=None, keep_best=(1, "f32", "max"))
     checkpoint.save(engine, wait=True)
     assert checkpoint.store.choose().manifest.metrics == {"plain": 0.5, "tensor": 0.5, "f32": 0.5, "i64": 3.0}
+
+
+def stopped_at_3(storage, before_the_end, **options):
+    """The step that is saved at the end of a run that is terminated after its third iteration."""
+    from allstep import Engine, Events
+    from allstep.checkpoint import Store
+
+    store = Store("", storage=storage, **options)
+    engine = Engine(lambda e, b: None)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda e: e.terminate())
+    engine.add_event_handler(Events.TERMINATE, lambda: before_the_end(store))
+    Checkpoint(store, {"engine": engine}, every=1).attach(engine)
+    engine.run([1] * 6)
+    return store.choose().manifest.step
+
+
+def test_the_last_save_is_made_even_where_the_one_before_is_slow_and_others_are_left_out(tmp_path):
+    storage = Gated(str(tmp_path))
+    assert stopped_at_3(storage, lambda store: storage.gate.set(), busy="skip") == 3
+
+
+def test_a_save_that_failed_is_tried_again_at_the_end(tmp_path):
+    storage = Failing(str(tmp_path), "state.json")
+
+    def mend(store):
+        assert not store.wait()
+        storage.failing = False
+
+    assert stopped_at_3(storage, mend) == 3

@@ -12,7 +12,7 @@ import pytest
 
 from allstep.checkpoint import Store, entries, find_entry, remove, verify
 from allstep.checkpoint.hashing import Buffer
-from allstep.checkpoint.layout import MANIFEST
+from allstep.checkpoint.layout import MANIFEST, SET_ASIDE
 from allstep.checkpoint.remote import FsspecStorage, open_storage
 from allstep.checkpoint.storage import LocalStorage
 from allstep.errors import CheckpointError
@@ -139,6 +139,18 @@ def test_without_its_manifest_a_save_is_no_checkpoint_and_the_next_start_sweeps_
     assert found is not None
     assert found.manifest.step == 1
     assert len(entries(memory)) == 1
+
+
+def test_a_save_that_another_run_has_under_way_is_passed_over_and_not_set_aside(memory: str) -> None:
+    reader = Store(f"{memory}-of-another")
+    assert Store(memory).save(1, some_state(1)).wait()
+    filesystem = fsspec.filesystem("memory")
+    under_way = f"{memory.removeprefix('memory:/')}/save-000002-step-2"
+    filesystem.pipe_file(f"{under_way}/rank_00000.json", b"half")
+    found = reader.choose(memory)
+    assert found is not None
+    assert found.manifest.step == 1
+    assert not filesystem.exists(f"{under_way}/{SET_ASIDE}")
 
 
 def test_the_manifest_arrives_last(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:

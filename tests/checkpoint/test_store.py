@@ -245,7 +245,7 @@ def test_retention_deletes_only_after_a_commit(tmp_path: Path) -> None:
     assert store.save(1, some_state()).wait()
     storage.calls.clear()
     assert store.save(2, some_state()).wait()
-    assert storage.calls.index("rename") < storage.calls.index("remove save-000001-step-1")
+    assert storage.calls[-4:] == ["settle", "rename", "rename", "remove tmp-save-000001-step-1-dead"]
     assert list(states(tmp_path)) == ["save-000002-step-2"]
 
 
@@ -338,7 +338,7 @@ def test_a_named_checkpoint_that_is_damaged_or_missing_is_an_error_and_is_not_re
     ):
         store.choose(str(tmp_path / "save-000002-step-2"))
     assert states(tmp_path)["save-000002-step-2"] == "whole"  # by size: it was not set aside
-    with pytest.raises(CheckpointError, match="never finished"):
+    with pytest.raises(CheckpointError, match=r"there is no manifest\.json"):
         store.choose(str(tmp_path / "save-000009-step-9"))
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         store.choose(str(tmp_path / "elsewhere"))
@@ -347,7 +347,7 @@ def test_a_named_checkpoint_that_is_damaged_or_missing_is_an_error_and_is_not_re
 def test_opening_a_store_sweeps_away_what_dead_attempts_left_and_nothing_else(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     assert store.save(1, some_state()).wait()
-    for dead in ("tmp-save-000002-step-2-abcd", "save-000003-step-3"):
+    for dead in ("tmp-save-000002-step-2-abcd", "tmp-save-000003-step-3-abcd"):
         (tmp_path / dead).mkdir()
         (tmp_path / dead / "rank_00000.safetensors").write_bytes(b"half")
     (tmp_path / "mine").mkdir()
@@ -356,6 +356,61 @@ def test_opening_a_store_sweeps_away_what_dead_attempts_left_and_nothing_else(tm
     assert sorted(os.listdir(tmp_path)) == ["mine", "notes.txt", "save-000001-step-1"]
     assert again.save(4, some_state()).wait()
     assert (tmp_path / "save-000004-step-4").exists()  # orders are not used twice
+
+
+def test_a_checkpoint_that_has_lost_its_manifest_is_set_aside_and_not_removed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    newest = tmp_path / "save-000002-step-2"
+    (newest / "manifest.json").unlink()
+    found = Store(str(tmp_path)).choose()
+    assert found is not None
+    assert found.name == "save-000001-step-1"
+    assert "no manifest.json" in json.loads((newest / "set_aside.json").read_text())["problem"]
+    assert (newest / "rank_00000.safetensors").exists()
+
+
+class Immovable(LocalStorage):
+    """Removes nothing, as in a folder that is mounted for reading."""
+
+    def remove(self, folder: str) -> None:
+        raise PermissionError(13, "read-only file system")
+
+
+def test_what_cannot_be_swept_away_keeps_nobody_from_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert Store(str(tmp_path)).save(1, some_state()).wait()
+    (tmp_path / "tmp-save-000002-step-2-abcd").mkdir()
+    found = Store("", storage=Immovable(str(tmp_path))).choose()
+    assert found is not None
+    assert found.name == "save-000001-step-1"
+    assert "tmp-save-000002-step-2-abcd was left unfinished and cannot be removed: PermissionError" in caplog.text
+
+
+@pytest.mark.parametrize("damaged", ["state.json", "rank_00000.json", "rank_00000.safetensors"])
+def test_damage_that_sizes_do_not_show_leads_to_the_checkpoint_before_where_reading_shows_it(
+    damaged: str, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path), verify="size")
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    flip(tmp_path / "save-000002-step-2" / damaged, 12)
+    resumed = store.resume()
+    assert resumed is not None
+    assert resumed[0].name == "save-000001-step-1"
+    assert same(resumed[1].state, some_state(1) | {"optimizer": resumed[1].state["optimizer"]})
+    assert (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
+
+
+def test_a_checkpoint_of_a_later_format_is_an_error_and_not_damage(tmp_path: Path) -> None:
+    assert Store(str(tmp_path)).save(1, some_state()).wait()
+    path = tmp_path / "save-000001-step-1" / "manifest.json"
+    body = json.loads(path.read_text())["manifest"] | {"format": 99}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+    path.write_text(json.dumps({"manifest": body, ALGORITHM: hash_bytes(text)}))
+    with pytest.raises(CheckpointError, match="has format 99; this allstep reads 1, so use a newer one"):
+        Store(str(tmp_path)).choose()
+    assert not path.with_name("set_aside.json").exists()
 
 
 def test_a_checkpoint_of_that_name_is_never_written_over(tmp_path: Path) -> None:

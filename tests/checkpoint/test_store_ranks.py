@@ -279,7 +279,7 @@ def test_training_goes_on_while_a_slow_rank_writes(tmp_path: Path) -> None:
 
 
 class Blind(LocalStorage):
-    """Does not see a file until it has been looked for a few times."""
+    """Does not see a file, or the whole folder, until it has been looked for a few times."""
 
     def __init__(self, root: str, hidden: str, looks: int) -> None:
         super().__init__(root)
@@ -288,15 +288,21 @@ class Blind(LocalStorage):
 
     def files(self, folder: str) -> dict[str, int]:
         found = super().files(folder)
-        if self.hidden in found and folder.endswith("step-2"):
-            self.looks -= 1
-            if self.looks >= 0:
-                del found[self.hidden]
+        if folder.endswith("step-2") and self._looks_in_vain():
+            return {name: size for name, size in found.items() if name != self.hidden and self.hidden}
         return found
 
+    def folders(self) -> list[str]:
+        return [name for name in super().folders() if self.hidden or self.looks < 0 or not name.endswith("step-2")]
 
-def choose_half_blind(world: World, folder: Path, looks: int, blind: int) -> tuple[str, tuple[Any, ...]]:
-    hidden = "rank_00000.safetensors"
+    def _looks_in_vain(self) -> bool:
+        self.looks -= 1
+        return self.looks >= 0
+
+
+def choose_half_blind(
+    world: World, folder: Path, looks: int, blind: int, hidden: str = "rank_00000.safetensors"
+) -> tuple[str, tuple[Any, ...]]:
     storage = Blind(str(folder), hidden, looks) if world.rank == blind else LocalStorage(str(folder))
     found = Store("", storage=storage, patience=1.0 if looks > 1000 else 60.0).choose()
     assert found is not None
@@ -309,10 +315,19 @@ def save_twice(world: World, folder: Path) -> None:
         assert store.save(step, some_state(step)).wait()
 
 
+@pytest.mark.parametrize("hidden", ["rank_00000.safetensors", MANIFEST, ""])
 @pytest.mark.parametrize("blind", [0, 1])
-def test_a_file_that_appears_late_on_one_rank_is_waited_for(blind: int, tmp_path: Path) -> None:
+def test_a_file_or_folder_that_appears_late_on_one_rank_is_waited_for(blind: int, hidden: str, tmp_path: Path) -> None:
     run_ranks(save_twice, 2, tmp_path)
-    assert run_ranks(choose_half_blind, 2, tmp_path, 5, blind) == [("save-000002-step-2", ())] * 2
+    assert run_ranks(choose_half_blind, 2, tmp_path, 5, blind, hidden) == [("save-000002-step-2", ())] * 2
+    assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
+
+
+def test_a_manifest_that_rank_0_never_sees_and_others_do_sets_nothing_aside(tmp_path: Path) -> None:
+    run_ranks(save_twice, 2, tmp_path)
+    chosen = run_ranks(choose_half_blind, 2, tmp_path, 10**9, 0, MANIFEST)
+    assert [name for name, _ in chosen] == ["save-000001-step-1"] * 2
+    assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
 
 
 def test_a_file_that_one_rank_never_sees_leads_all_to_the_checkpoint_before_and_nothing_is_set_aside(

@@ -107,3 +107,14 @@ def test_listing_and_verifying_import_no_torch(folder: Path) -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_file_in_place_of_a_folder_and_a_folder_that_is_not_there_are_errors_and_not_damage(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    assert main(["checkpoints", "ls", str(file)]) == 2
+    assert "file cannot be read" in capsys.readouterr().err
+    assert main(["checkpoints", "export", str(folder), str(tmp_path / "none" / "x.pt")]) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -119,11 +119,11 @@ class Checkpoint:
             CheckpointError: the path that was asked for has none, or objects are missing in it, on every rank.
         """
         with _section():
-            found = self._find(os.fspath(at))
-            if found is None:
+            templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
+            resumed = self.store.resume(templates, lambda: self._find(os.fspath(at)))
+            if resumed is None:
                 return None
-            templates = {name: kept.template() for name, kept in self._kept.items()}
-            loaded = self.store.load(found, {name: each for name, each in templates.items() if each is not None})
+            found, loaded = resumed
             self._load(loaded, partial=partial)
         if _rank() == 0:
             facts = loaded.manifest.facts
@@ -168,8 +168,9 @@ class Checkpoint:
         }
         found = collect(self._kept)
         own = {"objects": found.of_rank, "generators": rng.capture()}
-        self.store.save(step, found.common, own, self._metrics(engine), facts, refused=found.failure)
-        self._saved_at = _where(place)
+        pending = self.store.save(step, found.common, own, self._metrics(engine), facts, refused=found.failure)
+        if not pending.skipped:
+            self._saved_at = _where(place)
         if self._schedule is not None:
             self._schedule.saved(engine.state.iteration)
 
@@ -202,6 +203,7 @@ class Checkpoint:
         self._generators = _generators(loaded, rank, epoch)
 
     def _metrics(self, engine: Engine) -> dict[str, float]:
+        """The numbers among the metrics."""
         given = engine.state.metrics if self.metrics is None else self.metrics(engine)
         return {name: float(value) for name, value in given.items() if _is_number(value)}
 
@@ -241,13 +243,13 @@ class Checkpoint:
             self.save(engine)
 
     def _at_end(self, engine: Engine) -> None:
+        with _section():
+            committed = self.store.wait()  # before the last save, which is never left out
         if engine.state.outcome == "failed":
             if _rank() == 0 and engine.last_event_name == Events.TERMINATE:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
-        elif self._saved_at != _where(engine.state_dict()):
-            self.save(engine)
-        with _section():
-            self.store.wait()
+        elif not committed or self._saved_at != _where(engine.state_dict()):
+            self.save(engine, wait=True)
 
 
 def _where(place: Mapping[str, Any]) -> tuple[int, int, str | None]:

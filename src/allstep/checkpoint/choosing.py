@@ -1,11 +1,11 @@
 """Which checkpoint all ranks load.
 
-Contract: every rank calls `choose` at the same point. Rank 0 lists what there is, newest first, and reads manifests;
-each rank looks whether it sees the files, and reads and hashes its share of them; all hear what all found. So all
-return the same, and none returns a checkpoint that was not verified. Where ranks disagree about what they see, those
-that see less wait for it, up to a limit; where all see the same damage nobody waits. A damaged checkpoint is set aside,
-with the reason in a file, and the one before it is tried. One that some ranks do not see is passed over and left as it
-is. Everything passed over is reported on every rank.
+Contract: every rank calls `choose` at the same point. What any rank lists is a candidate, newest first. Rank 0 reads
+manifests; each rank looks whether it sees the files, and reads and hashes its share of them; all hear what all found.
+So all return the same, and none returns a checkpoint that was not verified. Where ranks disagree about what they see,
+those that see less wait for it, up to a limit; where all see the same damage nobody waits. A damaged checkpoint is set
+aside, with the reason in a file, and the one before it is tried. One that some ranks do not see is passed over and left
+as it is. Everything passed over is reported on every rank.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
 
-from allstep.checkpoint.layout import SET_ASIDE, read_name
+from allstep.checkpoint.layout import MANIFEST, SET_ASIDE, Name, read_name
 from allstep.checkpoint.manifest import Manifest
 from allstep.checkpoint.storage import Storage
 from allstep.checkpoint.verifying import Verify, load_manifest, wrong_hashes, wrong_sizes
 from allstep.coordination import Coordinator
-from allstep.errors import CheckpointError, DamagedCheckpointError
+from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
 from allstep.world.polling import poll
 
 T = TypeVar("T")
@@ -69,12 +69,12 @@ def choose(
     Raises:
         CheckpointError: `only` is not there or does not verify, on every rank.
     """
-    folders = from_first(coordinator, lambda: [only] if only else _candidates(storage))
+    folders = [only] if only else _candidates(storage, coordinator)
     passed_over: list[tuple[str, str]] = []
     for folder in folders:
-        manifest = from_first(coordinator, partial(_manifest, storage, folder))
-        if isinstance(manifest, str):
-            verdict = _Verdict(manifest, damaged=True)
+        manifest = _read_manifest(storage, coordinator, folder, patience)
+        if isinstance(manifest, _Verdict):
+            verdict = manifest
         else:
             verdict = _judge(storage, coordinator, folder, manifest, verify, patience)
             if verdict.problem is None:
@@ -108,14 +108,52 @@ def from_first(coordinator: Coordinator, ask: Callable[[], T]) -> T:
     return cast(T, answer)
 
 
-def _candidates(storage: Storage) -> list[str]:
-    names = sorted((name for folder in storage.folders() if (name := read_name(folder))), reverse=True)
-    return [str(name) for name in names if SET_ASIDE not in storage.files(str(name))]
+def _candidates(storage: Storage, coordinator: Coordinator) -> list[str]:
+    """What any rank sees: a folder that rank 0 does not see yet is waited for as a file is."""
+    seen, set_aside = from_first(coordinator, lambda: (_names(storage), _set_aside_names(storage)))
+    for names in coordinator.gather(_names_seen(storage)):
+        seen = seen | names
+    return [str(name) for name in sorted(seen - set_aside, reverse=True)]
+
+
+def _names(storage: Storage) -> frozenset[Name]:
+    return frozenset(name for folder in storage.folders() if (name := read_name(folder)))
+
+
+def _names_seen(storage: Storage) -> frozenset[Name]:
+    try:
+        return _names(storage)
+    except Exception:  # a rank that sees nothing is asked about each of the others' candidates
+        return frozenset()
+
+
+def _set_aside_names(storage: Storage) -> frozenset[Name]:
+    return frozenset(name for name in _names(storage) if SET_ASIDE in storage.files(str(name)))
+
+
+def _read_manifest(storage: Storage, coordinator: Coordinator, folder: str, patience: float) -> Manifest | _Verdict:
+    seen = coordinator.gather(_sees_manifest(storage, folder))
+    if any(seen) and not all(seen):
+        poll(lambda: _sees_manifest(storage, folder), time.monotonic() + patience)
+    found = from_first(coordinator, partial(_manifest, storage, folder))
+    if isinstance(found, str):
+        # Without rename, one that has no manifest may be a save that another run has under way.
+        return _Verdict(found, damaged=seen[0] or (storage.has_rename and not any(seen)))
+    return found
+
+
+def _sees_manifest(storage: Storage, folder: str) -> bool:
+    try:
+        return MANIFEST in storage.files(folder)
+    except Exception:
+        return False
 
 
 def _manifest(storage: Storage, folder: str) -> Manifest | str:
     try:
         return load_manifest(storage, folder)
+    except NewerCheckpointError:
+        raise  # it is no damage, and training anew beside it would not be what anybody wants
     except DamagedCheckpointError as error:
         return str(error)
 
@@ -139,7 +177,7 @@ def _judge(
 def _look(storage: Storage, folder: str, manifest: Manifest) -> list[str]:
     try:
         return wrong_sizes(storage, folder, manifest)
-    except OSError as error:
+    except Exception as error:
         return [f"its files cannot be listed: {error}"]
 
 
@@ -159,5 +197,5 @@ def _set_aside(storage: Storage, folder: str, problem: str) -> None:
     note = json.dumps({"problem": problem, "found": time.time()}).encode()
     try:
         storage.write(folder, SET_ASIDE, [note])
-    except OSError as error:
+    except Exception as error:
         log.warning("checkpoint %s/%s cannot be set aside: %s", storage.root, folder, error)

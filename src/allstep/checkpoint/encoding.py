@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from allstep.checkpoint.dtypes import dtype_name, find_dtype, is_storable
 from allstep.errors import DamagedCheckpointError, UnkeepableError
@@ -122,6 +123,8 @@ class _Encoder:
     def _encode_array(self, value: np.generic | np.ndarray[Any, Any], path: tuple[str, ...]) -> Any:
         if value.dtype.kind not in _ARRAY_KINDS or value.dtype.names is not None:
             raise _refusal(value, path, f"its elements are {value.dtype}; keep numbers")
+        if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
+            raise _refusal(value, path, "only its numbers would come back; give them as plain numpy arrays")
         array = np.asarray(value)
         if isinstance(value, np.ndarray) and array.nbytes > _INLINE_ARRAY and array.dtype.isnative:
             try:
@@ -245,6 +248,9 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
 
 
 def _check_tensor(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
+    made_of_others: bool = is_traceable_wrapper_subclass(tensor)
+    if made_of_others and not isinstance(tensor, DTensor):
+        raise _refusal(tensor, path, "it is made of other tensors; give those, or what they stand for")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise _refusal(tensor, path, f"its layout is {tensor.layout}; make it dense and not quantized")
     if tensor.device.type == "meta":

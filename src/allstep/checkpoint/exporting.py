@@ -32,11 +32,14 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
         only: a part of the state, such as "model"; the tensors' names then lack it, as `load_state_dict` expects.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, has no such part, or the path ends otherwise.
+        CheckpointError: the checkpoint is damaged, has no such part, or the path ends otherwise or is in no folder.
     """
     suffix = os.path.splitext(path)[1]
     if suffix not in (".safetensors", ".pt"):
         raise CheckpointError(f"cannot export to {path}: a file's name must end with .safetensors or .pt")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"cannot export to {path}: there is no folder {folder}")
     storage = open_storage(entry.folder)
     problems = examine(storage, entry.name, "full")
     if entry.manifest is None or problems:

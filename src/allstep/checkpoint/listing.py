@@ -41,9 +41,16 @@ class Entry:
 
 
 def entries(folder: str) -> list[Entry]:
-    """Everything in a folder of checkpoints, the oldest first."""
+    """Everything in a folder of checkpoints, the oldest first.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
     storage = open_storage(folder)
-    names = [name for name in storage.folders() if read_name(name) or is_temporary(name)]
+    try:
+        names = [name for name in storage.folders() if read_name(name) or is_temporary(name)]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
     names.sort(key=lambda name: (is_temporary(name), read_name(name) or Name(0, 0)))
     return [_entry(storage, name) for name in names]
 

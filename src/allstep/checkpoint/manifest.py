@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allstep.checkpoint.hashing import ALGORITHM, hash_bytes
-from allstep.errors import DamagedCheckpointError
+from allstep.errors import DamagedCheckpointError, NewerCheckpointError
 
 FORMAT = 1
 LARGEST_MANIFEST = 64 << 20
@@ -74,7 +74,8 @@ def read_manifest(text: bytes) -> Manifest:
     """The manifest in a file's bytes.
 
     Raises:
-        DamagedCheckpointError: it is no manifest, not whole, or of a later format.
+        DamagedCheckpointError: it is no manifest, or not whole.
+        NewerCheckpointError: it is of a later format.
     """
     try:
         outer = json.loads(text)
@@ -82,7 +83,7 @@ def read_manifest(text: bytes) -> Manifest:
         if outer[ALGORITHM] != hash_bytes(_canonical(body)):
             raise DamagedCheckpointError("the manifest's text does not have the hash that it states")
         if isinstance(body.get("format"), int) and body["format"] > FORMAT:
-            raise DamagedCheckpointError(
+            raise NewerCheckpointError(
                 f"the checkpoint has format {body['format']}; this allstep reads {FORMAT}, so use a newer one"
             )
         return Manifest.model_validate(body)

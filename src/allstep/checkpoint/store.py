@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, get_args
@@ -36,7 +36,7 @@ from allstep.checkpoint.staging import Stager
 from allstep.checkpoint.storage import Storage
 from allstep.checkpoint.verifying import Verify
 from allstep.coordination import Alone, Coordinator, Ranked
-from allstep.errors import CheckpointError
+from allstep.errors import CheckpointError, DamagedCheckpointError
 
 Busy = Literal["wait", "skip"]
 
@@ -208,16 +208,46 @@ class Store:
             CheckpointError: a rank could not read it; on every rank.
         """
         loaded: Loaded | None = None
-        failure: str | None = None
+        failure: tuple[bool, str] | None = None
         try:
             loaded = self._read(found, template or {})
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}"
-        for rank, reason in enumerate(self._coordinator.gather(failure)):
-            if reason is not None:
-                raise CheckpointError(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {reason}")
+            failure = isinstance(error, DamagedCheckpointError), f"{type(error).__name__}: {error}"
+        failures = self._coordinator.gather(failure)
+        for rank, each in enumerate(failures):
+            if each is not None:
+                kind = DamagedCheckpointError if any(other and other[0] for other in failures) else CheckpointError
+                raise kind(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {each[1]}")
         assert loaded is not None
         return loaded
+
+    def resume(
+        self, template: Mapping[str, Any] | None = None, find: Callable[[], Found | None] | None = None
+    ) -> tuple[Found, Loaded] | None:
+        """Choose a checkpoint and load it.
+
+        Where sizes alone were verified and the contents prove to be damaged, this store verifies everything from then
+        on, and the checkpoint before is used.
+
+        Args:
+            template: see `load`.
+            find: calls `choose` on every rank; by default just that.
+
+        Raises:
+            CheckpointError: as in `choose` and `load`.
+        """
+        find = find or self.choose
+        found = find()
+        if found is None:
+            return None
+        try:
+            return found, self.load(found, template)
+        except DamagedCheckpointError:
+            if self._verify == "full":
+                raise
+            self._verify = "full"
+        found = find()
+        return None if found is None else (found, self.load(found, template))
 
     def _read(self, found: Found, template: Mapping[str, Any]) -> Loaded:
         storage = self._storage if found.root == self._storage.root else open_storage(found.root)
@@ -226,8 +256,11 @@ class Store:
 
     def _begin(self) -> tuple[int, str]:
         folders = self._storage.folders()
-        for folder in sweep(self._storage):
-            log.warning("removed %s/%s, which an earlier attempt left unfinished", self._storage.root, folder)
+        for folder, problem in sweep(self._storage).items():
+            if problem is None:
+                log.warning("removed %s/%s, which an earlier attempt left unfinished", self._storage.root, folder)
+            else:
+                log.warning("%s/%s was left unfinished and cannot be removed: %s", self._storage.root, folder, problem)
         return next_order(folders), uuid.uuid4().hex[:8]
 
     def _is_busy_anywhere(self) -> bool:

@@ -26,7 +26,7 @@ def load_manifest(storage: Storage, folder: str) -> Manifest:
     try:
         size = storage.files(folder).get(MANIFEST)
         if size is None:
-            raise DamagedCheckpointError(f"there is no {MANIFEST}: the save was never finished")
+            raise DamagedCheckpointError(f"there is no {MANIFEST}")
         if size > LARGEST_MANIFEST:
             raise DamagedCheckpointError(f"{MANIFEST} has {size} bytes, more than any manifest")
         with storage.open(folder, MANIFEST) as file:
@@ -54,7 +54,7 @@ def wrong_hashes(storage: Storage, folder: str, manifest: Manifest, names: Itera
         try:
             with storage.open(folder, name) as file:
                 _, digest = hash_file(file)
-        except OSError as error:
+        except Exception as error:  # file systems behind fsspec have errors of their own
             problems.append(f"{name} cannot be read: {error}")
             continue
         if digest != manifest.files[name].hash:
