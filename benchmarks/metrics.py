@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import statistics
 import sys
 import time
@@ -297,7 +298,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two repetitions over two ranks, to try it")
     options = parser.parse_args()
     repetitions, worlds = (2, [2]) if options.quick else (options.repetitions, options.ranks)
-    print(machine_line())
+    print(f"{machine_line()}; load average {os.getloadavg()[0]:.1f}")
     print(f"{repetitions} repetitions; {CLASSES} classes, {BATCHES} batches of up to {ROWS} rows a rank.\n")
     for world_size in worlds:
         print(f"{world_size} gloo ranks\n\n| metrics | | collectives | bytes a rank gives | ms | / allstep |")

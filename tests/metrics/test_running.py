@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from allstep.metrics import Max, Mean, Min, Sum
-from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks
+from allstep import Coordinator, Engine, Events
+from allstep.metrics import Max, Mean, Metrics, Min, Sum
+from allstep.testing import simulate
+from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks, take
 
 
 def test_a_mean_of_batch_means_is_the_mean_over_samples() -> None:
@@ -128,6 +130,17 @@ def test_a_constant_loss_has_that_mean_over_unequal_batches() -> None:
     dealt = [[torch.zeros(3)], [torch.zeros(2)]]
     found = over_ranks(lambda: {"loss": Mean()}, dealt, lambda batch: torch.tensor(1.0))
     assert [float(rank["loss"]) for rank in found] == [1.0, 1.0]
+
+
+def test_over_a_run_that_is_ended_early_it_is_that_of_what_was_seen() -> None:
+    def rank(coordinator: Coordinator) -> float:
+        engine = Engine(take, coordinator=coordinator, uneven="longest", idle="skip")
+        Metrics({"mean": Mean()}).attach(engine, usage="run")
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: engine.terminate(agreed=True))
+        batches = [torch.full((2,), float(10 * at + coordinator.rank)) for at in range(4)]
+        return float(engine.run(batches).metrics["mean"])
+
+    assert simulate(rank, 2) == [(0 + 10 + 1 + 11) / 4] * 2
 
 
 def test_over_one_rank_a_scalar_output_is_weighed_by_the_batch() -> None:
