@@ -270,6 +270,11 @@ def test_an_end_is_named_as_a_shell_would_number_it(returncode, status, words):
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (ConnectionResetError("Connection reset by peer"), False),  # somebody's download
         (ValueError("connection closed"), False),
+        (RuntimeError("Caught X in DataLoader worker process 0.\nOriginal Traceback ...\nX: broken pipe"), False),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), False),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (MemoryError(), False),
+        (FloatingPointError("Function 'MulBackward0' returned nan values in its 0th output."), False),
     ],
 )
 def test_an_exception_about_another_rank_is_known_by_its_kind(error, derived):

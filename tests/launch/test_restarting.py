@@ -92,6 +92,7 @@ def test_a_worker_that_makes_room_alone_is_named_while_the_others_go_on(tmp_path
     assert process.returncode == 85
 
 
+@pytest.mark.slow
 def test_a_worker_that_makes_room_in_the_middle_of_a_run_is_the_one_that_left_early(tmp_path: Path) -> None:
     leaves = 'raise ValueError("bad batch")'
     script(tmp_path, TRAIN.replace("STOPS", "[7]").replace(leaves, "os._exit(85)"))

@@ -49,7 +49,7 @@ def failure_text(
     """
     cause = case.cause
     lines = [f"{f'run {name}' if name else 'the run'} failed: {_headline(case)}", f"  {cause.what}"]
-    lines += [f"  {line}" for line in filter(None, (_place(cause), cause.note, case.explanation))]
+    lines += [f"  {line}" for line in filter(None, (_place(cause), case.explanation, cause.note))]
     if cause.traceback:
         lines += [f"  {line}" for line in set_off(_cut(cause.traceback))]
     lines += _stacks(case)
