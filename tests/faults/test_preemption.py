@@ -79,7 +79,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_pat
 
 
 def test_resume_none_begins_anew(tmp_path):
-    assert run(tmp_path, *job(tmp_path, "run", ranks=1), env=ENV).returncode == 0
+    assert run(tmp_path, *job(tmp_path, "run", ranks=1), env=ENV).code == 0
     again = run(tmp_path, "--resume", "none", *job(tmp_path, "run", ranks=1), env=ENV)
     assert again.code == 0
     assert min(iterations(again.out)) == 1
