@@ -74,7 +74,7 @@ def test_row_2_the_original_error_is_reported_however_slowly_the_rank_cleans_up(
 @pytest.mark.parametrize(
     ("launcher", "rank", "how"),
     [
-        ("allstep", 0, "exit"),
+        pytest.param("allstep", 0, "exit", marks=pytest.mark.nightly),
         ("allstep", 0, "return"),
         ("allstep", 1, "exit"),
         pytest.param("allstep", 1, "return", marks=pytest.mark.nightly),
