@@ -1,4 +1,4 @@
-"""One rank with a real client: `rank_process.py ADDRESS NONCE RANK WORLD_SIZE [WHAT...]`, without importing torch."""
+"""One rank with a real client: `rank_process.py ADDRESS NONCE RANK WORLD_SIZE [WHAT]`, without importing torch."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ def fail_in_step() -> None:
 
 def main() -> None:
     address, nonce, rank, world_size, *what = sys.argv[1:]
-    action, *arguments = what or ["wait"]
+    action = what[0] if what else "wait"
     pulse = Pulse()
     arrival = Arrival(int(rank), int(world_size), socket.gethostname(), os.getpid(), "cpu", "gloo")
-    stacks_file = arguments[0] if action == "hold_gil" else ""
     try:
-        client = Client.connect(address, Hello(nonce, 0, arrival, stacks_file), timeout=20)
+        client = Client.connect(address, Hello(nonce, 0, arrival), timeout=20)
     except WorldError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

@@ -23,9 +23,8 @@ pytestmark = pytest.mark.slow
 def test_ranks_meet_beat_and_say_goodbye():
     with serving() as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
         hub.event(AllArrived)
-        hub.until(lambda: all(hub.service.status(rank) for rank in (0, 1)))
-        status = hub.service.status(1)
-        assert (status.epoch, status.iteration, status.engine) in ((1, 7, "trainer"), (0, 0, ""))
+        beats = [hub.until(lambda rank=rank: hub.service.status(rank)) for rank in (0, 1)]
+        assert all(beat.epoch == 0 or (beat.epoch, beat.iteration) == (1, 7) for beat in beats)  # it may be too early
         for rank in ranks:
             rank.process.stdin.write("\n")
             rank.process.stdin.flush()
@@ -65,14 +64,13 @@ def test_a_frozen_rank_is_found():
         assert "in main" in case.others[0].stacks
 
 
-def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks(tmp_path):
-    with (
-        serving(limits="silence=4") as hub,
-        rank_processes(hub.address, ("wait",), ("hold_gil", str(tmp_path / "stacks"))),
-    ):
+def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks_and_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with serving(limits="silence=4") as hub, rank_processes(hub.address, ("wait",), ("hold_gil",)):
         case = hub.verdict()
         assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
         assert "in main" in case.cause.stacks
+    assert not list(tmp_path.iterdir())  # though both were killed
 
 
 def test_a_rank_that_sleeps_is_named_with_its_stack_and_not_the_one_that_waits():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import time
 
@@ -12,6 +13,7 @@ from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllArrived, AllEnded, Refusal, StragglerSeen, Verdict
 from allstep.channel.messages import AskStacks, Bye, Leave, Refused, Stacks, Welcome
 from allstep.channel.record import Kind
+from allstep.channel.stacks_file import make_stacks_file
 from allstep.channel.wire import Connection
 from tests.channel.driving import Caller, Driven, arrival, serving, world
 
@@ -289,10 +291,10 @@ def test_a_silent_rank_is_found_and_named():
         assert "frozen" in case.cause.what
 
 
-def test_a_silent_ranks_stacks_come_from_its_file(tmp_path):
-    file = tmp_path / "stacks"
-    file.write_text('Thread 0x1 (most recent call first):\n  File "train.py", line 3 in spin\n')
-    with serving(limits="silence=1.5") as hub, world(hub, stacks_file=str(file)) as ranks:
+def test_a_silent_ranks_stacks_come_from_its_file():
+    descriptor, address = make_stacks_file()
+    os.write(descriptor, b'Thread 0x1 (most recent call first):\n  File "train.py", line 3 in spin\n')
+    with serving(limits="silence=1.5") as hub, world(hub, stacks_file=address) as ranks, os.fdopen(descriptor):
         ranks[1].beat()
         beat_all(hub, ranks[:1], 20)
         assert "in spin" in hub.verdict().cause.stacks

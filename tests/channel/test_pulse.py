@@ -80,6 +80,29 @@ def test_a_rank_says_what_it_waits_in(pulse: Pulse):
     assert pulse.beat(0, 0, 2).waiting == ""
 
 
+def test_meeting_the_peers_is_progress_in_a_section_that_does_not_change(pulse: Pulse, clock: Clock):
+    clock.now += 50
+    pulse.wait_began("all_reduce #1")
+    assert pulse.beat(0, 0, 1).seconds == 0.0
+    clock.now += 7
+    assert pulse.beat(0, 0, 2).seconds == 7.0
+    pulse.wait_ended()
+    clock.now += 2
+    beat = pulse.beat(0, 0, 3)
+    assert (beat.section, beat.seconds, beat.waiting) == ("startup", 2.0, "")
+
+
+def test_who_asked_hears_that_the_peers_were_met_and_not_that_they_were_not(pulse: Pulse):
+    met: list[str] = []
+    pulse.when_met = lambda: met.append(pulse.waiting or "not waiting any more")
+    with pytest.raises(RuntimeError), pulse.wait("all_reduce #1"):
+        raise RuntimeError("Connection closed by peer")
+    assert (met, pulse.waiting) == ([], "")
+    with pulse.wait("all_reduce #2"):
+        pass
+    assert met == ["not waiting any more"]
+
+
 def test_its_own_time_for_a_step_has_no_waiting_in_it(pulse: Pulse, clock: Clock):
     with pulse.run("trainer"):
         for iteration in range(RECENT + 1):

@@ -104,6 +104,43 @@ def test_a_death_by_signal_shows_the_last_output_and_what_the_supervisor_noticed
 def test_the_same_traceback_is_not_shown_twice():
     text = failure_text(CASE, tails={1: "step 6\n" + TRACEBACK})
     assert text.count("in train_step") == 1
+    assert "  its last lines of output:\n    step 6\n" in text
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        (f"step 6\n{TRACEBACK}", ["step 6"]),
+        (f"{TRACEBACK}flushed at the end\n", ["flushed at the end"]),
+        (f"step 6\n{TRACEBACK}leaked semaphore\n", ["step 6", "leaked semaphore"]),
+        # Python prints frames that had not been left when the failure was reported, and torch puts a prefix
+        (f"step 6\n{TRACEBACK}".replace("last):\n", 'last):\n  File "train.py", line 40, in <module>\n'), ["step 6"]),
+        ("step 6\n" + "".join(f"[rank1]: {line}\n" for line in TRACEBACK.splitlines()), ["step 6"]),
+        (f"step 6\n{TRACEBACK}".replace("\n", "\r\n"), ["step 6"]),
+        # one that was caught and printed before
+        (
+            f"Traceback (most recent call last):\nKeyError: 3\n{TRACEBACK}",
+            ["Traceback (most recent call last):", "KeyError: 3"],
+        ),
+        (TRACEBACK, []),
+    ],
+)
+def test_the_last_lines_of_output_are_shown_beside_the_traceback(written, shown):
+    assert last_lines(written, TRACEBACK) == shown
+
+
+def test_a_chain_of_exceptions_is_left_out_as_a_whole():
+    chain = f"KeyError: 'x'\n\nDuring handling of the above exception, another exception occurred:\n\n{TRACEBACK}"
+    chain = f'Traceback (most recent call last):\n  File "train.py", line 3, in f\n{chain}'
+    assert last_lines(f"step 6\n{chain}", chain) == ["step 6"]
+
+
+def test_what_was_written_in_another_form_than_pythons_is_shown():
+    assert last_lines("+--- Error ---+\n| ValueError: bad batch |", TRACEBACK)[-1] == "| ValueError: bad batch |"
+
+
+def test_beside_a_traceback_few_lines_are_shown():
+    assert last_lines("step\n" * 40 + TRACEBACK, TRACEBACK) == ["step"] * 15
 
 
 def test_a_hang_names_who_is_behind_with_stacks_and_collectives():

@@ -3,16 +3,17 @@ them."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
-from allstep.channel.causes import SETTLE
+from allstep.channel.causes import PATIENCE, SETTLE
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import Verdict
 from allstep.channel.messages import Bye, Failure, Withdraw
 from allstep.channel.record import Kind
-from tests.channel.driving import Caller, serving, world
+from tests.channel.driving import BOUND, Caller, serving, world
 
 
 def fails(caller: Caller, *, leaving: bool, message: str = "bad batch", iteration: int = 7, **what: Any) -> None:
@@ -23,6 +24,13 @@ def fails(caller: Caller, *, leaving: bool, message: str = "bad batch", iteratio
 def no_verdict(hub: Any) -> bool:
     hub.pass_time(4 * SETTLE)
     return not [event for event in hub.events if isinstance(event, Verdict)]
+
+
+def beat_until_verdict(hub: Any, caller: Caller) -> None:
+    deadline = time.monotonic() + BOUND
+    while not [event for event in hub.events if isinstance(event, Verdict)] and time.monotonic() < deadline:
+        caller.beat()
+        hub.pass_time(0.2)
 
 
 def test_an_exception_that_may_yet_be_caught_ends_nothing():
@@ -64,6 +72,55 @@ def test_one_that_was_taken_back_is_no_cause_of_what_comes_later():
         fails(first, leaving=True, message="the true cause")
         case = hub.verdict()
         assert (case.cause.rank, case.cause.what) == (0, "ValueError: the true cause")
+
+
+def test_one_that_may_have_been_caught_does_not_stand_before_a_failure_of_another_rank():
+    with serving() as hub, world(hub) as (first, second):
+        fails(second, leaving=False, message="out of memory")
+        hub.pass_time(0.1)
+        fails(first, leaving=True, message="the true cause")
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.what) == (0, "ValueError: the true cause")
+        assert (case.others[0].kind, case.others[0].what) == (Kind.SEEN, "ValueError: out of memory")
+
+
+def test_a_rank_that_caught_one_is_still_watched():
+    with serving(limits="silence=1.5") as hub, world(hub) as (first, second):
+        second.beat()
+        fails(second, leaving=False, message="out of memory")
+        beat_until_verdict(hub, first)
+        cause = hub.verdict().cause
+        assert (cause.rank, cause.kind) == (1, Kind.HANG)
+        assert "before that, ValueError: out of memory" in cause.note
+
+
+def test_a_cause_that_comes_while_errors_about_it_wait_for_it_is_judged_at_once():
+    with serving(3) as hub, world(hub, 3) as (first, second, _):
+        first.fail("RuntimeError", "Connection closed by peer", derived=True)
+        hub.pass_time(0.5)
+        fails(second, leaving=True)
+        began = time.monotonic()
+        assert hub.verdict().cause.rank == 1
+        assert time.monotonic() - began < PATIENCE / 2
+
+
+def test_a_rank_that_makes_room_while_another_trains_on_is_the_cause():
+    with serving() as hub, world(hub) as (first, second):
+        second.say(Bye(1))
+        second.close()
+        hub.service.worker_ended(WorkerEnd(1, 85))
+        beat_until_verdict(hub, first)
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind, case.exit_code) == (1, Kind.EARLY, 85)
+
+
+def test_ranks_that_make_room_one_after_the_other_have_not_failed():
+    with serving() as hub, world(hub) as (first, second):
+        for rank in (second, first):
+            rank.say(Bye(rank.rank))
+            rank.close()
+            hub.service.worker_ended(WorkerEnd(rank.rank, 85))
+            assert no_verdict(hub)
 
 
 def test_closing_the_world_takes_it_back():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 from allstep.channel.flight_recorder import active_collectives, summary
 from allstep.channel.own_stacks import StacksTimer, own_stacks
 from allstep.channel.stacks import main_thread, waits_in
+from allstep.channel.stacks_file import make_stacks_file, read_stacks
 from tests.channel.driving import listening, wait_for
 
 OTHER = 'Thread 0x00007f1 [beat] (most recent call first):\n  File "/lib/python3.11/selectors.py", line 9 in select\n'
@@ -72,22 +74,49 @@ def test_a_real_stack_has_the_main_thread_last_and_not_the_one_that_asks():
     assert "own_stacks" not in found[0]
 
 
-def test_the_timer_writes_when_it_is_not_wound_up(tmp_path, monkeypatch):
+def test_the_timer_writes_when_it_is_not_wound_up(monkeypatch):
     monkeypatch.setattr("allstep.channel.own_stacks.WITHOUT_BEAT_S", 0.1)
-    path = tmp_path / "stacks"
-    timer = StacksTimer(str(path))
+    timer = StacksTimer()
     timer.wind_up()
-    wait_for(lambda: "most recent call first" in path.read_text())
+    wait_for(lambda: "most recent call first" in read_stacks(timer.address))
     monkeypatch.setattr("allstep.channel.own_stacks.WITHOUT_BEAT_S", 60)
     timer.wind_up()
-    assert path.read_text() == ""
+    assert read_stacks(timer.address) == ""
     timer.close()
 
 
-def test_a_stacks_file_that_cannot_be_written_is_done_without(tmp_path):
-    timer = StacksTimer(str(tmp_path / "none" / "stacks"))
+def test_a_timer_without_a_file_does_nothing(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create")
+    timer = StacksTimer()
+    assert timer.address == ""
     timer.wind_up()
     timer.close()
+
+
+def test_a_stacks_file_is_read_from_another_process_and_ends_with_its_own():
+    code = (
+        "import os, sys; from allstep.channel.stacks_file import make_stacks_file\n"
+        "fd, address = make_stacks_file(); os.write(fd, b'in main'); print(address, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as process:
+        address = process.stdout.readline().strip()
+        assert read_stacks(address) == "in main"
+        process.kill()
+        process.wait()
+        assert read_stacks(address) == ""
+
+
+def test_another_file_at_the_address_is_not_read():
+    descriptor, address = make_stacks_file()
+    os.write(descriptor, b"in main")
+    assert read_stacks(address) == "in main"
+    assert read_stacks(address[:-1] + ("0" if address[-1] != "0" else "1")) == ""
+    reading, writing = os.pipe()
+    os.dup2(reading, descriptor)  # reading from it would block
+    assert read_stacks(address) == ""
+    for fd in (reading, writing, descriptor):
+        os.close(fd)
+    assert read_stacks("") == read_stacks("/etc/hostname") == ""
 
 
 def test_the_flight_recorders_unfinished_collectives_are_named():

@@ -54,6 +54,18 @@ def test_being_idle_together_is_none():
     assert not hangs(at(0, 9999, section="idle"), at(1, 9999, section="idle"))
 
 
+def test_a_loop_of_ones_own_may_take_its_time():
+    assert not hangs(at(0, 99_999, section="startup"), at(1, 99_999, section="startup"))
+    given = Limits.parse("startup=60")
+    assert overdue([at(0, 61, section="startup")], given, {})
+    assert not overdue([at(0, 59, section="startup")], given, {})
+
+
+def test_waiting_in_a_run_for_one_that_does_not_begin_its_own_is_a_hang_in_the_end():
+    assert not hangs(at(0, 50, waits="agreement"), at(1, 60, section="startup"))
+    assert hangs(at(0, 150, waits="agreement"), at(1, 150, section="startup"))
+
+
 def test_silence_is_a_hang_whatever_the_section_allows():
     assert hangs(at(0), at(1, section="checkpoint", age=6))
     assert not hangs(at(0), at(1, section="checkpoint", age=4))

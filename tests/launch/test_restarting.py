@@ -6,6 +6,8 @@ import json
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.jobs.launchers import script
 from tests.jobs.running import run, started
 
@@ -77,6 +79,42 @@ def test_workers_that_make_room_when_told_to_stop_give_that_code(tmp_path: Path)
         assert running.end().code == 85
 
 
+def test_a_worker_that_makes_room_alone_is_named_while_the_others_go_on(tmp_path: Path) -> None:
+    script(
+        tmp_path,
+        "import signal\nif rank == 1:\n    sys.exit(85)\n"
+        "signal.signal(15, lambda *_: sys.exit(85))\nwhile True:\n    signal.pause()\n",
+    )
+    with started(tmp_path, "--nproc", "3", "script.py") as running:
+        (said,) = running.await_line("made room")
+        assert said == "allstep: rank 1 made room (exit code 85), and ranks 0, 2 go on"
+        running.process.send_signal(signal.SIGTERM)
+        assert running.end().code == 85
+
+
+MAKES_ROOM_ALONE = """
+import allstep
+from allstep import Engine
+
+with allstep.init() as world:
+    def step(engine, batch):
+        if world.rank == 1 and engine.state.iteration == 7:
+            os._exit(85)
+
+    Engine(step).run(range(40))
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_makes_room_in_the_middle_of_a_run_is_the_one_that_left_early(tmp_path: Path) -> None:
+    script(tmp_path, MAKES_ROOM_ALONE)
+    result = run(tmp_path, "--nproc", "2", "--name", "exp", "script.py")
+    assert result.code == 85
+    cause = json.loads((tmp_path / "runs/exp/attempt_0/failure.json").read_text())["cause"]
+    assert (cause["rank"], cause["kind"]) == (1, "left early"), result.err
+    assert "made room (exit code 85)" in cause["what"]
+
+
 def test_attempts_go_on_without_a_folder(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file is in the way")
     script(tmp_path, FAIL_UNTIL.format(2) + "print(attempt)")
@@ -92,3 +130,13 @@ def test_a_report_that_cannot_be_written_is_still_shown(tmp_path: Path) -> None:
     assert "rank 0 of 1 failed first" in result.err
     assert "    ValueError: the original\n" in result.err
     assert "warning: runs/exp/attempt_0/failure.json cannot be written: No such file or directory" in result.err
+
+
+def test_a_script_that_never_comes_as_far_as_init_is_a_crash_loop(tmp_path: Path) -> None:
+    script(tmp_path, "import a_package_that_is_not_there\n")
+    arguments = ["--nproc", "2", "--name", "exp", "--max-restarts", "20", "--stop-after", "2", "script.py"]
+    result = run(tmp_path, *arguments)
+    assert result.code == 1
+    assert len(list(tmp_path.glob("runs/exp/attempt_*"))) == 3, result.err
+    assert "not begun again: 2 restarts in a row ended before all ranks had come through allstep.init" in result.err
+    assert "No module named 'a_package_that_is_not_there'" in result.err

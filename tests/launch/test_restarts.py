@@ -18,7 +18,9 @@ def attempts(*progress: Progress) -> list[FailedAttempt]:
         ([(1, 7)], 0, 3, False),
         ([None], 1, 3, True),
         ([None, None], 1, 3, False),
-        ([None] * 9, 9, 3, True),  # a script that tells nothing: only the number counts
+        ([None] * 3, 9, 3, True),
+        ([None] * 4, 9, 3, False),  # never came through init
+        ([None, None, None, (0, 0), (0, 0), None], 9, 3, True),
         ([(1, 7), (1, 7), (1, 7)], 9, 3, True),
         ([(1, 7), (1, 7), (1, 7), (1, 7)], 9, 3, False),
         ([(1, 7), (1, 6), (1, 7), (1, 8)], 9, 3, True),
@@ -42,4 +44,7 @@ def test_the_reason_says_how_far_the_attempts_came_and_how_often() -> None:
         "2 restarts in a row got no further than epoch 2, iteration 30, so another would not either"
     )
     assert decide(attempts((1, 1)), max_restarts=2, stop_after=2).reason == "restart 1 of at most 2"
+    decision = decide(attempts(None, None, None), max_restarts=9, stop_after=2)
+    assert decision.reason.startswith("2 restarts in a row ended before all ranks had come through allstep.init")
+    assert "--stop-after" in decision.reason
     assert decide(attempts(None, None), max_restarts=1, stop_after=2).reason == "1 restart taken"

@@ -97,3 +97,16 @@ def test_without_a_supervisor_a_failed_process_stays_for_the_report(monkeypatch)
     ((call, arguments),) = registered
     call(*arguments)
     assert client.said[-1] == "linger"
+
+
+def test_meeting_the_others_again_takes_back_what_was_seen():
+    with watched_world() as (world, client, pulse):
+        assert world.reporter is not None
+        world.reporter.seen(ValueError("caught"))
+        with pytest.raises(RuntimeError), pulse.wait("barrier #1"):
+            raise RuntimeError("Connection closed by peer")
+        assert "withdraw" not in client.said
+        for _ in range(2):
+            with pulse.wait("barrier #2"):
+                pass
+        assert client.said.count("withdraw") == 1

@@ -4,10 +4,13 @@ Contract: from the records of all ranks, `due` says when there is enough to judg
 first cause, then every other rank in causal order. Ends rank by how far from the cause they usually are: death by
 signal; an exception, an exit code, a process or node that is gone; leaving early; no progress; an error about another
 rank's end. Among equals the first to arrive at the service counts; no wall clock takes part. An exception that was
-only seen to leave a run, and may yet be caught, opens no case; in a case that something else opens it counts.
+only seen to leave a run, and may have been caught, opens no case; in a case that something else opens it stands before
+errors about another's end only.
 
 An error about another's end never closes the case by itself while a rank has not been heard of, but for at most
-`PATIENCE` seconds. A rank that closed its World in order is a cause only when others could not go on without it.
+`PATIENCE` seconds. A rank that closed its World in order, or made room, is a cause only when others could not go on
+without it, or when it made room alone. What comes after the verdict may still show a cause of a kind that stands before
+the one that was named: `revised` takes it in.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from allstep.channel.record import Account, Kind, Record, account
+from allstep.channel.record import Account, Kind, Record, account, judgement
 from allstep.exit_codes import USER_ERROR
 
 SETTLE = 0.3
@@ -28,9 +31,16 @@ PATIENCE = 5.0
 UNEXPLAINED = 2.0
 """Seconds after which a closed connection counts, where the end of its process was expected and did not come."""
 
+ROOM = 600.0
+"""Seconds that the others have to make room too, once one rank has, unless they are seen to go on training."""
+
+_GOES_ON = 2.0  # seconds after a rank made room from which another's training is not what all did before they stopped
+_TRAINING = ("data", "step", "evaluation")
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 CAUSES = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.SERVICE_LOST, Kind.EARLY)
 """What an end can be that needs no other to explain it."""
+
+_GONE = (Kind.FINISHED, Kind.PREEMPTED, Kind.SEEN)  # what can be a cause where there is no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +67,40 @@ def due(records: Sequence[Record], *, supervised: bool) -> float | None:
     """When to judge, on the records' clock; None where nothing speaks of a failure."""
     causes, derived = [], []
     for record in records:
-        left = record.ended or record.lost or (record.bye if record.awaited else None)
-        if (record.failed and not record.only_seen) or left:
-            kind = account(record, supervised=supervised).kind
-            first = record.failed or left
-            assert first is not None
-            if kind in CAUSES:
-                causes.append(first.at + _window(kind, supervised))
-            elif kind is Kind.DERIVED:
-                derived.append(first.at)
-    if not causes and not derived:
-        return None
+        kind = judgement(record, supervised=supervised)[0]
+        opened = record.opened
+        if opened is None:
+            continue
+        if kind in CAUSES:
+            causes.append(opened.at + _window(kind, supervised))
+        elif kind is Kind.DERIVED:
+            derived.append(opened.at)
     heard = all(_accounted(record, supervised) for record in records)
     if causes:
         if heard and all(record.end is not None and record.end.returncode == 0 for record in records):
             return None  # each left without closing its World, and nobody was left waiting
-        return min(causes) - (SETTLE if heard else 0.0)
-    return min(derived) + (SETTLE if heard else PATIENCE)
+        settled = heard and not any(record.only_seen and not record.left for record in records)
+        return min(causes) - (SETTLE if settled else 0.0)
+    return min(derived) + (SETTLE if heard else PATIENCE) if derived else None
+
+
+def made_room_alone(records: Sequence[Record], now: float, *, supervised: bool) -> bool:
+    """Whether a rank has made room, and the others are known to go on: ranks that make room stop together."""
+    left = [record.ended.at for record in records if record.ended and _made_room(record, supervised)]
+    return bool(left) and any(
+        _trains_after(record, min(left) + _GOES_ON) or now > min(left) + ROOM
+        for record in records
+        if not (record.left or record.bye)
+    )
+
+
+def _made_room(record: Record, supervised: bool) -> bool:
+    return judgement(record, supervised=supervised)[0] is Kind.PREEMPTED
+
+
+def _trains_after(record: Record, at: float) -> bool:
+    beat = record.beat
+    return beat is not None and beat.section in _TRAINING and record.beaten - beat.seconds > at
 
 
 def _window(kind: Kind, supervised: bool) -> float:
@@ -121,25 +148,51 @@ def case_of(
     return Case(cause, tuple(others), len(accounts), attempt, explanation, tuple(slow))
 
 
+def revised(case: Case, accounts: Sequence[Account]) -> Case:
+    """The case after the verdict, with what has become of the ranks since."""
+    before = case.cause
+    now = accounts[before.rank]
+    if now.kind in (before.kind, *CAUSES):
+        cause = now
+    elif now.kind in _GONE and before.kind in (Kind.EARLY, Kind.ERROR):
+        cause = _as_cause(now)  # how it went on to leave
+    else:
+        cause = replace(before, output=now.output, note=now.note)
+    first = min((each for each in accounts if each.kind in CAUSES), key=_distance, default=cause)
+    explanation = case.explanation
+    if _distance(first)[0] < _distance(cause)[0]:
+        cause, explanation = first, ""
+    return case_of(cause, accounts, attempt=case.attempt, explanation=explanation, slow=case.slow)
+
+
 def _without_causes(accounts: Sequence[Account]) -> Account:
-    """Nobody failed by itself: somebody left, or is stuck, or nobody knows and the first to say so is named."""
+    """Nobody is known to have failed by itself: somebody left, or an exception was seen, or somebody is stuck, or
+    nobody knows and the first to say so is named.
+    """
     hung = [each for each in accounts if each.kind is Kind.HANG]
     stuck_alone = [each for each in hung if not each.waiting]
-    left = sorted((each for each in accounts if each.kind is Kind.FINISHED), key=lambda each: each.order)
-    if left and not stuck_alone:
-        place = f" at epoch {left[0].epoch}, iteration {left[0].iteration}" if left[0].iteration else ""
-        what = f"left early: it {left[0].what}{place} while others still needed it"
-        return replace(left[0], kind=Kind.EARLY, what=what, status=USER_ERROR)
+    gone = [each for each in accounts if each.kind in _GONE]
+    if gone and not stuck_alone:
+        return _as_cause(min(gone, key=lambda each: each.order))
     if hung:
         return min(stuck_alone or hung, key=lambda each: (each.epoch, each.iteration, each.rank))
     return min(accounts, key=_distance)
+
+
+def _as_cause(each: Account) -> Account:
+    if each.kind is Kind.SEEN:
+        return replace(each, kind=Kind.ERROR)
+    place = f" at epoch {each.epoch}, iteration {each.iteration}" if each.iteration else ""
+    others = "the others went on" if each.kind is Kind.PREEMPTED else "others still needed it"
+    what = f"left early: it {each.what}{place} while {others}"
+    return replace(each, kind=Kind.EARLY, what=what, status=each.status or USER_ERROR)
 
 
 def _accounted(record: Record, supervised: bool) -> bool:
     return bool(record.failed or record.ended or record.bye or (record.lost and not supervised) or record.node_lost)
 
 
-_FAR = {Kind.EARLY: 2, Kind.HANG: 3, Kind.DERIVED: 4, Kind.ORDERED: 5, Kind.KILLED: 5}
+_FAR = {Kind.EARLY: 2, Kind.HANG: 3, Kind.SEEN: 4, Kind.DERIVED: 5, Kind.ORDERED: 6, Kind.KILLED: 6}
 
 
 def _distance(each: Account) -> tuple[int, int, int]:
@@ -149,5 +202,5 @@ def _distance(each: Account) -> tuple[int, int, int]:
     elif each.kind in CAUSES:
         far = _FAR.get(each.kind, 1)
     else:
-        far = _FAR.get(each.kind, 6)
+        far = _FAR.get(each.kind, 7)
     return far, each.order, each.rank

@@ -8,7 +8,7 @@ anything is torn down; `close` says goodbye in order. No call blocks for longer 
 that is gone or frozen costs a rank nothing but its watch.
 
 With each beat the thread winds up `faulthandler`'s timer, so that a rank whose interpreter lock is held, which cannot
-beat nor answer, leaves its stacks in the file that its `Hello` named.
+beat nor answer, leaves its stacks in the file whose address its `Hello` gave.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Client:
         self._connection = connection
         self._rank = hello.arrival.rank
         self._attempt = hello.attempt
-        self._stacks_file = hello.stacks_file
+        self._timer = StacksTimer()
         self._lock = threading.Lock()
         self._wake = os.pipe()
         self._closing = False
@@ -81,7 +81,7 @@ class Client:
 
         Args:
             address: HOST:PORT of the service.
-            hello: who this rank is; `hello.patience` is set to `timeout`.
+            hello: who this rank is; its `patience` and `stacks_file` are filled in here.
             timeout: seconds that the ranks have to arrive.
 
         Raises:
@@ -90,7 +90,7 @@ class Client:
         deadline = time.monotonic() + timeout + _GRACE_S
         client = cls(_reach(address, timeout), hello)
         try:
-            client._send(replace(hello, patience=timeout), REPORT_S)
+            client._send(replace(hello, patience=timeout, stacks_file=client._timer.address), REPORT_S)
             client._await_welcome(address, deadline, timeout)
         except BaseException:
             client._let_go()
@@ -140,8 +140,6 @@ class Client:
         """Say goodbye: this World was closed in order, or (`closed` false) the interpreter ends while it is open."""
         self._send(Bye(self._rank, closed), REPORT_S)
         self._let_go()
-        with contextlib.suppress(OSError):
-            os.unlink(self._stacks_file)  # only the stacks of a rank that failed are of interest afterwards
 
     def _let_go(self) -> None:
         self._closing = True
@@ -149,6 +147,8 @@ class Client:
             os.write(self._wake[1], b"x")
         if self._thread is not None:
             self._thread.join(REPORT_S)
+        else:
+            self._timer.close()
         if self._thread is None or not self._thread.is_alive():
             self._connection.close()
             for fd in self._wake:
@@ -197,7 +197,7 @@ class Client:
     def _serve(self, pulse: Pulse) -> None:
         number, beat_at = 0, time.monotonic()
         connection = self._connection
-        with contextlib.closing(StacksTimer(self._stacks_file)) as timer, selectors.PollSelector() as selector:
+        with contextlib.closing(self._timer) as timer, selectors.PollSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
             selector.register(connection.sock, selectors.EVENT_READ)
             for line in self._early:

@@ -9,21 +9,21 @@ for `GATHER_S`, takes the stacks files of those that do not answer, and judges.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 
 from allstep.channel.arrival import Arrival
-from allstep.channel.causes import CAUSES, Case, case_of, due, judge
+from allstep.channel.causes import CAUSES, Case, due, judge, made_room_alone, revised
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllEnded, HubEvent, StragglerSeen, Verdict
 from allstep.channel.limits import Limits
 from allstep.channel.messages import Beat, Failure, Stacks
-from allstep.channel.record import Moment, Record, account
+from allstep.channel.record import Kind, Moment, Record, account, judgement
 from allstep.channel.stacks_file import read_stacks
 from allstep.channel.watch import Watch
 
 GATHER_S = 2.0
 """Seconds that ranks have to answer with their stacks."""
 
+_EXPLAIN = (*CAUSES, Kind.SEEN)
 _SOON = 0.01  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
 
 
@@ -163,18 +163,16 @@ class Inquiry:
         for rank, ratio in self.watch.new_stragglers(records):
             self._events.append(StragglerSeen(rank, ratio))
         quiet = self._gather_until is None and due(self._all(), supervised=self._supervised) is None
-        if quiet and self.watch.hangs(records, away):
+        if quiet and made_room_alone(self._all(), self._clock(), supervised=self._supervised):
+            self._judge("")
+        elif quiet and self.watch.hangs(records, away):
             self._gather()
 
     def case(self) -> Case | None:
-        """The case as it stands now: the cause of the verdict, and what has become of the others since."""
+        """The case as it stands now, with what has become of the ranks since the verdict."""
         if self._verdict is None:
             return None
-        before = self._verdict
-        accounts = [account(record, supervised=self._supervised) for record in self._all()]
-        now = accounts[before.cause.rank]
-        cause = now if now.kind == before.cause.kind else replace(before.cause, output=now.output, note=now.note)
-        return case_of(cause, accounts, attempt=self._attempt, explanation=before.explanation, slow=before.slow)
+        return revised(self._verdict, [account(record, supervised=self._supervised) for record in self._all()])
 
     def ends(self) -> Mapping[int, WorkerEnd]:
         """How workers ended, by rank."""
@@ -192,8 +190,9 @@ class Inquiry:
         return Moment(self._order, self._clock())
 
     def _evidence(self) -> None:
-        if self._look_at is None and self._verdict is None:
-            self._look_at = self._clock() + _SOON
+        if self._verdict is None:
+            soon = self._clock() + _SOON
+            self._look_at = soon if self._look_at is None else min(self._look_at, soon)
 
     def _look(self, now: float) -> None:
         """Judge if there is enough to judge by."""
@@ -207,8 +206,8 @@ class Inquiry:
         if now < at:
             self._look_at = at
             return
-        kinds = {account(record, supervised=self._supervised).kind for record in records}
-        if kinds.isdisjoint(CAUSES) and any(record.present and not record.failed for record in records):
+        kinds = {judgement(record, supervised=self._supervised)[0] for record in records}
+        if kinds.isdisjoint(_EXPLAIN) and any(record.present and not record.failed for record in records):
             self._gather()  # others gave up on somebody who has not said a word: see what those do
             return
         self._judge("")

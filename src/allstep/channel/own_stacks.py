@@ -9,9 +9,9 @@ import contextlib
 import faulthandler
 import os
 import tempfile
-from typing import IO
 
 from allstep.channel.stacks import without_current_thread
+from allstep.channel.stacks_file import make_stacks_file
 
 WITHOUT_BEAT_S = 2.0
 """Seconds without a heartbeat after which the stacks are written to the file."""
@@ -28,28 +28,33 @@ def own_stacks() -> str:
 
 
 class StacksTimer:
-    """Writes the stacks of all threads to a file when `wind_up` was not called for `WITHOUT_BEAT_S`."""
+    """Writes the stacks of all threads to a file when `wind_up` was not called for `WITHOUT_BEAT_S`.
 
-    def __init__(self, path: str) -> None:
-        """Open the file; an empty path, or a file that cannot be written, makes a timer that does nothing."""
-        self._file: IO[bytes] | None = None
-        if path:
-            with contextlib.suppress(OSError):
-                self._file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed in close
+    Attributes:
+        address: of the file, for `read_stacks`; empty where there can be none, and then the timer does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.address = ""
+        self._descriptor: int | None = None
+        self._counts = False
+        with contextlib.suppress(OSError):
+            self._descriptor, self.address = make_stacks_file()
 
     def wind_up(self) -> None:
         """Begin to count again, and forget stacks of a time that is over."""
-        if self._file is None:
+        if self._descriptor is None:
             return
-        with contextlib.suppress(OSError):
-            if os.fstat(self._file.fileno()).st_size:
-                self._file.truncate(0)
-                self._file.seek(0)
-        faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._file)
+        if os.fstat(self._descriptor).st_size:
+            os.ftruncate(self._descriptor, 0)
+            os.lseek(self._descriptor, 0, os.SEEK_SET)
+        faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._descriptor)
+        self._counts = True
 
     def close(self) -> None:
         """Stop counting."""
-        if self._file is not None:
+        if self._counts:
             faulthandler.cancel_dump_traceback_later()
-            self._file.close()
-            self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._counts, self._descriptor = False, None

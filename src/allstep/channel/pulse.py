@@ -3,7 +3,8 @@
 Contract: one `Pulse` per World. The training thread says when it enters a section, begins and ends to wait for its
 peers, and has done a step; that is attribute stores and, once per section, one reading of the clock. It takes no lock.
 The beating thread calls `beat`, which may see a store of the moment before; nothing depends on more. Any change of
-section is progress: `Beat.seconds` counts from there.
+section is progress, and so are the beginning and the end of a wait: `Beat.seconds` counts from there. So a loop of the
+user's own, which enters no section, is seen to go on.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ RECENT = 20
 
 
 class Pulse:
-    """The record of one rank. `epoch`, `iteration` and `engine` are plain attributes to be set."""
+    """The record of one rank. `epoch`, `iteration` and `engine` are plain attributes to be set.
+
+    `when_met`, if set, is called when the rank has met its peers, which takes one that goes on with them.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.epoch = 0
@@ -28,6 +32,7 @@ class Pulse:
         self.engine = ""
         self.section_name = "startup"
         self.waiting = ""
+        self.when_met: Callable[[], None] | None = None
         self._clock = clock
         self._since = clock()
         self._longest: dict[str, float] = {}
@@ -40,11 +45,7 @@ class Pulse:
 
     def enter(self, section: str) -> None:
         """Say that the rank is now in `section`, one of `SECTIONS`, or made progress in the one where it is."""
-        now = self._clock()
-        lasted = now - self._since
-        if lasted > self._longest.get(self.section_name, 0.0):
-            self._longest[self.section_name] = lasted
-        self._since = now
+        self._progress()
         self.section_name = section
 
     @contextmanager
@@ -78,15 +79,30 @@ class Pulse:
         """Whether the running engine was started from another one's step or handler."""
         return self._runs > 1
 
+    @contextmanager
+    def wait(self, what: str) -> Iterator[None]:
+        """Wait for the peers in `what` for the length of a with block, which raises where they did not all come."""
+        self.wait_began(what)
+        try:
+            yield
+        except BaseException:
+            self.wait_ended(met=False)
+            raise
+        self.wait_ended()
+
     def wait_began(self, what: str) -> None:
         """Say that the rank waits for its peers from now on, in `what` ("gradients", "all_reduce #3")."""
-        self._waited_since = self._clock()
+        self._progress()
+        self._waited_since = self._since
         self.waiting = what
 
-    def wait_ended(self) -> None:
-        """Say that the wait is over; the time it took is not the rank's own."""
+    def wait_ended(self, *, met: bool = True) -> None:
+        """Say that the wait is over, and whether all came; the time it took is not the rank's own."""
+        self._progress()
+        self._waited += self._since - self._waited_since
         self.waiting = ""
-        self._waited += self._clock() - self._waited_since
+        if met and self.when_met is not None:
+            self.when_met()
 
     def step_begins(self, epoch: int, iteration: int) -> None:
         """Enter the section "step", at this place.
@@ -109,6 +125,13 @@ class Pulse:
             self._steps += 1
         self._step_began = now
         self._waited = 0.0
+
+    def _progress(self) -> None:
+        now = self._clock()
+        lasted = now - self._since
+        if lasted > self._longest.get(self.section_name, 0.0):
+            self._longest[self.section_name] = lasted
+        self._since = now
 
     def beat(self, rank: int, attempt: int, number: int) -> Beat:
         """What to say of this moment; called from another thread."""

@@ -1,7 +1,10 @@
 """What a service knows of one rank, and what that amounts to.
 
 Contract: the hub keeps one `Record` per rank and notes in it what comes, each with the order and the time (on the
-service's own clock) at which it came. `account` is a pure function of a record: what became of the rank, in words.
+service's own clock) at which it came. `judgement` and `account` say what became of the rank, as pure functions of it.
+
+An exception that was only *seen* left a run, and the script may have caught it: it explains an end for which nothing
+better is known, of this rank or another, and otherwise is a note. It is forgotten when the rank is known to go on.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ class Kind(StrEnum):
     SERVICE_LOST = "service lost"
     EARLY = "left early"
     HANG = "hang"
+    SEEN = "seen"
     DERIVED = "derived"
     ORDERED = "left on order"
     KILLED = "killed"
@@ -45,7 +49,11 @@ class Moment:
 
 @dataclass(slots=True)
 class Record:
-    """One rank. `failed`, `ended`, ... say when what stands beside them came."""
+    """One rank. `failed`, `ended`, ... say when what stands beside them came.
+
+    `failed` is when its exception was first seen, which is its place among causes; `failing` when it was known to leave
+    the World or the script.
+    """
 
     rank: int
     arrival: Arrival | None = None
@@ -53,6 +61,7 @@ class Record:
     beaten: float = 0.0
     failure: Failure | None = None
     failed: Moment | None = None
+    failing: Moment | None = None
     end: WorkerEnd | None = None
     ended: Moment | None = None
     lost: Moment | None = None
@@ -77,6 +86,8 @@ class Record:
         known = self.failure
         if known is not None and (known.leaving or not failure.leaving):
             return
+        if failure.leaving:
+            self.failing = moment
         if known is not None and (known.kind, known.message) == (failure.kind, failure.message):
             self.failure = replace(failure, epoch=known.epoch, iteration=known.iteration, section=known.section)
         else:
@@ -84,13 +95,23 @@ class Record:
 
     def forget_seen(self) -> None:
         """The rank goes on after an exception that left a run."""
-        if self.failure is not None and not self.failure.leaving:
+        if self.only_seen:
             self.failure = self.failed = None
 
     @property
     def only_seen(self) -> bool:
-        """Whether its failure may yet be caught: it left a run, or `init`, and the process has not ended of it."""
-        return self.failure is not None and not self.failure.leaving and not (self.ended or self.lost)
+        """Whether its exception left a run, or `init`, and is not known to have left the World or the script."""
+        return self.failure is not None and not self.failure.leaving
+
+    @property
+    def opened(self) -> Moment | None:
+        """When something came that may be a failure, or follow from one; None where nothing did."""
+        return self.failing or self.left or (self.bye if self.awaited else None)
+
+    @property
+    def left(self) -> Moment | None:
+        """When its process or its connection was gone."""
+        return self.ended or self.lost
 
     @property
     def host(self) -> str:
@@ -131,9 +152,10 @@ def account(record: Record, *, supervised: bool) -> Account:
         record: what is known.
         supervised: the end of its process will be known, so a closed connection alone says little.
     """
-    kind, what, status, moment = _judge(record, supervised)
+    kind, what, status, moment = judgement(record, supervised=supervised)
     arrival, beat, failure = record.arrival, record.beat, record.failure
-    place = failure or beat
+    explains = kind in (Kind.ERROR, Kind.SEEN, Kind.DERIVED)  # else its exception, if any, is a note
+    place = failure if failure and explains else beat
     return Account(
         rank=record.rank,
         kind=kind,
@@ -146,56 +168,84 @@ def account(record: Record, *, supervised: bool) -> Account:
         epoch=place.epoch if place else 0,
         iteration=place.iteration if place else 0,
         section=place.section if place else "",
-        waiting=beat.waiting if beat and not failure else "",
+        waiting=beat.waiting if beat and place is beat else "",
         traceback=failure.traceback if failure else "",
         output=record.end.stderr if record.end else "",
-        note=record.end.note if record.end else "",
+        note="; ".join(filter(None, (record.end.note if record.end else "", "" if explains else _note(failure)))),
         stacks=record.stacks,
         trace=record.trace,
     )
 
 
-_Judgement = tuple[Kind, str, int, Moment | None]
+Judgement = tuple[Kind, str, int, Moment | None]
+"""What became of a rank: its kind, a clause, the exit status that it stands for, and when that was heard of."""
 
 
-def _judge(record: Record, supervised: bool) -> _Judgement:
-    if record.failure is not None:
-        return _by_failure(record, record.failure)
-    left = record.ended or record.lost
+def judgement(record: Record, *, supervised: bool) -> Judgement:
+    """What became of a rank, as far as is known now; as `account`, without the rest."""
+    failure, end, left = record.failure, record.end, record.left
+    if failure is not None and (failure.leaving or _ended_of_it(record, supervised)):
+        return _by_failure(record, failure, Kind.ERROR)
     if record.ordered is not None and left is not None and record.ordered.order < left.order:
-        if record.end is not None and record.end.returncode == -signal.SIGKILL:
-            return Kind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
-        return Kind.ORDERED, "left when it was told to", PEER_LOST, left
+        return _by_order(end, left)
     if record.hung is not None:
         return Kind.HANG, record.hung_why, HANG, record.hung
-    if record.end is not None:
-        return _by_end(record, record.end, record.ended)
+    if end is not None and not (end.killed and failure):
+        return _by_end(record, end, record.ended)
     if record.node_lost:
         return Kind.NODE_LOST, record.lost_why, PEER_LOST, record.lost
+    if record.lost is not None and end is None:
+        return _by_loss(record, supervised)
+    if failure is not None:
+        return _by_failure(record, failure, Kind.SEEN)
     if record.bye is not None and record.left_open and record.awaited:
         return Kind.EARLY, f"left early: it ended with its World open {record.awaited}", USER_ERROR, record.bye
     if record.bye is not None:
         return Kind.FINISHED, "ended with its World open" if record.left_open else "closed its World", 0, record.bye
-    if record.lost is not None:
-        what = (
-            f"let go of its connection to the service ({record.lost_why}), and its process goes on"
-            if supervised
-            else "is gone: its process was killed, or ended without closing its World"
-        )
-        return Kind.LOST, what, PEER_LOST, record.lost
     return Kind.RUNNING, "had not failed" if record.arrival else "had not come to init", 0, None
 
 
-def _by_failure(record: Record, failure: Failure) -> _Judgement:
+def _ended_of_it(record: Record, supervised: bool) -> bool:
+    """Whether an exception that was only seen is the best account of how the rank ended."""
+    end = record.end
+    if end is not None:
+        return end.returncode > 0 and end.returncode not in (HANG, PEER_LOST, PREEMPTED)
+    return bool(record.awaited or (record.lost and not supervised and not record.node_lost))
+
+
+def _by_failure(record: Record, failure: Failure, kind: Kind) -> Judgement:
     status = USER_ERROR
     if record.end is not None and record.end.returncode and not record.end.killed:
         status = exit_status(record.end.returncode)
+    return (Kind.DERIVED if failure.derived else kind), _in_a_line(failure), status, record.failed
+
+
+def _in_a_line(failure: Failure) -> str:
     summary = failure.message.strip().splitlines()
-    what = f"{failure.kind}: {summary[0]}" if summary else failure.kind
-    return (Kind.DERIVED if failure.derived else Kind.ERROR), what, status, record.failed
+    return f"{failure.kind}: {summary[0]}" if summary else failure.kind
 
 
-def _by_end(record: Record, end: WorkerEnd, moment: Moment | None) -> _Judgement:
+def _by_order(end: WorkerEnd | None, left: Moment) -> Judgement:
+    """The end of a rank that had been told to leave: it may have ended in a way that nobody is told to."""
+    if end is not None and end.killed:
+        return Kind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
+    if end is not None and end.returncode == PREEMPTED:
+        return Kind.PREEMPTED, f"made room ({describe(PREEMPTED)})", PREEMPTED, left
+    if end is not None and end.returncode < 0 and end.returncode != -signal.SIGABRT:
+        return Kind.SIGNAL, describe(end.returncode), exit_status(end.returncode), left
+    return Kind.ORDERED, "left when it was told to", PEER_LOST, left
+
+
+def _by_loss(record: Record, supervised: bool) -> Judgement:
+    what = (
+        f"let go of its connection to the service ({record.lost_why}), and its process goes on"
+        if supervised
+        else "is gone: its process was killed, or ended without closing its World"
+    )
+    return Kind.LOST, what, PEER_LOST, record.lost
+
+
+def _by_end(record: Record, end: WorkerEnd, moment: Moment | None) -> Judgement:
     code = end.returncode
     if end.killed:
         return Kind.KILLED, "was killed by allstep", PEER_LOST, moment
@@ -214,3 +264,7 @@ def _by_end(record: Record, end: WorkerEnd, moment: Moment | None) -> _Judgement
     if after_another(end):
         return Kind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
     return (Kind.SIGNAL if code < 0 else Kind.EXIT), describe(code), exit_status(code), moment
+
+
+def _note(failure: Failure | None) -> str:
+    return f"before that, {_in_a_line(failure)} left a run, which the script may have caught" if failure else ""

@@ -22,10 +22,15 @@ from allstep.channel.stacks import main_thread
 LINES = 50
 """Lines of a rank's output that the report repeats, at most."""
 
+BESIDE_TRACEBACK = 15
+"""The same, where the report has the traceback of its failure."""
+
 _FRAMES = 40
 _GROUPS = 16  # lines about others
 _ALSO = 3  # further causes that are shown with a traceback
 _STACKS = 4  # ranks behind whose stacks are shown; the file has all
+_TRACEBACKS = ("Traceback (most recent call last)", "  + Exception Group Traceback")
+_DUMPS = (*_TRACEBACKS, "Fatal Python error")
 _TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
 _SILENT = (Kind.SIGNAL, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.EARLY, Kind.HANG)  # said nothing at their end
 _FAILED_TOO = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST)
@@ -44,14 +49,11 @@ def failure_text(
     """
     cause = case.cause
     lines = [f"{f'run {name}' if name else 'the run'} failed: {_headline(case)}", f"  {cause.what}"]
-    lines += [f"  {line}" for line in filter(None, (_place(cause), cause.note, case.explanation))]
+    lines += [f"  {line}" for line in filter(None, (_place(cause), case.explanation, cause.note))]
     if cause.traceback:
         lines += [f"  {line}" for line in set_off(_cut(cause.traceback))]
     lines += _stacks(case)
-    output = (tails or {}).get(cause.rank) or cause.output
-    last = last_lines(output)
-    if cause.traceback and any(line.startswith("Traceback (most") for line in last):
-        last = []  # it is the same traceback
+    last = _output(cause, tails)
     if last:
         lines += ["  its last lines of output:", *(f"    {line}".rstrip() for line in last)]
     elif cause.kind in (Kind.SIGNAL, Kind.EXIT) and not cause.traceback:
@@ -74,7 +76,7 @@ def failure_json(
     def one(each: Account) -> dict[str, object]:
         values = asdict(each)
         values["kind"] = str(each.kind)
-        values["output"] = "\n".join(last_lines((tails or {}).get(each.rank) or each.output))
+        values["output"] = "\n".join(_output(each, tails))
         values["log"] = str(logs[each.rank]) if logs and each.rank in logs else ""
         return values
 
@@ -120,16 +122,45 @@ def without_torchs_prefix(line: str) -> str:
     return _TORCHS_PREFIX.sub("", line)
 
 
-def last_lines(output: str) -> list[str]:
-    """The end of what was written: from where its last traceback or crash dump begins, at most `LINES`."""
+def last_lines(output: str, traceback: str = "") -> list[str]:
+    """The end of what a rank wrote.
+
+    Args:
+        output: the end of its output.
+        traceback: of its failure, which is left out. Where none is known, the lines begin with the last traceback or
+            crash dump that was written, if there is one.
+    """
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
-    lines = [without_torchs_prefix(line) for line in lines[-LINES:]]
-    for index, line in enumerate(lines):
-        if line.startswith(
-            ("Traceback (most recent call last)", "Fatal Python error", "  + Exception Group Traceback")
-        ):
-            return lines[index:]
-    return lines if any(lines) else []
+    lines = [without_torchs_prefix(line) for line in lines]
+    if traceback:
+        return _trimmed(_without(traceback, lines))[-BESIDE_TRACEBACK:]
+    lines = _trimmed(lines)[-LINES:]
+    starts = [index for index, line in enumerate(lines) if line.startswith(_DUMPS)]
+    return lines[starts[0] if starts else 0 :]
+
+
+def _trimmed(lines: list[str]) -> list[str]:
+    said = [index for index, line in enumerate(lines) if line]
+    return lines[said[0] : said[-1] + 1] if said else []
+
+
+def _without(traceback: str, lines: list[str]) -> list[str]:
+    """The lines but for the last printing of this traceback: from the heading to the text of the exception.
+
+    Python may have printed more frames of it than were reported, so its ends are compared and not the whole.
+    """
+    reported = [line.rstrip() for line in traceback.rstrip().split("\n")]
+    headings = sum(line.startswith(_TRACEBACKS) for line in reported)
+    ends = [index for index, line in enumerate(lines) if line == reported[-1]]
+    starts = [index for index, line in enumerate(lines) if ends and index < ends[-1] and line.startswith(_TRACEBACKS)]
+    if not starts or not headings:
+        return lines
+    return lines[: starts[-headings:][0]] + lines[ends[-1] + 1 :]
+
+
+def _output(each: Account, tails: Mapping[int, str] | None) -> list[str]:
+    ended_of_it = each.kind in (Kind.ERROR, Kind.DERIVED)  # else its traceback is of something before
+    return last_lines((tails or {}).get(each.rank) or each.output, each.traceback if ended_of_it else "")
 
 
 def _headline(case: Case) -> str:
@@ -189,6 +220,8 @@ def _others(case: Case) -> list[str]:
     for each in sorted(case.others, key=lambda each: each.rank):
         if each.kind in _FAILED_TOO or each.kind is Kind.DERIVED:
             how = f"failed {'because of that' if each.kind is Kind.DERIVED else 'too'}, {each.what}"
+        elif each.kind is Kind.SEEN:
+            how = f"had seen {each.what} leave a run, and had not ended of it"
         elif each.kind is Kind.RUNNING and each.waiting:
             how = f"waited in {each.waiting}"
         else:

@@ -1,7 +1,8 @@
 """The ranks that have arrived and wait for the others: when they may go on, or are turned away.
 
 Contract: `add` each arrival, with the door it came through; ask `verdict` after each and when `deadline` has passed.
-An objection waits a moment before it is pronounced, so that it names as many ranks as it concerns.
+An objection waits a moment before it is pronounced, so that it names as many ranks as it concerns. It is dropped when
+those that it is about have gone: the others then have the time that they were given.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class RollCall(Generic[Door]):
         self._waiting: list[tuple[Arrival, Door]] = []
         self._ranks: set[int] = set()
         self._patience = 0.0
-        self._until: float | None = None
+        self._until = 0.0
+        self._objected: float | None = None
 
     @property
     def waiting(self) -> list[tuple[Arrival, Door]]:
@@ -42,38 +44,34 @@ class RollCall(Generic[Door]):
         """Somebody arrived, and gives the others `patience` seconds."""
         now = self._clock()
         if not self._waiting:
-            self._patience, self._until = patience, now + patience
-        first = self._waiting[0][0] if self._waiting else arrival
-        if arrival.rank in self._ranks or objection([first, arrival] if self._waiting else [arrival], self._world_size):
-            assert self._until is not None
-            self._until = min(self._until, now + GATHER_S)
+            self._patience, self._until, self._objected = patience, now + patience, None
+        together = [*(first for first, _ in self._waiting[:1]), arrival]
+        fits = arrival.rank not in self._ranks and not objection(together, self._world_size)
+        if not fits and self._objected is None:
+            self._objected = now
         self._waiting.append((arrival, door))
         self._ranks.add(arrival.rank)
 
     def remove(self, door: Door) -> list[Arrival]:
         """A door closed; return who had come through it."""
-        gone = [arrival for arrival, through in self._waiting if through is door]
-        self._waiting = [(arrival, through) for arrival, through in self._waiting if through is not door]
-        self._ranks = {arrival.rank for arrival, _ in self._waiting}
-        return gone
+        return self._remove(lambda arrival, through: through is door)
 
     def remove_rank(self, rank: int) -> list[Arrival]:
         """A rank is gone, which came through a door of many; return its arrivals."""
-        gone = [arrival for arrival, _ in self._waiting if arrival.rank == rank]
-        self._waiting = [each for each in self._waiting if each[0].rank != rank]
-        self._ranks.discard(rank)
-        return gone
+        return self._remove(lambda arrival, through: arrival.rank == rank)
 
     def deadline(self) -> float | None:
         """When `verdict` will say something though nobody else comes."""
-        return self._until if self._waiting else None
+        if not self._waiting:
+            return None
+        return self._until if self._objected is None else min(self._until, self._objected + GATHER_S)
 
     def verdict(self) -> str | None:
         """None: wait on. Empty: all are there and fit. Else why they cannot go on."""
-        if not self._waiting:
+        until = self.deadline()
+        if until is None:
             return None
-        assert self._until is not None
-        late = self._clock() >= self._until
+        late = self._clock() >= until
         if not late and (len(self._waiting) < self._world_size or len(self._ranks) < self._world_size):
             return None
         arrivals = [arrival for arrival, _ in self._waiting]
@@ -83,3 +81,12 @@ class RollCall(Generic[Door]):
         """Let all go; return who waited."""
         waited, self._waiting, self._ranks = self._waiting, [], set()
         return waited
+
+    def _remove(self, is_gone: Callable[[Arrival, Door], bool]) -> list[Arrival]:
+        gone = [arrival for arrival, door in self._waiting if is_gone(arrival, door)]
+        self._waiting = [(arrival, door) for arrival, door in self._waiting if not is_gone(arrival, door)]
+        stay = [arrival for arrival, _ in self._waiting]
+        self._ranks = {arrival.rank for arrival in stay}
+        if self._objected is not None and not (stay and objection(stay, self._world_size)):
+            self._objected = None
+        return gone

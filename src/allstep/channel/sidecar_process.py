@@ -146,7 +146,7 @@ class _Service:
 
     def _conclude(self, case: Case) -> None:
         cause = case.cause
-        own = frozenset(each.rank for each in (cause, *case.others) if each.kind is Kind.ERROR)
+        own = frozenset(each.rank for each in (cause, *case.others) if each.kind in (Kind.ERROR, Kind.SEEN))
         report = failure_text(case, name=self._setup.run)
         hung = {each.rank for each in (cause, *case.others) if each.kind is Kind.HANG}
         living = [rank for rank in self._service.present() if rank not in hung] or self._service.present()

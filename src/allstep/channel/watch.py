@@ -92,7 +92,7 @@ class Watch:
                 beat.waiting or (waits_in(record.stacks) if record.stacks else ""),
             )
             for record in records
-            if record.present and record.failed is None
+            if record.present and (record.failed is None or record.only_seen)
             for beat in (record.beat or _before_the_first(record.rank),)
         ]
 

@@ -8,6 +8,7 @@ rank explains it: one that is elsewhere, or further back, and within its own lim
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from allstep.channel.messages import Beat
 SLOW = 1.5
 """How many times the others' median of its own step time makes a rank a straggler."""
 
+_FREE = ("startup", "idle")  # where a rank may be for ever, but not while others wait for it
 _NOTICEABLE = 0.002  # seconds a step; below it, differences are the machine's
 
 
@@ -81,8 +83,8 @@ def overdue(standings: Sequence[Standing], limits: Limits, longest: Mapping[str,
         (over if each.still > allowed[each.beat.section] else within).append(each)
     if not over:
         return False
-    patience = allowed["handler"]
-    within = [each for each in within if not each.waits and (each.beat.section != "idle" or each.still <= patience)]
+    patience = {section: allowed["handler"] for section in _FREE if allowed[section] == math.inf}
+    within = [each for each in within if not each.waits and each.still <= patience.get(each.beat.section, math.inf)]
     return any(not any(_explains(other, each) for other in within) for each in over)
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,14 +20,8 @@ import torch.distributed as dist
 from allstep.channel.pulse import Pulse
 from allstep.coordination.coordinator import ReduceOp
 
-
-@contextmanager
-def _waiting(pulse: Pulse) -> Iterator[None]:
-    pulse.wait_began("agreement")
-    try:
-        yield
-    finally:
-        pulse.wait_ended()
+_NAME = "agreement"
+"""What a rank says that it waits in."""
 
 
 class _Reduction:
@@ -40,7 +33,7 @@ class _Reduction:
         self._pulse = pulse
 
     def wait(self) -> list[int]:
-        with _waiting(self._pulse):
+        with self._pulse.wait(_NAME):
             self._work.wait()
         return self._tensor.tolist()
 
@@ -68,7 +61,7 @@ class Ranked:
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, pickled."""
         values: list[Any] = [None] * self.world_size
-        with _waiting(self._pulse):
+        with self._pulse.wait(_NAME):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -76,7 +69,7 @@ class Ranked:
         """One collective."""
         sent, group = self._ready(buffer)
         rows = torch.empty((self.world_size, *sent.shape), dtype=sent.dtype, device=sent.device)
-        with _waiting(self._pulse):
+        with self._pulse.wait(_NAME):
             dist.all_gather(list(rows.unbind()), sent, group=group)
         return rows.to(buffer.device)
 
@@ -84,7 +77,7 @@ class Ranked:
         """One collective."""
         sent, group = self._ready(tensor)
         sent = sent.clone() if sent is tensor else sent
-        with _waiting(self._pulse):
+        with self._pulse.wait(_NAME):
             dist.all_reduce(sent, op=getattr(dist.ReduceOp, op.upper()), group=group)
         return sent.to(tensor.device)
 
@@ -98,7 +91,7 @@ class Ranked:
         """The value of rank `source` of the group, pickled; tensors of an accelerator arrive on the receiver's own."""
         values = [_packed(value) if source == self.rank else None]
         origin = dist.get_global_rank(self._group, source)
-        with _waiting(self._pulse):
+        with self._pulse.wait(_NAME):
             dist.broadcast_object_list(values, src=origin, group=self._group, device=torch.device("cpu"))
         assert values[0] is not None
         return pickle.loads(values[0])

@@ -6,6 +6,7 @@ failure, or None, `stopped_by` the signal that stopped it, or None, and `ends` s
 - All workers exit with 0: success.
 - The channel's service settles on a case (a failure or a hang): it orders the other ranks to leave; who has not after
   `LEAVE` seconds is killed (a pending gloo collective cannot be aborted, and SIGTERM is for preemption only).
+- A worker that makes room (85) while others of this machine do not is named; the channel decides what comes of it.
 - A signal to stop (`heed`): passed on (SIGINT as such, the others as SIGTERM), then SIGCONT, so that a worker that was
   stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. SIGUSR1 and SIGUSR2 are passed on.
 - A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then
@@ -22,13 +23,14 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
+from allstep.channel.arrival import spans
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.hub import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
 from allstep.channel.record import Kind
 from allstep.channel.report import straggler_line
 from allstep.errors import LaunchError
-from allstep.exit_codes import PEER_LOST
+from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.folder import AttemptFolder
 from allstep.launch.loop import Loop
 from allstep.launch.memory import MemoryWatch
@@ -41,6 +43,9 @@ from allstep.launch.terminal import Terminal
 
 LEAVE = 1.0
 """Seconds that peers of a failed worker have to leave."""
+
+ALONE = 5.0
+"""Seconds after a worker made room in which the others can do so too, before it is said that it did so alone."""
 
 LINGER = 1.0
 """Seconds for which output is read after the last worker has ended."""
@@ -114,6 +119,7 @@ class Attempt:
         self._killed: set[int] = set()
         self._kill_at: float | None = None
         self._give_up_at: float | None = None
+        self._say_alone_at: float | None = None
         self._over_everywhere = False
         self._interrupted = False
         self._memory = MemoryWatch()
@@ -172,8 +178,8 @@ class Attempt:
     def _turn(self, until: float | None = None) -> None:
         self._terminal.adjust()
         self.streams.adjust()
-        due = [at for at in (until, self._kill_at, self._give_up_at, self._channel.deadline()) if at is not None]
-        self._loop.turn(min(due, default=None))
+        times = (until, self._kill_at, self._give_up_at, self._say_alone_at, self._channel.deadline())
+        self._loop.turn(min((at for at in times if at is not None), default=None))
         now = time.monotonic()
         if (tick_at := self._channel.deadline()) is not None and now >= tick_at:
             self._channel.tick()
@@ -181,6 +187,8 @@ class Attempt:
             self._act(event)
         if self._kill_at is not None and now >= self._kill_at:
             self._kill()
+        if self._say_alone_at is not None and now >= self._say_alone_at:
+            self._say_who_made_room()
 
     def _act(self, event: HubEvent) -> None:
         if isinstance(event, Verdict) and self.case is None:
@@ -236,6 +244,17 @@ class Attempt:
         self.ends[rank] = WorkerEnd(rank, code, killed, words, note)
         self._channel.worker_ended(self.ends[rank])
 
+        if code == PREEMPTED and self.case is None and self.stopped_by is None:
+            self._say_alone_at = time.monotonic() + ALONE
+
+    def _say_who_made_room(self) -> None:
+        self._say_alone_at = None
+        left = [rank for rank, end in self.ends.items() if end.returncode == PREEMPTED]
+        stay = [worker.rank for worker in self._remaining()]
+        if stay and self.case is None:
+            go_on = "goes on" if len(stay) == 1 else "go on"
+            self._terminal.say(f"{_ranks(left)} made room (exit code {PREEMPTED}), and {_ranks(stay)} {go_on}")
+
     def _remaining(self) -> list[WorkerProcess]:
         return [worker for rank, worker in self._workers.items() if rank not in self.ends]
 
@@ -247,3 +266,7 @@ class Attempt:
             self._turn(until)
         for worker in self._workers.values():
             worker.kill_group()
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {spans(ranks)}"

@@ -40,11 +40,8 @@ class WatchedDDP(DistributedDataParallel):
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.pulse is None:
             return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        self.pulse.wait_began("buffers")
-        try:
+        with self.pulse.wait("buffers"):
             return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        finally:
-            self.pulse.wait_ended()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]

@@ -3,9 +3,10 @@
 Contract: a World with a client of the control channel has a `Reporter`. `seen` is called with an exception on its way
 out of a run, which the script may still catch: the service keeps it and does nothing until something else shows that
 the rank is failing. `leaving` is called when it leaves the World or the script. `withdraw` takes back what was only
-seen, when the rank goes on. Each exception is sent at most once in each way. While it is installed, `sys.excepthook`
-reports first. Where no supervisor prints the whole report, a failed process stays a moment at its very end, in which
-the service does. No call raises, and none takes longer than the client's bound.
+seen, when the rank goes on: a run begins or goes on, or all ranks have met in a collective. Each exception is sent at
+most once in each way. While it is installed, `sys.excepthook` reports first. Where no supervisor prints the whole
+report, a failed process stays a moment at its very end, in which the service does. No call raises, and none takes
+longer than the client's bound.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Reporter:
         """An exception leaves a run; KeyboardInterrupt, SystemExit and the like are no failures there."""
         if isinstance(error, Exception):
             self.has_seen = True
+            self._pulse.when_met = self.withdraw
             self._send(error, leaving=False)
 
     def leaving(self, error: BaseException) -> None:
@@ -59,6 +61,7 @@ class Reporter:
         """This rank goes on after what was seen."""
         if self.has_seen:
             self.has_seen = False
+            self._pulse.when_met = None
             self.client.withdraw()
 
     def install(self) -> None:

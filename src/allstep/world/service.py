@@ -13,7 +13,6 @@ WorldError that says so.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,12 +93,7 @@ def join(service: Service, placement: Placement, arrival: Arrival, timeout: floa
     Raises:
         WorldError: the ranks did not all come, or do not fit together.
     """
-    hello = Hello(
-        nonce=service.nonce,
-        attempt=placement.attempt,
-        arrival=arrival,
-        stacks_file=_stacks_file(placement, service),
-    )
+    hello = Hello(nonce=service.nonce, attempt=placement.attempt, arrival=arrival)
     return Client.connect(service.address, hello, timeout)
 
 
@@ -138,10 +132,3 @@ def _published(store: Store, node: int, placement: Placement, timeout: float, de
         )
     port, _, nonce = store.get(key).decode().partition(" ")
     return port, nonce
-
-
-def _stacks_file(placement: Placement, service: Service) -> str:
-    """Where this rank's stacks are left when Python itself cannot answer; read by the service of the node."""
-    folder = os.environ.get("ALLSTEP_ATTEMPT_FOLDER") or tempfile.gettempdir()
-    name = f"allstep-{service.nonce[:8]}-rank_{placement.rank}.stacks"
-    return os.path.join(folder, name)

@@ -8,8 +8,7 @@ says, as long as it lasts, what it is, the how-manieth meeting of this World, an
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from types import FrameType
 
 from allstep.channel.pulse import Pulse
@@ -29,12 +28,4 @@ class Waits:
         for _ in range(depth):
             user = None if user is None else user.f_back
         where = "" if user is None else f" at {user.f_code.co_filename.rpartition('/')[2]}:{user.f_lineno}"
-        return self._waiting(f"{name} #{self._count}{where}")
-
-    @contextmanager
-    def _waiting(self, what: str) -> Iterator[None]:
-        self._pulse.wait_began(what)
-        try:
-            yield
-        finally:
-            self._pulse.wait_ended()
+        return self._pulse.wait(f"{name} #{self._count}{where}")

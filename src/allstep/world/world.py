@@ -217,7 +217,8 @@ class World(Exchanging):
         key = f"turn/{self._turns}/{self.node_rank if local else 'all'}"
         first = self.local_rank == 0 if local else self.is_main
         waits = nullcontext() if first else self._waits("main_first", depth=2)
-        with first_then_rest(self._group.meeting.store, key, first=first, timeout=limit, waits=waits):
+        turn = first_then_rest(self._group.meeting.store, key, first=first, timeout=limit, waits=waits)
+        with self.pulse.section("idle"), turn:  # `timeout` is its limit, and not a section's
             yield
 
     @contextmanager
