@@ -10,7 +10,7 @@ import pytest
 
 from allstep.cli.main import main
 from allstep.version import __version__
-from tests.launch.command import environment, script
+from tests.jobs.launchers import environment, script
 
 
 def python(folder: Path, code: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from allstep.testing import FaultPlan
-from tests.faults.jobs import ROOT, STRIKES, rehearse
-from tests.faults.reading import check_first_lines
+from tests.faults.rehearsal import BOUND, check_first_lines, rehearse
+from tests.jobs.launchers import ROOT
 
 pytestmark = pytest.mark.slow
 
@@ -28,8 +28,7 @@ def test_row_44_the_first_to_fail_is_the_cause_whatever_the_clocks_say(tmp_path:
     later = FaultPlan.at(1, 7).sleep(0.1) + FaultPlan.at(1, 7).raise_(KeyError("second"))
     fault = FaultPlan.at(0, 7).raise_(ValueError("first")) + later
     env = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "SHIFTED_RANK": "1", "SHIFT": shift}
-    job = rehearse(tmp_path, "train.py", fault=fault, env=env)
-    assert job.since(STRIKES) < job.bound()
+    job = rehearse(tmp_path, "train.py", fault=fault, env=env, within=BOUND)
     assert job.code == 1
     check_first_lines(job, "rank 0 of 2 failed first", "ValueError: first")
     assert job.cause["rank"] == 0

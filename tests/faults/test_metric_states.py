@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from allstep.errors import MetricMismatchError
 from allstep.metrics import Mean, Metrics
 from allstep.testing import run_ranks
 from allstep.world import World
+from tests.faults.rehearsal import BOUND, check_first_lines, rehearse
 
 pytestmark = pytest.mark.slow
 
@@ -81,3 +83,13 @@ def test_row_34_metric_states_that_differ_are_the_same_error_on_all_ranks(fault:
     assert errors == [errors[0]] * 3
     assert told in errors[0]
     assert [together for _, together in results] == [3.0] * 3  # the group still works
+
+
+def test_row_34_a_job_whose_metric_states_differ_ends_with_that_error_and_no_abort(tmp_path: Path) -> None:
+    job = rehearse(tmp_path, "measures.py", within=BOUND, since="measuring")
+    assert job.code == 1
+    check_first_lines(job, "MetricMismatchError", "shape (200000,) on rank 1")
+    accounts = [job.cause, *job.report["others"]]
+    assert [each["kind"] for each in accounts] == ["error", "error"]
+    assert accounts[0]["what"] == accounts[1]["what"]
+    assert "SIGABRT" not in job.text

@@ -12,11 +12,11 @@ import torch
 
 from allstep.exit_codes import PREEMPTED
 from tests.checkpoint.training import equal
-from tests.launch.command import run, script, started
+from tests.jobs.launchers import ROOT, script
+from tests.jobs.running import run, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
-ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
@@ -26,15 +26,8 @@ def job(folder, name, *arguments, ranks=2):
 
 def unbroken(folder):
     done = run(folder, *job(folder, "unbroken", "100 iterations"), env=ENV)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     return torch.load(folder / "unbroken.pt")
-
-
-def wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return line
-    raise AssertionError(f"{text!r} never came: {process.stderr.read()}")
 
 
 def iterations(text):
@@ -42,17 +35,17 @@ def iterations(text):
 
 
 def preempted(folder, send, at="iteration 3"):
-    with started(folder, *job(folder, "preempted", "100 iterations", "0.2"), env=ENV) as process:
-        wait_for(process, at)
-        send(process)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == PREEMPTED, err
-    return out
+    with started(folder, *job(folder, "preempted", "100 iterations", "0.2"), env=ENV) as running:
+        running.await_line(at)
+        send(running.process)
+        done = running.end()
+    assert done.code == PREEMPTED, done.text
+    return done.out
 
 
 def assert_goes_on_as_if_unbroken(folder):
     resumed = run(folder, *job(folder, "preempted", "100 iterations"), env=ENV)
-    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.code == 0, resumed.err
     weights, iteration = torch.load(folder / "preempted.pt")
     expected, last = unbroken(folder)
     assert iteration == last
@@ -65,7 +58,7 @@ def test_sigterm_to_all_stops_all_at_one_iteration_and_the_resumed_run_equals_an
     last = max(iterations(out))
     assert iterations(out).count(last) == 2  # each rank says it
     resumed = assert_goes_on_as_if_unbroken(tmp_path)
-    assert min(iterations(resumed.stdout)) == last + 1
+    assert min(iterations(resumed.out)) == last + 1
 
 
 def test_sigterm_to_one_rank_stops_all_together(tmp_path):
@@ -80,16 +73,16 @@ def test_sigterm_to_one_rank_stops_all_together(tmp_path):
 def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_path):
     for _ in range(2):
         done = run(tmp_path, *job(tmp_path, "run"), env=ENV)
-        assert done.returncode == 0, done.stderr
-    assert "nothing to run: all that was asked is done" in done.stderr
-    assert "iteration 1" not in done.stdout
+        assert done.code == 0, done.err
+    assert "nothing to run: all that was asked is done" in done.err
+    assert "iteration 1" not in done.out
 
 
 def test_resume_none_begins_anew(tmp_path):
-    assert run(tmp_path, *job(tmp_path, "run", ranks=1), env=ENV).returncode == 0
+    assert run(tmp_path, *job(tmp_path, "run", ranks=1), env=ENV).code == 0
     again = run(tmp_path, "--resume", "none", *job(tmp_path, "run", ranks=1), env=ENV)
-    assert again.returncode == 0
-    assert min(iterations(again.stdout)) == 1
+    assert again.code == 0
+    assert min(iterations(again.out)) == 1
 
 
 def test_usr1_before_torch_is_imported_is_remembered(tmp_path):
@@ -103,11 +96,10 @@ sys.argv = ["job", sys.argv[1], sys.argv[2], "100 iterations"]
 runpy.run_module("tests.checkpoint.job", run_name="__main__")
 """
     path = script(tmp_path, text)
-    with started(tmp_path, "--nproc", "2", path, tmp_path / "run", tmp_path / "run.pt", env=ENV) as process:
-        wait_for(process, "up")
-        wait_for(process, "up")
-        process.send_signal(signal.SIGUSR1)
+    with started(tmp_path, "--nproc", "2", path, tmp_path / "run", tmp_path / "run.pt", env=ENV) as running:
+        running.await_out(2)
+        running.process.send_signal(signal.SIGUSR1)
         (tmp_path / "sent").touch()
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == PREEMPTED, err
-    assert max(iterations(out), default=0) < 15
+        done = running.end()
+    assert done.code == PREEMPTED, done.text
+    assert max(iterations(done.out), default=0) < 15

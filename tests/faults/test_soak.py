@@ -13,7 +13,7 @@ import torch
 
 from allstep.checkpoint import entries
 from allstep.exit_codes import PREEMPTED
-from tests.launch.command import run, started
+from tests.jobs.running import run, started
 
 ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
@@ -52,7 +52,8 @@ def test_twenty_blows_change_nothing(tmp_path):
     random.seed(0)
     struck, ended = 0, None
     while ended != 0:
-        with started(tmp_path, *arguments(tmp_path, "struck", "5 iterations"), env=ENV) as process:
+        with started(tmp_path, *arguments(tmp_path, "struck", "5 iterations"), env=ENV) as running:
+            process = running.process
             goal = newest(tmp_path / "struck") + random.randint(1, 9)
             deadline = time.monotonic() + LIMIT_S
             while struck < 20 and process.poll() is None and newest(tmp_path / "struck") < goal:
@@ -61,12 +62,12 @@ def test_twenty_blows_change_nothing(tmp_path):
             if struck < 20 and process.poll() is None:
                 strike(random.choice(["TERM", "KILL", "FREEZE"]), process)
                 struck += 1
-            _, err = process.communicate(timeout=LIMIT_S)
-            ended = process.returncode
-            assert ended in (0, PREEMPTED, 128 + signal.SIGKILL, -signal.SIGKILL), err
+            job = running.end(limit=LIMIT_S)
+            ended = job.code
+            assert ended in (0, PREEMPTED, 128 + signal.SIGKILL, -signal.SIGKILL), job.text
             assert struck == 20 or ended != 0, "it ended before it was struck often enough"
     done = run(tmp_path, *arguments(tmp_path, "unbroken", "epoch"), env=ENV)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     mine, expected = torch.load(tmp_path / "struck.pt"), torch.load(tmp_path / "unbroken.pt")
     assert struck == 20
     assert all(torch.equal(mine[name], expected[name]) for name in expected)

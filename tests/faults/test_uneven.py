@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ import torch
 from allstep import Engine, Events
 from allstep.errors import DataError, UnevenDataError
 from allstep.handlers import TerminateOnNan
-from allstep.testing import run_ranks
+from allstep.testing import FaultPlan, run_ranks
 from allstep.world import World
+from tests.faults.rehearsal import STRIKES, rehearse
+from tests.jobs.launchers import Launcher
 
 pytestmark = pytest.mark.slow
 
@@ -112,3 +116,15 @@ def test_row_33_a_nan_on_one_rank_stops_all_and_the_rank_is_named() -> None:
     assert 3 <= first[0] < 500
     assert first[1] is not None
     assert first[1].startswith("rank 1: ")
+
+
+@pytest.mark.parametrize("launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)])
+def test_row_33_a_batch_made_nan_on_one_rank_ends_all_ranks_of_a_job_alike(tmp_path: Path, launcher: Launcher) -> None:
+    job = rehearse(tmp_path, "guarded.py", fault=FaultPlan.at(1, 3).nan(), launcher=launcher)
+    assert job.text.count(STRIKES) == 1
+    ends = [line[line.index("ended at") :] for line in job.lines if "ended at" in line]
+    assert ends == [ends[0]] * 2
+    found = re.fullmatch(r"ended at (\d+): rank 1: .*iteration 3.*", ends[0])
+    assert found, ends
+    assert 3 <= int(found[1]) < 500
+    assert job.code == 0, job.text

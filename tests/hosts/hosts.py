@@ -17,6 +17,9 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from tests.jobs.launchers import ALLSTEP
+from tests.jobs.running import Running, start
+
 PROGRAMS = ("ip", "nsenter", "unshare")
 SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 
@@ -77,26 +80,17 @@ class Hosts:
         self._undo.close()
 
     @contextlib.contextmanager
-    def start(
-        self, host: int, command: list[str], *, folder: Path, env: Mapping[str, str]
-    ) -> Iterator[subprocess.Popen[str]]:
-        """Start a command on a host; it is killed at the end of the block if it still runs."""
+    def started(self, host: int, folder: Path, *arguments: str | Path) -> Iterator[Running]:
+        """Start `allstep run` as one of the two nodes, in a folder of its own."""
+        own = folder / self.names[host]
+        own.mkdir()
+        node = ["--nnodes", "2", "--node-rank", str(host), "--rdzv", f"{self.names[0]}:29400"]
         become = 'echo "$0" > /proc/sys/kernel/hostname; mount --bind "$1" /etc/hosts; shift; exec "$@"'
-        inside = ["unshare", "--uts", "--mount", "sh", "-c", become, self.names[host], str(self._folder / "hosts")]
-        process = subprocess.Popen(
-            ["nsenter", f"--net=/run/netns/{self.namespaces[host]}", *inside, *command],
-            cwd=folder,
-            env={**env, "PATH": SYSTEM_PATH},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+        inside = ["unshare", "--uts", "--mount", "sh", "-c", become, self.names[host], self._folder / "hosts"]
+        enter = ["nsenter", f"--net=/run/netns/{self.namespaces[host]}"]
+        argv = [*enter, *inside, *ALLSTEP, "run", *node, *arguments]
+        with start(own, argv, env={"PATH": SYSTEM_PATH, "OMP_NUM_THREADS": "1"}) as running:
+            yield running
 
     def cut(self, host: int) -> None:
         """Cut the link at a host's side."""

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from subprocess import Popen
 
 import pytest
 
+from allstep.channel.limits import Limits
 from tests.hosts.hosts import Hosts
-from tests.launch.command import LIMIT, await_end, environment, pids, script, watch
+from tests.jobs.launchers import script
+from tests.jobs.processes import await_end, pids, watch
 
 pytestmark = pytest.mark.slow
 
@@ -43,43 +41,31 @@ with allstep.init() as world:
 """
 
 
-@contextlib.contextmanager
-def run_on_both(hosts: Hosts, folder: Path, steps: int, limits: str) -> Iterator[list[Popen[str]]]:
-    target = script(folder, TRAIN.replace("STEPS", str(steps)))
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for host in range(2):
-            own = folder / hosts.names[host]
-            own.mkdir()
-            place = ["--nnodes", "2", "--node-rank", str(host), "--rdzv", f"{hosts.names[0]}:29400", "--limits", limits]
-            command = [sys.executable, "-m", "allstep", "run", *place, str(target)]
-            processes.append(stack.enter_context(hosts.start(host, command, folder=own, env=environment())))
-        yield processes
-
-
 def test_a_run_trains_over_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
-    with run_on_both(hosts, tmp_path, 10, "link=15") as processes:
-        for rank, process in enumerate(processes):
-            out, said = process.communicate(timeout=LIMIT)
-            assert process.returncode == 0, said
-            assert f"[{rank}] steps 10 of 2 nodes\n" in out
+    target = script(tmp_path, TRAIN.replace("STEPS", "10"))
+    with hosts.started(0, tmp_path, target) as first, hosts.started(1, tmp_path, target) as second:
+        for rank, running in enumerate((first, second)):
+            job = running.end()
+            assert job.code == 0, job.text
+            assert f"[{rank}] steps 10 of 2 nodes\n" in job.out
 
 
-def test_a_link_that_is_cut_ends_both_sides_within_the_limit(hosts: Hosts, tmp_path: Path) -> None:
-    limit = 4
-    with run_on_both(hosts, tmp_path, 10_000_000, f"link={limit}") as processes:
-        workers = []
-        for process in processes:
-            assert process.stdout is not None
-            workers += pids([process.stdout.readline()])
-        watched = watch(workers)
+def test_row_22_a_link_that_is_cut_ends_both_sides_within_the_limit(hosts: Hosts, tmp_path: Path) -> None:
+    limit, default = 4.0, Limits().link
+    target = script(tmp_path, TRAIN.replace("STEPS", "10_000_000"))
+    options = ["--limits", f"link={limit:g}"]
+    with hosts.started(0, tmp_path, *options, target) as head, hosts.started(1, tmp_path, *options, target) as other:
+        watched = watch(pids([*head.await_line("pid"), *other.await_line("pid")]))
         hosts.cut(1)
-        began = time.monotonic()
-        said = [process.communicate(timeout=LIMIT)[1] for process in processes]
-        took = time.monotonic() - began
-        await_end(watched)
-    assert [process.returncode for process in processes] == [84, 84], said
-    assert took < limit + 20, said
-    assert "node 1" in said[0]
-    assert "host0" in said[1]
-    assert "was not heard from for 4 s" in said[1]
+        cut = time.monotonic()
+        gone = await_end(watched) - cut
+        jobs = [head.end(), other.end()]
+    assert [job.code for job in jobs] == [84, 84], [job.text for job in jobs]
+    for took in (gone, *(job.ended - cut for job in jobs)):
+        assert (
+            limit - 1.5 < took < default - 1.0
+        )  # the last word came up to a second before; the default would be later
+    assert "node 1" in jobs[0].err
+    assert "a node of its 2 ranks was lost" in jobs[0].block[0]
+    assert "host0" in jobs[1].err
+    assert f"was not heard from for {limit:g} s" in jobs[1].err

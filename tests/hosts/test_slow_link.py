@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from allstep.testing import FaultPlan
-from tests.faults.jobs import SCRIPTS
+from tests.faults.rehearsal import SCRIPTS
 from tests.hosts.hosts import SYSTEM_PATH, Hosts
-from tests.launch.command import LIMIT, environment
 
 pytestmark = pytest.mark.slow
 
@@ -39,30 +36,26 @@ def test_row_23_over_a_slow_lossy_link_nobody_is_ended_and_the_slow_rank_is_name
         make_slow(hosts, host)
     fault = FaultPlan.at(1, 2).slow(0.15)
     over = threading.Event()
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for host in range(2):
-            own = tmp_path / hosts.names[host]
-            own.mkdir()
-            where = ["--nnodes", "2", "--node-rank", str(host), "--rdzv", f"{hosts.names[0]}:29400"]
-            options = [*where, "--fault", fault.to_text(), "--limits", "link=10,silence=10"]
-            command = [sys.executable, "-m", "allstep", "run", *options, str(SCRIPTS / "few_steps.py"), "40"]
-            processes.append(stack.enter_context(hosts.start(host, command, folder=own, env=environment())))
 
-        def lose_packets() -> None:
-            while not over.wait(1.0):
-                hosts.cut(1)
-                time.sleep(DOWN_S)
-                hosts.restore(1)
+    def lose_packets() -> None:
+        while not over.wait(1.0):
+            hosts.cut(1)
+            time.sleep(DOWN_S)
+            hosts.restore(1)
 
-        flapping = threading.Thread(target=lose_packets, daemon=True)
+    flapping = threading.Thread(target=lose_packets, daemon=True)
+    arguments = ["--fault", fault.to_text(), "--limits", "link=10,silence=10", SCRIPTS / "few_steps.py", "40"]
+    with hosts.started(0, tmp_path, *arguments) as head, hosts.started(1, tmp_path, *arguments) as other:
         flapping.start()
         try:
-            said = [process.communicate(timeout=LIMIT) for process in processes]
+            jobs = [head.end(), other.end()]
         finally:
             over.set()
             flapping.join()
-    for process, (out, err) in zip(processes, said, strict=True):
-        assert process.returncode == 0, err
-        assert "trained 40" in out
-    assert "rank 1 is slow" in said[0][1]
+    for job in jobs:
+        assert job.code == 0, job.text
+        assert "trained 40" in job.out
+        assert " failed: " not in job.err
+        assert "killed" not in job.err
+    assert "rank 1 is slow" in jobs[0].err
+    assert "rank 0 is slow" not in jobs[0].err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import yaml
 
 from allstep.cli.run import split_command
-from tests.launch.command import LIMIT, environment, script
+from tests.jobs.launchers import script
+from tests.jobs.running import run
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,17 +24,9 @@ def test_torchrun_sh_starts_the_processes_it_is_told_to(tmp_path: Path) -> None:
     ready = f"allstep_environment() {{ PATH={Path(sys.executable).parent}:$PATH; }}\n"
     (tmp_path / "launch/environment.sh").write_text(ready)
     script(tmp_path, "os.write(1, f\"{rank} {os.environ['WORLD_SIZE']} {sys.argv[1:]}\\n\".encode())")
-    result = subprocess.run(
-        [tmp_path / "launch/torchrun.sh", "script.py", "--lr", "0.1"],
-        env=environment({"NPROC": "2"}),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == [f"{rank} 2 ['--lr', '0.1']" for rank in range(2)]
+    result = run(tmp_path, "script.py", "--lr", "0.1", command=[tmp_path / "launch/torchrun.sh"], env={"NPROC": "2"})
+    assert result.code == 0, result.err
+    assert sorted(result.out.splitlines()) == [f"{rank} 2 ['--lr', '0.1']" for rank in range(2)]
 
 
 def test_the_kubernetes_job_runs_an_example_with_a_configuration_that_exists() -> None:

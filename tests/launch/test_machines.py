@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +13,9 @@ import pytest
 
 from allstep.launch.joining import CODEC, Join, token
 from allstep.version import __version__
-from tests.launch.command import ALLSTEP, LIMIT, environment, script
+from tests.jobs.launchers import script
+from tests.jobs.processes import LIMIT
+from tests.jobs.running import Running, started
 
 pytestmark = pytest.mark.slow
 
@@ -34,30 +35,18 @@ def node(
     nodes: int = 2,
     host: str = "127.0.0.1",
     env: Mapping[str, str] | None = None,
-) -> Iterator[subprocess.Popen[str]]:
+) -> Iterator[Running]:
     """Start one machine's `allstep run` in a folder of its own, as on a disk that is not shared."""
     place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv", f"{host}:{port}"]
     own = folder / f"host_{rank}_{os.urandom(3).hex()}"
     own.mkdir()
-    process = subprocess.Popen(
-        [*ALLSTEP, "run", *place, *arguments],
-        cwd=own,
-        env=environment(env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+    with started(own, *place, *arguments, env=env) as running:
+        yield running
 
 
-def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, said = process.communicate(timeout=LIMIT)
-    return process.returncode, out, said
+def end(running: Running) -> tuple[int, str, str]:
+    job = running.end()
+    return job.code, job.out, job.err
 
 
 def test_a_machine_that_does_not_come_is_named_on_all_others(tmp_path: Path) -> None:
@@ -89,11 +78,11 @@ def test_two_machines_of_one_rank_are_named_with_pid_and_host(tmp_path: Path) ->
         node(tmp_path, 1, port, target, nodes=3) as first,
         node(tmp_path, 1, port, target, nodes=3) as second,
     ):
-        for process in (head, first, second):
-            code, out, said = end(process)
+        for running in (head, first, second):
+            code, out, said = end(running)
             assert (code, out) == (2, "")
             assert "two supervisors are node 1: pid " in said
-            assert all(f"pid {each.pid} on {socket.gethostname()}" in said for each in (first, second))
+            assert all(f"pid {each.process.pid} on {socket.gethostname()}" in said for each in (first, second))
 
 
 MEETS = """
@@ -110,8 +99,8 @@ def test_machines_that_know_each_other_by_ipv6_train_together(tmp_path: Path) ->
         node(tmp_path, 0, port, target, host="[::1]") as head,
         node(tmp_path, 1, port, target, host="[::1]") as other,
     ):
-        for process in (head, other):
-            code, out, said = end(process)
+        for running in (head, other):
+            code, out, said = end(running)
             assert code == 0, said
             assert "sum 2 over 2" in out
 
@@ -119,8 +108,8 @@ def test_machines_that_know_each_other_by_ipv6_train_together(tmp_path: Path) ->
 def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, "print('ran')")), free_port()
     with node(tmp_path, 0, port, target, "--lr", "1") as head, node(tmp_path, 1, port, target, "--lr", "2") as other:
-        for process in (head, other):
-            code, out, said = end(process)
+        for running in (head, other):
+            code, out, said = end(running)
             assert (code, out) == (2, "")
             assert "nodes disagree about the script's arguments: ['--lr', '1'] on node 0" in said
 
@@ -128,27 +117,17 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None
 def test_differing_numbers_of_machines_are_named_at_once(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, "print('ran')")), free_port()
     with node(tmp_path, 0, port, target, nodes=3) as head, node(tmp_path, 1, port, target, nodes=2) as other:
-        for process in (head, other):
-            code, _, said = end(process)
+        for running in (head, other):
+            code, _, said = end(running)
             assert code == 2
             assert "was started with --nnodes 2, node 0 (pid" in said
-
-
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
-    target = str(script(tmp_path, "print('ran')"))
-    with socket.create_server(("", 0)) as holder:
-        port = holder.getsockname()[1]
-        with node(tmp_path, 0, port, target) as head:
-            code, _, said = end(head)
-    assert code == 2
-    assert f"node 0 cannot listen for the other nodes on port {port} (Address already in use)" in said
 
 
 def test_a_signal_ends_the_wait_for_other_machines(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, "print('ran')")), free_port()
     with node(tmp_path, 0, port, target) as head:
         await_handler(head)
-        head.send_signal(signal.SIGINT)
+        head.process.send_signal(signal.SIGINT)
         code, _, said = end(head)
     assert (code, said) == (130, "allstep: stopped by SIGINT\n")
 
@@ -159,18 +138,18 @@ def test_a_machine_that_is_stopped_while_it_waits_says_so_to_the_head(tmp_path: 
         await_handler(other)
         with node(tmp_path, 0, port, target, nodes=3) as head:
             await_connection(port)
-            other.send_signal(signal.SIGTERM)
+            other.process.send_signal(signal.SIGTERM)
             assert end(other)[0] == 143
             code, _, said = end(head)
     assert code == 2
     assert said.endswith("error: node 1 left: stopped by SIGTERM\n")
 
 
-def await_handler(process: subprocess.Popen[str]) -> None:
+def await_handler(running: Running) -> None:
     """Wait until the process has begun to watch for signals."""
     bit = 1 << (signal.SIGTERM - 1)
     while True:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        status = Path(f"/proc/{running.process.pid}/status").read_text()
         if int(status.split("SigCgt:")[1].split()[0], 16) & bit:
             return
 
@@ -193,7 +172,7 @@ def test_strangers_on_the_port_are_turned_away_and_the_run_goes_on(tmp_path: Pat
         with node(tmp_path, 1, port, "--name", "other", target) as stranger:
             code, _, said = end(stranger)
             assert code == 2
-            assert f"the port is that of run 'exp' (pid {head.pid} on" in said
+            assert f"the port is that of run 'exp' (pid {head.process.pid} on" in said
         with node(tmp_path, 1, port, "--name", "exp", target, env={"ALLSTEP_SECRET": "x"}) as stranger:
             assert end(stranger)[0] == 2
         with node(tmp_path, 1, port, "--name", "exp", target) as other:
@@ -282,12 +261,11 @@ def test_losing_a_machine_ends_the_other_within_the_limit(killed: int, tmp_path:
     target, port = str(script(tmp_path, STAY)), free_port()
     limits = {"ALLSTEP_LIMITS": "link=3"}
     with node(tmp_path, 0, port, target, env=limits) as head, node(tmp_path, 1, port, target, env=limits) as other:
-        processes = (head, other)
-        for process in processes:
-            assert process.stdout is not None
-            assert "pid" in process.stdout.readline()
-        processes[killed].kill()
-        code, _, said = end(processes[1 - killed])
+        machines = (head, other)
+        for running in machines:
+            running.await_out(1)
+        machines[killed].process.kill()
+        code, _, said = end(machines[1 - killed])
     assert code == 84, said
     assert "node" in said.splitlines()[-1] or "lost" in said
 
@@ -295,10 +273,9 @@ def test_losing_a_machine_ends_the_other_within_the_limit(killed: int, tmp_path:
 def test_a_signal_to_one_machine_ends_the_run_on_all(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, STAY)), free_port()
     with node(tmp_path, 0, port, target) as head, node(tmp_path, 1, port, target) as other:
-        for process in (head, other):
-            assert process.stdout is not None
-            assert "pid" in process.stdout.readline()
-        head.send_signal(signal.SIGTERM)
+        for running in (head, other):
+            running.await_out(1)
+        head.process.send_signal(signal.SIGTERM)
         assert end(head)[0] == 143
         assert end(other)[0] == 143
 
@@ -307,10 +284,9 @@ def test_a_machine_that_was_stopped_is_not_waited_for_before_a_restart(tmp_path:
     target, port = str(script(tmp_path, STAY)), free_port()
     arguments = ["--max-restarts", "5", target]
     with node(tmp_path, 0, port, *arguments) as head, node(tmp_path, 1, port, *arguments) as other:
-        for process in (head, other):
-            assert process.stdout is not None
-            assert "pid" in process.stdout.readline()
-        other.send_signal(signal.SIGTERM)
+        for running in (head, other):
+            running.await_out(1)
+        other.process.send_signal(signal.SIGTERM)
         assert end(other)[0] == 143
         code, _, said = end(head)
     assert code == 143

@@ -52,6 +52,15 @@ def test_a_count_that_grew_explains_a_sigkill(tmp_path: Path) -> None:
     assert watch.note(1, "ValueError: x") == ""
 
 
+def test_the_supervisors_own_sigkill_is_no_evidence_but_what_the_worker_wrote_is(tmp_path: Path) -> None:
+    count = tmp_path / "memory.events"
+    count.write_text("oom_kill 4\n")
+    watch = MemoryWatch([count])
+    count.write_text("oom_kill 5\n")
+    assert watch.note(KILLED, "", killed=True) == ""
+    assert "'MemoryError'" in watch.note(KILLED, "MemoryError", killed=True)
+
+
 def test_what_the_worker_wrote_explains_it_where_nothing_is_counted(tmp_path: Path) -> None:
     watch = MemoryWatch([tmp_path / "absent"])
     assert watch.note(1, "Traceback\nMemoryError\n") == "likely out of memory: its last lines have 'MemoryError'"

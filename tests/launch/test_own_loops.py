@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import run, script
+from tests.jobs.launchers import script
+from tests.jobs.running import run
 
 pytestmark = pytest.mark.slow
 
@@ -48,13 +49,13 @@ ONE_STAYS_AWAY = """
 def test_ranks_that_meet_or_take_turns_do_not_hang_however_long_it_takes(body: str, tmp_path: Path) -> None:
     script(tmp_path, OPEN + body)
     result = run(tmp_path, "--nproc", "2", "--limits", f"startup={LIMIT_S}", "script.py")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
 
 
 def test_a_rank_that_does_not_come_to_the_next_meeting_is_named(tmp_path: Path) -> None:
     script(tmp_path, OPEN + ONE_STAYS_AWAY)
     result = run(tmp_path, "--nproc", "2", "--name", "exp", "--limits", f"startup={LIMIT_S}", "script.py")
-    assert result.returncode == 83, result.stderr
+    assert result.code == 83, result.err
     cause = json.loads((tmp_path / "runs/exp/attempt_0/failure.json").read_text())["cause"]
     assert (cause["rank"], cause["kind"]) == (1, "hang")
-    assert "rank 0 waits in all_reduce #2 at script.py" in result.stderr
+    assert "rank 0 waits in all_reduce #2 at script.py" in result.err

@@ -11,7 +11,8 @@ import pytest
 
 from allstep.launch.plan import Command, WorkerPlan
 from allstep.launch.process import start_worker
-from tests.launch.command import LIMIT, alive, script
+from tests.jobs.launchers import script
+from tests.jobs.processes import LIMIT, alive
 
 
 def plan(target: Path) -> WorkerPlan:

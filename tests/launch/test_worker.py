@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.command import environment, run, script
+from tests.jobs.job import Job
+from tests.jobs.launchers import script
+from tests.jobs.running import run
 
 SAY_ALL = """
 import json
@@ -34,17 +36,8 @@ print(json.dumps({
 """
 
 
-def plain(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment(env) | {"RANK": "0"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+def plain(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> Job:
+    return run(folder, *arguments, command=[sys.executable], env=(env or {}) | {"RANK": "0"})
 
 
 @pytest.mark.parametrize(
@@ -70,30 +63,22 @@ def test_argv_path_and_main_are_what_plain_python_gives(command: list[str], tmp_
         [sys.executable, "-m", "zipfile", "-c", "../archive.zip", "__main__.py"], cwd=tmp_path / "folder", check=True
     )
     expected = plain(tmp_path, *command)
-    assert expected.returncode == 0, expected.stderr
-    assert run(tmp_path, "--nproc", "1", *command).stdout == expected.stdout
+    assert expected.code == 0, expected.err
+    assert run(tmp_path, "--nproc", "1", *command).out == expected.out
 
 
 def test_the_current_folder_is_not_searched_for_what_the_bootstrap_needs(tmp_path: Path) -> None:
     for name in ("runpy.py", "contextlib.py", "select.py", "allstep.py", "deep/signal.py"):
         script(tmp_path, "raise SystemExit('wrong module')", name)
     script(tmp_path, "print('right')", "deep/script.py")
-    result = subprocess.run(
-        [Path(sys.executable).with_name("allstep"), "run", "deep/script.py"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (result.returncode, result.stdout) == (0, "right\n"), result.stderr
+    result = run(tmp_path, "deep/script.py", command=[Path(sys.executable).with_name("allstep"), "run"])
+    assert (result.code, result.out) == (0, "right\n"), result.err
 
 
 def test_safe_path_is_respected(tmp_path: Path) -> None:
     script(tmp_path, SAY_ALL)
     env = {"PYTHONSAFEPATH": "1"}
-    assert run(tmp_path, "script.py", env=env).stdout == plain(tmp_path, "script.py", env=env).stdout
+    assert run(tmp_path, "script.py", env=env).out == plain(tmp_path, "script.py", env=env).out
 
 
 @pytest.mark.parametrize(
@@ -116,16 +101,16 @@ def test_an_end_is_told_as_plain_python_tells_it(text: str, code: int, tmp_path:
     script(tmp_path, text)
     expected = plain(tmp_path, "script.py")
     result = run(tmp_path, "script.py")
-    said = result.stderr.partition("\n")[2].partition("allstep: ")[0]
-    assert expected.returncode == code
-    assert (result.stdout, said) == (expected.stdout, expected.stderr)
-    assert result.returncode == (code if code >= 0 else 128 - code)
+    said = result.err.partition("\n")[2].partition("allstep: ")[0]
+    assert expected.code == code
+    assert (result.out, said) == (expected.out, expected.err)
+    assert result.code == (code if code >= 0 else 128 - code)
 
 
 def test_a_module_that_is_not_there_is_told_as_plain_python_tells_it(tmp_path: Path) -> None:
     result = run(tmp_path, "-m", "absent.module")
-    assert result.returncode == 1
-    assert plain(tmp_path, "-m", "absent.module").stderr in result.stderr
+    assert result.code == 1
+    assert plain(tmp_path, "-m", "absent.module").err in result.err
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
@@ -148,17 +133,15 @@ if __name__ == "__main__":
     result = run(
         tmp_path, "--nproc", "2", *(["-m", "script"] if module else ["script.py"]), env={"PYTHONWARNINGS": "error"}
     )
-    assert (result.returncode, sorted(result.stdout.splitlines())) == (0, ["[0] Item True", "[1] Item True"]), (
-        result.stderr
-    )
+    assert (result.code, sorted(result.out.splitlines())) == (0, ["[0] Item True", "[1] Item True"]), result.err
 
 
 def test_a_crash_in_native_code_leaves_a_python_stack(tmp_path: Path) -> None:
     script(tmp_path, "import ctypes\ndef crash():\n    ctypes.string_at(0)\ncrash()")
     result = run(tmp_path, "script.py")
-    assert result.returncode == 139
-    assert "killed by SIGSEGV (exit code 139)" in result.stderr
-    assert re.search(r"    Fatal Python error: Segmentation fault(.|\n)*line \d+ in crash", result.stderr)
+    assert result.code == 139
+    assert "killed by SIGSEGV (exit code 139)" in result.err
+    assert re.search(r"    Fatal Python error: Segmentation fault(.|\n)*line \d+ in crash", result.err)
 
 
 def test_where_the_kernel_cannot_tie_processes_a_thread_ends_the_group(tmp_path: Path) -> None:
@@ -214,11 +197,11 @@ def test_importing_torch_leaves_the_collector_and_the_import_system_as_they_were
     script(tmp_path, "import gc\nseen = gc.isenabled()\n", "torch/_dynamo.py")
     result = run(tmp_path, "script.py")
     path = tmp_path / "torch/__init__.py"
-    assert result.stdout == f"False False True 1 {{'name': 'torch', 'path': '{path}'}}\n", result.stderr
+    assert result.out == f"False False True 1 {{'name': 'torch', 'path': '{path}'}}\n", result.err
 
 
 def test_an_import_of_torch_that_fails_is_told_as_plain_python_tells_it(tmp_path: Path) -> None:
     script(tmp_path, "import torch")
     script(tmp_path, "import gc\nraise OSError('libtorch.so is missing')\n", "torch/__init__.py")
-    said = run(tmp_path, "script.py").stderr
-    assert plain(tmp_path, "script.py").stderr in said
+    said = run(tmp_path, "script.py").err
+    assert plain(tmp_path, "script.py").err in said

@@ -240,7 +240,7 @@ class Attempt:
         code = worker.returncode()
         words = self.streams.last_words(rank)
         killed = rank in self._killed and code == -signal.SIGKILL
-        note = "" if killed else self._memory.note(code, words)
+        note = self._memory.note(code, words, killed=killed)
         self.ends[rank] = WorkerEnd(rank, code, killed, words, note)
         self._channel.worker_ended(self.ends[rank])
 

@@ -50,17 +50,20 @@ class MemoryWatch:
     def __init__(self, paths: Iterable[Path] | None = None) -> None:
         self._path, self._before = _first(counters(_read(Path("/proc/self/cgroup"))) if paths is None else paths)
 
-    def note(self, returncode: int, last_words: str) -> str:
-        """Say whether a worker that ended so (as subprocess gives it) most likely ran out of memory; "" if not."""
+    def note(self, returncode: int, last_words: str, *, killed: bool = False) -> str:
+        """Say whether a worker that ended so (as subprocess gives it) most likely ran out of memory; "" if not.
+
+        `killed`: by the supervisor, so that its end says nothing, and only what it wrote does.
+        """
         if returncode == 0:
             return ""
         said = _SAID.search("\n".join(last_words.splitlines()[-12:]))
-        if returncode == -signal.SIGKILL and (kills := self._kills()):
+        if returncode == -signal.SIGKILL and not killed and (kills := self._kills()):
             where = "on this machine" if self._path == _MACHINE else "in this memory cgroup"
             return f"likely out of memory: the kernel killed {kills} process{'es' if kills > 1 else ''} for it {where}"
         if said:
             return f"likely out of memory: its last lines have {said[0]!r}"
-        if returncode == -signal.SIGKILL:
+        if returncode == -signal.SIGKILL and not killed:
             return "it came from outside the run; when memory runs short the kernel sends it (see dmesg)"
         return ""
 

@@ -5,7 +5,7 @@ from allstep import Engine, Events
 
 if __name__ == "__main__":
     with allstep.init() as world:
-        trainer = Engine(lambda engine, batch: None)
+        trainer = Engine(lambda engine, batch: None, name="trainer")
 
         def evaluates() -> None:
             print("rank 0 goes alone", flush=True)

@@ -1,10 +1,10 @@
-"""Rank 1's dataset has a broken item, which a DataLoader's worker process reads."""
+"""Trains from a DataLoader whose worker process meets the faults of the plan: item N is its iteration N."""
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 import allstep
-from allstep import Engine
+from allstep import Engine, faults
 
 
 class Items(Dataset):
@@ -15,8 +15,7 @@ class Items(Dataset):
         return 100
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        if self.rank == 1 and index == 5:
-            raise ValueError("item 5 is broken")
+        faults.strike(faults.Here("data", self.rank, iteration=index))
         return torch.ones(1)
 
 

@@ -1,14 +1,25 @@
-"""Opens a World and says so. PATIENCE is its time limit in seconds, LR_OF_K the setting of rank K."""
+"""Opens a World and says so.
+
+PATIENCE is its time limit in seconds, LR_OF_K the setting of rank K. With TAKE, rank 0 finds its port taken; with STAY,
+the ranks stay until there is a file `go`.
+"""
 
 import os
+import socket
+import time
 
-import allstep
+from allstep import init
 
 if __name__ == "__main__":
     own = os.environ.get(f"LR_OF_{os.environ.get('RANK')}", "0.1")
     patience = float(os.environ.get("PATIENCE", "300"))
-    with allstep.init(timeout=patience, facts={"optimizer": {"name": "sgd", "lr": float(own)}}) as world:
-        print("met", world.rank, "of", world.world_size, os.environ.get("ALLSTEP_CHANNEL", ""), flush=True)
+    if "TAKE" in os.environ and os.environ["RANK"] == "0":
+        taken = socket.create_server(("", int(os.environ["MASTER_PORT"])))
+        print("takes port", taken.getsockname()[1], flush=True)
+    print("arriving", os.getpid(), flush=True)
+    with init(timeout=patience, facts={"optimizer": {"name": "sgd", "lr": float(own)}}) as world:
+        place = os.environ["MASTER_PORT"], os.environ.get("ALLSTEP_CHANNEL", "-")
+        print("met", world.rank, "of", world.world_size, "at", *place, flush=True)
         if "STAY" in os.environ:
             while not world.all_reduce(os.path.exists("go"), "max"):  # all leave in the same turn
-                pass
+                time.sleep(0.05)

@@ -1,5 +1,9 @@
-"""A training script: every step reduces over the ranks. Arguments: seconds that a clean-up takes (default: none)."""
+"""A training script: every step reduces over the ranks.
 
+Its argument: seconds that rank 1's clean-up takes, after it has destroyed the process group. By default there is none.
+"""
+
+import os
 import sys
 import time
 
@@ -17,14 +21,14 @@ def main(world: allstep.World) -> None:
 
     @trainer.on(Events.STARTED)
     def say() -> None:
-        sys.stdout.write("training\n")  # in one piece: ranks may share the stream
+        sys.stdout.write(f"training: rank {world.rank}, pid {os.getpid()}\n")  # in one piece: the stream may be shared
 
     try:
         trainer.run(range(100), max_epochs=10)
     finally:
+        sys.stdout.write(f"the run was left at {time.monotonic()} by rank {world.rank}\n")
         if len(sys.argv) > 1 and world.rank == 1:
             dist.destroy_process_group()
-            print("cleaning up", flush=True)
             time.sleep(float(sys.argv[1]))
 
 

@@ -1,0 +1,67 @@
+"""Which tests hold each row of the fault matrix; this one holds that they exist."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.jobs.launchers import ROOT
+
+FAULTS = "tests/faults/"
+CHECKPOINT = "tests/checkpoint/"
+
+ELSEWHERE: dict[int, list[str]] = {
+    11: [f"{FAULTS}test_preemption.py::test_sigterm_to_all_stops_all_at_one_iteration_and_the_resumed_run_equals_an"],
+    12: [f"{FAULTS}test_preemption.py::test_sigterm_to_one_rank_stops_all_together"],
+    14: [f"{FAULTS}test_preemption.py::test_usr1_before_torch_is_imported_is_remembered"],
+    21: ["tests/launch/test_machines.py::test_strangers_on_the_port_are_turned_away_and_the_run_goes_on"],
+    22: ["tests/hosts/test_hosts.py::test_row_22_a_link_that_is_cut_ends_both_sides_within_the_limit"],
+    23: [
+        "tests/hosts/test_slow_link.py::test_row_23_over_a_slow_lossy_link_nobody_is_ended_and_the_slow_rank_is_named"
+    ],
+    35: [
+        f"{FAULTS}test_divergence.py::test_a_rank_that_enters_a_collective_alone_is_named_with_its_line",
+        f"{FAULTS}test_divergence.py::test_an_engine_that_runs_on_one_rank_only_is_named_with_the_remedy",
+    ],
+    38: [
+        f"{CHECKPOINT}test_store.py::test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before",
+        f"{CHECKPOINT}test_store_ranks.py::test_a_rank_that_cannot_write_fails_the_save_on_all_and_the_checkpoint_before",
+    ],
+    39: [
+        f"{CHECKPOINT}test_crash.py::test_killed_among_two_ranks_the_newest_committed_checkpoint_is_whole",
+        f"{CHECKPOINT}test_store_ranks.py::test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before",
+    ],
+    40: [f"{CHECKPOINT}test_store.py::test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used"],
+    41: [
+        f"{CHECKPOINT}test_store_ranks.py::test_a_file_that_appears_late_on_one_rank_is_waited_for",
+        f"{CHECKPOINT}test_store_ranks.py::test_a_file_that_one_rank_never_sees_leads_all_to_the_checkpoint_before",
+    ],
+    42: [f"{FAULTS}test_world_sizes.py::test_global_batches_are_those_of_the_unbroken_run"],
+    43: [f"{FAULTS}test_saving_meanwhile.py::test_one_save_is_under_way_and_training_goes_on_to_the_same_end"],
+    46: [
+        "tests/slurm/test_requeue.py::test_a_job_that_gets_usr1_is_requeued_and_goes_on",
+        "tests/slurm/test_failure.py::test_a_task_that_raises_is_the_cause_and_all_tasks_of_all_nodes_end",
+        "tests/slurm/test_placement.py::test_a_batch_script_without_srun_is_a_world_of_one_with_a_warning",
+    ],
+}
+"""By row, tests beside those of this folder that have the row in their name; by the beginning of their names."""
+
+
+def names_in(path: Path) -> list[str]:
+    return [node.name for node in ast.parse(path.read_text()).body if getattr(node, "name", "").startswith("test_")]
+
+
+NAMED = [name for path in sorted(Path(__file__).parent.glob("test_*.py")) for name in names_in(path)]
+
+
+@pytest.mark.parametrize("row", range(1, 47))
+def test_every_row_of_the_matrix_has_a_test(row: int) -> None:
+    found = [name for name in NAMED if name.startswith(f"test_row_{row}_")]
+    for place in ELSEWHERE.get(row, []):
+        path, _, beginning = place.partition("::")
+        matching = [name for name in names_in(ROOT / path) if name.startswith(beginning)]
+        assert matching, f"there is no {place}"
+        found += matching
+    assert found, f"no test is for row {row}"

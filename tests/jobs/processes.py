@@ -1,0 +1,58 @@
+"""Processes as tests look at them: which are there, and waiting for their end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+LIMIT = 90.0
+"""Seconds that a test waits for anything at most."""
+
+
+def pids(said: Iterable[str]) -> list[int]:
+    """The process ids that lines such as `[1] pid 4711` name."""
+    return [int(line.split("pid ")[1].split()[0]) for line in said]
+
+
+def watch(processes: Iterable[int]) -> list[int]:
+    """A pidfd for each process."""
+    return [os.pidfd_open(pid) for pid in processes]
+
+
+def await_end(watched: Iterable[int], limit: float = LIMIT) -> float:
+    """Wait until the processes behind these pidfds have ended; when the last did, on `time.monotonic`."""
+    for fd in watched:
+        assert select.select([fd], [], [], limit)[0], "the process is still there"
+        os.close(fd)
+    return time.monotonic()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def with_variable(variable: str) -> list[int]:
+    """The processes that have NAME=VALUE in their environment; zombies have none."""
+    found = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended while we looked
+                if variable.encode() in (path / "environ").read_bytes().split(b"\0"):
+                    found.append(int(path.name))
+    return found
+
+
+def command_of(pid: int) -> str:
+    """A process's id and command line."""
+    with contextlib.suppress(OSError):
+        return f"{pid}: " + Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return str(pid)
