@@ -7,6 +7,8 @@ import selectors
 import socket
 from collections.abc import Iterator, Sequence
 
+import pytest
+
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllEnded, Finished, Ordered, Refusal, Verdict
 from allstep.channel.limits import Limits
@@ -163,6 +165,19 @@ def test_a_head_that_never_answers_is_a_verdict_in_bounded_time(monkeypatch):
         assert "could not be reached" in relay.verdict().cause.what
 
 
+@pytest.mark.parametrize("first", ["127.0.0.9", "192.0.2.1"], ids=["refuses", "is silent"])
+def test_a_head_is_reached_at_another_of_its_addresses(monkeypatch, first):
+    """192.0.2.0/24 is for documentation: no machine has such an address."""
+    monkeypatch.setattr("allstep.channel.uplink.ADDRESS_S", 0.5)
+    stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    with serving(2) as hub:
+        found = [(*stream, (first, hub.port)), (*stream, ("127.0.0.1", hub.port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        with relaying(hub.port, (1,), 2) as relay:
+            relay.others.append(hub)
+            relay.until(lambda: hub.service.connected == 1)
+
+
 def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
     with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other") as relay:
         hub.others.append(relay)
@@ -170,6 +185,22 @@ def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
         caller.driven = hub
         assert "another run's service" in caller.hears(Refused).reason
         hub.until(lambda: any(isinstance(event, Refusal) for event in relay.events))
+
+
+def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
+    with serving(2, supervised=False) as hub, relaying(hub.port, (1,), 2, supervised=False) as relay:
+        hub.others.append(relay)
+        callers = [Caller(hub, 1, arrival=arrival(1, pid=1)).come(), Caller(relay, 1, 2).come()]
+        for caller in callers:
+            caller.driven = hub
+            caller.hears(Refused)
+            caller.close()
+        hub.until(lambda: relay.service.connected == 0)
+        hub.others.clear()
+        relay.close()
+        hub.until(lambda: hub.service.connected == 0)
+        hub.pass_time(0.5)
+        assert not [event for event in hub.events if isinstance(event, Verdict)]
 
 
 def test_a_doubled_rank_on_another_node_is_named():

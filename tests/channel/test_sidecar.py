@@ -7,16 +7,21 @@ import errno
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from allstep.channel.address import new_nonce
+from allstep.channel.messages import Welcome
 from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import ConfigurationError
-from tests.channel.driving import BOUND, RankProcess, gone, rank_processes, wait_for
+from tests.channel.driving import BOUND, Caller, RankProcess, arrival, gone, rank_processes, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -158,6 +163,36 @@ def test_two_nodes_leave_together(capfd):
         wait_for(lambda: ended(ranks), BOUND)
         assert [rank.process.returncode for rank in ranks] == [84, 1]
     assert capfd.readouterr().err.count("rank 1 of 2 failed first") == 1
+
+
+def test_only_the_ranks_of_its_own_node_are_killed_though_another_node_has_the_same_host_name():
+    nonce, host = new_nonce(), socket.gethostname()
+    with contextlib.ExitStack() as stack:
+        first, here, elsewhere = (stack.enter_context(waiting_process()) for _ in range(3))
+        with sidecar(3, nonce) as head:
+            at = SimpleNamespace(port=int(head.address.rpartition(":")[2]))
+            places = [(0, first.pid), (0, here.pid), (1, elsewhere.pid)]
+            callers = []
+            for rank, (node, pid) in enumerate(places):
+                arrived = arrival(rank, 3, host=host, node_rank=node, pid=pid)
+                callers.append(Caller(at, arrival=arrived, nonce=nonce).come())
+            wait_for(lambda: all(Welcome() in caller.listen() for caller in callers))
+            callers[0].fail()
+            wait_for(lambda: here.poll() is not None)
+            for caller in callers:
+                caller.close()
+        assert here.returncode == -signal.SIGKILL
+        assert elsewhere.poll() is None
+
+
+@contextlib.contextmanager
+def waiting_process() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_limits_that_cannot_be_read_start_nothing():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.joining import Join, encode, token
+from allstep.launch.joining import CODEC, Join, token
 from allstep.version import __version__
 from tests.jobs.launchers import script
 from tests.jobs.processes import LIMIT
@@ -28,10 +28,16 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def node(
-    folder: Path, rank: int, port: int, *arguments: str, nodes: int = 2, env: Mapping[str, str] | None = None
+    folder: Path,
+    rank: int,
+    port: int,
+    *arguments: str,
+    nodes: int = 2,
+    host: str = "127.0.0.1",
+    env: Mapping[str, str] | None = None,
 ) -> Iterator[Running]:
     """Start one machine's `allstep run` in a folder of its own, as on a disk that is not shared."""
-    place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv", f"127.0.0.1:{port}"]
+    place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv", f"{host}:{port}"]
     own = folder / f"host_{rank}_{os.urandom(3).hex()}"
     own.mkdir()
     with started(own, *place, *arguments, env=env) as running:
@@ -77,6 +83,26 @@ def test_two_machines_of_one_rank_are_named_with_pid_and_host(tmp_path: Path) ->
             assert (code, out) == (2, "")
             assert "two supervisors are node 1: pid " in said
             assert all(f"pid {each.process.pid} on {socket.gethostname()}" in said for each in (first, second))
+
+
+MEETS = """
+import allstep
+with allstep.init(timeout=60) as world:
+    print("sum", world.all_reduce(1), "over", world.placement.nodes)
+"""
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the machine has no IPv6")
+def test_machines_that_know_each_other_by_ipv6_train_together(tmp_path: Path) -> None:
+    target, port = str(script(tmp_path, MEETS)), free_port()
+    with (
+        node(tmp_path, 0, port, target, host="[::1]") as head,
+        node(tmp_path, 1, port, target, host="[::1]") as other,
+    ):
+        for running in (head, other):
+            code, out, said = end(running)
+            assert code == 0, said
+            assert "sum 2 over 2" in out
 
 
 def test_settings_that_differ_are_named_with_both_values(tmp_path: Path) -> None:
@@ -283,7 +309,7 @@ def test_a_machine_that_joins_and_then_is_never_heard_of_is_lost(tmp_path: Path)
     with node(tmp_path, 0, port, "--name", "exp", "--limits", "link=1", str(target)) as head:
         await_connection(port)
         with socket.create_connection(("127.0.0.1", port)) as silent:
-            silent.sendall(encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
+            silent.sendall(CODEC.encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
             code, _, said = end(head)
     assert code == 84, said
     assert "node 1, which did not connect" in said

@@ -1,17 +1,30 @@
-"""Leaving a group, seen from the rank that serves the store; the store is one within this process."""
+"""Leaving a group, seen from one rank; the store is one within this process, or that of a process that freezes."""
 
 from __future__ import annotations
+
+import signal
+import time
+from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
+from allstep.world.answering import AnsweringStore
 from allstep.world.group import Group
 from allstep.world.rendezvous import Meeting
+from tests.world.frozen_store import served_store
+
+BOUND = 30.0  # seconds; far below the patience that the tests give
+
+
+def connected(world_size: int) -> AnsweringStore:
+    store = AnsweringStore(dist.HashStore())
+    store.add("connected", world_size)
+    return store
 
 
 def test_the_main_rank_names_who_did_not_leave_and_goes():
-    store = dist.HashStore()
-    store.add("connected", 4)
+    store = connected(4)
     store.add("left", 1)
     store.set("left/2", "")
     group = Group("gloo", Meeting(store, server=object()), rank=0, world_size=4)
@@ -20,13 +33,36 @@ def test_the_main_rank_names_who_did_not_leave_and_goes():
 
 
 def test_a_rank_that_serves_nothing_waits_for_nobody():
-    store = dist.HashStore()
-    store.add("connected", 4)
+    store = connected(4)
     Group("gloo", Meeting(store), rank=1, world_size=4).leave(failed=False, patience=60)
     assert store.check(["left/1"])
 
 
 def test_a_group_of_the_user_is_not_touched():
-    store = dist.HashStore()
+    store = connected(4)
     Group("gloo", Meeting(store), rank=1, world_size=4, owned=False).leave(failed=True, patience=60)
     assert not store.check(["left/1"])
+
+
+@pytest.mark.slow
+def test_a_rank_whose_store_is_frozen_says_so_and_leaves():
+    with served_store() as (server, port):
+        raw = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=600), wait_for_workers=False)
+        store = AnsweringStore(raw, patience=1.0)
+        store.add("connected", 2)
+        server.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.warns(RuntimeWarning, match=r"did not answer within 1 s; .*may be frozen.*closes its World"):
+            Group("gloo", Meeting(store), rank=1, world_size=2).leave(failed=False, patience=600)
+        assert time.monotonic() - began < BOUND
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_does_not_wait_for_a_frozen_store():
+    with served_store() as (server, port):
+        raw = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=600), wait_for_workers=False)
+        store = AnsweringStore(raw)
+        server.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        Group("gloo", Meeting(store), rank=1, world_size=2).leave(failed=True, patience=600)
+        assert time.monotonic() - began < BOUND

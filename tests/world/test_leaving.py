@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import pytest
 from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
 from allstep.world.polling import poll
+from tests.world.frozen_store import served_store
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +49,14 @@ else:
         print("my turn")
 """
 
+CLOSES_ON_A_WORD = """
+import sys
+import allstep
+with allstep.init(timeout=600):
+    print("met", flush=True)
+    sys.stdin.readline()
+"""
+
 
 @pytest.fixture
 def start(tmp_path: Path):
@@ -54,7 +64,8 @@ def start(tmp_path: Path):
     processes: list[subprocess.Popen[str]] = []
     with ReservedPort() as reserved:
 
-        def start_two(script: str) -> list[subprocess.Popen[str]]:
+        def start_two(script: str, agents_port: int | None = None) -> list[subprocess.Popen[str]]:
+            agent = {} if agents_port is None else {"TORCHELASTIC_USE_AGENT_STORE": "True"}
             (tmp_path / "script.py").write_text(script)
             for rank in range(2):
                 place = worker_environment(
@@ -63,12 +74,12 @@ def start(tmp_path: Path):
                     local_rank=rank,
                     local_world_size=2,
                     master_addr="127.0.0.1",
-                    master_port=reserved.port,
+                    master_port=agents_port or reserved.port,
                     run_id="leaving",
                 )
                 command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-                environment = {**os.environ, **place, "OMP_NUM_THREADS": "1"}
-                pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+                environment = {**os.environ, **place, **agent, "OMP_NUM_THREADS": "1"}
+                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
                 processes.append(subprocess.Popen(command, env=environment, **pipes))
             return processes
 
@@ -91,3 +102,17 @@ def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(start):
     assert (other.returncode, stdout) == (0, "my turn\n"), stderr
     assert poll(lambda: main.poll() is not None, time.monotonic() + 30)
     assert main.returncode == 0
+
+
+def test_ranks_whose_launchers_agent_is_frozen_close_their_world_in_bounded_time(start):
+    with served_store() as (agent, port):
+        ranks = start(CLOSES_ON_A_WORD, agents_port=port)
+        assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2
+        agent.send_signal(signal.SIGSTOP)
+        for rank in ranks:
+            rank.stdin.write("\n")
+            rank.stdin.flush()
+        ends = [rank.communicate(timeout=90) for rank in ranks]
+    for rank, (_, stderr) in zip(ranks, ends, strict=True):
+        assert rank.returncode == 0, stderr
+        assert "may be frozen" in stderr

@@ -67,6 +67,14 @@ def absent(arrivals: Iterable[Arrival], world_size: int, waited: float) -> str:
     )
 
 
+def doubled(rank: int, first: str, second: str) -> str:
+    """Two processes are one rank."""
+    return (
+        f"two processes are rank {rank}: {first} and {second}; give each process its own RANK, or each job its own "
+        "MASTER_PORT"
+    )
+
+
 def spans(ranks: Iterable[int]) -> str:
     """Ranks as text: `0, 2-5`; at most a line of them."""
     runs: list[tuple[int, int]] = []
@@ -111,10 +119,7 @@ def _duplicates(arrivals: Sequence[Arrival]) -> str:
     for arrival in arrivals:
         owner = owners.setdefault(arrival.rank, arrival)
         if owner is not arrival:
-            return (
-                f"two processes are rank {arrival.rank}: {owner.process} and {arrival.process}; give each process its "
-                "own RANK, or each job its own MASTER_PORT"
-            )
+            return doubled(arrival.rank, owner.process, arrival.process)
     return ""
 
 

@@ -1,9 +1,9 @@
 """The listening side of a service: who may come in, and what they say.
 
 Contract: the owner drives it with `ready` and `tick` and takes what happened with `take`: a peer came (its first
-message was a hello with the right nonce and attempt), said something, or is gone. Everybody else is turned away: who
-does not know the nonce is told so, who sends garbage, a line without end or nothing at all within `HELLO_S` is closed
-on. Strangers are bounded in number. Nothing blocks.
+message is one that the gate `admits`), said something, or is gone. Everybody else is turned away: whom the gate has an
+objection to is told so, who sends garbage, a line without end or nothing at all within `HELLO_S` is closed on.
+Strangers are bounded in number. Nothing blocks.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import selectors
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from allstep.channel.messages import Hello, Message, NodeHello, Refused, decode, encode
+from allstep.channel.codec import Codec
+from allstep.channel.messages import Hello, NodeHello, Refused
 from allstep.channel.wire import LONGEST_LINE, Connection
 from allstep.errors import ChannelError
 
@@ -29,25 +31,32 @@ _ACCEPTED = 64  # taken at a time
 _RETRY_S = 0.2
 
 
+class Owner(Protocol):
+    """Whose sockets they are."""
+
+    def ready(self, key: selectors.SelectorKey) -> None:
+        """Act on a socket that the selector found ready."""
+
+
 @dataclass(frozen=True, slots=True)
 class HubKey:
-    """What a selector's key stands for: a socket of the service `owner`; no peer: the listening one."""
+    """What a selector's key stands for: a socket of the service `owner`; no peer: the listening one, or an uplink's."""
 
-    owner: object
+    owner: Owner
     peer: Peer | None = None
 
 
 class Peer:
     """One connection. `name` is for the owner to say who it is, once it came in."""
 
-    __slots__ = ("connection", "hello", "leave_by", "name", "refused", "writing")
+    __slots__ = ("came", "connection", "leave_by", "name", "parting", "writing")
 
     def __init__(self, connection: Connection, leave_by: float) -> None:
         self.connection = connection
-        self.hello: Hello | NodeHello | None = None
+        self.came = False
         self.leave_by: float | None = leave_by
         self.name: int | None = None
-        self.refused = False
+        self.parting = False
         self.writing = False
 
 
@@ -56,7 +65,7 @@ class Came:
     """A peer introduced itself as it should."""
 
     peer: Peer
-    hello: Hello | NodeHello
+    message: Any
     line: bytes
 
 
@@ -65,7 +74,7 @@ class Said:
     """A peer that came in sent a message; `line` is how it was written."""
 
     peer: Peer
-    message: Message
+    message: Any
     line: bytes
 
 
@@ -78,26 +87,35 @@ class Gone:
 
 
 class Gate:
-    """The listening socket of a service and all connections to it."""
+    """The listening socket of a service and all connections to it.
+
+    Args:
+        selector: the driver's.
+        listener: a listening socket, the gate's from now on.
+        owner: whom ready sockets are given to; see `HubKey`.
+        codec: of what is said here; `Refused` is part of it.
+        admits: called with a newcomer's first message: None lets it in, a text tells it why not, "" just closes.
+        clock: seconds, never turned back.
+    """
 
     def __init__(
         self,
         selector: selectors.BaseSelector,
         listener: socket.socket,
-        owner: object,
+        owner: Owner,
         *,
-        nonce: str,
-        attempt: int,
+        codec: Codec,
+        admits: Callable[[object], str | None],
         clock: Callable[[], float],
     ) -> None:
         self._selector = selector
         self._listener = listener
         self._owner = owner
-        self._nonce = nonce
-        self._attempt = attempt
+        self._codec = codec
+        self._admits = admits
         self._clock = clock
         self._peers: set[Peer] = set()
-        self._leaving: set[Peer] = set()  # not yet come in, or refused: those with a time to be gone by
+        self._leaving: set[Peer] = set()  # not yet come in, or sent away: those with a time to be gone by
         self._happened: list[Came | Said | Gone] = []
         self._accept_at: float | None = None
         listener.setblocking(False)
@@ -142,14 +160,18 @@ class Gate:
             peer.connection.send(line)
             self._settle(peer)
 
-    def refuse(self, peer: Peer, reason: str) -> None:
-        """Tell a peer why it cannot stay, and be done with it: it is reported neither as heard nor as gone any more."""
+    def refuse(self, peer: Peer, reason: str, *, stranger: bool = False) -> None:
+        """Tell a peer why it cannot stay, and be done with it."""
+        self.part(peer, self._codec.encode(Refused(reason, stranger)))
+
+    def part(self, peer: Peer, line: bytes) -> None:
+        """Send a peer a last message, and be done with it: it is reported neither as heard nor as gone any more."""
         if peer not in self._peers:
             return
-        peer.refused = True
+        peer.parting = True
         peer.leave_by = self._clock() + _PARTING_S
         self._leaving.add(peer)
-        peer.connection.send(encode(Refused(reason)))
+        peer.connection.send(line)
         if not peer.connection.backlog:
             with contextlib.suppress(OSError):
                 peer.connection.sock.shutdown(socket.SHUT_WR)
@@ -185,33 +207,31 @@ class Gate:
             self._selector.register(sock, selectors.EVENT_READ, HubKey(self._owner, peer))
 
     def _hear(self, peer: Peer, line: bytes) -> None:
-        if peer not in self._peers or peer.refused:
+        if peer not in self._peers or peer.parting:
             return
         try:
-            message = decode(line)
+            message = self._codec.decode(line)
         except ChannelError as error:
-            if peer.hello is None:
-                self._turn_away(peer, str(error) if b'"v"' in line else "")
-            else:
+            if peer.came:
                 self._drop(peer, f"it sent {error}")
+            else:
+                self._turn_away(peer, str(error) if b'"v"' in line else "")
             return
-        if peer.hello is not None:
+        if peer.came:
             self._happened.append(Said(peer, message, line))
-        elif not isinstance(message, Hello | NodeHello):
-            self._turn_away(peer, "")
-        elif not hmac.compare_digest(message.nonce.encode(), self._nonce.encode()):
-            self._turn_away(peer, "another run's service is at this address: the nonce is not this run's")
-        elif message.attempt != self._attempt:
-            self._turn_away(peer, f"this is attempt {self._attempt} of the run, and not attempt {message.attempt}")
-        else:
-            peer.hello, peer.leave_by = message, None
-            peer.connection.longest = LONGEST_LINE
-            self._leaving.discard(peer)
-            self._happened.append(Came(peer, message, line))
+            return
+        objection = self._admits(message)
+        if objection is not None:
+            self._turn_away(peer, objection)
+            return
+        peer.came, peer.leave_by = True, None
+        peer.connection.longest = LONGEST_LINE
+        self._leaving.discard(peer)
+        self._happened.append(Came(peer, message, line))
 
     def _turn_away(self, peer: Peer, reason: str) -> None:
         if reason:
-            self.refuse(peer, reason)
+            self.refuse(peer, reason, stranger=True)
         else:
             self._drop(peer, "")
 
@@ -232,5 +252,20 @@ class Gate:
         self._leaving.discard(peer)
         self._selector.unregister(peer.connection.sock)
         peer.connection.close()
-        if peer.hello is not None and not peer.refused:
+        if peer.came and not peer.parting:
             self._happened.append(Gone(peer, why))
+
+
+def who_knows(nonce: str, attempt: int) -> Callable[[object], str | None]:
+    """What a service of the control channel `admits`: ranks and relays of this start of this run."""
+
+    def admits(message: object) -> str | None:
+        if not isinstance(message, Hello | NodeHello):
+            return ""
+        if not hmac.compare_digest(message.nonce.encode(), nonce.encode()):
+            return "another run's service is at this address: the nonce is not this run's"
+        if message.attempt != attempt:
+            return f"this is attempt {attempt} of the run, and not attempt {message.attempt}"
+        return None
+
+    return admits

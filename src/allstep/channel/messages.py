@@ -7,22 +7,18 @@ Who says what:
 - relay to head: `NodeHello` first; then the lines of its ranks as they are, besides `WorkerEnded`, `RankLost` and
   `NodeBeat`. Head to relay: what it would tell the ranks, `NodeBeat`, and `Finish` when the attempt is over.
 
-`decode` checks that a message has its fields and that each has its type, so nobody behind it has to. What can go
-wrong: `ChannelError` for a line that is not a message of this version.
+`codec` has how they are written, read and checked.
 """
 
 from __future__ import annotations
 
-import json
-import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from allstep.channel.arrival import Arrival
+from allstep.channel.codec import Codec
 from allstep.channel.ending import WorkerEnd
-from allstep.errors import ChannelError
 
 VERSION = 1
 
@@ -117,9 +113,10 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """The rank, or the whole world, cannot be taken."""
+    """The rank, or the whole world, cannot be taken; `stranger` where it is another run that was found here."""
 
     reason: str
+    stranger: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,90 +205,20 @@ Message = (
     | Finish
 )
 
-_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in typing.get_args(Message)}
+CODEC = Codec("the control channel", VERSION, typing.get_args(Message))
+"""How they are written."""
 
 
 def encode(message: Message) -> bytes:
     """A message as one line, its end included."""
-    body = {"v": VERSION, "type": type(message).__name__, **asdict(message)}
-    return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+    return CODEC.encode(message)
 
 
 def decode(line: bytes) -> Message:
     """A message from a line.
 
     Raises:
-        ChannelError: it is not JSON, not a message, of another version, or a field is missing or of another type.
+        ChannelError: it is not a message of this version.
     """
-    try:
-        body = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ChannelError(f"not a message of the control channel: {line[:80]!r}") from error
-    if not isinstance(body, dict) or "v" not in body:
-        raise ChannelError(f"not a message of the control channel: {line[:80]!r}")
-    if body["v"] != VERSION:
-        raise ChannelError(
-            f"a message of version {str(body['v'])[:20]} of the control channel, and this is version {VERSION}; "
-            "install the same allstep on all nodes"
-        )
-    kind = _TYPES.get(str(body.get("type")))
-    if kind is None:
-        raise ChannelError(f"a message of the unknown type {str(body.get('type'))[:40]!r}")
-    message: Message = _build(kind, body)
+    message: Message = CODEC.decode(line)
     return message
-
-
-_Check = tuple[str, tuple[type, ...], type[Any] | None, type[Any] | None, bool]
-
-
-def _checks(kind: type[Any]) -> list[_Check]:
-    """For each field: name, the JSON types it may have, a dataclass to build from it, its items' type, required."""
-    hints = typing.get_type_hints(kind)
-    checks: list[_Check] = []
-    for each in fields(kind):
-        hint = hints[each.name]
-        origin = typing.get_origin(hint)
-        required = each.default is MISSING and each.default_factory is MISSING
-        if hint is float:
-            check: _Check = (each.name, (float, int), None, None, required)
-        elif origin is tuple:
-            check = (each.name, (list,), None, typing.get_args(hint)[0], required)
-        elif origin in (Mapping, dict):
-            check = (each.name, (dict,), None, typing.get_args(hint)[1], required)
-        elif origin in (typing.Union, types.UnionType):
-            check = (each.name, typing.get_args(hint), None, None, required)
-        elif hint in (Arrival, WorkerEnd):
-            check = (each.name, (dict,), hint, None, required)
-        else:
-            check = (each.name, (hint,), None, None, required)
-        checks.append(check)
-    return checks
-
-
-def _is(value: Any, accepted: tuple[type, ...]) -> bool:
-    return isinstance(value, accepted) and (value.__class__ is not bool or bool in accepted)
-
-
-def _build(kind: type[Any], body: Mapping[str, Any]) -> Any:
-    values: dict[str, Any] = {}
-    for name, accepted, nested, items, required in _CHECKS[kind]:
-        if name not in body:
-            if required:
-                raise ChannelError(f"a {kind.__name__} without {name}")
-            continue
-        value: Any = body[name]
-        if not _is(value, accepted):
-            raise ChannelError(f"a {kind.__name__} whose {name} is {str(value)[:40]!r}")
-        if nested is not None:
-            value = _build(nested, value)
-        elif items is not None:
-            wanted = (float, int) if items is float else (items,)
-            if not all(isinstance(item, wanted) for item in (value.values() if accepted == (dict,) else value)):
-                raise ChannelError(f"a {kind.__name__} whose {name} is {str(value)[:40]!r}")
-            if accepted == (list,):
-                value = tuple(value)
-        values[name] = value
-    return kind(**values)
-
-
-_CHECKS: dict[type[Any], list[_Check]] = {kind: _checks(kind) for kind in (*_TYPES.values(), Arrival, WorkerEnd)}

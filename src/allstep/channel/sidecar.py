@@ -26,6 +26,7 @@ from pathlib import Path
 
 from allstep.channel.address import join_address
 from allstep.channel.limits import Limits
+from allstep.channel.listening import EVERYWHERE, HERE
 from allstep.errors import WorldError
 
 _PROCESS = Path(__file__).with_name("sidecar_process.py")
@@ -68,7 +69,7 @@ def start_sidecar(
     nonce: str = "",
     attempt: int,
     world_size: int,
-    host: str = "127.0.0.1",
+    host: str = HERE,
     limits: str = "",
     attempt_folder: str = "",
     upstream: str = "",
@@ -83,7 +84,7 @@ def start_sidecar(
         nonce: the secret that its ranks, and relays, have to know.
         attempt: the present start's number.
         world_size: how many ranks the whole world has.
-        host: the address to listen on: 127.0.0.1, or the one that other nodes reach this one by.
+        host: where to listen, as `listening.listen` takes it.
         limits: as in ALLSTEP_LIMITS.
         attempt_folder: where failure.json goes; empty: nowhere.
         upstream: HOST:PORT of the head's service, which makes this one a relay; empty: this is the head.
@@ -131,7 +132,7 @@ def start_sidecar(
                 f"the service of this node's ranks did not start within {timeout:g} s: {text or 'no word'}"
             )
         undo.pop_all()
-    return Sidecar(join_address(host, int(port)), process, lifeline)
+    return Sidecar(join_address(HERE if host == EVERYWHERE else host, int(port)), process, lifeline)
 
 
 def _read_answer(fd: int, timeout: float) -> str:

@@ -32,9 +32,11 @@ from allstep.channel.causes import Case
 from allstep.channel.events import AllArrived, Finished, Ordered, StragglerSeen, Verdict
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
+from allstep.channel.listening import listen
 from allstep.channel.record import Kind
 from allstep.channel.relay import Relay
 from allstep.channel.report import failure_json, failure_text, straggler_line, write_report
+from allstep.channel.service import Service
 from allstep.channel.sidecar import Setup
 from allstep.exit_codes import PEER_LOST
 
@@ -46,7 +48,6 @@ CLEAN_UP_S = 5.0
 
 _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
 _WRITE_S = 1.0
-_BACKLOG = 1024
 
 
 class _Service:
@@ -60,7 +61,7 @@ class _Service:
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
         limits = Limits.parse(setup.limits)
-        self._service: Hub | Relay = (
+        self._service: Service = (
             Relay(
                 self._selector,
                 listener,
@@ -99,7 +100,7 @@ class _Service:
                     self._read_lifeline()
                 else:
                     self._service.ready(key)
-            if time.monotonic() >= (self._service.deadline() or 0.0):
+            if time.monotonic() >= self._service.deadline():
                 self._service.tick()
             self._act()
             self._kill_who_stays()
@@ -135,14 +136,14 @@ class _Service:
 
     def _hold_processes(self) -> None:
         """Hold on to each rank's process of this node, so that a later KILL can meet nobody else."""
-        here = socket.gethostname()
         for fd in self._processes.values():
             os.close(fd)
         self._processes.clear()
-        for rank, (host, pid) in self._service.processes().items():
-            if host == here:
+        here = self._setup.node_rank, socket.gethostname()
+        for rank, arrival in self._service.arrivals().items():
+            if (arrival.node_rank, arrival.host) == here:
                 with contextlib.suppress(OSError, AttributeError):
-                    self._processes[rank] = os.pidfd_open(pid)
+                    self._processes[rank] = os.pidfd_open(arrival.pid)
 
     def _conclude(self, case: Case) -> None:
         cause = case.cause
@@ -223,10 +224,7 @@ def main(lifeline: int, answer: int, outlet: int | None = None) -> None:
     values = json.loads(line)
     setup = Setup(**{**values, "ranks": tuple(values["ranks"])})
     try:
-        family = socket.AF_INET6 if ":" in setup.host else socket.AF_INET
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind((setup.host, 0))
-        listener.listen(_BACKLOG)
+        listener = listen(setup.host)
         service = _Service(setup, lifeline, listener, outlet)
     except Exception as error:
         os.write(answer, f"{type(error).__name__}: {error}".encode())

@@ -1,9 +1,10 @@
 """A relay's connection to the head: made without blocking, and given up only for a reason.
 
 Contract: driven by the relay: `ready` for its socket, `tick` at the latest at `deadline`. `send` takes encoded messages
-before the connection stands, too. `take` gives the lines that came. Once the head could not be reached in `CONNECT_S`,
-closed the connection, or was silent for longer than `link`, `lost` says how, and the uplink is closed. Each end says
-something once a second, so silence means that the other end, or the network, is gone.
+before the connection stands, too. `take` gives the lines that came. Once the head could not be reached in `CONNECT_S`
+at any of the addresses that its name has, closed the connection, or was silent for longer than `link`, `lost` says how,
+and the uplink is closed. Each end says something once a second, so silence means that the other end, or the network, is
+gone.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import selectors
 import socket
 from typing import Any
 
-from allstep.channel.gate import HubKey
+from allstep.channel.gate import HubKey, Owner
 from allstep.channel.messages import NodeBeat, NodeHello, encode
 from allstep.channel.watch import Watch
 from allstep.channel.wire import Connection
 
 CONNECT_S = 30.0
 """Seconds in which the head must be reached."""
+
+ADDRESS_S = 5.0
+"""Seconds that one of several addresses has to answer, before the next is tried."""
 
 _PERIOD = 1.0
 _COLLECT_S = 0.1
@@ -33,7 +37,7 @@ class Uplink:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        owner: object,
+        owner: Owner,
         head: tuple[str, int],
         hello: NodeHello,
         *,
@@ -51,9 +55,10 @@ class Uplink:
         self._hello = hello
         self._link = link
         self._watch = watch
-        found = socket.getaddrinfo(*head, type=socket.SOCK_STREAM)[0]
-        self._family: int = found[0]
-        self._head: tuple[Any, ...] = found[4]
+        self._addresses: list[tuple[int, tuple[Any, ...]]] = [
+            (found[0], found[4]) for found in socket.getaddrinfo(*head, type=socket.SOCK_STREAM)
+        ]
+        self._tried = 0
         self._connecting: socket.socket | None = None
         self._up: Connection | None = None
         self._outgoing: list[bytes] = []
@@ -62,6 +67,7 @@ class Uplink:
         self._heard = now
         self._connect_by = now + CONNECT_S
         self._connect_at: float | None = None
+        self._next_at: float | None = None
         self._send_at: float | None = None
         self._tick_at = now + _PERIOD
         self._connect()
@@ -89,13 +95,15 @@ class Uplink:
 
     def deadline(self) -> float:
         """When `tick` is due."""
-        return min(at for at in (self._connect_at, self._send_at, self._tick_at) if at is not None)
+        return min(at for at in (self._connect_at, self._next_at, self._send_at, self._tick_at) if at is not None)
 
     def tick(self) -> None:
         """Act on the time that has passed."""
         now = self._watch.now()
         if self._connect_at is not None and now >= self._connect_at:
             self._connect()
+        if self._next_at is not None and now >= self._next_at:
+            self._try_another("it does not answer")
         if now >= self._tick_at:
             self._tick_at = now + _PERIOD
             self._check(now)
@@ -137,22 +145,32 @@ class Uplink:
             if sock is not None:
                 self._selector.unregister(sock)
                 sock.close()
-        self._up = self._connecting = self._connect_at = None
+        self._up = self._connecting = self._connect_at = self._next_at = None
 
     def _connect(self) -> None:
         self._connect_at = None
-        sock = socket.socket(self._family, socket.SOCK_STREAM)
+        family, address = self._addresses[self._tried % len(self._addresses)]
+        sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
-        error = sock.connect_ex(self._head)
+        error = sock.connect_ex(address)
         if error in (0, errno.EINPROGRESS):
             self._connecting = sock
             self._selector.register(sock, selectors.EVENT_WRITE, HubKey(self._owner))
+            self._next_at = self._watch.now() + ADDRESS_S if len(self._addresses) > 1 else None
         else:
             sock.close()
             self._retry(os.strerror(error))
 
-    def _connected(self, sock: socket.socket) -> None:
+    def _try_another(self, why: str) -> None:
+        """Give up a connection that is not coming about."""
+        if self._connecting is not None:
+            self._selector.unregister(self._connecting)
+            self._connecting.close()
         self._connecting = None
+        self._retry(why)
+
+    def _connected(self, sock: socket.socket) -> None:
+        self._connecting = self._next_at = None
         self._selector.unregister(sock)
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
@@ -166,9 +184,12 @@ class Uplink:
         self.flush()
 
     def _retry(self, why: str) -> None:
+        """Go on to the next address, at once, or in a moment where all have been tried."""
         now = self._watch.now()
+        self._next_at = None
+        self._tried += 1
         if now < self._connect_by:
-            self._connect_at = now + _RETRY_S
+            self._connect_at = now + (_RETRY_S if self._tried % len(self._addresses) == 0 else 0.0)
         else:
             self.give_up(f"could not be reached within {CONNECT_S:g} s ({why})")
 

@@ -8,17 +8,18 @@ What can go wrong before that is a LaunchError.
 from __future__ import annotations
 
 import contextlib
-import socket
 from pathlib import Path
 
+from allstep.channel.address import join_address
 from allstep.channel.limits import Limits
+from allstep.channel.listening import HERE, listen
 from allstep.channel.relay import Relay
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.introduction import introduce
 from allstep.launch.joiner import SILENCE, join, leave
-from allstep.launch.joining import Gone, Over, Start
+from allstep.launch.joining import Over, Resigned, Start
 from allstep.launch.machine import Machine
 from allstep.launch.nodes import Nodes
 from allstep.launch.plan import Share
@@ -41,7 +42,7 @@ def follow(machine: Machine) -> int:
         if answer is None:
             assert machine.stopped_by is not None
             machine.say(f"stopped by {machine.stopped_by.name}")
-            leave(nodes, Gone(introduce(machine.launch).token, nodes.rank, f"stopped by {machine.stopped_by.name}"))
+            leave(nodes, Resigned(introduce(machine.launch).token, nodes.rank, f"stopped by {machine.stopped_by.name}"))
             return 128 + machine.stopped_by
         if isinstance(answer, Over):
             machine.say(answer.text)
@@ -56,7 +57,7 @@ def follow(machine: Machine) -> int:
 def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
     """Do this machine's share of an attempt; return why the run is over for it, "" where the head will say more."""
     launch = machine.launch
-    listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+    listener = listen(HERE)
     folder = _folder(machine, start)
     ranks = range(start.first_rank, start.first_rank + launch.workers)
     limits = Limits.parse(launch.settings.limits or launch.environ.get("ALLSTEP_LIMITS", ""))
@@ -64,7 +65,7 @@ def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
         run_id=start.run_id,
         attempt=start.attempt,
         nonce=start.nonce,
-        channel=f"127.0.0.1:{listener.getsockname()[1]}",
+        channel=join_address(HERE, listener.getsockname()[1]),
         master_addr=nodes.host,
         master_port=start.master_port,
         workers=launch.workers,
@@ -86,12 +87,8 @@ def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
         world_size=start.world_size,
         limits=limits,
     )
-    machine.loop.delegate(relay.ready)
     with contextlib.closing(relay):
-        try:
-            attempt = machine.attempt(share, relay, folder, relayed=True)
-        finally:
-            machine.loop.delegate(None)
+        attempt = machine.attempt(share, relay, folder, relayed=True)
     if attempt.case is not None and attempt.finished is None:
         return f"run {start.run_id}: {attempt.case.cause.what}; this node's workers were ended"
     return ""

@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 
 from allstep.channel.hub import Hub
+from allstep.channel.messages import Refused
 from allstep.errors import ConfigurationError
 from allstep.launch.introduction import introduce
-from allstep.launch.joining import Over, Refused, Start
+from allstep.launch.joining import Over, Start
 from allstep.launch.machine import Machine
 from allstep.launch.plan import Share
 from allstep.launch.post import Post, open_door
@@ -38,7 +39,7 @@ class Gathering:
             if time.monotonic() >= until:
                 break
             self._machine.turn(min(until, self._post.deadline()))
-            self._post.pulse()
+            self._post.tick()
         refusal = self._refusal()
         if refusal or self._machine.stopped():
             self._post.over(Refused(refusal or "node 0 was stopped"))

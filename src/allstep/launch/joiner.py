@@ -14,11 +14,12 @@ import socket
 import time
 from collections.abc import Callable, Generator
 
-from allstep.errors import LaunchError
-from allstep.launch.joining import Gone, Join, Over, Refused, Start, Waiting, decode
+from allstep.channel.messages import Refused
+from allstep.channel.wire import Connection
+from allstep.errors import ChannelError, LaunchError
+from allstep.launch.joining import CODEC, Join, Over, Resigned, Start, Waiting
 from allstep.launch.loop import Loop
 from allstep.launch.nodes import Nodes
-from allstep.launch.wire import Wire
 
 SILENCE = 15.0
 """Seconds without a sign of life from the head after which the connection is given up."""
@@ -55,10 +56,10 @@ def join(
             )
         try:
             with (
-                contextlib.closing(_connect(nodes.host, port)) as wire,
-                contextlib.closing(_messages(loop, wire, stopped)) as messages,
+                contextlib.closing(_connect(nodes.host, port)) as connection,
+                contextlib.closing(_messages(loop, connection, stopped)) as messages,
             ):
-                wire.send(introduction)
+                connection.send(CODEC.encode(introduction))
                 for message in messages:
                     if isinstance(message, Start | Over):
                         return message
@@ -73,23 +74,23 @@ def join(
     raise AssertionError("a place has a port")
 
 
-def leave(nodes: Nodes, message: Gone) -> None:
+def leave(nodes: Nodes, message: Resigned) -> None:
     """Tell the head that this node will not come again, if the head is there to hear it."""
     for port in nodes.ports:
-        with contextlib.suppress(OSError), contextlib.closing(_connect(nodes.host, port)) as wire:
-            wire.send(message)
+        with contextlib.suppress(OSError), contextlib.closing(_connect(nodes.host, port)) as connection:
+            connection.send(CODEC.encode(message))
 
 
-def _connect(host: str, port: int) -> Wire:
-    return Wire(socket.create_connection((host, port), timeout=_CONNECT))
+def _connect(host: str, port: int) -> Connection:
+    return Connection(socket.create_connection((host, port), timeout=_CONNECT))
 
 
 def _messages(
-    loop: Loop, wire: Wire, stopped: Callable[[], bool]
+    loop: Loop, connection: Connection, stopped: Callable[[], bool]
 ) -> Generator[Start | Over | Refused | Waiting, None, None]:
     """What the head says, as it comes; ends when `stopped`; raises ConnectionError when it is silent or gone."""
     ready: list[bool] = []
-    loop.watch(wire.fileno(), lambda: ready.append(True))
+    loop.watch(connection.sock.fileno(), lambda: ready.append(True))
     try:
         until = time.monotonic() + SILENCE
         while not stopped():
@@ -99,16 +100,18 @@ def _messages(
             if not ready:
                 continue
             ready.clear()
-            for line in wire.receive():
+            for line in connection.receive():
                 until = time.monotonic() + SILENCE
                 try:
-                    message = decode(line)
-                except LaunchError as error:
+                    message = CODEC.decode(line)
+                except ChannelError as error:
                     raise ConnectionError(str(error)) from error
-                if not isinstance(message, Join | Gone):
+                if isinstance(message, Start | Over | Refused | Waiting):
                     yield message
+            if connection.ended:
+                raise ConnectionError(connection.ended)
     finally:
-        loop.forget(wire.fileno())
+        loop.forget(connection.sock.fileno())
 
 
 def _pause(loop: Loop, stopped: Callable[[], bool]) -> None:

@@ -3,24 +3,23 @@
 Contract: node 0's supervisor, the head, listens on the rendezvous port for the whole run. Every other node connects
 before each attempt and says `Join`; the head answers `Waiting` every few seconds, and, when all nodes are there,
 `Start`, with what the node needs to start its workers, or `Over` when there will be no further attempt. Who cannot take
-part gets `Refused`; a node that will not come again says `Gone`. One line of JSON each, with a version. `Roster`
-decides who is welcome: a wrong token is a stranger's run, which is turned away alone; two nodes of one rank, or
-settings that differ, end the run for all.
+part gets `Refused`; a node that will not come again says `Resigned`. They are written as the control channel's messages
+are. `Roster` decides who is welcome: a wrong token is a stranger's run, which is turned away alone; two nodes of one
+rank, or settings that differ, end the run for all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
+import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
-from allstep.errors import LaunchError
+from allstep.channel.codec import Codec
+from allstep.channel.messages import Refused
 
-VERSION = 1
-LONGEST = 1 << 16
-"""Bytes of a line, at most."""
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +69,7 @@ class Over:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """The node cannot take part; `stranger` where it was another run's head that it found."""
-
-    reason: str
-    stranger: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
+class Resigned:
     """A node of the run will not come again, for this reason."""
 
     token: str
@@ -86,30 +77,10 @@ class Gone:
     reason: str
 
 
-Message = Join | Waiting | Start | Over | Refused | Gone
-_KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in (Join, Waiting, Start, Over, Refused, Gone)}
+Message = Join | Waiting | Start | Over | Refused | Resigned
 
-
-def encode(message: Message) -> bytes:
-    """Return a message as one line."""
-    return json.dumps({"v": VERSION, "kind": type(message).__name__, **asdict(message)}).encode() + b"\n"
-
-
-def decode(line: bytes) -> Message:
-    """Return the message that a line holds; raises LaunchError where it holds none of this version."""
-    try:
-        content = json.loads(line)
-        version, kind = content.pop("v"), _KINDS[content.pop("kind")]
-        if version != VERSION:
-            raise LaunchError(f"the other node's allstep speaks version {version} of joining, this one {VERSION}")
-        message = kind(**content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LaunchError("not a message of an allstep node") from error
-    if isinstance(message, Join) and not (_is_text(message) and _is_counted(message)):
-        raise LaunchError("not a message of an allstep node")
-    if isinstance(message, Gone) and not all(isinstance(text, str) for text in (message.token, message.reason)):
-        raise LaunchError("not a message of an allstep node")
-    return message
+CODEC = Codec("joining", VERSION, typing.get_args(Message))
+"""How they are written."""
 
 
 def token(run: str, secret: str) -> str:
@@ -124,7 +95,7 @@ class Roster:
         self.own = own
         self.joined: dict[int, Join] = {own.node_rank: own}
 
-    def is_stranger(self, join: Join | Gone) -> bool:
+    def is_stranger(self, join: Join | Resigned) -> bool:
         """Whether it belongs to another run."""
         return not hmac.compare_digest(join.token.encode(), self.own.token.encode())
 
@@ -144,6 +115,8 @@ class Roster:
             )
         if not 0 <= join.node_rank < self.own.nodes:
             return f"{join.process} says node rank {join.node_rank}, but there are {self.own.nodes} nodes"
+        if join.workers < 1:
+            return f"node {join.node_rank} ({join.process}) says that it has {join.workers} workers"
         there = self.joined.get(join.node_rank)
         if there is not None and there.process != join.process:
             return (
@@ -175,15 +148,3 @@ class Roster:
     def world_size(self) -> int:
         """The workers of all nodes together."""
         return sum(join.workers for join in self.joined.values())
-
-
-def _is_text(join: Join) -> bool:
-    texts = [join.run, join.token, join.host]
-    return isinstance(join.facts, dict) and all(
-        isinstance(text, str) for text in [*texts, *join.facts, *join.facts.values()]
-    )
-
-
-def _is_counted(join: Join) -> bool:
-    numbers = [join.nodes, join.node_rank, join.pid, join.workers]
-    return all(isinstance(number, int) for number in numbers) and 0 < join.workers <= 1 << 20

@@ -11,15 +11,15 @@ a worker cannot be started; each is a LaunchError.
 from __future__ import annotations
 
 import contextlib
-import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allstep.channel.address import new_nonce
+from allstep.channel.address import join_address, new_nonce
 from allstep.channel.causes import Case
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
+from allstep.channel.listening import EVERYWHERE, HERE, listen
 from allstep.channel.record import Kind
 from allstep.channel.report import failure_json, failure_text, without_torchs_prefix, write_report
 from allstep.errors import LaunchError
@@ -99,7 +99,7 @@ class _Leader:
         nonce = new_nonce()
         several = self._gathering is not None
         with ReservedPort() as reserved, contextlib.ExitStack() as stack:
-            listener = socket.create_server(("" if several else "127.0.0.1", 0), backlog=1024)
+            listener = listen(EVERYWHERE if several else HERE)
             channel_port = listener.getsockname()[1]
             share = self._share(nonce, channel_port, reserved.port)
             hub = Hub(
@@ -111,8 +111,6 @@ class _Leader:
                 limits=self._limits,
             )
             stack.callback(hub.close)
-            self._machine.loop.delegate(hub.ready)
-            stack.callback(self._machine.loop.delegate, None)
             if self._gathering is not None:
                 self._gathering.start(share, channel_port, hub)
             attempt = self._machine.attempt(share, hub, self._folder)
@@ -138,7 +136,7 @@ class _Leader:
             run_id=self._name,
             attempt=self._number,
             nonce=nonce,
-            channel=f"127.0.0.1:{channel_port}",
+            channel=join_address(HERE, channel_port),
             master_addr=nodes.host if nodes is not None else "127.0.0.1",
             master_port=master_port,
             workers=launch.workers,

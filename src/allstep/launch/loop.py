@@ -1,9 +1,8 @@
 """The supervisor's one loop: everything that can happen is a descriptor in one selector, or a deadline.
 
 Contract: used from the main thread. A part of the supervisor `watch`es a descriptor with what to call when it is
-ready. Parts that register with the selector themselves (the control channel's service) keep their own `key.data`; such
-keys are given to the function set by `delegate`. `turn` waits once, until something is ready or `until` has come, and
-calls what is due; nothing is polled.
+ready. Whoever has a gate of the control channel registers its sockets itself, and is given those that are ready. `turn`
+waits once, until something is ready or `until` has come, and calls what is due; nothing is polled.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import selectors
 import time
 from collections.abc import Callable
 
+from allstep.channel.gate import HubKey
+
 
 class Loop:
     """A selector whose keys say what to call."""
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
-        self._other: Callable[[selectors.SelectorKey], object] | None = None
 
     def watch(self, fd: int, call: Callable[[], object], events: int = selectors.EVENT_READ) -> None:
         """Call `call` whenever `fd` is ready."""
@@ -33,10 +33,6 @@ class Loop:
         """Whether `fd` is watched."""
         return fd in self.selector.get_map()
 
-    def delegate(self, call: Callable[[selectors.SelectorKey], object] | None) -> None:
-        """Give keys that others registered to `call`, or, with None, to nobody."""
-        self._other = call
-
     def turn(self, until: float | None) -> None:
         """Wait for what comes next, at most until the monotonic time `until` (None: for ever), and act on it."""
         timeout = None if until is None else max(0.0, until - time.monotonic())
@@ -44,10 +40,10 @@ class Loop:
             now = self.selector.get_map().get(key.fd)
             if now is None or now.data is not key.data:
                 continue  # what was called before it has closed this one
-            if callable(key.data):
+            if isinstance(key.data, HubKey):
+                key.data.owner.ready(key)
+            else:
                 key.data()
-            elif self._other is not None:
-                self._other(key)
 
     def close(self) -> None:
         """Close the selector; the descriptors are their owners'."""

@@ -8,22 +8,21 @@ tells those that wait that the run has ended. A stranger is turned away and said
 
 from __future__ import annotations
 
-import contextlib
 import os
+import selectors
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 
+from allstep.channel.gate import Came, Gate, Gone, Peer, Said
+from allstep.channel.listening import EVERYWHERE, listen
+from allstep.channel.messages import Refused
 from allstep.errors import LaunchError
-from allstep.launch.joining import Gone, Join, Over, Refused, Roster, Start, Waiting, decode
+from allstep.launch.joining import CODEC, Join, Over, Resigned, Roster, Start, Waiting
 from allstep.launch.loop import Loop
-from allstep.launch.wire import Wire
 
 PULSE = 2.0
 """Seconds between two signs of life for nodes that wait."""
-
-_INTRODUCTION = 10.0
 
 
 def open_door(ports: Iterable[int]) -> socket.socket:
@@ -35,20 +34,13 @@ def open_door(ports: Iterable[int]) -> socket.socket:
     problems: list[str] = []
     for port in ports:
         try:
-            return _listen(port)
+            return listen(EVERYWHERE, port)
         except OSError as error:
             problems.append(f"{port} ({os.strerror(error.errno or 0)})")
     raise LaunchError(
         f"node 0 cannot listen for the other nodes on port {', '.join(problems)}; end what holds it, which may be "
         "another node 0 of this run, or choose another port for --rdzv on all nodes"
     )
-
-
-def _listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-    return socket.create_server(("", port), backlog=1024)
 
 
 class Post:
@@ -63,18 +55,14 @@ class Post:
 
     def __init__(self, loop: Loop, listener: socket.socket, own: Join, say: Callable[[str], None]) -> None:
         self.objection = ""
-        self._loop = loop
-        self._listener = listener
+        self._gate = Gate(loop.selector, listener, self, codec=CODEC, admits=_a_node_that_joins, clock=time.monotonic)
         self._roster = Roster(own)
-        self._waiting: dict[int, Wire] = {}
-        self._unknown: dict[Wire, float] = {}
+        self._waiting: dict[int, Peer] = {}
         self._members: dict[int, str] | None = None
         self._away: set[int] = set()
         self._told: set[str] = set()
         self._say = say
         self._next_pulse = time.monotonic() + PULSE
-        listener.setblocking(False)
-        loop.watch(listener.fileno(), self._accept)
 
     def missing(self) -> tuple[int, ...]:
         """The node ranks that have not come."""
@@ -84,33 +72,32 @@ class Post:
         """Who has come."""
         return self._roster
 
-    def deadline(self) -> float:
-        """When `pulse` is to be called next."""
-        return self._next_pulse
+    def ready(self, key: selectors.SelectorKey) -> None:
+        """Act on a socket that the loop found ready."""
+        self._gate.ready(key)
+        self._hear()
 
-    def pulse(self) -> None:
+    def deadline(self) -> float:
+        """When `tick` is to be called next."""
+        at_gate = self._gate.deadline()
+        return self._next_pulse if at_gate is None else min(at_gate, self._next_pulse)
+
+    def tick(self) -> None:
         """Give those that wait a sign of life, and drop who never said who it is."""
+        self._gate.tick()
         now = time.monotonic()
-        if now < self._next_pulse:
-            return
-        self._next_pulse = now + PULSE
-        for node, wire in list(self._waiting.items()):
-            try:
-                wire.send(Waiting())
-            except ConnectionError:
-                self._lose(node)
-        for wire, since in list(self._unknown.items()):
-            if now - since > _INTRODUCTION:
-                self._drop(wire)
+        if now >= self._next_pulse:
+            self._next_pulse = now + PULSE
+            for peer in list(self._waiting.values()):
+                self._gate.send(peer, CODEC.encode(Waiting()))
+        self._hear()
 
     def start(self, starts: Mapping[int, Start]) -> None:
         """Let every node but the head's own go, and remember who they are."""
         self._members = {node: join.process for node, join in self._roster.joined.items()}
         self._away = set(starts)
         for node, start in starts.items():
-            with contextlib.suppress(ConnectionError):
-                self._waiting[node].send(start)
-            self._lose(node)
+            self._part(node, start)
 
     def gather(self) -> None:
         """Begin to wait for the nodes of the next attempt."""
@@ -122,84 +109,69 @@ class Post:
 
     def over(self, message: Over | Refused) -> None:
         """Tell those that wait that there is nothing more to come."""
-        for node, wire in list(self._waiting.items()):
-            with contextlib.suppress(ConnectionError):
-                wire.send(message)
-            self._lose(node)
+        for node in list(self._waiting):
+            self._part(node, message)
 
     def close(self) -> None:
         """Close the door and every connection."""
-        for wire in [*self._waiting.values(), *self._unknown]:
-            self._loop.forget(wire.fileno())
-            wire.close()
-        self._loop.forget(self._listener.fileno())
-        self._listener.close()
+        self._gate.close()
 
-    def _accept(self) -> None:
-        try:
-            wire = Wire(self._listener.accept()[0])
-        except OSError:
-            return
-        self._unknown[wire] = time.monotonic()
-        self._loop.watch(wire.fileno(), partial(self._hear, wire))
+    def _hear(self) -> None:
+        for each in self._gate.take():
+            match each:
+                case Came(peer, Join() as join):
+                    self._admit(peer, join)
+                case Came(peer, Resigned() as message):
+                    self._note_resigned(peer, message)
+                case Said(peer):
+                    self._gate.refuse(peer, "a node says who it is, and then waits")
+                    self._forget(peer)
+                case Gone(peer):
+                    self._forget(peer)
 
-    def _hear(self, wire: Wire) -> None:
-        try:
-            for line in wire.receive():
-                message = decode(line)
-                if isinstance(message, Gone) and not self._roster.is_stranger(message):
-                    self.objection = f"node {message.node_rank} left: {message.reason}"
-                    self._away.discard(message.node_rank)
-                elif isinstance(message, Join) and wire in self._unknown:
-                    self._admit(wire, message)
-                else:
-                    raise LaunchError("not a node that joins")
-        except (ConnectionError, LaunchError):
-            self._drop(wire)
+    def _note_resigned(self, peer: Peer, message: Resigned) -> None:
+        if not self._roster.is_stranger(message):
+            self.objection = f"node {message.node_rank} left: {message.reason}"
+            self._away.discard(message.node_rank)
+        self._gate.part(peer, b"")
 
-    def _admit(self, wire: Wire, join: Join) -> None:
+    def _admit(self, peer: Peer, join: Join) -> None:
         if self._roster.is_stranger(join):
-            self._refuse(wire, self._roster.turned_away(join), stranger=True)
+            self._gate.refuse(peer, self._roster.turned_away(join), stranger=True)
             self._say_once(f"turned away {join.process}, which wanted to join run {join.run!r} here")
             return
         if self._members is not None and self._members.get(join.node_rank) != join.process:
             there = self._members.get(join.node_rank, "nobody")
-            self._refuse(wire, f"the run has begun already, and node {join.node_rank} of it is {there}")
+            self._gate.refuse(peer, f"the run has begun already, and node {join.node_rank} of it is {there}")
             self._say_once(f"turned away {join.process}, which wanted to be node {join.node_rank}: that is {there}")
             return
         if objection := self._roster.objection(join):
             self.objection = objection
-            self._refuse(wire, objection)
+            self._gate.refuse(peer, objection)
             return
         if join.node_rank in self._waiting:  # the same process once more, over a new connection
-            self._lose(join.node_rank)
-        del self._unknown[wire]
-        self._waiting[join.node_rank] = wire
+            self._gate.part(self._waiting[join.node_rank], b"")
+        self._waiting[join.node_rank] = peer
         self._roster.joined[join.node_rank] = join
         self._away.discard(join.node_rank)
-        with contextlib.suppress(ConnectionError):
-            wire.send(Waiting())
+        self._gate.send(peer, CODEC.encode(Waiting()))
 
-    def _refuse(self, wire: Wire, reason: str, *, stranger: bool = False) -> None:
-        with contextlib.suppress(ConnectionError):
-            wire.send(Refused(reason, stranger))
-        self._drop(wire)
+    def _part(self, node: int, message: Start | Over | Refused) -> None:
+        peer = self._waiting[node]
+        self._forget(peer)
+        self._gate.part(peer, CODEC.encode(message))
 
-    def _drop(self, wire: Wire) -> None:
-        node = next((node for node, each in self._waiting.items() if each is wire), None)
-        if node is not None:
-            self._lose(node)
-        elif self._unknown.pop(wire, None) is not None:
-            self._loop.forget(wire.fileno())
-            wire.close()
-
-    def _lose(self, node: int) -> None:
-        wire = self._waiting.pop(node)
-        self._roster.joined.pop(node, None)
-        self._loop.forget(wire.fileno())
-        wire.close()
+    def _forget(self, peer: Peer) -> None:
+        for node, each in list(self._waiting.items()):
+            if each is peer:
+                del self._waiting[node]
+                self._roster.joined.pop(node, None)
 
     def _say_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
             self._say(text)
+
+
+def _a_node_that_joins(message: object) -> str | None:
+    return None if isinstance(message, Join | Resigned) else ""

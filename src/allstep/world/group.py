@@ -5,16 +5,16 @@ there already. `Group.leave` undoes what `open_group` did, and for an adopted gr
 is left initialised.
 
 Leaving well: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store, waits
-until all have said so, since a rank still at work may need it. Leaving after an error: nothing is waited for. A gloo
-group with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process
-ends; nccl's communicators are aborted.
+until all have said so, since a rank still at work may need it. A store that does not answer is waited for once, for
+`answering.ANSWER_S` seconds; then the rank warns and goes. Leaving after an error: nothing is waited for. A gloo group
+with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process ends;
+nccl's communicators are aborted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement
+from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
 from allstep.world.rendezvous import Meeting
 from allstep.world.stores import PrefixStore
@@ -63,36 +64,28 @@ class Group:
             forget_groups(abort=True)
             self._say_goodbye()
             return
-        # A rank that is through with init may be done before a peer has seen its end of their connection.
         deadline = time.monotonic() + patience
-        poll(lambda: bool(self.meeting.store.add("connected", 0) >= self.world_size), deadline)
+        try:
+            # A rank that is through with init may be done before a peer has seen its end of their connection.
+            poll(lambda: self.meeting.store.add("connected", 0) >= self.world_size, deadline)
+        except WorldError as silence:
+            _warn(f"{silence}. This rank closes its World without it")
+            forget_groups(abort=False)
+            return
         forget_groups(abort=False)
         self._say_goodbye()
         if server is not None and not poll(self._all_left, deadline):
             present = [rank for rank in range(self.world_size) if not self.meeting.store.check([f"left/{rank}"])]
-            warnings.warn(
-                f"rank 0 waited {patience:g} s for ranks {present} to close their World and now leaves without them",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+            _warn(f"rank 0 waited {patience:g} s for ranks {present} to close their World and now leaves without them")
 
     def _all_left(self) -> bool:
-        return bool(self.meeting.store.add("left", 0) >= self.world_size)
+        return self.meeting.store.add("left", 0) >= self.world_size
 
     def _say_goodbye(self) -> None:
-        # In a thread, because a store whose server is frozen does not return from a call.
-        thread = threading.Thread(target=self._mark_left, daemon=True, name="allstep-goodbye")
-        try:
-            thread.start()
-        except RuntimeError:  # no new threads once the interpreter is ending
-            self._mark_left()
-        else:
-            thread.join(_GOODBYE_S)
-
-    def _mark_left(self) -> None:
-        with contextlib.suppress(dist.DistError):
-            self.meeting.store.set(f"left/{self.rank}", "")
-            self.meeting.store.add("left", 1)
+        store = self.meeting.store.hurried(_GOODBYE_S)
+        with contextlib.suppress(dist.DistError, WorldError):
+            store.set(f"left/{self.rank}", "")
+            store.add("left", 1)
 
 
 def open_group(placement: Placement, meeting: Meeting, backend: str, device: torch.device, timeout: float) -> Group:
@@ -104,7 +97,7 @@ def open_group(placement: Placement, meeting: Meeting, backend: str, device: tor
     try:
         dist.init_process_group(
             backend,
-            store=PrefixStore("group", meeting.store),
+            store=PrefixStore("group", meeting.store.raw),
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=timedelta(seconds=timeout),
@@ -124,8 +117,8 @@ def open_group(placement: Placement, meeting: Meeting, backend: str, device: tor
 def adopt_group() -> Group:
     """The process group that the user's own code initialised."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    base = PrefixStore("allstep", dist.distributed_c10d._get_default_store())
-    store = PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
+    base = AnsweringStore(PrefixStore("allstep", dist.distributed_c10d._get_default_store()))
+    store = base.space(f"generation/{base.add(f'generation/{rank}', 1)}")
     return Group(dist.get_backend(), Meeting(store), rank, size, owned=False)
 
 
@@ -155,3 +148,7 @@ def forget_groups(*, abort: bool) -> None:
             c10d._abort_process_group()
         else:
             dist.destroy_process_group()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=5)

@@ -4,8 +4,9 @@ Contract: `meet` is called by every rank of a world of several, once per start. 
 candidate port that is free (unless the launcher's agent serves one) and writes the name of the run into it; the others
 try the candidates in turn and accept only a store that holds this name, so a stranger's store or service on a port is
 passed over. After: the rank holds a store of its start's own name space, and knows the service at which all ranks
-introduce themselves (`service`), which judges whether they are all there and fit together. What can go wrong: ports
-taken, a host that does not answer, rank 0 missing, a rank doubled; each is a WorldError that says which.
+introduce themselves (`service`), which judges whether they are all there and fit together. A second process of a rank
+is taken there as well, so that all ranks hear of it. What can go wrong: ports taken, a host that does not answer, rank
+0 missing, a rank doubled whose first process is through; each is a WorldError that says which.
 
 The name space carries run, attempt and, where one store outlives several Worlds (an agent's), the generation: how
 many times this rank has met there.
@@ -22,11 +23,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from allstep.channel.arrival import doubled
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
+from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
-from allstep.world.service import Service, sidecar_service
-from allstep.world.stores import PrefixStore, Store, TCPStore
+from allstep.world.service import Service, head_service, sidecar_service
+from allstep.world.stores import PrefixStore, TCPStore
 
 _CONNECT_S = 2.0
 _HANDSHAKE_S = (1.0, 16.0)
@@ -42,14 +45,14 @@ class Meeting:
     `service` is where the ranks introduce themselves, where a sidecar was started for that.
     """
 
-    store: Store
+    store: AnsweringStore
     server: TCPStore | None = None
     service: Service | None = None
 
     def give_up(self, world_size: int) -> None:
         """No group comes of it: let the server go, once the others have found what they look for in it."""
         if self.server is not None:
-            with contextlib.suppress(dist.DistError):
+            with contextlib.suppress(dist.DistError, WorldError):
                 poll(lambda: self.store.add(_MET, 0) >= world_size, time.monotonic() + _HEARD_S)
             self.server = None  # else the traceback would keep the port taken
         if self.service is not None:
@@ -74,14 +77,24 @@ def meet(placement: Placement, process: str, timeout: float, *, starts_service: 
     name = f"allstep/{placement.run_id}/{placement.attempt}"
 
     def enter(client: TCPStore, server: TCPStore | None = None) -> Meeting:
-        store = _own_space(client, name, placement.rank, process)
+        store, rival = _own_space(client, name, placement.rank, process, deadline)
+        if rival:
+            text = doubled(placement.rank, rival, process)
+            return Meeting(store, service=_to_be_judged(store, placement, deadline, text, starts_service))
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
-        with contextlib.suppress(dist.DistError):  # a server that waits for just this may go before it answers
+        with contextlib.suppress(dist.DistError, WorldError):  # a server that waits for just this may go first
             store.add(_MET, 1)
         return Meeting(store, server, service)
 
     if placement.rank == 0 and not place.agent_store:
-        server, port = _serve(place, timeout)
+        try:
+            server, port = _serve(place, timeout)
+        except WorldError:
+            taken = [_try_port(place.host, port, name, _HANDSHAKE_S[0], timeout) for port in place.ports]
+            stores = [store for store in taken if not isinstance(store, str)]
+            if not stores:
+                raise
+            return enter(stores[0])  # another process is rank 0 of this run
         try:
             server.set(name, "met here")
             return enter(_client("127.0.0.1", port, _HANDSHAKE_S[1], timeout), server)
@@ -147,9 +160,10 @@ def _try_port(host: str, port: int, name: str | None, patience: float, timeout: 
         return f"nothing answers ({error.strerror or error})"
     try:
         store = _client(host, port, patience, timeout)
-        if name is None or poll(lambda: store.check([name]), time.monotonic() + _IDENTIFY_S):
+        asked = AnsweringStore(store, patience)
+        if name is None or poll(lambda: asked.check([name]), time.monotonic() + _IDENTIFY_S):
             return store
-    except (TimeoutError, dist.DistError):
+    except (TimeoutError, WorldError, dist.DistError):
         return "something answers that is not a torch store"
     return "another job's store"
 
@@ -176,16 +190,24 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
     return made[0]
 
 
-def _own_space(client: Store, name: str, rank: int, process: str) -> Store:
-    """The name space of this start of the ranks in a store that may have seen others."""
-    base = PrefixStore(name, client)
+def _own_space(client: TCPStore, name: str, rank: int, process: str, deadline: float) -> tuple[AnsweringStore, str]:
+    """The name space of this start of the ranks in a store that may have seen others, and who else is this rank."""
+    base = AnsweringStore(PrefixStore(name, client))
     owner = base.compare_set(f"owner/{rank}", "", process).decode()
-    if owner != process:
-        raise WorldError(
-            f"two processes are rank {rank}: {owner} and {process}; give each process its own RANK, "
-            "or each job its own MASTER_PORT"
-        )
-    return PrefixStore(f"generation/{base.add(f'generation/{rank}', 1)}", base)
+    if owner == process:
+        return base.space(f"generation/{base.add(f'generation/{rank}', 1)}"), ""
+    poll(lambda: base.add(f"generation/{rank}", 0) > 0, deadline)
+    return base.space(f"generation/{base.add(f'generation/{rank}', 0)}"), owner
+
+
+def _to_be_judged(
+    store: AnsweringStore, placement: Placement, deadline: float, text: str, starts_service: bool
+) -> Service:
+    """Where a second process of a rank says that it is here, so that the service can tell all ranks; else `text`."""
+    service = head_service(store, placement, deadline) if starts_service else None
+    if service is None:
+        raise WorldError(text)
+    return service
 
 
 def _text(placement: Placement, timeout: float, what: str) -> str:

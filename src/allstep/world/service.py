@@ -13,23 +13,23 @@ WorldError that says so.
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from allstep.channel.address import new_nonce
+from allstep.channel.address import join_address, new_nonce
 from allstep.channel.arrival import Arrival
 from allstep.channel.client import Client
+from allstep.channel.listening import EVERYWHERE, HERE
 from allstep.channel.messages import Hello
 from allstep.channel.sidecar import Sidecar, start_sidecar
 from allstep.errors import WorldError
 from allstep.placement import Placement
+from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
-from allstep.world.stores import Store
 
 _MARGIN_S = 2.0
-_ANY = "0.0.0.0"
-_HERE = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def supervised_service(placement: Placement) -> Service | None:
     return Service(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
 
 
-def sidecar_service(store: Store, placement: Placement, timeout: float, deadline: float) -> Service:
+def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float, deadline: float) -> Service:
     """The service of this rank's node, started by its local rank 0.
 
     Args:
@@ -82,10 +82,25 @@ def sidecar_service(store: Store, placement: Placement, timeout: float, deadline
             port, nonce = _published(store, 0, placement, timeout, deadline)
             assert placement.rendezvous is not None
             ranks = _ranks_of_node(store, placement, deadline)
-            sidecar = _start(placement, nonce, upstream=f"{placement.rendezvous.host}:{port}", ranks=ranks)
+            sidecar = _start(placement, nonce, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
         store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
-    return Service(f"{_HERE}:{port}", nonce, sidecar=sidecar)
+    return Service(join_address(HERE, int(port)), nonce, sidecar=sidecar)
+
+
+def head_service(store: AnsweringStore, placement: Placement, deadline: float) -> Service | None:
+    """The head's service, seen from a process that is not to start any; None where none answers in time."""
+    key = "service/0"
+    if not poll(lambda: store.check([key]), deadline):
+        return None
+    port, _, nonce = store.get(key).decode().partition(" ")
+    assert placement.rendezvous is not None
+    host = placement.rendezvous.host if placement.nodes > 1 else HERE
+    try:
+        socket.create_connection((host, int(port)), timeout=_MARGIN_S).close()
+    except OSError:
+        return None
+    return Service(join_address(host, int(port)), nonce)
 
 
 def join(service: Service, placement: Placement, arrival: Arrival, timeout: float) -> Client:
@@ -108,7 +123,7 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
         nonce=nonce,
         attempt=placement.attempt,
         world_size=placement.world_size,
-        host=_ANY if placement.nodes > 1 and not upstream else _HERE,
+        host=EVERYWHERE if placement.nodes > 1 and not upstream else HERE,
         limits=os.environ.get("ALLSTEP_LIMITS", ""),
         attempt_folder=os.environ.get("ALLSTEP_ATTEMPT_FOLDER", ""),
         upstream=upstream,
@@ -118,7 +133,7 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
     )
 
 
-def _ranks_of_node(store: Store, placement: Placement, deadline: float) -> list[int]:
+def _ranks_of_node(store: AnsweringStore, placement: Placement, deadline: float) -> list[int]:
     """The ranks of this node, by their own word: a launcher may have spread them over the nodes in any order.
 
     Where one does not come, the others are still in time to have it named.
@@ -128,7 +143,9 @@ def _ranks_of_node(store: Store, placement: Placement, deadline: float) -> list[
     return [int(store.get(key)) for key in keys if store.check([key])]
 
 
-def _published(store: Store, node: int, placement: Placement, timeout: float, deadline: float) -> tuple[str, str]:
+def _published(
+    store: AnsweringStore, node: int, placement: Placement, timeout: float, deadline: float
+) -> tuple[str, str]:
     key = f"service/{node}"
     if not poll(lambda: store.check([key]), deadline):
         who = "rank 0" if node == 0 else f"local rank 0 of node {node}"

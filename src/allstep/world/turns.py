@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from allstep.errors import WorldError
+from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
-from allstep.world.stores import Store
 
 
 @contextmanager
 def first_then_rest(
-    store: Store, key: str, *, first: bool, timeout: float, waits: AbstractContextManager[None]
+    store: AnsweringStore, key: str, *, first: bool, timeout: float, waits: AbstractContextManager[None]
 ) -> Iterator[None]:
     """Run the body on the first rank, then on the others.
 

@@ -1,0 +1,132 @@
+"""Frozen dataclasses as lines of JSON with a version: one line, one message.
+
+Contract: a `Codec` knows the message types of one protocol. `encode` writes a message, its line's end included;
+`decode` checks that a line has the fields of its type and that each has its type, so nobody behind it has to; fields
+that a newer side adds are passed over. What can go wrong: `ChannelError` for a line that is not a message of this
+version.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from typing import Any
+
+from allstep.errors import ChannelError
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """What a field of a message may be: these JSON types, a dataclass to build, or a collection of such items."""
+
+    name: str
+    accepted: tuple[type, ...]
+    required: bool
+    nested: type[Any] | None = None
+    items: tuple[type, ...] = ()
+
+
+class Codec:
+    """The messages of one protocol.
+
+    Args:
+        protocol: its name, for errors.
+        version: which both sides have to speak.
+        kinds: the types of its messages, with fields of the types that JSON has, tuples and mappings of them, or
+            dataclasses of the same kind.
+    """
+
+    def __init__(self, protocol: str, version: int, kinds: Iterable[type[Any]]) -> None:
+        self._protocol = protocol
+        self._version = version
+        self._kinds = {kind.__name__: kind for kind in kinds}
+        self._fields: dict[type[Any], list[_Field]] = {}
+        for kind in self._kinds.values():
+            self._learn(kind)
+
+    def encode(self, message: Any) -> bytes:
+        """A message as one line, its end included."""
+        body = {"v": self._version, "type": type(message).__name__, **asdict(message)}
+        return json.dumps(body, separators=(",", ":")).encode() + b"\n"
+
+    def decode(self, line: bytes) -> Any:
+        """A message from a line.
+
+        Raises:
+            ChannelError: it is not JSON, not a message, of another version, or a field is missing or of another type.
+        """
+        try:
+            body = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ChannelError(f"not a message of {self._protocol}: {line[:80]!r}") from error
+        if not isinstance(body, dict) or "v" not in body:
+            raise ChannelError(f"not a message of {self._protocol}: {line[:80]!r}")
+        if body["v"] != self._version:
+            raise ChannelError(
+                f"a message of version {str(body['v'])[:20]} of {self._protocol}, and this is version "
+                f"{self._version}; install the same allstep on all nodes"
+            )
+        kind = self._kinds.get(str(body.get("type")))
+        if kind is None:
+            raise ChannelError(f"not a message of {self._protocol}: it is of type {str(body.get('type'))[:40]!r}")
+        return self._build(kind, body)
+
+    def _learn(self, kind: type[Any]) -> None:
+        if kind in self._fields:
+            return
+        hints = typing.get_type_hints(kind)
+        self._fields[kind] = [_field(each.name, hints[each.name], _is_required(each)) for each in fields(kind)]
+        for each in self._fields[kind]:
+            if each.nested is not None:
+                self._learn(each.nested)
+
+    def _build(self, kind: type[Any], body: Mapping[str, Any]) -> Any:
+        values: dict[str, Any] = {}
+        for each in self._fields[kind]:
+            if each.name not in body:
+                if each.required:
+                    raise ChannelError(f"a {kind.__name__} without {each.name}")
+                continue
+            value: Any = body[each.name]
+            if not _is(value, each.accepted) or not _are(value, each.items):
+                raise ChannelError(f"a {kind.__name__} whose {each.name} is {str(value)[:40]!r}")
+            if each.nested is not None:
+                value = self._build(each.nested, value)
+            values[each.name] = tuple(value) if each.accepted == (list,) else value
+        return kind(**values)
+
+
+def _is_required(each: Any) -> bool:
+    return each.default is MISSING and each.default_factory is MISSING
+
+
+def _field(name: str, hint: Any, required: bool) -> _Field:
+    origin = typing.get_origin(hint)
+    if hint is float:
+        return _Field(name, (float, int), required)
+    if origin is tuple:
+        return _Field(name, (list,), required, items=_item(typing.get_args(hint)[0]))
+    if origin in (Mapping, dict):
+        return _Field(name, (dict,), required, items=_item(typing.get_args(hint)[1]))
+    if origin in (typing.Union, types.UnionType):
+        return _Field(name, typing.get_args(hint), required)
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _Field(name, (dict,), required, nested=hint)
+    return _Field(name, (hint,), required)
+
+
+def _item(hint: type) -> tuple[type, ...]:
+    return (float, int) if hint is float else (hint,)
+
+
+def _is(value: Any, accepted: tuple[type, ...]) -> bool:
+    return isinstance(value, accepted) and (value.__class__ is not bool or bool in accepted)
+
+
+def _are(value: Any, accepted: tuple[type, ...]) -> bool:
+    if not accepted:
+        return True
+    return all(isinstance(item, accepted) for item in (value.values() if isinstance(value, dict) else value))
