@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from allstep.launch.port import ReservedPort
-from tests.faults.jobs import by_hand, place
+from tests.faults.rehearsal import by_hand
+from tests.jobs.launchers import place
 from tests.world.frozen_store import served_store
 
 pytestmark = pytest.mark.slow

@@ -1,12 +1,8 @@
 """The service that a world's ranks report to, as an object that any loop drives.
 
-Contract: the hub registers its sockets with the selector that it is given; `key.data` is then a `HubKey`. The loop
-calls `ready(key)` for those, `tick()` at the latest when `deadline()` (on `clock`) has passed, `worker_ended` for each
-worker whose end the driver learns of, and then `take()`, which gives what happened. No call blocks.
-
-What it does: it turns away who does not belong here, lets the ranks go on when all have arrived and fit, and passes
-what they report to its `Inquiry`, which comes to at most one `Verdict`. Orders to leave are the driver's to give. A
-world that was closed in order may be opened again by the same processes.
+Contract: that of `service.Service`. It turns away who does not belong here (`gate`), lets the ranks go on when all have
+arrived and fit (`admission`), keeps the relays of other nodes (`links`), and passes what ranks report to its `Inquiry`,
+which comes to at most one `Verdict`. A world that was closed in order may be opened again by the same processes.
 """
 
 from __future__ import annotations
@@ -17,22 +13,15 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
-from allstep.channel.arrival import Arrival, objection
+from allstep.channel.admission import Admission
+from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import (
-    AllArrived,
-    AllEnded,
-    Finished,
-    HubEvent,
-    Ordered,
-    Refusal,
-    StragglerSeen,
-    Verdict,
-)
+from allstep.channel.events import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
 from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said, who_knows
 from allstep.channel.inquiry import Inquiry
 from allstep.channel.limits import Limits
+from allstep.channel.links import Links, Node
 from allstep.channel.messages import (
     CODEC,
     AskStacks,
@@ -47,24 +36,19 @@ from allstep.channel.messages import (
     NodeHello,
     Notice,
     RankLost,
-    Refused,
     Stacks,
-    Welcome,
     Withdraw,
     WorkerEnded,
     encode,
 )
-from allstep.channel.roll_call import RollCall
 
 __all__ = [
-    "AllArrived",
     "AllEnded",
     "Finished",
     "Hub",
     "HubEvent",
     "HubKey",
     "Ordered",
-    "Refusal",
     "StragglerSeen",
     "Verdict",
 ]
@@ -100,8 +84,6 @@ class Hub:
                 an end; false where a closed connection is the only news there will be.
             clock: seconds, never turned back.
         """
-        self._world_size = world_size
-        self._limits = limits
         self._clock = clock
         self._events: list[HubEvent] = []
         self._gate = Gate(selector, listener, self, codec=CODEC, admits=who_knows(nonce, attempt), clock=clock)
@@ -114,19 +96,15 @@ class Hub:
             events=self._events,
             ask_stacks=self._ask_stacks,
         )
-        self._doors: dict[int, Peer] = {}  # the way to each rank that was let in: its own connection, or a relay's
-        self._nodes: dict[Peer, _Node] = {}
-        self._expected: dict[int, tuple[Collection[int], float]] = {}
-        self._roll: RollCall[Peer] = RollCall(world_size, clock)
-        self._hellos: dict[int, Hello] = {}
-        self._refusal = ""
+        self._links = Links(world_size, limits.link, clock, self._inquiry.watch.age)
+        self._admission = Admission(self._gate, self._inquiry, world_size, clock, self._events)
         self._told: Leave | None = None
         self._tick_at = clock() + _PERIOD
         self._finished = False
 
     def expect_node(self, node_rank: int, ranks: Collection[int]) -> None:
         """A node with these ranks will connect; if it does not within twice the limit for links, it is lost."""
-        self._expected[node_rank] = ranks, self._clock() + 2 * self._limits.link
+        self._links.expect(node_rank, ranks)
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
@@ -136,7 +114,7 @@ class Hub:
 
     def deadline(self) -> float:
         """When `tick` is due, on the clock."""
-        times = (self._gate.deadline(), self._roll.deadline(), self._inquiry.deadline(), self._tick_at)
+        times = (self._gate.deadline(), self._admission.deadline(), self._inquiry.deadline(), self._tick_at)
         return min(at for at in times if at is not None)
 
     def tick(self) -> None:
@@ -147,16 +125,15 @@ class Hub:
         if now >= self._tick_at:
             self._tick_at = now + _PERIOD
             self._keep_links()
-            self._inquiry.awaited(self._roll.missing)
-            unheard = [node for node in self._nodes.values() if self._silence(node) > 3 * _PERIOD]
-            self._inquiry.watch_progress({rank for node in unheard for rank in node.ranks})
+            self._inquiry.awaited(self._admission.missing)
+            self._inquiry.watch_progress(self._links.away())
         self._inquiry.tick()
         self._hear()
 
     def worker_ended(self, end: WorkerEnd) -> None:
         """Take note of how a worker ended."""
         self._inquiry.ended(end)
-        self._inquiry.awaited(self._roll.missing)
+        self._inquiry.awaited(self._admission.missing)
 
     def take(self) -> list[HubEvent]:
         """What happened since the last call, in order."""
@@ -165,46 +142,38 @@ class Hub:
         return events
 
     def order_leave(self, reason: str, code: int, *, printer: int | None = None, report: str | None = None) -> None:
-        """Order all ranks to leave, but for those that are on their way out with an exception of their own.
-
-        Args:
-            reason: for the process that leaves.
-            code: its exit status.
-            printer: the rank that writes the report; None: nobody does.
-            report: the text.
-        """
+        """Order all ranks to leave, but for those that are on their way out with an exception of their own."""
         spared = self._inquiry.order_leave()
         self._told = Leave(reason, code, printer=-1 if printer is None else printer, spared=spared)
-        doors = {*self._doors.values(), *(door for _, door in self._roll.waiting)}
-        for door in doors - self._nodes.keys():
+        for door in self._admission.everybody() - set(self._links):
             text = report if report and door.name == printer else ""
             self._gate.send(door, encode(Leave(reason, None if door.name in spared else code, text)))
-        for door, node in list(self._nodes.items()):
-            text = report if report and printer in node.ranks else ""
+        for door in self._links:
+            text = report if report and printer in self._links.ranks(door) else ""
             self._gate.send(door, encode(replace(self._told, report=text)))
         self._hear()
 
     def notify(self, text: str, printer: int) -> None:
         """Have a rank write a line to standard error."""
-        door = self._doors.get(printer)
+        door = self._admission.doors.get(printer)
         if door is not None:
             self._gate.send(door, encode(Notice(text, printer)))
 
     def finish(self, text: str, code: int) -> None:
         """Tell every relay that the attempt is over."""
         self._finished = True
-        for door in list(self._nodes):
+        for door in self._links:
             self._gate.send(door, encode(Finish(text, code)))
 
     @property
     def backlog(self) -> int:
         """Bytes that wait to be sent; a driver that ends may give them a moment."""
-        return sum(door.connection.backlog for door in {*self._doors.values(), *self._nodes})
+        return sum(door.connection.backlog for door in {*self._admission.doors.values(), *self._links})
 
     @property
     def connected(self) -> int:
         """How many ranks and relays are connected."""
-        return len({*self._doors.values(), *self._nodes, *(door for _, door in self._roll.waiting)})
+        return len(self._admission.everybody().union(self._links))
 
     @property
     def settling(self) -> bool:
@@ -248,37 +217,37 @@ class Hub:
                         peer.name = hello.arrival.rank
                         self._arrive(hello, peer)
                     case Came(peer, NodeHello() as hello):
-                        self._nodes[peer] = _Node(hello, self._world_size, self._clock())
-                        self._expected.pop(hello.node_rank, None)
-                    case Said(peer, message, _) if peer in self._nodes:
-                        self._say_node(peer, self._nodes[peer], message)
-                    case Said(peer, message, _):
+                        self._links.came(peer, hello)
+                    case Said(peer, message) if peer in self._links:
+                        self._say_node(peer, self._links.heard(peer), message)
+                    case Said(peer, message):
                         self._say(peer, peer.name, message)
-                    case Gone(peer, why) if peer in self._nodes:
+                    case Gone(peer, why) if peer in self._links:
                         self._lose_node(peer, why)
                     case Gone(peer, why):
-                        self._lose(peer, why)
-        verdict = self._roll.verdict()
-        if verdict is not None:
-            self._admit() if not verdict else self._refuse(verdict)
+                        self._admission.close_door(peer, why)
+        self._admission.decide()
 
-    def _say_node(self, peer: Peer, node: _Node, message: Message) -> None:
-        node.heard = self._clock()
+    def _arrive(self, hello: Hello, peer: Peer) -> None:
+        if self._told is not None:
+            self._gate.send(peer, encode(self._told))
+        else:
+            self._admission.arrive(hello, peer)
+
+    def _say_node(self, peer: Peer, node: Node, message: Message) -> None:
         match message:
             case Hello():
                 self._arrive(message, peer)
             case WorkerEnded(end) if end.rank in node.ranks:
                 self.worker_ended(end)
             case RankLost(rank, why) if rank in node.ranks:
-                for arrival in self._roll.remove_rank(rank):
-                    self._inquiry.lost(rank, why, arrival)
-                self._shut(rank, peer, why)
+                self._admission.lose_rank(rank, peer, why)
             case Beat() | Failure() | Stacks() | Bye() | Withdraw() if message.rank in node.ranks:
                 self._say(peer, message.rank, message)
 
     def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
         """Something from a rank, which may speak only for itself, and only once it was let in."""
-        if rank is None or self._doors.get(rank) is not peer or getattr(message, "rank", None) != rank:
+        if rank is None or self._admission.doors.get(rank) is not peer or getattr(message, "rank", None) != rank:
             return
         match message:
             case Beat():
@@ -292,86 +261,24 @@ class Hub:
             case Withdraw():
                 self._inquiry.withdrew(rank)
 
-    def _arrive(self, hello: Hello, peer: Peer) -> None:
-        arrival = hello.arrival
-        record = self._inquiry.records.get(arrival.rank)
-        present = record.arrival if record is not None and record.present else None
-        if self._told is not None:
-            self._gate.send(peer, encode(self._told))
-        elif self._refusal:
-            self._turn_away(peer, self._refusal)
-        elif present is not None and present.process != arrival.process:
-            self._turn_away(peer, objection([present, arrival], self._world_size))
-        else:
-            if present is not None:  # the same process: its goodbye is on its way in the older connection
-                self._inquiry.said_goodbye(arrival.rank)
-            self._hellos[arrival.rank] = hello
-            self._roll.add(arrival, peer, hello.patience)
-
-    def _turn_away(self, peer: Peer, reason: str) -> None:
-        if peer in self._nodes:
-            self._gate.send(peer, encode(Refused(reason)))
-        else:
-            self._gate.refuse(peer, reason)
-
-    def _admit(self) -> None:
-        waited = self._roll.clear()
-        for arrival, door in waited:
-            self._inquiry.came(arrival, self._hellos[arrival.rank].stacks_file)
-            self._doors[arrival.rank] = door
-        for door in dict.fromkeys(door for _, door in waited):
-            self._gate.send(door, encode(Welcome()))
-        self._events.append(AllArrived())
-
-    def _refuse(self, reason: str) -> None:
-        self._refusal = reason
-        for door in dict.fromkeys(door for _, door in self._roll.clear()):
-            self._turn_away(door, reason)
-        self._events.append(Refusal(reason))
-
-    def _lose(self, peer: Peer, why: str) -> None:
-        for arrival in self._roll.remove(peer):
-            if arrival.rank in self._inquiry.records:
-                self._inquiry.lost(arrival.rank, why, arrival)
-        if peer.name is not None:
-            self._shut(peer.name, peer, why)
-
-    def _shut(self, rank: int, peer: Peer, why: str) -> None:
-        if self._doors.get(rank) is peer:
-            del self._doors[rank]
-            self._inquiry.lost(rank, why)
-
     def _lose_node(self, peer: Peer, why: str) -> None:
-        node = self._nodes.pop(peer)
-        self._roll.remove(peer)
-        for rank in [rank for rank, door in self._doors.items() if door is peer]:
-            del self._doors[rank]
-        if not self._finished and not self._refusal:
-            self._inquiry.node_lost(node.ranks, f"was lost with node {node.rank} ({node.host}): {why}")
+        ranks, what = self._links.lose(peer, why)
+        self._admission.lose_relay(peer)
+        self._node_lost(ranks, what)
+
+    def _node_lost(self, ranks: Collection[int], what: str) -> None:
+        if not self._finished and not self._admission.refusal:
+            self._inquiry.node_lost(ranks, what)
 
     def _keep_links(self) -> None:
-        for peer, node in list(self._nodes.items()):
+        for peer in self._links:
             self._gate.send(peer, encode(NodeBeat()))
-            if self._silence(node) > self._limits.link and not self._finished:
-                self._lose_node(peer, f"nothing was heard from it for {self._silence(node):.0f} s")
-        for rank, (ranks, until) in list(self._expected.items()):
-            if self._clock() > until and not self._finished:
-                del self._expected[rank]
-                self._inquiry.node_lost(ranks, f"was lost with node {rank}, which did not connect to this one")
-
-    def _silence(self, node: _Node) -> float:
-        return self._inquiry.watch.age(node.heard)
+        if not self._finished:
+            for peer, why in self._links.silent():
+                self._lose_node(peer, why)
+            for ranks, what in self._links.absent():
+                self._node_lost(ranks, what)
 
     def _ask_stacks(self) -> None:
-        for door in dict.fromkeys(self._doors.values()):
+        for door in dict.fromkeys(self._admission.doors.values()):
             self._gate.send(door, encode(AskStacks()))
-
-
-class _Node:
-    """A relay that is connected."""
-
-    def __init__(self, hello: NodeHello, world_size: int, now: float) -> None:
-        self.rank = hello.node_rank
-        self.host = hello.host
-        self.ranks = frozenset(rank for rank in hello.ranks if 0 <= rank < world_size)
-        self.heard = now

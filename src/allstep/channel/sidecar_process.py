@@ -36,6 +36,7 @@ from allstep.channel.listening import listen
 from allstep.channel.record import Kind
 from allstep.channel.relay import Relay
 from allstep.channel.report import failure_json, failure_text, straggler_line, write_report
+from allstep.channel.service import Service
 from allstep.channel.sidecar import Setup
 from allstep.exit_codes import PEER_LOST
 
@@ -60,7 +61,7 @@ class _Service:
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
         limits = Limits.parse(setup.limits)
-        self._service: Hub | Relay = (
+        self._service: Service = (
             Relay(
                 self._selector,
                 listener,
@@ -99,7 +100,7 @@ class _Service:
                     self._read_lifeline()
                 else:
                     self._service.ready(key)
-            if time.monotonic() >= (self._service.deadline() or 0.0):
+            if time.monotonic() >= self._service.deadline():
                 self._service.tick()
             self._act()
             self._kill_who_stays()
