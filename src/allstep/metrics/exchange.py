@@ -10,7 +10,7 @@ then the payload on the device. Blocks so large that all ranks' would fill memor
 operation and type.
 
 After: every rank has all ranks' states, or all raise the same error: MetricMismatchError where schemas differ by more
-than the shapes of what a rank has not seen, which `adopt` mends with two further collectives; MetricError where a rank
+than the shapes of what a rank has not seen, which `adopt` mends and all gather again; MetricError where a rank
 could not pack its own.
 """
 
