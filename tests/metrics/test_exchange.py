@@ -190,6 +190,39 @@ def test_states_beyond_the_first_frame_take_two_collectives_once_and_then_one() 
     assert calls_of(lambda rank: States({"s": ([torch.zeros(many)] * (rank == 1), "cat")}), 3, times=3) == [2, 1, 1]
 
 
+def test_fixed_states_that_are_attached_take_one_collective_from_the_first_time_on() -> None:
+    many = 3 * FIRST_FRAME
+
+    def rank(coordinator: Any) -> list[int]:
+        engine = Engine(take, coordinator=coordinator)
+        Metrics({"it": States({"s": (torch.zeros(many), "sum"), "n": (torch.tensor(1), "max")})}).attach(engine)
+        counts = []
+        for _ in range(2):
+            before = coordinator.calls
+            engine.reductions[0](engine)  # type: ignore[operator]
+            counts.append(coordinator.calls - before)
+        return counts
+
+    assert simulate(rank, 3) == [[1, 1]] * 3
+
+
+def test_metrics_attached_anew_on_one_rank_only_are_an_error_and_never_frames_of_two_sizes() -> None:
+    def rank(coordinator: Any) -> str:
+        engine = Engine(take, coordinator=coordinator)
+        metrics = Metrics({"it": Mean()}).attach(engine)
+        engine.run([1.0])
+        if coordinator.rank:
+            metrics.detach()
+            metrics.attach(engine)
+        with pytest.raises(MetricMismatchError) as caught:
+            engine.run([1.0])
+        return str(caught.value)
+
+    errors = simulate(rank, 2)
+    assert errors[0] == errors[1]
+    assert "gathered for the first time on rank 1" in errors[0]
+
+
 def test_states_too_large_to_gather_are_reduced_once_for_each_operation_and_type() -> None:
     forms = [("sum", torch.float32), ("sum", torch.int32), ("max", torch.float64), ("min", torch.bfloat16)]
     values = {

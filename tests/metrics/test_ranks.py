@@ -74,7 +74,7 @@ def epochs(world: World, make: Make, dealt: list[list[Any]], epochs: int = 3) ->
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ten_metrics_take_one_collective_and_curves_at_most_two(world_size: int) -> None:
     for make, expected in ((ten_of_sums, [1, 1, 1]), (with_curves, [2, 1, 1])):
-        data = batches() * (1 if make is ten_of_sums else 8)
+        data = batches() * (1 if make is ten_of_sums else 40)
         for empty in (None, 1):
             found = run_ranks(epochs, world_size, make, deal(data, world_size, empty=empty), timeout=150)
             assert [counts for _, counts in found] == [expected] * world_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, MulticlassAccuracy
-from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.regression import PearsonCorrCoef, R2Score
 from torchmetrics.wrappers import MinMaxMetric
 
 from allstep import Alone, Coordinator, Engine, Events
@@ -270,6 +270,25 @@ def test_a_saved_state_is_a_copy_and_loading_asks_nobody() -> None:
     assert float(state["mean"]["states"]["total"]) == 0.0
     metrics.load_state_dict(state)
     assert float(metrics.entries["mean"].total) == 0.0
+
+
+def test_a_state_whose_shape_came_with_the_first_batch_is_loaded_by_a_metric_without_one() -> None:
+    generator = torch.Generator().manual_seed(7)
+    data = [(torch.rand(4, 2, generator=generator), torch.rand(4, 2, generator=generator)) for _ in range(3)]
+    metrics = Metrics({"r2": R2Score()})
+    for batch in data:
+        metrics.entries["r2"].update(*batch)
+    states = [metrics.state_dict(), Metrics({"r2": R2Score()}).state_dict()]
+
+    def rank(coordinator: Coordinator) -> float:
+        engine = Engine(take, coordinator=coordinator)
+        Metrics({"r2": R2Score()}).attach(engine).load_state_dict(states)
+        engine.reductions[0](engine)  # type: ignore[operator]
+        return float(engine.state.metrics["r2"])
+
+    for world_size in (1, 2, 3):
+        found = simulate(rank, world_size)
+        assert found == [pytest.approx(float(metrics.entries["r2"].compute()))] * world_size
 
 
 def test_a_state_of_other_metrics_is_refused_and_changes_nothing() -> None:

@@ -4,12 +4,13 @@ Protocol. Each rank sends a frame: a head of five integers, the manifest and the
 ranks know before, since a process group aborts when sizes differ. The head has the schema's fingerprint, so that ranks
 that do not fit together find out from the very collective, and the lengths of what follows. Where some rank's frame did
 not fit, all see so in the heads and gather once more at the length of the longest; next time that length is expected
-from the beginning. So states of fixed size take one collective, and lists at most two. On an accelerator the payload
-travels apart from the frame, so that the host never waits for the device: a frame on the host, then the payload on the
-device. Blocks so large that all ranks' would fill memory are reduced, one collective for each operation and type.
+from the beginning, as is room for states of fixed size. So these take one collective, and lists at most two. On an
+accelerator the payload travels apart from the frame, so that the host never waits for the device: a frame on the host,
+then the payload on the device. Blocks so large that all ranks' would fill memory are reduced, one collective for each
+operation and type.
 
 After: every rank has all ranks' states, or all raise the same error: MetricMismatchError where schemas differ by more
-than the shapes of what a rank has not seen, which `adopt` mends with two further collectives; MetricError where a rank
+than the shapes of what a rank has not seen, which `adopt` mends and all gather again; MetricError where a rank
 could not pack its own.
 """
 
@@ -60,11 +61,24 @@ class Exchange:
 
     Args:
         largest: bytes of all ranks' blocks above which these are reduced instead of gathered.
+        fixed: bytes that states are known to take before any batch, the same on all ranks.
     """
 
-    def __init__(self, largest: int = LARGEST_GATHER) -> None:
+    def __init__(self, largest: int = LARGEST_GATHER, fixed: int = 0) -> None:
         self._largest = largest
-        self._frame = FIRST_FRAME
+        self._fixed = fixed
+        self._frame: int | None = None
+
+    @property
+    def history(self) -> str:
+        """What the next frame's length comes from; it differs where metrics were attached anew on some ranks only."""
+        return "gathered for the first time" if self._frame is None else f"gathered in frames of {self._frame} bytes"
+
+    def _expected(self, world_size: int) -> int:
+        """The length of the next frame, in bytes, which has to be the same on all ranks."""
+        if self._frame is not None:
+            return self._frame
+        return FIRST_FRAME + (padded(self._fixed) if self._fixed * world_size <= self._largest else 0)
 
     def gather(
         self, coordinator: Coordinator, plan: Plan, carried: Carried, replan: Callable[[], Plan] | None = None
@@ -117,7 +131,7 @@ class Exchange:
     def _gather_frames(
         self, coordinator: Coordinator, frame: Callable[[int], torch.Tensor]
     ) -> tuple[torch.Tensor, list[_Head]]:
-        rows = coordinator.gather_bytes(frame(self._frame))
+        rows = coordinator.gather_bytes(frame(self._expected(coordinator.world_size)))
         numbers = rows[:, : _HEAD * 8].contiguous().view(torch.int64).tolist()
         return rows, [_Head(*each) for each in numbers]
 

@@ -26,6 +26,9 @@ _OPS: dict[Any, ReduceOp] = {dim_zero_sum: "sum", dim_zero_max: "max", dim_zero_
 _NAMES: dict[Any, str] = {dim_zero_mean: "mean", dim_zero_cat: "cat", **_OPS, None: "None"}
 
 
+_SURROUNDING = 64  # bytes that go with a state or metric: its manifest, and what rounding up adds
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FixedState:
     """A tensor that is reduced element by element. `node` is its metric's index in the plan."""
@@ -156,6 +159,14 @@ def schema_as_made(
 ) -> Schema:
     """The schema of these metrics before any took a batch in, whatever shapes their states have by now."""
     return (*_lines(event, *_divided(found, following), as_made=True), *further)
+
+
+def bytes_as_made(found: Iterable[Node], following: Mapping[int, Metric]) -> int:
+    """At most how many bytes the tensor states of these metrics take before any took a batch in, on all ranks alike."""
+    leading, _, _ = _divided(found, following)
+    values = [default for node in leading for default in node.metric._defaults.values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    return sum(value.numel() * value.itemsize for value in tensors) + _SURROUNDING * (len(values) + len(leading))
 
 
 def form_of(value: Any) -> Form:

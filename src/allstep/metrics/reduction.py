@@ -25,7 +25,7 @@ from allstep.metrics.installed import installed, same_draws
 from allstep.metrics.nodes import Entry, Node, followers, named_metrics
 from allstep.metrics.own_sync import sync_by_itself
 from allstep.metrics.packing import Carried, given
-from allstep.metrics.plan import Plan, make_plan, schema_as_made
+from allstep.metrics.plan import Plan, bytes_as_made, make_plan, schema_as_made
 from allstep.metrics.usage import event_name
 
 if TYPE_CHECKING:
@@ -75,7 +75,9 @@ class EventReduction:
 
     def schema(self) -> Schema:
         """What is reduced, for ranks to compare when a run begins."""
-        return schema_as_made(event_name(self.event), self._found, self._following, self._further())
+        event = event_name(self.event)
+        further = [*self._further(), StateLine(event, "all", "", self._exchange.history)]
+        return schema_as_made(event, self._found, self._following, further)
 
     def __call__(self, engine: Engine) -> None:
         """Reduce, compute, and set the results."""
@@ -153,6 +155,7 @@ class EventReduction:
         entries = [entry for member in members for entry in member.entries.values()]
         self._found = [node for member in members for node in member.nodes]
         self._following = followers(entries)
+        self._exchange = Exchange(fixed=bytes_as_made(self._found, self._following))
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
         self._parts = [
             (name, [id(part) for _, part in named_metrics({name: entry})])

@@ -123,11 +123,17 @@ def _check(found: Sequence[Node], state: Mapping[str, Any]) -> None:
         for name, default in node.states.items():
             if isinstance(default, torch.Tensor) and isinstance(saved[name], torch.Tensor):
                 have, given = getattr(node.metric, name).shape, saved[name].shape
-                if have != given:
+                if given != have and not _spreads(default.shape, given):
                     raise ValueError(
                         f"metric {node.name!r}, state {name!r}, has shape {tuple(have)}; the state to load has "
                         f"{tuple(given)}"
                     )
+
+
+def _spreads(beginning: torch.Size, shape: torch.Size) -> bool:
+    """Whether an update may have made a state of this shape of its beginning."""
+    pairs = zip(reversed(beginning), reversed(shape), strict=False)
+    return len(beginning) <= len(shape) and all(one in (1, other) for one, other in pairs)
 
 
 def _copied(value: Any) -> Any:
