@@ -78,13 +78,6 @@ def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_pat
     assert "iteration 1" not in done.out
 
 
-def test_resume_none_begins_anew(tmp_path):
-    assert run(tmp_path, *job(tmp_path, "run", ranks=1), env=ENV).code == 0
-    again = run(tmp_path, "--resume", "none", *job(tmp_path, "run", ranks=1), env=ENV)
-    assert again.code == 0
-    assert min(iterations(again.out)) == 1
-
-
 def test_usr1_before_torch_is_imported_is_remembered(tmp_path):
     text = """
 print("up", flush=True)
