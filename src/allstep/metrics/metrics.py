@@ -40,6 +40,8 @@ class Metrics:
         TypeError: something given is no metric.
     """
 
+    state_differs_by_rank = True  # a checkpoint keeps each rank's
+
     def __init__(self, metrics: Mapping[str, Entry] | MetricCollection) -> None:
         alone = isinstance(metrics, MetricCollection)
         entries: Mapping[str, Entry] = {"metrics": metrics} if isinstance(metrics, MetricCollection) else metrics
@@ -143,11 +145,15 @@ class Metrics:
         Raises:
             ValueError: the state is of other metrics; nothing was changed.
         """
-        coordinator = None if self._engine is None else self._engine.coordinator
-        rank, world_size = (0, 1) if coordinator is None else (coordinator.rank, coordinator.world_size)
+        among = World.current() if self._engine is None else self._engine.coordinator
+        rank, world_size = (0, 1) if among is None else (among.rank, among.world_size)
         states = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)[rank::world_size]
         found = nodes(self.entries)
         load_states(found, states, self.carried)
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take this rank's share of what all ranks of a checkpoint saved; see `load_state_dict`."""
+        self.load_state_dict(list(states))
 
     def _begin(self, engine: Engine, event: Event) -> None:
         beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.progress.epoch_began_at}
