@@ -1,4 +1,4 @@
-"""Seconds from a resumed run's start to its first new iteration, from different places in an epoch, in each library.
+"""Time from a resumed run's start to its first new iteration, from different places in an epoch, in each library.
 
     python benchmarks/resume.py
     python benchmarks/resume.py --only allstep --iterations 1000 100000 10000000
@@ -6,13 +6,14 @@
 A shuffled map-style dataset of rows that cost nothing to load, in batches of 32, without workers. What is timed begins
 with objects that are made and a state that is loaded, and ends when the step is called with the first batch that was
 not trained before: the cost of finding the place. Accelerate skips with `skip_first_batches`; PyTorch-Ignite loads the
-engine's state and reads the epoch's batches up to the place. A peer that is not installed is left out
-(`pip install -e .[bench]`).
+engine's state and reads the epoch's batches up to the place. The libraries take turns. A peer that is not installed is
+left out (`pip install -e .[bench]`).
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 
@@ -104,18 +105,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, nargs="+", default=[10, 1_000, 100_000])
     parser.add_argument("--only", choices=list(LIBRARIES), nargs="+", default=list(LIBRARIES))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    print(f"{machine_line()}\n\nseconds to the first new iteration, from iteration\n")
-    print("| library | " + " | ".join(f"{each:,}" for each in options.iterations) + " |")
-    print("| :--- |" + " ---: |" * len(options.iterations))
+    seconds: dict[str, dict[int, list[float]]] = {}
     for name in options.only:
         try:
-            LIBRARIES[name](1)
-        except ImportError:
-            continue
-        cells = [min(LIBRARIES[name](each) for _ in range(options.repeats)) for each in options.iterations]
-        print(f"| {name} | " + " | ".join(f"{seconds:.4f}" for seconds in cells) + " |", flush=True)
+            LIBRARIES[name](1)  # what it does the first time is not measured
+            seconds[name] = {each: [] for each in options.iterations}
+        except ImportError as error:
+            if name == "allstep":
+                raise
+            print(f"{name} is left out: {error}")
+    for _ in range(options.repeats):
+        for each in options.iterations:
+            for name, times in seconds.items():
+                times[each].append(LIBRARIES[name](each))
+    print(f"{machine_line()}\n\nmilliseconds to the first new iteration, median of {options.repeats}, from iteration\n")
+    print("| library | " + " | ".join(f"{each:,}" for each in options.iterations) + " |")
+    print("| :--- |" + " ---: |" * len(options.iterations))
+    for name, times in seconds.items():
+        cells = (f"{statistics.median(each) * 1e3:,.2f}" for each in times.values())
+        print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

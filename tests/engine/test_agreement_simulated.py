@@ -469,6 +469,26 @@ def test_what_was_read_ahead_of_a_one_shot_iterator_is_given_later(end: str) -> 
     assert simulate(world, 2, timeout=5.0) == [list(range(60))] * 2
 
 
+def test_a_group_that_fails_gives_a_rank_without_a_batch_in_it_none_of_an_earlier_group_again() -> None:
+    def world(coordinator: SimulatedRank) -> list[int]:
+        data = iter(batches(6 if coordinator.rank == 0 else 2))
+        names, fails = Names(), True
+
+        def step(engine: Engine, batch: Any) -> None:
+            if fails and engine.state.iteration == 3:
+                raise ValueError("in the second group")
+            names(engine, batch)
+
+        engine = Engine(step, coordinator=coordinator, accumulate=2, uneven="longest")
+        with pytest.raises(ValueError, match="second group"):
+            engine.run(data, epoch_length=6)
+        fails = False
+        engine.run(data, epoch_length=6)
+        return names.own
+
+    assert simulate(world, 2, timeout=5.0) == [list(range(6)), [0, 1]]
+
+
 def test_a_one_shot_iterator_loses_nothing_where_another_rank_s_data_begins_anew() -> None:
     def world(coordinator: SimulatedRank) -> list[int]:
         step = Names()

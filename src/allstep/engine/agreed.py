@@ -12,40 +12,24 @@ beginning of w - 1, and casts the vote on w + 1: how many samples it has for eac
 for on this rank until now. So a request made in w is cast at the beginning of w + 1 and lands at its end. In between
 nothing is waited for. No vote is cast on iterations beyond an epoch's end that is known.
 
-What can go wrong, all of it raised on every rank alike: data that gave less than it declared, uneven data under
-"error", ranks that came to different votes.
+The rank's own batches lie in a `Stock`, votes are cast and read by `Voting`. What can go wrong is raised on every rank
+alike: data that gave less than it declared, uneven data under "error", ranks that came to different votes.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any
 
-from allstep.coordination import (
-    Asked,
-    Ballot,
-    Coordinator,
-    Ledger,
-    Occasion,
-    Pending,
-    Request,
-    Tally,
-    Uneven,
-    agree_window,
-    next_window,
-    read_tally,
-    vector_length,
-)
+from allstep.coordination import Asked, Coordinator, Ledger, Occasion, Tally, Uneven, agree_window, next_window
 from allstep.engine.reader import Reader
 from allstep.engine.source import END
 from allstep.engine.state import State
-from allstep.errors import DataError, DivergenceError, UnevenDataError
-
-_LEAST_ITERATIONS_IN_A_VECTOR = 32  # so that engines of different groups send vectors of one length
+from allstep.engine.stock import Stock
+from allstep.engine.voting import Cast, Voting
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,51 +60,33 @@ class Unread:
     samples: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Cast:
-    pending: Pending
-    ballot: Ballot
-    requests: tuple[Asked, ...]
-
-
 class AgreedFeed:
     """A rank's batches, agreed with the other ranks.
 
     Attributes:
         limit: the iteration at which the epoch, or the run, ends; infinity while unknown. Set by the loop.
         window_ends_at: the iteration at which the present window ends.
-        requests: what was asked for on this rank and not voted on yet; the engine appends.
-        landed: what has been agreed to do; the loop takes it.
     """
 
     def __init__(self, coordinator: Coordinator, agreement: Agreement, state: State, requests: list[Asked]) -> None:
         self._coordinator = coordinator
         self._agreement = agreement
         self._state = state
-        self._vector_length = vector_length(
-            max(_LEAST_ITERATIONS_IN_A_VECTOR, agreement.longest_window * agreement.group_size)
-        )
-        self._sequence = 0
+        self._stock = Stock(agreement.group_size)
+        most_iterations = agreement.longest_window * agreement.group_size
+        self._voting = Voting(coordinator, state, self._stock, requests, most_iterations)
         self._left_behind = (0, 0)
         self._unread_is_said = False
-        self._gave_less: str | None = None
-        self._group: list[Any] = []
-        self._carried: deque[tuple[Any, int | None]] = deque()
-        self._group_began: tuple[int, int] | None = None
-        self._filler: Any = END
-        self._cast: _Cast | None = None
+        self._cast: Cast | None = None
         self._groups = 1
         self._window_began = self._paused_at = monotonic_ns()
         self._window_took = 0
         self._counts: list[int | None] = []
-        self._reader: Reader | None = None
         self._ledger = Ledger(0, True, False, (), agreement.group_size)
         self._at = 0
         self._left = 0
         self.limit: float = math.inf
         self.window_ends_at = 0
-        self.requests = requests
-        self.landed: list[Asked] = []
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -134,40 +100,32 @@ class AgreedFeed:
         if at >= ledger.iterations:
             raise StopIteration
         self._at = at + 1
-        if self._reader is not None and at % self._agreement.group_size == 0:
-            self._group_began = state.iteration, self._reader.taken
-        samples = self._counts[at] or 0
-        batch = self._take()
-        if batch is END:
-            samples = 0
-        state.samples = samples
+        batch = self._stock.give(state.iteration, begins_group=at % self._agreement.group_size == 0)
         state.active = batch is not END
-        state.weight = ledger.weight(at, samples, self._coordinator.world_size)
+        state.samples = (self._counts[at] or 0) if state.active else 0
+        state.weight = ledger.weight(at, state.samples, self._coordinator.world_size)
         state.group_end = ledger.ends_group(at)
         if batch is END:
-            return None if self._filler is END else self._filler
-        self._filler = batch
-        if self._agreement.group_size > 1:
-            if at % self._agreement.group_size == 0:
-                self._group.clear()
-            self._group.append(batch)
-        return batch
+            batch = self._stock.filler
+        return None if batch is END else batch
+
+    def take_landed(self) -> list[Asked]:
+        """What the ranks agreed to do since the last call."""
+        landed, self._voting.landed = self._voting.landed, []
+        return landed
 
     def end_pass(self, *, loses_unread: bool) -> list[Any]:
         """Leave a pass that has ended for all; returns the batches that were read and neither given nor wait.
 
         `loses_unread` says that the data does not give them in its next pass, so that they are to be reported.
         """
-        ledger = self._ledger
-        waiting = [(self._take(), self._counts[at]) for at in range(ledger.iterations, ledger.iterations + self._left)]
-        self._carried.extend(waiting)
+        agreed = self._ledger.iterations
+        self._stock.carry_over([self._counts[at] for at in range(agreed, agreed + self._left)])
         self._left = 0
-        if self._reader is None:
-            return []
         if loses_unread and not self._unread_is_said and self._agreement.policy != "longest":
-            batches, samples = self._reader.unread()
+            batches, samples = self._stock.unread_of_pass()
             self._left_behind = (self._left_behind[0] + batches, self._left_behind[1] + samples)
-        return self._reader.kept()
+        return self._stock.kept()
 
     def open_pass(self, reader: Reader | None = None) -> None:
         """Take from `reader`, or go on with the same one: a vote on the first window is held at once.
@@ -176,32 +134,23 @@ class AgreedFeed:
         """
         self._left = 0
         if reader is not None:
-            if self._reader is not None and self._gave_less is None:
-                self._gave_less = self._reader.gave_less
-            self._reader, self._unread_is_said, self._group_began = reader, False, None
+            self._stock.begin(reader)
+            self._unread_is_said = False
         self._cast = self._cast_window(offset=0)
         self._enter_next_window()
 
     def abandon_pass(self, *, group_is_undone: bool = False) -> list[Any]:
         """End the pass here; returns the batches that were read and not given, or given to a group that is undone."""
-        kept = self._group if group_is_undone else []
-        kept = kept + [batch for batch, _ in self._carried if batch is not END]
-        kept += self._reader.kept() if self._reader is not None else []
-        self._carried.clear()
         self._left, self._at = 0, 0
         self._ledger = Ledger(0, True, False, (), self._agreement.group_size)
-        return kept
+        return self._stock.abandon(group_is_undone=group_is_undone)
 
     def taken_by(self, iteration: int) -> int | None:
         """This rank's batches of the pass in the first `iteration` iterations of the run, which end a group.
 
         None where batches wait for the rest of their group.
         """
-        if self._reader is None or self.waiting:
-            return None
-        if self._group_began is not None and self._group_began[0] >= iteration:
-            return self._group_began[1]
-        return self._reader.taken
+        return None if self.waiting else self._stock.taken_by(iteration)
 
     @property
     def pass_has_ended(self) -> bool:
@@ -211,7 +160,7 @@ class AgreedFeed:
     @property
     def waiting(self) -> int:
         """Iterations whose batches wait for the rest of their group, across a pass's end."""
-        return self._left or len(self._carried)
+        return self._left or self._stock.carried
 
     def advance(self) -> None:
         """Go on to the next window, unless the pass or the epoch has ended; called when the present one has."""
@@ -227,9 +176,9 @@ class AgreedFeed:
         if self._agreement.policy == "longest":
             return ()
         self.drain()
-        now, before = self._unread(), self._left_behind
+        now, before = self._stock.unread(), self._left_behind
         self._left_behind = (0, 0)
-        tally = self._read(self._cast_vote(Occasion.EPOCH_END, unread=now[0] + before[0]), 0)
+        tally = self._hold(Occasion.EPOCH_END, unread=now[0] + before[0])
         if not tally.unread:
             return ()
         said = self._coordinator.gather((now, before))
@@ -243,19 +192,19 @@ class AgreedFeed:
     def close_epoch(self) -> None:
         """Hold the vote of an epoch's end, on what was asked for in its handlers."""
         self.drain()
-        self._read(self._cast_vote(Occasion.EPOCH_END), 0)
+        self._hold(Occasion.EPOCH_END)
         self._window_began += monotonic_ns() - self._paused_at  # handlers of the epoch's end are no part of a window
 
     def confirm_end(self) -> None:
         """Check that all ranks end the run here, as `terminate(agreed=True)` says. Raises DivergenceError."""
         self.drain()
-        self._read(self._cast_vote(Occasion.RUN_END), 0)
+        self._hold(Occasion.RUN_END)
 
     def drain(self) -> None:
         """Read the vote that is under way, if any, but run no window of it; the batches it was about stay."""
         if self._cast is not None:
             cast, self._cast = self._cast, None
-            self._read(cast, len(cast.ballot.samples))
+            self._voting.read(cast)
 
     def has_more(self) -> bool:
         """Whether the pass has another iteration."""
@@ -263,7 +212,7 @@ class AgreedFeed:
 
     def total(self) -> int:
         """Batches in this rank's pass, as far as known."""
-        return self._reader.total()[0] if self._reader is not None else 0
+        return self._stock.total()[0]
 
     def _enter_next_window(self) -> None:
         """Read the vote on the next window and, unless there is a reason to wait, cast the one on the window after."""
@@ -272,18 +221,17 @@ class AgreedFeed:
         cast, agreement = self._cast, self._agreement
         assert cast is not None
         self._cast = None
-        iterations = len(cast.ballot.samples)
-        tally = self._read(cast, iterations)
+        tally = self._voting.read(cast)
         self._ledger = ledger = agree_window(
             tally,
             agreement.policy,
             self._coordinator.world_size,
             agreement.group_size,
             group_goes_on=self._state.epoch_length is not None,
-            carried=len(self._carried),
+            carried=self._stock.carried,
         )
         if ledger.is_uneven and agreement.policy == "error":
-            self._say_uneven()
+            self._voting.say_uneven()
         self._counts, self._at = list(cast.ballot.samples), 0
         self._groups = next_window(
             self._groups, tally.microseconds, self._coordinator.world_size, agreement.longest_window
@@ -291,116 +239,27 @@ class AgreedFeed:
         self.window_ends_at = self._state.iteration + ledger.iterations
         if ledger.ends_pass:
             self._left = self._agreed_iterations(tally) - ledger.iterations
-        elif agreement.ahead and not self.landed and self.window_ends_at < self.limit:
+        elif agreement.ahead and not self._voting.landed and self.window_ends_at < self.limit:
             self._cast = self._cast_window(offset=ledger.iterations)
 
-    def _cast_window(self, offset: int) -> _Cast:
+    def _cast_window(self, offset: int) -> Cast:
         wanted = self._groups * self._agreement.group_size
         iterations = int(min(wanted, self.limit - self._state.iteration - offset))
-        if offset == 0 and self._filler is END and self._reader is not None and self._agreement.needs_fillers:
-            self._reader.first()  # where there is none, there is nothing to take part with
-        samples = self._look(offset, offset + iterations)
-        if self._reader is not None:
-            self._reader.target = offset + iterations
-        begins_without = bool(samples) and not samples[0] and self._filler is END
-        return self._cast_vote(
+        if offset == 0 and self._agreement.needs_fillers:
+            self._stock.first()  # where there is none, there is nothing to take part with
+        samples = self._stock.look(offset, offset + iterations)
+        self._stock.read_ahead(offset + iterations)
+        begins_without = bool(samples) and not samples[0] and self._stock.filler is END
+        return self._voting.cast(
             Occasion.WINDOW,
             samples=samples,
             needs_batch=self._agreement.needs_fillers and begins_without,
             microseconds=self._window_took // 1000,
         )
 
-    def _cast_vote(self, occasion: Occasion, **more: Any) -> _Cast:
-        requests = tuple(self.requests)  # once: the handler of a signal may add to them at any moment
-        del self.requests[: len(requests)]
-        asked = {each.request for each in requests}
-        ballot = Ballot(
-            occasion,
-            self._sequence,
-            self._state.iteration,
-            terminate=Request.TERMINATE in asked,
-            terminate_epoch=Request.TERMINATE_EPOCH in asked,
-            interrupt=Request.INTERRUPT in asked,
-            replace_data=Request.REPLACE_DATA in asked,
-            gave_less=self._said_too_much() is not None,
-            **more,
-        )
-        self._sequence += 1
-        return _Cast(self._coordinator.vote(ballot.vector(self._vector_length)), ballot, requests)
-
-    def _read(self, cast: _Cast, iterations: int) -> Tally:
-        """Wait for a vote and act on all that it says besides the window: names, fillers, errors."""
-        tally = read_tally(cast.pending.wait(), iterations)
-        if not tally.is_for(cast.ballot, self._coordinator.world_size):
-            self._say_diverged(cast.ballot)
-        if tally.gave_less:
-            self._say_gave_less()
-        if tally.requests:
-            self.landed += [each for asked in self._coordinator.gather(cast.requests) for each in asked]
-        if tally.needs_batch:
-            self._share_batch()
-        return tally
-
-    def _look(self, start: int, stop: int) -> list[int | None]:
-        assert self._reader is not None
-        carried = len(self._carried)
-        known = [samples for _, samples in list(self._carried)[start:stop]]
-        return known + self._reader.look(max(start - carried, 0), max(stop - carried, 0))
-
-    def _take(self) -> Any:
-        if self._carried:
-            return self._carried.popleft()[0]
-        assert self._reader is not None
-        return self._reader.take()
-
-    def _said_too_much(self) -> str | None:
-        return self._gave_less or (self._reader.gave_less if self._reader is not None else None)
+    def _hold(self, occasion: Occasion, **more: Any) -> Tally:
+        return self._voting.read(self._voting.cast(occasion, **more))
 
     def _agreed_iterations(self, tally: Tally) -> int:
         needed = 1 if self._agreement.policy == "longest" else self._coordinator.world_size
         return next((at for at, having in enumerate(tally.having) if having < needed), len(tally.having))
-
-    def _unread(self) -> tuple[int, int]:
-        batches, samples = self._reader.unread() if self._reader is not None else (0, 0)
-        carried = [n for _, n in self._carried if n is not None]
-        return batches + len(carried), samples + sum(carried)
-
-    def _share_batch(self) -> None:
-        """Give every rank that never had a batch one of the first rank that has any."""
-        mine = self._filler
-        if mine is END and self._reader is not None:
-            mine = self._reader.first()
-        having = self._coordinator.gather(mine is not END)
-        if any(having):
-            source = having.index(True)
-            shared = self._coordinator.broadcast(mine if source == self._coordinator.rank else None, source)
-            if self._filler is END:
-                self._filler = shared
-
-    def _say_gave_less(self) -> None:
-        said = self._coordinator.gather(self._said_too_much())
-        culprits = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said) if text)
-        raise DataError(
-            f"data ended before what it had declared: {culprits}. Its len() must be the number of batches it gives"
-        )
-
-    def _say_uneven(self) -> None:
-        said = self._coordinator.gather(self._reader.total() if self._reader is not None else (0, True))
-        counts = ", ".join(
-            f"rank {rank} has {count}" if exact else f"rank {rank} has {count} or more"
-            for rank, (count, exact) in enumerate(said)
-        )
-        raise UnevenDataError(
-            f"ranks have different numbers of batches, and uneven='error' was given: {counts}. Give every rank the "
-            "same number, or choose uneven='shortest' or 'longest'",
-            counts=tuple(count for count, _ in said),
-        )
-
-    def _say_diverged(self, ballot: Ballot) -> None:
-        state = self._state
-        said = self._coordinator.gather((ballot.occasion.name.lower().replace("_", " "), state.epoch, state.iteration))
-        where = "; ".join(f"rank {rank}: {o}, epoch {e}, iteration {i}" for rank, (o, e, i) in enumerate(said))
-        raise DivergenceError(
-            f"ranks came to different votes: {where}. terminate(agreed=True) must be called on all ranks at the same "
-            "iteration, and engines that do not run on all ranks need Engine(step, coordinator=Alone())"
-        )

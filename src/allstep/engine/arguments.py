@@ -1,13 +1,26 @@
-"""Checks of what a user gives an engine: an error that names the argument, the value and what is expected."""
+"""What a user gives an engine, and its checks: an error that names the argument, the value and what is expected."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from allstep.coordination import POLICIES
+from allstep.coordination import POLICIES, Uneven
 from allstep.engine.filters import is_count
+
+
+@dataclass(frozen=True, slots=True)
+class RunArguments:
+    """What `Engine.run` was asked for besides the data; ranks compare all of it. See there."""
+
+    max_epochs: int | None
+    max_iters: int | None
+    epoch_length: int | None
+    uneven: Uneven
+    window: int | None
+    lookahead: int | None
 
 
 def check_step(step: Callable[..., Any]) -> None:

@@ -1,41 +1,40 @@
 """`Engine`: runs a step over data, epoch after epoch, and fires events on the way.
 
-Contract: a user makes an engine from a step, adds handlers and calls `run`. Between runs the state may be saved with
-`state_dict` and loaded into another engine, which then goes on where the first one stood. Handlers are what it has from
-`Listening`, changes of course during a run (`terminate` and the like) what it has from `Steering`. What crosses ranks
-goes through the engine's `Coordinator`; the engine calls no collective. What can go wrong: bad arguments raise before
-anything has changed; an exception of the user's code leaves `run` and the engine can run again.
+Contract: a user makes an engine from a step, adds handlers and calls `run`. Handlers are what it has from `Listening`,
+changes of course during a run (`terminate` and the like) from `Steering`, and from `Resumable` that a run is saved with
+`state_dict` and goes on in another engine where it stood. What crosses ranks goes through the engine's `Coordinator`;
+the engine calls no collective. What can go wrong: bad arguments raise before anything has changed; an exception of the
+user's code leaves `run` and the engine can run again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
-from allstep.engine.arguments import check_agreement, check_choice, check_step
-from allstep.engine.data_place import group_size_over, sampler_of, saved_place, take_up
+from allstep.engine.arguments import RunArguments, check_agreement, check_choice, check_step
+from allstep.engine.data_place import group_size_over
 from allstep.engine.listening import Listening
 from allstep.engine.loop import Loop
 from allstep.engine.meeting import Hello, Meeting, Reduction, meet
-from allstep.engine.progress import Place, Progress, place_from
+from allstep.engine.progress import Progress
 from allstep.engine.reader import SamplesIn, declared_counts
 from allstep.engine.rehearsal import Rehearsal
-from allstep.engine.source import END, place_in_data
+from allstep.engine.resumable import Resumable
+from allstep.engine.source import END
 from allstep.engine.state import State
-from allstep.engine.steering import Steering
 from allstep.engine.terms import Terms, asks_for_more, is_done, length_of, settle_terms
 from allstep.engine.watch import Watch, watched
 from allstep.errors import DataError, EngineError
 from allstep.world import World
 
-_Arguments = tuple[int | None, int | None, int | None, Uneven, int | None, int | None]
 
-
-class Engine(Listening, Steering):
+class Engine(Listening, Resumable):
     """Runs `process_function(engine, batch)` over data and fires `Events`.
 
     Args:
@@ -72,14 +71,11 @@ class Engine(Listening, Steering):
         name: str | None = None,
     ) -> None:
         Listening.__init__(self, State())
-        Steering.__init__(self, coordinator)
+        Resumable.__init__(self, coordinator, accumulate)
         check_step(process_function)
         check_choice("uneven", uneven, POLICIES)
         check_choice("idle", idle, ("filler", "skip"))
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate is {accumulate!r}; it must be an int of at least 1")
         self.process_function = process_function
-        self.accumulate = accumulate
         self.samples_in = samples_in
         self.uneven = uneven
         self.idle = idle
@@ -89,17 +85,6 @@ class Engine(Listening, Steering):
         self.logger = logging.getLogger("allstep.engine")
         self.kept: list[Any] = []
         self.leaves_with: BaseException | None = None
-        self._drive: Generator[None, None, None] | None = None
-        self._is_running = False
-        self._was_loaded = False
-        self._saved_data: Mapping[str, Any] | None = None
-        self._own_data_state: Any = END
-        self._user_keys: list[str] = []
-
-    @property
-    def is_running(self) -> bool:
-        """Whether `run` is under way."""
-        return self._is_running
 
     def run(
         self,
@@ -145,12 +130,11 @@ class Engine(Listening, Steering):
         """
         if self._is_running:
             raise EngineError("this engine is running; a handler that wants to run something needs another Engine")
-        arguments = (max_epochs, max_iters, epoch_length, uneven or self.uneven, window, lookahead)
+        asked = RunArguments(max_epochs, max_iters, epoch_length, uneven or self.uneven, window, lookahead)
         with watched(self.name, self.state) as watch:
-            return self._run(data, arguments, watch)
+            return self._run(data, asked, watch)
 
-    def _run(self, data: Any, arguments: _Arguments, watch: Watch | None) -> State:
-        max_epochs, max_iters, epoch_length, *_ = arguments
+    def _run(self, data: Any, asked: RunArguments, watch: Watch | None) -> State:
         state, suspended = self.state, self._drive is not None
         if suspended and state.max_epochs is None and state.max_iters is None:
             self._drop_run()
@@ -159,16 +143,16 @@ class Engine(Listening, Steering):
         if not suspended:
             self._settle_counters()
             source = state.dataloader if data is None else data
-            opens_at, max_iters = self._take_up(source, max_iters)
-            arguments = (max_epochs, max_iters, *arguments[2:])
-            meeting = self._meet(source, *arguments)
+            opens_at, max_iters = self._take_up(source, asked.max_iters)
+            asked = replace(asked, max_iters=max_iters)
+            meeting = self._meet(source, asked)
             length = _checked_length(source) if meeting is None else meeting.length
         terms = settle_terms(
             state,
             None if suspended else data,
-            max_epochs,
-            max_iters,
-            epoch_length,
+            asked.max_epochs,
+            asked.max_iters,
+            asked.epoch_length,
             length=length,
             epochs_completed=state.epoch - self.progress.epoch_is_open,
             resuming=suspended or self._was_loaded,
@@ -194,143 +178,25 @@ class Engine(Listening, Steering):
         self._was_loaded = False
         return self._go_on()
 
-    @property
-    def group_size(self) -> int:
-        """Iterations in an accumulation group: `accumulate`, times those in which the data gives a global batch."""
-        return group_size_over(self.state.dataloader, self.accumulate)
-
     def modules_in_step(self) -> list[nn.Module]:
         """Wrapped modules whose gradients the step's backward passes reduce over ranks."""
         world = World.current()
         known = [*(() if world is None else world.wrapped), *self.modules]
         return list(dict.fromkeys(known))
 
-    @property
-    def state_dict_user_keys(self) -> list[str]:
-        """Names of state attributes to save and load besides the engine's own; append yours."""
-        return self._user_keys
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run stands; collective-free.
-
-        `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
-        `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
-        `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `data` is there when
-        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's. `finished`
-        is there when the run was ended as finished: why.
-        """
-        state, progress = self.state, self.progress
-        terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
-        iteration = state.iteration - progress.step_is_open - progress.steps_in_group
-        data = self._data_place(iteration)
-        return {
-            "iteration": iteration,
-            "epochs_completed": state.epoch - progress.epoch_is_open,
-            "epoch_began_at": progress.epoch_began_at,
-            "epoch_length": state.epoch_length,
-            **terms,
-            **({} if data is None else {"data": data}),
-            **({"finished": state.stop_reason} if state.outcome == "finished" else {}),
-            **{key: getattr(state, key) for key in self._user_keys},
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over where another run stood; the next `run` goes on from there.
-
-        Args:
-            state_dict: what `state_dict` gave, or a dict with `iteration` or `epoch` (completed ones),
-                `max_epochs` or `max_iters`, `epoch_length`, and the user keys.
-
-        Raises:
-            ValueError: a key is missing, or two exclude each other; nothing was changed.
-            EngineError: the engine is running.
-        """
-        if self._is_running:
-            raise EngineError("this engine is running; load a state before run(), or after it")
-        place = place_from(state_dict, self._user_keys)
-        self._drop_run()
-        self._stand_at(place)
-        self.state.dataloader = None
-        finished = state_dict.get("finished")
-        self.state.stop_reason, self.state.outcome = finished, None if finished is None else "finished"
-        for key in self._user_keys:
-            setattr(self.state, key, state_dict[key])
-        self._saved_data, self._own_data_state = state_dict.get("data"), END
-        self._was_loaded = True
-
-    def _stand_at(self, place: Place) -> None:
-        state = self.state
-        state.iteration, state.epoch = place.iteration, place.epochs_completed
-        state.epoch_length, state.max_epochs, state.max_iters = place.epoch_length, place.max_epochs, place.max_iters
-        self.progress = Progress(epoch_began_at=place.epoch_began_at)
-        self.registry.schedule(state)
-
-    def _take_up(self, data: Any, max_iters: int | None) -> tuple[int | None, int | None]:
-        """Bring data and counters to the place that was loaded: the batch to open with, and `max_iters` for this data.
-
-        None is the batch where the data has to be brought there by counting.
-        """
-        state, saved = self.state, self._saved_data
-        if not self._was_loaded or saved is None:
-            return None, max_iters
-        self._saved_data = None
-        terms = state.epoch_length, state.max_epochs, state.max_iters
-        place = Place(state.iteration, state.epoch, self.progress.epoch_began_at, *terms)
-        taken = take_up(data, saved, place, group_size_over(data, self.accumulate))
-        self._stand_at(taken.place)
-        return taken.opens_at, state.max_iters if max_iters == place.max_iters else max_iters
-
-    def _data_place(self, iteration: int) -> dict[str, Any] | None:
-        """What to save of the place in the data."""
-        state, progress = self.state, self.progress
-        if state.dataloader is None:
-            return dict(self._saved_data) if self._was_loaded and self._saved_data is not None else None
-        sampler, epoch, done = sampler_of(state.dataloader), 0, 0
-        if sampler is not None:
-            completed = state.epoch - progress.epoch_is_open
-            length = sampler.batches_in_epoch
-            epoch, done = place_in_data(iteration, progress.epoch_began_at, state.epoch_length, completed, length)
-        own = self._own_data_state if self._loop is None else self._loop.supply.own_state(iteration)
-        return saved_place(state.dataloader, epoch, done, own, self.group_size)
-
-    def _settle_counters(self) -> None:
-        """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
-        state, progress = self.state, self.progress
-        state.iteration -= progress.step_is_open + progress.steps_in_group
-        progress.steps_in_group = 0
-        if progress.abandoned:
-            progress.epoch_began_at = state.iteration
-        else:
-            state.epoch -= progress.epoch_is_open
-        progress.step_is_open = progress.epoch_is_open = progress.abandoned = False
-
-    def _meet(
-        self,
-        data: Any,
-        max_epochs: int | None,
-        max_iters: int | None,
-        epoch_length: int | None,
-        uneven: Uneven,
-        window: int | None,
-        lookahead: int | None,
-    ) -> Meeting | None:
+    def _meet(self, data: Any, asked: RunArguments) -> Meeting | None:
         """Agree with the other ranks on the coming run; None where there is nothing to agree on."""
         group_size = group_size_over(data, self.accumulate)
         coordinator, state = self.coordinator, self.state
         if coordinator.world_size == 1:
-            check_agreement(uneven, window, lookahead, group_size)
+            check_agreement(asked.uneven, asked.window, asked.lookahead, group_size)
             if group_size == 1:
                 return None
         terms = {
             "the engine's name": self.name,
-            "max_epochs": max_epochs,
-            "max_iters": max_iters,
-            "epoch_length": epoch_length,
-            "uneven": uneven,
+            **asdict(asked),
             "idle": self.idle,
             "accumulate": group_size,
-            "window": window,
-            "lookahead": lookahead,
             "state.epoch": state.epoch,
             "state.iteration": state.iteration,
             "state.epoch_length": state.epoch_length,
@@ -343,10 +209,10 @@ class Engine(Listening, Steering):
         return meet(
             coordinator,
             hello,
-            policy=uneven,
+            policy=asked.uneven,
             group_size=group_size,
-            window=1 if coordinator.world_size == 1 else window,
-            lookahead=lookahead,
+            window=1 if coordinator.world_size == 1 else asked.window,
+            lookahead=asked.lookahead,
             needs_fillers=self.idle == "filler",
         )
 
@@ -391,15 +257,6 @@ class Engine(Listening, Steering):
         finally:
             self._is_running = False
         return self.state
-
-    def _drop_run(self) -> None:
-        if self._loop is not None:
-            progress = self.progress
-            done = self.state.iteration - progress.step_is_open - progress.steps_in_group
-            self._own_data_state = self._loop.supply.own_state(done)
-        if self._drive is not None:
-            self._drive.close()
-        self._drive = self._loop = None
 
 
 def _checked_length(data: Any) -> int | None:

@@ -271,7 +271,7 @@ class Supply:
         """Take what the ranks agreed to do."""
         agreed = self.agreed
         assert agreed is not None
-        landed, agreed.landed = agreed.landed, []
+        landed = agreed.take_landed()
         for asked in landed:
             self.engine.take(asked)
         if any(asked.request is Request.REPLACE_DATA for asked in landed):
