@@ -272,3 +272,39 @@ def test_a_save_that_failed_is_tried_again_at_the_end(tmp_path):
         storage.failing = False
 
     assert stopped_at_3(storage, mend) == 3
+
+
+def test_metrics_that_cannot_be_had_fail_the_save_and_not_the_training(tmp_path, caplog):
+    from allstep import Engine
+
+    engine = Engine(lambda e, b: None)
+    checkpoint = Checkpoint(tmp_path, {"engine": engine}, every=1, metrics=lambda engine: {"a": 1 / 0}).attach(engine)
+    engine.run([1, 2])
+    assert engine.state.iteration == 2
+    assert checkpoint.store.choose() is None
+    assert "the metrics cannot be had: ZeroDivisionError" in caplog.text
+
+
+def test_a_metric_to_keep_the_best_by_that_is_not_saved_is_told_once(tmp_path, caplog):
+    from allstep import Engine
+
+    engine = Engine(lambda e, b: None)
+    engine.state.metrics["accuracy"] = 0.5
+    Checkpoint(tmp_path, {"engine": engine}, every=1, keep_best=(1, "acuracy", "max")).attach(engine)
+    engine.run([1, 2])
+    told = [record.getMessage() for record in caplog.records if "never among the best" in record.getMessage()]
+    assert told == [
+        "metric 'acuracy' is not among those that are saved (accuracy): checkpoints without it are never among the best"
+    ]
+
+
+def test_what_a_store_saved_without_an_engine_loads_into_objects_of_its_names(tmp_path):
+    from allstep.checkpoint import Store
+
+    model = nn.Linear(2, 2)
+    assert Store(str(tmp_path)).save(1, {"model": model.state_dict()}).wait()
+    other = nn.Linear(2, 2)
+    Checkpoint(tmp_path, {"model": other}, every=None).resume()
+    assert torch.equal(other.weight, model.weight)
+    with pytest.raises(CheckpointError, match="the checkpoint lacks optimizer; it has model"):
+        Checkpoint(tmp_path, {"optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}, every=None).resume()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -173,3 +174,8 @@ def test_an_address_chooses_its_storage(tmp_path: Any) -> None:
     assert not open_storage("memory://x").has_rename
     with pytest.raises(CheckpointError, match="nosuch"):
         open_storage("nosuch://x")
+
+
+def test_an_address_that_went_through_a_path_is_refused_and_not_a_local_folder() -> None:
+    with pytest.raises(CheckpointError, match=r"s3:/bucket/run has lost a slash.*give s3://bucket/run as a str"):
+        open_storage(str(Path("s3://bucket/run")))

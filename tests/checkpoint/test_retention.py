@@ -55,7 +55,19 @@ def test_the_only_one_stays() -> None:
     assert left(Retention(1), (None,)) == [1]
 
 
-@pytest.mark.parametrize("arguments", [(0,), (1, (0, "a", "max")), (1, (1, "a", "highest"))])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (0,),
+        (2.5,),
+        ("3",),
+        (1, (0, "a", "max")),
+        (1, (1, "a", "highest")),
+        (1, (1, "a")),
+        (1, 2),
+        (1, ("1", "a", "max")),
+    ],
+)
 def test_settings_that_mean_nothing_are_refused(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(CheckpointError, match="keep_"):
         Retention(*arguments)

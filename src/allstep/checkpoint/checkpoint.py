@@ -168,7 +168,8 @@ class Checkpoint:
         }
         found = collect(self._kept)
         own = {"objects": found.of_rank, "generators": rng.capture()}
-        pending = self.store.save(step, found.common, own, self._metrics(engine), facts, refused=found.failure)
+        metrics, failure = self._metrics(engine)
+        pending = self.store.save(step, found.common, own, metrics, facts, refused=found.failure or failure)
         if not pending.skipped:
             self._saved_at = _where(place)
         if self._schedule is not None:
@@ -179,7 +180,7 @@ class Checkpoint:
         self.store.close()
 
     def _load(self, loaded: Loaded, *, partial: bool) -> None:
-        mine = [each["objects"] for each in loaded.per_rank]
+        mine = [each.get("objects", {}) if isinstance(each, Mapping) else {} for each in loaded.per_rank]
         known = loaded.state.keys() | (mine[0].keys() if mine else set())
         missing = sorted(self._kept.keys() - known)
         if missing and not partial:
@@ -202,10 +203,13 @@ class Checkpoint:
         )
         self._generators = _generators(loaded, rank, epoch)
 
-    def _metrics(self, engine: Engine) -> dict[str, float]:
-        """The numbers among the metrics."""
-        given = engine.state.metrics if self.metrics is None else self.metrics(engine)
-        return {name: float(value) for name, value in given.items() if _is_number(value)}
+    def _metrics(self, engine: Engine) -> tuple[dict[str, float], str | None]:
+        """The numbers among the metrics, or why they cannot be had."""
+        try:
+            given = engine.state.metrics if self.metrics is None else self.metrics(engine)
+            return {name: float(value) for name, value in given.items() if _is_number(value)}, None
+        except Exception as error:
+            return {}, f"the metrics cannot be had: {type(error).__name__}: {error}"
 
     def _start(self, engine: Engine) -> None:
         """Come after all handlers that were added before the run, and go on with the generators."""
@@ -269,8 +273,9 @@ def _of_rank_0(value: T) -> T:
 
 
 def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
-    if rank < len(loaded.per_rank):
-        return lambda: rng.restore(loaded.per_rank[rank]["generators"])
+    own = loaded.per_rank[rank] if rank < len(loaded.per_rank) else None
+    if isinstance(own, Mapping) and "generators" in own:
+        return lambda: rng.restore(own["generators"])
     return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
 
 

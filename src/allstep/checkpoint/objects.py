@@ -176,6 +176,8 @@ class _KeptEngine(_Plain):
             for key in self.value.state_dict_user_keys:
                 setattr(self.value.state, key, state[key])
             return
+        if not self.trains:
+            state = {key: each for key, each in state.items() if key != "finished"}  # which would keep it from running
         own = of_ranks[rank] if rank < len(of_ranks) else None
         self.value.load_state_dict(state if own is None else {**state, "data": own})
 

@@ -17,7 +17,14 @@ from allstep.errors import CheckpointError
 
 
 def open_storage(root: str) -> Storage:
-    """The storage at a path or an address."""
+    """The storage at a path or an address.
+
+    Raises:
+        CheckpointError: the address is one that fsspec does not know, or has lost a slash in a `Path`.
+    """
+    protocol, _, rest = root.partition(":/")
+    if rest and not rest.startswith("/") and _is_protocol(protocol):
+        raise CheckpointError(f"{root} has lost a slash, as addresses in a Path do; give {protocol}://{rest} as a str")
     if root.startswith("file://"):
         return LocalStorage(root.removeprefix("file://"))
     return FsspecStorage(root) if "://" in root else LocalStorage(root)
@@ -92,6 +99,14 @@ class FsspecStorage:
             return [info for info in self._fs.ls(path, detail=True) if _last(info) and info["name"] != path]
         except (FileNotFoundError, NotADirectoryError):
             return []
+
+
+def _is_protocol(name: str) -> bool:
+    if not name.isalnum():
+        return False
+    import fsspec
+
+    return name in fsspec.available_protocols()
 
 
 def _last(info: dict[str, Any]) -> str:

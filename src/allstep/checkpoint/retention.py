@@ -22,14 +22,12 @@ class Retention:
     keep_best: KeepBest | None = None
 
     def __post_init__(self) -> None:
-        if self.keep_last is not None and self.keep_last < 1:
-            raise CheckpointError(f"keep_last is {self.keep_last}; it must be 1 or more, or None to keep all")
-        if self.keep_best is not None:
-            count, _, direction = self.keep_best
-            if count < 1 or direction not in ("max", "min"):
-                raise CheckpointError(
-                    f'keep_best is {self.keep_best!r}; give (1 or more, the name of a metric, "max" or "min")'
-                )
+        if self.keep_last is not None and not _is_count(self.keep_last):
+            raise CheckpointError(f"keep_last is {self.keep_last!r}; it must be 1 or more, or None to keep all")
+        if self.keep_best is not None and not _can_be_meant(self.keep_best):
+            raise CheckpointError(
+                f'keep_best is {self.keep_best!r}; give (1 or more, the name of a metric, "max" or "min")'
+            )
 
     def expendable(self, committed: Sequence[tuple[Name, Manifest]]) -> list[Name]:
         """Those to remove, oldest first. A missing or NaN metric is never among the best; a tie is the newer's."""
@@ -47,3 +45,14 @@ class Retention:
             ]
             kept.update(name for _, name in sorted(rated)[-count:])
         return [name for name, _ in ordered if name not in kept]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _can_be_meant(best: object) -> bool:
+    if not isinstance(best, Sequence) or len(best) != 3:
+        return False
+    count, metric, direction = best
+    return _is_count(count) and isinstance(metric, str) and direction in ("max", "min")

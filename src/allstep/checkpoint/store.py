@@ -108,6 +108,7 @@ class Store:
         self._patience = patience
         self._stager = Stager()
         self._last: Pending | None = None
+        self._lacked_metric = False
         self._next, self._token = from_first(self._coordinator, self._begin)
 
     @property
@@ -142,6 +143,7 @@ class Store:
         if self._busy == "skip" and self._is_busy_anywhere():
             return Pending(step, None, strict=self._strict)
         self.wait()
+        self._check_metric(metrics or {})
         name = Name(self._next, step)
         self._next += 1
         snapshot = None
@@ -262,6 +264,17 @@ class Store:
             else:
                 log.warning("%s/%s was left unfinished and cannot be removed: %s", self._storage.root, folder, problem)
         return next_order(folders), uuid.uuid4().hex[:8]
+
+    def _check_metric(self, metrics: Mapping[str, float]) -> None:
+        best = self._retention.keep_best
+        if best is None or best[1] in metrics or self._lacked_metric or self._background.rank:
+            return
+        self._lacked_metric = True
+        log.warning(
+            "metric %r is not among those that are saved (%s): checkpoints without it are never among the best",
+            best[1],
+            ", ".join(sorted(metrics)) or "none",
+        )
 
     def _is_busy_anywhere(self) -> bool:
         busy = self._last is not None and not self._last.done()

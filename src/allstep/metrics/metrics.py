@@ -41,6 +41,8 @@ class Metrics:
         TypeError: something given is no metric.
     """
 
+    state_differs_by_rank = True  # a checkpoint keeps each rank's
+
     def __init__(self, metrics: Mapping[str, Entry] | MetricCollection) -> None:
         alone = isinstance(metrics, MetricCollection)
         entries: Mapping[str, Entry] = {"metrics": metrics} if isinstance(metrics, MetricCollection) else metrics
@@ -163,6 +165,10 @@ class Metrics:
         """The first of the saved ranks that this one goes on for, and how many on the next is."""
         place = World.current() if self._engine is None else self._engine.coordinator
         return (0, None, 1) if place is None else (place.rank, None, place.world_size)
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take this rank's share of what all ranks of a checkpoint saved; see `load_state_dict`."""
+        self.load_state_dict(list(states))
 
     def _begin(self, engine: Engine, event: Event) -> None:
         beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.progress.epoch_began_at}
