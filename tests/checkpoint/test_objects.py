@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 
 from allstep.checkpoint import Checkpoint, PerRank
@@ -35,6 +36,12 @@ class Summed(Counted):
 def test_an_object_without_a_state_is_an_error_that_names_it(tmp_path):
     with pytest.raises(CheckpointError, match="'loss' is a function"):
         Checkpoint(tmp_path, {"loss": lambda: None})
+
+
+def test_a_metric_that_would_save_nothing_is_an_error_that_says_what_to_give(tmp_path):
+    for metric in (torchmetrics.MeanMetric(), torchmetrics.MetricCollection({"mean": torchmetrics.MeanMetric()})):
+        with pytest.raises(CheckpointError, match=r"'loss' is a metric of torchmetrics.*allstep\.Metrics"):
+            Checkpoint(tmp_path, {"loss": metric})
 
 
 def save_differing(world, folder):

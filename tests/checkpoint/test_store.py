@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,25 @@ def test_what_was_saved_comes_back_with_its_per_rank_part_metrics_and_facts(tmp_
     assert loaded.manifest.metrics == {"accuracy": 0.5}
     assert loaded.manifest.facts == {"config": {"lr": 0.1}}
     assert loaded.manifest.versions["torch"] == torch.__version__
+
+
+def test_the_thread_that_writes_has_ended_when_the_save_has_been_waited_for(tmp_path: Path) -> None:
+    saved = Store(str(tmp_path)).save(1, {f"{at}": torch.zeros(3) for at in range(5000)})
+    assert [each for each in threading.enumerate() if each.name.startswith("allstep-save")]
+    assert saved.wait()
+    assert not [each for each in threading.enumerate() if each.name.startswith("allstep-save")]
+
+
+def test_an_interpreter_that_ends_during_a_save_ends_well_and_the_save_is_committed(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+from allstep.checkpoint import Store
+Store(sys.argv[1]).save(1, {str(at): torch.zeros(3) for at in range(20_000)})
+sys.exit(7)
+"""
+    ended = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (7, "")
+    assert list(states(tmp_path).values()) == ["whole"]
 
 
 def test_an_empty_folder_has_nothing_to_resume_from(tmp_path: Path) -> None:

@@ -289,3 +289,21 @@ def test_a_rank_without_a_batch_keeps_the_buffers_that_ddp_broadcast_and_not_its
     active, idle = run_ranks(_buffers, 2)
     assert active == [(1, 4.0), (2, 6.0), (3, 7.0)]
     assert idle == [(1, 4.0), (1, 4.0), (2, 6.0)]
+
+
+def _static_graph(world: World) -> str:
+    model = world.wrap(nn.Linear(2, 1), static_graph=True)
+
+    def step(engine: Engine, batch: Any) -> None:
+        model(batch[0]).sum().backward()
+
+    loader = world.loader(torch.utils.data.TensorDataset(torch.ones(16, 2)), batch_size=2)
+    Engine(step).run(loader)
+    with pytest.raises(ValueError, match="static_graph") as raised:
+        Engine(step, accumulate=2).run(loader)
+    return str(raised.value)
+
+
+def test_a_static_graph_trains_and_is_refused_with_accumulation() -> None:
+    for said in run_ranks(_static_graph, 2):
+        assert "accumulated over 2 iterations" in said

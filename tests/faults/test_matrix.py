@@ -35,7 +35,7 @@ ELSEWHERE: dict[int, list[str]] = {
     ],
     40: [f"{CHECKPOINT}test_store.py::test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used"],
     41: [
-        f"{CHECKPOINT}test_store_ranks.py::test_a_file_that_appears_late_on_one_rank_is_waited_for",
+        f"{CHECKPOINT}test_store_ranks.py::test_a_file_or_folder_that_appears_late_on_one_rank_is_waited_for",
         f"{CHECKPOINT}test_store_ranks.py::test_a_file_that_one_rank_never_sees_leads_all_to_the_checkpoint_before",
     ],
     42: [f"{FAULTS}test_world_sizes.py::test_global_batches_are_those_of_the_unbroken_run"],

@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +28,11 @@ from allstep.checkpoint.resuming import asked_for, launches_of, overruled, resta
 from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.schedule import Every, Schedule, read_every
 from allstep.checkpoint.store import Busy, Loaded, Store
+from allstep.checkpoint.surroundings import as_rank_0_says, current_rank, current_seed, section
 from allstep.checkpoint.verifying import Verify
 from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
 from allstep.errors import CheckpointError
-from allstep.world import World
-
-T = TypeVar("T")
 
 log = logging.getLogger("allstep.checkpoint")
 
@@ -118,14 +115,14 @@ class Checkpoint:
         Raises:
             CheckpointError: the path that was asked for has none, or objects are missing in it, on every rank.
         """
-        with _section():
+        with section():
             templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
             resumed = self.store.resume(templates, lambda: self._find(os.fspath(at)))
             if resumed is None:
                 return None
             found, loaded = resumed
             self._load(loaded, partial=partial)
-        if _rank() == 0:
+        if current_rank() == 0:
             facts = loaded.manifest.facts
             log.warning(
                 "resumed from %s: iteration %d, epoch %s, saved by %d ranks",
@@ -136,9 +133,9 @@ class Checkpoint:
     def _find(self, at: str) -> Found | None:
         """The checkpoint that rank 0 is told to go on from."""
         ignored = overruled(at, os.environ)
-        if ignored is not None and _rank() == 0:
+        if ignored is not None and current_rank() == 0:
             log.warning("the script resumes from %r, so --resume %s has no effect", at, ignored)
-        chosen, restarts = _of_rank_0((asked_for(at, os.environ), restarts_of(os.environ)))
+        chosen, restarts = as_rank_0_says((asked_for(at, os.environ), restarts_of(os.environ)))
         if chosen != "auto" and at == "auto" and restarts:
             found = self.store.choose("auto")
             if found is not None and not set(restarts).isdisjoint(found.manifest.facts.get("launches", ())):
@@ -151,7 +148,7 @@ class Checkpoint:
         Args:
             wait: return when it is committed.
         """
-        with _section():
+        with section():
             self._save(engine, engine.state_dict())
             if wait:
                 self.store.wait()
@@ -162,7 +159,7 @@ class Checkpoint:
             "epoch": place["epochs_completed"],
             "iteration": step,
             "stop_reason": engine.state.stop_reason,
-            "seed": _seed(),
+            "seed": current_seed(),
             "launches": launches_of(os.environ),
             **self.facts,
         }
@@ -188,7 +185,7 @@ class Checkpoint:
                 f"the checkpoint lacks {', '.join(missing)}; it has {', '.join(sorted(known))}. Give what it was saved "
                 "with, or resume(partial=True) to leave them as they are"
             )
-        rank, epoch = _rank(), 0
+        rank, epoch = current_rank(), 0
         metrics = dict(loaded.manifest.metrics)
         for name, kept in self._kept.items():
             if name in known:
@@ -247,10 +244,10 @@ class Checkpoint:
             self.save(engine)
 
     def _at_end(self, engine: Engine) -> None:
-        with _section():
+        with section():
             committed = self.store.wait()  # before the last save, which is never left out
         if engine.state.outcome == "failed":
-            if _rank() == 0 and engine.last_event_name == Events.TERMINATE:
+            if current_rank() == 0 and engine.last_event_name == Events.TERMINATE:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
         elif not committed or self._saved_at != _where(engine.state_dict()):
             self.save(engine, wait=True)
@@ -259,17 +256,6 @@ class Checkpoint:
 def _where(place: Mapping[str, Any]) -> tuple[int, int, str | None]:
     """What tells whether a save would say anything new."""
     return place["iteration"], place["epochs_completed"], place.get("finished")
-
-
-def _section() -> AbstractContextManager[None]:
-    """For the watchdog: a save may last longer than a handler."""
-    world = World.current()
-    return nullcontext() if world is None else world.section("checkpoint")
-
-
-def _of_rank_0(value: T) -> T:
-    world = World.current()
-    return value if world is None else world.gather_objects(value)[0]
 
 
 def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
@@ -283,13 +269,3 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
-
-
-def _rank() -> int:
-    world = World.current()
-    return 0 if world is None else world.rank
-
-
-def _seed() -> int | None:
-    world = World.current()
-    return None if world is None else world.seed

@@ -9,6 +9,7 @@ as such. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -105,6 +106,11 @@ def _without_none(states: Mapping[str, Any]) -> dict[str, Any]:
     return {name: state for name, state in states.items() if state is not None}
 
 
+def _is_metric(value: Any) -> bool:
+    torchmetrics = sys.modules.get("torchmetrics")  # where nobody has imported it, there is none
+    return torchmetrics is not None and isinstance(value, torchmetrics.Metric | torchmetrics.MetricCollection)
+
+
 def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
     if isinstance(value, Engine):
         return _KeptEngine(value, trains=not trainers or value in trainers)
@@ -112,6 +118,11 @@ def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
         return _KeptByRank(value.kept)
     if isinstance(value, torch.Generator):
         return _KeptByRank(_Generator(value))
+    if _is_metric(value):
+        raise CheckpointError(
+            f"{name!r} is a metric of torchmetrics, which leaves its states out of its state_dict; make it an entry of "
+            "allstep.Metrics, attach that, and give the Metrics to the checkpoint"
+        )
     if isinstance(value, nn.Module):
         return KeptModule(unwrap(value))
     if isinstance(value, torch.optim.Optimizer):

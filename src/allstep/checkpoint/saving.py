@@ -1,15 +1,20 @@
 """A save under way: what `Store.save` gives back.
 
-Contract: made by `Store` on every rank; ended once, by the thread that writes. What a rank reads from it after `wait`
-is the same on all ranks.
+Contract: made by `Store` on every rank, which hands it what writes; that runs in a thread of its own and says why it
+failed. What a rank reads from it after `wait` is the same on all ranks. The thread has ended when `wait` returns, and
+is waited for, within bounds, when the interpreter ends before: one that still runs then can abort the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
+from collections.abc import Callable
 
 from allstep.checkpoint.layout import Name
 from allstep.errors import CheckpointError
+
+_AT_EXIT_S = 10.0
 
 
 class Pending:
@@ -26,9 +31,13 @@ class Pending:
         self.name = str(name) if name is not None else None
         self.error: CheckpointError | None = None
         self._strict = strict
-        self._ended = threading.Event()
-        if name is None:
-            self._ended.set()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, write: Callable[[], CheckpointError | None]) -> None:
+        """Have `write` called in a thread; it returns why it failed."""
+        self._thread = threading.Thread(target=self._write, args=(write,), daemon=True, name=f"allstep-{self.name}")
+        atexit.register(self._thread.join, _AT_EXIT_S)
+        self._thread.start()
 
     @property
     def skipped(self) -> bool:
@@ -37,7 +46,7 @@ class Pending:
 
     def done(self) -> bool:
         """Whether it has ended here, well or not; other ranks may be a moment behind."""
-        return self._ended.is_set()
+        return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> bool:
         """Wait for the end and say whether the checkpoint is committed.
@@ -45,12 +54,13 @@ class Pending:
         Raises:
             CheckpointError: it failed, and the store is strict.
         """
-        self._ended.wait()
+        if self._thread is not None:
+            self._thread.join()
+            atexit.unregister(self._thread.join)
+            self._thread = None
         if self.error is not None and self._strict:
             raise self.error
         return self.error is None and not self.skipped
 
-    def end(self, error: CheckpointError | None) -> None:
-        """Called by the thread that writes."""
-        self.error = error
-        self._ended.set()
+    def _write(self, write: Callable[[], CheckpointError | None]) -> None:
+        self.error = write()

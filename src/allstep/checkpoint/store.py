@@ -12,29 +12,29 @@ It knows nothing of engines, modules and random generators: it is handed plain n
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
 from allstep.checkpoint.choosing import Found, choose, from_first
-from allstep.checkpoint.commit import Order, commit
+from allstep.checkpoint.commit import Order
 from allstep.checkpoint.layout import Name, next_order, read_name
-from allstep.checkpoint.listing import committed
 from allstep.checkpoint.manifest import Manifest
 from allstep.checkpoint.reading import Reader
 from allstep.checkpoint.remote import open_storage
-from allstep.checkpoint.removal import remove_checkpoint, sweep
+from allstep.checkpoint.removal import sweep
 from allstep.checkpoint.retention import KeepBest, Retention
 from allstep.checkpoint.saving import Pending
 from allstep.checkpoint.snapshot import Snapshot, take_snapshot
 from allstep.checkpoint.staging import Stager
 from allstep.checkpoint.storage import Storage
 from allstep.checkpoint.verifying import Verify
+from allstep.checkpoint.writing import Writer
 from allstep.coordination import Alone, Coordinator, Ranked
 from allstep.errors import CheckpointError, DamagedCheckpointError
 
@@ -98,7 +98,7 @@ class Store:
             raise CheckpointError(
                 f'verify is {verify!r} and busy is {busy!r}; give "full" or "size", and "wait" or "skip"'
             )
-        self._retention = Retention(keep_last, keep_best)
+        retention = Retention(keep_last, keep_best)
         self._storage = storage if storage is not None else open_storage(str(folder))
         self._coordinator = coordinator if coordinator is not None else _own_coordinator(timeout)
         self._background = background if background is not None else _own_coordinator(timeout)
@@ -108,7 +108,7 @@ class Store:
         self._patience = patience
         self._stager = Stager()
         self._last: Pending | None = None
-        self._lacked_metric = False
+        self._writer = Writer(self._storage, self._background, retention)
         self._next, self._token = from_first(self._coordinator, self._begin)
 
     @property
@@ -143,7 +143,7 @@ class Store:
         if self._busy == "skip" and self._is_busy_anywhere():
             return Pending(step, None, strict=self._strict)
         self.wait()
-        self._check_metric(metrics or {})
+        self._writer.check_metric(metrics or {})
         name = Name(self._next, step)
         self._next += 1
         snapshot = None
@@ -152,7 +152,7 @@ class Store:
         folder = name.temporary(self._token) if self._storage.has_rename else str(name)
         order = Order(name, folder, snapshot, refused, dict(metrics or {}), dict(facts or {}))
         self._last = Pending(step, name, strict=self._strict)
-        threading.Thread(target=self._write, args=(order, self._last), daemon=True, name=f"allstep-{name}").start()
+        self._last.begin(partial(self._writer.write, order))
         return self._last
 
     def wait(self) -> bool:
@@ -265,17 +265,6 @@ class Store:
                 log.warning("%s/%s was left unfinished and cannot be removed: %s", self._storage.root, folder, problem)
         return next_order(folders), uuid.uuid4().hex[:8]
 
-    def _check_metric(self, metrics: Mapping[str, float]) -> None:
-        best = self._retention.keep_best
-        if best is None or best[1] in metrics or self._lacked_metric or self._background.rank:
-            return
-        self._lacked_metric = True
-        log.warning(
-            "metric %r is not among those that are saved (%s): checkpoints without it are never among the best",
-            best[1],
-            ", ".join(sorted(metrics)) or "none",
-        )
-
     def _is_busy_anywhere(self) -> bool:
         busy = self._last is not None and not self._last.done()
         return self._coordinator.vote([int(busy)]).wait()[0] > 0
@@ -287,29 +276,6 @@ class Store:
             return take_snapshot(state, per_rank, self._stager, rank, world_size), None
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
-
-    def _write(self, order: Order, pending: Pending) -> None:
-        error: CheckpointError | None = None
-        try:
-            commit(order, self._storage, self._background)
-        except CheckpointError as failure:
-            error = failure
-        except Exception as failure:
-            error = CheckpointError(f"step {order.name.step} was not saved: {type(failure).__name__}: {failure}")
-            error.__cause__ = failure
-        if error is not None:
-            log.error("%s (rank %d)", error, self._background.rank)
-        elif self._background.rank == 0:
-            self._retire()
-        pending.end(error)
-
-    def _retire(self) -> None:
-        """Remove what is no longer needed."""
-        try:
-            for name in self._retention.expendable(committed(self._storage)):
-                remove_checkpoint(self._storage, str(name))
-        except Exception as error:
-            log.warning("old checkpoints in %s could not be removed: %s", self._storage.root, error)
 
 
 def _own_coordinator(timeout: float) -> Coordinator:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from allstep.coordination import POLICIES, Uneven
 from allstep.engine.filters import is_count
@@ -42,6 +44,15 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:
+    """Raise ValueError when gradients cannot be added up over the iterations of a group before they are reduced."""
+    if group_size > 1 and any(getattr(module, "static_graph", False) for module in modules):
+        raise ValueError(
+            f"gradients are accumulated over {group_size} iterations, and a module is in DDP with static_graph=True, "
+            "which reduces them in every backward pass; wrap it without static_graph, or do not accumulate"
+        )
 
 
 def check_agreement(uneven: str, window: int | None, lookahead: int | None, group_size: int) -> None:

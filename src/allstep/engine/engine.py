@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
-from allstep.engine.arguments import RunArguments, check_agreement, check_choice, check_step
+from allstep.engine.arguments import RunArguments, check_accumulation, check_agreement, check_choice, check_step
 from allstep.engine.data_place import group_size_over
 from allstep.engine.listening import Listening
 from allstep.engine.loop import Loop
@@ -188,6 +188,7 @@ class Engine(Listening, Resumable):
         """Agree with the other ranks on the coming run; None where there is nothing to agree on."""
         group_size = group_size_over(data, self.accumulate)
         coordinator, state = self.coordinator, self.state
+        check_accumulation(self.modules_in_step(), group_size)
         if coordinator.world_size == 1:
             check_agreement(asked.uneven, asked.window, asked.lookahead, group_size)
             if group_size == 1:
