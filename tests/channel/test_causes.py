@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from allstep.channel.account import Kind, account
 from allstep.channel.causes import PATIENCE, ROOM, SETTLE, UNEXPLAINED, due, judge, made_room_alone, revised
 from allstep.channel.ending import WorkerEnd, about_another_rank, describe, exit_status
 from allstep.channel.messages import Beat, Failure
-from allstep.channel.record import Kind, Moment, Record, account
+from allstep.channel.record import Moment, Record
 from tests.channel.driving import arrival
 
 LOST = "Traceback (most recent call last):\nRuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:3456\n"

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from allstep.channel.account import Kind
 from allstep.channel.client import Client
 from allstep.channel.events import AllArrived, Verdict
 from allstep.channel.messages import Failure, Hello, Notice, Welcome, encode
 from allstep.channel.pulse import Pulse
-from allstep.channel.record import Kind
 from allstep.errors import WorldError
 from tests.channel.driving import arrival, listening, rank_processes, serving
 

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
+from allstep.channel.account import Kind
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllArrived, AllEnded, Refusal, StragglerSeen, Verdict
 from allstep.channel.messages import AskStacks, Bye, Leave, Refused, Stacks, Welcome
-from allstep.channel.record import Kind
 from allstep.channel.stacks_file import make_stacks_file
 from allstep.channel.wire import Connection
 from tests.channel.driving import Caller, Driven, arrival, serving, world

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from allstep.channel.account import Kind
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllEnded, Finished, Ordered, Refusal, Verdict
 from allstep.channel.limits import Limits
 from allstep.channel.messages import Leave, Refused, Welcome
-from allstep.channel.record import Kind
 from allstep.channel.relay import Relay
 from tests.channel.driving import NONCE, Caller, Driven, arrival, listening, serving
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from allstep.channel.account import Account, Kind
 from allstep.channel.causes import Case
 from allstep.channel.frames import set_off
-from allstep.channel.record import Account, Kind
 from allstep.channel.report import failure_json, failure_text, last_lines, write_report
 from tests.channel.driving import wait_for
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from allstep.channel.account import Kind
 from allstep.channel.causes import PATIENCE, SETTLE
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import Verdict
 from allstep.channel.messages import Bye, Failure, Withdraw
-from allstep.channel.record import Kind
 from tests.channel.driving import BOUND, Caller, serving, world
 
 

@@ -19,7 +19,8 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from allstep.channel.record import Account, Kind, Record, account, judgement
+from allstep.channel.account import Account, Kind, account, judgement
+from allstep.channel.record import Record
 from allstep.exit_codes import USER_ERROR
 
 SETTLE = 0.3

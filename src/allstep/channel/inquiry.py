@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from allstep.channel.account import Kind, account, judgement
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import CAUSES, Case, due, judge, made_room_alone, revised
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllEnded, HubEvent, StragglerSeen, Verdict
 from allstep.channel.limits import Limits
 from allstep.channel.messages import Beat, Failure, Stacks
-from allstep.channel.record import Kind, Moment, Record, account, judgement
+from allstep.channel.record import Moment, Record
 from allstep.channel.stacks_file import read_stacks
 from allstep.channel.watch import Watch
 
@@ -81,8 +82,7 @@ class Inquiry:
 
     def beat(self, beat: Beat) -> None:
         """A heartbeat came."""
-        record = self.records[beat.rank]
-        record.beat, record.beaten = beat, self._clock()
+        self.records[beat.rank].note_beat(beat, self._clock())
         self.furthest = max(self.furthest, (beat.epoch, beat.iteration))
 
     def failed(self, failure: Failure) -> None:
@@ -105,10 +105,7 @@ class Inquiry:
 
     def said_goodbye(self, rank: int, *, closed: bool = True) -> None:
         """A rank closed its World in order, or (`closed` false) its interpreter ends with the World open."""
-        record = self.records[rank]
-        record.bye, record.left_open = self._moment(), not closed
-        if closed:
-            record.forget_seen()
+        self.records[rank].note_bye(self._moment(), closed=closed)
         self._evidence()
 
     def lost(self, rank: int, why: str, arrival: Arrival | None = None) -> None:
@@ -116,8 +113,7 @@ class Inquiry:
         record = self.records[rank]
         if arrival is not None:
             record.arrival = arrival
-        if record.lost is None and record.bye is None:
-            record.lost, record.lost_why = self._moment(), why
+        if record.note_lost(why, self._moment()):
             self._evidence()
 
     def node_lost(self, ranks: Collection[int], why: str) -> None:
@@ -131,9 +127,7 @@ class Inquiry:
 
     def ended(self, end: WorkerEnd) -> None:
         """A worker's process ended."""
-        record = self.records[end.rank]
-        if record.end is None:
-            record.end, record.ended = end, self._moment()
+        if self.records[end.rank].note_end(end, self._moment()):
             self._evidence()
             if all(each.end is not None for each in self.records.values()):
                 self._conclude()
@@ -148,7 +142,7 @@ class Inquiry:
 
     def order_leave(self) -> tuple[int, ...]:
         """Ranks are ordered to leave now; return those that are not, being on their way out by themselves."""
-        spared = tuple(r.rank for r in self.records.values() if r.failure and not r.failure.derived)
+        spared = tuple(record.rank for record in self.records.values() if record.leaves_by_itself)
         now = self._moment()
         for rank, record in self.records.items():
             if record.end is None and record.ordered is None and rank not in spared:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from allstep.channel.account import Account, account
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.gate import Gate, Peer
 from allstep.channel.messages import (
@@ -26,7 +27,7 @@ from allstep.channel.messages import (
     WorkerEnded,
     encode,
 )
-from allstep.channel.record import Account, Moment, Record, account
+from allstep.channel.record import Moment, Record
 from allstep.channel.stacks_file import read_stacks
 
 ANSWER_S = 1.2
@@ -72,7 +73,7 @@ class NodeRanks:
     @property
     def spared(self) -> tuple[int, ...]:
         """Those that are on their way out with an exception of their own."""
-        return tuple(rank for rank, record in self.records.items() if record.failure and not record.failure.derived)
+        return tuple(rank for rank, record in self.records.items() if record.leaves_by_itself)
 
     def present(self) -> list[int]:
         """The ranks whose World is open."""
@@ -118,7 +119,7 @@ class NodeRanks:
         record = self.records[message.rank]
         match message:
             case Beat():
-                record.beat, record.beaten = message, self._clock()
+                record.note_beat(message, self._clock())
             case Failure():
                 record.note_failure(message, self.moment())
             case Withdraw():
@@ -126,7 +127,7 @@ class NodeRanks:
             case Stacks():
                 record.stacks = message.text or " "
             case Bye():
-                record.bye, record.left_open = self.moment(), not message.closed
+                record.note_bye(self.moment(), closed=message.closed)
         self._tell(line + b"\n", not isinstance(message, Beat))
 
     def gone(self, peer: Peer, why: str) -> None:
@@ -137,16 +138,12 @@ class NodeRanks:
         if rank is None or self._peers.get(rank) is not peer:
             return
         del self._peers[rank]
-        record = self.records[rank]
-        if record.bye is None:
-            record.lost, record.lost_why = self.moment(), why
+        if self.records[rank].note_lost(why, self.moment()):
             self._say_to_head(RankLost(rank, why))
 
     def ended(self, end: WorkerEnd) -> None:
         """A worker of this node ended."""
-        record = self.records[end.rank]
-        if record.end is None:
-            record.end, record.ended = end, self.moment()
+        if self.records[end.rank].note_end(end, self.moment()):
             self._say_to_head(WorkerEnded(replace(end, stderr=end.stderr[-_STDERR:])))
 
     def welcome(self, line: bytes) -> None:

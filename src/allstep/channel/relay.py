@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from allstep.channel.account import Account, Kind
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case, case_of
 from allstep.channel.ending import WorkerEnd
@@ -34,7 +35,6 @@ from allstep.channel.messages import (
     decode,
 )
 from allstep.channel.node_ranks import NodeRanks
-from allstep.channel.record import Account, Kind
 from allstep.channel.uplink import Uplink
 from allstep.channel.watch import Watch
 from allstep.errors import ChannelError

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from allstep.channel.account import Account, Kind
 from allstep.channel.arrival import spans
 from allstep.channel.causes import Case
 from allstep.channel.frames import set_off
-from allstep.channel.record import Account, Kind
 from allstep.channel.stacks import main_thread
 
 LINES = 50

@@ -27,13 +27,13 @@ import threading
 import time
 from pathlib import Path
 
+from allstep.channel.account import Kind
 from allstep.channel.address import split_address
 from allstep.channel.causes import Case
 from allstep.channel.events import AllArrived, Finished, Ordered, StragglerSeen, Verdict
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
 from allstep.channel.listening import listen
-from allstep.channel.record import Kind
 from allstep.channel.relay import Relay
 from allstep.channel.report import failure_json, failure_text, straggler_line, write_report
 from allstep.channel.service import Service

@@ -16,19 +16,18 @@ What can go wrong: a worker cannot be started; `start` raises LaunchError, and `
 
 from __future__ import annotations
 
-import selectors
 import signal
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
 
+from allstep.channel.account import Kind
 from allstep.channel.arrival import spans
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.hub import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
-from allstep.channel.record import Kind
+from allstep.channel.events import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
 from allstep.channel.report import straggler_line
+from allstep.channel.service import Service
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.folder import AttemptFolder
@@ -54,28 +53,6 @@ REMOTE = 10.0
 """Seconds after a verdict in which the other machines can say how their workers ended; less where one is lost."""
 
 
-class Channel(Protocol):
-    """What an attempt drives: the service of the whole world, or this machine's relay to it."""
-
-    def ready(self, key: selectors.SelectorKey) -> None:
-        """Act on a socket of its own."""
-
-    def deadline(self) -> float | None:
-        """When `tick` is due."""
-
-    def tick(self) -> None:
-        """Act on the time that has passed."""
-
-    def worker_ended(self, end: WorkerEnd) -> None:
-        """Take note of how a worker ended."""
-
-    def take(self) -> list[HubEvent]:
-        """What happened since the last call."""
-
-    def order_leave(self, reason: str, code: int, *, printer: int | None = None, report: str | None = None) -> None:
-        """Order the ranks to leave."""
-
-
 class Attempt:
     """The workers of this machine in one attempt.
 
@@ -93,7 +70,7 @@ class Attempt:
     def __init__(
         self,
         plans: Sequence[WorkerPlan],
-        channel: Channel,
+        channel: Service,
         *,
         loop: Loop,
         terminal: Terminal,

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from allstep.channel.account import Kind
 from allstep.channel.address import join_address, new_nonce
 from allstep.channel.causes import Case
 from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
 from allstep.channel.listening import EVERYWHERE, HERE, listen
-from allstep.channel.record import Kind
 from allstep.channel.report import failure_json, failure_text, without_torchs_prefix, write_report
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from allstep.launch.attempt import Attempt, Channel
+from allstep.channel.service import Service
+from allstep.launch.attempt import Attempt
 from allstep.launch.devices import Devices
 from allstep.launch.folder import AttemptFolder
 from allstep.launch.loop import Loop
@@ -75,7 +76,7 @@ class Machine:
         return self.stopped_by is not None
 
     def attempt(
-        self, share: Share, channel: Channel, folder: AttemptFolder | None, *, relayed: bool = False
+        self, share: Share, channel: Service, folder: AttemptFolder | None, *, relayed: bool = False
     ) -> Attempt:
         """Run this machine's share of an attempt to its end.
 
