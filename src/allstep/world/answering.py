@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from allstep.errors import WorldError
+from allstep.world.left_behind import leave_behind
 from allstep.world.stores import PrefixStore, Store
 
 ANSWER_S = 15.0
@@ -80,6 +81,8 @@ class AnsweringStore:
                 ask()
             else:
                 self._asking.join(self._patience)
+                if self._asking.is_alive():
+                    leave_behind(self._asking)
         if errors:
             raise errors[0]
         if not answers:

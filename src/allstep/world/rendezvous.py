@@ -27,6 +27,7 @@ from allstep.channel.arrival import doubled
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.world.answering import AnsweringStore
+from allstep.world.left_behind import leave_behind
 from allstep.world.polling import poll
 from allstep.world.service import Service, head_service, sidecar_service
 from allstep.world.stores import PrefixStore, TCPStore
@@ -183,6 +184,7 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
     thread.start()
     thread.join(patience * 2)
     if not made:
+        leave_behind(thread)
         raise TimeoutError(f"{host}:{port} accepted and did not answer in {patience * 2:g} s")
     if isinstance(made[0], BaseException):
         raise made[0]
