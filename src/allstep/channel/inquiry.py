@@ -117,11 +117,14 @@ class Inquiry:
             self._evidence()
 
     def node_lost(self, ranks: Collection[int], why: str) -> None:
-        """A node is gone, with those of its ranks that had not ended."""
+        """A node is gone, with those of its ranks that had not ended.
+
+        A rank that had closed its World is gone with it where the end of its process was to be told: that will not come.
+        """
         moment = self._moment()
         for rank in ranks:
             record = self.records.get(rank)
-            if record is not None and not record.end and not record.bye:
+            if record is not None and not record.end and not (record.bye and not self._supervised):
                 record.lost, record.node_lost, record.lost_why = record.lost or moment, True, why
         self._evidence()
 

@@ -172,7 +172,8 @@ class Relay:
 
     def _lose_head(self, how: str) -> None:
         self._uplink.give_up(how)
-        if self._finished or self._refused or self._verdict is not None:
+        over = self._finished or (self._refused and not self._supervised)  # a supervisor waits to hear that it is over
+        if over or self._verdict is not None:
             return
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
         lowest, order = min(self._hello.ranks, default=0), self._ranks.moment().order
