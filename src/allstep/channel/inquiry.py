@@ -119,7 +119,7 @@ class Inquiry:
     def node_lost(self, ranks: Collection[int], why: str) -> None:
         """A node is gone, with those of its ranks that had not ended.
 
-        A rank that had closed its World is gone with it where the end of its process was to be told: that will not come.
+        A rank that had closed its World is gone with it too where the end of its process was to be told.
         """
         moment = self._moment()
         for rank in ranks:

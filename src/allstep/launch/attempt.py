@@ -8,7 +8,8 @@ failure, or None, `stopped_by` the signal that stopped it, or None, and `ends` s
   `LEAVE` seconds is killed (a pending gloo collective cannot be aborted, and SIGTERM is for preemption only).
 - A worker that makes room (85) while others of this machine do not is named; the channel decides what comes of it.
 - A signal to stop (`heed`): passed on (SIGINT as such, the others as SIGTERM), then SIGCONT, so that a worker that was
-  stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. SIGUSR1 and SIGUSR2 are passed on.
+  stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. Other machines are waited for `REMOTE`
+  seconds longer, and after a second signal not at all. SIGUSR1 and SIGUSR2 are passed on.
 - A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then
   killed.
 What can go wrong: a worker cannot be started; `start` raises LaunchError, and `close` ends those that were.
@@ -50,7 +51,9 @@ LINGER = 1.0
 """Seconds for which output is read after the last worker has ended."""
 
 REMOTE = 10.0
-"""Seconds after a verdict in which the other machines can say how their workers ended; less where one is lost."""
+"""Seconds after a verdict, or after the grace of a signal to stop, in which the other machines can say how their workers
+ended; less where one is lost.
+"""
 
 
 class Attempt:
@@ -136,6 +139,7 @@ class Attempt:
         elif self.stopped_by is None and self.case is None:
             self._stop(number, remaining)
         else:
+            self._give_up(0.0)
             self._kill()
 
     def killed(self) -> tuple[int, ...]:
@@ -171,7 +175,7 @@ class Attempt:
         if isinstance(event, Verdict) and self.case is None:
             self.case = event.case
             lost = event.case.cause.kind is Kind.NODE_LOST
-            self._give_up_at = time.monotonic() + (0 if self._relayed else 2 * LEAVE if lost else REMOTE)
+            self._give_up(0.0 if self._relayed else 2 * LEAVE if lost else REMOTE)
             if self.stopped_by is None:
                 self._channel.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
@@ -192,13 +196,25 @@ class Attempt:
     def _stop(self, number: signal.Signals, remaining: Sequence[WorkerProcess]) -> None:
         self.stopped_by = number
         self._kill_at = time.monotonic() + self._grace
-        self._terminal.say(
-            f"{number.name}: passed on to the workers, which have {self._grace:g} s to leave; "
-            "a second signal ends them at once"
-        )
+        self._give_up(self._grace + REMOTE)
+        if remaining:
+            self._terminal.say(
+                f"{number.name}: passed on to the workers, which have {self._grace:g} s to leave; "
+                "a second signal ends them at once"
+            )
+        else:
+            self._terminal.say(
+                f"{number.name}: no worker is left here; the other machines have {self._grace + REMOTE:g} s to end; "
+                "a second signal ends the wait"
+            )
         for worker in remaining:
             worker.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
             worker.send(signal.SIGCONT)
+
+    def _give_up(self, after: float) -> None:
+        """Wait for the other machines for so many seconds more at the most."""
+        at = time.monotonic() + after
+        self._give_up_at = at if self._give_up_at is None else min(at, self._give_up_at)
 
     def _kill_soon(self) -> None:
         if self.stopped_by is None:
