@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,10 +108,10 @@ class Worker:
 
 
 @pytest.fixture
-def stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
+def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage()
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: stage.now))
-    yield stage
+    return stage
 
 
 def begin(stage: Stage, monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> tuple[Attempt, list[Worker]]:

@@ -53,7 +53,9 @@ class Ordered:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """At a relay: the attempt is over. `text` is the report (empty after a success), `code` the run's status."""
+    """At a relay: the attempt is over. `text` is the last word about the run, or empty where it goes on with another
+    attempt; `code` is the exit status, of the run or, without a supervisor, of the ranks.
+    """
 
     text: str
     code: int

@@ -51,8 +51,8 @@ LINGER = 1.0
 """Seconds for which output is read after the last worker has ended."""
 
 REMOTE = 10.0
-"""Seconds after a verdict, or after the grace of a signal to stop, in which the other machines can say how their workers
-ended; less where one is lost.
+"""Seconds after a verdict, or after the grace of a signal to stop, in which the other machines can say how their
+workers ended; less where one is lost.
 """
 
 

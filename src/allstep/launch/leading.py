@@ -116,7 +116,7 @@ class _Leader:
             attempt = self._machine.attempt(share, hub, self._folder)
             status = self._conclude(attempt, hub, share)
             if self._gathering is not None:
-                hub.finish(self._last_word(status), status or 0)
+                hub.finish("" if status is None else self._last_word(status), status or 0)
                 self._tidy(hub, self._gathering, status)
         return status
 
@@ -207,9 +207,7 @@ class _Leader:
     def _logs(self, attempt: Attempt) -> dict[int, Path]:
         return {rank: self._folder.log(rank) for rank in attempt.ends} if self._folder is not None else {}
 
-    def _last_word(self, status: int | None) -> str:
-        if status is None:
-            return f"run {self._name}: attempt {self._number} failed, another follows"
+    def _last_word(self, status: int) -> str:
         if status == 0:
             return f"run {self._name} ended on all nodes"
         why = f": {self._failed[-1].summary}" if self._failed else ""
