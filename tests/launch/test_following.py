@@ -17,7 +17,7 @@ from allstep.launch.nodes import Nodes
 from allstep.launch.plan import Command
 from allstep.launch.settings import LaunchSettings
 
-LAST = Finished("run exp ended with exit code 85; node 0 has the report", 85)
+LAST = Finished("run exp made room (exit code 85) on all nodes", 85)
 NEXT = Finished("", 0)
 
 
