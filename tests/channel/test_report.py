@@ -36,6 +36,11 @@ PEER = Account(
 CASE = Case(CAUSE, (PEER, Account(2, Kind.ORDERED, "left when it was told to", 84)), 3, 0)
 
 
+def test_a_rank_that_was_killed_and_whose_process_does_not_end_is_said_to_be():
+    stuck = Account(2, Kind.KILLED, "was killed by allstep", 84, note="its process does not end")
+    assert "  rank 2: was killed by allstep; its process does not end\n" in failure_text(replace(CASE, others=(stuck,)))
+
+
 def test_the_cause_comes_first_with_its_place_and_traceback():
     lines = failure_text(CASE, name="digits").splitlines()
     assert lines[0] == "run digits failed: rank 1 of 3 failed first"

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 
+from allstep.channel.account import Account, Kind
+from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllEnded, HubEvent
+from allstep.channel.events import AllEnded, HubEvent, Verdict
 from allstep.launch import attempt as module
-from allstep.launch.attempt import REMOTE, Attempt
+from allstep.launch.attempt import KILLED, LEAVE, REMOTE, Attempt
 
 GRACE = 15.0
 
@@ -52,7 +54,8 @@ class Stage:
             call()
             return
         assert until is not None, "waits without bound"
-        self.now = max(self.now, until)
+        assert until > self.now, "does not wait at all"
+        self.now = until
 
     # the service
     def deadline(self) -> None:
@@ -171,3 +174,36 @@ def test_workers_that_do_not_leave_after_a_signal_are_killed_after_the_grace(
     assert worker.sent == [signal.SIGTERM, signal.SIGCONT]
     assert worker.kills[0] == 1 + GRACE
     assert attempt.killed() == (0,)
+
+
+def never() -> None:
+    """What SIGKILL does to a process in which the kernel waits."""
+
+
+def test_a_worker_that_cannot_be_killed_is_left_behind_and_said_to_be(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, (failed, stuck) = begin(stage, monkeypatch, 2)
+    stuck.on_kill = never
+    cause = Account(0, Kind.EXIT, "exit code 3", 3)
+    stage.at(1, lambda: failed.end(3))
+    stage.at(2, lambda: stage.events.append(Verdict(Case(cause, (), 2, 0))))
+    stage.at(2 + LEAVE + KILLED + 0.5, lambda: stage.events.append(AllEnded()))
+    attempt.run()
+    attempt.close()
+    assert stage.told[1:] == [WorkerEnd(1, -signal.SIGKILL, killed=True, note="its process does not end")]
+    assert stage.said == ["rank 1 was killed, and its process (pid 4001) does not end; going on without it"]
+    assert stuck.kills[0] == 2 + LEAVE
+    assert stage.passed < 2 + LEAVE + KILLED + 3
+    assert stuck.released == [0.0]
+    assert failed.released == [KILLED]
+
+
+def test_workers_that_an_attempt_leaves_running_have_some_seconds_together_to_end(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt, workers = begin(stage, monkeypatch, 2)
+    workers[0].release = lambda patience: setattr(stage, "now", stage.now + 4)  # type: ignore[method-assign]
+    attempt.close()
+    assert all(worker.kills for worker in workers)
+    assert workers[1].released == [KILLED - 4]

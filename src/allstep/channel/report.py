@@ -224,6 +224,8 @@ def _others(case: Case) -> list[str]:
             how = f"had seen {each.what} leave a run, and had not ended of it"
         elif each.kind is Kind.RUNNING and each.waiting:
             how = f"waited in {each.waiting}"
+        elif each.kind is Kind.KILLED and each.note:
+            how = f"{each.what}; {each.note}"
         else:
             how = each.what
         alike.setdefault(how, []).append(each.rank)
