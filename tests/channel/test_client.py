@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 import threading
 import time
@@ -12,10 +14,10 @@ import pytest
 from allstep.channel.account import Kind
 from allstep.channel.client import Client
 from allstep.channel.events import AllArrived, Verdict
-from allstep.channel.messages import Failure, Hello, Notice, Welcome, encode
+from allstep.channel.messages import Failure, Hello, Notice, Stacks, Welcome, encode
 from allstep.channel.pulse import Pulse
 from allstep.errors import WorldError
-from tests.channel.driving import arrival, listening, rank_processes, serving
+from tests.channel.driving import NONCE, arrival, listening, rank_processes, serving
 
 pytestmark = pytest.mark.slow
 
@@ -159,6 +161,30 @@ def test_what_comes_right_behind_the_welcome_is_heard(behind, capfd):
         client.close()
         accepted[0].close()
     assert ("slow down" in capfd.readouterr().err) == bool(behind)
+
+
+def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
+    def full() -> str:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr("allstep.channel.client.own_stacks", full)
+    with serving(1) as hub, contextlib.ExitStack() as stack:
+        connected: list[Client] = []
+        hello = Hello(NONCE, 0, arrival(0, 1))
+        thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
+        thread.start()
+        hub.until(lambda: connected)
+        client = connected[0]
+        stack.callback(client.close)
+        client.start(Pulse())
+        hub.until(lambda: hub.service.status(0))
+        answered: list[Stacks] = []
+        monkeypatch.setattr(hub.service._inquiry, "answered", answered.append)
+        hub.service._ask_stacks()
+        hub.until(lambda: answered)
+        assert answered[0].text == ""
+        number = hub.service.status(0).number
+        hub.until(lambda: hub.service.status(0).number > number)
 
 
 def receive_until(sock: socket.socket, wanted: bytes) -> bytes:

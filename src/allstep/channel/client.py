@@ -226,7 +226,15 @@ class Client:
                 case Notice(text):
                     write_out(text)
                 case AskStacks():
-                    self._send(Stacks(self._rank, own_stacks(), active_collectives()), REPORT_S)
+                    self._send(self._stacks(), REPORT_S)
+
+    def _stacks(self) -> Stacks:
+        """The answer to `AskStacks`; an empty one where there can be no other, so that nobody waits for it."""
+        try:
+            text = own_stacks()
+        except OSError:
+            text = ""
+        return Stacks(self._rank, text, active_collectives())
 
     def _obey(self, order: Leave) -> None:
         if order.code is not None:
