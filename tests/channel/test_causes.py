@@ -263,9 +263,15 @@ def test_an_end_is_named_as_a_shell_would_number_it(returncode, status, words):
     assert describe(returncode) == words
 
 
+class NoText:
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
 @pytest.mark.parametrize(
     ("error", "derived"),
     [
+        (RuntimeError(NoText()), False),
         (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:3456"), True),
         (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
