@@ -76,4 +76,4 @@ def _scratch() -> BinaryIO:
     """A file that ends with its descriptor: in memory, since the folder for temporary files may be full or missing."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("allstep-own-stacks"), "w+b")
-    return tempfile.TemporaryFile()  # type: ignore[return-value]
+    return tempfile.TemporaryFile()
