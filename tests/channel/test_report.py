@@ -203,10 +203,15 @@ def test_who_may_read_the_file_follows_from_the_umask(tmp_path, mask):
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_an_error_in_writing_the_file_is_the_one_that_is_raised(tmp_path):
-    with pytest.raises(FileNotFoundError) as raised:
-        write_report(tmp_path / "missing" / "failure.json", {"run": "first"})
-    assert raised.value.__context__ is None
+def test_an_error_in_writing_the_file_is_the_one_that_is_raised(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        raise ValueError("the first error")
+
+    monkeypatch.setattr(json, "dump", fail)
+    with pytest.raises(ValueError, match="the first error"):
+        write_report(tmp_path / "failure.json", {"run": "first"})
 
 
 @pytest.mark.slow
