@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.launch.command import run, script
+from tests.jobs.job import Job
+from tests.jobs.launchers import script
+from tests.jobs.running import run
 
 ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
@@ -19,21 +20,21 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.timeout(240)
 
 
-def train(folder: Path, *options: str, job: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, *options: str, job: tuple[str, ...] = ()) -> Job:
     """An epoch of five iterations, with checkpoints of iterations 2, 4 and 5."""
     command = ["-m", "tests.faults.ending_job", "saved", "epochs=1", *job]
     return run(folder, "--nproc", "2", *options, *command, env=ENV)
 
 
-def first_iteration(done: subprocess.CompletedProcess[str]) -> int | None:
-    return min((int(each) for each in re.findall(r"iteration (\d+)$", done.stdout, re.M)), default=None)
+def first_iteration(done: Job) -> int | None:
+    return min((int(each) for each in re.findall(r"iteration (\d+)$", done.out, re.M)), default=None)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     done = train(folder)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     names = sorted(path.name for path in (folder / "saved").iterdir())
     assert names == ["save-000001-step-2", "save-000002-step-4", "save-000003-step-5"]
     return folder
@@ -56,7 +57,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 )
 def test_training_begins_where_the_command_line_says(asked: list[str], first: int, folder: Path) -> None:
     done = train(folder, *asked, job=("epochs=2",))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert first_iteration(done) == first
 
 
@@ -64,27 +65,29 @@ def test_training_begins_where_the_command_line_says(asked: list[str], first: in
 def test_a_folder_without_a_checkpoint_is_an_error_before_training(folder: Path) -> None:
     (folder / "empty").mkdir()
     done = train(folder, "--resume", "empty")
-    assert done.returncode == 1
-    assert f"there is no checkpoint to resume from at {folder / 'empty'}" in done.stderr
+    assert done.code == 1
+    assert f"there is no checkpoint to resume from at {folder / 'empty'}" in done.err
     assert first_iteration(done) is None
 
 
 @slow
 def test_a_place_that_the_script_names_wins_and_the_other_is_said_to_have_no_effect(folder: Path) -> None:
     done = train(folder, "--resume", "none", job=("at=saved/save-000002-step-4",))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     assert first_iteration(done) == 5
     said = "the script resumes from 'saved/save-000002-step-4', so --resume none has no effect"
-    assert done.stderr.count(said) == 1
+    assert done.err.count(said) == 1
 
 
 @slow
-@pytest.mark.parametrize(("asked", "begins"), [("none", 1), ("saved/save-000002-step-4", 5)])
+@pytest.mark.parametrize(
+    ("asked", "begins"), [("none", 1), pytest.param("saved/save-000002-step-4", 5, marks=pytest.mark.nightly)]
+)
 def test_a_restart_goes_on_from_what_the_launch_has_saved_if_anything(asked: str, begins: int, folder: Path) -> None:
     options = ["--resume", asked, "--max-restarts", "2", "--name", "exp"]
     faults = [f"rank=1,iteration={begins},attempt=0,kill=9", "rank=1,iteration=9,attempt=1,kill=9"]
     done = train(folder, *options, "--fault", ";".join(faults), job=("epochs=2",))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     logs = [(folder / f"runs/exp/attempt_{attempt}/rank_0.log").read_text() for attempt in range(3)]
     began = [min(int(each) for each in re.findall(r"iteration (\d+)$", log, re.M)) for log in logs[1:]]
     assert began[0] == begins  # nothing was saved in the first attempt
@@ -94,8 +97,8 @@ def test_a_restart_goes_on_from_what_the_launch_has_saved_if_anything(asked: str
 def test_a_path_that_is_not_there_is_one_line_and_nothing_is_started(tmp_path: Path) -> None:
     script(tmp_path, "open('started', 'w')")
     done = run(tmp_path, "--resume", "saved/save-000009-step-9", "script.py")
-    assert done.returncode == 2
-    assert done.stderr == (
+    assert done.code == 2
+    assert done.err == (
         "allstep: error: resume is saved/save-000009-step-9, and there is no folder of that name "
         f"(in {tmp_path}); give the path of a checkpoint or of a folder of checkpoints, auto, or none\n"
     )
@@ -110,19 +113,19 @@ def test_a_path_that_is_not_there_is_one_line_and_nothing_is_started(tmp_path: P
 def test_the_script_is_told_of_a_local_path_wherever_it_goes(asked: str, told: str, tmp_path: Path) -> None:
     script(tmp_path, "print(os.environ['ALLSTEP_RESUME'])")
     (tmp_path / "saved").mkdir()
-    assert run(tmp_path, "--resume", asked, "script.py").stdout == told.format(folder=tmp_path) + "\n"
+    assert run(tmp_path, "--resume", asked, "script.py").out == told.format(folder=tmp_path) + "\n"
 
 
 def test_a_place_in_the_file_counts_and_the_command_line_wins_over_it(tmp_path: Path) -> None:
     script(tmp_path, "print(os.environ['ALLSTEP_RESUME'])")
     (tmp_path / "c.yaml").write_text("resume: absent\n")
-    assert run(tmp_path, "--config", "c.yaml", "script.py").returncode == 2
-    assert run(tmp_path, "--config", "c.yaml", "--resume", "none", "script.py").stdout == "none\n"
+    assert run(tmp_path, "--config", "c.yaml", "script.py").code == 2
+    assert run(tmp_path, "--config", "c.yaml", "--resume", "none", "script.py").out == "none\n"
 
 
 def test_restarts_of_a_launch_have_its_name_and_no_other_launch_has(tmp_path: Path) -> None:
     script(tmp_path, "print(os.environ['ALLSTEP_LAUNCH'], flush=True); sys.exit(os.environ['ALLSTEP_ATTEMPT'] == '0')")
     done = run(tmp_path, "--max-restarts", "1", "script.py", env={"ALLSTEP_LAUNCH": "of an outer one"})
-    first, second = done.stdout.split("\n")[:2]
+    first, second = done.out.split("\n")[:2]
     assert first == second != "of an outer one"
-    assert run(tmp_path, "--max-restarts", "1", "script.py").stdout.split("\n")[0] != first
+    assert run(tmp_path, "--max-restarts", "1", "script.py").out.split("\n")[0] != first

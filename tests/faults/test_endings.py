@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from allstep.checkpoint import entries, verify
 from allstep.exit_codes import PREEMPTED
-from tests.launch.command import alive, environment, run, started
+from tests.jobs.job import Job
+from tests.jobs.running import Running, run, start, started
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -26,7 +25,7 @@ JOB = ["-m", "tests.faults.ending_job"]
 LIMIT = 120.0
 
 
-def twice(folder: Path, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+def twice(folder: Path, *arguments: str) -> list[Job]:
     """Start the same job over two ranks, and again when it has ended."""
     return [run(folder, "--nproc", "2", *JOB, folder / "saved", *arguments, env=ENV) for _ in range(2)]
 
@@ -44,124 +43,91 @@ def steps(folder: Path) -> list[int]:
 
 def test_a_run_that_stopped_early_is_finished_says_so_when_started_again_and_trains_nothing(tmp_path: Path) -> None:
     first, second = twice(tmp_path, "every=epoch", "patience=1")
-    assert (first.returncode, second.returncode) == (0, 0), second.stderr
-    assert max(iterations(first.stdout)) == 10  # of 15: the second epoch was no better
-    assert first.stdout.count("ended: finished, rank 0: no better score than 0.0 in 1 times") == 2
-    assert iterations(second.stdout) == set()
-    assert "nothing to run: the run was finished: rank 0: no better score than 0.0 in 1 times" in second.stderr
+    assert (first.code, second.code) == (0, 0), second.err
+    assert max(iterations(first.out)) == 10  # of 15: the second epoch was no better
+    assert first.out.count("ended: finished, rank 0: no better score than 0.0 in 1 times") == 2
+    assert iterations(second.out) == set()
+    assert "nothing to run: the run was finished: rank 0: no better score than 0.0 in 1 times" in second.err
 
 
+@pytest.mark.nightly
 def test_a_run_that_was_out_of_time_goes_on(tmp_path: Path) -> None:
     first, second = twice(tmp_path, "limit=0.001", "every=epoch")
-    assert (first.returncode, second.returncode) == (0, 0), second.stderr
-    assert "ended: left, " in first.stdout
-    assert min(iterations(second.stdout)) == max(iterations(first.stdout)) + 1
+    assert (first.code, second.code) == (0, 0), second.err
+    assert "ended: left, " in first.out
+    assert min(iterations(second.out)) == max(iterations(first.out)) + 1
 
 
 def test_a_run_that_became_nan_is_not_saved_there_and_goes_on_from_before(tmp_path: Path) -> None:
     first, second = twice(tmp_path, "nan=5", "every=2 iterations")
-    assert (first.returncode, second.returncode) == (0, 0), second.stderr
-    assert "ended: failed, " in first.stdout
-    assert "not saved, since the run has failed: rank 0: the output of iteration 5 is not finite" in first.stderr
-    assert min(iterations(second.stdout)) == 5
+    assert (first.code, second.code) == (0, 0), second.err
+    assert "ended: failed, " in first.out
+    assert "not saved, since the run has failed: rank 0: the output of iteration 5 is not finite" in first.err
+    assert min(iterations(second.out)) == 5
     assert steps(tmp_path) == [2, 4]
 
 
-@contextmanager
-def alone(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def alone(folder: Path, *arguments: str) -> AbstractContextManager[Running]:
     """The job under plain `python`."""
-    process = subprocess.Popen(
-        [sys.executable, *JOB, str(folder / "saved"), *arguments],
-        cwd=folder,
-        env=environment(ENV),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(process: subprocess.Popen[str], text: str, count: int = 1) -> None:
-    assert process.stdout is not None
-    for line in process.stdout:
-        count -= text in line
-        if not count:
-            return
-    assert process.stderr is not None
-    raise AssertionError(f"{text!r} never came: {process.stderr.read()}")
-
-
-def children(process: subprocess.Popen[str]) -> list[int]:
-    return [int(each) for each in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return start(folder, [sys.executable, *JOB, folder / "saved", *arguments], env=ENV)
 
 
 def test_under_python_a_second_signal_leaves_a_save_under_way_and_the_last_one_to_be_committed(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
-    with alone(tmp_path, f"gate={gate}", "together=0") as process:
-        wait_for(process, "waits with tmp-save-000002")
-        process.send_signal(signal.SIGTERM)
-        process.send_signal(signal.SIGUSR1)
+    with alone(tmp_path, f"gate={gate}", "together=0") as job:
+        job.await_line("waits with tmp-save-000002")
+        job.process.send_signal(signal.SIGTERM)
+        job.process.send_signal(signal.SIGUSR1)
         gate.touch()
-        out, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == PREEMPTED, err
+        done = job.end()
+    assert done.code == PREEMPTED, done.err
     saved = steps(tmp_path)
     assert saved[:2] == [2, 4]
-    assert max(saved) == max(iterations(out), default=4)  # where it stopped
+    assert max(saved) == max(iterations(done.out), default=4)  # where it stopped
 
 
 def test_under_python_signals_that_go_on_kill_and_the_newest_committed_checkpoint_is_whole(tmp_path: Path) -> None:
-    with alone(tmp_path, f"gate={tmp_path / 'gate'}", "together=0") as process:
-        wait_for(process, "waits with tmp-save-000002")
+    with alone(tmp_path, f"gate={tmp_path / 'gate'}", "together=0") as job:
+        job.await_line("waits with tmp-save-000002")
         until = time.monotonic() + LIMIT
-        while process.poll() is None and time.monotonic() < until:  # two that are pending are one
-            process.send_signal(signal.SIGTERM)
+        while job.process.poll() is None and time.monotonic() < until:  # two that are pending are one
+            job.process.send_signal(signal.SIGTERM)
             time.sleep(0.02)
-    assert process.returncode == -signal.SIGTERM
+        assert job.end().code == -signal.SIGTERM
     assert steps(tmp_path) == [2]
     again = run(tmp_path, *JOB, tmp_path / "saved", env=ENV)
-    assert again.returncode == 0, again.stderr
-    assert "resumed from save-000001-step-2" in again.stderr
-    assert "tmp-save-000002" in again.stderr  # what is left of the other is swept away
-    assert min(iterations(again.stdout)) == 3
+    assert again.code == 0, again.err
+    assert "resumed from save-000001-step-2" in again.err
+    assert "tmp-save-000002" in again.err  # what is left of the other is swept away
+    assert min(iterations(again.out)) == 3
 
 
 def test_under_allstep_run_a_second_term_ends_all_at_once_and_the_newest_committed_checkpoint_is_whole(
     tmp_path: Path,
 ) -> None:
     arguments = [tmp_path / "saved", f"gate={tmp_path / 'gate'}"]
-    with started(tmp_path, "--nproc", "2", "--grace", "1000", *JOB, *arguments, env=ENV) as process:
-        wait_for(process, "waits with tmp-save-000002", 2)
-        workers = children(process)
-        assert len(workers) == 2
-        process.send_signal(signal.SIGTERM)
-        assert process.stderr is not None
-        while "a second signal ends them at once" not in process.stderr.readline():
-            pass
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "ranks 0, 1 had to be killed" in err
-    assert not any(map(alive, workers))
+    with started(tmp_path, "--nproc", "2", "--grace", "1000", *JOB, *arguments, env=ENV) as job:
+        job.await_line("waits with tmp-save-000002", 2)
+        job.process.send_signal(signal.SIGTERM)
+        job.await_line("a second signal ends them at once")
+        job.process.send_signal(signal.SIGTERM)
+        done = job.end()
+    assert done.code == 128 + signal.SIGTERM
+    assert "ranks 0, 1 had to be killed" in done.err
     assert steps(tmp_path) == [2]
     again = run(tmp_path, "--nproc", "2", *JOB, tmp_path / "saved", env=ENV)
-    assert again.returncode == 0, again.stderr
-    assert min(iterations(again.stdout)) == 3
+    assert again.code == 0, again.err
+    assert min(iterations(again.out)) == 3
 
 
 def test_under_allstep_run_a_notice_and_then_a_term_end_the_evaluation_and_save_what_was_trained(
     tmp_path: Path,
 ) -> None:
     arguments = [tmp_path / "saved", "evaluate=1000000", "every=epoch"]
-    with started(tmp_path, "--nproc", "2", "--grace", "1000", *JOB, *arguments, env=ENV) as process:
-        wait_for(process, "evaluates", 2)
-        workers = children(process)
-        process.send_signal(signal.SIGUSR1)
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=LIMIT)
-    assert process.returncode == PREEMPTED, err
-    assert not any(map(alive, workers))
+    with started(tmp_path, "--nproc", "2", "--grace", "1000", *JOB, *arguments, env=ENV) as job:
+        job.await_line("evaluates", 2)
+        job.process.send_signal(signal.SIGUSR1)
+        job.process.send_signal(signal.SIGTERM)
+        done = job.end()
+    assert done.code == PREEMPTED, done.err
     assert steps(tmp_path)[-1] == 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.checkpoint.training import equal
-from tests.launch.command import run
+from tests.jobs.running import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -18,15 +18,15 @@ ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("kind", ["own", "none"])
+@pytest.mark.parametrize("kind", ["own", pytest.param("none", marks=pytest.mark.nightly)])
 def test_a_run_over_streams_of_unknown_length_that_is_killed_in_an_epoch_ends_like_an_unbroken_one(
     kind: str, tmp_path: Path
 ) -> None:
     def train(name: str, *options: str) -> tuple[str, list[torch.Tensor]]:
         job = ["-m", "tests.faults.streaming_job", tmp_path / name, tmp_path / f"{name}.pt", kind]
         done = run(tmp_path, "--nproc", "2", "--name", name, *options, *job, env=ENV)
-        assert done.returncode == 0, done.stderr
-        return done.stderr, torch.load(tmp_path / f"{name}.pt")
+        assert done.code == 0, done.err
+        return done.err, torch.load(tmp_path / f"{name}.pt")
 
     faults = "rank=1,iteration=8,attempt=0,kill=9;rank=0,iteration=22,attempt=1,kill=9"
     said, weights = train("killed", "--max-restarts", "2", "--fault", faults)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 import allstep
 from allstep.world.notices import Notices
-from tests.launch.command import environment
+from tests.jobs.running import run
 
 SCRIPT = """
 import os, signal, sys
@@ -29,19 +28,6 @@ if "after" in sys.argv: send()
 """
 
 
-def run(*when: str) -> tuple[int, str]:
-    src = str(Path(allstep.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *when],
-        env=environment({"PYTHONPATH": src}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    return done.returncode, done.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("when", "expected"),
@@ -54,9 +40,10 @@ def run(*when: str) -> tuple[int, str]:
     ids=["before", "between and handled", "between", "after"],
 )
 def test_a_notice_ends_a_process_only_before_init_and_after_the_world(
-    when: list[str], expected: tuple[int, str]
+    when: list[str], expected: tuple[int, str], tmp_path: Path
 ) -> None:
-    assert run(*when) == expected
+    done = run(tmp_path, *when, command=[sys.executable, "-c", SCRIPT])
+    assert (done.code, done.out) == expected
 
 
 def test_the_handler_is_there_while_the_world_is_open_and_when_it_fails_to_open_it_is_not() -> None:
