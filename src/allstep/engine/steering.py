@@ -134,14 +134,20 @@ class Steering:
                 loop.replace_data(state.dataloader)
             return
         if asked.request is Request.TERMINATE:
-            self.skips_completed = asked.skip
             self.progress.abandoned = self.progress.epoch_is_open
-            if state.outcome is None or OUTCOMES.index(asked.outcome) > OUTCOMES.index(state.outcome):
-                state.stop_reason, state.outcome = f"rank {asked.rank}: {asked.reason}", asked.outcome
+            self.note_end(asked)
         elif asked.request is Request.TERMINATE_EPOCH:
             self.skips_epoch_completed = asked.skip
         self.asked.add(asked.request)
         loop.until = LOOK_NOW
+
+    def note_end(self, asked: Asked) -> None:
+        """Note what an end that was agreed means, also where the run had come to its own end before that was known."""
+        state = self.state
+        self.skips_completed = asked.skip
+        if state.outcome is None or OUTCOMES.index(asked.outcome) > OUTCOMES.index(state.outcome):
+            state.stop_reason, state.outcome = f"rank {asked.rank}: {asked.reason}", asked.outcome
+        self.asked.add(Request.TERMINATE)
 
     @property
     def _votes(self) -> bool:
