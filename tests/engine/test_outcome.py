@@ -1,4 +1,4 @@
-"""What the end of a run means: finished, failed, or left; and that a finished one is not trained again."""
+"""What the end of a run means: finished, failed, preempted or left; and that a finished one is not trained again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_one_that_was_finished_and_asked_again_before_goes_on_too_when_asked_for
     assert engine.run(range(3), max_epochs=6).iteration == 18
 
 
-@pytest.mark.parametrize("outcome", ["left", "failed"])
+@pytest.mark.parametrize("outcome", ["left", "preempted", "failed"])
 def test_any_other_end_is_gone_on_from(outcome: str) -> None:
     _, state = ended_in_epoch_2(outcome)
     assert "finished" not in state
@@ -104,6 +104,8 @@ def _all_ask(coordinator: SimulatedRank, asked: tuple[Any, ...]) -> tuple[int, A
         (("left", "finished"), "rank 1: finished", "finished"),
         (("finished", "failed"), "rank 1: failed", "failed"),
         (("failed", "finished"), "rank 0: failed", "failed"),
+        (("left", "preempted"), "rank 1: preempted", "preempted"),
+        (("preempted", "finished"), "rank 1: finished", "finished"),
         (("left", "left"), "rank 0: left", "left"),
     ],
 )
