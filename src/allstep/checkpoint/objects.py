@@ -24,6 +24,7 @@ from allstep.engine.progress import place_from
 from allstep.engine.terms import is_done
 from allstep.errors import CheckpointError
 from allstep.parallel import unwrap
+from allstep.world import World
 
 
 class Stateful(Protocol):
@@ -167,7 +168,10 @@ class _KeptByRank(_Plain):
 
 
 class _KeptEngine(_Plain):
-    """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not."""
+    """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not.
+
+    Such places are taken up at the world size at which they were saved, and refused at any other.
+    """
 
     def __init__(self, value: Engine, *, trains: bool) -> None:
         super().__init__(value)
@@ -189,8 +193,21 @@ class _KeptEngine(_Plain):
             return
         if not self.trains:
             state = {key: each for key, each in state.items() if key != "finished"}  # which would keep it from running
+        _check_own_places(of_ranks)
         own = of_ranks[rank] if rank < len(of_ranks) else None
         self.value.load_state_dict(state if own is None else {**state, "data": own})
+
+
+def _check_own_places(of_ranks: Sequence[Any]) -> None:
+    """Refuse, on all ranks alike, data's own states that were saved by more or fewer ranks than there are."""
+    world = World.current()
+    world_size = 1 if world is None else world.world_size
+    if len(of_ranks) != world_size and any(each is not None for each in of_ranks):
+        raise CheckpointError(
+            "the engine's place is what each rank's data told of itself, which cannot be dealt anew: it was saved at "
+            f"world size {len(of_ranks)}, and this run has {world_size}. Resume at world size {len(of_ranks)}, or "
+            "leave the engine out of the objects, so that it begins anew with what else was saved"
+        )
 
 
 class _KeptOptimizer(_Plain):
