@@ -4,7 +4,8 @@ Contract: `Checkpoint` makes one `Kept` for each object that it was given and ca
 the same on every rank, `of_rank` what this rank has for itself; `load` gives both back, to objects of a run of any
 world size. Modules are taken out of DDP and torch.compile (`allstep.checkpoint.modules`). The sharded parameters of
 FSDP2 and tensor parallelism are DTensors, which know how they are sharded; `template` says which state is to be filled
-as such. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
+as such. Those of FSDP1 are plain tensors, so it is refused. Whatever else has `state_dict` and `load_state_dict` is
+kept as it is.
 """
 
 from __future__ import annotations
@@ -112,6 +113,12 @@ def _is_metric(value: Any) -> bool:
     return torchmetrics is not None and isinstance(value, torchmetrics.Metric | torchmetrics.MetricCollection)
 
 
+def _has_flat_shards(module: nn.Module) -> bool:
+    # Importing it takes seconds, and where nothing has imported it nothing is wrapped.
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in module.modules())
+
+
 def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
     if isinstance(value, Engine):
         return _KeptEngine(value, trains=not trainers or value in trainers)
@@ -125,6 +132,11 @@ def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
             "allstep.Metrics, attach that, and give the Metrics to the checkpoint"
         )
     if isinstance(value, nn.Module):
+        if _has_flat_shards(value):
+            raise CheckpointError(
+                f"{name!r} is or holds a FullyShardedDataParallel module, whose shards are plain tensors that do not "
+                "tell what they are part of; shard it with torch.distributed.fsdp.fully_shard instead"
+            )
         return KeptModule(unwrap(value))
     if isinstance(value, torch.optim.Optimizer):
         return _KeptOptimizer(value)
