@@ -192,6 +192,28 @@ def test_the_file_is_whole_or_not_there(tmp_path):
     assert os.listdir(tmp_path) == ["failure.json"]
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_who_may_read_the_file_follows_from_the_umask(tmp_path, mask):
+    path = tmp_path / "failure.json"
+    before = os.umask(mask)
+    try:
+        write_report(path, {"run": "first"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_error_in_writing_the_file_is_the_one_that_is_raised(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        raise ValueError("the first error")
+
+    monkeypatch.setattr(json, "dump", fail)
+    with pytest.raises(ValueError, match="the first error"):
+        write_report(tmp_path / "failure.json", {"run": "first"})
+
+
 @pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_the_whole_file_or_the_one_before(tmp_path):
     path = tmp_path / "failure.json"

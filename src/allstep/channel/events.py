@@ -13,13 +13,6 @@ class AllArrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """The ranks were turned away, each with this reason."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """The run has failed, and it is clear how. The driver orders the ranks to leave."""
 
@@ -59,5 +52,5 @@ class Finished:
     code: int
 
 
-HubEvent = AllArrived | Refusal | Verdict | StragglerSeen | AllEnded | Ordered | Finished
+HubEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Ordered | Finished
 """Any of them."""

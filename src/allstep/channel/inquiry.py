@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from allstep.channel.account import Kind, account, judgement
+from allstep.channel.account import Kind, judgement
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import CAUSES, Case, due, judge, made_room_alone, revised
 from allstep.channel.ending import WorkerEnd
@@ -166,7 +166,7 @@ class Inquiry:
         """The case as it stands now, with what has become of the ranks since the verdict."""
         if self._verdict is None:
             return None
-        return revised(self._verdict, [account(record, supervised=self._supervised) for record in self._all()])
+        return revised(self._verdict, self._all(), supervised=self._supervised)
 
     def ends(self) -> Mapping[int, WorkerEnd]:
         """How workers ended, by rank."""

@@ -19,7 +19,7 @@ from allstep.channel.account import Account, Kind
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case, case_of
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Refusal, Verdict
+from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Verdict
 from allstep.channel.gate import Came, Gate, Gone, Said, who_knows
 from allstep.channel.limits import Limits
 from allstep.channel.messages import (
@@ -194,7 +194,6 @@ class Relay:
             case Refused(reason):
                 self._ranks.refuse(reason)
                 self._refused = not self._ranks.present()
-                self._events.append(Refusal(reason))
             case Leave():
                 self._ranks.order_out(message)
                 if message.code is not None:
