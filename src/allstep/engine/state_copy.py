@@ -1,9 +1,9 @@
 """A copy of a state that goes on changing, taken after every batch and hardly ever read, so it has to be cheap.
 
-Contract: `copied(state)` shares nothing that can change with `state`. It is what `copy.deepcopy` gives, several times as
-fast for what states are made of: containers, numbers, the tuples of random generators, tensors and arrays. Of a view
-only its own elements are copied and not all that it is a view of. Two places that hold one object hold two copies. What
-can go wrong: a state that holds itself is a RecursionError; a checkpoint could not keep it either.
+Contract: `copied(state)` shares nothing that can change with `state`. It is what `copy.deepcopy` gives, several times
+as fast for what states are made of: containers, numbers, the tuples of random generators, tensors and arrays. Of a
+view only its own elements are copied and not all that it is a view of. Two places that hold one object hold two
+copies. What can go wrong: a state that holds itself is a RecursionError; a checkpoint could not keep it either.
 """
 
 from __future__ import annotations
