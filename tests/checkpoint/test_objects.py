@@ -252,6 +252,57 @@ def test_metrics_are_numbers_of_any_library(tmp_path):
     assert checkpoint.store.choose().manifest.metrics == {"plain": 0.5, "tensor": 0.5, "f32": 0.5, "i64": 3.0}
 
 
+def trained_with_an_accuracy(folder, accuracies, **options):
+    """A run of ten iterations an epoch whose accuracy is measured at each epoch's end; the engine and what is kept."""
+    from allstep import Engine, Events
+
+    trainer = Engine(lambda e, b: None)
+
+    def measure(engine):
+        if engine.state.epoch <= len(accuracies):
+            engine.state.metrics["accuracy"] = accuracies[engine.state.epoch - 1]
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, measure)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=26), lambda e: e.terminate() if e.state.stop else None)
+    trainer.state.stop = options.pop("stop", False)
+    checkpoint = Checkpoint(folder, {"trainer": trainer}, **options).attach(trainer)
+    checkpoint.resume()
+    return trainer, checkpoint
+
+
+def kept_in(folder):
+    from allstep.checkpoint import entries
+
+    return [(entry.manifest.step, entry.manifest.metrics) for entry in entries(str(folder))]
+
+
+def test_saves_inside_an_epoch_are_not_rated_and_the_best_that_was_measured_is_kept(tmp_path, caplog):
+    options = {"every": ("epoch", 4), "keep_last": 1, "keep_best": (1, "accuracy", "max")}
+    trainer, _ = trained_with_an_accuracy(tmp_path, (0.9, 0.1, 0.2, 0.3), **options)
+    trainer.run(range(10), max_epochs=4)
+    assert kept_in(tmp_path) == [(10, {"accuracy": 0.9}), (40, {"accuracy": 0.3})]
+    assert "never among the best" not in caplog.text
+
+
+def test_a_run_that_is_broken_off_inside_an_epoch_is_not_rated_and_has_its_metrics_back_when_it_goes_on(tmp_path):
+    options = {"every": None, "keep_last": None}
+    trainer, _ = trained_with_an_accuracy(tmp_path, (0.9, 0.1), stop=True, **options)
+    trainer.run(range(10), max_epochs=4)
+    assert kept_in(tmp_path) == [(26, {})]
+    resumed, _ = trained_with_an_accuracy(tmp_path, (), **options)
+    assert resumed.state.metrics == {"accuracy": 0.1}
+
+
+def test_a_run_that_ends_by_its_iterations_is_rated_and_metrics_that_were_asked_for_rate_every_save(tmp_path):
+    trainer, _ = trained_with_an_accuracy(tmp_path / "end", (0.9,), every=15)
+    trainer.run(range(10), max_iters=15)
+    assert kept_in(tmp_path / "end")[-1] == (15, {"accuracy": 0.9})
+    given = {"every": 4, "keep_last": None, "metrics": lambda engine: {"at": engine.state.iteration}}
+    trainer, _ = trained_with_an_accuracy(tmp_path / "given", (), **given)
+    trainer.run(range(10), max_epochs=1)
+    assert kept_in(tmp_path / "given") == [(4, {"at": 4.0}), (8, {"at": 8.0}), (10, {"at": 10.0})]
+
+
 def stopped_at_3(storage, before_the_end, **options):
     """The step that is saved at the end of a run that is terminated after its third iteration."""
     from allstep import Engine, Events
@@ -297,8 +348,8 @@ def test_a_metric_to_keep_the_best_by_that_is_not_saved_is_told_once(tmp_path, c
 
     engine = Engine(lambda e, b: None)
     engine.state.metrics["accuracy"] = 0.5
-    Checkpoint(tmp_path, {"engine": engine}, every=1, keep_best=(1, "acuracy", "max")).attach(engine)
-    engine.run([1, 2])
+    Checkpoint(tmp_path, {"engine": engine}, every="epoch", keep_best=(1, "acuracy", "max")).attach(engine)
+    engine.run([1, 2], max_epochs=2)
     told = [record.getMessage() for record in caplog.records if "never among the best" in record.getMessage()]
     assert told == [
         "metric 'acuracy' is not among those that are saved (accuracy): checkpoints without it are never among the best"

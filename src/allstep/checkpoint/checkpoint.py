@@ -48,7 +48,9 @@ class Checkpoint:
             "10 minutes", or several of these in a tuple.
         keep_last: how many of the newest checkpoints to keep; None keeps all.
         keep_best: how many of the best to keep besides: (count, name of a metric, "max" or "min").
-        metrics: `engine -> mapping`, numbers to save with it; by default the numbers in `engine.state.metrics`.
+        metrics: `engine -> mapping`, numbers to rate each checkpoint by. By default those in `engine.state.metrics`, at
+            an epoch's end and at the end of a run that was not broken off; a save inside an epoch, where they are of
+            the epoch before, is not rated.
         facts: what else the manifest should say, such as the run's configuration; as JSON takes it.
         verify, strict, busy: see `Store`.
 
@@ -85,6 +87,7 @@ class Checkpoint:
             )
         self._schedule: Schedule | None = None
         self._saved_at: tuple[int, int, str | None] | None = None
+        self._lacks_rating = False
         self._handles: list[RemovableEventHandle] = []
         self._generators: Callable[[], None] | None = None
         self._resumed_inside = False
@@ -149,11 +152,12 @@ class Checkpoint:
             wait: return when it is committed.
         """
         with section():
-            self._save(engine, engine.state_dict())
+            self._save(engine)
             if wait:
                 self.store.wait()
 
-    def _save(self, engine: Engine, place: Mapping[str, Any]) -> None:
+    def _save(self, engine: Engine, *, is_run_over: bool = False) -> None:
+        place = engine.state_dict()
         step = place["iteration"]
         facts = {
             "epoch": place["epochs_completed"],
@@ -164,11 +168,14 @@ class Checkpoint:
             **self.facts,
         }
         found = collect(self._kept)
-        own = {"objects": found.of_rank, "generators": rng.capture()}
         metrics, failure = self._metrics(engine)
-        pending = self.store.save(step, found.common, own, metrics, facts, refused=found.failure or failure)
+        is_rated = self.metrics is not None or is_run_over or not engine.progress.epoch_is_open
+        own = {"objects": found.of_rank, "generators": rng.capture(), "metrics": metrics}
+        pending = self.store.save(
+            step, found.common, own, metrics if is_rated else None, facts, refused=found.failure or failure
+        )
         if not pending.skipped:
-            self._saved_at = _where(place)
+            self._saved_at, self._lacks_rating = _where(place), bool(metrics) and not is_rated
         if self._schedule is not None:
             self._schedule.saved(engine.state.iteration)
 
@@ -186,7 +193,7 @@ class Checkpoint:
                 "with, or resume(partial=True) to leave them as they are"
             )
         rank, epoch = current_rank(), 0
-        metrics = dict(loaded.manifest.metrics)
+        metrics = {**_metrics_of_rank(loaded, rank), **loaded.manifest.metrics}
         for name, kept in self._kept.items():
             if name in known:
                 kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
@@ -249,8 +256,13 @@ class Checkpoint:
         if engine.state.outcome == "failed":
             if current_rank() == 0 and engine.last_event_name == Events.TERMINATE:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
-        elif not committed or self._saved_at != _where(engine.state_dict()):
-            self.save(engine, wait=True)
+            return
+        is_run_over = engine.state.outcome != "left"
+        is_saved = committed and self._saved_at == _where(engine.state_dict())
+        if not is_saved or (is_run_over and self._lacks_rating):
+            with section():
+                self._save(engine, is_run_over=is_run_over)
+                self.store.wait()
 
 
 def _where(place: Mapping[str, Any]) -> tuple[int, int, str | None]:
@@ -263,6 +275,13 @@ def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
     if isinstance(own, Mapping) and "generators" in own:
         return lambda: rng.restore(own["generators"])
     return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
+
+
+def _metrics_of_rank(loaded: Loaded, rank: int) -> dict[str, float]:
+    """What a rank had measured before a save, be it of that place or of the epoch before."""
+    states = loaded.per_rank
+    own = states[rank if rank < len(states) else 0] if states else None
+    return dict(own.get("metrics", {})) if isinstance(own, Mapping) else {}
 
 
 def _is_number(value: Any) -> bool:

@@ -133,7 +133,7 @@ class Store:
             state: nested values by name: dicts, lists, tuples, numbers, strings, bytes, None, tensors, numpy arrays.
                 DTensors are written by shards; every other tensor and value is the same on all ranks.
             per_rank: a nested value of this rank alone.
-            metrics: numbers by name, for `keep_best` and for people.
+            metrics: numbers by name, for `keep_best` and for people; None where nothing was measured.
             facts: what else the manifest should say, as JSON takes it.
             refused: why this rank has no state to save, which fails the save on every rank.
 
@@ -143,7 +143,8 @@ class Store:
         if self._busy == "skip" and self._is_busy_anywhere():
             return Pending(step, None, strict=self._strict)
         self.wait()
-        self._writer.check_metric(metrics or {})
+        if metrics is not None:
+            self._writer.check_metric(metrics)
         name = Name(self._next, step)
         self._next += 1
         snapshot = None
