@@ -20,7 +20,7 @@ from allstep.checkpoint import Store, entries
 from allstep.checkpoint.hashing import ALGORITHM, hash_bytes
 from allstep.checkpoint.storage import LocalStorage
 from allstep.errors import CheckpointError
-from tests.checkpoint.folders import Failing, Gated, Recording, flip, same, some_state, truncate
+from tests.checkpoint.folders import Failing, Gated, Recording, Unreadable, flip, same, some_state, truncate
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -308,6 +308,22 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     again = store.choose()
     assert again is not None
     assert again.passed_over == ()  # it is not even looked at
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00000.json", "state.json", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_tried_again_and_then_passed_over_and_nothing_is_set_aside(
+    name: str, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    for times, chosen in ((1, "save-000002-step-2"), (10**9, "save-000001-step-1")):
+        storage = Unreadable(str(tmp_path), "save-000002-step-2", name, times)
+        found = Store("", storage=storage, patience=0.2).choose()
+        assert found is not None
+        assert found.name == chosen
+    assert "the server is away" in found.passed_over[0][1]
+    assert set(states(tmp_path).values()) == {"whole"}
 
 
 def test_verification_by_size_notices_truncation_and_not_a_flipped_bit(tmp_path: Path) -> None:

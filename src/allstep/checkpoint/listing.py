@@ -90,7 +90,7 @@ def committed(storage: Storage) -> list[tuple[Name, Manifest]]:
             continue
         try:
             found.append((name, load_manifest(storage, folder)))
-        except DamagedCheckpointError:
+        except CheckpointError:
             continue
     return sorted(found, key=lambda entry: entry[0])
 

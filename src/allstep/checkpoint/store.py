@@ -87,7 +87,8 @@ class Store:
             verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
             strict: a failed save raises, in `Pending.wait`, the next `save`, or `wait`.
             busy: what `save` does while another is under way: wait for it, or leave the new one out.
-            patience: seconds for which `choose` waits for files that some ranks see and others do not.
+            patience: seconds for which `choose` waits for files that some ranks see and others do not, or that cannot be
+                read.
             timeout: seconds that ranks wait for each other in a save.
             storage: in place of `folder`'s own.
 
