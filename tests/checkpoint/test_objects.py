@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torchmetrics
 from torch import nn
 
-from allstep.checkpoint import Checkpoint, PerRank
+from allstep.checkpoint import Checkpoint, PerRank, entries
 from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
 from tests.checkpoint.folders import Failing, Gated
@@ -271,8 +273,6 @@ def trained_with_an_accuracy(folder, accuracies, **options):
 
 
 def kept_in(folder):
-    from allstep.checkpoint import entries
-
     return [(entry.manifest.step, entry.manifest.metrics) for entry in entries(str(folder))]
 
 
@@ -320,6 +320,36 @@ def stopped_at_3(storage, before_the_end, **options):
 def test_the_last_save_is_made_even_where_the_one_before_is_slow_and_others_are_left_out(tmp_path):
     storage = Gated(str(tmp_path))
     assert stopped_at_3(storage, lambda store: storage.gate.set(), busy="skip") == 3
+
+
+def raised_during_a_save(storage, meanwhile):
+    """A run whose second step raises while the save behind the first one is under way."""
+    from allstep import Engine
+    from allstep.checkpoint import Store
+
+    def step(engine, batch):
+        if engine.state.iteration == 2:
+            meanwhile()
+            raise ZeroDivisionError("in the step")
+
+    engine = Engine(step)
+    Checkpoint(Store("", storage=storage), {"engine": engine}, every=1).attach(engine)
+    with pytest.raises(ZeroDivisionError, match="in the step"):
+        engine.run([1] * 6)
+
+
+def test_a_save_under_way_is_committed_when_an_exception_ends_the_run(tmp_path):
+    storage = Gated(str(tmp_path))
+    raised_during_a_save(storage, threading.Timer(0.3, storage.gate.set).start)
+    assert kept_in(tmp_path) == [(1, {})]
+
+
+def test_an_exception_waits_for_a_save_no_longer_than_a_moment(tmp_path, monkeypatch):
+    monkeypatch.setattr("allstep.checkpoint.checkpoint._AT_EXCEPTION_S", 0.1)
+    storage = Gated(str(tmp_path))
+    raised_during_a_save(storage, lambda: None)
+    assert [entry.state for entry in entries(str(tmp_path))] == ["unfinished"]
+    storage.gate.set()
 
 
 def test_a_save_that_failed_is_tried_again_at_the_end(tmp_path):

@@ -5,6 +5,8 @@ run, finds the newest whole checkpoint, or the one it is told to, and loads it i
 on the boundaries of accumulation groups only, after all other handlers of the same event: when one is due, when the run
 is terminated, preemption included, and at its end. A run that was terminated as failed is not saved. What decides that
 one is due is the same on every rank. Saving copies the state and goes on training; the store writes in the background.
+An exception saves nothing, but a save under way is given a moment to end before the exception goes on: other ranks,
+which are waiting for this one somewhere, still take part in it.
 
 The random generators are put back last, when the resumed run begins, so that what is done between `resume` and the run
 does not count; inside an epoch they are put back once more when its first batch is about to be taken, so that nothing
@@ -16,6 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,8 @@ from allstep.engine.registry import RemovableEventHandle
 from allstep.errors import CheckpointError
 
 log = logging.getLogger("allstep.checkpoint")
+
+_AT_EXCEPTION_S = 5.0
 
 
 class Checkpoint:
@@ -223,6 +228,7 @@ class Checkpoint:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_iteration),
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch),
             engine.add_event_handler(Events.TERMINATE | Events.COMPLETED, self._at_end),
+            engine.add_event_handler(Events.EXCEPTION_RAISED, self._at_exception),
         ]
         self._schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
         if self._generators is not None:
@@ -249,6 +255,11 @@ class Checkpoint:
         is_due = self._schedule.epoch_is_due(engine.state.epoch, engine.state.iteration)
         if is_due and engine.state.outcome != "failed":
             self.save(engine)
+
+    def _at_exception(self, engine: Engine) -> None:
+        # The engine has told the service of the exception before it fires this event, so nobody learns of it later.
+        with section(), suppress(CheckpointError):  # which the log has told
+            self.store.wait(_AT_EXCEPTION_S)
 
     def _at_end(self, engine: Engine) -> None:
         with section():

@@ -87,8 +87,7 @@ class Store:
             verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
             strict: a failed save raises, in `Pending.wait`, the next `save`, or `wait`.
             busy: what `save` does while another is under way: wait for it, or leave the new one out.
-            patience: seconds for which `choose` waits for files that some ranks see and others do not, or that cannot be
-                read.
+            patience: seconds for which `choose` waits for files that some ranks do not see, or that cannot be read.
             timeout: seconds that ranks wait for each other in a save.
             storage: in place of `folder`'s own.
 
@@ -157,8 +156,11 @@ class Store:
         self._last.begin(partial(self._writer.write, order))
         return self._last
 
-    def wait(self) -> bool:
-        """Wait for the save under way, if there is one; whether the last one is committed.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the save under way, if there is one, and say whether the last one is committed.
+
+        Args:
+            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
 
         Raises:
             CheckpointError: it failed, and the store is strict. It is raised once.
@@ -166,7 +168,7 @@ class Store:
         if self._last is None:
             return True
         try:
-            return self._last.wait()
+            return self._last.wait(timeout)
         except CheckpointError:
             self._last = None
             raise
