@@ -242,6 +242,33 @@ def test_an_evaluator_in_the_checkpoint_evaluates_in_the_resumed_run_too(order, 
     assert evaluating(tmp_path, 4, order) == []
 
 
+def test_attaching_after_engines_were_loaded_is_an_error_that_says_the_order(tmp_path):
+    from allstep import Engine
+
+    assert evaluating(tmp_path, 2, ("trainer", "evaluator"))
+    trainer, evaluator = Engine(lambda e, b: None), Engine(lambda e, b: None)
+    evaluator.state_dict_user_keys.append("best")
+    checkpoint = Checkpoint(tmp_path, {"trainer": trainer, "evaluator": evaluator}, every=None)
+    assert checkpoint.resume() is not None
+    with pytest.raises(CheckpointError, match=r"attach the checkpoint before resume\(\)"):
+        checkpoint.attach(trainer)
+
+
+def test_attaching_after_nothing_was_found_to_resume_from_is_no_error(tmp_path):
+    from allstep import Engine
+
+    trainer = Engine(lambda e, b: None)
+    checkpoint = Checkpoint(tmp_path, {"trainer": trainer}, every=None)
+    assert checkpoint.resume() is None
+    checkpoint.attach(trainer)
+
+
+@pytest.mark.parametrize("name", ["epoch", "iteration", "stop_reason", "seed", "launches"])
+def test_facts_cannot_replace_what_the_checkpoint_says_of_itself(name, tmp_path):
+    with pytest.raises(CheckpointError, match=f"facts has {name}, which"):
+        Checkpoint(tmp_path, {}, facts={name: 0, "config": {"lr": 0.1}})
+
+
 def test_metrics_are_numbers_of_any_library(tmp_path):
     import numpy as np
 

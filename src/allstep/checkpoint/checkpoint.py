@@ -40,6 +40,7 @@ from allstep.errors import CheckpointError
 log = logging.getLogger("allstep.checkpoint")
 
 _AT_EXCEPTION_S = 5.0
+_OWN_FACTS = frozenset({"epoch", "iteration", "stop_reason", "seed", "launches"})
 
 
 class Checkpoint:
@@ -56,11 +57,12 @@ class Checkpoint:
         metrics: `engine -> mapping`, numbers to rate each checkpoint by. By default those in `engine.state.metrics`, at
             an epoch's end and at the end of a run that was not broken off; a save inside an epoch, where they are of
             the epoch before, is not rated.
-        facts: what else the manifest should say, such as the run's configuration; as JSON takes it.
+        facts: what else the manifest should say, such as the run's configuration; as JSON takes it. It says epoch,
+            iteration, stop_reason, seed and launches by itself.
         verify, strict, busy: see `Store`.
 
     Raises:
-        CheckpointError: an object has no state, or the folder cannot be used.
+        CheckpointError: an object has no state, the folder cannot be used, or a fact has a name that is taken.
         ValueError: `every` cannot be meant.
     """
 
@@ -78,6 +80,11 @@ class Checkpoint:
         strict: bool = False,
         busy: Busy = "wait",
     ) -> None:
+        if taken := sorted(_OWN_FACTS & dict(facts or {}).keys()):
+            raise CheckpointError(
+                f"facts has {', '.join(taken)}, which the checkpoint says of itself and resumes by; give your own another "
+                "name, such as config"
+            )
         self._times = read_every(every)
         self.objects = dict(objects)
         self._engines: list[Engine] = []
@@ -96,9 +103,19 @@ class Checkpoint:
         self._handles: list[RemovableEventHandle] = []
         self._generators: Callable[[], None] | None = None
         self._resumed_inside = False
+        self._has_loaded_engines = False
 
     def attach(self, engine: Engine) -> Checkpoint:
-        """Save during the runs of `engine`; returns self."""
+        """Save during the runs of `engine`; returns self.
+
+        Raises:
+            CheckpointError: `resume` has loaded engines already, without knowing which of them train.
+        """
+        if self._has_loaded_engines:
+            raise CheckpointError(
+                "attach the checkpoint before resume(): engines are loaded as what they are for, the ones that it is "
+                "attached to as those that train, others as evaluators that begin anew"
+            )
         self._engines.append(engine)
         self._kept = kept_objects(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
@@ -204,6 +221,7 @@ class Checkpoint:
                 kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
         for value in self.objects.values():
             if isinstance(value, Engine):
+                self._has_loaded_engines = True
                 epoch = max(epoch, value.state.epoch)
                 value.state.metrics = {**metrics, **value.state.metrics}
         self._resumed_inside = any(
