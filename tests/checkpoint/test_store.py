@@ -18,6 +18,8 @@ import torch
 
 from allstep.checkpoint import Store, entries
 from allstep.checkpoint.hashing import ALGORITHM, hash_bytes
+from allstep.checkpoint.layout import Name
+from allstep.checkpoint.saving import Pending
 from allstep.checkpoint.storage import LocalStorage
 from allstep.errors import CheckpointError
 from tests.checkpoint.folders import Failing, Gated, Recording, Unreadable, flip, same, some_state, truncate
@@ -55,6 +57,14 @@ def test_the_thread_that_writes_has_ended_when_the_save_has_been_waited_for(tmp_
     assert [each for each in threading.enumerate() if each.name.startswith("allstep-save")]
     assert saved.wait()
     assert not [each for each in threading.enumerate() if each.name.startswith("allstep-save")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_save_whose_thread_does_not_finish_is_not_committed() -> None:
+    pending = Pending(3, Name(1, 3), strict=False)
+    pending.begin(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    assert not pending.wait()
+    assert "step 3 was not saved: its thread did not finish" in str(pending.error)
 
 
 def test_an_interpreter_that_ends_during_a_save_ends_well_and_the_save_is_committed(tmp_path: Path) -> None:

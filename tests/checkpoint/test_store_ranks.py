@@ -246,6 +246,22 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_the_checkpoint_befor
     assert os.listdir(tmp_path) == ["save-000001-step-1"]
 
 
+def fail_to_seal(world: World, folder: Path) -> str:
+    def unable(*given: object) -> None:
+        raise MemoryError("no room for the document")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("allstep.checkpoint.commit._records", unable)
+        pending = Store(str(folder)).save(1, some_state())
+        assert not pending.wait()
+    return str(pending.error)
+
+
+def test_rank_0_that_cannot_make_the_document_fails_the_save_on_all(tmp_path: Path) -> None:
+    for said in run_ranks(fail_to_seal, 2, tmp_path, timeout=60):
+        assert "step 1 was not saved: MemoryError: no room for the document" in said
+
+
 def skip_while_one_rank_writes(world: World, folder: Path) -> list[bool]:
     storage = Gated(str(folder)) if world.rank == 1 else LocalStorage(str(folder))
     store = Store("", storage=storage, busy="skip")

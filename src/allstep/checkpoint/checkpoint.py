@@ -82,8 +82,8 @@ class Checkpoint:
     ) -> None:
         if taken := sorted(_OWN_FACTS & dict(facts or {}).keys()):
             raise CheckpointError(
-                f"facts has {', '.join(taken)}, which the checkpoint says of itself and resumes by; give your own another "
-                "name, such as config"
+                f"facts has {', '.join(taken)}, which the checkpoint says of itself and resumes by; give your own "
+                "another name, such as config"
             )
         self._times = read_every(every)
         self.objects = dict(objects)
@@ -219,9 +219,9 @@ class Checkpoint:
         for name, kept in self._kept.items():
             if name in known:
                 kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
-        for value in self.objects.values():
+        for name, value in self.objects.items():
             if isinstance(value, Engine):
-                self._has_loaded_engines = True
+                self._has_loaded_engines |= name in known
                 epoch = max(epoch, value.state.epoch)
                 value.state.metrics = {**metrics, **value.state.metrics}
         self._resumed_inside = any(

@@ -68,4 +68,8 @@ class Pending:
         return self.error is None and not self.skipped
 
     def _write(self, write: Callable[[], CheckpointError | None]) -> None:
-        self.error = write()
+        error: CheckpointError | None = CheckpointError(f"step {self.step} was not saved: its thread did not finish")
+        try:
+            error = write()
+        finally:
+            self.error = error
