@@ -269,6 +269,33 @@ def test_facts_cannot_replace_what_the_checkpoint_says_of_itself(name, tmp_path)
         Checkpoint(tmp_path, {}, facts={name: 0, "config": {"lr": 0.1}})
 
 
+def test_what_restores_the_generators_inside_an_epoch_does_it_once_and_listens_no_longer(tmp_path):
+    from allstep import Engine, Events
+
+    def resumed(stop_at):
+        engine = Engine(lambda e, b: None)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), lambda e: e.terminate())
+        checkpoint = Checkpoint(tmp_path, {"engine": engine}, every=None).attach(engine)
+        checkpoint.resume()
+        before = engine.has_event_handler(checkpoint._go_on_inside)
+        engine.run([1] * 6)
+        return before, engine.has_event_handler(checkpoint._go_on_inside)
+
+    assert resumed(3) == (False, False)
+    assert resumed(5) == (True, False)
+
+
+def test_an_engine_that_runs_inside_anothers_handler_leaves_its_saves_alone(tmp_path):
+    from allstep import Engine, Events
+
+    outer, inner = Engine(lambda e, b: None), Engine(lambda e, b: None)
+    checkpoint = Checkpoint(tmp_path, {"outer": outer, "inner": inner}, every=2, keep_last=None)
+    checkpoint.attach(outer).attach(inner)
+    outer.add_event_handler(Events.ITERATION_COMPLETED(once=1), lambda: inner.run([1] * 7))
+    outer.run([1] * 6)
+    assert [step for step, _ in kept_in(tmp_path)] == [2, 4, 6, 7, 2, 4, 6]
+
+
 def test_metrics_are_numbers_of_any_library(tmp_path):
     import numpy as np
 

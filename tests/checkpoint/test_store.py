@@ -138,6 +138,21 @@ def test_files_and_folders_are_synchronised_before_the_rename(tmp_path: Path, mo
     assert synced == [*files, temporary, "manifest.json", temporary, "the rename", tmp_path.name]
 
 
+def test_every_folder_that_is_made_for_the_checkpoints_is_synchronised_in_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    LocalStorage(str(tmp_path / "one" / "two" / "three")).make("save")
+    assert set(synced) == {str(tmp_path), str(tmp_path / "one"), str(tmp_path / "one" / "two")}
+
+
 def test_what_changes_after_save_returned_is_not_in_it(tmp_path: Path) -> None:
     storage = Gated(str(tmp_path))
     state = some_state()
@@ -457,6 +472,35 @@ def test_a_checkpoint_of_a_later_format_is_an_error_and_not_damage(tmp_path: Pat
     with pytest.raises(CheckpointError, match="has format 99; this allstep reads 1, so use a newer one"):
         Store(str(tmp_path)).choose()
     assert not path.with_name("set_aside.json").exists()
+
+
+def test_a_listing_tells_what_cannot_be_read_from_what_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    later = json.loads((tmp_path / "save-000001-step-1" / "manifest.json").read_text())
+    later["manifest"]["format"] = 99
+    canonical = json.dumps(later["manifest"], sort_keys=True, separators=(",", ":")).encode()
+    (tmp_path / "save-000001-step-1" / "manifest.json").write_text(
+        json.dumps({**later, ALGORITHM: hash_bytes(canonical)})
+    )
+    storage = Unreadable(str(tmp_path), "save-000002-step-2", "manifest.json", 1)
+    monkeypatch.setattr("allstep.checkpoint.listing.open_storage", lambda folder: storage)
+    assert states(tmp_path) == {"save-000001-step-1": "later format", "save-000002-step-2": "unreadable"}
+    assert states(tmp_path)["save-000002-step-2"] == "whole"
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_of_allsteps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(self: LocalStorage) -> list[str]:
+        raise LookupError("unable to locate credentials")
+
+    monkeypatch.setattr(LocalStorage, "folders", unable)
+    with pytest.raises(CheckpointError, match="cannot be read: LookupError: unable to locate credentials"):
+        entries(str(tmp_path))
 
 
 def test_a_checkpoint_of_that_name_is_never_written_over(tmp_path: Path) -> None:

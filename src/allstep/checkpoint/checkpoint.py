@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,16 @@ log = logging.getLogger("allstep.checkpoint")
 
 _AT_EXCEPTION_S = 5.0
 _OWN_FACTS = frozenset({"epoch", "iteration", "stop_reason", "seed", "launches"})
+
+
+@dataclass(slots=True)
+class _Run:
+    """The latest run of an attached engine: when a save is due, and where the last one that was begun was taken."""
+
+    schedule: Schedule
+    handles: list[RemovableEventHandle]
+    saved_at: tuple[int, int, str | None] | None = None
+    lacks_rating: bool = False
 
 
 class Checkpoint:
@@ -97,10 +108,8 @@ class Checkpoint:
             self.store = Store(
                 os.fspath(folder), keep_last=keep_last, keep_best=keep_best, verify=verify, strict=strict, busy=busy
             )
-        self._schedule: Schedule | None = None
-        self._saved_at: tuple[int, int, str | None] | None = None
-        self._lacks_rating = False
-        self._handles: list[RemovableEventHandle] = []
+        self._runs: dict[Engine, _Run] = {}
+        self._inside: list[RemovableEventHandle] = []
         self._generators: Callable[[], None] | None = None
         self._resumed_inside = False
         self._has_loaded_engines = False
@@ -119,9 +128,6 @@ class Checkpoint:
         self._engines.append(engine)
         self._kept = kept_objects(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(
-            Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED, self._go_on_inside
-        )
         return self
 
     def resume(self, at: str | os.PathLike[str] = "auto", *, partial: bool = False) -> Loaded | None:
@@ -196,10 +202,11 @@ class Checkpoint:
         pending = self.store.save(
             step, found.common, own, metrics if is_rated else None, facts, refused=found.failure or failure
         )
-        if not pending.skipped:
-            self._saved_at, self._lacks_rating = _where(place), bool(metrics) and not is_rated
-        if self._schedule is not None:
-            self._schedule.saved(engine.state.iteration)
+        run = self._runs.get(engine)
+        if run is not None:
+            run.schedule.saved(engine.state.iteration)
+            if not pending.skipped:
+                run.saved_at, run.lacks_rating = _where(place), bool(metrics) and not is_rated
 
     def close(self) -> None:
         """Wait for the save under way."""
@@ -229,6 +236,15 @@ class Checkpoint:
             for value in self.objects.values()
         )
         self._generators = _generators(loaded, rank, epoch)
+        self._forget_inside()
+        if self._resumed_inside:
+            first = Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED
+            self._inside = [engine.add_event_handler(first, self._go_on_inside) for engine in self._engines]
+
+    def _forget_inside(self) -> None:
+        for handle in self._inside:
+            handle.remove()
+        self._inside = []
 
     def _metrics(self, engine: Engine) -> tuple[dict[str, float], str | None]:
         """The numbers among the metrics, or why they cannot be had."""
@@ -240,28 +256,30 @@ class Checkpoint:
 
     def _start(self, engine: Engine) -> None:
         """Come after all handlers that were added before the run, and go on with the generators."""
-        for handle in self._handles:
+        before = self._runs.get(engine)
+        for handle in before.handles if before is not None else ():
             handle.remove()
-        self._handles = [
+        handles = [
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_iteration),
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch),
             engine.add_event_handler(Events.TERMINATE | Events.COMPLETED, self._at_end),
             engine.add_event_handler(Events.EXCEPTION_RAISED, self._at_exception),
         ]
-        self._schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
+        schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
+        self._runs[engine] = _Run(schedule, handles, None if before is None else before.saved_at)
         if self._generators is not None:
             self._generators()
         if not self._resumed_inside:
             self._generators = None
 
     def _go_on_inside(self, engine: Engine) -> None:
-        if self._generators is not None and self._schedule is not None:
+        if self._generators is not None and engine in self._runs:
             self._generators()
             self._generators, self._resumed_inside = None, False
+            self._forget_inside()
 
     def _after_iteration(self, engine: Engine) -> None:
-        state, schedule = engine.state, self._schedule
-        assert schedule is not None
+        state, schedule = engine.state, self._runs[engine].schedule
         if state.outcome == "failed" or not state.group_end or not schedule.iteration_is_due(state.iteration):
             return
         # At an epoch's end the handlers of EPOCH_COMPLETED are still to come: it is saved after them.
@@ -269,8 +287,7 @@ class Checkpoint:
             self.save(engine)
 
     def _after_epoch(self, engine: Engine) -> None:
-        assert self._schedule is not None
-        is_due = self._schedule.epoch_is_due(engine.state.epoch, engine.state.iteration)
+        is_due = self._runs[engine].schedule.epoch_is_due(engine.state.epoch, engine.state.iteration)
         if is_due and engine.state.outcome != "failed":
             self.save(engine)
 
@@ -287,8 +304,9 @@ class Checkpoint:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
             return
         is_run_over = engine.state.outcome != "left"
-        is_saved = committed and self._saved_at == _where(engine.state_dict())
-        if not is_saved or (is_run_over and self._lacks_rating):
+        run = self._runs[engine]
+        is_saved = committed and run.saved_at == _where(engine.state_dict())
+        if not is_saved or (is_run_over and run.lacks_rating):
             with section():
                 self._save(engine, is_run_over=is_run_over)
                 self.store.wait()
