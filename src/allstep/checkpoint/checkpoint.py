@@ -22,11 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from allstep.checkpoint import rng
 from allstep.checkpoint.choosing import Found
+from allstep.checkpoint.measured import metrics_of, numbers
 from allstep.checkpoint.objects import Kept, collect, kept_objects
 from allstep.checkpoint.resuming import asked_for, launches_of, overruled, restarts_of
 from allstep.checkpoint.retention import KeepBest
@@ -222,7 +220,7 @@ class Checkpoint:
                 "with, or resume(partial=True) to leave them as they are"
             )
         rank, epoch = current_rank(), 0
-        metrics = {**_metrics_of_rank(loaded, rank), **loaded.manifest.metrics}
+        metrics = metrics_of(loaded, rank)
         for name, kept in self._kept.items():
             if name in known:
                 kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
@@ -250,7 +248,7 @@ class Checkpoint:
         """The numbers among the metrics, or why they cannot be had."""
         try:
             given = engine.state.metrics if self.metrics is None else self.metrics(engine)
-            return {name: float(value) for name, value in given.items() if _is_number(value)}, None
+            return numbers(given), None
         except Exception as error:
             return {}, f"the metrics cannot be had: {type(error).__name__}: {error}"
 
@@ -322,16 +320,3 @@ def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
     if isinstance(own, Mapping) and "generators" in own:
         return lambda: rng.restore(own["generators"])
     return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
-
-
-def _metrics_of_rank(loaded: Loaded, rank: int) -> dict[str, float]:
-    """What a rank had measured before a save, be it of that place or of the epoch before."""
-    states = loaded.per_rank
-    own = states[rank if rank < len(states) else 0] if states else None
-    return dict(own.get("metrics", {})) if isinstance(own, Mapping) else {}
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
