@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -100,6 +100,22 @@ class Failing(LocalStorage):
         if self.failing and name == self.name:
             raise OSError(5, "the disk is on fire")
         super().write(folder, name, blocks)
+
+
+class Unreadable(LocalStorage):
+    """Raises when a file of a certain name in a certain folder is opened, so many times."""
+
+    def __init__(self, root: str, folder: str, name: str, times: int) -> None:
+        super().__init__(root)
+        self.folder = folder
+        self.name = name
+        self.times = times
+
+    def open(self, folder: str, name: str) -> BinaryIO:
+        if (folder, name) == (self.folder, self.name) and self.times > 0:
+            self.times -= 1
+            raise OSError(5, "the server is away")
+        return super().open(folder, name)
 
 
 class Deadly(LocalStorage):

@@ -1,6 +1,6 @@
 """A training script for tests that kill it: says where it is and, at its end, saves its weights.
 
-python -m tests.checkpoint.job FOLDER OUT [every] [seconds a step takes]
+python -m tests.checkpoint.job FOLDER OUT [every] [seconds a step takes] [DataLoader workers]
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from allstep import Events, Preemption
 from tests.checkpoint.training import Job, Run
 
 
-def main(folder: str, out: str, every: str = "2 iterations", pause: str = "0") -> None:
+def main(folder: str, out: str, every: str = "2 iterations", pause: str = "0", workers: str = "0") -> None:
     with allstep.init() as world:
-        run = Run(world, Job(folder, every=every))
+        run = Run(world, Job(folder, every=every, workers=int(workers)))
         run.checkpoint.resume()
         Preemption(requeue="JOB_REQUEUE" in os.environ).attach(run.engine)
         run.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: time.sleep(float(pause)))

@@ -41,10 +41,10 @@ def test_the_best_stay_beside_the_newest() -> None:
     assert left(Retention(1, (2, "accuracy", "min")), accuracies) == [4, 5]
 
 
-def test_a_missing_or_nan_metric_is_never_the_best_and_a_tie_is_the_newers() -> None:
+def test_a_missing_or_nan_metric_is_never_the_best_and_a_tie_is_the_olders() -> None:
     for direction in ("max", "min"):
         accuracies = (0.5, 0.5, math.nan, None, None)
-        assert left(Retention(1, (1, "accuracy", direction)), accuracies) == [2, 5]  # type: ignore[arg-type]
+        assert left(Retention(1, (1, "accuracy", direction)), accuracies) == [1, 5]  # type: ignore[arg-type]
 
 
 def test_none_keeps_all() -> None:

@@ -18,9 +18,11 @@ import torch
 
 from allstep.checkpoint import Store, entries
 from allstep.checkpoint.hashing import ALGORITHM, hash_bytes
+from allstep.checkpoint.layout import Name
+from allstep.checkpoint.saving import Pending
 from allstep.checkpoint.storage import LocalStorage
 from allstep.errors import CheckpointError
-from tests.checkpoint.folders import Failing, Gated, Recording, flip, same, some_state, truncate
+from tests.checkpoint.folders import Failing, Gated, Recording, Unreadable, flip, same, some_state, truncate
 
 
 def states(folder: Path) -> dict[str, str]:
@@ -55,6 +57,14 @@ def test_the_thread_that_writes_has_ended_when_the_save_has_been_waited_for(tmp_
     assert [each for each in threading.enumerate() if each.name.startswith("allstep-save")]
     assert saved.wait()
     assert not [each for each in threading.enumerate() if each.name.startswith("allstep-save")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_save_whose_thread_does_not_finish_is_not_committed() -> None:
+    pending = Pending(3, Name(1, 3), strict=False)
+    pending.begin(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    assert not pending.wait()
+    assert "step 3 was not saved: its thread did not finish" in str(pending.error)
 
 
 def test_an_interpreter_that_ends_during_a_save_ends_well_and_the_save_is_committed(tmp_path: Path) -> None:
@@ -126,6 +136,21 @@ def test_files_and_folders_are_synchronised_before_the_rename(tmp_path: Path, mo
     temporary = next(name for name in synced if name.startswith("tmp-"))
     files = ["rank_00000.safetensors", "rank_00000.json", "state.json"]
     assert synced == [*files, temporary, "manifest.json", temporary, "the rename", tmp_path.name]
+
+
+def test_every_folder_that_is_made_for_the_checkpoints_is_synchronised_in_the_one_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def noting(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    LocalStorage(str(tmp_path / "one" / "two" / "three")).make("save")
+    assert set(synced) == {str(tmp_path), str(tmp_path / "one"), str(tmp_path / "one" / "two")}
 
 
 def test_what_changes_after_save_returned_is_not_in_it(tmp_path: Path) -> None:
@@ -310,6 +335,22 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(
     assert again.passed_over == ()  # it is not even looked at
 
 
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00000.json", "state.json", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_tried_again_and_then_passed_over_and_nothing_is_set_aside(
+    name: str, tmp_path: Path
+) -> None:
+    store = Store(str(tmp_path))
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    for times, chosen in ((1, "save-000002-step-2"), (10**9, "save-000001-step-1")):
+        storage = Unreadable(str(tmp_path), "save-000002-step-2", name, times)
+        found = Store("", storage=storage, patience=0.2).choose()
+        assert found is not None
+        assert found.name == chosen
+    assert "the server is away" in found.passed_over[0][1]
+    assert set(states(tmp_path).values()) == {"whole"}
+
+
 def test_verification_by_size_notices_truncation_and_not_a_flipped_bit(tmp_path: Path) -> None:
     store = Store(str(tmp_path), verify="size")
     for step in (1, 2):
@@ -431,6 +472,35 @@ def test_a_checkpoint_of_a_later_format_is_an_error_and_not_damage(tmp_path: Pat
     with pytest.raises(CheckpointError, match="has format 99; this allstep reads 1, so use a newer one"):
         Store(str(tmp_path)).choose()
     assert not path.with_name("set_aside.json").exists()
+
+
+def test_a_listing_tells_what_cannot_be_read_from_what_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    later = json.loads((tmp_path / "save-000001-step-1" / "manifest.json").read_text())
+    later["manifest"]["format"] = 99
+    canonical = json.dumps(later["manifest"], sort_keys=True, separators=(",", ":")).encode()
+    (tmp_path / "save-000001-step-1" / "manifest.json").write_text(
+        json.dumps({**later, ALGORITHM: hash_bytes(canonical)})
+    )
+    storage = Unreadable(str(tmp_path), "save-000002-step-2", "manifest.json", 1)
+    monkeypatch.setattr("allstep.checkpoint.listing.open_storage", lambda folder: storage)
+    assert states(tmp_path) == {"save-000001-step-1": "later format", "save-000002-step-2": "unreadable"}
+    assert states(tmp_path)["save-000002-step-2"] == "whole"
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_of_allsteps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unable(self: LocalStorage) -> list[str]:
+        raise LookupError("unable to locate credentials")
+
+    monkeypatch.setattr(LocalStorage, "folders", unable)
+    with pytest.raises(CheckpointError, match="cannot be read: LookupError: unable to locate credentials"):
+        entries(str(tmp_path))
 
 
 def test_a_checkpoint_of_that_name_is_never_written_over(tmp_path: Path) -> None:

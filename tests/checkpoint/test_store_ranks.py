@@ -25,7 +25,7 @@ from allstep.checkpoint.storage import LocalStorage
 from allstep.errors import CheckpointError
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World
-from tests.checkpoint.folders import Failing, Gated, flip, same, some_state
+from tests.checkpoint.folders import Failing, Gated, Unreadable, flip, same, some_state
 
 pytestmark = pytest.mark.slow
 
@@ -246,6 +246,22 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all_and_the_checkpoint_befor
     assert os.listdir(tmp_path) == ["save-000001-step-1"]
 
 
+def fail_to_seal(world: World, folder: Path) -> str:
+    def unable(*given: object) -> None:
+        raise MemoryError("no room for the document")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("allstep.checkpoint.commit._records", unable)
+        pending = Store(str(folder)).save(1, some_state())
+        assert not pending.wait()
+    return str(pending.error)
+
+
+def test_rank_0_that_cannot_make_the_document_fails_the_save_on_all(tmp_path: Path) -> None:
+    for said in run_ranks(fail_to_seal, 2, tmp_path, timeout=60):
+        assert "step 1 was not saved: MemoryError: no room for the document" in said
+
+
 def skip_while_one_rank_writes(world: World, folder: Path) -> list[bool]:
     storage = Gated(str(folder)) if world.rank == 1 else LocalStorage(str(folder))
     store = Store("", storage=storage, busy="skip")
@@ -337,6 +353,22 @@ def test_a_file_that_one_rank_never_sees_leads_all_to_the_checkpoint_before_and_
     for name, passed_over in run_ranks(choose_half_blind, 2, tmp_path, 10**9, 1):
         assert name == "save-000001-step-1"
         assert "rank 1 finds that rank_00000.safetensors is missing" in passed_over[0][1]
+    assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
+
+
+def choose_while_unreadable(world: World, folder: Path) -> str:
+    times = 10**9 if world.rank == 1 else 0
+    storage = Unreadable(str(folder), "save-000002-step-2", "rank_00001.json", times)  # of rank 1's share
+    found = Store("", storage=storage, patience=0.2).choose()
+    assert found is not None
+    return found.name
+
+
+def test_a_file_that_one_rank_cannot_read_leads_all_to_the_checkpoint_before_and_nothing_is_set_aside(
+    tmp_path: Path,
+) -> None:
+    run_ranks(save_twice, 2, tmp_path)
+    assert run_ranks(choose_while_unreadable, 2, tmp_path) == ["save-000001-step-1"] * 2
     assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
 
 

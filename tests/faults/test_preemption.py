@@ -34,8 +34,8 @@ def iterations(text):
     return [int(each) for each in re.findall(r"iteration (\d+)$", text, re.M)]
 
 
-def preempted(folder, send, at="iteration 3"):
-    with started(folder, *job(folder, "preempted", "100 iterations", "0.2"), env=ENV) as running:
+def preempted(folder, send, at="iteration 3", workers="0"):
+    with started(folder, *job(folder, "preempted", "100 iterations", "0.2", workers), env=ENV) as running:
         running.await_line(at)
         send(running.process)
         done = running.end()
@@ -67,6 +67,15 @@ def test_sigterm_to_one_rank_stops_all_together(tmp_path):
         os.kill(int(children[-1]), signal.SIGTERM)
 
     preempted(tmp_path, send)
+    assert_goes_on_as_if_unbroken(tmp_path)
+
+
+def test_sigterm_to_every_process_of_a_rank_its_data_loaders_workers_too_stops_all_together(tmp_path):
+    def send(process):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.killpg(int(children[-1]), signal.SIGTERM)  # each rank leads its group
+
+    preempted(tmp_path, send, workers="2")
     assert_goes_on_as_if_unbroken(tmp_path)
 
 

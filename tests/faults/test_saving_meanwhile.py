@@ -1,4 +1,7 @@
-"""Row 43 of the fault matrix: training goes on while a slow disk is written to, with one save under way at a time."""
+"""Row 43 of the fault matrix: training goes on while a slow disk is written to, with one save under way at a time.
+
+And what becomes of a save under way when a rank raises.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ from typing import Any
 import pytest
 
 from allstep import Engine, Events
-from allstep.checkpoint import Checkpoint, Store
+from allstep.checkpoint import Checkpoint, Store, entries
 from allstep.checkpoint.storage import LocalStorage
 from allstep.testing import run_ranks
 from tests.checkpoint.training import Job, Run, equal
+from tests.jobs.launchers import ROOT, script
+from tests.jobs.running import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -65,3 +70,31 @@ def test_one_save_is_under_way_and_training_goes_on_to_the_same_end(tmp_path, bu
         assert during >= 3
         assert whole
         assert equal(weights, other)
+
+
+RAISES = """
+import torch
+import allstep
+from allstep import Engine
+from allstep.checkpoint import Checkpoint, Store
+from tests.faults.test_saving_meanwhile import SlowStorage
+
+def step(engine, batch):
+    model(torch.ones(1, 2)).sum().backward()
+    if rank == 1 and engine.state.iteration == 3:
+        raise ZeroDivisionError("in the step")
+
+with allstep.init() as world:
+    model = world.wrap(torch.nn.Linear(2, 2))
+    engine = Engine(step)
+    store = Store("", storage=SlowStorage("checkpoints"))
+    Checkpoint(store, {"model": model, "engine": engine}, every=2).attach(engine)
+    engine.run([1] * 6)
+"""
+
+
+def test_a_save_under_way_is_committed_when_one_rank_raises(tmp_path):
+    done = run(tmp_path, "--nproc", "2", script(tmp_path, RAISES), env={"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"})
+    assert done.code == 1, done.text
+    assert "ZeroDivisionError: in the step" in done.text
+    assert [(each.state, each.manifest.step) for each in entries(str(tmp_path / "checkpoints"))] == [("whole", 2)]

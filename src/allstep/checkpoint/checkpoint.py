@@ -5,6 +5,8 @@ run, finds the newest whole checkpoint, or the one it is told to, and loads it i
 on the boundaries of accumulation groups only, after all other handlers of the same event: when one is due, when the run
 is terminated, preemption included, and at its end. A run that was terminated as failed is not saved. What decides that
 one is due is the same on every rank. Saving copies the state and goes on training; the store writes in the background.
+An exception saves nothing, but a save under way is given a moment to end before the exception goes on: other ranks,
+which are waiting for this one somewhere, still take part in it.
 
 The random generators are put back last, when the resumed run begins, so that what is done between `resume` and the run
 does not count; inside an epoch they are put back once more when its first batch is about to be taken, so that nothing
@@ -16,13 +18,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
-import torch
 
 from allstep.checkpoint import rng
 from allstep.checkpoint.choosing import Found
+from allstep.checkpoint.measured import metrics_of, numbers
 from allstep.checkpoint.objects import Kept, collect, kept_objects
 from allstep.checkpoint.resuming import asked_for, launches_of, overruled, restarts_of
 from allstep.checkpoint.retention import KeepBest
@@ -36,6 +38,19 @@ from allstep.errors import CheckpointError
 
 log = logging.getLogger("allstep.checkpoint")
 
+_AT_EXCEPTION_S = 5.0
+_OWN_FACTS = frozenset({"epoch", "iteration", "stop_reason", "seed", "launches"})
+
+
+@dataclass(slots=True)
+class _Run:
+    """The latest run of an attached engine: when a save is due, and where the last one that was begun was taken."""
+
+    schedule: Schedule
+    handles: list[RemovableEventHandle]
+    saved_at: tuple[int, int, str | None] | None = None
+    lacks_rating: bool = False
+
 
 class Checkpoint:
     """Saves objects to a folder and resumes from it.
@@ -48,12 +63,15 @@ class Checkpoint:
             "10 minutes", or several of these in a tuple.
         keep_last: how many of the newest checkpoints to keep; None keeps all.
         keep_best: how many of the best to keep besides: (count, name of a metric, "max" or "min").
-        metrics: `engine -> mapping`, numbers to save with it; by default the numbers in `engine.state.metrics`.
-        facts: what else the manifest should say, such as the run's configuration; as JSON takes it.
+        metrics: `engine -> mapping`, numbers to rate each checkpoint by. By default those in `engine.state.metrics`, at
+            an epoch's end and at the end of a run that was not broken off; a save inside an epoch, where they are of
+            the epoch before, is not rated.
+        facts: what else the manifest should say, such as the run's configuration; as JSON takes it. It says epoch,
+            iteration, stop_reason, seed and launches by itself.
         verify, strict, busy: see `Store`.
 
     Raises:
-        CheckpointError: an object has no state, or the folder cannot be used.
+        CheckpointError: an object has no state, the folder cannot be used, or a fact has a name that is taken.
         ValueError: `every` cannot be meant.
     """
 
@@ -71,6 +89,11 @@ class Checkpoint:
         strict: bool = False,
         busy: Busy = "wait",
     ) -> None:
+        if taken := sorted(_OWN_FACTS & dict(facts or {}).keys()):
+            raise CheckpointError(
+                f"facts has {', '.join(taken)}, which the checkpoint says of itself and resumes by; give your own "
+                "another name, such as config"
+            )
         self._times = read_every(every)
         self.objects = dict(objects)
         self._engines: list[Engine] = []
@@ -83,20 +106,26 @@ class Checkpoint:
             self.store = Store(
                 os.fspath(folder), keep_last=keep_last, keep_best=keep_best, verify=verify, strict=strict, busy=busy
             )
-        self._schedule: Schedule | None = None
-        self._saved_at: tuple[int, int, str | None] | None = None
-        self._handles: list[RemovableEventHandle] = []
+        self._runs: dict[Engine, _Run] = {}
+        self._inside: list[RemovableEventHandle] = []
         self._generators: Callable[[], None] | None = None
         self._resumed_inside = False
+        self._has_loaded_engines = False
 
     def attach(self, engine: Engine) -> Checkpoint:
-        """Save during the runs of `engine`; returns self."""
+        """Save during the runs of `engine`; returns self.
+
+        Raises:
+            CheckpointError: `resume` has loaded engines already, without knowing which of them train.
+        """
+        if self._has_loaded_engines:
+            raise CheckpointError(
+                "attach the checkpoint before resume(): engines are loaded as what they are for, the ones that it is "
+                "attached to as those that train, others as evaluators that begin anew"
+            )
         self._engines.append(engine)
         self._kept = kept_objects(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(
-            Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED, self._go_on_inside
-        )
         return self
 
     def resume(self, at: str | os.PathLike[str] = "auto", *, partial: bool = False) -> Loaded | None:
@@ -149,11 +178,12 @@ class Checkpoint:
             wait: return when it is committed.
         """
         with section():
-            self._save(engine, engine.state_dict())
+            self._save(engine)
             if wait:
                 self.store.wait()
 
-    def _save(self, engine: Engine, place: Mapping[str, Any]) -> None:
+    def _save(self, engine: Engine, *, is_run_over: bool = False) -> None:
+        place = engine.state_dict()
         step = place["iteration"]
         facts = {
             "epoch": place["epochs_completed"],
@@ -164,13 +194,17 @@ class Checkpoint:
             **self.facts,
         }
         found = collect(self._kept)
-        own = {"objects": found.of_rank, "generators": rng.capture()}
         metrics, failure = self._metrics(engine)
-        pending = self.store.save(step, found.common, own, metrics, facts, refused=found.failure or failure)
-        if not pending.skipped:
-            self._saved_at = _where(place)
-        if self._schedule is not None:
-            self._schedule.saved(engine.state.iteration)
+        is_rated = self.metrics is not None or is_run_over or not engine.progress.epoch_is_open
+        own = {"objects": found.of_rank, "generators": rng.capture(), "metrics": metrics}
+        pending = self.store.save(
+            step, found.common, own, metrics if is_rated else None, facts, refused=found.failure or failure
+        )
+        run = self._runs.get(engine)
+        if run is not None:
+            run.schedule.saved(engine.state.iteration)
+            if not pending.skipped:
+                run.saved_at, run.lacks_rating = _where(place), bool(metrics) and not is_rated
 
     def close(self) -> None:
         """Wait for the save under way."""
@@ -186,12 +220,13 @@ class Checkpoint:
                 "with, or resume(partial=True) to leave them as they are"
             )
         rank, epoch = current_rank(), 0
-        metrics = dict(loaded.manifest.metrics)
+        metrics = metrics_of(loaded, rank)
         for name, kept in self._kept.items():
             if name in known:
                 kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
-        for value in self.objects.values():
+        for name, value in self.objects.items():
             if isinstance(value, Engine):
+                self._has_loaded_engines |= name in known
                 epoch = max(epoch, value.state.epoch)
                 value.state.metrics = {**metrics, **value.state.metrics}
         self._resumed_inside = any(
@@ -199,38 +234,50 @@ class Checkpoint:
             for value in self.objects.values()
         )
         self._generators = _generators(loaded, rank, epoch)
+        self._forget_inside()
+        if self._resumed_inside:
+            first = Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED
+            self._inside = [engine.add_event_handler(first, self._go_on_inside) for engine in self._engines]
+
+    def _forget_inside(self) -> None:
+        for handle in self._inside:
+            handle.remove()
+        self._inside = []
 
     def _metrics(self, engine: Engine) -> tuple[dict[str, float], str | None]:
         """The numbers among the metrics, or why they cannot be had."""
         try:
             given = engine.state.metrics if self.metrics is None else self.metrics(engine)
-            return {name: float(value) for name, value in given.items() if _is_number(value)}, None
+            return numbers(given), None
         except Exception as error:
             return {}, f"the metrics cannot be had: {type(error).__name__}: {error}"
 
     def _start(self, engine: Engine) -> None:
         """Come after all handlers that were added before the run, and go on with the generators."""
-        for handle in self._handles:
+        before = self._runs.get(engine)
+        for handle in before.handles if before is not None else ():
             handle.remove()
-        self._handles = [
+        handles = [
             engine.add_event_handler(Events.ITERATION_COMPLETED, self._after_iteration),
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._after_epoch),
             engine.add_event_handler(Events.TERMINATE | Events.COMPLETED, self._at_end),
+            engine.add_event_handler(Events.EXCEPTION_RAISED, self._at_exception),
         ]
-        self._schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
+        schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
+        self._runs[engine] = _Run(schedule, handles, None if before is None else before.saved_at)
         if self._generators is not None:
             self._generators()
         if not self._resumed_inside:
             self._generators = None
 
     def _go_on_inside(self, engine: Engine) -> None:
-        if self._generators is not None and self._schedule is not None:
+        if self._generators is not None and engine in self._runs:
             self._generators()
             self._generators, self._resumed_inside = None, False
+            self._forget_inside()
 
     def _after_iteration(self, engine: Engine) -> None:
-        state, schedule = engine.state, self._schedule
-        assert schedule is not None
+        state, schedule = engine.state, self._runs[engine].schedule
         if state.outcome == "failed" or not state.group_end or not schedule.iteration_is_due(state.iteration):
             return
         # At an epoch's end the handlers of EPOCH_COMPLETED are still to come: it is saved after them.
@@ -238,10 +285,14 @@ class Checkpoint:
             self.save(engine)
 
     def _after_epoch(self, engine: Engine) -> None:
-        assert self._schedule is not None
-        is_due = self._schedule.epoch_is_due(engine.state.epoch, engine.state.iteration)
+        is_due = self._runs[engine].schedule.epoch_is_due(engine.state.epoch, engine.state.iteration)
         if is_due and engine.state.outcome != "failed":
             self.save(engine)
+
+    def _at_exception(self, engine: Engine) -> None:
+        # The engine has told the service of the exception before it fires this event, so nobody learns of it later.
+        with section(), suppress(CheckpointError):  # which the log has told
+            self.store.wait(_AT_EXCEPTION_S)
 
     def _at_end(self, engine: Engine) -> None:
         with section():
@@ -249,8 +300,14 @@ class Checkpoint:
         if engine.state.outcome == "failed":
             if current_rank() == 0 and engine.last_event_name == Events.TERMINATE:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
-        elif not committed or self._saved_at != _where(engine.state_dict()):
-            self.save(engine, wait=True)
+            return
+        is_run_over = engine.state.outcome != "left"
+        run = self._runs[engine]
+        is_saved = committed and run.saved_at == _where(engine.state_dict())
+        if not is_saved or (is_run_over and run.lacks_rating):
+            with section():
+                self._save(engine, is_run_over=is_run_over)
+                self.store.wait()
 
 
 def _where(place: Mapping[str, Any]) -> tuple[int, int, str | None]:
@@ -263,9 +320,3 @@ def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
     if isinstance(own, Mapping) and "generators" in own:
         return lambda: rng.restore(own["generators"])
     return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)

@@ -3,9 +3,10 @@
 Contract: every rank calls `choose` at the same point. What any rank lists is a candidate, newest first. Rank 0 reads
 manifests; each rank looks whether it sees the files, and reads and hashes its share of them; all hear what all found.
 So all return the same, and none returns a checkpoint that was not verified. Where ranks disagree about what they see,
-those that see less wait for it, up to a limit; where all see the same damage nobody waits. A damaged checkpoint is set
-aside, with the reason in a file, and the one before it is tried. One that some ranks do not see is passed over and left
-as it is. Everything passed over is reported on every rank.
+those that see less wait for it, up to a limit; where all see the same damage nobody waits. What cannot be read is tried
+again within the same limit. A damaged checkpoint, one in which something was read and is wrong, is set aside, with the
+reason in a file, and the one before it is tried. One that some ranks do not see, or cannot read, is passed over and
+left as it is. Everything passed over is reported on every rank.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar, cast
 
@@ -49,6 +50,14 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class _Look:
+    """What a rank sees in the list of files."""
+
+    problems: list[str]
+    was_listed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class _Verdict:
     problem: str | None
     damaged: bool = False
@@ -63,7 +72,7 @@ def choose(
         storage: the folder of checkpoints.
         coordinator: of the ranks that choose.
         verify: read and hash every file ("full"), or look at sizes ("size").
-        patience: seconds for which files are waited for that some ranks see and others do not.
+        patience: seconds for which files are waited for that some ranks see and others do not, or that cannot be read.
         only: the name of the one checkpoint that will do; it is not set aside.
 
     Raises:
@@ -135,10 +144,10 @@ def _read_manifest(storage: Storage, coordinator: Coordinator, folder: str, pati
     seen = coordinator.gather(_sees_manifest(storage, folder))
     if any(seen) and not all(seen):
         poll(lambda: _sees_manifest(storage, folder), time.monotonic() + patience)
-    found = from_first(coordinator, partial(_manifest, storage, folder))
-    if isinstance(found, str):
+    found = from_first(coordinator, partial(_manifest, storage, folder, patience))
+    if isinstance(found, _Verdict) and not seen[0]:
         # Without rename, one that has no manifest may be a save that another run has under way.
-        return _Verdict(found, damaged=seen[0] or (storage.has_rename and not any(seen)))
+        return replace(found, damaged=found.damaged and storage.has_rename and not any(seen))
     return found
 
 
@@ -149,40 +158,64 @@ def _sees_manifest(storage: Storage, folder: str) -> bool:
         return False
 
 
-def _manifest(storage: Storage, folder: str) -> Manifest | str:
-    try:
-        return load_manifest(storage, folder)
-    except NewerCheckpointError:
-        raise  # it is no damage, and training anew beside it would not be what anybody wants
-    except DamagedCheckpointError as error:
-        return str(error)
+def _manifest(storage: Storage, folder: str, patience: float) -> Manifest | _Verdict:
+    found: Manifest | _Verdict = _Verdict(None)
+
+    def settled() -> bool:
+        nonlocal found
+        try:
+            found = load_manifest(storage, folder)
+        except NewerCheckpointError:
+            raise  # it is no damage, and training anew beside it would not be what anybody wants
+        except CheckpointError as error:
+            found = _Verdict(str(error), damaged=isinstance(error, DamagedCheckpointError))
+            return found.damaged
+        return True
+
+    poll(settled, time.monotonic() + patience)
+    return found
 
 
 def _judge(
     storage: Storage, coordinator: Coordinator, folder: str, manifest: Manifest, verify: Verify, patience: float
 ) -> _Verdict:
-    seen = coordinator.gather(_look(storage, folder, manifest))
-    if any(seen) and not all(seen):
-        _wait_for_files(storage, folder, manifest, patience)
-        seen = coordinator.gather(_look(storage, folder, manifest))
-    if any(seen):
-        return _Verdict(_spell(seen), damaged=all(seen))
+    looks: list[_Look] = coordinator.gather(_look(storage, folder, manifest))
+    if len({bool(each.problems) for each in looks}) > 1 or not all(each.was_listed for each in looks):
+        poll(lambda: not _look(storage, folder, manifest).problems, time.monotonic() + patience)
+        looks = coordinator.gather(_look(storage, folder, manifest))
+    if any(each.problems for each in looks):
+        damaged = all(each.problems and each.was_listed for each in looks)
+        return _Verdict(_spell([each.problems for each in looks]), damaged)
     if verify == "size":
         return _Verdict(None)
     share = list(manifest.files)[coordinator.rank :: coordinator.world_size]
-    wrong = coordinator.gather(wrong_hashes(storage, folder, manifest, share))
-    return _Verdict(_spell(wrong), damaged=True) if any(wrong) else _Verdict(None)
+    found = coordinator.gather(_read(storage, folder, manifest, share, patience))
+    wrong, unread = [each for each, _ in found], [each for _, each in found]
+    return _Verdict(_spell(wrong) or _spell(unread) or None, damaged=any(wrong))
 
 
-def _look(storage: Storage, folder: str, manifest: Manifest) -> list[str]:
+def _read(
+    storage: Storage, folder: str, manifest: Manifest, share: list[str], patience: float
+) -> tuple[list[str], list[str]]:
+    """What a rank finds wrong in its share of the files, and what of it cannot be read, after a while of trying."""
+    wrong: list[str] = []
+    unread = dict.fromkeys(share, "")
+
+    def settled() -> bool:
+        nonlocal wrong, unread
+        found, unread = wrong_hashes(storage, folder, manifest, unread)
+        wrong += found
+        return bool(wrong) or not unread
+
+    poll(settled, time.monotonic() + patience)
+    return wrong, list(unread.values())
+
+
+def _look(storage: Storage, folder: str, manifest: Manifest) -> _Look:
     try:
-        return wrong_sizes(storage, folder, manifest)
+        return _Look(wrong_sizes(storage, folder, manifest))
     except Exception as error:
-        return [f"its files cannot be listed: {error}"]
-
-
-def _wait_for_files(storage: Storage, folder: str, manifest: Manifest, patience: float) -> None:
-    poll(lambda: not _look(storage, folder, manifest), time.monotonic() + patience)
+        return _Look([f"its files cannot be listed: {error}"], was_listed=False)
 
 
 def _spell(problems: list[list[str]]) -> str:

@@ -148,9 +148,9 @@ def _write_own(order: Order, storage: Storage, rank: int) -> _Written:
 def _seal(order: Order, storage: Storage, written: Sequence[_Written]) -> Manifest | str:
     """Write the document and the manifest and commit; return why not."""
     assert order.snapshot is not None
-    files = {name: record for report in written for name, record in report.files.items()}
-    saved = Saved(tensors=_records(order.snapshot.specs, written), value=order.snapshot.state)
     try:
+        files = {name: record for report in written for name, record in report.files.items()}
+        saved = Saved(tensors=_records(order.snapshot.specs, written), value=order.snapshot.state)
         if (problem := saved.problem() or _unseen(storage, order.folder, files)) is not None:
             return problem
         _write(order, storage, files, STATE, write_saved(saved))

@@ -15,9 +15,9 @@ from allstep.checkpoint.remote import open_storage
 from allstep.checkpoint.removal import is_dead, remove_checkpoint
 from allstep.checkpoint.storage import Storage
 from allstep.checkpoint.verifying import Verify, examine, load_manifest, wrong_sizes
-from allstep.errors import CheckpointError, DamagedCheckpointError
+from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
 
-State = Literal["whole", "damaged", "set aside", "unfinished"]
+State = Literal["whole", "damaged", "set aside", "unfinished", "unreadable", "later format"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Entry:
         folder: where all checkpoints of the run are.
         name: of this one's folder.
         state: "whole" by the sizes of its files; "set aside" by a run that found it damaged; "unfinished" while it is
-            being written, or for ever.
+            being written, or for ever; "unreadable" now, be it whole or not; of a "later format" than this version's.
         manifest: where it can be read.
         problems: why it is not whole.
     """
@@ -49,8 +49,8 @@ def entries(folder: str) -> list[Entry]:
     storage = open_storage(folder)
     try:
         names = [name for name in storage.folders() if read_name(name) or is_temporary(name)]
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    except Exception as error:  # file systems behind fsspec have errors of their own
+        raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
     names.sort(key=lambda name: (is_temporary(name), read_name(name) or Name(0, 0)))
     return [_entry(storage, name) for name in names]
 
@@ -90,18 +90,26 @@ def committed(storage: Storage) -> list[tuple[Name, Manifest]]:
             continue
         try:
             found.append((name, load_manifest(storage, folder)))
-        except DamagedCheckpointError:
+        except CheckpointError:
             continue
     return sorted(found, key=lambda entry: entry[0])
 
 
 def _entry(storage: Storage, name: str) -> Entry:
-    if is_dead(storage, name):
-        return Entry(storage.root, name, "unfinished", problems=["the save was never finished"])
     try:
-        manifest = load_manifest(storage, name)
+        return _read_entry(storage, name)
+    except NewerCheckpointError as error:
+        return Entry(storage.root, name, "later format", problems=[str(error)])
     except DamagedCheckpointError as error:
         return Entry(storage.root, name, "damaged", problems=[str(error)])
+    except Exception as error:
+        return Entry(storage.root, name, "unreadable", problems=[str(error)])
+
+
+def _read_entry(storage: Storage, name: str) -> Entry:
+    if is_dead(storage, name):
+        return Entry(storage.root, name, "unfinished", problems=["the save was never finished"])
+    manifest = load_manifest(storage, name)
     if SET_ASIDE in storage.files(name):
         return Entry(storage.root, name, "set aside", manifest, [f"a run found it damaged; {SET_ASIDE} says why"])
     problems = wrong_sizes(storage, name, manifest)

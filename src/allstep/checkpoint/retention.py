@@ -30,7 +30,7 @@ class Retention:
             )
 
     def expendable(self, committed: Sequence[tuple[Name, Manifest]]) -> list[Name]:
-        """Those to remove, oldest first. A missing or NaN metric is never among the best; a tie is the newer's."""
+        """Those to remove, oldest first. A missing or NaN metric is never among the best; a tie is the older's."""
         if self.keep_last is None:
             return []
         ordered = sorted(committed, key=lambda entry: entry[0])
@@ -40,10 +40,10 @@ class Retention:
             sign = 1 if direction == "max" else -1
             rated = [
                 (sign * manifest.metrics[metric], name)
-                for name, manifest in ordered
+                for name, manifest in reversed(ordered)
                 if not math.isnan(manifest.metrics.get(metric, math.nan))
             ]
-            kept.update(name for _, name in sorted(rated)[-count:])
+            kept.update(name for _, name in sorted(rated, key=lambda entry: entry[0])[-count:])
         return [name for name, _ in ordered if name not in kept]
 
 

@@ -48,14 +48,19 @@ class Pending:
         """Whether it has ended here, well or not; other ranks may be a moment behind."""
         return self._thread is None or not self._thread.is_alive()
 
-    def wait(self) -> bool:
+    def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end and say whether the checkpoint is committed.
+
+        Args:
+            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
 
         Raises:
             CheckpointError: it failed, and the store is strict.
         """
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                return False
             atexit.unregister(self._thread.join)
             self._thread = None
         if self.error is not None and self._strict:
@@ -63,4 +68,8 @@ class Pending:
         return self.error is None and not self.skipped
 
     def _write(self, write: Callable[[], CheckpointError | None]) -> None:
-        self.error = write()
+        error: CheckpointError | None = CheckpointError(f"step {self.step} was not saved: its thread did not finish")
+        try:
+            error = write()
+        finally:
+            self.error = error

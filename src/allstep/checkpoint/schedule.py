@@ -44,7 +44,9 @@ def read_every(every: Every | Sequence[Every] | None) -> Times:
         name, count = _read_one(each)
         found[name] = min(count, found.get(name, count))
     iterations, epochs = found.get("iterations"), found.get("epochs")
-    return Times(iterations and int(iterations), epochs and int(epochs), found.get("seconds"))  # type: ignore[arg-type]
+    return Times(
+        None if iterations is None else int(iterations), None if epochs is None else int(epochs), found.get("seconds")
+    )
 
 
 def _read_one(each: object) -> tuple[str, float]:

@@ -82,9 +82,10 @@ class LocalStorage:
 
     def make(self, folder: str) -> None:
         """See `Storage`. The root is made too."""
-        if not self._path.is_dir():
-            self._path.mkdir(parents=True, exist_ok=True)
-            _sync(self._path.parent)
+        missing = [path for path in (self._path, *self._path.parents) if not path.is_dir()]
+        self._path.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            _sync(path.parent)
         (self._path / folder).mkdir()
 
     def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:

@@ -87,7 +87,7 @@ class Store:
             verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
             strict: a failed save raises, in `Pending.wait`, the next `save`, or `wait`.
             busy: what `save` does while another is under way: wait for it, or leave the new one out.
-            patience: seconds for which `choose` waits for files that some ranks see and others do not.
+            patience: seconds for which `choose` waits for files that some ranks do not see, or that cannot be read.
             timeout: seconds that ranks wait for each other in a save.
             storage: in place of `folder`'s own.
 
@@ -133,7 +133,7 @@ class Store:
             state: nested values by name: dicts, lists, tuples, numbers, strings, bytes, None, tensors, numpy arrays.
                 DTensors are written by shards; every other tensor and value is the same on all ranks.
             per_rank: a nested value of this rank alone.
-            metrics: numbers by name, for `keep_best` and for people.
+            metrics: numbers by name, for `keep_best` and for people; None where nothing was measured.
             facts: what else the manifest should say, as JSON takes it.
             refused: why this rank has no state to save, which fails the save on every rank.
 
@@ -143,7 +143,8 @@ class Store:
         if self._busy == "skip" and self._is_busy_anywhere():
             return Pending(step, None, strict=self._strict)
         self.wait()
-        self._writer.check_metric(metrics or {})
+        if metrics is not None:
+            self._writer.check_metric(metrics)
         name = Name(self._next, step)
         self._next += 1
         snapshot = None
@@ -155,8 +156,11 @@ class Store:
         self._last.begin(partial(self._writer.write, order))
         return self._last
 
-    def wait(self) -> bool:
-        """Wait for the save under way, if there is one; whether the last one is committed.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the save under way, if there is one, and say whether the last one is committed.
+
+        Args:
+            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
 
         Raises:
             CheckpointError: it failed, and the store is strict. It is raised once.
@@ -164,7 +168,7 @@ class Store:
         if self._last is None:
             return True
         try:
-            return self._last.wait()
+            return self._last.wait(timeout)
         except CheckpointError:
             self._last = None
             raise

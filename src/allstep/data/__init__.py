@@ -13,6 +13,7 @@ from allstep.data.permutation import Permutation
 from allstep.data.sampler import IndexBatch, ShardedBatchSampler
 from allstep.data.seeding import SampleSeeding
 from allstep.data.sharding import PlacedIterable, shard
+from allstep.data.worker_signals import WorkerStart
 
 __all__ = [
     "EpochBatches",
@@ -22,6 +23,7 @@ __all__ = [
     "PlacedIterable",
     "SampleSeeding",
     "ShardedBatchSampler",
+    "WorkerStart",
     "epoch_key",
     "make_loader",
     "shard",

@@ -24,6 +24,7 @@ from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
 from allstep.data.seeding import SampleSeeding, SeededDataset, keep_collated
 from allstep.data.sharding import PlacedIterable
+from allstep.data.worker_signals import WorkerStart, end_with_rank
 from allstep.errors import DataError
 
 _WORKERS = 3
@@ -99,6 +100,7 @@ class Loader(DataLoader[Any]):
         if self._own_generator:
             self.generator.manual_seed(key_of(self.seed, self.epoch, _WORKERS, self.rank) >> 1)
         iterator = super().__iter__()
+        end_with_rank(iterator)
         dropped, self._drop_first = self._drop_first, 0
         for _ in range(dropped):
             if next(iterator, self) is self:
@@ -156,7 +158,8 @@ def make_loader(
             dataset is never seeded.
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
-            `persistent_workers` (True with workers) and `generator` (the loader's own).
+            `persistent_workers` (True with workers) and `generator` (the loader's own). Workers ignore SIGTERM and
+            SIGUSR1, which are for the ranks; a `worker_init_fn` is called after that is settled.
 
     Raises DataError for arguments that cannot work together.
     """
@@ -168,11 +171,14 @@ def make_loader(
                 f"{name} was given, but the loader brings its own, which deals samples to ranks; choose the order with "
                 f"shuffle and the dataset, or use a plain torch DataLoader with your {name}"
             )
+    has_workers = dataloader_options.get("num_workers", 0) > 0
     options = {
         "pin_memory": device_type == "cuda",
-        "persistent_workers": dataloader_options.get("num_workers", 0) > 0,
+        "persistent_workers": has_workers,
         **dataloader_options,
     }
+    if has_workers:
+        options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
     if isinstance(dataset, IterableDataset):
         if shuffle:
             raise DataError(
