@@ -67,7 +67,7 @@ def test_a_metric_beside_wrappers_that_pass_on_takes_each_batch_once() -> None:
 def test_a_metric_that_two_wrappers_would_feed_is_refused_and_both_are_named() -> None:
     one = Counting()
     with pytest.raises(MetricError, match=r"Counting is in Counting of metric 'one' and in Running of metric 'last'"):
-        Feeding({"one": one, "last": Running(one, 2)}, None)
+        Feeding({"one": one, "last": Running(one, 2)}, None, {})
 
 
 def test_a_metric_of_two_metrics_objects_of_an_engine_is_refused() -> None:
@@ -81,10 +81,10 @@ def test_a_metric_of_two_metrics_objects_of_an_engine_is_refused() -> None:
 def test_one_metric_with_two_transforms_is_refused() -> None:
     one = Counting()
     with pytest.raises(MetricError, match="one and other, for which output_transform has different functions"):
-        Feeding({"one": one, "other": one}, {"one": lambda o: o, "other": lambda o: o})
+        Feeding({"one": one, "other": one}, {"one": lambda o: o, "other": lambda o: o}, {})
     same = lambda o: o  # noqa: E731
-    Feeding({"one": one, "other": one}, {"one": same, "other": same})
-    Feeding({"one": one, "other": -one}, {"one": same})
+    Feeding({"one": one, "other": one}, {"one": same, "other": same}, {})
+    Feeding({"one": one, "other": -one}, {"one": same}, {})
 
 
 class ByKey(Metric):

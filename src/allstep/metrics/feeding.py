@@ -20,7 +20,7 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from allstep.errors import MetricError
-from allstep.metrics.nodes import Entry, followers, wrapped
+from allstep.metrics.nodes import Entry, wrapped
 from allstep.metrics.running import Weighted
 
 Transform = Callable[[Any], Any]
@@ -77,19 +77,25 @@ class Feeding:
     Args:
         entries: metrics and collections by name.
         transforms: from a step's output to what a metric takes, for all of them or by name; None gives the output.
+        following: metrics whose states another one holds too, and that one, by id.
 
     Raises:
         ValueError: a transform is for a name that there is not.
         MetricError: a metric would be fed twice, or differently under two names.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], transforms: Transform | Mapping[str, Transform] | None) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        transforms: Transform | Mapping[str, Transform] | None,
+        following: Mapping[int, Metric],
+    ) -> None:
         by_name = transforms if isinstance(transforms, Mapping) else {}
         common = None if isinstance(transforms, Mapping) else transforms
         unknown = sorted(by_name.keys() - entries.keys())
         if unknown:
             raise ValueError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(entries)}")
-        fed = _fed_by_name(entries)
+        fed = _fed_by_name(entries, following)
         _check_fed_once(fed)
         self._feeds: dict[int, tuple[Transform | None, list[Fed]]] = {}
         for names, entry in fed.values():
@@ -121,9 +127,8 @@ class Feeding:
                 each.take(given, named, samples)
 
 
-def _fed_by_name(entries: Mapping[str, Entry]) -> dict[int, tuple[list[str], Entry]]:
+def _fed_by_name(entries: Mapping[str, Entry], following: Mapping[int, Metric]) -> dict[int, tuple[list[str], Entry]]:
     """What is fed, by its id, with the names of the entries that it is part of."""
-    following = followers(entries.values())
     found: dict[int, tuple[list[str], Entry]] = {}
     for name, entry in entries.items():
         for part in _parts(entry):

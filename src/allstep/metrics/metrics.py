@@ -18,9 +18,10 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.engine.reader import count_samples
 from allstep.errors import MetricError
+from allstep.metrics.bookkeeping import syncs_itself
 from allstep.metrics.describing import descriptions
 from allstep.metrics.feeding import Feeding, Transform
-from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless, syncs_itself
+from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless
 from allstep.metrics.reduction import EventReduction
 from allstep.metrics.running import Weighted
 from allstep.metrics.saving import load_states, saved_states
@@ -50,6 +51,7 @@ class Metrics:
             _check_is_metric(name, entry)
         self.entries: dict[str, Entry] = dict(entries)
         self.names_results = not alone
+        self.following = followers(self.entries.values())
         self.nodes = nodes(self.entries)
         self.stateless = stateless(self.entries)
         self.carried: dict[tuple[int, str], list[Any]] = {}
@@ -94,14 +96,14 @@ class Metrics:
             raise MetricError("these metrics are attached already; make other ones for another engine or usage")
         if engine.is_running:
             raise MetricError("the engine is running; attach metrics before run(), on every rank alike")
-        feeding = Feeding(self.entries, output_transform)
+        feeding = Feeding(self.entries, output_transform, self.following)
         known = [each for each in engine.reductions if isinstance(each, EventReduction)]
         self._check_fed_by_nobody_else(known)
         joined = [_reduction_at(event, known) for event in each_event(chosen.computes)]
         for reduction in joined:
             reduction.check_joins(self)
         for collection in collections(self.entries.values()):
-            fix_groups(collection)
+            fix_groups(collection, self.following)
         self._move(device)
         self.described = [*self._made, (", ".join(self.entries), _times(chosen))]
         self._engine, self._feeding, self._reductions = engine, feeding, joined
@@ -142,7 +144,7 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has counted; no other rank is asked. To be saved by each rank for itself."""
-        return saved_states((*self.nodes, *self.stateless), self.carried, followers(self.entries.values()))
+        return saved_states((*self.nodes, *self.stateless), self.carried, self.following)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on from what `state_dict` gave, before or after `attach`; no other rank is asked.

@@ -17,7 +17,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
 from allstep.coordination import ReduceOp, Schema, StateLine, fingerprint
-from allstep.metrics.nodes import Node, syncs_itself
+from allstep.metrics.bookkeeping import syncs_itself
+from allstep.metrics.nodes import Node
 
 Reduction = Callable[[Any], Any] | None
 Form: TypeAlias = tuple[torch.Size, torch.dtype] | None

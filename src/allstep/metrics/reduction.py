@@ -22,7 +22,7 @@ from allstep.errors import MetricError, NotComputableError
 from allstep.metrics.exchange import Exchange, Gathered
 from allstep.metrics.folding import fold_listed
 from allstep.metrics.installed import installed, same_draws
-from allstep.metrics.nodes import Entry, Node, followers, named_metrics
+from allstep.metrics.nodes import Entry, Node, named_metrics
 from allstep.metrics.own_sync import sync_by_itself
 from allstep.metrics.packing import Carried, given
 from allstep.metrics.plan import Plan, bytes_as_made, make_plan, schema_as_made
@@ -152,9 +152,8 @@ class EventReduction:
 
     def _become(self, members: Sequence[Metrics]) -> None:
         self.members = list(members)
-        entries = [entry for member in members for entry in member.entries.values()]
         self._found = [node for member in members for node in member.nodes]
-        self._following = followers(entries)
+        self._following = {follower: leader for member in members for follower, leader in member.following.items()}
         self._exchange = Exchange(fixed=bytes_as_made(self._found, self._following))
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
         self._parts = [
