@@ -17,12 +17,13 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from allstep import Alone, Engine
+from allstep import Alone, Coordinator, Engine
 from allstep.metrics import Metrics
 from allstep.metrics.nodes import followers, nodes
 from allstep.metrics.plan import make_plan
 from allstep.metrics.sharing import fix_groups, shared_states, update_alike
-from tests.metrics.worlds import on_one, over_ranks, take
+from allstep.testing import simulate
+from tests.metrics.worlds import on_one, over_ranks, results, take
 
 
 def states_of(*members: Metric, groups: Any = True) -> list[tuple[str, str]]:
@@ -239,3 +240,21 @@ def test_what_updates_learnt_does_not_change_who_shares() -> None:
     made.attach(engine)
     engine.run([torch.ones(3)])
     assert [float(value) for value in engine.state.metrics.values()] == [3.0, -3.0]
+
+
+@pytest.mark.parametrize("groups", [True, [["MulticlassPrecision", "MulticlassRecall"]]])
+def test_members_that_reduce_themselves_share_with_none(groups: Any) -> None:
+    data = [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2, 1]), torch.tensor([0, 1]))]
+
+    def make(gather: Any) -> MetricCollection:
+        members = [MulticlassPrecision(3, dist_sync_fn=gather), MulticlassRecall(3, dist_sync_fn=gather)]
+        return MetricCollection(members, compute_groups=groups)
+
+    def rank(coordinator: Coordinator) -> dict[str, Any]:
+        own = make(lambda tensor, group: coordinator.gather(tensor))
+        return results(coordinator, lambda: {"c": own}, [data[coordinator.rank]])
+
+    assert shared_states(make(None)) != shared_states(make(print)) == {}
+    single = on_one(lambda: {"c": make(None)}, data)
+    for found in simulate(rank, 2):
+        assert found == single
