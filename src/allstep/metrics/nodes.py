@@ -139,9 +139,8 @@ def collections(entries: Iterable[Entry]) -> Iterator[MetricCollection]:
 
 def plain_attributes(metric: Metric) -> dict[str, Any]:
     """A metric's attributes that are no state: numbers, texts, types."""
-    return {
-        name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN) and name not in BOOKKEEPING
-    }
+    apart = {*BOOKKEEPING, *metric._defaults}
+    return {name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN) and name not in apart}
 
 
 def _node(name: str, metric: Metric) -> Node:

@@ -201,6 +201,7 @@ def _of_all_ranks(plan: Plan, gathered: Gathered) -> tuple[States, dict[int, int
 
 
 def _of_one_rank(plan: Plan, carried: Carried) -> tuple[States, dict[int, int]]:
+    plan.check_tensors()
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block in plan.blocks:
         for state in block.states:
