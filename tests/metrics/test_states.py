@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
-from allstep import Coordinator, Engine
+from allstep import Coordinator, Engine, Events
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Metrics
 from allstep.testing import simulate
@@ -57,3 +57,56 @@ def test_a_tensor_that_becomes_a_number_on_all_ranks_is_an_error_that_names_it(w
     said = simulate(lambda c: error_of(c, "sum", 1, MetricError, "epoch"), world_size)
     assert said == [said[0]] * world_size
     assert "metric 'it' (BecomesANumber), state 'n', was declared as a tensor, and its update made an int" in said[0]
+
+
+def the_first(stack: Any) -> Any:
+    return stack[0]
+
+
+class SpoilsItsStates(Metric):
+    """Writes to its states when it is computed."""
+
+    full_state_update = False
+
+    def __init__(self, reduction: Any) -> None:
+        super().__init__()
+        self.add_state("m", torch.tensor(0.0), reduction)
+        self.add_state("kept", [], None)
+
+    def update(self, x: torch.Tensor) -> None:
+        self.m = self.m + x.sum()
+        self.kept.append(x)
+
+    def compute(self) -> torch.Tensor:
+        self.m /= 10
+        for each in self.kept:
+            each *= 2
+        return self.m.sum() + sum(each.sum() for each in self.kept) / 1000
+
+
+class SpoilsItsStatesToo(SpoilsItsStates):
+    def compute(self) -> torch.Tensor:
+        return -super().compute()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean", None, the_first])
+def test_a_compute_that_writes_to_its_states_leaves_those_of_the_rank_at_any_world_size(reduction: Any) -> None:
+    def rank(coordinator: Coordinator) -> list[list[float]]:
+        engine = Engine(take, coordinator=coordinator)
+        members = MetricCollection([SpoilsItsStates(reduction), SpoilsItsStatesToo(reduction)])
+        Metrics(members).attach(engine, usage="running")
+        seen: list[list[float]] = []
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED, lambda e: seen.append([float(v) for v in e.state.metrics.values()])
+        )
+        engine.run([torch.full((1,), 10.0 * at) for at in (1, 2, 3)])
+        return seen
+
+    alone, first, second = simulate(rank, 1)[0], *simulate(rank, 2)
+    assert first == second
+    for at, expected in enumerate((10.0, 30.0, 60.0)):
+        value = expected / 10 + 2 * expected / 1000
+        assert alone[at] == pytest.approx([value, -value])
+        ranks = 1 if reduction in ("mean", the_first) else 2
+        over_two = ranks * expected / 10 + 4 * expected / 1000
+        assert first[at] == pytest.approx([over_two, -over_two])

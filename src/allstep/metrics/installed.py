@@ -63,3 +63,10 @@ def same_draws(key: int, device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_rng_state(drawn, device)
+
+
+def copied(value: Any) -> Any:
+    """A state of its own memory, so that a `compute` that writes to it spoils no other: tensors, and those of lists."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [copied(each) for each in value] if isinstance(value, list) else value
