@@ -196,6 +196,11 @@ def element_wise(reduction: Any) -> ReduceOp | None:
     return _OPS.get(reduction)
 
 
+def describe(reduction: Any) -> str:
+    """What a state's reduction is called where ranks compare, and in errors."""
+    return _NAMES.get(reduction) or f"reduced by {getattr(reduction, '__name__', type(reduction).__name__)}"
+
+
 Behind: TypeAlias = list[tuple[Node, int]]
 
 
@@ -233,7 +238,7 @@ def _named(node: Node) -> str:
 
 
 def _form(default: Any, value: Any, reduction: Any) -> str:
-    how = _NAMES.get(reduction) or f"reduced by {getattr(reduction, '__name__', type(reduction).__name__)}"
+    how = describe(reduction)
     if isinstance(default, list):
         return f"a list, {how}"
     if not isinstance(value, torch.Tensor):
