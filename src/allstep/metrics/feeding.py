@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
@@ -178,9 +180,9 @@ def _keywords(entry: Entry) -> frozenset[str] | None:
 
 
 def _is_count(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         return value.ndim == 0
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
