@@ -18,7 +18,7 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
 from allstep import Alone, Coordinator, Engine, Events
 from allstep.errors import MetricError, MetricMismatchError, NotComputableError
-from allstep.metrics import EPOCH, RUNNING, Max, Mean, Metrics, Sum, Usage
+from allstep.metrics import EPOCH, ITERATION, RUNNING, Max, Mean, Metrics, Sum, Usage
 from allstep.testing import simulate
 from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks, same_bits, take
 
@@ -212,6 +212,23 @@ def test_usages_begin_and_compute_where_they_say() -> None:
     assert values_at(every(every=2), RUNNING.every(2), data, 2) == [3.0, 1.0, 7.0]
     assert values_at(Events.EPOCH_COMPLETED, EPOCH.only(every(every=2)), data, 2) == [2.0, 5.0]
     assert values_at(Events.EPOCH_COMPLETED, Usage(resets=Events.STARTED), data, 2) == [7.0, 14.0]
+
+
+def test_what_is_computed_after_each_iteration_and_fed_at_some_is_computed_at_those() -> None:
+    data, every = [1.0, 2.0, 4.0, 8.0], Events.ITERATION_COMPLETED
+    assert values_at(every(every=2), RUNNING.only(every(every=2)), data, 2) == [2.0, 10.0, 2.0, 10.0]
+    assert values_at(every(every=2), ITERATION.only(every(every=2)), data, 1) == [2.0, 8.0]
+    assert values_at(every(every=3), RUNNING.only(every(once=[2, 3])), data, 1) == [6.0]
+    assert RUNNING.only(every(every=2)).every(4).computes == RUNNING.every(4).only(every(every=2)).computes
+    assert EPOCH.only(every(every=2)).computes is EPOCH.computes
+
+
+def test_a_filter_that_may_depend_on_the_rank_does_not_say_where_ranks_compute() -> None:
+    chosen = Events.ITERATION_COMPLETED(event_filter=lambda engine, count: count > 1)
+    with pytest.raises(NotComputableError, match="`computes` needs the same filter"):
+        values_at(Events.ITERATION_COMPLETED, RUNNING.only(chosen), [1.0, 2.0], 1)
+    both = Usage(updates=chosen, computes=chosen)
+    assert values_at(Events.EPOCH_COMPLETED, both, [1.0, 2.0, 4.0], 1) == [6.0]
 
 
 def test_usages_over_ranks_take_those_that_have_a_batch() -> None:

@@ -131,7 +131,9 @@ class EventReduction:
         if unseen:
             raise NotComputableError(
                 f"at {event_name(self.event)} these metrics have seen no sample on any rank: {', '.join(unseen)}. "
-                "Check that the data is not empty and that the usage's `updates` comes before its `computes`"
+                "Check that there is data, that output_transform does not give None for all of it, and that the "
+                "usage's `computes` is not due before the first batch that its `updates` takes in: where that is "
+                "filtered, `computes` needs the same filter"
             )
 
     def _warn_of_counts(self, engine: Engine) -> None:
