@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from allstep import Alone, Engine
@@ -174,3 +175,48 @@ def test_an_entry_called_samples_that_is_no_number_leaves_the_batchs_size() -> N
 def test_scores_and_labels_given_to_a_mean_by_position_are_refused() -> None:
     with pytest.raises(TypeError, match=r"Mean takes one value.*2 arguments.*output_transform of its own"):
         fed_with({"mean": Mean()}, [(torch.ones(2), torch.zeros(2, dtype=torch.int64))])
+
+
+def test_an_update_that_raises_says_which_metric_it_was_and_what_it_was_given() -> None:
+    output = {"preds": torch.rand(3, 4), "target": torch.zeros(2, dtype=torch.int64), "loss": 1.0}
+    with pytest.raises(RuntimeError, match="size of tensor") as caught:
+        fed_with({"right": MulticlassAccuracy(4)}, [output])
+    assert caught.value.__notes__[0] == (
+        "(metric 'right', MulticlassAccuracy, was given (preds=float32 (3, 4), target=int64 (2,)); the output has loss "
+        "too, which it does not know)"
+    )
+    with pytest.raises(TypeError) as missing:
+        fed_with({"c": MetricCollection({"right": MulticlassAccuracy(4)})}, [{"scores": 1}])
+    assert "(metric 'c', MulticlassAccuracy, was given (); the output has scores too" in missing.value.__notes__[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"value": x}, lambda x: [x]])
+def test_metrics_that_keep_what_they_are_given_keep_no_graph(wrap: Any) -> None:
+    class Keeping(Metric):
+        full_state_update = False
+        kept: list[Any]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("kept", [], None)
+
+        def update(self, value: Any) -> None:
+            self.kept.append(value[0] if isinstance(value, list) else value)
+
+        def compute(self) -> torch.Tensor:
+            return torch.stack(self.kept).sum()
+
+    metric = Keeping()
+    engine = Engine(lambda engine, batch: wrap(torch.ones((), requires_grad=True) * batch), coordinator=Alone())
+    Metrics({"it": metric}).attach(engine)
+    engine.run([1.0, 2.0])
+    assert [value.requires_grad for value in metric.kept] == [False, False]
+    assert float(engine.state.metrics["it"]) == 3.0
+    assert engine.state.output is not None
+
+
+def test_two_metrics_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"two metrics are named 'a\.b', a Counting and a Mean"):
+        Metrics({"a": MetricCollection({"b": Counting()}), "a.b": Mean()})
+    one = Counting()
+    Metrics({"a": MetricCollection({"b": one}), "a.b": one})

@@ -40,6 +40,7 @@ class Metrics:
 
     Raises:
         TypeError: something given is no metric.
+        ValueError: two metrics, one inside of a collection or wrapper, have one name.
     """
 
     state_differs_by_rank = True  # a checkpoint keeps each rank's
@@ -49,6 +50,7 @@ class Metrics:
         entries: Mapping[str, Entry] = {"metrics": metrics} if isinstance(metrics, MetricCollection) else metrics
         for name, entry in entries.items():
             _check_is_metric(name, entry)
+        _check_names(entries)
         self.entries: dict[str, Entry] = dict(entries)
         self.names_results = not alone
         self.following = followers(self.entries.values())
@@ -251,6 +253,18 @@ def _check_is_metric(name: str, entry: Any) -> None:
         )
     if not isinstance(entry, Metric | MetricCollection):
         raise TypeError(f"metric {name!r} is {entry!r}; it must be a torchmetrics Metric or MetricCollection")
+
+
+def _check_names(entries: Mapping[str, Entry]) -> None:
+    """States are saved, and named in errors, by these names."""
+    known: dict[str, Metric] = {}
+    for name, metric in named_metrics(entries):
+        other = known.setdefault(name, metric)
+        if other is not metric:
+            raise ValueError(
+                f"two metrics are named {name!r}, a {type(other).__name__} and a {type(metric).__name__}: a dot in a "
+                "name stands for what is inside. Choose another name"
+            )
 
 
 def _reduction_at(event: Any, known: Sequence[EventReduction]) -> EventReduction:
