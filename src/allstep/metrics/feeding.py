@@ -82,8 +82,8 @@ class Fed:
             if not _is_count(given[1]):
                 raise TypeError(
                     f"metric {self.name!r}: {type(self.entry).__name__} takes one value, and the number of samples "
-                    f"that it stands for; it was given {len(given)} arguments, the second a {type(given[1]).__name__}. Give "
-                    "it an output_transform of its own"
+                    f"that it stands for; it was given {len(given)} arguments, the second a {type(given[1]).__name__}. "
+                    "Give it an output_transform of its own"
                 )
             return True
         return "samples" in known and _is_count(known["samples"])
