@@ -15,6 +15,7 @@ from allstep import Alone, Engine
 from allstep.errors import MetricError
 from allstep.metrics import Mean, Metrics, Sum
 from allstep.metrics.feeding import Feeding
+from tests.metrics.noting import Noting, alone, batches
 from tests.metrics.worlds import on_one, over_ranks, take
 
 
@@ -220,3 +221,37 @@ def test_two_metrics_of_one_name_are_refused() -> None:
         Metrics({"a": MetricCollection({"b": Counting()}), "a.b": Mean()})
     one = Counting()
     Metrics({"a": MetricCollection({"b": one}), "a.b": one})
+
+
+def test_each_metric_takes_a_batch_once_however_often_arithmetic_names_it() -> None:
+    one, other = Noting(), Noting()
+    f1 = one * other * 2 / (one + other)
+    engine = alone(Metrics({"one": one, "f1": f1}), [1, 2, 3])
+    assert int(engine.state.metrics["one"]) == 3
+    assert len(one.given) == len(other.given) == 3
+
+
+def test_a_mapping_gives_each_metric_the_arguments_that_it_knows() -> None:
+    metric = Noting()
+    alone(
+        Metrics({"it": metric, "loss": Mean()}),
+        [torch.ones(2)],
+        output_transform=lambda x: {"target": 1, "preds": 2, "value": x, "more": 3},
+    )
+    assert metric.given == [(2, 1)]
+
+
+def test_metrics_may_have_transforms_of_their_own() -> None:
+    metric = Noting()
+    engine = alone(
+        Metrics({"it": metric, "loss": Mean()}),
+        batches(2),
+        output_transform={"it": lambda o: (o[1].tolist(),), "loss": lambda o: o[0].mean()},
+    )
+    assert len(metric.given[0][0]) == 2
+    assert 0 < float(engine.state.metrics["loss"]) < 1
+
+
+def test_an_output_that_the_transform_leaves_out_enters_no_metric() -> None:
+    engine = alone(Metrics({"n": Noting()}), [1, 2, 3, 4], output_transform=lambda x: None if x % 2 else x)
+    assert int(engine.state.metrics["n"]) == 2
