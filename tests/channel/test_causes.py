@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from allstep.channel.account import Kind, account
+from allstep.channel.account import Kind
 from allstep.channel.causes import PATIENCE, ROOM, SETTLE, UNEXPLAINED, due, judge, made_room_alone, revised
 from allstep.channel.ending import WorkerEnd, about_another_rank, describe, exit_status
 from allstep.channel.messages import Beat, Failure
@@ -171,7 +171,10 @@ def test_an_exception_before_the_cause_on_the_same_rank_is_told():
     [
         # a kind that stands before the one of the verdict replaces it
         (rank(1, ended=(3, 1), code=-11), 1, Kind.SIGNAL),
-        (rank(1, ordered=(2, 0), ended=(3, 1), code=-11), 1, Kind.SIGNAL),
+        (rank(1, ordered=(2, 0.3), ended=(3, 0.3 + SETTLE / 2), code=-11), 1, Kind.SIGNAL),
+        # but not where it had been ordered to leave for longer than such news takes
+        (rank(1, ordered=(2, 0.3), ended=(3, 0.3 + 2 * SETTLE), code=-11), 0, Kind.ERROR),
+        (rank(1, ordered=(2, 0.3), ended=(3, 3), code=-11), 0, Kind.ERROR),
         # the same kind, and all that followed from the verdict, does not
         (rank(1, failed=(3, 1)), 0, Kind.ERROR),
         (rank(1, ended=(3, 1), code=1), 0, Kind.ERROR),
@@ -184,7 +187,7 @@ def test_an_exception_before_the_cause_on_the_same_rank_is_told():
 def test_what_comes_after_the_verdict_counts_where_it_stands_before_it(late, number, kind):
     first = rank(0, failed=(1, 0))
     case = judge([first, rank(1)], supervised=True, attempt=0)
-    now = revised(case, [account(record, supervised=True) for record in (first, late)])
+    now = revised(case, [first, late], supervised=True)
     assert (now.cause.rank, now.cause.kind) == (number, kind)
     assert [each.rank for each in now.others] == [1 - number]
 
@@ -194,13 +197,22 @@ def test_errors_about_another_rank_give_way_to_what_is_heard_of_it_later(late):
     first = rank(0, failed=(1, 0), derived=True)
     case = judge([first, rank(1)], supervised=True, attempt=0)
     assert case.cause.kind is Kind.DERIVED
-    assert revised(case, [account(record, supervised=True) for record in (first, late)]).cause.rank == 1
+    assert revised(case, [first, late], supervised=True).cause.rank == 1
+
+
+def test_a_rank_that_seemed_frozen_and_had_crashed_is_named_for_that_whenever_it_is_known():
+    before = [rank(0, waiting="gradients"), rank(1, hung=(1, 0))]
+    case = judge(before, supervised=True, attempt=0)
+    assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
+    after = [before[0], rank(1, hung=(1, 0), ordered=(2, 0.3), ended=(3, 3), code=-11)]
+    now = revised(case, after, supervised=True)
+    assert (now.cause.rank, now.cause.kind, now.exit_code) == (1, Kind.SIGNAL, 139)
 
 
 def test_a_rank_that_left_early_stays_the_cause():
     records = [rank(0, failed=(2, 0), derived=True), rank(1, bye=(1, 0), ended=(3, 0), code=0)]
     case = judge(records, supervised=True, attempt=0)
-    assert revised(case, [account(record, supervised=True) for record in records]).cause == case.cause
+    assert revised(case, records, supervised=True).cause == case.cause
 
 
 def test_a_rank_that_closed_its_world_and_then_makes_room_gives_that_status():
@@ -208,7 +220,7 @@ def test_a_rank_that_closed_its_world_and_then_makes_room_gives_that_status():
     case = judge(before, supervised=True, attempt=0)
     assert case.exit_code == 1
     after = [before[0], rank(1, bye=(1, 0), ordered=(3, 0), ended=(4, 0), code=85)]
-    now = revised(case, [account(record, supervised=True) for record in after])
+    now = revised(case, after, supervised=True)
     assert (now.cause.rank, now.cause.kind, now.exit_code) == (1, Kind.EARLY, 85)
 
 
@@ -263,9 +275,15 @@ def test_an_end_is_named_as_a_shell_would_number_it(returncode, status, words):
     assert describe(returncode) == words
 
 
+class NoText:
+    def __str__(self) -> str:
+        raise TypeError("no text")
+
+
 @pytest.mark.parametrize(
     ("error", "derived"),
     [
+        (RuntimeError(NoText()), False),
         (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:3456"), True),
         (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +15,12 @@ import pytest
 from allstep.channel.account import Kind
 from allstep.channel.client import Client
 from allstep.channel.events import AllArrived, Verdict
-from allstep.channel.messages import Failure, Hello, Notice, Welcome, encode
+from allstep.channel.gate import FIRST_LINE
+from allstep.channel.messages import Failure, Hello, Notice, Stacks, Welcome, encode
+from allstep.channel.own_stacks import StacksTimer
 from allstep.channel.pulse import Pulse
 from allstep.errors import WorldError
-from tests.channel.driving import arrival, listening, rank_processes, serving
+from tests.channel.driving import NONCE, arrival, listening, rank_processes, serving
 
 pytestmark = pytest.mark.slow
 
@@ -113,6 +118,26 @@ def test_nothing_at_the_address_is_an_error_in_bounded_time():
         Client.connect(f"127.0.0.1:{port}", Hello("n", 0, arrival(0)), timeout=0.5)
 
 
+def test_facts_that_are_too_long_are_named_with_their_size_and_the_remedy():
+    facts = {"lr": "0.1", "config": "x" * FIRST_LINE}
+    with serving(1) as hub, pytest.raises(WorldError, match=r"rank 0: facts .* 'config', with 262144 .*digest"):
+        Client.connect(hub.address, Hello(NONCE, 0, arrival(0, 1, facts=facts)), timeout=5)
+
+
+def test_facts_of_the_greatest_length_are_taken():
+    hello = Hello(NONCE, 0, arrival(0, 1, facts={"config": ""}), patience=30.0, stacks_file="")
+    with serving(1) as hub:
+        timer = StacksTimer()
+        room = FIRST_LINE + 1 - len(encode(replace(hello, stacks_file=timer.address)))
+        timer.close()
+        hello = replace(hello, arrival=replace(hello.arrival, facts={"config": "x" * room}))
+        connected: list[Client] = []
+        thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
+        thread.start()
+        hub.until(lambda: connected)
+        connected[0].close()
+
+
 def test_a_frozen_service_is_an_error_in_bounded_time(monkeypatch):
     monkeypatch.setattr("allstep.channel.client._GRACE_S", 0.5)
     with listening() as sock:
@@ -159,6 +184,30 @@ def test_what_comes_right_behind_the_welcome_is_heard(behind, capfd):
         client.close()
         accepted[0].close()
     assert ("slow down" in capfd.readouterr().err) == bool(behind)
+
+
+def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
+    def full() -> str:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr("allstep.channel.client.own_stacks", full)
+    with serving(1) as hub, contextlib.ExitStack() as stack:
+        connected: list[Client] = []
+        hello = Hello(NONCE, 0, arrival(0, 1))
+        thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
+        thread.start()
+        hub.until(lambda: connected)
+        client = connected[0]
+        stack.callback(client.close)
+        client.start(Pulse())
+        hub.until(lambda: hub.service.status(0))
+        answered: list[Stacks] = []
+        monkeypatch.setattr(hub.service._inquiry, "answered", answered.append)
+        hub.service._ask_stacks()
+        hub.until(lambda: answered)
+        assert answered[0].text == ""
+        number = hub.service.status(0).number
+        hub.until(lambda: hub.service.status(0).number > number)
 
 
 def receive_until(sock: socket.socket, wanted: bytes) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 
 from allstep.channel.account import Kind
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllEnded, Finished, Ordered, Refusal, Verdict
+from allstep.channel.events import AllEnded, Finished, Ordered, Verdict
 from allstep.channel.limits import Limits
 from allstep.channel.messages import Leave, Refused, Welcome
 from allstep.channel.relay import Relay
@@ -184,7 +184,6 @@ def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
         caller = Caller(relay, 1, 2, nonce="other").come()
         caller.driven = hub
         assert "another run's service" in caller.hears(Refused).reason
-        hub.until(lambda: any(isinstance(event, Refusal) for event in relay.events))
 
 
 def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
@@ -201,6 +200,18 @@ def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
         hub.until(lambda: hub.service.connected == 0)
         hub.pass_time(0.5)
         assert not [event for event in hub.events if isinstance(event, Verdict)]
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wait_for_its_last_word(supervised: bool):
+    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised) as relay:
+        relay.others.append(hub)
+        if supervised:
+            assert relay.verdict().cause.kind is Kind.SERVICE_LOST
+        else:
+            relay.until(lambda: len(relay.selector.get_map()) == 1)  # it only listens
+            relay.pass_time(0.1)
+            assert not [event for event in relay.events if isinstance(event, Verdict)]
 
 
 def test_a_doubled_rank_on_another_node_is_named():

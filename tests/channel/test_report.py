@@ -36,6 +36,11 @@ PEER = Account(
 CASE = Case(CAUSE, (PEER, Account(2, Kind.ORDERED, "left when it was told to", 84)), 3, 0)
 
 
+def test_a_rank_that_was_killed_and_whose_process_does_not_end_is_said_to_be():
+    stuck = Account(2, Kind.KILLED, "was killed by allstep", 84, note="its process does not end")
+    assert "  rank 2: was killed by allstep; its process does not end\n" in failure_text(replace(CASE, others=(stuck,)))
+
+
 def test_the_cause_comes_first_with_its_place_and_traceback():
     lines = failure_text(CASE, name="digits").splitlines()
     assert lines[0] == "run digits failed: rank 1 of 3 failed first"
@@ -190,6 +195,28 @@ def test_the_file_is_whole_or_not_there(tmp_path):
         write_report(path, {"run": object()})
     assert json.loads(path.read_text()) == {"run": "first"}
     assert os.listdir(tmp_path) == ["failure.json"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_who_may_read_the_file_follows_from_the_umask(tmp_path, mask):
+    path = tmp_path / "failure.json"
+    before = os.umask(mask)
+    try:
+        write_report(path, {"run": "first"})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_an_error_in_writing_the_file_is_the_one_that_is_raised(tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        for path in tmp_path.iterdir():
+            path.unlink()
+        raise ValueError("the first error")
+
+    monkeypatch.setattr(json, "dump", fail)
+    with pytest.raises(ValueError, match="the first error"):
+        write_report(tmp_path / "failure.json", {"run": "first"})
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -17,11 +18,14 @@ from typing import Any
 
 import pytest
 
+from allstep.channel import sidecar_process
 from allstep.channel.address import new_nonce
+from allstep.channel.hub import Hub
+from allstep.channel.listening import HERE
 from allstep.channel.messages import Welcome
-from allstep.channel.sidecar import Sidecar, start_sidecar
+from allstep.channel.sidecar import Setup, Sidecar, start_sidecar
 from allstep.errors import ConfigurationError
-from tests.channel.driving import BOUND, Caller, RankProcess, arrival, gone, rank_processes, wait_for
+from tests.channel.driving import BOUND, Caller, RankProcess, arrival, gone, listening, rank_processes, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -193,6 +197,56 @@ def waiting_process() -> Iterator[subprocess.Popen[bytes]]:
     finally:
         process.kill()
         process.wait()
+
+
+def test_its_loop_asks_who_is_connected_only_when_it_may_end(monkeypatch):
+    """It goes through all ranks for that, and each heartbeat is a turn of the loop."""
+    asked: list[bool] = []
+    monkeypatch.setattr(Hub, "connected", property(lambda hub: asked.append(True) or 1))
+    theirs, lifeline = os.pipe()
+    setup = Setup("n", 0, 2, HERE, "", "", "", 0, (), "")
+    loop = sidecar_process._Service(setup, theirs, listening(), None)
+    with loop._selector, contextlib.closing(loop._service):
+        assert not loop._over()
+        assert not asked
+        os.close(lifeline)
+        loop._read_lifeline()
+        assert not loop._over()
+        assert asked
+    os.close(theirs)
+
+
+def test_it_starts_from_a_process_with_many_open_files():
+    with many_open_files(), sidecar(2, new_nonce()) as service:
+        assert int(service.address.rpartition(":")[2]) > 0
+
+
+def test_the_end_of_a_process_is_seen_whatever_the_number_of_its_descriptor():
+    with many_open_files(), waiting_process() as process:
+        pidfd = os.pidfd_open(process.pid)
+        assert pidfd >= 1024
+        assert not sidecar_process._ended(pidfd)
+        process.kill()
+        wait_for(lambda: sidecar_process._ended(pidfd))
+        os.close(pidfd)
+
+
+@contextlib.contextmanager
+def many_open_files() -> Iterator[None]:
+    """Descriptors below 1,024, where `select` ends, are all in use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this system allows too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while held[-1] < 1024:
+            held.append(os.dup(held[0]))
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_limits_that_cannot_be_read_start_nothing():

@@ -93,6 +93,31 @@ def test_a_timer_without_a_file_does_nothing(monkeypatch):
     timer.close()
 
 
+def test_stacks_need_no_folder_for_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(own_stacks()))
+    thread.start()
+    thread.join()
+    assert "test_stacks_need_no_folder" in main_thread(found[0])
+
+
+def test_a_timer_whose_file_the_script_closed_does_nothing_and_leaves_the_next_file_alone(tmp_path):
+    timer = StacksTimer()
+    descriptor = int(timer.address.split("/")[4])
+    os.close(descriptor)
+    timer.wind_up()
+    path = tmp_path / "kept"
+    path.write_text("kept")
+    other = os.open(path, os.O_RDWR)
+    os.dup2(other, descriptor)
+    timer.wind_up()
+    timer.close()
+    assert path.read_text() == "kept"
+    for fd in {other, descriptor}:
+        os.close(fd)  # it is still open
+
+
 def test_a_stacks_file_is_read_from_another_process_and_ends_with_its_own():
     code = (
         "import os, sys; from allstep.channel.stacks_file import make_stacks_file\n"

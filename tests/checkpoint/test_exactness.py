@@ -38,7 +38,9 @@ def test_killed_at_every_iteration(tmp_path, ranks):
         assert began == [(kill - 1) // 2 * 2 + 1 for kill in kills]
 
 
-@pytest.mark.parametrize("ranks", [*(pytest.param(ranks, marks=pytest.mark.nightly) for ranks in (1, 2)), 3])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(3, marks=pytest.mark.nightly)]
+)
 def test_killed_with_workers_and_accumulation(tmp_path, ranks):
     job = Job(str(tmp_path), workers=2, accumulate=2, every=3)
     for parted, _ in run_ranks(unequal_after_kills, ranks, job, [4, 8] if ranks == 1 else [8], timeout=280):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from allstep.checkpoint import Store, export, find_entry
+from allstep import Engine
+from allstep.checkpoint import Checkpoint, Store, export, find_entry
 from allstep.errors import CheckpointError, DamagedCheckpointError
 from tests.checkpoint.folders import flip, same, some_state
 
@@ -49,6 +52,49 @@ def test_several_parts_keep_theirs_in_the_names(folder: Path, tmp_path: Path) ->
     export(find_entry(str(folder), None), str(tmp_path / "all.safetensors"))
     names = pytest.importorskip("safetensors.torch").load_file(tmp_path / "all.safetensors")
     assert {"model/layer0.weight", "optimizer/state/0/exp_avg"} <= names.keys()
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the output's, and parameters in a list, whose keys are digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.middle = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.scales = nn.ParameterList([torch.rand(4), torch.rand(4)])
+        self.output = nn.Linear(4, 7, bias=False)
+        self.output.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("make", [Tied, lambda: Tied().scales, lambda: nn.Sequential(nn.Linear(2, 3))])
+def test_safetensors_of_a_module_loads_strictly(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    module, again = make(), make()
+    saved = {"model": module, "average": module}  # the same tensors under two parts
+    Checkpoint(tmp_path / "c", saved, every=None).save(Engine(lambda engine, batch: None), wait=True)
+    for part in saved:
+        path = tmp_path / f"{part}.safetensors"
+        export(find_entry(str(tmp_path / "c"), None), str(path), only=part)
+        again.load_state_dict(pytest.importorskip("safetensors.torch").load_file(path), strict=True)
+        assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+def test_keys_are_names_as_they_are(tmp_path: Path) -> None:
+    state = {"part": {"a~b": torch.ones(1), "a/b": torch.zeros(1), 3: torch.ones(2), "4": np.arange(10**4)}}
+    assert Store(str(tmp_path / "c")).save(1, state).wait()
+    export(find_entry(str(tmp_path / "c"), None), str(tmp_path / "x.safetensors"), only="part")
+    assert set(pytest.importorskip("safetensors.torch").load_file(tmp_path / "x.safetensors")) == {
+        "a~b",
+        "a/b",
+        "3",
+        "4",
+    }
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
+    state = {"part": {3: torch.ones(1), "3": torch.zeros(1)}}
+    assert Store(str(tmp_path / "c")).save(1, state).wait()
+    with pytest.raises(CheckpointError, match=r"two tensors would have the name '3'; choose a \.pt file"):
+        export(find_entry(str(tmp_path / "c"), None), str(tmp_path / "x.safetensors"), only="part")
 
 
 @pytest.mark.parametrize(

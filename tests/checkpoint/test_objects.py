@@ -175,6 +175,57 @@ def test_sharded_tensors_are_not_one_ranks_own(tmp_path):
     run_ranks(save_sharded_by_rank, 2, str(tmp_path), fresh=True)
 
 
+def keep_flat_shards(world, folder, around):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(nn.Linear(3, 4), device_id=torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"'model' is or holds a FullyShardedDataParallel.*fully_shard instead"):
+        Checkpoint(folder, {"model": nn.Sequential(model) if around else model})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("around", [False, True])
+def test_modules_sharded_by_the_first_fsdp_are_refused_with_what_to_use_instead(around, tmp_path):
+    run_ranks(keep_flat_shards, 2, str(tmp_path), around, fresh=True)
+
+
+class Stream(Counted):
+    """Batches of one rank, which know where they are."""
+
+    def __iter__(self):
+        while self.value < 20:
+            self.value += 1
+            yield self.value
+
+
+def take_from_streams(world, folder, iterations):
+    """Go on with a stream for each rank; the batches that came, or why the run cannot go on."""
+    from allstep import Engine, Events
+
+    taken = []
+    trainer = Engine(lambda engine, batch: taken.append(batch))
+    checkpoint = Checkpoint(folder, {"trainer": trainer}, every=None).attach(trainer)
+    try:
+        checkpoint.resume()
+    except CheckpointError as error:
+        return str(error)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED(once=iterations), trainer.terminate)
+    trainer.run(Stream(), max_epochs=1, epoch_length=18, window=1)
+    return taken
+
+
+@pytest.mark.slow
+def test_places_of_each_ranks_own_data_are_refused_on_all_ranks_at_another_world_size(tmp_path):
+    two, one = str(tmp_path / "two"), str(tmp_path / "one")
+    assert run_ranks(take_from_streams, 2, two, 3) == [[1, 2, 3]] * 2
+    (refused,) = run_ranks(take_from_streams, 1, two, 5)
+    assert "saved at world size 2, and this run has 1. Resume at world size 2" in refused
+    assert run_ranks(take_from_streams, 2, two, 5) == [[4, 5]] * 2
+    assert run_ranks(take_from_streams, 1, one, 3) == [[1, 2, 3]]
+    said = run_ranks(take_from_streams, 2, one, 5)
+    assert ["saved at world size 1, and this run has 2" in each for each in said] == [True, True]
+
+
 class Unready(Counted):
     """State that cannot be had."""
 

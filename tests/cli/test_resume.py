@@ -80,7 +80,9 @@ def test_a_place_that_the_script_names_wins_and_the_other_is_said_to_have_no_eff
 
 
 @slow
-@pytest.mark.parametrize(("asked", "begins"), [("none", 1), ("saved/save-000002-step-4", 5)])
+@pytest.mark.parametrize(
+    ("asked", "begins"), [("none", 1), pytest.param("saved/save-000002-step-4", 5, marks=pytest.mark.nightly)]
+)
 def test_a_restart_goes_on_from_what_the_launch_has_saved_if_anything(asked: str, begins: int, folder: Path) -> None:
     options = ["--resume", asked, "--max-restarts", "2", "--name", "exp"]
     faults = [f"rank=1,iteration={begins},attempt=0,kill=9", "rank=1,iteration=9,attempt=1,kill=9"]

@@ -1,4 +1,4 @@
-"""What the end of a run means: finished, failed, or left; and that a finished one is not trained again."""
+"""What the end of a run means: finished, failed, preempted or left; and that a finished one is not trained again."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_one_that_was_finished_and_asked_again_before_goes_on_too_when_asked_for
     assert engine.run(range(3), max_epochs=6).iteration == 18
 
 
-@pytest.mark.parametrize("outcome", ["left", "failed"])
+@pytest.mark.parametrize("outcome", ["left", "preempted", "failed"])
 def test_any_other_end_is_gone_on_from(outcome: str) -> None:
     _, state = ended_in_epoch_2(outcome)
     assert "finished" not in state
@@ -104,8 +104,44 @@ def _all_ask(coordinator: SimulatedRank, asked: tuple[Any, ...]) -> tuple[int, A
         (("left", "finished"), "rank 1: finished", "finished"),
         (("finished", "failed"), "rank 1: failed", "failed"),
         (("failed", "finished"), "rank 0: failed", "failed"),
+        (("left", "preempted"), "rank 1: preempted", "preempted"),
+        (("preempted", "finished"), "rank 1: finished", "finished"),
         (("left", "left"), "rank 0: left", "left"),
     ],
 )
 def test_ranks_agree_on_the_gravest_outcome_and_its_reason(asked: tuple[Any, ...], reason: str, outcome: str) -> None:
     assert simulate(_all_ask, 2, asked) == [(6, reason, outcome)] * 2
+
+
+def _fails_in_the_last_window(coordinator: Any, accumulate: int, terms: dict[str, int]) -> tuple[Any, ...]:
+    engine = Engine(nothing, coordinator=coordinator, accumulate=accumulate, name="trainer")
+    fired: list[Any] = []
+    engine.add_event_handler(Events.TERMINATE, lambda: fired.append((engine.state.outcome, engine.state.stop_reason)))
+    if coordinator.rank == coordinator.world_size - 1:
+        engine.add_event_handler(
+            Events.ITERATION_COMPLETED(once=9), lambda: engine.terminate(reason="not finite", outcome="failed")
+        )
+    state = engine.run(range(100), **terms)
+    assert not engine.progress.abandoned
+    return state.iteration, state.outcome, state.stop_reason, fired
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_failure_in_the_last_window_counts_where_max_iters_ends_the_run_inside_an_epoch(accumulate: int) -> None:
+    expected = (10, "failed", "rank 1: not finite", [("failed", "rank 1: not finite")])
+    assert simulate(_fails_in_the_last_window, 2, accumulate, {"max_iters": 10}) == [expected] * 2
+
+
+def test_so_it_does_on_one_rank_that_accumulates() -> None:
+    expected = (10, "failed", "rank 0: not finite", [("failed", "rank 0: not finite")])
+    assert _fails_in_the_last_window(Alone(), 2, {"max_iters": 10}) == expected
+
+
+def test_a_run_that_max_iters_ended_in_its_last_window_goes_on_inside_the_epoch() -> None:
+    engine = Engine(nothing, coordinator=Alone(), accumulate=2)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=9), engine.terminate)
+    assert engine.run(range(15), max_iters=10).outcome == "left"
+    seen: list[Any] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: seen.append(engine.state.batch))
+    assert engine.run(max_iters=14).iteration == 14
+    assert seen == [10, 11, 12, 13]

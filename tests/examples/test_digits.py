@@ -36,9 +36,9 @@ def test_two_processes_reach_97_percent_and_every_number_of_ranks_measures_the_s
 
     measured = {
         ranks: accuracy(run([*ALLSTEP, str(ranks)], EXAMPLE, "--evaluate", weights, folder=tmp_path))
-        for ranks in (1, 2, 3)
+        for ranks in (1, 3)
     }
-    assert measured == dict.fromkeys((1, 2, 3), accuracy(printed))
+    assert measured == dict.fromkeys((1, 3), accuracy(printed))
 
 
 def test_the_same_file_runs_alone_and_under_torchrun_and_in_a_slurm_step(tmp_path: Path) -> None:

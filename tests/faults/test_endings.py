@@ -50,6 +50,7 @@ def test_a_run_that_stopped_early_is_finished_says_so_when_started_again_and_tra
     assert "nothing to run: the run was finished: rank 0: no better score than 0.0 in 1 times" in second.err
 
 
+@pytest.mark.nightly
 def test_a_run_that_was_out_of_time_goes_on(tmp_path: Path) -> None:
     first, second = twice(tmp_path, "limit=0.001", "every=epoch")
     assert (first.code, second.code) == (0, 0), second.err

@@ -80,7 +80,7 @@ def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit
     check_first_lines(job, "rank 0 of 2 made no progress")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_row_24_a_slow_rank_is_named_and_not_ended(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "few_steps.py", "40", fault=FaultPlan.at(1, 2).slow(0.1), launcher=launcher)
     assert job.code == 0, job.text

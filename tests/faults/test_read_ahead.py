@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("kind", ["own", "none"])
+@pytest.mark.parametrize("kind", ["own", pytest.param("none", marks=pytest.mark.nightly)])
 def test_a_run_over_streams_of_unknown_length_that_is_killed_in_an_epoch_ends_like_an_unbroken_one(
     kind: str, tmp_path: Path
 ) -> None:

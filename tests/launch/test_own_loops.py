@@ -45,7 +45,14 @@ ONE_STAYS_AWAY = """
 """
 
 
-@pytest.mark.parametrize("body", [COLLECTIVES, GRADIENTS, MAIN_FIRST], ids=["collectives", "gradients", "main_first"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(COLLECTIVES, id="collectives"),
+        pytest.param(GRADIENTS, id="gradients", marks=pytest.mark.nightly),
+        pytest.param(MAIN_FIRST, id="main_first", marks=pytest.mark.nightly),
+    ],
+)
 def test_ranks_that_meet_or_take_turns_do_not_hang_however_long_it_takes(body: str, tmp_path: Path) -> None:
     script(tmp_path, OPEN + body)
     result = run(tmp_path, "--nproc", "2", "--limits", f"startup={LIMIT_S}", "script.py")

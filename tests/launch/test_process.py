@@ -6,11 +6,12 @@ import os
 import select
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from allstep.launch.plan import Command, WorkerPlan
-from allstep.launch.process import start_worker
+from allstep.launch.process import WorkerProcess, start_worker
 from tests.jobs.launchers import script
 from tests.jobs.processes import LIMIT, alive
 
@@ -30,7 +31,7 @@ def test_the_end_of_a_worker_makes_its_descriptor_readable_and_is_told(
         assert worker.returncode() == returncode
         worker.send(signal.SIGTERM)  # to one that has ended: nothing
     finally:
-        worker.release()
+        worker.release(LIMIT)
 
 
 @pytest.mark.parametrize("pidfd", [True, False])
@@ -43,6 +44,28 @@ def test_release_kills_a_worker_and_what_it_started(pidfd: bool, tmp_path: Path)
         assert alive(child)
         copy = os.pidfd_open(child)
     finally:
-        worker.release()
+        worker.release(LIMIT)
     assert select.select([copy], [], [], LIMIT)[0]
     os.close(copy)
+
+
+def test_a_process_that_does_not_end_is_not_waited_for() -> None:
+    worker = start_stuck()
+    worker.release(0.0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(worker.exit_fd)
+
+
+def start_stuck() -> WorkerProcess:
+    """Descriptors as a worker's, and a process whose end nobody may wait for."""
+
+    class Stuck:
+        pid = 2**22 + 1  # no process can have it
+
+        def wait(self) -> int:
+            raise AssertionError("waits without bound")
+
+    pipes = [os.pipe() for _ in range(4)]
+    stuck: Any = Stuck()
+    ours = [ours for ours, _ in pipes]
+    return WorkerProcess(0, stuck, *ours)

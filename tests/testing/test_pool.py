@@ -96,7 +96,7 @@ def state(world: World) -> dict[str, Any]:
         "anomaly": torch.is_anomaly_enabled(),
         "drawn": (random.random(), float(np.random.rand()), float(torch.rand(()))),
         "stdout": sys.stdout is sys.__stdout__,
-        "handlers": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
+        "handlers": [_handler(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
         "mask": signal.pthread_sigmask(signal.SIG_BLOCK, []),
         "argv": list(sys.argv),
         "warnings": len(warnings.filters),
@@ -104,6 +104,11 @@ def state(world: World) -> dict[str, Any]:
         "umask": os.umask(0o22),
         "pid": os.getpid(),
     }
+
+
+def _handler(number: int) -> object:
+    handler = signal.getsignal(number)
+    return handler if isinstance(handler, signal.Handlers) else type(handler).__name__  # a World makes one of its own
 
 
 def change_everything(world: World, folder: Path) -> int:

@@ -14,6 +14,8 @@ from tests.world.frozen_store import served_store
 
 pytestmark = pytest.mark.slow
 
+RANK_1_TWICE, RANK_0_TWICE = (0, 1, 1), (0, 0, 1)
+
 AT_ONCE = 120.0
 """Seconds for processes to start and to end on a busy machine, far below the time that ranks give each other."""
 
@@ -40,19 +42,20 @@ def check(folder: Path, places: list[dict[str, str]]) -> None:
             assert f"process {job.pid} on {socket.gethostname()}" in text
 
 
-@pytest.mark.parametrize("ranks", [(0, 1, 1), (0, 0, 1)], ids=["rank 1 twice", "rank 0 twice"])
+@pytest.mark.parametrize("ranks", [RANK_1_TWICE, pytest.param(RANK_0_TWICE, marks=pytest.mark.nightly)])
 def test_all_ranks_of_a_node_hear_which_two_processes_are_one_rank(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     with ReservedPort() as reserved:
         check(tmp_path, [place(rank, 3, reserved.port) for rank in ranks])
 
 
-@pytest.mark.parametrize("ranks", [(0, 1, 1), (0, 0, 1)], ids=["rank 1 twice", "rank 0 twice"])
+@pytest.mark.parametrize("ranks", [pytest.param(RANK_1_TWICE, marks=pytest.mark.nightly), RANK_0_TWICE])
 def test_ranks_of_several_nodes_hear_it_too(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     with ReservedPort() as reserved:
         check(tmp_path, [on_nodes(rank, reserved.port) for rank in ranks])
 
 
-@pytest.mark.parametrize("ranks", [(0, 1, 1), (0, 0, 1)], ids=["rank 1 twice", "rank 0 twice"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", [RANK_1_TWICE, RANK_0_TWICE])
 def test_ranks_at_a_launchers_store_hear_it_too(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     with served_store() as (_, port):
         agent = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from allstep.channel.arrival import objection
-from allstep.channel.events import AllArrived, HubEvent, Refusal
+from allstep.channel.events import AllArrived, HubEvent
 from allstep.channel.gate import Gate, Peer
 from allstep.channel.inquiry import Inquiry
 from allstep.channel.messages import Hello, Refused, Welcome, encode
@@ -99,7 +99,6 @@ class Admission:
         self.refusal = reason
         for door in dict.fromkeys(door for _, door in self._roll.clear()):
             self._turn_away(door, reason)
-        self._events.append(Refusal(reason))
 
     def _turn_away(self, peer: Peer, reason: str) -> None:
         if peer.name is None:  # a relay, which has other ranks to tell

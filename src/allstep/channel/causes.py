@@ -10,7 +10,8 @@ errors about another's end only.
 An error about another's end never closes the case by itself while a rank has not been heard of, but for at most
 `PATIENCE` seconds. A rank that closed its World in order, or made room, is a cause only when others could not go on
 without it, or when it made room alone. What comes after the verdict may still show a cause of a kind that stands before
-the one that was named: `revised` takes it in.
+the one that was named: `revised` takes it in. The end of a rank that was ordered to leave is one only within `SETTLE`
+of the order, or where no rank was known to have failed by itself: a rank that seems frozen may be writing a core dump.
 """
 
 from __future__ import annotations
@@ -149,9 +150,10 @@ def case_of(
     return Case(cause, tuple(others), len(accounts), attempt, explanation, tuple(slow))
 
 
-def revised(case: Case, accounts: Sequence[Account]) -> Case:
+def revised(case: Case, records: Sequence[Record], *, supervised: bool) -> Case:
     """The case after the verdict, with what has become of the ranks since."""
     before = case.cause
+    accounts = [account(record, supervised=supervised) for record in records]
     now = accounts[before.rank]
     if now.kind in (before.kind, *CAUSES):
         cause = now
@@ -159,11 +161,23 @@ def revised(case: Case, accounts: Sequence[Account]) -> Case:
         cause = _as_cause(now)  # how it went on to leave
     else:
         cause = replace(before, output=now.output, note=now.note)
-    first = min((each for each in accounts if each.kind in CAUSES), key=_distance, default=cause)
+    follows = {record.rank for record in records if before.kind in CAUSES and _ended_on_order(record)}
+    causes = [each for each in accounts if each.kind in CAUSES and each.rank not in follows]
+    first = min(causes, key=_distance, default=cause)
     explanation = case.explanation
     if _distance(first)[0] < _distance(cause)[0]:
         cause, explanation = first, ""
     return case_of(cause, accounts, attempt=case.attempt, explanation=explanation, slow=case.slow)
+
+
+def _ended_on_order(record: Record) -> bool:
+    """Whether a rank had been told to leave long enough for its end, a crash too, to follow from that.
+
+    It tears down what others let go of meanwhile. A crash that came before the order is heard of within `SETTLE`: the
+    system closes the connections of a process and reports its end at the same time, after any core dump.
+    """
+    ordered, ended = record.ordered, record.ended
+    return ordered is not None and ended is not None and ended.at - ordered.at > SETTLE
 
 
 def _without_causes(accounts: Sequence[Account]) -> Account:

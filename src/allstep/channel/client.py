@@ -24,6 +24,7 @@ from dataclasses import replace
 
 from allstep.channel.address import split_address
 from allstep.channel.flight_recorder import active_collectives
+from allstep.channel.gate import FIRST_LINE
 from allstep.channel.leaving import leave, write_out
 from allstep.channel.messages import (
     AskStacks,
@@ -85,12 +86,15 @@ class Client:
             timeout: seconds that the ranks have to arrive.
 
         Raises:
-            WorldError: nothing answers there, the service turned this rank away, or ranks are missing or do not fit.
+            WorldError: nothing answers there, the service turned this rank away, the facts are too long, or ranks are
+                missing or do not fit.
         """
         deadline = time.monotonic() + timeout + _GRACE_S
         client = cls(_reach(address, timeout), hello)
         try:
-            client._send(replace(hello, patience=timeout, stacks_file=client._timer.address), REPORT_S)
+            hello = replace(hello, patience=timeout, stacks_file=client._timer.address)
+            _check_length(hello)
+            client._send(hello, REPORT_S)
             client._await_welcome(address, deadline, timeout)
         except BaseException:
             client._let_go()
@@ -226,7 +230,15 @@ class Client:
                 case Notice(text):
                     write_out(text)
                 case AskStacks():
-                    self._send(Stacks(self._rank, own_stacks(), active_collectives()), REPORT_S)
+                    self._send(self._stacks(), REPORT_S)
+
+    def _stacks(self) -> Stacks:
+        """The answer to `AskStacks`; an empty one where there can be no other, so that nobody waits for it."""
+        try:
+            text = own_stacks()
+        except OSError:
+            text = ""
+        return Stacks(self._rank, text, active_collectives())
 
     def _obey(self, order: Leave) -> None:
         if order.code is not None:
@@ -240,6 +252,19 @@ def _forget_in_child(reference: weakref.ref[Client]) -> None:
     client = reference()
     if client is not None and not client._closing:
         client._connection.close()
+
+
+def _check_length(hello: Hello) -> None:
+    """The service closes on a longer line without a word, since a stranger could send it."""
+    length, facts = len(encode(hello)) - 1, hello.arrival.facts
+    if length <= FIRST_LINE:
+        return
+    largest = max(facts, key=lambda name: len(facts[name]), default="")
+    raise WorldError(
+        f"rank {hello.arrival.rank}: facts are too long: with them a rank's introduction has {length} bytes, of at "
+        f"most {FIRST_LINE}; the longest of {len(facts)} is {largest!r}, with {len(facts.get(largest, ''))} "
+        "characters. Give init a digest instead, such as hashlib.sha256(repr(config).encode()).hexdigest()"
+    )
 
 
 def _reach(address: str, timeout: float) -> Connection:

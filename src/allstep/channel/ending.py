@@ -71,8 +71,13 @@ def about_another_rank(error: BaseException) -> bool:
     """
     if type(error).__module__.startswith("torch") and type(error).__name__ in _TORCHS:
         return True
-    text = str(error)
-    return type(error) is RuntimeError and not text.startswith("Caught ") and about_a_lost_connection(text)
+    if type(error) is not RuntimeError:
+        return False
+    try:
+        text = str(error)
+    except Exception:  # it was given something that has no text
+        return False
+    return not text.startswith("Caught ") and about_a_lost_connection(text)
 
 
 def after_another(end: WorkerEnd) -> bool:

@@ -13,13 +13,6 @@ class AllArrived:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
-    """The ranks were turned away, each with this reason."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """The run has failed, and it is clear how. The driver orders the ranks to leave."""
 
@@ -53,11 +46,13 @@ class Ordered:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """At a relay: the attempt is over. `text` is the report (empty after a success), `code` the run's status."""
+    """At a relay: the attempt is over. `text` is the last word about the run, or empty where it goes on with another
+    attempt; `code` is the exit status, of the run or, without a supervisor, of the ranks.
+    """
 
     text: str
     code: int
 
 
-HubEvent = AllArrived | Refusal | Verdict | StragglerSeen | AllEnded | Ordered | Finished
+HubEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Ordered | Finished
 """Any of them."""

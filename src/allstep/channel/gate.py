@@ -24,7 +24,9 @@ from allstep.errors import ChannelError
 HELLO_S = 10.0
 """Seconds in which a newcomer has to introduce itself."""
 
-_FIRST_LINE = 1 << 18  # bytes; a relay's hello names its ranks
+FIRST_LINE = 1 << 18
+"""Bytes of a newcomer's first line, at most: a rank's hello has its facts, a relay's names its ranks."""
+
 _PARTING_S = 2.0
 _STRANGERS = 4096
 _ACCEPTED = 64  # taken at a time
@@ -201,7 +203,7 @@ class Gate:
             if len(self._leaving) >= _STRANGERS:
                 sock.close()
                 continue
-            peer = Peer(Connection(sock, _FIRST_LINE), self._clock() + HELLO_S)
+            peer = Peer(Connection(sock, FIRST_LINE), self._clock() + HELLO_S)
             self._peers.add(peer)
             self._leaving.add(peer)
             self._selector.register(sock, selectors.EVENT_READ, HubKey(self._owner, peer))

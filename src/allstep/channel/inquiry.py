@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from allstep.channel.account import Kind, account, judgement
+from allstep.channel.account import Kind, judgement
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import CAUSES, Case, due, judge, made_room_alone, revised
 from allstep.channel.ending import WorkerEnd
@@ -117,11 +117,14 @@ class Inquiry:
             self._evidence()
 
     def node_lost(self, ranks: Collection[int], why: str) -> None:
-        """A node is gone, with those of its ranks that had not ended."""
+        """A node is gone, with those of its ranks that had not ended.
+
+        A rank that had closed its World is gone with it too where the end of its process was to be told.
+        """
         moment = self._moment()
         for rank in ranks:
             record = self.records.get(rank)
-            if record is not None and not record.end and not record.bye:
+            if record is not None and not record.end and not (record.bye and not self._supervised):
                 record.lost, record.node_lost, record.lost_why = record.lost or moment, True, why
         self._evidence()
 
@@ -166,7 +169,7 @@ class Inquiry:
         """The case as it stands now, with what has become of the ranks since the verdict."""
         if self._verdict is None:
             return None
-        return revised(self._verdict, [account(record, supervised=self._supervised) for record in self._all()])
+        return revised(self._verdict, self._all(), supervised=self._supervised)
 
     def ends(self) -> Mapping[int, WorkerEnd]:
         """How workers ended, by rank."""

@@ -180,7 +180,7 @@ class RankLost:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The attempt is over; `text` is the report, `code` the run's exit status."""
+    """The attempt is over; `text` and `code` as in `events.Finished`."""
 
     text: str
     code: int

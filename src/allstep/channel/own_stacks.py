@@ -9,6 +9,7 @@ import contextlib
 import faulthandler
 import os
 import tempfile
+from typing import BinaryIO
 
 from allstep.channel.stacks import without_current_thread
 from allstep.channel.stacks_file import make_stacks_file
@@ -20,8 +21,12 @@ _LARGEST = 256 << 10
 
 
 def own_stacks() -> str:
-    """The stacks of all threads but the one that asks."""
-    with tempfile.TemporaryFile() as file:
+    """The stacks of all threads but the one that asks.
+
+    Raises:
+        OSError: there is no file to write them to.
+    """
+    with _scratch() as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
         return without_current_thread(file.read(_LARGEST).decode(errors="replace"))
@@ -42,19 +47,33 @@ class StacksTimer:
             self._descriptor, self.address = make_stacks_file()
 
     def wind_up(self) -> None:
-        """Begin to count again, and forget stacks of a time that is over."""
+        """Begin to count again, and forget stacks of a time that is over; where that fails, there are none from now on.
+
+        The script may have closed the descriptor, which another file can then get.
+        """
         if self._descriptor is None:
             return
-        if os.fstat(self._descriptor).st_size:
-            os.ftruncate(self._descriptor, 0)
-            os.lseek(self._descriptor, 0, os.SEEK_SET)
-        faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._descriptor)
-        self._counts = True
+        try:
+            if os.fstat(self._descriptor).st_size:
+                os.ftruncate(self._descriptor, 0)
+                os.lseek(self._descriptor, 0, os.SEEK_SET)
+            faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._descriptor)
+            self._counts = True
+        except (OSError, RuntimeError):  # RuntimeError: no thread for the timer
+            self._descriptor = None
 
     def close(self) -> None:
         """Stop counting."""
         if self._counts:
             faulthandler.cancel_dump_traceback_later()
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
         self._counts, self._descriptor = False, None
+
+
+def _scratch() -> BinaryIO:
+    """A file that ends with its descriptor: in memory, since the folder for temporary files may be full or missing."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("allstep-own-stacks"), "w+b")
+    return tempfile.TemporaryFile()

@@ -19,7 +19,7 @@ from allstep.channel.account import Account, Kind
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case, case_of
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Refusal, Verdict
+from allstep.channel.events import AllArrived, Finished, HubEvent, Ordered, Verdict
 from allstep.channel.gate import Came, Gate, Gone, Said, who_knows
 from allstep.channel.limits import Limits
 from allstep.channel.messages import (
@@ -172,7 +172,8 @@ class Relay:
 
     def _lose_head(self, how: str) -> None:
         self._uplink.give_up(how)
-        if self._finished or self._refused or self._verdict is not None:
+        over = self._finished or (self._refused and not self._supervised)  # a supervisor waits to hear that it is over
+        if over or self._verdict is not None:
             return
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
         lowest, order = min(self._hello.ranks, default=0), self._ranks.moment().order
@@ -194,7 +195,6 @@ class Relay:
             case Refused(reason):
                 self._ranks.refuse(reason)
                 self._refused = not self._ranks.present()
-                self._events.append(Refusal(reason))
             case Leave():
                 self._ranks.order_out(message)
                 if message.code is not None:

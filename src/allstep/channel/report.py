@@ -5,10 +5,10 @@ Contract: pure functions, but for `write_report`, after which the file holds the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -94,21 +94,22 @@ def failure_json(
 
 
 def write_report(path: Path, content: Mapping[str, object]) -> None:
-    """Write JSON so that a reader finds the whole of it or nothing.
+    """Write JSON so that a reader finds the whole of it or nothing. Who may read it follows from the umask.
 
     Raises:
         OSError: the folder cannot be written to.
     """
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
+        with open(temporary, "x", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
 
 
@@ -224,6 +225,8 @@ def _others(case: Case) -> list[str]:
             how = f"had seen {each.what} leave a run, and had not ended of it"
         elif each.kind is Kind.RUNNING and each.waiting:
             how = f"waited in {each.waiting}"
+        elif each.kind is Kind.KILLED and each.note:
+            how = f"{each.what}; {each.note}"
         else:
             how = each.what
         alike.setdefault(how, []).append(each.rank)

@@ -135,10 +135,17 @@ def start_sidecar(
     return Sidecar(join_address(HERE if host == EVERYWHERE else host, int(port)), process, lifeline)
 
 
+def is_ready(fd: int, seconds: float) -> bool:
+    """Wait until there is something to read, or for a pidfd until its process has ended; whatever the fd's number."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
 def _read_answer(fd: int, timeout: float) -> str:
     deadline, data = time.monotonic() + timeout, b""
     try:
-        while (left := deadline - time.monotonic()) > 0 and select.select([fd], [], [], left)[0]:
+        while (left := deadline - time.monotonic()) > 0 and is_ready(fd, left):
             chunk = os.read(fd, 4096)
             data += chunk
             if not chunk:

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # without site-packages: find the package that this 
 import contextlib
 import json
 import os
-import select
 import selectors
 import signal
 import socket
@@ -37,7 +36,7 @@ from allstep.channel.listening import listen
 from allstep.channel.relay import Relay
 from allstep.channel.report import failure_json, failure_text, straggler_line, write_report
 from allstep.channel.service import Service
-from allstep.channel.sidecar import Setup
+from allstep.channel.sidecar import Setup, is_ready
 from allstep.exit_codes import PEER_LOST
 
 LEAVE_S = 1.0
@@ -109,10 +108,12 @@ class _Service:
             self._service.close()
 
     def _over(self) -> bool:
-        if self._end_at is not None and (time.monotonic() >= self._end_at):
+        if self._end_at is None and self._lifeline_open:
+            return False
+        if self._end_at is not None and time.monotonic() >= self._end_at:
             return True
-        idle = not self._service.connected and not self._service.backlog and not self._service.settling
-        return idle and (self._end_at is not None or not self._lifeline_open) and not self._kill
+        needed = self._kill or self._service.settling or self._service.connected or self._service.backlog
+        return not needed
 
     def _read_lifeline(self) -> None:
         if not os.read(self._lifeline, 1):
@@ -208,7 +209,7 @@ def _write(fd: int, text: str) -> bool:
 
 
 def _ended(pidfd: int) -> bool:
-    return bool(select.select([pidfd], [], [], 0)[0])
+    return is_ready(pidfd, 0.0)
 
 
 def main(lifeline: int, answer: int, outlet: int | None = None) -> None:

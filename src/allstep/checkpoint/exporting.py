@@ -1,19 +1,24 @@
 """One file out of a checkpoint, which needs no allstep to be read.
 
-Contract: in any process, alone. A `.safetensors` file holds tensors by name; a `.pt` file the nested state, with numpy
-values as tensors and numbers, so that `torch.load` reads it as it is. The file appears under its name when it is whole.
+Contract: in any process, alone. A `.safetensors` file holds tensors by name, under every name that they have: tied
+weights come once for each. A name is made of the keys that lead to the tensor, as they are, with "/" between. A `.pt`
+file holds the nested state, with numpy values as tensors and numbers, so that `torch.load` reads it as it is. The file
+appears under its name when it is whole.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from allstep.checkpoint.dtypes import find_dtype, stored_as, stored_shape, to_stored
+from allstep.checkpoint.encoding import decode
+from allstep.checkpoint.index import TensorRecord
 from allstep.checkpoint.layout import STATE
 from allstep.checkpoint.listing import Entry
 from allstep.checkpoint.reading import Reader
@@ -32,7 +37,8 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
         only: a part of the state, such as "model"; the tensors' names then lack it, as `load_state_dict` expects.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, has no such part, or the path ends otherwise or is in no folder.
+        CheckpointError: the checkpoint is damaged, has no such part, or the path ends otherwise or is in no folder; or
+            there is no tensor for a .safetensors file, or two would have one name.
     """
     suffix = os.path.splitext(path)[1]
     if suffix not in (".safetensors", ".pt"):
@@ -61,28 +67,59 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
                 os.unlink(temporary)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unread:
+    """Stands for a tensor where only its place matters."""
+
+    name: str
+    record: TensorRecord
+
+    def numpy(self) -> _Unread:
+        """As an array's content it is the same."""
+        return self
+
+
 def _write_safetensors(reader: Reader, path: str, only: str | None, metadata: dict[str, str]) -> None:
     """Tensor by tensor, so that never more than one is in memory."""
-    records = {
-        name if only is None else name.removeprefix(f"{only}/"): (name, record)
-        for name, record in reader.saved(STATE).tensors.items()
-        if only is None or name.startswith(f"{only}/")
-    }
+    saved = reader.saved(STATE)
+
+    def fetch(name: str) -> Any:
+        return _Unread(name, saved.tensors[name])
+
+    records: dict[str, _Unread] = {}
+    for keys, unread in _unread_in(decode(saved.value if only is None else saved.value[only], fetch)):
+        key = "/".join(keys) or str(only)
+        if key in records:
+            raise CheckpointError(f"two tensors would have the name {key!r}; choose a .pt file")
+        records[key] = unread
     if not records:
         raise CheckpointError("there are no tensors to export; choose a .pt file")
-    dtypes = {key: find_dtype(record.dtype) for key, (_, record) in records.items()}
+    dtypes = {key: find_dtype(unread.record.dtype) for key, unread in records.items()}
     layout = lay_out(
         (
-            (key, stored_as(dtypes[key]), stored_shape(dtypes[key], record.shape))
-            for key, (_, record) in records.items()
+            (key, stored_as(dtypes[key]), stored_shape(dtypes[key], unread.record.shape))
+            for key, unread in records.items()
         ),
         metadata,
     )
     with open(path, "wb") as file:
         file.write(layout.header)
         for slot in layout.slots:
-            tensor = to_stored(reader.read_tensor(*records[slot.key]))
+            unread = records[slot.key]
+            tensor = to_stored(reader.read_tensor(unread.name, unread.record))
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _unread_in(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], _Unread]]:
+    """The tensors of a nested state, each with the keys that lead to it."""
+    if isinstance(value, _Unread):
+        yield keys, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _unread_in(item, (*keys, str(key)))
+    elif isinstance(value, list | tuple | set | frozenset):
+        for at, item in enumerate(value):
+            yield from _unread_in(item, (*keys, str(at)))
 
 
 def _portable(value: Any) -> Any:

@@ -4,7 +4,8 @@ Contract: `Checkpoint` makes one `Kept` for each object that it was given and ca
 the same on every rank, `of_rank` what this rank has for itself; `load` gives both back, to objects of a run of any
 world size. Modules are taken out of DDP and torch.compile (`allstep.checkpoint.modules`). The sharded parameters of
 FSDP2 and tensor parallelism are DTensors, which know how they are sharded; `template` says which state is to be filled
-as such. Whatever else has `state_dict` and `load_state_dict` is kept as it is.
+as such. Those of FSDP1 are plain tensors, so it is refused. Whatever else has `state_dict` and `load_state_dict` is
+kept as it is.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from allstep.engine.progress import place_from
 from allstep.engine.terms import is_done
 from allstep.errors import CheckpointError
 from allstep.parallel import unwrap
+from allstep.world import World
 
 
 class Stateful(Protocol):
@@ -111,6 +113,12 @@ def _is_metric(value: Any) -> bool:
     return torchmetrics is not None and isinstance(value, torchmetrics.Metric | torchmetrics.MetricCollection)
 
 
+def _has_flat_shards(module: nn.Module) -> bool:
+    # Importing it takes seconds, and where nothing has imported it nothing is wrapped.
+    fsdp = sys.modules.get("torch.distributed.fsdp.fully_sharded_data_parallel")
+    return fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in module.modules())
+
+
 def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
     if isinstance(value, Engine):
         return _KeptEngine(value, trains=not trainers or value in trainers)
@@ -124,6 +132,11 @@ def _kept(name: str, value: Any, trainers: Sequence[Engine]) -> Kept:
             "allstep.Metrics, attach that, and give the Metrics to the checkpoint"
         )
     if isinstance(value, nn.Module):
+        if _has_flat_shards(value):
+            raise CheckpointError(
+                f"{name!r} is or holds a FullyShardedDataParallel module, whose shards are plain tensors that do not "
+                "tell what they are part of; shard it with torch.distributed.fsdp.fully_shard instead"
+            )
         return KeptModule(unwrap(value))
     if isinstance(value, torch.optim.Optimizer):
         return _KeptOptimizer(value)
@@ -167,7 +180,10 @@ class _KeptByRank(_Plain):
 
 
 class _KeptEngine(_Plain):
-    """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not."""
+    """An engine's counters and its place in data that is dealt to ranks are everybody's; a place of its own is not.
+
+    Such places are taken up at the world size at which they were saved, and refused at any other.
+    """
 
     def __init__(self, value: Engine, *, trains: bool) -> None:
         super().__init__(value)
@@ -189,8 +205,21 @@ class _KeptEngine(_Plain):
             return
         if not self.trains:
             state = {key: each for key, each in state.items() if key != "finished"}  # which would keep it from running
+        _check_own_places(of_ranks)
         own = of_ranks[rank] if rank < len(of_ranks) else None
         self.value.load_state_dict(state if own is None else {**state, "data": own})
+
+
+def _check_own_places(of_ranks: Sequence[Any]) -> None:
+    """Refuse, on all ranks alike, data's own states that were saved by more or fewer ranks than there are."""
+    world = World.current()
+    world_size = 1 if world is None else world.world_size
+    if len(of_ranks) != world_size and any(each is not None for each in of_ranks):
+        raise CheckpointError(
+            "the engine's place is what each rank's data told of itself, which cannot be dealt anew: it was saved at "
+            f"world size {len(of_ranks)}, and this run has {world_size}. Resume at world size {len(of_ranks)}, or "
+            "leave the engine out of the objects, so that it begins anew with what else was saved"
+        )
 
 
 class _KeptOptimizer(_Plain):

@@ -17,10 +17,11 @@ import torch
 
 ReduceOp = Literal["sum", "max", "min"]
 
-Outcome = Literal["left", "finished", "failed"]
+Outcome = Literal["left", "preempted", "finished", "failed"]
 """What a run's end by request means for the run.
 
-"left": it stands where it is and is to go on another time. "finished": it has reached its goal, and a run that goes on
+"left": it stands where it is and is to go on another time. "preempted": it has to make room and is to be started again
+as soon as that can be. "finished": it has reached its goal, and a run that goes on
 from here trains nothing. "failed": what it holds is of no use; it is to go on from what was saved before.
 """
 

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from allstep.data import Loader, PlacedIterable, ShardedBatchSampler
 from allstep.engine.progress import Place
 from allstep.engine.source import END
+from allstep.engine.state_copy import copied
 from allstep.errors import DataError
 
 
@@ -177,7 +178,7 @@ class Trail(Iterator[Any]):
         return self._states[-1][1]
 
     def _remember(self) -> None:
-        self._states.append((self._read, copy.deepcopy(self._keeper.state_dict())))
+        self._states.append((self._read, copied(self._keeper.state_dict())))
 
 
 def _has_state(value: Any) -> bool:

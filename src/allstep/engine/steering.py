@@ -83,9 +83,11 @@ class Steering:
             skip_completed: leave out COMPLETED.
             reason: what `state.stop_reason` says, after the rank.
             agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
-            outcome: "left" where the run is to go on another time; "finished" where it has reached its goal, so that a
-                run which goes on from the saved state trains nothing; "failed" where its state is of no use, so that a
-                `Checkpoint` does not save it.
+            outcome: "left" where the run is to go on another time; "preempted" where it has to make room, so that a
+                `Preemption` that is attached ends the process with exit code 85, unless the run is complete;
+                "finished" where it has reached its goal, so that a run which goes on from the saved state trains
+                nothing; "failed" where its state is of no use, so that a `Checkpoint` does not save it. Where several
+                are asked for, the last of these four holds.
 
         Raises:
             ValueError: outcome is none of these.
@@ -134,14 +136,20 @@ class Steering:
                 loop.replace_data(state.dataloader)
             return
         if asked.request is Request.TERMINATE:
-            self.skips_completed = asked.skip
             self.progress.abandoned = self.progress.epoch_is_open
-            if state.outcome is None or OUTCOMES.index(asked.outcome) > OUTCOMES.index(state.outcome):
-                state.stop_reason, state.outcome = f"rank {asked.rank}: {asked.reason}", asked.outcome
+            self.note_end(asked)
         elif asked.request is Request.TERMINATE_EPOCH:
             self.skips_epoch_completed = asked.skip
         self.asked.add(asked.request)
         loop.until = LOOK_NOW
+
+    def note_end(self, asked: Asked) -> None:
+        """Note what an end that was agreed means, also where the run had come to its own end before that was known."""
+        state = self.state
+        self.skips_completed = asked.skip
+        if state.outcome is None or OUTCOMES.index(asked.outcome) > OUTCOMES.index(state.outcome):
+            state.stop_reason, state.outcome = f"rank {asked.rank}: {asked.reason}", asked.outcome
+        self.asked.add(Request.TERMINATE)
 
     @property
     def _votes(self) -> bool:

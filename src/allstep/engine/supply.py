@@ -85,9 +85,15 @@ class Supply:
         return ends_at
 
     def confirm_end(self) -> None:
-        """Check that all ranks end the run here. Raises DivergenceError."""
+        """Check that all ranks end the run here, and take what the end means from requests of the last window.
+
+        Raises DivergenceError.
+        """
         if self.agreed is not None:
             self.agreed.confirm_end()
+            for asked in self.agreed.take_landed():
+                if asked.request is Request.TERMINATE:
+                    self.engine.note_end(asked)
 
     def replace_data(self, data: Any) -> None:
         """Take batches from `data` from the next one on."""

@@ -4,7 +4,8 @@ Contract: attached from the main thread to the engine that trains, beside a `Che
 signal to any rank, SIGTERM or SIGUSR1, stops all of them after the same iteration; the checkpoint saves there and
 waits until that is committed; then `Engine.run` raises `Preempted`, with which the process ends with exit code 85, or
 the SLURM job is put back into its queue first. A run that was complete when the stop held ends as if there had been no
-signal, and so does one that was ended as finished. A second signal hurries: the engines in `hurries`, such as an
+signal, and so does one that was ended as finished. An end that others asked for at the same time, such as a
+`TimeLimit`, changes nothing. A second signal hurries: the engines in `hurries`, such as an
 evaluator that runs in the trainer's handler, end too; a save that is under way, and the one of the place where the run
 stops, are still committed. A third one kills, as it does by default: the save under way is lost, and the newest
 committed checkpoint is as it was. What can go wrong: a step that hangs never stops; a job that cannot be
@@ -22,7 +23,7 @@ from allstep.engine import Engine, Events
 from allstep.engine.terms import is_done
 from allstep.errors import Preempted
 from allstep.exit_codes import PREEMPTED
-from allstep.handlers.stop_on_signal import SIGNAL_REASON, TOGETHER_S, StopOnSignal
+from allstep.handlers.stop_on_signal import TOGETHER_S, StopOnSignal
 
 _PATIENCE_S = 30
 
@@ -36,6 +37,8 @@ class Preemption(StopOnSignal):
         hurries: engines that a second signal ends as well.
         signals, together: as for `StopOnSignal`.
     """
+
+    outcome = "preempted"
 
     def __init__(
         self,
@@ -58,8 +61,8 @@ class Preemption(StopOnSignal):
     def _leave(self, engine: Engine) -> None:
         state = engine.state
         completed = state.epoch - engine.progress.epoch_is_open
-        asked = (state.stop_reason or "").partition(": ")[2].startswith(SIGNAL_REASON)
-        if asked and not is_done(state.iteration, completed, state.max_epochs, state.max_iters):
+        is_complete = is_done(state.iteration, completed, state.max_epochs, state.max_iters)
+        if state.outcome == "preempted" and not is_complete:
             engine.leaves_with = Preempted(PREEMPTED)
 
     def _requeue(self, engine: Engine) -> None:

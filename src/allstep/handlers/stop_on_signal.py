@@ -21,13 +21,11 @@ import threading
 import time
 from collections.abc import Iterable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
+from allstep.coordination import Outcome
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.errors import EngineError
-
-SIGNAL_REASON = "signal "
-"""What the reason of a stop for a signal begins with."""
 
 TOGETHER_S = 2.0
 
@@ -41,8 +39,11 @@ class StopOnSignal:
         together: seconds in which signals of one kind are taken for one.
 
     Attributes:
+        outcome: what the end means, as for `terminate`.
         received: the first signal that came since `attach`, or None.
     """
+
+    outcome: ClassVar[Outcome] = "left"
 
     def __init__(
         self,
@@ -121,8 +122,8 @@ class StopOnSignal:
     def _tell(self, engine: Engine) -> None:
         if self.received is not None and not self._is_told:
             self._is_told = True
-            engine.terminate(reason=f"{SIGNAL_REASON}{self.received.name}")
+            engine.terminate(reason=f"signal {self.received.name}", outcome=self.outcome)
 
     def _hurry(self, engine: Engine) -> None:
         if len(self._noted) > 1 and self.received is not None:
-            engine.terminate(reason=f"{SIGNAL_REASON}{self.received.name}, twice")
+            engine.terminate(reason=f"signal {self.received.name}, twice")

@@ -1,14 +1,18 @@
 """One attempt on this machine: its workers started, watched, told to leave, ended.
 
-Contract: `run` is called once, from the main thread, and returns when no worker of this machine is left, nor anything
-in a worker's process group, and the control channel has said that the attempt is over everywhere. Then `case` is the
-failure, or None, `stopped_by` the signal that stopped it, or None, and `ends` says how each worker ended. In it:
+Contract: `run` is called once, from the main thread, and returns when no worker of this machine is left that can be
+ended, nor anything in a worker's process group, and the control channel has said that the attempt is over everywhere.
+Then `case` is the failure, or None, `stopped_by` the signal that stopped it, or None, and `ends` says how each worker
+ended. In it:
 - All workers exit with 0: success.
 - The channel's service settles on a case (a failure or a hang): it orders the other ranks to leave; who has not after
   `LEAVE` seconds is killed (a pending gloo collective cannot be aborted, and SIGTERM is for preemption only).
 - A worker that makes room (85) while others of this machine do not is named; the channel decides what comes of it.
 - A signal to stop (`heed`): passed on (SIGINT as such, the others as SIGTERM), then SIGCONT, so that a worker that was
-  stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. SIGUSR1 and SIGUSR2 are passed on.
+  stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. Other machines are waited for `REMOTE`
+  seconds longer, and after a second signal not at all. SIGUSR1 and SIGUSR2 are passed on.
+- A worker that SIGKILL cannot end (the kernel waits in it for a device or a file system) is left behind after `KILLED`
+  seconds, and said to be.
 - A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then
   killed.
 What can go wrong: a worker cannot be started; `start` raises LaunchError, and `close` ends those that were.
@@ -46,11 +50,16 @@ LEAVE = 1.0
 ALONE = 5.0
 """Seconds after a worker made room in which the others can do so too, before it is said that it did so alone."""
 
+KILLED = 10.0
+"""Seconds after SIGKILL in which a worker's process has to end."""
+
 LINGER = 1.0
 """Seconds for which output is read after the last worker has ended."""
 
 REMOTE = 10.0
-"""Seconds after a verdict in which the other machines can say how their workers ended; less where one is lost."""
+"""Seconds after a verdict, or after the grace of a signal to stop, in which the other machines can say how their
+workers ended; less where one is lost.
+"""
 
 
 class Attempt:
@@ -94,7 +103,9 @@ class Attempt:
         self._relayed = relayed
         self._workers: dict[int, WorkerProcess] = {}
         self._killed: set[int] = set()
+        self._left_behind: set[int] = set()
         self._kill_at: float | None = None
+        self._leave_behind_at: float | None = None
         self._give_up_at: float | None = None
         self._say_alone_at: float | None = None
         self._over_everywhere = False
@@ -122,7 +133,7 @@ class Attempt:
 
     def run(self) -> None:
         """Watch the workers to their end, and the attempt to its end everywhere."""
-        while self._remaining() or not self._is_over_everywhere():
+        while self._remaining() or not self._over_everywhere:
             self._turn()
         self._linger()
 
@@ -136,6 +147,7 @@ class Attempt:
         elif self.stopped_by is None and self.case is None:
             self._stop(number, remaining)
         else:
+            self._give_up(0.0)
             self._kill()
 
     def killed(self) -> tuple[int, ...]:
@@ -149,13 +161,15 @@ class Attempt:
                 self._loop.forget(worker.exit_fd)
             worker.kill_group()
         self.streams.close()
-        for worker in self._workers.values():
-            worker.release()
+        until = time.monotonic() + KILLED
+        for rank, worker in self._workers.items():
+            worker.release(0.0 if rank in self._left_behind else until - time.monotonic())
 
     def _turn(self, until: float | None = None) -> None:
         self._terminal.adjust()
         self.streams.adjust()
-        times = (until, self._kill_at, self._give_up_at, self._say_alone_at, self._channel.deadline())
+        own = (self._kill_at, self._leave_behind_at, self._give_up_at, self._say_alone_at)
+        times = (until, *own, self._channel.deadline())
         self._loop.turn(min((at for at in times if at is not None), default=None))
         now = time.monotonic()
         if (tick_at := self._channel.deadline()) is not None and now >= tick_at:
@@ -164,6 +178,10 @@ class Attempt:
             self._act(event)
         if self._kill_at is not None and now >= self._kill_at:
             self._kill()
+        if self._leave_behind_at is not None and now >= self._leave_behind_at:
+            self._leave_behind()
+        if self._give_up_at is not None and now >= self._give_up_at:
+            self._give_up_at, self._over_everywhere = None, True
         if self._say_alone_at is not None and now >= self._say_alone_at:
             self._say_who_made_room()
 
@@ -171,7 +189,7 @@ class Attempt:
         if isinstance(event, Verdict) and self.case is None:
             self.case = event.case
             lost = event.case.cause.kind is Kind.NODE_LOST
-            self._give_up_at = time.monotonic() + (0 if self._relayed else 2 * LEAVE if lost else REMOTE)
+            self._give_up(0.0 if self._relayed else 2 * LEAVE if lost else REMOTE)
             if self.stopped_by is None:
                 self._channel.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
@@ -186,19 +204,28 @@ class Attempt:
             self._over_everywhere = True
             self._kill_soon()
 
-    def _is_over_everywhere(self) -> bool:
-        return self._over_everywhere or (self._give_up_at is not None and time.monotonic() >= self._give_up_at)
-
     def _stop(self, number: signal.Signals, remaining: Sequence[WorkerProcess]) -> None:
         self.stopped_by = number
         self._kill_at = time.monotonic() + self._grace
-        self._terminal.say(
-            f"{number.name}: passed on to the workers, which have {self._grace:g} s to leave; "
-            "a second signal ends them at once"
-        )
+        self._give_up(self._grace + REMOTE)
+        if remaining:
+            self._terminal.say(
+                f"{number.name}: passed on to the workers, which have {self._grace:g} s to leave; "
+                "a second signal ends them at once"
+            )
+        else:
+            self._terminal.say(
+                f"{number.name}: no worker is left here; the other machines have {self._grace + REMOTE:g} s to end; "
+                "a second signal ends the wait"
+            )
         for worker in remaining:
             worker.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
             worker.send(signal.SIGCONT)
+
+    def _give_up(self, after: float) -> None:
+        """Wait for the other machines for so many seconds more at the most."""
+        at = time.monotonic() + after
+        self._give_up_at = at if self._give_up_at is None else min(at, self._give_up_at)
 
     def _kill_soon(self) -> None:
         if self.stopped_by is None:
@@ -209,20 +236,33 @@ class Attempt:
         for worker in self._remaining():
             self._killed.add(worker.rank)
             worker.kill_group()
+            self._leave_behind_at = self._leave_behind_at or time.monotonic() + KILLED
+
+    def _leave_behind(self) -> None:
+        """Go on without the workers that were killed and whose processes do not end."""
+        self._leave_behind_at = None
+        for worker in self._remaining():
+            self._left_behind.add(worker.rank)
+            self._terminal.say(
+                f"rank {worker.rank} was killed, and its process (pid {worker.process.pid}) does not end; going on "
+                "without it"
+            )
+            self._take_end(worker.rank, -signal.SIGKILL, "its process does not end")
 
     def _note_end(self, rank: int) -> None:
-        worker = self._workers[rank]
-        self._loop.forget(worker.exit_fd)
-        self.streams.drain(rank)
-        code = worker.returncode()
-        words = self.streams.last_words(rank)
-        killed = rank in self._killed and code == -signal.SIGKILL
-        note = self._memory.note(code, words, killed=killed)
-        self.ends[rank] = WorkerEnd(rank, code, killed, words, note)
-        self._channel.worker_ended(self.ends[rank])
-
+        code = self._workers[rank].returncode()
+        self._take_end(rank, code)
         if code == PREEMPTED and self.case is None and self.stopped_by is None:
             self._say_alone_at = time.monotonic() + ALONE
+
+    def _take_end(self, rank: int, code: int, note: str = "") -> None:
+        self._loop.forget(self._workers[rank].exit_fd)
+        self.streams.drain(rank)
+        words = self.streams.last_words(rank)
+        killed = rank in self._killed and code == -signal.SIGKILL
+        note = note or self._memory.note(code, words, killed=killed)
+        self.ends[rank] = WorkerEnd(rank, code, killed, words, note)
+        self._channel.worker_ended(self.ends[rank])
 
     def _say_who_made_room(self) -> None:
         self._say_alone_at = None

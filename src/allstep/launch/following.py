@@ -1,7 +1,8 @@
 """A machine that is not node 0: it comes to the head before each attempt and does its share.
 
-Contract: `follow` returns the run's exit status, which the head decides, or 84 (peer lost) when the head was lost after
-the first attempt began. One line says how the run ended; the report is the head's.
+Contract: `follow` returns the run's exit status, which the head decides; 84 (peer lost) when the head was lost after
+the first attempt began; 128 + N when signal N stopped this machine and the head has not said how the run ended. One
+line says how it ended; the report is the head's.
 What can go wrong before that is a LaunchError.
 """
 
@@ -11,11 +12,13 @@ import contextlib
 from pathlib import Path
 
 from allstep.channel.address import join_address
+from allstep.channel.events import Finished
 from allstep.channel.limits import Limits
 from allstep.channel.listening import HERE, listen
 from allstep.channel.relay import Relay
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST
+from allstep.launch.attempt import Attempt
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.introduction import introduce
 from allstep.launch.joiner import SILENCE, join, leave
@@ -31,6 +34,7 @@ def follow(machine: Machine) -> int:
     assert nodes is not None
     limit = machine.launch.settings.rdzv_timeout
     begun = False
+    finished: Finished | None = None
     while True:
         try:
             answer = join(machine.loop, nodes, introduce(machine.launch), limit, machine.stopped)
@@ -40,22 +44,32 @@ def follow(machine: Machine) -> int:
             machine.say(f"node 0 was lost after the attempt: {error}")
             return PEER_LOST
         if answer is None:
-            assert machine.stopped_by is not None
-            machine.say(f"stopped by {machine.stopped_by.name}")
-            leave(nodes, Resigned(introduce(machine.launch).token, nodes.rank, f"stopped by {machine.stopped_by.name}"))
-            return 128 + machine.stopped_by
+            return _resign(machine, nodes, finished)
         if isinstance(answer, Over):
             machine.say(answer.text)
             return answer.status
         begun = True
         limit = SILENCE
-        if lost := _take_part(machine, nodes, answer):
-            machine.say(lost)
+        attempt = _take_part(machine, nodes, answer)
+        if attempt.case is not None and attempt.finished is None:
+            machine.say(f"run {answer.run_id}: {attempt.case.cause.what}; this node's workers were ended")
             return PEER_LOST
+        finished = attempt.finished
 
 
-def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
-    """Do this machine's share of an attempt; return why the run is over for it, "" where the head will say more."""
+def _resign(machine: Machine, nodes: Nodes, finished: Finished | None) -> int:
+    """Leave after a signal to stop; return the run's exit status where the head has said it, else the signal's."""
+    assert machine.stopped_by is not None
+    text, status = f"stopped by {machine.stopped_by.name}", 128 + machine.stopped_by
+    leave(nodes, Resigned(introduce(machine.launch).token, nodes.rank, text))
+    if finished is not None and finished.text:
+        text, status = finished.text, finished.code
+    machine.say(text)
+    return status
+
+
+def _take_part(machine: Machine, nodes: Nodes, start: Start) -> Attempt:
+    """Do this machine's share of an attempt."""
     launch = machine.launch
     listener = listen(HERE)
     folder = _folder(machine, start)
@@ -88,10 +102,7 @@ def _take_part(machine: Machine, nodes: Nodes, start: Start) -> str:
         limits=limits,
     )
     with contextlib.closing(relay):
-        attempt = machine.attempt(share, relay, folder, relayed=True)
-    if attempt.case is not None and attempt.finished is None:
-        return f"run {start.run_id}: {attempt.case.cause.what}; this node's workers were ended"
-    return ""
+        return machine.attempt(share, relay, folder, relayed=True)
 
 
 def _folder(machine: Machine, start: Start) -> AttemptFolder | None:

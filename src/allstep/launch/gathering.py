@@ -38,8 +38,7 @@ class Gathering:
         while self._post.missing() and not self._post.objection and not self._machine.stopped():
             if time.monotonic() >= until:
                 break
-            self._machine.turn(min(until, self._post.deadline()))
-            self._post.tick()
+            self._machine.turn(until)
         refusal = self._refusal()
         if refusal or self._machine.stopped():
             self._post.over(Refused(refusal or "node 0 was stopped"))

@@ -1,9 +1,9 @@
 """The machine that decides: it begins attempts, has the other machines do their share, and reports.
 
 Contract: `lead` returns the run's exit status: that of the first cause, 128 + N where signal N stopped the run, 85
-where workers made room in order. Each attempt has a number, folder, port and nonce that no other has, so nothing that
-an earlier attempt left can be taken for its own. An attempt that failed is followed by another as `restarts.decide`
-says; a signal to stop ends that. The report is shown whether or not it can also be written.
+where workers made room in order and none failed. Each attempt has a number, folder, port and nonce that no other has,
+so nothing that an earlier attempt left can be taken for its own. An attempt that failed is followed by another as
+`restarts.decide` says; a signal to stop ends that. The report is shown whether or not it can also be written.
 What can go wrong before the first worker runs: the folder cannot be made, other machines do not come or do not fit, or
 a worker cannot be started; each is a LaunchError.
 """
@@ -116,7 +116,7 @@ class _Leader:
             attempt = self._machine.attempt(share, hub, self._folder)
             status = self._conclude(attempt, hub, share)
             if self._gathering is not None:
-                hub.finish(self._last_word(status), status or 0)
+                hub.finish("" if status is None else self._last_word(status), status or 0)
                 self._tidy(hub, self._gathering, status)
         return status
 
@@ -153,13 +153,13 @@ class _Leader:
         if attempt.stopped_by is not None:
             if case is not None and case.cause.kind is Kind.ERROR and "KeyboardInterrupt" not in case.cause.what:
                 self._report(case, attempt, hub)
-            return self._stopped(attempt)
+            return self._stopped(attempt, case)
         if case is None:
             return self._went_well(attempt, hub)
         self._failed.append(FailedAttempt(self._number, _progress(hub, share.world_size), _in_short(case)))
         self._last_status = case.exit_code or PEER_LOST
         decision = decide(self._failed, max_restarts=self._settings.max_restarts, stop_after=self._settings.stop_after)
-        if decision.again:
+        if decision.again and not self._machine.stopped():
             self._machine.say(f"attempt {self._number} failed: {self._failed[-1].summary}; {decision.reason}")
             self._write(case, attempt, hub)
             return None
@@ -167,7 +167,9 @@ class _Leader:
         if self._settings.max_restarts:
             for each in self._failed[:-1]:
                 self._machine.say(f"attempt {each.number} had failed before: {each.summary}")
-            self._machine.say(f"not begun again: {decision.reason}")
+            number = self._machine.stopped_by
+            reason = f"stopped by {number.name}" if decision.again and number is not None else decision.reason
+            self._machine.say(f"not begun again: {reason}")
         return self._last_status
 
     def _went_well(self, attempt: Attempt, hub: Hub) -> int:
@@ -180,13 +182,14 @@ class _Leader:
             self._machine.say(f"run {self._name} succeeded after {restarts} restart{'s' if restarts > 1 else ''}")
         return 0
 
-    def _stopped(self, attempt: Attempt | None = None) -> int:
+    def _stopped(self, attempt: Attempt | None = None, case: Case | None = None) -> int:
         number = attempt.stopped_by if attempt is not None else self._machine.stopped_by
         assert number is not None
         killed = attempt.killed() if attempt is not None else ()
         named = f"rank{'s' if len(killed) > 1 else ''} {', '.join(map(str, killed))}"
         self._machine.say(f"stopped by {number.name}" + (f"; {named} had to be killed" if killed else ""))
-        if attempt is not None and any(end.returncode == PREEMPTED for end in attempt.ends.values()):
+        made_room = attempt is not None and any(end.returncode == PREEMPTED for end in attempt.ends.values())
+        if made_room and case is None:
             return PREEMPTED
         return 128 + number
 
@@ -207,11 +210,11 @@ class _Leader:
     def _logs(self, attempt: Attempt) -> dict[int, Path]:
         return {rank: self._folder.log(rank) for rank in attempt.ends} if self._folder is not None else {}
 
-    def _last_word(self, status: int | None) -> str:
-        if status is None:
-            return f"run {self._name}: attempt {self._number} failed, another follows"
+    def _last_word(self, status: int) -> str:
         if status == 0:
             return f"run {self._name} ended on all nodes"
+        if status == PREEMPTED:
+            return f"run {self._name} made room (exit code {PREEMPTED}) on all nodes"
         why = f": {self._failed[-1].summary}" if self._failed else ""
         return f"run {self._name} ended with exit code {status}{why}; node 0 has the report"
 

@@ -1,8 +1,9 @@
 """The supervisor's one loop: everything that can happen is a descriptor in one selector, or a deadline.
 
 Contract: used from the main thread. A part of the supervisor `watch`es a descriptor with what to call when it is
-ready. Whoever has a gate of the control channel registers its sockets itself, and is given those that are ready. `turn`
-waits once, until something is ready or `until` has come, and calls what is due; nothing is polled.
+ready. Whoever has a gate of the control channel registers its sockets itself, and is given those that are ready. A part
+that has deadlines whoever turns the loop has itself `tend`ed. `turn` waits once, until something is ready, a deadline
+of those or `until` has come, and calls what is due; nothing is polled.
 """
 
 from __future__ import annotations
@@ -10,8 +11,19 @@ from __future__ import annotations
 import selectors
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from allstep.channel.gate import HubKey
+
+
+class Tended(Protocol):
+    """What the loop calls as time passes."""
+
+    def deadline(self) -> float:
+        """When `tick` is due, on the monotonic clock."""
+
+    def tick(self) -> None:
+        """Act on the time that has passed."""
 
 
 class Loop:
@@ -19,6 +31,16 @@ class Loop:
 
     def __init__(self) -> None:
         self.selector = selectors.DefaultSelector()
+        self._tended: list[Tended] = []
+
+    def tend(self, part: Tended) -> None:
+        """Call `part.tick` whenever its deadline has passed."""
+        self._tended.append(part)
+
+    def leave(self, part: Tended) -> None:
+        """Tend a part no longer; nothing where it is not tended."""
+        if part in self._tended:
+            self._tended.remove(part)
 
     def watch(self, fd: int, call: Callable[[], object], events: int = selectors.EVENT_READ) -> None:
         """Call `call` whenever `fd` is ready."""
@@ -35,7 +57,8 @@ class Loop:
 
     def turn(self, until: float | None) -> None:
         """Wait for what comes next, at most until the monotonic time `until` (None: for ever), and act on it."""
-        timeout = None if until is None else max(0.0, until - time.monotonic())
+        times = [part.deadline() for part in self._tended] + ([] if until is None else [until])
+        timeout = max(0.0, min(times) - time.monotonic()) if times else None
         for key, _ in self.selector.select(timeout):
             now = self.selector.get_map().get(key.fd)
             if now is None or now.data is not key.data:
@@ -44,6 +67,9 @@ class Loop:
                 key.data.owner.ready(key)
             else:
                 key.data()
+        for part in self._tended.copy():
+            if time.monotonic() >= part.deadline():
+                part.tick()
 
     def close(self) -> None:
         """Close the selector; the descriptors are their owners'."""

@@ -1,9 +1,9 @@
 """The head's door: where the supervisors of the other nodes come before each attempt, and when the run is over.
 
-Contract: lives as long as the run, on the rendezvous port, driven by the run's loop. Between attempts it gathers:
-`missing` names the nodes that are not there, `objection` is why the run cannot go on at all. `start` lets all go.
-During an attempt a node that comes is one whose workers have ended already, and waits; any other is refused. `over`
-tells those that wait that the run has ended. A stranger is turned away and said once.
+Contract: lives as long as the run, on the rendezvous port, driven by the run's loop, attempt or not. Between attempts
+it gathers: `missing` names the nodes that are not there, `objection` is why the run cannot go on at all. `start` lets
+all go. During an attempt a node that comes is one whose workers have ended already, and waits; any other is refused.
+`over` tells those that wait that the run has ended. A stranger is turned away and said once.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class Post:
         self._told: set[str] = set()
         self._say = say
         self._next_pulse = time.monotonic() + PULSE
+        self._loop = loop
+        loop.tend(self)
 
     def missing(self) -> tuple[int, ...]:
         """The node ranks that have not come."""
@@ -114,6 +116,7 @@ class Post:
 
     def close(self) -> None:
         """Close the door and every connection."""
+        self._loop.leave(self)
         self._gate.close()
 
     def _hear(self) -> None:

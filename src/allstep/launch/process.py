@@ -4,13 +4,15 @@ Contract: `start_worker` is called from the main thread (the kernel ties a child
 process leads a session and process group of its own. `exit_fd` becomes readable when it has ended, `returncode` then
 says how, and until `release` it stays unreaped, so its pid, which is its group's too, can belong to nobody else when
 the group is killed. `release` kills what is left of the group and reaps.
-What can go wrong: the process cannot be started, which is an OSError.
+What can go wrong: the process cannot be started, which is an OSError; or it does not end after SIGKILL, because the
+kernel waits in it for a device or a file system, and `release` leaves it behind.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -48,10 +50,17 @@ class WorkerProcess:
         assert end is not None
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
-    def release(self) -> None:
-        """Kill what is left, reap, and close the descriptors."""
+    def release(self, patience: float) -> None:
+        """Kill what is left, reap, and close the descriptors.
+
+        Args:
+            patience: seconds that it has to end in, after which it is left unreaped.
+        """
         self.kill_group()
-        self.process.wait()
+        ending = select.poll()
+        ending.register(self.exit_fd, select.POLLIN)
+        if ending.poll(max(0.0, patience) * 1000):
+            self.process.wait()
         for fd in (self.stdout, self.stderr, self.exit_fd, self.lifeline):
             os.close(fd)
 

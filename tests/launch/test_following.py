@@ -1,0 +1,85 @@
+"""How a machine that another one leads ends, with the other machine's words and the workers being the test's."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from allstep.channel.events import Finished
+from allstep.launch import following
+from allstep.launch.joining import Over, Resigned, Start
+from allstep.launch.loop import Loop
+from allstep.launch.nodes import Nodes
+from allstep.launch.plan import Command
+from allstep.launch.settings import LaunchSettings
+
+LAST = Finished("run exp made room (exit code 85) on all nodes", 85)
+NEXT = Finished("", 0)
+
+
+class Follower:
+    """A machine whose attempt ends as the test says."""
+
+    def __init__(self, folder: Path, *, finished: Finished | None, stopped: str) -> None:
+        self.launch = SimpleNamespace(
+            settings=LaunchSettings(runs=str(folder), name="exp"),
+            command=Command("train.py"),
+            workers=1,
+            environ={},
+            nodes=Nodes(count=2, rank=1, host="127.0.0.1", ports=(9,)),
+        )
+        self.loop = Loop()
+        self.said: list[str] = []
+        self.stopped_by: signal.Signals | None = None
+        self.resigned: list[Resigned] = []
+        self._finished = finished
+        self._stopped = stopped
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def stopped(self) -> bool:
+        return self.stopped_by is not None
+
+    def attempt(self, share: object, relay: object, folder: object, *, relayed: bool) -> object:
+        if self._stopped == "in the attempt":
+            self.stopped_by = signal.SIGTERM
+        return SimpleNamespace(case=None, finished=self._finished)
+
+    def follow(self, monkeypatch: pytest.MonkeyPatch) -> int:
+        starts = [Start("exp", 0, "n0", 9, 9, 1, 2, 0)]
+
+        def join(*given: object) -> Start | Over | None:
+            if starts:
+                return starts.pop()
+            if self._stopped == "after it":
+                self.stopped_by = signal.SIGTERM
+            return None if self.stopped() else Over(85, LAST.text)
+
+        monkeypatch.setattr(following, "join", join)
+        monkeypatch.setattr(following, "leave", lambda nodes, message: self.resigned.append(message))
+        machine: Any = self
+        return following.follow(machine)
+
+
+@pytest.mark.parametrize(
+    ("finished", "stopped", "status", "said"),
+    [
+        (LAST, "never", 85, LAST.text),
+        (LAST, "in the attempt", 85, LAST.text),
+        (LAST, "after it", 85, LAST.text),
+        (NEXT, "in the attempt", 143, "stopped by SIGTERM"),
+        (None, "in the attempt", 143, "stopped by SIGTERM"),
+    ],
+)
+def test_a_machine_that_is_stopped_ends_as_the_run_did_where_it_has_heard_how(
+    finished: Finished | None, stopped: str, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    follower = Follower(tmp_path, finished=finished, stopped=stopped)
+    assert follower.follow(monkeypatch) == status
+    assert follower.said == [said]
+    assert [message.node_rank for message in follower.resigned] == ([] if stopped == "never" else [1])
