@@ -13,8 +13,9 @@ ten classes, in turns) that have seen the same uneven batches, and bring an epoc
 
 Bytes are what a rank gives to its collectives. Times are medians over repetitions that all contenders take in turns,
 so that a drift of the machine meets all of them; a repetition begins at a barrier, and its time is the slowest rank's.
-Updates are measured on one rank of the two, with the same batches: `Metrics` taking an engine's output, against a loop
-over the same metrics' `update`; and allstep's `Mean` against torchmetrics' `MeanMetric`.
+Updates are measured in a process of its own, with the same batches: the engine's event at which `Metrics` takes the
+step's output, against a loop over the same metrics' `update`; and allstep's `Mean`, for itself and through `Metrics`,
+against torchmetrics' `MeanMetric`. Contenders that are not installed are named and left out.
 
     pip install allstep[bench]; python benchmarks/metrics.py [--repetitions 50] [--ranks 2 4] [--quick]
 """
@@ -49,7 +50,7 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from allstep import Alone, Engine, Mean, Metrics, World
+from allstep import Alone, Engine, Events, Mean, Metrics, World
 from allstep.testing import run_ranks
 
 CLASSES, ROWS, BATCHES = 10, 64, 20
@@ -250,8 +251,11 @@ def measure(world: World, count: int, repetitions: int) -> dict[str, tuple[Traff
     logging.disable(logging.WARNING)
     runs: dict[str, Callable[[], object]] = {}
     for name, make in CONTENDERS.items():
-        with contextlib.suppress(ImportError):
+        try:
             runs[name] = make(world, count)
+        except ImportError as error:
+            if world.is_main:
+                print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
     traffic = {}
     for name, run in runs.items():
         run()
@@ -266,20 +270,26 @@ def measure(world: World, count: int, repetitions: int) -> dict[str, tuple[Traff
     return {name: (traffic[name], statistics.median(times[name])) for name in runs}
 
 
+def taking(metrics: Metrics, batch: Batch, output: object) -> Callable[[], object]:
+    """The event at which metrics take an iteration's output."""
+    engine = Engine(lambda engine, batch: batch, coordinator=Alone())
+    metrics.attach(engine)
+    engine.state.output, engine.state.batch = output, batch
+    return lambda: engine.fire_event(Events.ITERATION_COMPLETED)
+
+
 def update_cost(repetitions: int) -> dict[str, float]:
-    """Microseconds of an update on one rank: ten metrics in a loop and by `Metrics`, and the two means."""
+    """Microseconds of an update on one rank: ten metrics in a loop and through `Metrics`, and the two means."""
     torch.set_num_threads(1)
     batch, value = batches(0)[0], torch.tensor(0.5)
-    loop, ours = classification(10), Metrics(classification(10))
-    engine = Engine(lambda engine, batch: batch, coordinator=Alone())
-    ours.attach(engine)
-    engine.state.output, engine.state.batch = batch, batch
+    loop = classification(10)
     theirs_mean, our_mean = MeanMetric(), Mean()
     calls: dict[str, Callable[[], object]] = {
         "ten metrics, a loop over torchmetrics": lambda: [metric.update(*batch) for metric in loop.values()],
-        "ten metrics, allstep": lambda: ours._take(engine),
+        "ten metrics, allstep": taking(Metrics(classification(10)), batch, batch),
         "MeanMetric, torchmetrics": lambda: theirs_mean.update(value, ROWS),
         "Mean, allstep": lambda: our_mean.update(value, ROWS),
+        "Mean, allstep, through Metrics": taking(Metrics({"mean": Mean()}), batch, value),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repetitions):

@@ -73,7 +73,7 @@ def train_classifier(world: allstep.World, epochs: int) -> tuple[nn.Module, nn.M
     evaluator = allstep.create_supervised_evaluator(model)
     Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}).attach(evaluator)
     state = evaluator.run(world.loader(test_set, global_batch_size=180))
-    logits.requires_grad_(False)
+    logits.requires_grad_(False).eval()  # the inception score runs it in the mode that it is in
     return features, logits, float(state.metrics["accuracy"])
 
 

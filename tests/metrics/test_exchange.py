@@ -20,7 +20,10 @@ from allstep.metrics.plan import make_plan
 from allstep.testing import simulate
 from tests.metrics.worlds import all_same_bits, same_bits, take
 
-NUMERIC = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+NUMERIC = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+]
 ANY = [*NUMERIC, torch.bool, torch.complex64]
 
 
@@ -89,9 +92,10 @@ def test_fixed_states_of_any_type_and_shape_are_reduced_element_by_element(
     found = reduced(make, world_size)[0]
     for i, (shape, dtype, op) in enumerate(forms):
         stacked = torch.stack([tensors(shape, dtype, 10 * rank + i) for rank in range(world_size)])
-        expected = stacked.sum(0) if op == "sum" else stacked.amax(0) if op == "max" else stacked.amin(0)
-        assert found[f"s{i}"].dtype == expected.dtype
-        assert torch.equal(found[f"s{i}"], squeezed(expected))
+        wide = stacked.double() if dtype.is_floating_point else stacked.to(torch.int64)
+        expected = wide.sum(0) if op == "sum" else wide.amax(0) if op == "max" else wide.amin(0)
+        grows = op == "sum" and not dtype.is_floating_point and dtype != torch.uint64
+        assert same_bits(found[f"s{i}"], squeezed(expected if grows else expected.to(dtype)))
 
 
 @settings(max_examples=60, deadline=None)
@@ -137,6 +141,45 @@ def test_an_unweighted_mean_leaves_out_ranks_that_saw_nothing() -> None:
     values = [torch.tensor([1.0, 8.0]), torch.tensor([0.0, 0.0]), torch.tensor([3.0, 2.0])]
     found = reduced(lambda rank: States({"m": (values[rank], "mean")}, rank != 1), 3)
     assert found[0]["m"].tolist() == [2.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e5m2])
+def test_an_unweighted_mean_of_any_type_is_a_float(dtype: torch.dtype) -> None:
+    found = reduced(lambda rank: States({"m": (torch.tensor([rank % 2, 1]).to(dtype), "mean")}), 2)
+    assert found[0]["m"].dtype == (dtype if dtype.is_floating_point else torch.float32)
+    assert found[0]["m"].float().tolist() == [0.5, 1.0]
+
+
+def test_unsigned_integers_beyond_int64_keep_their_order_and_their_sum() -> None:
+    values = [2**63 + 5, 7]
+
+    def make(rank: int) -> States:
+        held = torch.tensor([values[rank]], dtype=torch.uint64)
+        return States({op: (held.clone(), op) for op in ("sum", "max", "min")})
+
+    found = reduced(make, 2)[0]
+    assert [found[op].item() for op in ("sum", "max", "min")] == [2**63 + 12, 2**63 + 5, 7]
+
+
+def fails(stack: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize(
+    ("value", "reduction", "told"),
+    [
+        (torch.ones(2, dtype=torch.complex64), "max", r"max of torch\.complex64 cannot.*metric 'it', state 'kept'"),
+        (torch.ones(2), fails, r"metric 'it', state 'kept': reduced by fails failed on .* \(2, 2\): broken"),
+    ],
+)
+def test_a_reduction_that_fails_names_metric_and_state(value: torch.Tensor, reduction: Any, told: str) -> None:
+    def rank(coordinator: Coordinator) -> None:
+        engine = Engine(take, coordinator=coordinator)
+        Metrics({"it": States({"kept": (value, reduction)})}).attach(engine)
+        with pytest.raises(MetricError, match=told):
+            engine.reductions[0](engine)  # type: ignore[operator]
+
+    simulate(rank, 2)
 
 
 def the_greatest_row(stack: torch.Tensor) -> torch.Tensor:

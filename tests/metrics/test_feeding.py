@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, MultioutputWrapper, Running
 
 from allstep import Alone, Engine
 from allstep.errors import MetricError
 from allstep.metrics import Mean, Metrics, Sum
 from allstep.metrics.feeding import Feeding
+from tests.metrics.noting import Noting, alone, batches
 from tests.metrics.worlds import on_one, over_ranks, take
 
 
@@ -67,7 +69,7 @@ def test_a_metric_beside_wrappers_that_pass_on_takes_each_batch_once() -> None:
 def test_a_metric_that_two_wrappers_would_feed_is_refused_and_both_are_named() -> None:
     one = Counting()
     with pytest.raises(MetricError, match=r"Counting is in Counting of metric 'one' and in Running of metric 'last'"):
-        Feeding({"one": one, "last": Running(one, 2)}, None)
+        Feeding({"one": one, "last": Running(one, 2)}, None, {})
 
 
 def test_a_metric_of_two_metrics_objects_of_an_engine_is_refused() -> None:
@@ -81,10 +83,10 @@ def test_a_metric_of_two_metrics_objects_of_an_engine_is_refused() -> None:
 def test_one_metric_with_two_transforms_is_refused() -> None:
     one = Counting()
     with pytest.raises(MetricError, match="one and other, for which output_transform has different functions"):
-        Feeding({"one": one, "other": one}, {"one": lambda o: o, "other": lambda o: o})
+        Feeding({"one": one, "other": one}, {"one": lambda o: o, "other": lambda o: o}, {})
     same = lambda o: o  # noqa: E731
-    Feeding({"one": one, "other": one}, {"one": same, "other": same})
-    Feeding({"one": one, "other": -one}, {"one": same})
+    Feeding({"one": one, "other": one}, {"one": same, "other": same}, {})
+    Feeding({"one": one, "other": -one}, {"one": same}, {})
 
 
 class ByKey(Metric):
@@ -174,3 +176,82 @@ def test_an_entry_called_samples_that_is_no_number_leaves_the_batchs_size() -> N
 def test_scores_and_labels_given_to_a_mean_by_position_are_refused() -> None:
     with pytest.raises(TypeError, match=r"Mean takes one value.*2 arguments.*output_transform of its own"):
         fed_with({"mean": Mean()}, [(torch.ones(2), torch.zeros(2, dtype=torch.int64))])
+
+
+def test_an_update_that_raises_says_which_metric_it_was_and_what_it_was_given() -> None:
+    output = {"preds": torch.rand(3, 4), "target": torch.zeros(2, dtype=torch.int64), "loss": 1.0}
+    with pytest.raises(RuntimeError, match="size of tensor") as caught:
+        fed_with({"right": MulticlassAccuracy(4)}, [output])
+    assert caught.value.__notes__[0] == (
+        "(metric 'right', MulticlassAccuracy, was given (preds=float32 (3, 4), target=int64 (2,)); the output has loss "
+        "too, which it does not know)"
+    )
+    with pytest.raises(TypeError) as missing:
+        fed_with({"c": MetricCollection({"right": MulticlassAccuracy(4)})}, [{"scores": 1}])
+    assert "(metric 'c', MulticlassAccuracy, was given (); the output has scores too" in missing.value.__notes__[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"value": x}, lambda x: [x]])
+def test_metrics_that_keep_what_they_are_given_keep_no_graph(wrap: Any) -> None:
+    class Keeping(Metric):
+        full_state_update = False
+        kept: list[Any]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_state("kept", [], None)
+
+        def update(self, value: Any) -> None:
+            self.kept.append(value[0] if isinstance(value, list) else value)
+
+        def compute(self) -> torch.Tensor:
+            return torch.stack(self.kept).sum()
+
+    metric = Keeping()
+    engine = Engine(lambda engine, batch: wrap(torch.ones((), requires_grad=True) * batch), coordinator=Alone())
+    Metrics({"it": metric}).attach(engine)
+    engine.run([1.0, 2.0])
+    assert [value.requires_grad for value in metric.kept] == [False, False]
+    assert float(engine.state.metrics["it"]) == 3.0
+    assert engine.state.output is not None
+
+
+def test_two_metrics_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"two metrics are named 'a\.b', a Counting and a Mean"):
+        Metrics({"a": MetricCollection({"b": Counting()}), "a.b": Mean()})
+    one = Counting()
+    Metrics({"a": MetricCollection({"b": one}), "a.b": one})
+
+
+def test_each_metric_takes_a_batch_once_however_often_arithmetic_names_it() -> None:
+    one, other = Noting(), Noting()
+    f1 = one * other * 2 / (one + other)
+    engine = alone(Metrics({"one": one, "f1": f1}), [1, 2, 3])
+    assert int(engine.state.metrics["one"]) == 3
+    assert len(one.given) == len(other.given) == 3
+
+
+def test_a_mapping_gives_each_metric_the_arguments_that_it_knows() -> None:
+    metric = Noting()
+    alone(
+        Metrics({"it": metric, "loss": Mean()}),
+        [torch.ones(2)],
+        output_transform=lambda x: {"target": 1, "preds": 2, "value": x, "more": 3},
+    )
+    assert metric.given == [(2, 1)]
+
+
+def test_metrics_may_have_transforms_of_their_own() -> None:
+    metric = Noting()
+    engine = alone(
+        Metrics({"it": metric, "loss": Mean()}),
+        batches(2),
+        output_transform={"it": lambda o: (o[1].tolist(),), "loss": lambda o: o[0].mean()},
+    )
+    assert len(metric.given[0][0]) == 2
+    assert 0 < float(engine.state.metrics["loss"]) < 1
+
+
+def test_an_output_that_the_transform_leaves_out_enters_no_metric() -> None:
+    engine = alone(Metrics({"n": Noting()}), [1, 2, 3, 4], output_transform=lambda x: None if x % 2 else x)
+    assert int(engine.state.metrics["n"]) == 2

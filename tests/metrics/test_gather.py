@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from allstep import Alone, Coordinator, Engine, Events
 from allstep.errors import MetricError
 from allstep.metrics import Gather
+from allstep.metrics.gathering_outputs import cuda_devices
 from allstep.testing import run_ranks, simulate
 from allstep.world import World
 from tests.metrics.predicting import dealt_loader, gathered, predict, ragged
@@ -48,6 +51,18 @@ def test_ragged_outputs_are_a_list_in_the_datasets_order() -> None:
     assert [len(boxes) for boxes in found[0]["boxes"]] == [i % 4 for i in range(11)]
     assert all(bool((boxes == i).all()) for i, boxes in enumerate(found[0]["boxes"]))
     assert len(found[0]["wide"]) == 11
+
+
+def test_copies_from_every_device_that_outputs_were_on_are_waited_for() -> None:
+    with FakeTensorMode():
+        near, far = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")
+    assert cuda_devices({"a": [near, (far,)], "b": torch.empty(1), "c": "text"}) == {near.device, far.device}
+    with (
+        patch("allstep.metrics.gathering.cuda_devices", lambda output: {far.device}),
+        patch("torch.cuda.synchronize") as waited,
+    ):
+        gathered(Alone(), Gather("y_pred", "y"), 7, shuffle=False)
+    assert {call.args for call in waited.mock_calls} == {(far.device,)}
 
 
 def test_only_the_main_rank_is_given_what_is_for_it() -> None:

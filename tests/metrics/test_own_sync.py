@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from allstep.metrics.nodes import nodes
 from allstep.metrics.plan import make_plan
 from allstep.testing import run_ranks, simulate
 from allstep.world import World
+from tests.metrics.noting import Noting
 from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks, take
 
 
@@ -202,3 +204,57 @@ def test_mean_average_precision_over_ranks_is_that_of_all_images() -> None:
         assert all_same_bits(found)
         for name, value in single.items():
             torch.testing.assert_close(found[0]["map"][name], value)
+
+
+class SyncsItself(Noting):
+    """Reduces in a way of its own: `times` gathers."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        for _ in range(self.times):
+            self.count = torch.stack(dist_sync_fn(self.count, process_group)).amax(0)
+
+
+def test_a_metric_with_a_way_of_its_own_is_reduced_in_it_with_a_note(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "allstep.engine"):
+        found = over_ranks(lambda: {"own": SyncsItself(2), "n": Noting()}, [[1] * 4, [1], [1, 2]])
+    assert [(int(rank["own"]), int(rank["n"])) for rank in found] == [(4, 7)] * 3
+    assert "metric own (SyncsItself) reduces its states in a way of its own" in caplog.text
+
+
+def test_a_way_of_its_own_that_gathers_unequally_is_an_error_on_all_ranks() -> None:
+    def rank(coordinator: Coordinator) -> str:
+        engine = Engine(take, coordinator=coordinator)
+        Metrics({"own": SyncsItself(1 + coordinator.rank)}).attach(engine)
+        with pytest.raises(MetricMismatchError) as caught:
+            engine.run([1])
+        return str(caught.value)
+
+    errors = simulate(rank, 3)
+    assert errors == [errors[0]] * 3
+    assert "metric 'own' (SyncsItself)" in errors[0]
+    assert "on rank 0" in errors[0]
+
+
+def test_a_way_of_its_own_that_fails_on_one_rank_is_an_error_on_all() -> None:
+    class Failing(SyncsItself):
+        def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+            if self.count == 2:
+                raise OSError("broken")
+            super()._sync_dist(dist_sync_fn, process_group)
+
+    def rank(coordinator: Coordinator) -> str:
+        engine = Engine(take, coordinator=coordinator, uneven="longest", idle="skip")
+        metric = Failing(1)
+        Metrics({"own": metric}).attach(engine)
+        with pytest.raises(MetricError) as caught:
+            engine.run([1] * (1 + coordinator.rank))
+        assert int(metric.count) == 1 + coordinator.rank
+        return str(caught.value)
+
+    errors = simulate(rank, 2)
+    assert errors == [errors[0]] * 2
+    assert "rank 1: OSError('broken')" in errors[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +82,30 @@ def test_a_sum_of_integers_refuses_a_fraction() -> None:
         Sum(dtype=torch.int64).update(0.5)
     with pytest.raises(ValueError, match="float32"):
         Sum(dtype=torch.float32)
+
+
+def test_numpys_numbers_are_numbers_and_are_not_rounded() -> None:
+    outputs = [{"value": np.float32(0.1), "samples": np.int64(3)}, {"value": np.float64(5), "samples": np.array(1)}]
+    found = on_one(lambda: {"mean": Mean(), "sum": Sum(), "max": Max()}, outputs)
+    exact = 3 * float(np.float32(0.1)) + 5
+    assert [float(found[name]) for name in ("mean", "sum", "max")] == [exact / 4, exact, 5.0]
+    by_position = on_one(lambda: {"mean": Mean()}, [(np.float32(0.1), np.int32(3)), (np.int64(5), 1)])
+    assert float(by_position["mean"]) == exact / 4
+
+
+@pytest.mark.parametrize("kind", [np.array, list, tuple, torch.tensor])
+def test_arrays_and_lists_hold_one_value_a_sample(kind: Any) -> None:
+    metrics: list[Mean | Sum | Max | Min] = [Mean(), Sum(), Sum(dtype=torch.int64), Max(), Min()]
+    for metric in metrics:
+        metric.update(kind([1, 2, 6]), 3)
+    assert [float(metric.compute()) for metric in metrics] == [3.0, 9.0, 9.0, 6.0, 1.0]
+
+
+@pytest.mark.parametrize("metric", [Mean, Sum, Max])
+def test_what_is_no_number_is_named(metric: type[Mean | Sum | Max]) -> None:
+    for value in ({"loss": 1.0}, "0.5", ["a"]):
+        with pytest.raises(TypeError, match=f"value is a {type(value).__name__}.*a number or a tensor"):
+            metric().update(value)  # type: ignore[arg-type]
 
 
 def test_samples_are_an_integer() -> None:

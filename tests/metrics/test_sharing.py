@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import (
@@ -16,10 +17,13 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
+from allstep import Alone, Coordinator, Engine
+from allstep.metrics import Metrics
 from allstep.metrics.nodes import followers, nodes
 from allstep.metrics.plan import make_plan
-from allstep.metrics.sharing import fix_groups, update_alike
-from tests.metrics.worlds import on_one, over_ranks
+from allstep.metrics.sharing import fix_groups, shared_states, update_alike
+from allstep.testing import simulate
+from tests.metrics.worlds import on_one, over_ranks, results, take
 
 
 def states_of(*members: Metric, groups: Any = True) -> list[tuple[str, str]]:
@@ -121,16 +125,17 @@ def test_members_that_agree_on_one_ranks_first_batch_by_chance_stay_apart() -> N
 
 def test_a_collection_that_was_used_before_is_regrouped_and_keeps_what_it_counted() -> None:
     collection = low_and_high()
+    following = shared_states(collection)
     collection.update(torch.tensor([0.95]))
     assert len(collection.compute_groups) == 1
-    fix_groups(collection)
+    fix_groups(collection, following)
     collection.update(torch.tensor([0.5]))
     assert {name: int(value) for name, value in collection.compute().items()} == {"low": 2, "high": 1}
 
 
 def test_a_collection_over_ranks_is_fed_in_the_groups_that_travel() -> None:
     collection = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3), MulticlassConfusionMatrix(3)])
-    fix_groups(collection)
+    fix_groups(collection, shared_states(collection))
     assert list(collection.compute_groups.values()) == [
         ["MulticlassPrecision", "MulticlassRecall"],
         ["MulticlassConfusionMatrix"],
@@ -146,7 +151,7 @@ def test_one_member_under_two_names_holds_its_states_once() -> None:
 def test_groups_given_with_a_later_member_first_are_led_by_it() -> None:
     names = [["MulticlassRecall", "MulticlassPrecision"]]
     collection = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3)], compute_groups=names)
-    fix_groups(collection)
+    fix_groups(collection, shared_states(collection))
     assert list(collection.compute_groups.values()) == names
 
 
@@ -182,3 +187,74 @@ def test_a_member_that_is_not_fed_has_what_its_leader_learnt() -> None:
     data = [torch.ones(2), torch.ones(3)]
     for found in (on_one(make, data), over_ranks(make, [data, []])[1]):
         assert [float(value) for value in found.values()] == [5.0, -5.0]
+
+
+def count_above(metric: Above, preds: torch.Tensor) -> None:
+    metric.n += (preds > metric.threshold).sum()
+
+
+class Decorated(Above):
+    @torch.no_grad()
+    def update(self, preds: torch.Tensor) -> None:
+        self.n += (preds > self.threshold).sum()
+
+
+class Handing(Above):
+    """Its update hands the metric to a function, so that its own code does not show what is read."""
+
+    def update(self, preds: torch.Tensor) -> None:
+        count_above(self, preds)
+
+
+class Low(Handing):
+    limit = 0.1
+
+
+class High(Handing):
+    limit = 0.9
+
+
+@pytest.mark.parametrize("kind", [Decorated, Handing])
+def test_an_update_whose_code_does_not_show_what_it_reads_shares_only_between_equal_metrics(kind: type[Above]) -> None:
+    def make() -> dict[str, MetricCollection]:
+        return {"c": MetricCollection({"low": kind(0.1), "high": kind(0.9)})}
+
+    data = torch.tensor([0.5, 0.2, 0.95])
+    for found in (on_one(make, [data]), over_ranks(make, [[data], []])[1]):
+        assert {name: int(value) for name, value in found.items()} == {"c/low": 3, "c/high": 1}
+    assert update_alike(kind(0.1), kind(0.1))
+
+
+def test_classes_that_differ_in_more_than_how_they_compute_do_not_share() -> None:
+    assert not update_alike(Low(0.1), High(0.1))
+    assert update_alike(Learning(), LearningToo())
+
+
+def test_what_updates_learnt_does_not_change_who_shares() -> None:
+    made = Metrics({"c": MetricCollection([Learning(), LearningToo()])})
+    engine = Engine(take, coordinator=Alone())
+    made.attach(engine)
+    engine.run([torch.ones(2)])
+    assert [int(saved["states"]["n"]) for saved in made.state_dict().values()] == [2, 2]
+    made.detach()
+    made.attach(engine)
+    engine.run([torch.ones(3)])
+    assert [float(value) for value in engine.state.metrics.values()] == [3.0, -3.0]
+
+
+@pytest.mark.parametrize("groups", [True, [["MulticlassPrecision", "MulticlassRecall"]]])
+def test_members_that_reduce_themselves_share_with_none(groups: Any) -> None:
+    data = [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2, 1]), torch.tensor([0, 1]))]
+
+    def make(gather: Any) -> MetricCollection:
+        members = [MulticlassPrecision(3, dist_sync_fn=gather), MulticlassRecall(3, dist_sync_fn=gather)]
+        return MetricCollection(members, compute_groups=groups)
+
+    def rank(coordinator: Coordinator) -> dict[str, Any]:
+        own = make(lambda tensor, group: coordinator.gather(tensor))
+        return results(coordinator, lambda: {"c": own}, [data[coordinator.rank]])
+
+    assert shared_states(make(None)) != shared_states(make(print)) == {}
+    single = on_one(lambda: {"c": make(None)}, data)
+    for found in simulate(rank, 2):
+        assert found == single

@@ -18,9 +18,9 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 
+from allstep.metrics.bookkeeping import is_known
 from allstep.metrics.nodes import Entry, named_metrics, plain_attributes
 
-_OWN = ("torchmetrics", "allstep")
 _MISSING = object()
 _LONGEST = 200  # characters of a text
 
@@ -101,7 +101,7 @@ def _compared(metric: Metric) -> list[str]:
 def _arguments_of(kind: type[Metric]) -> tuple[str, ...]:
     names: dict[str, None] = {}
     for each in kind.__mro__:
-        if each.__module__.partition(".")[0] in _OWN and "__init__" in vars(each):
+        if is_known(each.__module__) and "__init__" in vars(each):
             names.update(dict.fromkeys(_named_parameters(each)))
     return tuple(names)
 

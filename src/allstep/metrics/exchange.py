@@ -25,9 +25,9 @@ import torch
 from allstep.coordination import Coordinator, check_schemas
 from allstep.errors import MetricError
 from allstep.metrics.adopting import adopt
-from allstep.metrics.folding import carrier, fold, result_type
+from allstep.metrics.folding import fold, from_carrier, to_carrier
 from allstep.metrics.packing import ALIGNMENT, Carried, Packed, Unpacked, block_values, pack, padded, unpack
-from allstep.metrics.plan import Plan
+from allstep.metrics.plan import Block, Plan
 
 FIRST_FRAME = 4096
 LARGEST_GATHER = 256 * 2**20
@@ -179,17 +179,27 @@ def _gather_payloads(
 
 
 def _fold_blocks(plan: Plan, ranks: Sequence[Unpacked]) -> list[torch.Tensor]:
-    return [fold([rank.blocks[at] for rank in ranks], block.op) for at, block in enumerate(plan.blocks)]
+    return [_fold_block(plan, block, [rank.blocks[at] for rank in ranks]) for at, block in enumerate(plan.blocks)]
+
+
+def _fold_block(plan: Plan, block: Block, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    try:
+        return fold(rows, block.op)
+    except RuntimeError as error:  # an operation that there is not for the type
+        states = ", ".join(f"{plan.nodes[state.node].name!r}, state {state.name!r}" for state in block.states)
+        raise MetricError(
+            f"{block.op} of {block.dtype} cannot be reduced over ranks: metric {states}: {error}"
+        ) from error
 
 
 def _reduce_blocks(coordinator: Coordinator, plan: Plan) -> list[torch.Tensor]:
     reduced = []
     for block, values in zip(plan.blocks, block_values(plan), strict=True):
-        carried = values.to(carrier(block.dtype))
+        carried = to_carrier(values, block.op)
         flat = torch.view_as_real(carried) if carried.is_complex() else carried
         total = coordinator.reduce_tensor(flat, block.op)
         total = torch.view_as_complex(total) if carried.is_complex() else total
-        reduced.append(total.to(result_type(block.dtype, block.op)))
+        reduced.append(from_carrier(total, block.dtype, block.op))
     return reduced
 
 

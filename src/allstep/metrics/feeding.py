@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
@@ -20,7 +22,7 @@ from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from allstep.errors import MetricError
-from allstep.metrics.nodes import Entry, followers, wrapped
+from allstep.metrics.nodes import Entry, wrapped
 from allstep.metrics.running import Weighted
 
 Transform = Callable[[Any], Any]
@@ -34,11 +36,13 @@ class Fed:
     """Something that is fed.
 
     Attributes:
+        name: of the metric that it is, or is part of.
         entry: what.
         keys: the keyword arguments that it knows; None when it sorts them out for itself.
         weighted: whether it is told how many samples a batch has.
     """
 
+    name: str
     entry: Entry
     keys: frozenset[str] | None
     weighted: bool
@@ -50,22 +54,36 @@ class Fed:
             given: positional arguments.
             named: keyword arguments, of which it takes those that it knows.
             samples: what counts the batch's samples.
+
+        Raises:
+            Exception: what `update` raises, with a note of which metric it was and what it was given.
         """
         known = named if self.keys is None else {key: value for key, value in named.items() if key in self.keys}
         if self.weighted and not self._is_told_samples(given, known):
             known = {**known, "samples": samples()}
-        self.entry.update(*given, **known)
+        try:
+            self.entry.update(*given, **known)
+        except Exception as error:
+            error.add_note(f"(metric {self.name!r}, {self._shown(given, known, named)})")
+            raise
         if isinstance(self.entry, WrapperMetric):  # these do not count
             self.entry._update_count += 1
+
+    def _shown(self, given: Sequence[Any], known: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+        """Which metric this is and what it was given, for errors."""
+        kinds = [*map(_kind, given), *(f"{key}={_kind(value)}" for key, value in known.items())]
+        left = [key for key in named if key not in known]
+        beside = f"; the output has {', '.join(left)} too, which it does not know" if left else ""
+        return f"{type(self.entry).__name__}, was given ({', '.join(kinds)}){beside}"
 
     def _is_told_samples(self, given: Sequence[Any], known: Mapping[str, Any]) -> bool:
         """Whether the output itself says how many samples its value stands for."""
         if len(given) > 1:
             if not _is_count(given[1]):
                 raise TypeError(
-                    f"{type(self.entry).__name__} takes one value, and the number of samples that it stands for; it "
-                    f"was given {len(given)} arguments, the second a {type(given[1]).__name__}. Give it an "
-                    "output_transform of its own"
+                    f"metric {self.name!r}: {type(self.entry).__name__} takes one value, and the number of samples "
+                    f"that it stands for; it was given {len(given)} arguments, the second a {type(given[1]).__name__}. "
+                    "Give it an output_transform of its own"
                 )
             return True
         return "samples" in known and _is_count(known["samples"])
@@ -77,19 +95,25 @@ class Feeding:
     Args:
         entries: metrics and collections by name.
         transforms: from a step's output to what a metric takes, for all of them or by name; None gives the output.
+        following: metrics whose states another one holds too, and that one, by id.
 
     Raises:
         ValueError: a transform is for a name that there is not.
         MetricError: a metric would be fed twice, or differently under two names.
     """
 
-    def __init__(self, entries: Mapping[str, Entry], transforms: Transform | Mapping[str, Transform] | None) -> None:
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        transforms: Transform | Mapping[str, Transform] | None,
+        following: Mapping[int, Metric],
+    ) -> None:
         by_name = transforms if isinstance(transforms, Mapping) else {}
         common = None if isinstance(transforms, Mapping) else transforms
         unknown = sorted(by_name.keys() - entries.keys())
         if unknown:
             raise ValueError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(entries)}")
-        fed = _fed_by_name(entries)
+        fed = _fed_by_name(entries, following)
         _check_fed_once(fed)
         self._feeds: dict[int, tuple[Transform | None, list[Fed]]] = {}
         for names, entry in fed.values():
@@ -102,7 +126,7 @@ class Feeding:
             transform = next(iter(own.values()), common)
             weighted = any(isinstance(module, Weighted) for module in entry.modules())
             keys = _keywords(entry)
-            each = Fed(entry, keys, weighted and (keys is None or "samples" in keys))
+            each = Fed(names[0], entry, keys, weighted and (keys is None or "samples" in keys))
             self._feeds.setdefault(id(transform), (transform, []))[1].append(each)
 
     def wrappers(self) -> Iterator[WrapperMetric]:
@@ -111,19 +135,18 @@ class Feeding:
             yield from (each.entry for each in fed if isinstance(each.entry, WrapperMetric))
 
     def take(self, output: Any, samples: Callable[[], int]) -> None:
-        """Update all with a step's output; a transform that gives None leaves it out."""
+        """Update all with a step's output, without its graph; a transform that gives None leaves it out."""
         for transform, fed in self._feeds.values():
             result = output if transform is None else transform(output)
             if result is None:
                 continue
-            given, named = _arguments(result)
+            given, named = _arguments(_detached(result))
             for each in fed:
                 each.take(given, named, samples)
 
 
-def _fed_by_name(entries: Mapping[str, Entry]) -> dict[int, tuple[list[str], Entry]]:
+def _fed_by_name(entries: Mapping[str, Entry], following: Mapping[int, Metric]) -> dict[int, tuple[list[str], Entry]]:
     """What is fed, by its id, with the names of the entries that it is part of."""
-    following = followers(entries.values())
     found: dict[int, tuple[list[str], Entry]] = {}
     for name, entry in entries.items():
         for part in _parts(entry):
@@ -173,9 +196,25 @@ def _keywords(entry: Entry) -> frozenset[str] | None:
 
 
 def _is_count(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor | np.ndarray):
         return value.ndim == 0
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, for errors."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return type(value).__name__
+
+
+def _detached(value: Any) -> Any:
+    """The same without graphs, which metrics that keep what they are given would keep too."""
+    if isinstance(value, torch.Tensor):
+        return value.detach() if value.requires_grad else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_detached, value))
+    return {key: _detached(each) for key, each in value.items()} if isinstance(value, Mapping) else value
 
 
 def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:

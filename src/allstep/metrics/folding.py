@@ -14,12 +14,29 @@ import torch
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_mean
 
 from allstep.coordination import ReduceOp
-from allstep.errors import MetricMismatchError
-from allstep.metrics.plan import ListedState
+from allstep.errors import MetricError, MetricMismatchError
+from allstep.metrics.plan import ListedState, describe
+
+_LOWEST = -(2**63)
 
 
-def carrier(dtype: torch.dtype) -> torch.dtype:
-    """In which type elements are reduced: integers add up in int64, 16-bit floats in float32."""
+def to_carrier(values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+    """A copy of values in the type in which they are reduced: integers add up in int64, small floats in float32."""
+    carried = values.to(_carrier(values.dtype), copy=True)
+    return carried ^ _LOWEST if _is_shifted(values.dtype, op) else carried
+
+
+def from_carrier(total: torch.Tensor, dtype: torch.dtype, op: ReduceOp) -> torch.Tensor:
+    """What was reduced, of values of `dtype`, in the type of the result."""
+    return (total ^ _LOWEST if _is_shifted(dtype, op) else total).to(_result_type(dtype, op))
+
+
+def _is_shifted(dtype: torch.dtype, op: ReduceOp) -> bool:
+    """Whether values are moved down by 2^63 for int64 to order them, which holds the greater half as negative."""
+    return dtype == torch.uint64 and op != "sum"
+
+
+def _carrier(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize >= 4):
         return dtype
     if dtype.is_floating_point:
@@ -27,22 +44,22 @@ def carrier(dtype: torch.dtype) -> torch.dtype:
     return torch.int64
 
 
-def result_type(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
-    """The type of what is reduced: integers that were added stay in int64."""
-    grows = op == "sum" and not (dtype.is_floating_point or dtype.is_complex)
+def _result_type(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
+    """Integers that were added stay in int64, uint64 in its own range."""
+    grows = op == "sum" and not (dtype.is_floating_point or dtype.is_complex or dtype == torch.uint64)
     return torch.int64 if grows else dtype
 
 
 def fold(rows: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
     """Reduce the tensors of all ranks, of one shape and type, element by element, one rank after the other."""
     dtype = rows[0].dtype
-    total = rows[0].to(carrier(dtype), copy=True)
+    total = to_carrier(rows[0], op)
     for row in rows[1:]:
         if op == "sum":
-            total += row
+            total += row.to(total.dtype)
         else:
-            total = (torch.maximum if op == "max" else torch.minimum)(total, row.to(total.dtype))
-    return total.to(result_type(dtype, op))
+            total = (torch.maximum if op == "max" else torch.minimum)(total, to_carrier(row, op))
+    return from_carrier(total, dtype, op)
 
 
 def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]]) -> Any:
@@ -55,6 +72,7 @@ def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]])
 
     Raises:
         MetricMismatchError: tensors of different ranks do not fit together.
+        MetricError: the reduction fails.
     """
     every = [tensor for of_rank in given for tensor in of_rank]
     if not every:
@@ -62,9 +80,7 @@ def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]])
     try:
         if state.concatenates:
             return dim_zero_cat(every)
-        if state.is_list:
-            return every if state.reduction is None else state.reduction(every)
-        stacked = torch.stack(every)
+        stacked = every if state.is_list else torch.stack(every)
     except RuntimeError as error:
         shapes = "; ".join(f"rank {rank}: {_shapes(of_rank)}" for rank, of_rank in enumerate(given))
         raise MetricMismatchError(
@@ -72,13 +88,28 @@ def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]])
         ) from error
     if state.reduction is None:
         return stacked
-    if state.reduction is dim_zero_mean and stacked.is_floating_point():
-        return _mean(stacked)
-    return state.reduction(stacked)
+    try:
+        if state.reduction is dim_zero_mean and isinstance(stacked, torch.Tensor) and not stacked.is_complex():
+            return _mean(stacked)
+        return state.reduction(stacked)
+    except RuntimeError as error:
+        raise MetricError(
+            f"metric {metric!r}, state {state.name!r}: {describe(state.reduction)} failed on what all ranks hold, "
+            f"{_shown(stacked)}: {error}"
+        ) from error
 
 
 def _mean(stacked: torch.Tensor) -> torch.Tensor:
-    return (fold(stacked.to(carrier(stacked.dtype)).unbind(), "sum") / len(stacked)).to(stacked.dtype)
+    """The mean over the first dimension; that of integers is a float."""
+    dtype = stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype()
+    total = fold(stacked.to(_carrier(dtype)).unbind(), "sum")
+    return (total / len(stacked)).to(dtype)
+
+
+def _shown(held: Any) -> str:
+    if isinstance(held, torch.Tensor):
+        return f"stacked to {str(held.dtype).removeprefix('torch.')} of shape {tuple(held.shape)}"
+    return f"a list of {len(held)}"
 
 
 def _shapes(tensors: Sequence[Any]) -> str:

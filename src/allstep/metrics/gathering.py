@@ -21,7 +21,7 @@ import torch
 from allstep.coordination import Coordinator, Schema, StateLine
 from allstep.engine import Engine, Events
 from allstep.errors import MetricError
-from allstep.metrics.gathering_outputs import Batch, named_outputs, tensors_in
+from allstep.metrics.gathering_outputs import Batch, cuda_devices, named_outputs
 from allstep.metrics.packing import Packed
 from allstep.metrics.parts import Format, Parts, write_part
 from allstep.metrics.samples import NOTHING, PLACES, Column, Samples, column_of, joined
@@ -103,6 +103,7 @@ class Gather:
         self._epoch = 0
         self._seen = 0  # iterations of the epoch that are in `_kept`, but for those missing at its beginning
         self._missing = 0
+        self._devices: set[torch.device] = set()
         self._data: Any = None
         self._failure: Exception | None = None
 
@@ -146,6 +147,7 @@ class Gather:
             return
         try:
             values = named_outputs(state.output, self.names)
+            self._devices |= cuda_devices(state.output)
             self._kept[number] = self._placed(engine, number, values)
         except Exception as error:  # whatever it is, the others have to hear of it
             error.add_note(f"(iteration {state.iteration})")
@@ -191,8 +193,8 @@ class Gather:
 
     def _own(self) -> Samples:
         kept = [self._kept[number] for number in sorted(self._kept)]
-        if any(value.is_pinned() for each in kept for batch in each.values.values() for value in tensors_in(batch)):
-            torch.cuda.synchronize()  # for the copies that `on_host` began
+        for device in self._devices:  # copies from there may be under way
+            torch.cuda.synchronize(device)
         places = torch.cat([each.places for each in kept]) if kept else NOTHING.places
         return Samples(places, {name: column_of([each.values[name] for each in kept]) for name in self.names})
 

@@ -40,9 +40,13 @@ def named_outputs(output: Any, names: Sequence[str]) -> dict[str, Batch]:
     return found
 
 
-def tensors_in(batch: Batch) -> list[torch.Tensor]:
-    """The tensors that a batch consists of."""
-    return [batch] if isinstance(batch, torch.Tensor) else batch
+def cuda_devices(output: Any) -> set[torch.device]:
+    """The devices whose tensors an output has, from which copies to the host may be under way."""
+    if isinstance(output, torch.Tensor):
+        return {output.device} if output.is_cuda else set()
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return set().union(*map(cuda_devices, output)) if isinstance(output, list | tuple) else set()
 
 
 def _on_host(name: str, value: Any) -> Batch:

@@ -16,8 +16,7 @@ import torch
 from torchmetrics import Metric
 
 from allstep.data.seeding import generators_kept, seed_cpu_generators
-
-_KEPT = ("_update_count", "_computed", "_to_sync", "_is_synced", "_cache", "_forward_cache", "_should_unsync")
+from allstep.metrics.bookkeeping import COMPUTING
 
 
 @contextmanager
@@ -36,7 +35,7 @@ def installed(
         for metric in metrics:
             held = vars(metric)
             new = states.get(id(metric), {})
-            names = [*new, *_KEPT]
+            names = [*new, *COMPUTING]
             before.append((metric, {n: held[n] for n in names if n in held}, [n for n in names if n not in held]))
             held.update(new)
             count = updates.get(id(metric), metric._update_count)
@@ -64,3 +63,10 @@ def same_draws(key: int, device: torch.device) -> Iterator[None]:
             yield
         finally:
             torch.cuda.set_rng_state(drawn, device)
+
+
+def copied(value: Any) -> Any:
+    """A state of its own memory, so that a `compute` that writes to it spoils no other: tensors, and those of lists."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [copied(each) for each in value] if isinstance(value, list) else value

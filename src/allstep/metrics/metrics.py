@@ -18,9 +18,10 @@ from torchmetrics import Metric, MetricCollection, MetricTracker
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.engine.reader import count_samples
 from allstep.errors import MetricError
+from allstep.metrics.bookkeeping import syncs_itself
 from allstep.metrics.describing import descriptions
 from allstep.metrics.feeding import Feeding, Transform
-from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless, syncs_itself
+from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless
 from allstep.metrics.reduction import EventReduction
 from allstep.metrics.running import Weighted
 from allstep.metrics.saving import load_states, saved_states
@@ -39,6 +40,7 @@ class Metrics:
 
     Raises:
         TypeError: something given is no metric.
+        ValueError: two metrics, one inside of a collection or wrapper, have one name.
     """
 
     state_differs_by_rank = True  # a checkpoint keeps each rank's
@@ -48,8 +50,10 @@ class Metrics:
         entries: Mapping[str, Entry] = {"metrics": metrics} if isinstance(metrics, MetricCollection) else metrics
         for name, entry in entries.items():
             _check_is_metric(name, entry)
+        _check_names(entries)
         self.entries: dict[str, Entry] = dict(entries)
         self.names_results = not alone
+        self.following = followers(self.entries.values())
         self.nodes = nodes(self.entries)
         self.stateless = stateless(self.entries)
         self.carried: dict[tuple[int, str], list[Any]] = {}
@@ -94,14 +98,14 @@ class Metrics:
             raise MetricError("these metrics are attached already; make other ones for another engine or usage")
         if engine.is_running:
             raise MetricError("the engine is running; attach metrics before run(), on every rank alike")
-        feeding = Feeding(self.entries, output_transform)
+        feeding = Feeding(self.entries, output_transform, self.following)
         known = [each for each in engine.reductions if isinstance(each, EventReduction)]
         self._check_fed_by_nobody_else(known)
         joined = [_reduction_at(event, known) for event in each_event(chosen.computes)]
         for reduction in joined:
             reduction.check_joins(self)
         for collection in collections(self.entries.values()):
-            fix_groups(collection)
+            fix_groups(collection, self.following)
         self._move(device)
         self.described = [*self._made, (", ".join(self.entries), _times(chosen))]
         self._engine, self._feeding, self._reductions = engine, feeding, joined
@@ -142,7 +146,7 @@ class Metrics:
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has counted; no other rank is asked. To be saved by each rank for itself."""
-        return saved_states((*self.nodes, *self.stateless), self.carried, followers(self.entries.values()))
+        return saved_states((*self.nodes, *self.stateless), self.carried, self.following)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on from what `state_dict` gave, before or after `attach`; no other rank is asked.
@@ -249,6 +253,18 @@ def _check_is_metric(name: str, entry: Any) -> None:
         )
     if not isinstance(entry, Metric | MetricCollection):
         raise TypeError(f"metric {name!r} is {entry!r}; it must be a torchmetrics Metric or MetricCollection")
+
+
+def _check_names(entries: Mapping[str, Entry]) -> None:
+    """States are saved, and named in errors, by these names."""
+    known: dict[str, Metric] = {}
+    for name, metric in named_metrics(entries):
+        other = known.setdefault(name, metric)
+        if other is not metric:
+            raise ValueError(
+                f"two metrics are named {name!r}, a {type(other).__name__} and a {type(metric).__name__}: a dot in a "
+                "name stands for what is inside. Choose another name"
+            )
 
 
 def _reduction_at(event: Any, known: Sequence[EventReduction]) -> EventReduction:

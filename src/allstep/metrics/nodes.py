@@ -17,22 +17,13 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from allstep.metrics.bookkeeping import BOOKKEEPING, is_known
 from allstep.metrics.sharing import shared_states
 
 Entry: TypeAlias = Metric | MetricCollection
 
-# What torchmetrics itself keeps of a metric beside its states; an update changes it on every rank for itself.
-_BOOKKEEPING = frozenset(
-    {
-        *("_update_count", "_computed", "_forward_cache", "_is_synced", "_cache", "_to_sync", "_should_unsync"),
-        *("_enable_grad", "_device", "_dtype", "training", "compute_on_cpu"),
-    }
-)
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype)
 _MISSING = object()
-
-# torchmetrics' detection metrics override `_sync_dist` only because their lists hold tuples too.
-_PLAIN_LISTS = frozenset({"torchmetrics.detection.mean_ap", "torchmetrics.detection._mean_ap"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,8 +64,7 @@ class Node:
 
         These are numbers that began as other numbers, and tensors.
         """
-        is_own = type(self.metric).__module__.partition(".")[0] in ("torchmetrics", "allstep")
-        if is_own or isinstance(self.metric, WrapperMetric):
+        if is_known(type(self.metric).__module__) or isinstance(self.metric, WrapperMetric):
             return []
         numbers = [name for name, value in self.learnt().items() if _is_number(value) and _is_number(self._start(name))]
         return [*numbers, *(name for name in self.tensors_changed() if name in self.tensors)]
@@ -147,18 +137,10 @@ def collections(entries: Iterable[Entry]) -> Iterator[MetricCollection]:
                 yield module
 
 
-def syncs_itself(metric: Metric) -> bool:
-    """Whether a metric brings a way of its own to reduce its states over ranks."""
-    own = type(metric)._sync_dist
-    needed = own is not Metric._sync_dist and own.__module__ not in _PLAIN_LISTS
-    return (needed and not isinstance(metric, CompositionalMetric)) or metric.dist_sync_fn is not None
-
-
 def plain_attributes(metric: Metric) -> dict[str, Any]:
     """A metric's attributes that are no state: numbers, texts, types."""
-    return {
-        name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN) and name not in _BOOKKEEPING
-    }
+    apart = {*BOOKKEEPING, *metric._defaults}
+    return {name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN) and name not in apart}
 
 
 def _node(name: str, metric: Metric) -> Node:
@@ -174,7 +156,7 @@ def _tensor_attributes(metric: Metric) -> dict[str, tuple[torch.Tensor, int]]:
     return {
         name: (value, 0 if value.is_inference() else value._version)
         for name, value in vars(metric).items()
-        if isinstance(value, torch.Tensor) and name not in metric._defaults and name not in _BOOKKEEPING
+        if isinstance(value, torch.Tensor) and name not in metric._defaults and name not in BOOKKEEPING
     }
 
 

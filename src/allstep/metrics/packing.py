@@ -98,7 +98,11 @@ def pack(plan: Plan, device: torch.device, carried: Carried, *, blocks_apart: bo
         device: where the payload is to be.
         carried: what loaded states brought along.
         blocks_apart: leave the blocks out, since they are reduced by collectives of their own.
+
+    Raises:
+        MetricError: a state that was declared as a tensor is none.
     """
+    plan.check_tensors()
     manifest = [node.updates for node in plan.nodes]
     parts: list[torch.Tensor] = []
     if not blocks_apart:

@@ -17,7 +17,9 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
 from allstep.coordination import ReduceOp, Schema, StateLine, fingerprint
-from allstep.metrics.nodes import Node, syncs_itself
+from allstep.errors import MetricError
+from allstep.metrics.bookkeeping import syncs_itself
+from allstep.metrics.nodes import Node
 
 Reduction = Callable[[Any], Any] | None
 Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
@@ -101,7 +103,7 @@ class Plan:
     def is_current(self) -> bool:
         """Whether tensors still have the types and shapes that the plan was made for."""
         fixed = all(
-            (value := state.value(self.nodes[state.node])).dtype == state.dtype and value.shape == state.shape
+            form_of(state.value(self.nodes[state.node])) == (state.shape, state.dtype)
             for block in self.blocks
             for state in block.states
         )
@@ -110,6 +112,21 @@ class Plan:
             for state in self.listed
             if not state.is_list
         )
+
+    def check_tensors(self) -> None:
+        """Raise MetricError where an update has put something else in the place of a tensor.
+
+        Where ranks differ in that, their schemas do.
+        """
+        for state in self.listed:
+            node = self.nodes[state.node]
+            value = getattr(node.metric, state.name)
+            if not state.is_list and not isinstance(value, torch.Tensor):
+                raise MetricError(
+                    f"metric {node.name!r} ({type(node.metric).__name__}), state {state.name!r}, was declared as a "
+                    f"tensor, and its update made {_kind(value)} of it. Keep it a tensor, as `self.{state.name} += 1` "
+                    "does"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -179,6 +196,11 @@ def element_wise(reduction: Any) -> ReduceOp | None:
     return _OPS.get(reduction)
 
 
+def describe(reduction: Any) -> str:
+    """What a state's reduction is called where ranks compare, and in errors."""
+    return _NAMES.get(reduction) or f"reduced by {getattr(reduction, '__name__', type(reduction).__name__)}"
+
+
 Behind: TypeAlias = list[tuple[Node, int]]
 
 
@@ -216,7 +238,14 @@ def _named(node: Node) -> str:
 
 
 def _form(default: Any, value: Any, reduction: Any) -> str:
-    how = _NAMES.get(reduction) or f"reduced by {getattr(reduction, '__name__', type(reduction).__name__)}"
+    how = describe(reduction)
     if isinstance(default, list):
         return f"a list, {how}"
+    if not isinstance(value, torch.Tensor):
+        return f"{_kind(value)} in the place of a tensor, {how}"
     return f"a tensor, {how}, {str(value.dtype).removeprefix('torch.')}, shape {tuple(value.shape)}"
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -21,8 +21,8 @@ from allstep.engine import Engine, EventEnum, FilteredEvent
 from allstep.errors import MetricError, NotComputableError
 from allstep.metrics.exchange import Exchange, Gathered
 from allstep.metrics.folding import fold_listed
-from allstep.metrics.installed import installed, same_draws
-from allstep.metrics.nodes import Entry, Node, followers, named_metrics
+from allstep.metrics.installed import copied, installed, same_draws
+from allstep.metrics.nodes import Entry, Node, collections, named_metrics
 from allstep.metrics.own_sync import sync_by_itself
 from allstep.metrics.packing import Carried, given
 from allstep.metrics.plan import Plan, bytes_as_made, make_plan, schema_as_made
@@ -43,6 +43,7 @@ class EventReduction:
         self._found: list[Node] = []
         self._following: dict[int, Metric] = {}
         self._metrics: list[Metric] = []
+        self._collections: list[MetricCollection] = []
         self._parts: list[tuple[str, list[int]]] = []
         self._plan: Plan | None = None
         self._exchange = Exchange()
@@ -98,9 +99,7 @@ class EventReduction:
                 updates[id(node.metric)] = node.updates
         for follower, place in plan.followers:
             leader = plan.nodes[place].metric
-            states[id(follower.metric)] = {
-                name: list(value) if isinstance(value, list) else value for name, value in states[id(leader)].items()
-            }
+            states[id(follower.metric)] = {name: copied(value) for name, value in states[id(leader)].items()}
             updates[id(follower.metric)] = updates[id(leader)]
         self._check_seen(updates)
         self._compute(engine, plan, states, updates)
@@ -110,6 +109,8 @@ class EventReduction:
         key = key_of(state.seed or 0, state.epoch, state.iteration)
         results: dict[str, Any] = {}
         owners: dict[str, str] = {}
+        for collection in self._collections:
+            collection._state_is_copy = True  # else it would have its members compute from one and the same tensors
         with torch.no_grad(), same_draws(key, plan.device), installed(self._metrics, states, updates):
             for member in self.members:
                 for name, entry in member.entries.items():
@@ -130,7 +131,9 @@ class EventReduction:
         if unseen:
             raise NotComputableError(
                 f"at {event_name(self.event)} these metrics have seen no sample on any rank: {', '.join(unseen)}. "
-                "Check that the data is not empty and that the usage's `updates` comes before its `computes`"
+                "Check that there is data, that output_transform does not give None for all of it, and that the "
+                "usage's `computes` is not due before the first batch that its `updates` takes in: where that is "
+                "filtered, `computes` needs the same filter"
             )
 
     def _warn_of_counts(self, engine: Engine) -> None:
@@ -152,9 +155,9 @@ class EventReduction:
 
     def _become(self, members: Sequence[Metrics]) -> None:
         self.members = list(members)
-        entries = [entry for member in members for entry in member.entries.values()]
+        self._collections = [each for member in members for each in collections(member.entries.values())]
         self._found = [node for member in members for node in member.nodes]
-        self._following = followers(entries)
+        self._following = {follower: leader for member in members for follower, leader in member.following.items()}
         self._exchange = Exchange(fixed=bytes_as_made(self._found, self._following))
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
         self._parts = [
@@ -202,18 +205,19 @@ def _of_all_ranks(plan: Plan, gathered: Gathered) -> tuple[States, dict[int, int
 
 
 def _of_one_rank(plan: Plan, carried: Carried) -> tuple[States, dict[int, int]]:
+    plan.check_tensors()
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block in plan.blocks:
         for state in block.states:
             node = plan.nodes[state.node]
-            states[id(node.metric)][state.name] = state.value(node).detach().clone()
+            states[id(node.metric)][state.name] = copied(state.value(node))
     for listed in plan.listed:
         node = plan.nodes[listed.node]
         brought = carried.get((listed.node, listed.name), ())
         value = getattr(node.metric, listed.name)
         if brought:
             value = fold_listed(listed, node.name, [given(node, listed, brought)])
-        states[id(node.metric)][listed.name] = list(value) if isinstance(value, list) else value
+        states[id(node.metric)][listed.name] = copied(value)
     for _, place in plan.followers:  # what its leader has learnt, it lacks
         states[id(plan.nodes[place].metric)].update(plan.nodes[place].learnt())
     return states, {id(node.metric): node.updates for node in plan.nodes}

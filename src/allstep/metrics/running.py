@@ -2,17 +2,23 @@
 
 Contract: each is a torchmetrics metric, so that it can be mixed with others, combined by arithmetic and given to any
 usage. `update` takes what a step returned: a number or a tensor without dimensions is a mean over the batch's samples
-and stands for each of them; a tensor with dimensions holds one value a sample and is not weighed again. Sums are kept
+and stands for each of them; a tensor with dimensions holds one value a sample and is not weighed again. numpy's numbers
+and arrays, and lists, are taken as numbers and tensors. Sums are kept
 in float64 beside what each addition rounded away (Knuth, The Art of Computer Programming, volume 2, section 4.2.2,
 theorem B), so that their error does not grow with the number of batches; counts, and sums of integers, are int64.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torchmetrics import Metric
+
+Value: TypeAlias = torch.Tensor | float | np.ndarray[Any, Any] | Sequence[float]
 
 
 class Weighted(Metric):
@@ -54,7 +60,7 @@ class Mean(_Total):
     `update(value, samples)`: a mean over `samples` samples, or a tensor with one value a sample.
     """
 
-    def update(self, value: torch.Tensor | float, samples: int | torch.Tensor = 1) -> None:
+    def update(self, value: Value, samples: int | torch.Tensor = 1) -> None:
         """Take a batch in.
 
         Args:
@@ -62,14 +68,14 @@ class Mean(_Total):
             samples: samples in the batch, an int; of no effect where `value` has one value a sample.
 
         Raises:
-            TypeError: samples is not an integer.
+            TypeError: value is no number and no tensor, or samples no integer.
         """
-        number = _count(samples)
+        number, value = _count(samples), _value(value)
         if not isinstance(value, torch.Tensor):
             self._add(value * number)
             self.count.add_(number)
             return
-        exact = value.detach().to(self.total)
+        exact = value.to(self.total)
         self._add(exact.sum() if value.ndim else exact * number)
         self.count.add_(value.numel() if value.ndim else number)
 
@@ -97,13 +103,13 @@ class Sum(_Total):
         self.integer = dtype == torch.int64
         self.add_state("whole", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, value: torch.Tensor | float, samples: int | torch.Tensor = 1) -> None:
+    def update(self, value: Value, samples: int | torch.Tensor = 1) -> None:
         """Take a batch in; see `Mean.update`."""
-        number = _count(samples) if self.weighted else 1
+        number, value = _count(samples) if self.weighted else 1, _value(value)
         if self.integer:
             self._add_integer(value, number)
         elif isinstance(value, torch.Tensor):
-            exact = value.detach().to(self.total)
+            exact = value.to(self.total)
             self._add(exact.sum() if value.ndim else exact * number)
         else:
             self._add(value * number)
@@ -135,13 +141,14 @@ class _Extreme(Weighted):
         beginning = torch.tensor(-self.sign * torch.inf, dtype=torch.float64)
         self.add_state("value", beginning, dist_reduce_fx=reduction)
 
-    def update(self, value: torch.Tensor | float, samples: int | torch.Tensor = 1) -> None:
+    def update(self, value: Value, samples: int | torch.Tensor = 1) -> None:
         """Take a number or a tensor in, element by element; `samples` is of no effect. NaN stays."""
+        value = _value(value)
         if isinstance(value, torch.Tensor) and value.numel() == 0:
             return
         if not isinstance(value, torch.Tensor):
             value = torch.full_like(self.value, value)  # without a copy from the host, for which it would wait
-        found = value.detach().to(self.value)
+        found = value.to(self.value)
         if self.sign > 0:
             self.value = torch.maximum(self.value, found.max())
         else:
@@ -164,8 +171,25 @@ class Min(_Extreme):
     sign = -1.0
 
 
-def _count(samples: int | torch.Tensor) -> int | torch.Tensor:
-    integer = isinstance(samples, int) or (isinstance(samples, torch.Tensor) and not samples.is_floating_point())
-    if not integer:
+def _value(value: Value) -> torch.Tensor | float:
+    """A value as a number of Python's own, whose arithmetic is exact enough, or as a tensor without a graph."""
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"value is a {type(value).__name__}, {value!r}; it must be a number or a tensor") from error
+
+
+def _count(samples: Any) -> int | torch.Tensor:
+    if isinstance(samples, np.ndarray):
+        samples = torch.as_tensor(samples)
+    if isinstance(samples, torch.Tensor) and not samples.is_floating_point():
+        return samples
+    if not isinstance(samples, Integral):
         raise TypeError(f"samples is {samples!r}; it must be an integer number of samples")
-    return samples
+    return int(samples)

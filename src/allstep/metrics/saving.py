@@ -16,6 +16,7 @@ import torch
 from torchmetrics import Metric
 
 from allstep.metrics.folding import fold
+from allstep.metrics.installed import copied
 from allstep.metrics.nodes import Node
 from allstep.metrics.plan import element_wise
 
@@ -37,13 +38,13 @@ def saved_states(
     return {
         node.name: {
             "updates": source.updates,
-            "states": {name: _copied(getattr(source.metric, name)) for name in node.states},
+            "states": {name: copied(getattr(source.metric, name)) for name in node.states},
             "carried": {
-                name: _copied(list(carried[id(source.metric), name]))
+                name: copied(list(carried[id(source.metric), name]))
                 for name in node.states
                 if (id(source.metric), name) in carried
             },
-            "learnt": {**source.learnt(), **{name: _copied(each) for name, each in source.tensors_changed().items()}},
+            "learnt": {**source.learnt(), **{name: copied(each) for name, each in source.tensors_changed().items()}},
         }
         for node, source in sources
     }
@@ -134,12 +135,6 @@ def _spreads(beginning: torch.Size, shape: torch.Size) -> bool:
     """Whether an update may have made a state of this shape of its beginning."""
     pairs = zip(reversed(beginning), reversed(shape), strict=False)
     return len(beginning) <= len(shape) and all(one in (1, other) for one, other in pairs)
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _on(value: Any, device: torch.device) -> Any:

@@ -3,19 +3,33 @@
 Contract: a pure function of how the metrics were made, never of what they have seen: torchmetrics forms its compute
 groups by comparing states after the first batch, so that a rank without a batch has none, and ranks could differ. Here
 two metrics share when they run the same `update`, everything that it reads of them is equal, and their states begin
-alike. Groups that a user gave a collection hold as given, and `compute_groups=False` shares nothing. `fix_groups` puts
-these groups in the place of torchmetrics' own.
+alike. What torchmetrics' updates read is read off their code; a user's `update` may hand its metric to any function, so
+that all that two such metrics are made of has to be equal. A metric that reduces itself shares with none. Groups that a
+user gave a collection hold as given, and `compute_groups=False` shares nothing. `fix_groups` puts these groups in the
+place of torchmetrics' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
 import torch
 from torchmetrics import Metric, MetricCollection
 
+from allstep.metrics.bookkeeping import BOOKKEEPING, WRAPPED, is_known, syncs_itself
+
+# What of a class that differs leaves what its `update` does alone.
+_BESIDE_UPDATE = frozenset(
+    {
+        *("compute", "plot", "is_differentiable", "higher_is_better", "full_state_update"),
+        *("plot_lower_bound", "plot_upper_bound", "plot_legend_name"),
+        *("__module__", "__qualname__", "__doc__", "__init__", "__annotations__", "__annotate__", "__annotate_func__"),
+        *("__annotations_cache__", "__static_attributes__", "__firstlineno__", "__abstractmethods__", "_abc_impl"),
+        *("__dict__", "__weakref__", "__jit_unused_properties__"),
+    }
+)
 _CHECKS_ONLY = frozenset({"validate_args"})  # torchmetrics' flag: whether input is checked, not what is kept of it
 _READS_ANYTHING = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "super"})
 
@@ -33,17 +47,17 @@ def shared_states(collection: MetricCollection) -> dict[int, Metric]:
         for member in {id(member): member for member in members.values()}.values():
             group = next((known for known in groups if update_alike(known[0], member)), None)
             groups.append([member]) if group is None else group.append(member)
+    groups = [[member for member in group if not syncs_itself(member)] for group in groups]
     return {id(follower): group[0] for group in groups for follower in group[1:]}
 
 
-def fix_groups(collection: MetricCollection) -> None:
-    """Have a collection share states as `shared_states` says, instead of as its members' first batches happen to agree.
+def fix_groups(collection: MetricCollection, following: Mapping[int, Metric]) -> None:
+    """Have a collection share states as `shared_states` said, instead of as its members' first batches happen to agree.
 
     What its members hold stays.
     """
     if not collection._enable_compute_groups:
         return
-    following = shared_states(collection)
     groups: dict[int, list[str]] = {
         id(member): [name] for name, member in collection._modules.items() if id(member) not in following
     }
@@ -70,11 +84,29 @@ def update_alike(one: Metric, other: Metric) -> bool:
         return False
     data = {name for name in names if not isinstance(getattr(type(one), name, None), FunctionType)}
     methods = names - data
-    same_methods = all(getattr(type(one), name) is getattr(type(other), name, None) for name in methods)
+    if any(getattr(type(one), name) is not getattr(type(other), name, None) for name in methods):
+        return False
+    if not all(_is_known(code) for code in (function, *(getattr(type(one), name) for name in methods))):
+        return _made_alike(one, other)
     held = [
         name for name in data - _CHECKS_ONLY if name not in one._defaults and hasattr(one, name) | hasattr(other, name)
     ]
-    return same_methods and all(_equal(getattr(one, name, None), getattr(other, name, None)) for name in held)
+    return all(_equal(getattr(one, name, None), getattr(other, name, None)) for name in held)
+
+
+def _is_known(function: FunctionType) -> bool:
+    """Whether all that a function reads of its metric is in its code: no wrapper, and none of a user's."""
+    return is_known(function.__module__) and not hasattr(function, "__wrapped__")
+
+
+def _made_alike(one: Metric, other: Metric) -> bool:
+    """Whether metrics differ in nothing but how they compute: whatever an update reads of them, it finds the same."""
+    differing = set(type(one).__mro__) ^ set(type(other).__mro__)
+    names = {name for kind in differing for name in vars(kind)} - _BESIDE_UPDATE
+    if any(getattr(type(one), name, None) is not getattr(type(other), name, None) for name in names):
+        return False
+    apart = {*BOOKKEEPING, *WRAPPED, *one._defaults}
+    return _equal(*({name: value for name, value in vars(each).items() if name not in apart} for each in (one, other)))
 
 
 def _read_by(owner: type, function: FunctionType) -> frozenset[str] | None:
@@ -111,6 +143,8 @@ def _equal(one: Any, other: Any) -> bool:
         return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(_equal(a, b) for a, b in zip(one, other, strict=True))
+    if isinstance(one, set | frozenset):
+        return bool(one == other)
     if isinstance(one, torch.nn.Module) or not hasattr(one, "__eq__"):
         return False
     return isinstance(one, bool | int | float | str | bytes | torch.dtype | torch.device) and one == other

@@ -32,8 +32,19 @@ class Usage:
     computes: Event = Events.EPOCH_COMPLETED
 
     def only(self, updates: Event) -> Usage:
-        """The same, fed at `updates` only, such as `Events.ITERATION_COMPLETED(every=10)`."""
-        return replace(self, updates=updates)
+        """The same, fed at `updates` only, such as `Events.ITERATION_COMPLETED(every=10)`.
+
+        What is computed after each iteration is then computed after each that is fed, since before the first there is
+        nothing to compute. Not so with an `event_filter`: all ranks must compute at the same iterations, and that one
+        may depend on the rank; give `computes` a filter too, which does not.
+        """
+        follows = (
+            self.computes == Events.ITERATION_COMPLETED
+            and isinstance(updates, FilteredEvent)
+            and updates.event is Events.ITERATION_COMPLETED
+            and isinstance(updates.filter, Every | Once)
+        )
+        return replace(self, updates=updates, computes=updates if follows else self.computes)
 
     def every(self, iterations: int) -> Usage:
         """The same, computed each so many iterations."""
