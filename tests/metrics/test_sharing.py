@@ -258,3 +258,15 @@ def test_members_that_reduce_themselves_share_with_none(groups: Any) -> None:
     single = on_one(lambda: {"c": make(None)}, data)
     for found in simulate(rank, 2):
         assert found == single
+
+
+def test_members_of_several_collections_share_with_all_of_these() -> None:
+    one, other, third = Counting(1), Counting(1), Counting(1)
+    made = {
+        "a": MetricCollection({"x": one, "y": other}),
+        "b": MetricCollection({"x": other, "y": one}),
+        "c": MetricCollection({"x": third, "y": other}),
+    }
+    assert len(followers(made.values())) == 2
+    found = on_one(lambda: made, [(), ()])
+    assert [int(value) for value in found.values()] == [2] * 6

@@ -121,12 +121,24 @@ def wrapped(module: nn.Module) -> Iterator[Metric]:
 
 
 def followers(entries: Iterable[Entry]) -> dict[int, Metric]:
-    """For metrics in collections whose states another member holds too: that member, by the metric's id."""
-    return {
-        follower: leader
-        for collection in collections(entries)
-        for follower, leader in shared_states(collection).items()
-    }
+    """For metrics in collections whose states another metric holds too: that one, which leads itself, by their id.
+
+    A metric may be in several collections, and behind another one in each.
+    """
+    found: dict[int, Metric] = {}
+
+    def leading(metric: Metric) -> Metric:
+        while id(metric) in found:
+            metric = found[id(metric)]
+        return metric
+
+    for collection in collections(entries):
+        members: dict[int, Metric] = {id(member): member for member in collection._modules.values()}
+        for follower, leader in shared_states(collection).items():
+            one, other = leading(leader), leading(members[follower])
+            if one is not other:
+                found[id(other)] = one
+    return {follower: leading(leader) for follower, leader in found.items()}
 
 
 def collections(entries: Iterable[Entry]) -> Iterator[MetricCollection]:

@@ -58,13 +58,11 @@ def fix_groups(collection: MetricCollection, following: Mapping[int, Metric]) ->
     """
     if not collection._enable_compute_groups:
         return
-    groups: dict[int, list[str]] = {
-        id(member): [name] for name, member in collection._modules.items() if id(member) not in following
-    }
+    groups: dict[int, list[str]] = {}
     for name, member in collection._modules.items():
-        leader = following.get(id(member), member)
-        if name not in groups[id(leader)]:
-            groups[id(leader)].append(name)
+        groups.setdefault(id(following.get(id(member), member)), []).append(name)
+    for leader, names in groups.items():  # the first of a group is the one that is fed, where it is in this collection
+        names.sort(key=lambda name: id(collection._modules[name]) != leader)
     collection._compute_groups_create_state_ref(copy=True)  # members of groups so far share tensors
     collection._groups = dict(enumerate(groups.values()))
     collection._groups_checked = True
