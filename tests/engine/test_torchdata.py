@@ -1,6 +1,6 @@
 """torchdata's StatefulDataLoader: a run goes on from its state at the very batch, workers and read-ahead included.
 
-torchdata is no dependency of the tests; where it is not installed these are skipped.
+torchdata is no dependency of allstep; where it is not installed these are skipped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, IterableDataset
 
 from allstep.checkpoint import Checkpoint
 from allstep.engine import Engine, Events
-from allstep.testing import SimulatedRank, simulate
+from allstep.testing import run_ranks
+from allstep.world import World
 from tests.engine.recording import nothing
 
 stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="pip install torchdata to run this")
@@ -87,10 +88,9 @@ def put_back_into(engine: Engine, generator: torch.Tensor, *, inside: bool) -> C
     return put_back
 
 
-def check(make: Any, *, every: int = 1, coordinator: Any = None, accumulate: int = 1, **terms: Any) -> None:
+def check(make: Any, *, every: int = 1, accumulate: int = 1, **terms: Any) -> None:
     """Save a run after each group, and go on from each of these saves: the same batches come, nothing is dropped."""
-    options = {"accumulate": accumulate, "coordinator": coordinator, "name": "trainer"}
-    engine = Engine(nothing, **options)
+    engine = Engine(nothing, accumulate=accumulate)
     taken, saves = taken_with(engine), []
     events = Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED
 
@@ -103,12 +103,11 @@ def check(make: Any, *, every: int = 1, coordinator: Any = None, accumulate: int
     engine.run(make(), **terms)
     assert len({tuple(batch) for batch in taken}) > 1
     for done, state, generator in saves[::every]:
-        again = Engine(nothing, **options)
+        again = Engine(nothing, accumulate=accumulate)
         rest = taken_with(again)
         again.load_state_dict(state)
         put_back = put_back_into(again, generator, inside=state["iteration"] > state["epoch_began_at"])
-        if coordinator is None:  # simulated ranks are threads, of one generator
-            again.add_event_handler(Events.STARTED | Events.GET_BATCH_STARTED, put_back)
+        again.add_event_handler(Events.STARTED | Events.GET_BATCH_STARTED, put_back)
         with warnings.catch_warnings():
             warnings.filterwarnings("error", ".*dropped")
             again.run(make(), **terms)
@@ -127,13 +126,14 @@ def test_with_workers_that_read_ahead(kind: str) -> None:
     check(lambda: loader(kind, 2), every=5, max_epochs=2)
 
 
-def _on_one_rank(coordinator: SimulatedRank, kind: str) -> None:
-    check(lambda: loader(kind, 0, coordinator.rank, 2), every=3, coordinator=coordinator, max_epochs=2)
+def _on_one_rank(world: World, kind: str) -> None:
+    check(lambda: loader(kind, 0, world.rank, world.world_size), every=3, max_epochs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rows", "stream"])
 def test_on_two_ranks_that_read_ahead_to_agree(kind: str) -> None:
-    simulate(_on_one_rank, 2, kind)
+    run_ranks(_on_one_rank, 2, kind)
 
 
 @pytest.mark.slow
