@@ -121,7 +121,7 @@ def test_a_run_goes_on_at_the_very_batch(kind: str, accumulate: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rows", "stream"])
+@pytest.mark.parametrize("kind", ["rows", pytest.param("stream", marks=pytest.mark.nightly)])
 def test_with_workers_that_read_ahead(kind: str) -> None:
     check(lambda: loader(kind, 2), every=5, max_epochs=2)
 
@@ -137,7 +137,9 @@ def test_on_two_ranks_that_read_ahead_to_agree(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "workers"), [("rows", 0), ("rows", 2), ("stream", 2)])
+@pytest.mark.parametrize(
+    ("kind", "workers"), [("rows", 0), ("stream", 2), pytest.param("rows", 2, marks=pytest.mark.nightly)]
+)
 def test_a_checkpoint_keeps_its_state(kind: str, workers: int, tmp_path: Path) -> None:
     def run(every: int | None, until: int | None = None, **resume: str) -> list[Any]:
         engine = Engine(nothing)

@@ -9,7 +9,7 @@ import pytest
 
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import SCRIPTS, check_first_lines, rehearse
-from tests.jobs.launchers import LAUNCHERS, Launcher
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night, under_each_launcher
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ FOUND = 10.0
 AT = FaultPlan.at(rank=1, iteration=7)
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@also_under_torchrun_by_night
 def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(
         tmp_path, "train.py", fault=AT.sleep(1000), launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS}, within=FOUND
@@ -70,7 +70,7 @@ def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_
     assert "_sleep_with_lock" in job.cause["stacks"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@under_each_launcher
 def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit(
     tmp_path: Path, launcher: Launcher
 ) -> None:
@@ -80,7 +80,7 @@ def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit
     check_first_lines(job, "rank 0 of 2 made no progress")
 
 
-@pytest.mark.parametrize("launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)])
+@also_under_torchrun_by_night
 def test_row_24_a_slow_rank_is_named_and_not_ended(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "few_steps.py", "40", fault=FaultPlan.at(1, 2).slow(0.1), launcher=launcher)
     assert job.code == 0, job.text

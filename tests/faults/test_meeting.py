@@ -14,7 +14,7 @@ from allstep.launch.port import ReservedPort
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import BOUND, NEVER, STRIKES, by_hand, check_first_lines, rehearsal, rehearse
 from tests.jobs.job import Job
-from tests.jobs.launchers import LAUNCHERS, Launcher, place
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night, place
 from tests.jobs.running import run
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,7 @@ AT_ONCE = 10.0
 """Seconds for ranks that have started to come and to end, far below the 300 that they give each other."""
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@also_under_torchrun_by_night
 def test_row_18_the_death_of_the_stores_host_is_a_clear_error_in_bounded_time(
     tmp_path: Path, launcher: Launcher
 ) -> None:
@@ -67,7 +67,7 @@ def test_row_20_a_port_in_use_for_several_machines_is_named_and_nothing_started(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["script.py"]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [pytest.param("allstep", marks=pytest.mark.nightly), "torchrun"])
 def test_row_21_a_second_run_on_the_firsts_ports_is_turned_away_and_the_first_goes_on(
     tmp_path: Path, launcher: Launcher
 ) -> None:
@@ -164,7 +164,7 @@ def test_row_28_garbage_in_the_environment_is_one_clear_error_before_connecting(
     assert repr(value) in last
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@also_under_torchrun_by_night
 def test_row_29_a_setting_that_differs_by_rank_is_named_with_each_value(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "meets.py", launcher=launcher, env={"LR_OF_1": "0.2"}, within=AT_ONCE, since="arriving")
     assert job.code == 1

@@ -10,15 +10,10 @@ import pytest
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import BOUND, NEVER, STRIKES, check_first_lines, fastest, rehearsal, rehearse
 from tests.jobs.job import Job
-from tests.jobs.launchers import LAUNCHERS, Launcher
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night, under_each_launcher
 from tests.jobs.processes import alive, await_end, pids
 
 pytestmark = pytest.mark.slow
-
-under_each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS)
-also_under_torchrun_by_night = pytest.mark.parametrize(
-    "launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)]
-)
 
 AT = FaultPlan.at(rank=1, iteration=7)
 RAISES = AT.raise_(ValueError("bad batch"))
@@ -38,7 +33,7 @@ def test_row_1_a_rank_raises_and_its_traceback_comes_first(tmp_path: Path, launc
         assert job.report["exit_code"] == 1
 
 
-@under_each_launcher
+@also_under_torchrun_by_night
 def test_row_1_peers_in_a_collective_are_gone_in_a_second_though_the_rank_that_failed_stays(
     tmp_path: Path, launcher: Launcher
 ) -> None:
@@ -62,7 +57,7 @@ def test_row_1_peers_in_a_collective_are_gone_in_a_second_though_the_rank_that_f
     check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch")
 
 
-@under_each_launcher
+@also_under_torchrun_by_night
 def test_row_2_the_original_error_is_reported_however_slowly_the_rank_cleans_up(
     tmp_path: Path, launcher: Launcher
 ) -> None:
@@ -78,7 +73,7 @@ def test_row_2_the_original_error_is_reported_however_slowly_the_rank_cleans_up(
         ("allstep", 0, "return"),
         ("allstep", 1, "exit"),
         pytest.param("allstep", 1, "return", marks=pytest.mark.nightly),
-        ("torchrun", 0, "exit"),
+        pytest.param("torchrun", 0, "exit", marks=pytest.mark.nightly),
         pytest.param("torchrun", 0, "return", marks=pytest.mark.nightly),
         ("torchrun", 1, "return"),
     ],
@@ -109,7 +104,7 @@ def test_a_rank_that_leaves_without_a_with_block_is_the_cause(
     check_first_lines(job, headline, what)
 
 
-@under_each_launcher
+@also_under_torchrun_by_night
 def test_row_4_a_rank_that_is_killed_outranks_the_errors_that_follow(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "train.py", fault=AT.kill(9), launcher=launcher, within=BOUND)
     if launcher == "allstep":

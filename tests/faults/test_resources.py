@@ -14,7 +14,7 @@ import pytest
 
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import BOUND, NEVER, SCRIPTS, STRIKES, check_first_lines, rehearse
-from tests.jobs.launchers import Launcher, command
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night, command
 from tests.jobs.running import run
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_row_36_a_rank_that_the_kernel_kills_for_memory_is_reported_so(memory_gr
     assert "likely out of memory: the kernel killed 1 process for it in this memory cgroup" in job.cause["note"]
 
 
-@pytest.mark.parametrize("launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)])
+@also_under_torchrun_by_night
 def test_row_36_memory_that_a_limit_denies_is_the_ranks_own_error(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "limited.py", fault=AT.allocate(64 * 2**30), launcher=launcher, within=BOUND)
     assert job.code == 1

@@ -15,7 +15,7 @@ from allstep.handlers import TerminateOnNan
 from allstep.testing import FaultPlan, run_ranks
 from allstep.world import World
 from tests.faults.rehearsal import STRIKES, rehearse
-from tests.jobs.launchers import Launcher
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night
 
 pytestmark = pytest.mark.slow
 
@@ -118,7 +118,7 @@ def test_row_33_a_nan_on_one_rank_stops_all_and_the_rank_is_named() -> None:
     assert first[1].startswith("rank 1: ")
 
 
-@pytest.mark.parametrize("launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)])
+@also_under_torchrun_by_night
 def test_row_33_a_batch_made_nan_on_one_rank_ends_all_ranks_of_a_job_alike(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "guarded.py", fault=FaultPlan.at(1, 3).nan(), launcher=launcher)
     assert job.text.count(STRIKES) == 1

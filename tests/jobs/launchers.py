@@ -8,12 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 ALLSTEP = [sys.executable, "-m", "allstep"]
 
 Launcher = Literal["allstep", "torchrun"]
 LAUNCHERS: tuple[Launcher, ...] = ("allstep", "torchrun")
+
+under_each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS)
+also_under_torchrun_by_night = pytest.mark.parametrize(
+    "launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)]
+)
 
 _NOT_INHERITED = ("OMP_NUM_THREADS", "NO_COLOR", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NOT_THOSE_OF = ("ALLSTEP_", "SLURM_", "TORCHELASTIC_")
