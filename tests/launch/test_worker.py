@@ -107,6 +107,28 @@ def test_an_end_is_told_as_plain_python_tells_it(text: str, code: int, tmp_path:
     assert result.code == (code if code >= 0 else 128 - code)
 
 
+def test_an_exception_ends_the_process_after_its_threads_exit_handlers_and_output_and_not_later(tmp_path: Path) -> None:
+    text = """
+import atexit, threading, time
+
+class Lingers:
+    def __del__(self):  # while the interpreter takes itself apart
+        print("taken apart")
+
+def work():
+    time.sleep(0.3)
+    print("the thread is done")
+
+lingers = Lingers()
+atexit.register(lambda: print("exit handlers saw", repr(sys.last_value), end=""))
+threading.Thread(target=work).start()
+raise ValueError("bad batch")
+"""
+    job = run(tmp_path, str(script(tmp_path, text)), env={"PYTHONUNBUFFERED": ""})
+    assert job.code == 1
+    assert job.out == "the thread is done\nexit handlers saw ValueError('bad batch')"
+
+
 def test_a_module_that_is_not_there_is_told_as_plain_python_tells_it(tmp_path: Path) -> None:
     result = run(tmp_path, "-m", "absent.module")
     assert result.code == 1
