@@ -9,7 +9,8 @@ host only queues kernels and waits at whatever reads a result, so plain DDP is u
 How: a hook on the outputs queues a callback of the autograd engine when the backward pass begins. The engine calls such
 callbacks in order when all gradients are there; DDP queues the one that waits for its reductions later, when its last
 bucket is ready. So ours is called first, and one that it queues in turn is called after DDP's. Under torch.compile both
-are left out of what is compiled, and the module inside is compiled whole.
+are left out of what is compiled, and the module inside is compiled whole. (`torch.compiler.disable` would import the
+compiler here and now, which takes a second; this way of torch's own does so when a function is first called.)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.channel.pulse import Pulse
@@ -35,7 +37,7 @@ class WatchedDDP(DistributedDataParallel):
             _watch_backward(output, self.pulse)
         return output
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
         if self.pulse is None:
             return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
@@ -48,7 +50,7 @@ class WatchedDDP(DistributedDataParallel):
         return state
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def _watch_backward(output: Any, pulse: Pulse) -> None:
     """Tell `pulse` of the backward passes through `output`."""
     began = _backward_hook(pulse)
