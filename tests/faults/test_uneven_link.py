@@ -42,12 +42,12 @@ def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody_and_the_slow_ran
                 nonce=NONCE,
             )
             variables |= FaultPlan.at(1, 2).slow(0.1).to_environ() | {"OMP_NUM_THREADS": "1"}
-            argv = [sys.executable, SCRIPTS / "few_steps.py", "40"]
+            argv = [sys.executable, SCRIPTS / "few_steps.py", "80"]
             running.append(stack.enter_context(start(tmp_path, argv, env=variables)))
         driven.until(lambda: all(each.process.poll() is not None for each in running), seconds=80.0)
         jobs = [each.end() for each in running]
     for job in jobs:
         assert job.code == 0, job.text
-        assert "trained 40" in job.out
+        assert "trained 80" in job.out
     assert [event.rank for event in driven.events if isinstance(event, StragglerSeen)] == [1]
     assert not any(isinstance(event, Verdict) for event in driven.events)

@@ -19,7 +19,7 @@ if __name__ == "__main__":
     print("arriving", os.getpid(), flush=True)
     with init(timeout=patience, facts={"optimizer": {"name": "sgd", "lr": float(own)}}) as world:
         place = os.environ["MASTER_PORT"], os.environ.get("ALLSTEP_CHANNEL", "-")
-        print("met", world.rank, "of", world.world_size, "at", *place, flush=True)
+        print(f"met {world.rank} of {world.world_size} at {' '.join(place)}\n", end="", flush=True)  # in one write
         if "STAY" in os.environ:
             while not world.all_reduce(os.path.exists("go"), "max"):  # all leave in the same turn
                 time.sleep(0.05)
