@@ -42,6 +42,16 @@ class FirstStep(Exception):
     """Raised by the step: the time is up."""
 
 
+def until_first_step(run: Callable[[], object]) -> float:
+    """Seconds until `run` raises FirstStep."""
+    began = time.perf_counter()
+    try:
+        run()
+    except FirstStep:
+        return time.perf_counter() - began
+    raise AssertionError("the step was not called")
+
+
 def by_allstep(iteration: int) -> float:
     import allstep
 
@@ -57,12 +67,7 @@ def by_allstep(iteration: int) -> float:
         engine = allstep.Engine(step)
         engine.logger.disabled = True
         engine.load_state_dict(state)
-        began = time.perf_counter()
-        try:
-            engine.run(loader, max_epochs=1)
-        except FirstStep:
-            return time.perf_counter() - began
-    raise AssertionError("the step was not called")
+        return until_first_step(lambda: engine.run(loader, max_epochs=1))
 
 
 def by_accelerate(iteration: int) -> float:
@@ -86,12 +91,7 @@ def by_ignite(iteration: int) -> float:
     engine = Engine(step)
     engine.logger.disabled = True
     engine.load_state_dict({"iteration": iteration, "max_epochs": 1, "epoch_length": len(loader)})
-    began = time.perf_counter()
-    try:
-        engine.run(loader, max_epochs=1)
-    except FirstStep:
-        return time.perf_counter() - began
-    raise AssertionError("the step was not called")
+    return until_first_step(lambda: engine.run(loader, max_epochs=1))
 
 
 LIBRARIES: dict[str, Callable[[int], float]] = {

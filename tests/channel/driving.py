@@ -209,7 +209,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = BOUND) -> Any:
     deadline = time.monotonic() + seconds
     while not (met := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.01)
+        time.sleep(0.01)  # any condition, so it is asked again
     return met
 
 

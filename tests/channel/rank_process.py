@@ -51,7 +51,7 @@ def main() -> None:
         pulse.enter("step")
         if action == "wait":
             pulse.wait_began("gradients")
-            time.sleep(600)
+            time.sleep(600)  # the wait itself
         elif action == "sleep":
             time.sleep(600)
         elif action in ("raise", "raise_slowly"):
@@ -60,7 +60,7 @@ def main() -> None:
             except ValueError as error:
                 client.report(failure(pulse, error))
                 if action == "raise_slowly":
-                    time.sleep(600)
+                    time.sleep(600)  # its slow clean-up
                 client.linger(10)
                 raise
         elif action == "derived":

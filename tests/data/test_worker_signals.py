@@ -63,7 +63,7 @@ def test_a_worker_that_is_stuck_does_not_keep_its_process_from_ending(tmp_path: 
                 if index:
                     print(os.getpid(), flush=True)
                     for _ in range(90):
-                        time.sleep(1)
+                        time.sleep(1)  # stuck in a read
                 return index
 
         loader = make_loader(Stuck(), rank=0, world_size=1, seed=0, batch_size=1, num_workers=1)

@@ -45,7 +45,7 @@ class Waiting(LocalStorage):
         if "000001" not in folder and not self.gate.exists():
             say(f"waits with {folder}")
             while not self.gate.exists():
-                time.sleep(PAUSE_S)
+                time.sleep(PAUSE_S)  # the file is the only sign
         super().write(folder, name, blocks)
 
 

@@ -92,7 +92,7 @@ def test_usr1_before_torch_is_imported_is_remembered(tmp_path):
 print("up", flush=True)
 import time, signal, pathlib
 while not pathlib.Path("sent").exists():
-    time.sleep(0.01)
+    time.sleep(0.01)  # the file is the only sign
 import runpy
 sys.argv = ["job", sys.argv[1], sys.argv[2], "100 iterations"]
 runpy.run_module("tests.checkpoint.job", run_name="__main__")

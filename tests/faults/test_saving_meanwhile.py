@@ -35,7 +35,7 @@ class SlowStorage(LocalStorage):
         with self.lock:
             self.open_folders.add(folder)
             self.most = max(self.most, len(self.open_folders))
-        time.sleep(0.1)
+        time.sleep(0.1)  # the slow writer
         super().write(folder, name, blocks)
         with self.lock:
             self.open_folders.discard(folder)

@@ -58,7 +58,7 @@ def test_twenty_blows_change_nothing(tmp_path):
             deadline = time.monotonic() + LIMIT_S
             while struck < 20 and process.poll() is None and newest(tmp_path / "struck") < goal:
                 assert time.monotonic() < deadline, "no progress"
-                time.sleep(0.02)
+                time.sleep(0.02)  # a commit tells nobody outside
             if struck < 20 and process.poll() is None:
                 strike(random.choice(["TERM", "KILL", "FREEZE"]), process)
                 struck += 1

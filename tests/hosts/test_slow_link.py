@@ -40,7 +40,7 @@ def test_row_23_over_a_slow_lossy_link_nobody_is_ended_and_the_slow_rank_is_name
     def lose_packets() -> None:
         while not over.wait(1.0):
             hosts.cut(1)
-            time.sleep(DOWN_S)
+            time.sleep(DOWN_S)  # the fault itself
             hosts.restore(1)
 
     flapping = threading.Thread(target=lose_packets, daemon=True)

@@ -85,7 +85,7 @@ class Running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.process.poll()
-            time.sleep(0.02)
+            time.sleep(0.02)  # descendants are not ours to wait for
 
     def _await(self, fits: Callable[[Line], bool], count: int, words: str) -> list[str]:
         def found() -> list[str]:
@@ -102,7 +102,7 @@ class Running:
     def _left(self) -> list[str]:
         deadline = time.monotonic() + GONE
         while (left := self._marked()) and time.monotonic() < deadline:
-            time.sleep(0.02)
+            time.sleep(0.02)  # descendants are not ours to wait for
         return [command_of(pid) for pid in left]
 
     def _read(self, name: Stream, stream: IO[str]) -> None:

@@ -24,7 +24,7 @@ with allstep.init() as world:
 """
 COLLECTIVES = """
     while world.all_reduce(float(time.monotonic() < until)) == 2:
-        time.sleep(0.1)
+        time.sleep(0.1)  # the work of the loop
 """
 GRADIENTS = """
     model = world.wrap(torch.nn.Linear(2, 2))
@@ -35,12 +35,12 @@ GRADIENTS = """
 MAIN_FIRST = """
     with world.main_first():
         if world.is_main:
-            time.sleep(9)
+            time.sleep(9)  # longer than the limit
 """
 ONE_STAYS_AWAY = """
     world.all_reduce(1.0)
     if rank == 1:
-        time.sleep(600)
+        time.sleep(600)  # the hang itself
     world.all_reduce(2.0)
 """
 

@@ -268,4 +268,4 @@ def _wait_until(condition: Callable[[], bool], what: str, logs: Callable[[], str
     while not condition():
         if time.monotonic() > deadline:
             raise RuntimeError(f"waited {START_SECONDS:.0f} s for {what}; the daemons' logs end with:\n{logs()}")
-        time.sleep(0.02)
+        time.sleep(0.02)  # daemons tell nobody that they are ready

@@ -278,7 +278,7 @@ def _reach(address: str, timeout: float) -> Connection:
                     f"nothing answers at {address}, where this run's control channel should be "
                     f"({error.strerror or error}); check that the node can be reached and that no firewall is between"
                 ) from error
-            time.sleep(0.1)
+            time.sleep(0.1)  # nothing tells when a service begins to listen
 
 
 def _wait(connection: Connection, seconds: float, *, writing: bool) -> None:

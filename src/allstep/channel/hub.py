@@ -17,8 +17,8 @@ from allstep.channel.admission import Admission
 from allstep.channel.arrival import Arrival
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
-from allstep.channel.gate import Came, Gate, Gone, HubKey, Peer, Said, who_knows
+from allstep.channel.events import HubEvent
+from allstep.channel.gate import Came, Gate, Gone, Peer, Said, who_knows
 from allstep.channel.inquiry import Inquiry
 from allstep.channel.limits import Limits
 from allstep.channel.links import Links, Node
@@ -41,17 +41,6 @@ from allstep.channel.messages import (
     WorkerEnded,
     encode,
 )
-
-__all__ = [
-    "AllEnded",
-    "Finished",
-    "Hub",
-    "HubEvent",
-    "HubKey",
-    "Ordered",
-    "StragglerSeen",
-    "Verdict",
-]
 
 _PERIOD = 1.0
 

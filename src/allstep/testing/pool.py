@@ -88,7 +88,7 @@ class WarmProcess:
                 os.kill(self.process.pid, signal.SIGQUIT)
             deadline = time.monotonic() + _STACKS_S
             while os.fstat(self._stacks.fileno()).st_size == before and time.monotonic() < deadline:
-                time.sleep(0.01)
+                time.sleep(0.01)  # faulthandler tells nobody when it has written
         written = os.pread(self._stacks.fileno(), _MOST_STACKS, before if ask else 0)
         return written.decode(errors="replace").strip()
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 
 from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd, signal_name
-from allstep.channel.hub import Hub, HubKey, Verdict
+from allstep.channel.events import Verdict
+from allstep.channel.gate import HubKey
+from allstep.channel.hub import Hub
 from allstep.channel.limits import Limits
 from allstep.testing.call import Call, Outcome
 from allstep.testing.pool import Pool, WarmProcess

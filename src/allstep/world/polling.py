@@ -22,5 +22,6 @@ def poll(condition: Callable[[], bool], deadline: float) -> bool:
         now = time.monotonic()
         if now >= deadline:
             return False
+        # What is asked cannot be waited for; the longer it has taken, the less often it is asked.
         time.sleep(min(0.001 + (now - start) / 10, _LONGEST_PAUSE_S, deadline - now))
     return True

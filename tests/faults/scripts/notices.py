@@ -7,7 +7,7 @@ from importlib import import_module
 if __name__ == "__main__":
     print("not yet imported", flush=True)
     while not os.path.exists("go"):
-        time.sleep(0.01)
+        time.sleep(0.01)  # the file is the only sign
     allstep = import_module("allstep")
     Engine, StopOnSignal = allstep.Engine, allstep.StopOnSignal
     with allstep.init() as world:
