@@ -295,15 +295,17 @@ class World(Exchanging):
         self._closed = True
         current.remove(self)
         atexit.unregister(self.leave_at_exit)
-        if not in_order and self.reporter is not None:
-            self.reporter.left_open()
-        strike(Here("exit", self.rank, self.placement.attempt))
-        if self._group is not None:
-            with self._waits("close", depth=2):
-                self._group.leave(failed=failed, patience=patience)
-        if self.reporter is not None:
-            self.reporter.end(failed=failed)
-        notices.give_back()
+        try:
+            if not in_order and self.reporter is not None:
+                self.reporter.left_open()
+            strike(Here("exit", self.rank, self.placement.attempt))
+            if self._group is not None:
+                with self._waits("close", depth=2):
+                    self._group.leave(failed=failed, patience=patience)
+            if self.reporter is not None:
+                self.reporter.end(failed=failed)
+        finally:
+            notices.give_back()
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
