@@ -60,18 +60,19 @@ UNLIKE = ("MASTER_PORT", "ALLSTEP_NONCE", "ALLSTEP_CHANNEL", "ALLSTEP_LAUNCH", "
 
 
 def said(folder: Path, env: dict[str, str], *options: str) -> list[dict[str, object]]:
-    job = run(folder, "--nproc", "3", "--name", "x", *options, "script.py", "--lr", "1", env=env)
+    job = run(folder, "--nproc", "3", "--name", "x", *options, "--lr", "1", env=env)
     assert job.code == 0, job.err
     return [json.loads((folder / f"said_{rank}.json").read_text()) for rank in range(3)]
 
 
-def test_a_worker_is_what_it_would_be_if_it_had_been_started_by_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", [["script.py"], ["-m", "script"]], ids=" ".join)
+def test_a_worker_is_what_it_would_be_if_it_had_been_started_by_itself(target: list[str], tmp_path: Path) -> None:
     env = module(tmp_path)
     script(tmp_path, SAY_ALL.replace("UNLIKE", repr(UNLIKE)))
-    forked = said(tmp_path, env)
+    forked = said(tmp_path, env, *target)
     assert importers(tmp_path) == ["None"]
     shutil.rmtree(tmp_path / "runs")
-    alone = said(tmp_path, env, "--no-shared-imports")
+    alone = said(tmp_path, env, "--no-shared-imports", *target)
     assert importers(tmp_path) == ["0", "1", "2", "None"]
     assert forked == alone
 

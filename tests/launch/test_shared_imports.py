@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,9 +63,8 @@ def test_a_script_in_another_encoding_is_read_as_python_reads_it() -> None:
     assert named("# coding: latin-1\nimport torch\nname = 'é'".encode("latin-1")) == ("torch",)
 
 
-def test_a_module_folder_or_absent_file_has_none(tmp_path: Path) -> None:
+def test_a_folder_or_absent_file_has_none(tmp_path: Path) -> None:
     (tmp_path / "__main__.py").write_text("import torch")
-    assert shared_imports(Command("train", module=True)) == ()
     assert shared_imports(Command(str(tmp_path))) == ()
     assert shared_imports(Command(str(tmp_path / "absent.py"))) == ()
     assert shared_imports(Command(str(tmp_path / "__main__.py"))) == ("torch",)
@@ -77,3 +77,31 @@ def test_a_module_of_that_name_beside_the_script_is_another(tmp_path: Path) -> N
     (tmp_path / "torch.py").touch()
     assert shared_imports(Command(str(tmp_path / "train.py"))) == ()
     assert shared_imports(Command(str(tmp_path / "link" / "train.py"))) == ()
+
+
+@pytest.mark.parametrize(
+    ("files", "module", "expected"),
+    [
+        ({"train.py": "import torch"}, "train", ("torch",)),
+        ({"pkg/__init__.py": "", "pkg/train.py": "import torch"}, "pkg.train", ("torch",)),
+        ({"pkg/__init__.py": "'Words.'", "pkg/__main__.py": "import torch"}, "pkg", ("torch",)),
+        ({"pkg/train.py": "import torch"}, "pkg.train", ()),  # a folder without __init__.py
+        ({"pkg/__init__.py": "import os", "pkg/train.py": "import torch"}, "pkg.train", ()),
+        ({"pkg/__init__.py": "(", "pkg/train.py": "import torch"}, "pkg.train", ("torch",)),  # each worker says why
+        ({"pkg/__init__.py": "import torch", "pkg/train.py": ""}, "pkg.train", ()),
+        ({"pkg/__init__.py": "import torch"}, "pkg", ()),
+        ({"train.py": "import torch"}, "train.absent", ()),
+        ({"train.py": "import torch", "torch.py": ""}, "train", ()),
+        ({}, "absent", ()),
+        ({}, "", ()),
+    ],
+)
+def test_those_of_a_module_are_its_own_where_its_packages_do_nothing(
+    files: dict[str, str], module: str, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert shared_imports(Command(module, module=True)) == expected
+    assert not {"pkg", "train"} & set(sys.modules)

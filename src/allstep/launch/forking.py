@@ -84,7 +84,7 @@ class Template:
             undo.callback(_adopt_orphans, False)
             self.process = watched(
                 spawn(
-                    [sys.executable, _TEMPLATE, *place, first.command.target, *first.command.arguments],
+                    [sys.executable, _TEMPLATE, *place, *first.command.words()],
                     common,
                     pipes[0],
                     first.world_size,

@@ -21,7 +21,7 @@ import ast
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from importlib.machinery import PathFinder
 
 from allstep.launch.plan import Command
@@ -35,25 +35,60 @@ _SETS_VARIABLES = frozenset({"environ", "putenv"})
 
 def shared_imports(command: Command) -> tuple[str, ...]:
     """Return the modules that the workers which run `command` can import before they part."""
-    if command.module or not os.path.isfile(command.target):
-        return ()
-    folder = os.path.dirname(os.path.realpath(command.target))
+    folder = os.getcwd() if command.module else os.path.dirname(os.path.realpath(command.target))
     try:
-        with open(command.target, "rb") as file:
-            modules = named(file.read())
+        *before, script = [_read(path) for path in _files(command)]
+        modules = () if any(map(_does_something, before)) else named(script)
         own = any(PathFinder.find_spec(_package(module), [folder]) for module in modules)
     except (OSError, ImportError):
         return ()
     return () if own else modules
 
 
+def _files(command: Command) -> Iterator[str]:
+    """The files that are run for a command, in order; ImportError where that takes more than looking for files."""
+    if not command.module:
+        yield command.target
+        return
+    folders: Sequence[str] | None = [os.getcwd(), *sys.path]
+    name = ""
+    for part in command.target.split("."):
+        name = f"{name}.{part}" if name else part
+        folders = yield from _found(name, folders)
+    if folders is not None:
+        yield from _found(f"{name}.__main__", folders)
+
+
+def _found(name: str, folders: Sequence[str] | None) -> Generator[str, None, Sequence[str] | None]:
+    """The file of a module that is in these folders; returned are those of its submodules, None where it has none."""
+    spec = None if folders is None else PathFinder.find_spec(name, folders)
+    if spec is None or spec.origin is None:  # a folder without __init__.py has none
+        raise ImportError(name)
+    yield spec.origin
+    return spec.submodule_search_locations
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _parsed(source: bytes) -> ast.Module:
+    """The tree of a text, an empty one where it cannot be compiled: the worker that runs it says why."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.parse(source)
+    return ast.Module(body=[], type_ignores=[])
+
+
+def _does_something(source: bytes) -> bool:
+    """Whether a package does anything but say what it is."""
+    tree = _parsed(source)
+    return len(tree.body) > (ast.get_docstring(tree, clean=False) is not None)
+
+
 def named(source: bytes) -> tuple[str, ...]:
     """Return the modules that a script of this text begins by importing, as far as they can be shared."""
-    tree: ast.Module | None = None
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
-        tree = ast.parse(source)
-    if tree is None:
-        return ()
+    tree = _parsed(source)
     modules = [module for module in _first_imports(tree) if _package(module) not in sys.stdlib_module_names]
     words = set(_words(tree))
     has_torch = any(_package(module).startswith("torch") or module.startswith("allstep.") for module in modules)

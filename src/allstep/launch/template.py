@@ -1,10 +1,10 @@
 """The process from which the workers of one machine are forked, after the imports that they all begin with.
 
 Contract: the supervisor starts this file by its path, as
-`python template.py SUPERVISOR_PID LIFELINE_FD PLAN_FD TARGET [ARGUMENT...]`, in a session of its own and with the
-variables that all workers share. PLAN_FD is a file with a JSON object: `modules` to import (`module:name` for a name of
-a module that is imported when it is first used), `ranks` (of each its own `environment`, and its `stdout`, `stderr` and
-`lifeline` descriptors), and the descriptors `report` and `gate`.
+`python template.py SUPERVISOR_PID LIFELINE_FD PLAN_FD script|module TARGET [ARGUMENT...]`, in a session of its own
+and with the variables that all workers share. PLAN_FD is a file with a JSON object: `modules` to import (`module:name`
+for a name that a module imports when it is first used), `ranks` (of each its own `environment`, and its `stdout`,
+`stderr` and `lifeline` descriptors), and the descriptors `report` and `gate`.
 - It imports the modules. When these have left something that processes cannot share, a thread or an open descriptor
   (a device's, say), or one cannot be imported, it ends with status `ALONE` and has forked nothing.
 - It forks the workers, writes their pids to `report` as a JSON list, and ends with status 0. Till then they are in its
@@ -37,7 +37,7 @@ ALONE = 3
 
 def main(argv: list[str]) -> None:
     """Be the template, and in each fork a worker."""
-    supervisor, lifeline, plan_fd, target, *arguments = argv
+    supervisor, lifeline, plan_fd, kind, target, *arguments = argv
     worker.tie_to_supervisor(int(supervisor), int(lifeline))
     with open(int(plan_fd), encoding="utf-8") as file:
         plan = json.load(file)
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         pid = os.fork()
         if pid == 0:
             _become(place, plan, int(supervisor))
-            worker.run("script", target, arguments)
+            worker.run(kind, target, arguments)
             return
         pids.append(pid)
     os.write(plan["report"], json.dumps(pids).encode())
