@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +39,15 @@ def alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
+
+
+def freeze(pid: int) -> None:
+    """Stop a process and wait until each of its threads stands still; until one is scheduled, others run on."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + LIMIT
+    while {path.read_text().rsplit(")", 1)[1].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")} != {"T"}:
+        assert time.monotonic() < deadline, "the process does not stop"
+        time.sleep(0.01)  # nobody tells those who are not its parent
 
 
 def with_variable(variable: str) -> list[int]:

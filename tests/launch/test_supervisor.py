@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs.launchers import environment, script
-from tests.jobs.processes import LIMIT, alive, await_end, pids, watch
+from tests.jobs.processes import LIMIT, alive, await_end, freeze, pids, watch
 from tests.jobs.running import run, started
 
 STAY = "import signal\nprint('pid', os.getpid(), flush=True)\nwhile True:\n    signal.pause()\n"
@@ -215,7 +215,7 @@ def test_a_worker_that_was_stopped_can_still_act_on_the_signal(tmp_path: Path) -
     )
     with started(tmp_path, "--nproc", "2", "script.py") as running:
         for pid in pids(running.await_out(2)):
-            os.kill(pid, signal.SIGSTOP)
+            freeze(pid)
         running.process.send_signal(signal.SIGTERM)
         job = running.end()
     assert (job.code, sorted(job.out.splitlines()[2:])) == (143, ["[0] left", "[1] left"])

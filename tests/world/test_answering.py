@@ -12,6 +12,7 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.world.answering import AnsweringStore
 from allstep.world.polling import poll
+from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 
 
@@ -48,7 +49,7 @@ def test_a_frozen_store_is_waited_for_once_and_serves_again_when_it_goes_on():
         raw = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=600), wait_for_workers=False)
         store = AnsweringStore(raw, patience=3.0)
         store.set("key", "value")
-        server.send_signal(signal.SIGSTOP)
+        freeze(server.pid)
         with pytest.raises(WorldError, match="did not answer within 3 s"):
             store.get("key")
         began = time.monotonic()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from datetime import timedelta
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from allstep.world.answering import AnsweringStore
 from allstep.world.group import Group
 from allstep.world.rendezvous import Meeting
+from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 
 BOUND = 30.0  # seconds; far below the patience that the tests give
@@ -50,7 +50,7 @@ def test_a_rank_whose_store_is_frozen_says_so_and_leaves():
         raw = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=600), wait_for_workers=False)
         store = AnsweringStore(raw, patience=1.0)
         store.add("connected", 2)
-        server.send_signal(signal.SIGSTOP)
+        freeze(server.pid)
         began = time.monotonic()
         with pytest.warns(RuntimeWarning, match=r"did not answer within 1 s; .*may be frozen.*closes its World"):
             Group("gloo", Meeting(store), rank=1, world_size=2).leave(failed=False, patience=600)
@@ -62,7 +62,7 @@ def test_a_rank_that_fails_does_not_wait_for_a_frozen_store():
     with served_store() as (server, port):
         raw = dist.TCPStore("127.0.0.1", port, None, False, timedelta(seconds=600), wait_for_workers=False)
         store = AnsweringStore(raw)
-        server.send_signal(signal.SIGSTOP)
+        freeze(server.pid)
         began = time.monotonic()
         Group("gloo", Meeting(store), rank=1, world_size=2).leave(failed=True, patience=600)
         assert time.monotonic() - began < BOUND

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import pytest
 from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
 from allstep.world.polling import poll
+from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 
 pytestmark = pytest.mark.slow
@@ -108,7 +108,7 @@ def test_ranks_whose_launchers_agent_is_frozen_close_their_world_in_bounded_time
     with served_store() as (agent, port):
         ranks = start(CLOSES_ON_A_WORD, agents_port=port)
         assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2
-        agent.send_signal(signal.SIGSTOP)
+        freeze(agent.pid)
         for rank in ranks:
             rank.stdin.write("\n")
             rank.stdin.flush()
