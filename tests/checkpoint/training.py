@@ -125,6 +125,12 @@ class Run:
         return [each.detach().clone() for each in (*inner.parameters(), *inner.buffers())]
 
 
+def go_on(world: World, folder: str) -> tuple[list[torch.Tensor], range]:
+    """Train what is left of the run in a folder, as its script would: the weights, and the iterations that it took."""
+    run = Run(world, Job(folder, every="100 iterations", window=1)).go()
+    return run.weights(), range(run.taken[0][1], run.engine.state.iteration + 1)
+
+
 def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 

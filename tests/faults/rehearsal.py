@@ -61,8 +61,11 @@ def rehearse(
     """Run a script to its end; arguments as of `rehearsal`.
 
     Args:
-        within: seconds from the first line with `since` to the end of the job.
+        within: seconds from the first line with `since` to the end of the job; twice that under torchrun, which takes
+            its own time to end.
     """
+    if within is not None and options.get("launcher") == "torchrun":
+        within *= 2
 
     def once(own: Path) -> tuple[float, Job]:
         with rehearsal(own, script, *arguments, **options) as running:

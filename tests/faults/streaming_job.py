@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import allstep
-from allstep import Checkpoint, Engine, Events
+from allstep import Checkpoint, Engine, Events, World
 
 BATCHES = (13, 11)
 BATCH = 4
@@ -57,27 +57,34 @@ class Knowing(Stream):
         self.generator.set_state(state["generator"])
 
 
+def train(world: World, folder: str, kind: str) -> list[torch.Tensor]:
+    """Train on the ranks of this world and give the weights."""
+    world.seed_everything(7)
+    model = world.wrap(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 1)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    world.seed_everything(7, per_rank=True)
+
+    def step(engine: Engine, x: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        (model(x).square().mean() * engine.state.weight).backward()
+        optimizer.step()
+
+    trainer = Engine(step, uneven="longest")
+    objects = {"model": model, "optimizer": optimizer, "trainer": trainer}
+    Checkpoint(folder, objects, every="3 iterations").attach(trainer).resume()
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: print(f"iteration {trainer.state.iteration}", flush=True)
+    )
+    stream = (Knowing if kind == "own" else Stream)(world.rank)
+    trainer.run(DataLoader(stream, batch_size=BATCH), max_epochs=EPOCHS)
+    return [each.detach() for each in world.unwrap(model).parameters()]
+
+
 def main(folder: str, out: str, kind: str) -> None:
-    with allstep.init(seed=7) as world:
-        model = world.wrap(nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.3), nn.Linear(16, 1)))
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        world.seed_everything(7, per_rank=True)
-
-        def step(engine: Engine, x: torch.Tensor) -> None:
-            optimizer.zero_grad()
-            (model(x).square().mean() * engine.state.weight).backward()
-            optimizer.step()
-
-        trainer = Engine(step, uneven="longest")
-        objects = {"model": model, "optimizer": optimizer, "trainer": trainer}
-        Checkpoint(folder, objects, every="3 iterations").attach(trainer).resume()
-        trainer.add_event_handler(
-            Events.ITERATION_COMPLETED, lambda: print(f"iteration {trainer.state.iteration}", flush=True)
-        )
-        stream = (Knowing if kind == "own" else Stream)(world.rank)
-        trainer.run(DataLoader(stream, batch_size=BATCH), max_epochs=EPOCHS)
+    with allstep.init() as world:
+        weights = train(world, folder, kind)
         if world.is_main:
-            torch.save([each.detach() for each in world.unwrap(model).parameters()], out)
+            torch.save(weights, out)
 
 
 if __name__ == "__main__":

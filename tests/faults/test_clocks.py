@@ -22,7 +22,7 @@ if os.environ.get("RANK") == os.environ["SHIFTED_RANK"]:
 """
 
 
-@pytest.mark.parametrize("shift", ["-86400", "86400"])
+@pytest.mark.parametrize("shift", ["-86400", pytest.param("86400", marks=pytest.mark.nightly)])
 def test_row_44_the_first_to_fail_is_the_cause_whatever_the_clocks_say(tmp_path: Path, shift: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(SHIFTED)
     later = FaultPlan.at(1, 7).sleep(0.1) + FaultPlan.at(1, 7).raise_(KeyError("second"))

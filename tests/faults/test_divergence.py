@@ -32,6 +32,7 @@ def enters_a_collective_alone(world: World) -> None:
     engine.run(range(4), window=1)
 
 
+@pytest.mark.nightly  # the same as a job: test_hangs.py, row 35
 def test_a_rank_that_enters_a_collective_alone_is_named_with_its_line():
     report = found(enters_a_collective_alone)
     line = enters_a_collective_alone.__code__.co_firstlineno + 5

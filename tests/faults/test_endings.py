@@ -14,6 +14,8 @@ import pytest
 
 from allstep.checkpoint import entries, verify
 from allstep.exit_codes import PREEMPTED
+from allstep.testing import run_ranks
+from tests.checkpoint.training import go_on
 from tests.jobs.job import Job
 from tests.jobs.running import Running, run, start, started
 
@@ -25,9 +27,16 @@ JOB = ["-m", "tests.faults.ending_job"]
 LIMIT = 120.0
 
 
-def twice(folder: Path, *arguments: str) -> list[Job]:
-    """Start the same job over two ranks, and again when it has ended."""
-    return [run(folder, "--nproc", "2", *JOB, folder / "saved", *arguments, env=ENV) for _ in range(2)]
+def ended(folder: Path, *arguments: str, ranks: int = 2) -> Job:
+    """Run the job to its end; it goes on from what another one saved."""
+    done = run(folder, "--nproc", str(ranks), *JOB, folder / "saved", *arguments, env=ENV)
+    assert done.code == 0, done.err
+    return done
+
+
+def left(folder: Path) -> range:
+    """Train what an earlier job left of the run, without the script: the iterations that it took."""
+    return run_ranks(go_on, 2, str(folder / "saved"))[0][1]
 
 
 def iterations(text: str) -> set[int]:
@@ -42,8 +51,8 @@ def steps(folder: Path) -> list[int]:
 
 
 def test_a_run_that_stopped_early_is_finished_says_so_when_started_again_and_trains_nothing(tmp_path: Path) -> None:
-    first, second = twice(tmp_path, "every=epoch", "patience=1")
-    assert (first.code, second.code) == (0, 0), second.err
+    first = ended(tmp_path, "every=epoch", "patience=1")
+    second = ended(tmp_path, "every=epoch", "patience=1", ranks=1)
     assert max(iterations(first.out)) == 10  # of 15: the second epoch was no better
     assert first.out.count("ended: finished, rank 0: no better score than 0.0 in 1 times") == 2
     assert iterations(second.out) == set()
@@ -52,19 +61,17 @@ def test_a_run_that_stopped_early_is_finished_says_so_when_started_again_and_tra
 
 @pytest.mark.nightly
 def test_a_run_that_was_out_of_time_goes_on(tmp_path: Path) -> None:
-    first, second = twice(tmp_path, "limit=0.001", "every=epoch")
-    assert (first.code, second.code) == (0, 0), second.err
+    first, second = (ended(tmp_path, "limit=0.001", "every=epoch") for _ in range(2))
     assert "ended: left, " in first.out
     assert min(iterations(second.out)) == max(iterations(first.out)) + 1
 
 
 def test_a_run_that_became_nan_is_not_saved_there_and_goes_on_from_before(tmp_path: Path) -> None:
-    first, second = twice(tmp_path, "nan=5", "every=2 iterations")
-    assert (first.code, second.code) == (0, 0), second.err
+    first = ended(tmp_path, "nan=5", "every=2 iterations")
     assert "ended: failed, " in first.out
     assert "not saved, since the run has failed: rank 0: the output of iteration 5 is not finite" in first.err
-    assert min(iterations(second.out)) == 5
     assert steps(tmp_path) == [2, 4]
+    assert left(tmp_path)[0] == 5
 
 
 def alone(folder: Path, *arguments: str) -> AbstractContextManager[Running]:
@@ -115,9 +122,7 @@ def test_under_allstep_run_a_second_term_ends_all_at_once_and_the_newest_committ
     assert done.code == 128 + signal.SIGTERM
     assert "ranks 0, 1 had to be killed" in done.err
     assert steps(tmp_path) == [2]
-    again = run(tmp_path, "--nproc", "2", *JOB, tmp_path / "saved", env=ENV)
-    assert again.code == 0, again.err
-    assert min(iterations(again.out)) == 3
+    assert left(tmp_path)[0] == 3
 
 
 def test_under_allstep_run_a_notice_and_then_a_term_end_the_evaluation_and_save_what_was_trained(

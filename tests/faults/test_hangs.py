@@ -46,7 +46,7 @@ def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> 
 def test_row_6_a_rank_that_hangs_between_its_last_run_and_the_end_of_its_world_is_named(tmp_path: Path) -> None:
     fault = FaultPlan.at(1, when="exit").sleep(1000)
     options = ["--limits", f"{LIMITS},idle=3"]
-    job = rehearse(tmp_path, "few_steps.py", "5", fault=fault, options=options, within=FOUND)
+    job = rehearse(tmp_path, "reduces.py", "5", fault=fault, options=options, within=FOUND)
     assert job.out.count("trained 5") == 2
     assert job.code == 83
     check_first_lines(job, "rank 1 of 2 made no progress", "section idle")

@@ -152,7 +152,14 @@ def test_row_27_world_sizes_that_differ_are_found_at_once(tmp_path: Path) -> Non
     assert any(words in job.text for job in jobs for words in said), jobs
 
 
-@pytest.mark.parametrize(("name", "value"), [("RANK", ""), ("MASTER_PORT", "99999"), ("WORLD_SIZE", "two")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RANK", ""),
+        pytest.param("MASTER_PORT", "99999", marks=pytest.mark.nightly),
+        pytest.param("WORLD_SIZE", "two", marks=pytest.mark.nightly),
+    ],
+)
 def test_row_28_garbage_in_the_environment_is_one_clear_error_before_connecting(
     tmp_path: Path, name: str, value: str
 ) -> None:
@@ -195,7 +202,7 @@ def test_row_30_a_corrupt_configuration_starts_nothing_and_names_file_line_and_f
 
 def test_row_18_ranks_that_torchruns_agent_left_behind_come_to_their_end(tmp_path: Path) -> None:
     fault = FaultPlan.at(iteration=5).sleep(2)
-    with rehearsal(tmp_path, "few_steps.py", "20", fault=fault, launcher="torchrun") as running:
+    with rehearsal(tmp_path, "reduces.py", "20", fault=fault, launcher="torchrun") as running:
         running.await_line(STRIKES, 2)
         running.process.kill()  # it serves the store
         running.await_line("trained 20", 2)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from allstep.exit_codes import PREEMPTED
-from tests.checkpoint.training import equal
+from allstep.testing import run_ranks
+from tests.checkpoint.training import equal, go_on
 from tests.jobs.launchers import ROOT, script
 from tests.jobs.running import run, started
 
@@ -20,14 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
-def job(folder, name, *arguments, ranks=2):
-    return ["--nproc", str(ranks), "-m", "tests.checkpoint.job", folder / name, folder / f"{name}.pt", *arguments]
+def job(folder, *arguments, ranks=2):
+    return ["--nproc", str(ranks), "-m", "tests.checkpoint.job", folder / "run", folder / "run.pt", *arguments]
 
 
 def unbroken(folder):
-    done = run(folder, *job(folder, "unbroken", "100 iterations"), env=ENV)
-    assert done.code == 0, done.err
-    return torch.load(folder / "unbroken.pt")
+    return run_ranks(go_on, 2, str(folder / "unbroken"))[0]
 
 
 def iterations(text):
@@ -35,7 +34,7 @@ def iterations(text):
 
 
 def preempted(folder, send, at="iteration 3", workers="0"):
-    with started(folder, *job(folder, "preempted", "100 iterations", "0.2", workers), env=ENV) as running:
+    with started(folder, *job(folder, "100 iterations", "0.2", workers), env=ENV) as running:
         running.await_line(at)
         send(running.process)
         done = running.end()
@@ -43,22 +42,24 @@ def preempted(folder, send, at="iteration 3", workers="0"):
     return done.out
 
 
-def assert_goes_on_as_if_unbroken(folder):
-    resumed = run(folder, *job(folder, "preempted", "100 iterations"), env=ENV)
-    assert resumed.code == 0, resumed.err
-    weights, iteration = torch.load(folder / "preempted.pt")
-    expected, last = unbroken(folder)
-    assert iteration == last
+def assert_goes_on_as_if_unbroken(folder, after):
+    weights, left = run_ranks(go_on, 2, str(folder / "run"))[0]
+    expected, whole = unbroken(folder)
+    assert left == range(after + 1, whole.stop)
     assert equal(weights, expected)
-    return resumed
 
 
 def test_sigterm_to_all_stops_all_at_one_iteration_and_the_resumed_run_equals_an_unbroken_one(tmp_path):
     out = preempted(tmp_path, lambda process: process.send_signal(signal.SIGTERM))
     last = max(iterations(out))
     assert iterations(out).count(last) == 2  # each rank says it
-    resumed = assert_goes_on_as_if_unbroken(tmp_path)
+    resumed = run(tmp_path, *job(tmp_path, "100 iterations"), env=ENV)
+    assert resumed.code == 0, resumed.err
     assert min(iterations(resumed.out)) == last + 1
+    weights, iteration = torch.load(tmp_path / "run.pt")
+    expected, whole = unbroken(tmp_path)
+    assert iteration == whole[-1]
+    assert equal(weights, expected)
 
 
 def test_sigterm_to_one_rank_stops_all_together(tmp_path):
@@ -66,8 +67,8 @@ def test_sigterm_to_one_rank_stops_all_together(tmp_path):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(children[-1]), signal.SIGTERM)
 
-    preempted(tmp_path, send)
-    assert_goes_on_as_if_unbroken(tmp_path)
+    out = preempted(tmp_path, send)
+    assert_goes_on_as_if_unbroken(tmp_path, after=max(iterations(out)))
 
 
 def test_sigterm_to_every_process_of_a_rank_its_data_loaders_workers_too_stops_all_together(tmp_path):
@@ -75,14 +76,14 @@ def test_sigterm_to_every_process_of_a_rank_its_data_loaders_workers_too_stops_a
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.killpg(int(children[-1]), signal.SIGTERM)  # each rank leads its group
 
-    preempted(tmp_path, send, workers="2")
-    assert_goes_on_as_if_unbroken(tmp_path)
+    out = preempted(tmp_path, send, workers="2")
+    assert_goes_on_as_if_unbroken(tmp_path, after=max(iterations(out)))
 
 
 def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_path):
-    for _ in range(2):
-        done = run(tmp_path, *job(tmp_path, "run"), env=ENV)
-        assert done.code == 0, done.err
+    run_ranks(go_on, 2, str(tmp_path / "run"))
+    done = run(tmp_path, *job(tmp_path), env=ENV)
+    assert done.code == 0, done.err
     assert "nothing to run: all that was asked is done" in done.err
     assert "iteration 1" not in done.out
 

@@ -75,7 +75,7 @@ def test_row_2_the_original_error_is_reported_however_slowly_the_rank_cleans_up(
         pytest.param("allstep", 1, "return", marks=pytest.mark.nightly),
         pytest.param("torchrun", 0, "exit", marks=pytest.mark.nightly),
         pytest.param("torchrun", 0, "return", marks=pytest.mark.nightly),
-        ("torchrun", 1, "return"),
+        pytest.param("torchrun", 1, "return", marks=pytest.mark.nightly),
     ],
 )
 def test_row_3_a_rank_that_leaves_early_with_0_is_named_as_the_cause(
@@ -91,10 +91,14 @@ def test_row_3_a_rank_that_leaves_early_with_0_is_named_as_the_cause(
         assert (job.cause["rank"], job.cause["kind"]) == (rank, "left early")
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("allstep", marks=pytest.mark.nightly), "torchrun"])
 @pytest.mark.parametrize(
-    ("how", "headline", "what"),
-    [("exit", "rank 1 of 2 left first", "left early"), ("raise", "rank 1 of 2 failed first", "KeyError: 'missing'")],
+    ("launcher", "how", "headline", "what"),
+    [
+        ("torchrun", "exit", "rank 1 of 2 left first", "left early"),
+        ("allstep", "raise", "rank 1 of 2 failed first", "KeyError: 'missing'"),
+        pytest.param("allstep", "exit", "rank 1 of 2 left first", "left early", marks=pytest.mark.nightly),
+        pytest.param("torchrun", "raise", "rank 1 of 2 failed first", "KeyError: 'missing'", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_rank_that_leaves_without_a_with_block_is_the_cause(
     tmp_path: Path, launcher: Launcher, how: str, headline: str, what: str
@@ -118,8 +122,10 @@ def test_row_4_a_rank_that_is_killed_outranks_the_errors_that_follow(tmp_path: P
 
 @pytest.mark.parametrize(
     ("crash", "code", "name"),
-    [(AT.segfault(), 139, "SIGSEGV"), (AT.abort(), 134, "SIGABRT")],
-    ids=["segfault", "abort"],
+    [
+        pytest.param(AT.segfault(), 139, "SIGSEGV", id="segfault"),
+        pytest.param(AT.abort(), 134, "SIGABRT", id="abort", marks=pytest.mark.nightly),
+    ],
 )
 def test_row_5_a_crash_is_named_with_its_signal_and_stack(
     tmp_path: Path, crash: FaultPlan, code: int, name: str

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from allstep.testing import run_ranks
 from tests.checkpoint.training import equal
+from tests.faults.streaming_job import train
 from tests.jobs.running import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -18,22 +20,32 @@ ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("kind", ["own", pytest.param("none", marks=pytest.mark.nightly)])
-def test_a_run_over_streams_of_unknown_length_that_is_killed_in_an_epoch_ends_like_an_unbroken_one(
-    kind: str, tmp_path: Path
-) -> None:
-    def train(name: str, *options: str) -> tuple[str, list[torch.Tensor]]:
-        job = ["-m", "tests.faults.streaming_job", tmp_path / name, tmp_path / f"{name}.pt", kind]
-        done = run(tmp_path, "--nproc", "2", "--name", name, *options, *job, env=ENV)
-        assert done.code == 0, done.err
-        return done.err, torch.load(tmp_path / f"{name}.pt")
+ONCE = "rank=1,iteration=22,attempt=0,kill=9"
+TWICE = "rank=1,iteration=8,attempt=0,kill=9;rank=0,iteration=22,attempt=1,kill=9"
 
-    faults = "rank=1,iteration=8,attempt=0,kill=9;rank=0,iteration=22,attempt=1,kill=9"
-    said, weights = train("killed", "--max-restarts", "2", "--fault", faults)
-    _, expected = train("unbroken")
+
+@pytest.mark.parametrize(
+    ("kind", "faults"),
+    [
+        ("own", ONCE),
+        pytest.param("own", TWICE, marks=pytest.mark.nightly),
+        pytest.param("none", TWICE, marks=pytest.mark.nightly),
+    ],
+    ids=["own", "own, twice", "none, twice"],
+)
+def test_a_run_over_streams_of_unknown_length_that_is_killed_in_an_epoch_ends_like_an_unbroken_one(
+    kind: str, faults: str, tmp_path: Path
+) -> None:
+    options: list[str | Path] = ["--nproc", "2", "--name", "killed", "--max-restarts", "2", "--fault", faults]
+    job = ["-m", "tests.faults.streaming_job", tmp_path / "killed", tmp_path / "killed.pt", kind]
+    done = run(tmp_path, *options, *job, env=ENV)
+    assert done.code == 0, done.err
+    weights = torch.load(tmp_path / "killed.pt")
+    expected = run_ranks(train, 2, str(tmp_path / "unbroken"), kind)[0]
     assert equal(weights, expected)
-    logs = [(tmp_path / f"runs/killed/attempt_{attempt}/rank_0.log").read_text() for attempt in (1, 2)]
+    restarts = range(1, 2 + faults.count(";"))
+    logs = [(tmp_path / f"runs/killed/attempt_{attempt}/rank_0.log").read_text() for attempt in restarts]
     began = [min(int(each) for each in re.findall(r"iteration (\d+)$", log, re.M)) for log in logs]
-    assert 1 < began[0] < 9  # within the first epoch
-    assert 14 < began[1] < 23  # within the second, of 13 iterations
-    assert ("are read and dropped" in said) is (kind == "none")
+    assert 14 < began.pop() < 23  # within the second epoch, of 13 iterations
+    assert all(1 < each < 9 for each in began)  # within the first
+    assert ("are read and dropped" in done.err) is (kind == "none")

@@ -99,10 +99,10 @@ def test_row_45_a_folder_that_cannot_be_made_starts_nothing_where_it_was_asked_f
 
 def test_row_45_a_run_that_keeps_no_logs_still_shows_its_failure(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("in the way")
-    fault = AT.raise_(ValueError("bad batch"))
-    job = run(tmp_path, "--nproc", "2", "--fault", fault.to_text(), SCRIPTS / "train.py", env={"OMP_NUM_THREADS": "1"})
+    fault = FaultPlan.at(0, 7).raise_(ValueError("bad batch"))
+    job = run(tmp_path, "--fault", fault.to_text(), SCRIPTS / "train.py", env={"OMP_NUM_THREADS": "1"})
     assert job.code == 1
-    check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch")
+    check_first_lines(job, "rank 0 of 1 failed first", "ValueError: bad batch")
     assert "going on without logs" in job.err
 
 
@@ -120,6 +120,7 @@ def test_row_45_a_full_disk_leaves_the_failure_on_the_terminal_and_no_half_repor
 
 
 def test_row_45_a_folder_that_disappears_leaves_the_failure_on_the_terminal(tmp_path: Path) -> None:
-    job = rehearse(tmp_path, "removes_its_folder.py", fault=AT.raise_(ValueError("bad batch")))
+    fault = FaultPlan.at(0, 7).raise_(ValueError("bad batch"))
+    job = rehearse(tmp_path, "removes_its_folder.py", fault=fault, nproc=1)
     assert job.code == 1
-    check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch", "iteration 7")
+    check_first_lines(job, "rank 0 of 1 failed first", "ValueError: bad batch", "iteration 7")

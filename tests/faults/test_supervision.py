@@ -38,7 +38,7 @@ def test_row_10_workers_are_gone_within_a_second_of_their_launchers_death_inside
     fastest(tmp_path, once, within=1.0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_row_13_a_signal_repeated_escalates_and_orphans_nobody(tmp_path: Path, number: signal.Signals) -> None:
     fault = FaultPlan.at(when="start").ignore(number) + FaultPlan.at(iteration=7).sleep(1000)
     with rehearsal(tmp_path, "train.py", fault=fault, options=["--grace", "1000"]) as running:
@@ -86,7 +86,7 @@ def test_row_16_runs_that_fail_three_times_all_recover(tmp_path: Path, count: in
                 own = tmp_path / str(number)
                 own.mkdir()
                 options = ["--max-restarts", "3"]
-                jobs.append(stack.enter_context(rehearsal(own, "few_steps.py", "5", fault=fault, options=options)))
+                jobs.append(stack.enter_context(rehearsal(own, "reduces.py", "5", fault=fault, options=options)))
             for each in jobs:
                 assert_recovered(each.end())
 
@@ -116,7 +116,7 @@ def test_row_17_a_crash_loop_ends_when_restarts_make_no_progress_and_says_so(
     error = ValueError("bad batch")
     plan = fault.raise_(error) + FaultPlan.at(1, 4).raise_(error)
     options = ["--max-restarts", "50", "--stop-after", "2"]
-    job = rehearse(tmp_path, "few_steps.py", "5", fault=plan, options=options)
+    job = rehearse(tmp_path, "reduces.py", "5", fault=plan, options=options)
     assert job.code == 1
     assert len(list(job.folder.glob("runs/job/attempt_*"))) == attempts
     check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch", place)

@@ -38,13 +38,14 @@ def test_a_healthy_run_leaves_nothing_and_reports_nothing(tmp_path: Path) -> Non
 
 def test_ranks_of_a_second_node_are_heard_through_its_relay(tmp_path: Path) -> None:
     fault = FaultPlan.at(1, 5).raise_(ValueError("the true cause"))
-    head, other = over_two_nodes(tmp_path, fault, "few_steps.py", "1000")
+    head, other = over_two_nodes(tmp_path, fault, "reduces.py", "1000")
     assert head.code != 0
     assert other.code != 0
     assert " failed: " not in other.text  # there is one report, and the head has it
     check_first_lines(head, "rank 1 of 2", "ValueError: the true cause", "iteration 5")
 
 
+@pytest.mark.nightly
 def test_a_node_whose_ranks_come_and_go_leaves_nothing(tmp_path: Path) -> None:
     for job in over_two_nodes(tmp_path, FaultPlan(), "few_steps.py", "40"):
         assert job.code == 0, job.text
