@@ -41,7 +41,6 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import machine_line
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -52,6 +51,8 @@ from torchmetrics.classification import (
 
 from allstep import Alone, Engine, Events, Mean, Metrics, World
 from allstep.testing import run_ranks
+
+from machine import machine_line
 
 CLASSES, ROWS, BATCHES = 10, 64, 20
 COUNTS = (1, 10, 50)

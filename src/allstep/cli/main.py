@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from allstep.errors import AllstepError
+from allstep.exit_codes import LAUNCHER_ERROR
 from allstep.version import __version__
 
 COMMANDS = {
@@ -31,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = _parser()
         parser.parse_args(arguments)
         parser.print_help(sys.stderr)
-        return 2
+        return LAUNCHER_ERROR
     except SystemExit as exit_:  # argparse has said what there was to say
         return exit_.code if isinstance(exit_.code, int) else 0
     except AllstepError as error:
         for line in str(error).splitlines():
             print(f"allstep: error: {line}", file=sys.stderr)
-        return 2
+        return LAUNCHER_ERROR
     except KeyboardInterrupt:
         return 130
 
