@@ -1,4 +1,4 @@
-"""`allstep run --resume auto|PATH|none`, on a real job of two ranks that has saved before."""
+"""`allstep run --resume auto|PATH|none`, on a real job that two ranks have saved before."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from allstep.testing import run_ranks
+from allstep.world import World
+from tests.checkpoint import training
 from tests.jobs.job import Job
 from tests.jobs.launchers import script
 from tests.jobs.running import run
@@ -20,21 +23,25 @@ slow = pytest.mark.slow
 pytestmark = pytest.mark.timeout(240)
 
 
-def train(folder: Path, *options: str, job: tuple[str, ...] = ()) -> Job:
+def train(folder: Path, *options: str, ranks: int = 1, job: tuple[str, ...] = ()) -> Job:
     """An epoch of five iterations, with checkpoints of iterations 2, 4 and 5."""
     command = ["-m", "tests.faults.ending_job", "saved", "epochs=1", *job]
-    return run(folder, "--nproc", "2", *options, *command, env=ENV)
+    return run(folder, "--nproc", str(ranks), *options, *command, env=ENV)
 
 
 def first_iteration(done: Job) -> int | None:
     return min((int(each) for each in re.findall(r"iteration (\d+)$", done.out, re.M)), default=None)
 
 
+def first_epoch(world: World, folder: str) -> None:
+    """What `train` does over two ranks, but for its script."""
+    training.Run(world, training.Job(folder, every="2 iterations", window=1)).go(epochs=1)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
-    done = train(folder)
-    assert done.code == 0, done.err
+    run_ranks(first_epoch, 2, str(folder / "saved"))
     names = sorted(path.name for path in (folder / "saved").iterdir())
     assert names == ["save-000001-step-2", "save-000002-step-4", "save-000003-step-5"]
     return folder
@@ -50,13 +57,13 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("asked", "first"),
     [
-        (["--resume", "auto"], 6),
+        pytest.param(["--resume", "auto"], 6, marks=pytest.mark.nightly),
         (["--resume", "saved/save-000001-step-2"], 3),
-        (["--resume", "none"], 1),
+        pytest.param(["--resume", "none"], 1, marks=pytest.mark.nightly),
     ],
 )
 def test_training_begins_where_the_command_line_says(asked: list[str], first: int, folder: Path) -> None:
-    done = train(folder, *asked, job=("epochs=2",))
+    done = train(folder, *asked, ranks=2, job=("epochs=2",))
     assert done.code == 0, done.err
     assert first_iteration(done) == first
 
@@ -81,12 +88,16 @@ def test_a_place_that_the_script_names_wins_and_the_other_is_said_to_have_no_eff
 
 @slow
 @pytest.mark.parametrize(
-    ("asked", "begins"), [("none", 1), pytest.param("saved/save-000002-step-4", 5, marks=pytest.mark.nightly)]
+    ("asked", "begins", "ranks"),
+    [("none", 1, 1), pytest.param("saved/save-000002-step-4", 5, 2, marks=pytest.mark.nightly)],
 )
-def test_a_restart_goes_on_from_what_the_launch_has_saved_if_anything(asked: str, begins: int, folder: Path) -> None:
+def test_a_restart_goes_on_from_what_the_launch_has_saved_if_anything(
+    asked: str, begins: int, ranks: int, folder: Path
+) -> None:
     options = ["--resume", asked, "--max-restarts", "2", "--name", "exp"]
-    faults = [f"rank=1,iteration={begins},attempt=0,kill=9", "rank=1,iteration=9,attempt=1,kill=9"]
-    done = train(folder, *options, "--fault", ";".join(faults), job=("epochs=2",))
+    rank = ranks - 1
+    faults = [f"rank={rank},iteration={begins},attempt=0,kill=9", f"rank={rank},iteration=9,attempt=1,kill=9"]
+    done = train(folder, *options, "--fault", ";".join(faults), ranks=ranks, job=("epochs=2",))
     assert done.code == 0, done.err
     logs = [(folder / f"runs/exp/attempt_{attempt}/rank_0.log").read_text() for attempt in range(3)]
     began = [min(int(each) for each in re.findall(r"iteration (\d+)$", log, re.M)) for log in logs[1:]]

@@ -25,7 +25,7 @@ def accuracy(printed: str) -> str:
     return str(found[0])
 
 
-def test_two_processes_reach_97_percent_and_every_number_of_ranks_measures_the_same(tmp_path: Path) -> None:
+def test_two_processes_reach_97_percent_and_one_alone_measures_the_same(tmp_path: Path) -> None:
     weights, metrics = tmp_path / "weights.pt", tmp_path / "metrics.jsonl"
     printed = run([*ALLSTEP, "2"], EXAMPLE, "--save", weights, "--out", metrics, folder=tmp_path)
     assert float(accuracy(printed)) >= 0.97
@@ -34,13 +34,19 @@ def test_two_processes_reach_97_percent_and_every_number_of_ranks_measures_the_s
     assert written[-1]["loss"] < written[0]["loss"]
     assert written[-1]["test_accuracy"] == float(accuracy(printed))
 
-    measured = {
-        ranks: accuracy(run([*ALLSTEP, str(ranks)], EXAMPLE, "--evaluate", weights, folder=tmp_path))
-        for ranks in (1, 3)
-    }
-    assert measured == dict.fromkeys((1, 3), accuracy(printed))
+    alone = run([sys.executable], EXAMPLE, "--evaluate", weights, folder=tmp_path)
+    assert "1 rank(s) on cpu" in alone
+    assert accuracy(alone) == accuracy(printed)
 
 
+@pytest.mark.nightly
+def test_three_ranks_measure_what_one_does(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pt"
+    printed = run([sys.executable], EXAMPLE, "--epochs", 1, "--save", weights, folder=tmp_path)
+    assert accuracy(run([*ALLSTEP, "3"], EXAMPLE, "--evaluate", weights, folder=tmp_path)) == accuracy(printed)
+
+
+@pytest.mark.nightly
 def test_the_same_file_runs_alone_and_under_torchrun_and_in_a_slurm_step(tmp_path: Path) -> None:
     alone = run([sys.executable], EXAMPLE, "--epochs", 1, folder=tmp_path)
     assert "1 rank(s) on cpu" in alone

@@ -25,7 +25,13 @@ def test_the_script_has_at_most_25_lines() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], ["-m", "allstep", "run", "--nproc", "2"]], ids=["python", "allstep run"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([], id="python", marks=pytest.mark.nightly),
+        pytest.param(["-m", "allstep", "run", "--nproc", "2"], id="allstep run"),
+    ],
+)
 def test_the_script_runs(launcher: list[str], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(the_script())

@@ -36,6 +36,7 @@ def counts(folder: Path, policy: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_shortest_ends_each_epoch_with_the_shortest_shard(tmp_path: Path) -> None:
     found = counts(tmp_path, "shortest")
     assert (found["epochs"], found["iterations"]) == (2, 12)
@@ -54,6 +55,7 @@ def test_longest_trains_every_sample_of_every_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_error_names_the_count_of_each_rank(tmp_path: Path) -> None:
     done = stream(tmp_path, "--uneven", "error")
     assert done.returncode != 0
@@ -62,6 +64,7 @@ def test_error_names_the_count_of_each_rank(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_plain_loop_over_the_same_data_does_not_finish(tmp_path: Path) -> None:
     done = stream(tmp_path, "--plain", "--timeout", "10")
     assert done.returncode != 0

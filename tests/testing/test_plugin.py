@@ -67,7 +67,9 @@ def test_the_package_announces_the_plugin() -> None:
     assert project["entry-points"]["pytest11"] == {"allstep": "allstep.testing.plugin"}
 
 
-@pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "arguments", [(), pytest.param(("-n", "2"), marks=pytest.mark.nightly)], ids=["alone", "xdist"]
+)
 def test_a_failing_rank_fails_its_test_with_the_first_cause_and_no_other(tmp_path: Path, arguments) -> None:
     ended = run_pytest(tmp_path, *arguments)
     assert "3 passed" in ended.stdout, ended.stdout

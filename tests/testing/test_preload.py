@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uses_metrics", [True, False])
+@pytest.mark.parametrize("uses_metrics", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_ranks_have_torchmetrics_where_their_caller_has_imported_it(tmp_path: Path, uses_metrics: bool) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(imports="import torchmetrics" if uses_metrics else "pass"))
