@@ -9,14 +9,21 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
 
 from allstep.channel.flight_recorder import active_collectives, summary
 from allstep.channel.own_stacks import StacksTimer, own_stacks
 from allstep.channel.stacks import main_thread, waits_in
 from allstep.channel.stacks_file import make_stacks_file, read_stacks
-from tests.channel.driving import listening, wait_for
+from allstep.testing import run_ranks
+from allstep.world import World
+from tests.channel.driving import wait_for
 
 OTHER = 'Thread 0x00007f1 [beat] (most recent call first):\n  File "/lib/python3.11/selectors.py", line 9 in select\n'
 
@@ -179,48 +186,32 @@ def test_the_faulthandlers_format_is_the_one_that_is_read():
         assert "test_the_faulthandlers_format" in main_thread(file.read())
 
 
-WAITING = """
-import os, sys, threading, time
-import torch
-import torch.distributed as dist
-from torch import nn
-from allstep.channel.own_stacks import own_stacks
-from allstep.channel.stacks import waits_in
+def waits_alone(world: World, how: str, found: Path) -> str:
+    """Rank 0 waits for rank 1, which comes when a thread has seen in rank 0's stack that it waits: for what it does."""
+    seen: list[str] = []
 
-how, rank, port = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-model = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+    def look() -> None:
+        while not (waits := waits_in(own_stacks())):
+            time.sleep(0.05)  # until the main thread is in the wait, which tells nobody
+        seen.append(waits)
+        found.touch()
 
-def look():
-    while True:
-        if found := waits_in(own_stacks()):
-            print(found, flush=True)
-            os._exit(0)
-        time.sleep(0.05)  # until the main thread is in the wait, which tells nobody
-
-if rank == 1:
-    time.sleep(60)
-loss = model(torch.ones(2, 4)).sum()
-threading.Thread(target=look, daemon=True).start()
-if how == "backward":
-    loss.backward()
-else:
-    dist.all_reduce(torch.ones(2))
-"""
+    loss = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))(torch.ones(2, 4)).sum()
+    thread = threading.Thread(target=look, daemon=True)
+    if world.rank == 0:
+        thread.start()
+    else:
+        wait_for(found.exists, 60)
+    if how == "backward":
+        loss.backward()
+    else:
+        dist.all_reduce(torch.ones(2))
+    if world.rank == 0:
+        thread.join()
+    return seen[0] if seen else ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "waits"), [("backward", "gradients"), ("all_reduce", "all_reduce")])
-def test_torchs_own_waiting_is_recognised(how, waits):
-    with listening() as sock:
-        port = sock.getsockname()[1]
-    command = [sys.executable, "-c", WAITING, how]
-    with (
-        subprocess.Popen([*command, "1", str(port)]) as peer,
-        subprocess.Popen([*command, "0", str(port)], stdout=subprocess.PIPE, text=True) as process,
-    ):
-        try:
-            assert process.communicate(timeout=60)[0].strip() == waits
-        finally:
-            process.kill()
-            peer.kill()
+def test_torchs_own_waiting_is_recognised(how: str, waits: str, tmp_path: Path) -> None:
+    assert run_ranks(waits_alone, 2, how, tmp_path / "found") == [waits, ""]

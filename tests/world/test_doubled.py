@@ -42,7 +42,8 @@ def check(folder: Path, places: list[dict[str, str]]) -> None:
             assert f"process {job.pid} on {socket.gethostname()}" in text
 
 
-@pytest.mark.parametrize("ranks", [RANK_1_TWICE, pytest.param(RANK_0_TWICE, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", [RANK_1_TWICE, RANK_0_TWICE])
 def test_all_ranks_of_a_node_hear_which_two_processes_are_one_rank(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     with ReservedPort() as reserved:
         check(tmp_path, [place(rank, 3, reserved.port) for rank in ranks])

@@ -104,6 +104,7 @@ def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(start):
     assert main.returncode == 0
 
 
+@pytest.mark.nightly
 def test_ranks_whose_launchers_agent_is_frozen_close_their_world_in_bounded_time(start):
     with served_store() as (agent, port):
         ranks = start(CLOSES_ON_A_WORD, agents_port=port)
