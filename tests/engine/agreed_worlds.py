@@ -202,7 +202,7 @@ def run_world(drawn: Drawn) -> list[Log]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return simulate(run_rank, len(drawn.shelves), drawn, timeout=3.0)
+            return simulate(run_rank, len(drawn.shelves), drawn, timeout=15.0)
     finally:
         logger.setLevel(before)
 

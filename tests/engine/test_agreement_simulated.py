@@ -48,7 +48,7 @@ def raised_everywhere(world: Any, size: int, kind: type[Exception]) -> list[str]
             world(coordinator)
         return str(caught.value)
 
-    return simulate(one, size, timeout=5.0)
+    return simulate(one, size, timeout=30.0)
 
 
 # Stops
@@ -148,7 +148,7 @@ def test_a_plain_request_beside_an_agreed_stop_changes_nothing() -> None:
         assert coordinator.gather("after") == ["after", "after"]
         return iteration
 
-    assert simulate(world, 2, timeout=5.0) == [6, 6]
+    assert simulate(world, 2, timeout=30.0) == [6, 6]
 
 
 @pytest.mark.parametrize("at", [(6, None, None), (None, 20, None), (6, 7, None), (6, 7, 8), (5, 6, 12)])
@@ -183,7 +183,7 @@ def test_ranks_that_end_together_for_different_reasons_are_together() -> None:
         assert coordinator.gather(0) == [0, 0]
         return iteration
 
-    assert simulate(world, 2, timeout=5.0) == [5, 5]
+    assert simulate(world, 2, timeout=30.0) == [5, 5]
 
 
 def test_with_one_rank_a_handler_of_the_exception_ends_an_accumulating_run_well() -> None:
@@ -218,7 +218,7 @@ def test_one_rank_may_replace_its_data_at_an_epochs_end() -> None:
         engine.run(batches(4), max_epochs=3)
         return seen, step.own
 
-    (events, replaced), (others, kept) = simulate(world, 2, timeout=5.0)
+    (events, replaced), (others, kept) = simulate(world, 2, timeout=30.0)
     assert events == others
     assert replaced == [0, 1, 2, 3] + [100, 101, 102, 103] * 2
     assert kept == [0, 1, 2, 3] * 3
@@ -237,7 +237,7 @@ def test_of_two_replacements_in_one_window_the_later_is_taken() -> None:
         engine.run(batches(20))
         return step.own
 
-    untouched, replaced = simulate(world, 2, timeout=5.0)
+    untouched, replaced = simulate(world, 2, timeout=30.0)
     assert untouched == list(range(20))
     assert replaced[:3] == [0, 1, 2]
     assert replaced[-1] // 100 == 3
@@ -257,7 +257,7 @@ def test_replacing_between_passes_keeps_the_batches_that_wait_for_their_group() 
         engine.run(batches(6), epoch_length=12)
         return step.own
 
-    replaced, kept = simulate(world, 2, timeout=5.0)
+    replaced, kept = simulate(world, 2, timeout=30.0)
     assert replaced == [0, 1, 2, 3, 4, 5, 100, 101, 102, 103, 104, 105]
     assert kept == [0, 1, 2, 3, 4, 5] * 2
 
@@ -282,7 +282,7 @@ def test_a_replacement_and_another_rank_s_request_may_land_together(other: str) 
             engine.run()
         return engine.state.iteration, seen
 
-    said = simulate(world, 3, timeout=5.0)
+    said = simulate(world, 3, timeout=30.0)
     assert said == [said[0]] * 3
     assert said[0][0] == (60 if other == "interrupt" else 34)
 
@@ -428,7 +428,7 @@ def test_every_sample_of_the_own_loader_is_trained_once_whatever_its_tail(
         state = engine.run(loader, max_epochs=2, uneven=policy)
         return seen, state.iteration, weights
 
-    results = simulate(world, 4, timeout=5.0)
+    results = simulate(world, 4, timeout=30.0)
     iterations = -(-length // 4)
     for epoch in range(2):
         assert sorted(x for seen, _, _ in results for x in seen[epoch]) == list(range(length))
@@ -466,7 +466,7 @@ def test_what_was_read_ahead_of_a_one_shot_iterator_is_given_later(end: str) -> 
                 engine.run(stream, max_epochs=5)
         return step.own
 
-    assert simulate(world, 2, timeout=5.0) == [list(range(60))] * 2
+    assert simulate(world, 2, timeout=30.0) == [list(range(60))] * 2
 
 
 def test_a_group_that_fails_gives_a_rank_without_a_batch_in_it_none_of_an_earlier_group_again() -> None:
@@ -486,7 +486,7 @@ def test_a_group_that_fails_gives_a_rank_without_a_batch_in_it_none_of_an_earlie
         engine.run(data, epoch_length=6)
         return names.own
 
-    assert simulate(world, 2, timeout=5.0) == [list(range(6)), [0, 1]]
+    assert simulate(world, 2, timeout=30.0) == [list(range(6)), [0, 1]]
 
 
 def test_a_one_shot_iterator_loses_nothing_where_another_rank_s_data_begins_anew() -> None:
@@ -496,7 +496,7 @@ def test_a_one_shot_iterator_loses_nothing_where_another_rank_s_data_begins_anew
         Engine(step, coordinator=coordinator).run(data, epoch_length=4, max_epochs=5)
         return step.own
 
-    assert simulate(world, 2, timeout=5.0) == [list(range(20)), [0, 1, 2, 3, 4] * 4]
+    assert simulate(world, 2, timeout=30.0) == [list(range(20)), [0, 1, 2, 3, 4] * 4]
 
 
 def test_batches_that_wait_for_their_group_are_trained_when_iterators_run_dry() -> None:
@@ -508,7 +508,7 @@ def test_batches_that_wait_for_their_group_are_trained_when_iterators_run_dry() 
             engine.run(iter(batches(8)), epoch_length=3, max_epochs=9)
         return step.own
 
-    assert simulate(world, 2, timeout=5.0) == [list(range(8))] * 2
+    assert simulate(world, 2, timeout=30.0) == [list(range(8))] * 2
 
 
 def test_an_unknown_length_is_learnt_with_a_group_cut_short_when_the_run_counts_iterations() -> None:
@@ -649,7 +649,7 @@ def test_an_evaluator_fires_the_same_events_everywhere_and_skips_where_there_is_
         assert None not in outputs
         return seen, len(calls), len(outputs)
 
-    results = simulate(world, 3, timeout=5.0)
+    results = simulate(world, 3, timeout=30.0)
     assert [seen for seen, _, _ in results] == [results[0][0]] * 3
     assert [(calls, outputs) for _, calls, outputs in results] == [(n, n) for n in counts]
     assert ("ITERATION_COMPLETED", max(counts)) in results[0][0]
