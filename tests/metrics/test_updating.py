@@ -232,6 +232,20 @@ def test_what_this_torchmetrics_puts_around_an_update_is_known() -> None:
         assert inside.__func__ is type(metric).update
 
 
+def test_lists_go_to_the_host_where_a_metric_asks_for_it() -> None:
+    class Moving(BinaryAUROC):
+        moved = 0
+
+        def _move_list_states_to_cpu(self) -> None:
+            self.moved += 1
+            super()._move_list_states_to_cpu()
+
+    asking, other = Moving(compute_on_cpu=True), Moving()
+    for metric in (asking, other):
+        fed_by_engine(metric, pairs)
+    assert (asking.moved, other.moved) == (2, 0)
+
+
 def test_clones_and_moved_metrics_take_batches_themselves() -> None:
     metric = MulticlassAccuracy(4)
     engine = Engine(take, coordinator=Alone())
