@@ -4,8 +4,8 @@ Contract: torchmetrics puts a function around the `update` of each metric. It fo
 counts the batch, turns gradients off, says more of an error about devices, and moves lists to the host where a metric
 asks for it. An `Update` does the same with less: attributes are set in the metric's dictionary and not through
 `torch.nn.Module`, and gradients are off already, once for all metrics of a batch. The metric's own `update` is what is
-called, and afterwards the metric is as its function would have left it, also when that raised. Where something else
-than this function is around an `update`, or a metric asks for more, it is called as it is.
+called, and afterwards the metric is as that function would have left it, also where an error ended it. Where something
+else is around an `update`, or a metric asks for more, it is called as it is.
 """
 
 from __future__ import annotations
