@@ -308,6 +308,9 @@ def test_an_engines_event_calls_no_more_than_a_loop_over_the_metrics(number: int
     engine.run(scores)  # what is made once is made
     engine.state.output = batch = scores[0]
 
+    def by_event() -> None:
+        engine.fire_event(Events.ITERATION_COMPLETED)
+
     def by_hand() -> None:
         if collection:
             loop.update(*batch)
@@ -315,6 +318,5 @@ def test_an_engines_event_calls_no_more_than_a_loop_over_the_metrics(number: int
             for metric in loop.values():
                 metric.update(*batch)
 
-    by_hand()
-    by_engine = calls_in(lambda: engine.fire_event(Events.ITERATION_COMPLETED))
-    assert by_engine <= calls_in(by_hand)
+    by_engine, in_loop = ([calls_in(run) for _ in range(3)] for run in (by_event, by_hand))
+    assert min(by_engine) <= min(in_loop)  # the least, since what else is called meanwhile adds to either
