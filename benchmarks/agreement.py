@@ -46,10 +46,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import machine_line
-
 from allstep import Alone, Engine, World
 from allstep.testing import run_ranks
+
+from machine import machine_line
 
 AIM = 1.02
 STEP_SECONDS = 0.010

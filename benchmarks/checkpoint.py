@@ -41,10 +41,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import machine_line
-
 from allstep import World
 from allstep.testing import run_ranks
+
+from machine import machine_line
 
 AIM = 1 / 5
 

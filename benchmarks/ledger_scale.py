@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import machine_line
-
 from allstep.coordination import Ballot, Ledger, Occasion, agree_window, read_tally, vector_length
 from allstep.data import ShardedBatchSampler
+
+from machine import machine_line
 
 BATCH = 8  # samples a rank takes in a batch
 LEAST_TAIL = 1

@@ -20,10 +20,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from machine import machine_line
 
 from allstep import Alone, Engine, World
 from allstep.testing import run_ranks
+
+from machine import machine_line
 
 MEBIBYTES, BATCHES = 40, 50  # above 32 MiB the C library gives memory back at once
 

@@ -43,7 +43,6 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import machine_line
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
@@ -54,6 +53,8 @@ from torchmetrics.classification import (
 
 from allstep import Alone, Engine, Events, Mean, Metrics, World
 from allstep.testing import run_ranks
+
+from machine import machine_line
 
 CLASSES, ROWS, BATCHES = 10, 64, 20
 CALLS = 10  # of a single metric's update between two readings of the clock

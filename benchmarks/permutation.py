@@ -16,9 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-from machine import machine_line
 
 from allstep.data import Permutation
+
+from machine import machine_line
 
 LENGTHS = {
     "1,024 (a table)": 1024,

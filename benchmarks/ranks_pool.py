@@ -23,11 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from machine import machine_line
-
 from allstep.launch.environment import worker_environment
 from allstep.launch.port import ReservedPort
 from allstep.testing import run_ranks
+
+from machine import machine_line
 
 
 def reduce_once(world: object) -> float:

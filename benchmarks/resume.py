@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import machine_line
 from torch.utils.data import DataLoader, Dataset
+
+from machine import machine_line
 
 BATCH = 32
 

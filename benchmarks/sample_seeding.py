@@ -16,10 +16,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from machine import machine_line
 from torch.utils.data import Dataset
 
 from allstep.data import Loader, make_loader
+
+from machine import machine_line
 
 BATCH = 64
 MODES = ("off", "batch", "sample")

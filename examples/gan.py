@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import digits
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.image.inception import InceptionScore
@@ -26,6 +25,8 @@ from torchmetrics.image.inception import InceptionScore
 import allstep
 from allstep import Engine, Events, Mean, Metrics
 from allstep.metrics import FrechetDistance
+
+from digits import digits
 
 NOISE, FEATURES = 32, 32
 

@@ -13,11 +13,12 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from digits import digits
 from torch import nn
 
 import allstep
 from allstep import Engine, Events
+
+from digits import digits
 
 
 class Autoencoder(nn.Module):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import marks
 import torch
 from accelerate import Accelerator
+
+import marks
 
 
 def main() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import marks
 import torch
 
 import allstep
+
+import marks
 
 
 def main(world: allstep.World) -> None:

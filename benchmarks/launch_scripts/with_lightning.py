@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 
-import marks
 import torch
 from lightning import LightningModule, Trainer
+
+import marks
 
 
 class Module(LightningModule):

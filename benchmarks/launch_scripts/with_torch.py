@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 
-import marks
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
+
+import marks
 
 
 @record

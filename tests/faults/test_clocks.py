@@ -28,7 +28,8 @@ def test_row_44_the_first_to_fail_is_the_cause_whatever_the_clocks_say(tmp_path:
     later = FaultPlan.at(1, 7).sleep(0.1) + FaultPlan.at(1, 7).raise_(KeyError("second"))
     fault = FaultPlan.at(0, 7).raise_(ValueError("first")) + later
     env = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'src'}", "SHIFTED_RANK": "1", "SHIFT": shift}
-    job = rehearse(tmp_path, "train.py", fault=fault, env=env, within=BOUND)
+    options = ["--no-shared-imports"]  # a process of its own from the start, as on a machine of its own
+    job = rehearse(tmp_path, "train.py", fault=fault, env=env, options=options, within=BOUND)
     assert job.code == 1
     check_first_lines(job, "rank 0 of 2 failed first", "ValueError: first")
     assert job.cause["rank"] == 0

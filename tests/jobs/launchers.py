@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,8 +60,11 @@ def place(rank: int, world_size: int, port: int, **more: str) -> dict[str, str]:
 
 
 def script(folder: Path, text: str, name: str = "script.py") -> Path:
-    """Write a script that knows its `rank`."""
+    """Write a script that knows its `rank` once it has imported what it begins by importing."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("import os, sys\nrank = int(os.environ.get('RANK', 0))\n" + text)
+    lines = f"{text}\n".splitlines(keepends=True)
+    imports = list(itertools.takewhile(lambda line: line.startswith(("import ", "from ")) and ";" not in line, lines))
+    lines[: len(imports)] = ["import os, sys\n", *imports, "rank = int(os.environ.get('RANK', 0))\n"]
+    path.write_text("".join(lines))
     return path

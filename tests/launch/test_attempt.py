@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from allstep.channel.causes import Case
 from allstep.channel.ending import WorkerEnd
 from allstep.channel.events import AllEnded, HubEvent, Verdict
 from allstep.launch import attempt as module
+from allstep.launch import workers as workers_module
 from allstep.launch.attempt import KILLED, LEAVE, REMOTE, Attempt
 
 GRACE = 15.0
@@ -79,8 +79,6 @@ class Worker:
         self.stage = stage
         self.rank = rank
         self.process = SimpleNamespace(pid=4000 + rank)
-        self.stdout, self._stdout = os.pipe()
-        self.stderr, self._stderr = os.pipe()
         self.exit_fd = 9000 + rank
         self.code = 0
         self.sent: list[signal.Signals] = []
@@ -90,8 +88,6 @@ class Worker:
 
     def end(self, code: int) -> None:
         self.code = code
-        for fd in (self._stdout, self._stderr):
-            os.close(fd)
         if self.exit_fd in self.stage.watched:
             self.stage.watched[self.exit_fd]()
 
@@ -113,13 +109,14 @@ class Worker:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage()
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: stage.now))
+    for each in (module, workers_module):
+        monkeypatch.setattr(each, "time", SimpleNamespace(monotonic=lambda: stage.now))
     return stage
 
 
 def begin(stage: Stage, monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> tuple[Attempt, list[Worker]]:
     made = [Worker(stage, rank) for rank in range(workers)]
-    monkeypatch.setattr(module, "start_worker", lambda plan: made[plan.rank])
+    monkeypatch.setattr(workers_module, "start_worker", lambda plan, pipes: made[plan.rank])
     loop: Any = stage
     terminal: Any = SimpleNamespace(
         say=stage.said.append, adjust=lambda: None, outlets={}, coloured=frozenset(), congested=False

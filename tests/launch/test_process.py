@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from allstep.launch.plan import Command, WorkerPlan
-from allstep.launch.process import WorkerProcess, start_worker
+from allstep.launch.process import Pipes, WorkerProcess, start_worker
 from tests.jobs.launchers import script
 from tests.jobs.processes import LIMIT, alive
 
@@ -20,31 +20,40 @@ def plan(target: Path) -> WorkerPlan:
     return WorkerPlan(run_id="r", rank=0, world_size=2, environment=dict(os.environ), command=Command(str(target)))
 
 
+def start(target: Path, pidfd: bool) -> tuple[WorkerProcess, Pipes]:
+    pipes = Pipes.open()
+    worker = start_worker(plan(target), pipes, pidfd=pidfd)
+    pipes.hand_over()
+    return worker, pipes
+
+
 @pytest.mark.parametrize("pidfd", [True, False])
 @pytest.mark.parametrize(("text", "returncode"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), 9)", -9), ("", 0)])
 def test_the_end_of_a_worker_makes_its_descriptor_readable_and_is_told(
     text: str, returncode: int, pidfd: bool, tmp_path: Path
 ) -> None:
-    worker = start_worker(plan(script(tmp_path, text)), pidfd=pidfd)
+    worker, pipes = start(script(tmp_path, text), pidfd)
     try:
         assert select.select([worker.exit_fd], [], [], LIMIT)[0]
         assert worker.returncode() == returncode
         worker.send(signal.SIGTERM)  # to one that has ended: nothing
     finally:
         worker.release(LIMIT)
+        pipes.close()
 
 
 @pytest.mark.parametrize("pidfd", [True, False])
 def test_release_kills_a_worker_and_what_it_started(pidfd: bool, tmp_path: Path) -> None:
     text = "import signal\nchild = os.fork()\nif child:\n    print(child, flush=True)\nsignal.pause()"
-    worker = start_worker(plan(script(tmp_path, text)), pidfd=pidfd)
+    worker, pipes = start(script(tmp_path, text), pidfd)
     try:
-        child = int(os.read(worker.stdout, 100))
+        child = int(os.read(pipes.stdout[0], 100))
         assert not select.select([worker.exit_fd], [], [], 0)[0]
         assert alive(child)
         copy = os.pidfd_open(child)
     finally:
         worker.release(LIMIT)
+        pipes.close()
     assert select.select([copy], [], [], LIMIT)[0]
     os.close(copy)
 
@@ -65,7 +74,5 @@ def start_stuck() -> WorkerProcess:
         def wait(self) -> int:
             raise AssertionError("waits without bound")
 
-    pipes = [os.pipe() for _ in range(4)]
     stuck: Any = Stuck()
-    ours = [ours for ours, _ in pipes]
-    return WorkerProcess(0, stuck, *ours)
+    return WorkerProcess(stuck, os.pipe()[0])

@@ -177,6 +177,12 @@ def _parser() -> tuple[argparse.ArgumentParser, frozenset[str]]:
     parser.add_argument(
         "-m", dest="module", action="store_true", default=False, help="script is the name of a module, as in python -m"
     )
+    parser.add_argument(
+        "--no-shared-imports",
+        dest="share_imports",
+        action="store_false",
+        help="let each worker import torch by itself, rather than fork workers from a process that has",
+    )
     actions = [
         parser.add_argument(
             "--nproc",

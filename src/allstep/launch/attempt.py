@@ -23,7 +23,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Sequence
-from functools import partial
 
 from allstep.channel.account import Kind
 from allstep.channel.arrival import spans
@@ -38,11 +37,11 @@ from allstep.launch.folder import AttemptFolder
 from allstep.launch.loop import Loop
 from allstep.launch.memory import MemoryWatch
 from allstep.launch.plan import WorkerPlan
-from allstep.launch.process import WorkerProcess, start_worker
 from allstep.launch.rank_output import RankOutput
 from allstep.launch.signals import PASS_ON, STOP
 from allstep.launch.streams import RankStreams
 from allstep.launch.terminal import Terminal
+from allstep.launch.workers import Workers
 
 LEAVE = 1.0
 """Seconds that peers of a failed worker have to leave."""
@@ -74,6 +73,7 @@ class Attempt:
         shown: the ranks whose output is passed on.
         grace: seconds between a signal to stop and SIGKILL.
         relayed: another machine decides; a verdict of the channel then means that it was lost.
+        shared: the modules that the workers can import once, before they part.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Attempt:
         shown: frozenset[int],
         grace: float,
         relayed: bool = False,
+        shared: Sequence[str] = (),
     ) -> None:
         self.stopped_by: signal.Signals | None = None
         self.case: Case | None = None
@@ -101,9 +102,8 @@ class Attempt:
         self._shown = shown
         self._grace = grace
         self._relayed = relayed
-        self._workers: dict[int, WorkerProcess] = {}
+        self._workers = Workers(plans, loop, self._note_end, shared)
         self._killed: set[int] = set()
-        self._left_behind: set[int] = set()
         self._kill_at: float | None = None
         self._leave_behind_at: float | None = None
         self._give_up_at: float | None = None
@@ -114,38 +114,24 @@ class Attempt:
 
     def start(self) -> None:
         """Start the workers."""
-        for plan in self._plans:
-            try:
-                output = RankOutput(
-                    plan.rank,
-                    self._terminal.outlets if plan.rank in self._shown else {},
-                    prefixed=plan.world_size > 1,
-                    coloured=self._terminal.coloured,
-                    log=self._folder.log(plan.rank) if self._folder is not None else None,
-                    warn=self._terminal.say,
-                )
-                worker = start_worker(plan)
-            except OSError as error:
-                raise LaunchError(f"rank {plan.rank} of {plan.world_size} could not be started: {error}") from error
-            self._workers[plan.rank] = worker
-            self._loop.watch(worker.exit_fd, partial(self._note_end, plan.rank))
-            self.streams.open(plan.rank, {"stdout": worker.stdout, "stderr": worker.stderr}, output)
+        outputs = {plan.rank: self._output(plan) for plan in self._plans}
+        self._workers.start()
+        for rank, pipes in self._workers.pipes.items():
+            self.streams.open(rank, {"stdout": pipes.stdout[0], "stderr": pipes.stderr[0]}, outputs[rank])
 
     def run(self) -> None:
         """Watch the workers to their end, and the attempt to its end everywhere."""
-        while self._remaining() or not self._over_everywhere:
+        while self._workers.remaining or not self._over_everywhere:
             self._turn()
         self._linger()
 
     def heed(self, number: signal.Signals) -> None:
         """Act on a signal to the supervisor."""
         self._interrupted = self._interrupted or number in STOP
-        remaining = self._remaining()
         if number in PASS_ON:
-            for worker in remaining:
-                worker.send(number)
+            self._workers.send(number)
         elif self.stopped_by is None and self.case is None:
-            self._stop(number, remaining)
+            self._stop(number)
         else:
             self._give_up(0.0)
             self._kill()
@@ -156,14 +142,23 @@ class Attempt:
 
     def close(self) -> None:
         """Kill what is left, and let go of pipes and logs."""
-        for rank, worker in self._workers.items():
-            if rank not in self.ends:
-                self._loop.forget(worker.exit_fd)
-            worker.kill_group()
+        self._workers.kill()
+        self._workers.sweep()
         self.streams.close()
-        until = time.monotonic() + KILLED
-        for rank, worker in self._workers.items():
-            worker.release(0.0 if rank in self._left_behind else until - time.monotonic())
+        self._workers.release(KILLED)
+
+    def _output(self, plan: WorkerPlan) -> RankOutput:
+        try:
+            return RankOutput(
+                plan.rank,
+                self._terminal.outlets if plan.rank in self._shown else {},
+                prefixed=plan.world_size > 1,
+                coloured=self._terminal.coloured,
+                log=self._folder.log(plan.rank) if self._folder is not None else None,
+                warn=self._terminal.say,
+            )
+        except OSError as error:
+            raise LaunchError(f"the log of rank {plan.rank} of {plan.world_size} cannot be written: {error}") from error
 
     def _turn(self, until: float | None = None) -> None:
         self._terminal.adjust()
@@ -204,11 +199,11 @@ class Attempt:
             self._over_everywhere = True
             self._kill_soon()
 
-    def _stop(self, number: signal.Signals, remaining: Sequence[WorkerProcess]) -> None:
+    def _stop(self, number: signal.Signals) -> None:
         self.stopped_by = number
         self._kill_at = time.monotonic() + self._grace
         self._give_up(self._grace + REMOTE)
-        if remaining:
+        if self._workers.remaining:
             self._terminal.say(
                 f"{number.name}: passed on to the workers, which have {self._grace:g} s to leave; "
                 "a second signal ends them at once"
@@ -218,9 +213,8 @@ class Attempt:
                 f"{number.name}: no worker is left here; the other machines have {self._grace + REMOTE:g} s to end; "
                 "a second signal ends the wait"
             )
-        for worker in remaining:
-            worker.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
-            worker.send(signal.SIGCONT)
+        self._workers.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+        self._workers.send(signal.SIGCONT)
 
     def _give_up(self, after: float) -> None:
         """Wait for the other machines for so many seconds more at the most."""
@@ -233,30 +227,28 @@ class Attempt:
 
     def _kill(self) -> None:
         self._kill_at = None
-        for worker in self._remaining():
-            self._killed.add(worker.rank)
-            worker.kill_group()
+        if self._workers.remaining:
+            self._killed |= set(self._workers.remaining)
+            self._workers.kill()
             self._leave_behind_at = self._leave_behind_at or time.monotonic() + KILLED
 
     def _leave_behind(self) -> None:
         """Go on without the workers that were killed and whose processes do not end."""
         self._leave_behind_at = None
-        for worker in self._remaining():
-            self._left_behind.add(worker.rank)
+        for rank in self._workers.remaining.copy():
             self._terminal.say(
-                f"rank {worker.rank} was killed, and its process (pid {worker.process.pid}) does not end; going on "
+                f"rank {rank} was killed, and its process (pid {self._workers.pid(rank)}) does not end; going on "
                 "without it"
             )
-            self._take_end(worker.rank, -signal.SIGKILL, "its process does not end")
+            self._workers.give_up(rank)
+            self._take_end(rank, -signal.SIGKILL, "its process does not end")
 
-    def _note_end(self, rank: int) -> None:
-        code = self._workers[rank].returncode()
+    def _note_end(self, rank: int, code: int) -> None:
         self._take_end(rank, code)
         if code == PREEMPTED and self.case is None and self.stopped_by is None:
             self._say_alone_at = time.monotonic() + ALONE
 
     def _take_end(self, rank: int, code: int, note: str = "") -> None:
-        self._loop.forget(self._workers[rank].exit_fd)
         self.streams.drain(rank)
         words = self.streams.last_words(rank)
         killed = rank in self._killed and code == -signal.SIGKILL
@@ -267,13 +259,10 @@ class Attempt:
     def _say_who_made_room(self) -> None:
         self._say_alone_at = None
         left = [rank for rank, end in self.ends.items() if end.returncode == PREEMPTED]
-        stay = [worker.rank for worker in self._remaining()]
+        stay = self._workers.remaining
         if stay and self.case is None:
             go_on = "goes on" if len(stay) == 1 else "go on"
             self._terminal.say(f"{_ranks(left)} made room (exit code {PREEMPTED}), and {_ranks(stay)} {go_on}")
-
-    def _remaining(self) -> list[WorkerProcess]:
-        return [worker for rank, worker in self._workers.items() if rank not in self.ends]
 
     def _linger(self) -> None:
         """Read on until the pipes end, `LINGER` has passed, or a signal says that nobody cares."""
@@ -281,8 +270,7 @@ class Attempt:
         self._interrupted = False
         while not self.streams.ended and not self._interrupted and time.monotonic() < until:
             self._turn(until)
-        for worker in self._workers.values():
-            worker.kill_group()
+        self._workers.sweep()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

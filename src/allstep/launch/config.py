@@ -42,6 +42,7 @@ class LaunchConfig(BaseModel):
     limits: str | None = Field(default=None, description="seconds that a section may last, such as step=60,data=300")
     fault: str | None = Field(default=None, description="faults to rehearse, such as rank=1,iteration=7,kill=9")
     resume: str | None = Field(default=None, description="auto, none, or the path of a checkpoint to go on from")
+    share_imports: bool | None = Field(default=None, description="false: each worker imports torch by itself")
 
     @field_validator("nproc", mode="before")
     @classmethod

@@ -18,9 +18,11 @@ from allstep.channel.service import Service
 from allstep.launch.attempt import Attempt
 from allstep.launch.devices import Devices
 from allstep.launch.folder import AttemptFolder
+from allstep.launch.forking import can_fork
 from allstep.launch.loop import Loop
 from allstep.launch.plan import Command, Share, plan_workers
 from allstep.launch.settings import LaunchSettings, shown_ranks
+from allstep.launch.shared_imports import shared_imports
 from allstep.launch.signals import STOP, Signals
 from allstep.launch.terminal import Terminal
 
@@ -104,6 +106,7 @@ class Machine:
             shown=shown,
             grace=launch.settings.grace,
             relayed=relayed,
+            shared=self._shared(share),
         )
         with contextlib.closing(attempt):
             attempt.start()
@@ -137,6 +140,12 @@ class Machine:
                 self._attempt.heed(number)
             if number in STOP and self.stopped_by is None:
                 self.stopped_by = number
+
+    def _shared(self, share: Share) -> tuple[str, ...]:
+        """What this machine's workers import before they part."""
+        if share.workers == 1 or not self.launch.settings.share_imports or not can_fork():
+            return ()
+        return shared_imports(self.launch.command)
 
     def _announce(self, share: Share, folder: AttemptFolder | None) -> None:
         here = f"{share.workers} worker{'s' if share.workers > 1 else ''}"

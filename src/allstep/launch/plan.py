@@ -27,6 +27,10 @@ class Command:
     arguments: tuple[str, ...] = ()
     module: bool = False
 
+    def words(self) -> list[str]:
+        """What a worker's command line says of it."""
+        return ["module" if self.module else "script", self.target, *self.arguments]
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
@@ -40,9 +44,7 @@ class WorkerPlan:
 
     def command_line(self, supervisor_pid: int, lifeline: int) -> list[str]:
         """Return the command line, for a supervisor of this pid that holds the other end of the pipe `lifeline`."""
-        kind = "module" if self.command.module else "script"
-        place = [str(supervisor_pid), str(lifeline), kind]
-        return [sys.executable, BOOTSTRAP, *place, self.command.target, *self.command.arguments]
+        return [sys.executable, BOOTSTRAP, str(supervisor_pid), str(lifeline), *self.command.words()]
 
 
 def worker_count(settings: LaunchSettings, devices: Devices) -> int:

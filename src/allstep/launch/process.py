@@ -1,9 +1,10 @@
 """One worker's process as the supervisor holds it: started, watched, signalled, and let go.
 
-Contract: `start_worker` is called from the main thread (the kernel ties a child to the thread that made it). The
-process leads a session and process group of its own. `exit_fd` becomes readable when it has ended, `returncode` then
-says how, and until `release` it stays unreaped, so its pid, which is its group's too, can belong to nobody else when
-the group is killed. `release` kills what is left of the group and reaps.
+Contract: `start_worker` and `watched` are called from the main thread (the kernel ties a child to the thread that made
+it), with pipes that the caller opened and, once the process has its ends, hands over. The process leads a session and
+process group of its own. `exit_fd` becomes readable when it has ended, `returncode` then says how, and until `release`
+it stays unreaped, so its pid, which is its group's too, can belong to nobody else when the group is killed. `release`
+kills what is left of the group and reaps.
 What can go wrong: the process cannot be started, which is an OSError; or it does not end after SIGKILL, because the
 kernel waits in it for a device or a file system, and `release` leaves it behind.
 """
@@ -16,29 +17,72 @@ import select
 import signal
 import subprocess
 import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from allstep.launch.plan import WorkerPlan
 
 
+class Child(Protocol):
+    """A child of this process, such as `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+
+    def wait(self) -> int:
+        """Wait for its end, reap it, and return how it ended (-N: signal N); the same again when called again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipes:
+    """A worker's output and its lifeline: our end and its own of each."""
+
+    stdout: tuple[int, int]
+    stderr: tuple[int, int]
+    lifeline: tuple[int, int]
+
+    @classmethod
+    def open(cls) -> Pipes:
+        """Open three pipes, or raise OSError and leave none open."""
+        with contextlib.ExitStack() as undo:
+            found = []
+            for _ in range(3):
+                found.append(os.pipe())
+                undo.callback(_close, found[-1])
+            undo.pop_all()
+        stdout, stderr, (theirs, ours) = found
+        return cls(stdout, stderr, (ours, theirs))
+
+    @property
+    def theirs(self) -> tuple[int, int, int]:
+        """The worker's ends."""
+        return self.stdout[1], self.stderr[1], self.lifeline[1]
+
+    def hand_over(self) -> None:
+        """Close the worker's ends, which it has by now."""
+        _close(self.theirs)
+
+    def close(self) -> None:
+        """Close our ends."""
+        _close((self.stdout[0], self.stderr[0], self.lifeline[0]))
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerProcess:
-    """A started worker, with the descriptors that belong to it."""
+    """A process that leads a session, and the descriptor that tells its end."""
 
-    rank: int
-    process: subprocess.Popen[bytes]
-    stdout: int
-    stderr: int
+    process: Child
     exit_fd: int
-    lifeline: int
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the worker itself; nothing if it has ended."""
+        """Send a signal to the process itself; nothing if it has ended."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(self.process.pid, number)
 
     def kill_group(self) -> None:
-        """Kill the worker and what it started, but for what left its process group."""
+        """Kill the process and what it started, but for what left its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -51,7 +95,7 @@ class WorkerProcess:
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
     def release(self, patience: float) -> None:
-        """Kill what is left, reap, and close the descriptors.
+        """Kill what is left, reap, and close the descriptor.
 
         Args:
             patience: seconds that it has to end in, after which it is left unreaped.
@@ -61,48 +105,61 @@ class WorkerProcess:
         ending.register(self.exit_fd, select.POLLIN)
         if ending.poll(max(0.0, patience) * 1000):
             self.process.wait()
-        for fd in (self.stdout, self.stderr, self.exit_fd, self.lifeline):
-            os.close(fd)
+        os.close(self.exit_fd)
 
 
-def start_worker(plan: WorkerPlan, *, pidfd: bool = True) -> WorkerProcess:
+def start_worker(plan: WorkerPlan, pipes: Pipes, *, pidfd: bool = True) -> WorkerProcess:
     """Start a worker.
 
     Args:
         plan: what to start.
+        pipes: what it writes to, and what ties it to this process.
         pidfd: watch it with a pidfd where the system has those; otherwise a thread waits for it.
 
     Raises:
         OSError: the process cannot be started.
     """
-    with contextlib.ExitStack() as undo:
-        theirs, ours = os.pipe()
-        undo.callback(os.close, ours)
-        stdout, stdout_theirs = os.pipe()
-        undo.callback(os.close, stdout)
-        stderr, stderr_theirs = os.pipe()
-        undo.callback(os.close, stderr)
-        notice = {signal.SIGUSR1}  # would end a worker that has not begun to handle it; its bootstrap lets it through
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, notice)
-        try:
-            process = subprocess.Popen(
-                plan.command_line(os.getpid(), theirs),
-                stdin=None if plan.world_size == 1 else subprocess.DEVNULL,
-                stdout=stdout_theirs,
-                stderr=stderr_theirs,
-                env=dict(plan.environment),
-                pass_fds=(theirs,),
-                start_new_session=True,
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            for fd in (theirs, stdout_theirs, stderr_theirs):
-                os.close(fd)
-        undo.pop_all()
-    return WorkerProcess(plan.rank, process, stdout, stderr, _exit_fd(process, pidfd), ours)
+    command = plan.command_line(os.getpid(), pipes.lifeline[1])
+    return watched(spawn(command, plan.environment, pipes, plan.world_size, [pipes.lifeline[1]]), pidfd=pidfd)
 
 
-def _exit_fd(process: subprocess.Popen[bytes], pidfd: bool) -> int:
+def spawn(
+    command: Sequence[str], environment: Mapping[str, str], pipes: Pipes, world_size: int, inherited: Sequence[int]
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that writes to `pipes`; it has the descriptors `inherited` besides."""
+    with _held_back(signal.SIGUSR1):
+        return subprocess.Popen(
+            command,
+            stdin=None if world_size == 1 else subprocess.DEVNULL,
+            stdout=pipes.stdout[1],
+            stderr=pipes.stderr[1],
+            env=dict(environment),
+            pass_fds=inherited,
+            start_new_session=True,
+        )
+
+
+def watched(process: Child, *, pidfd: bool = True) -> WorkerProcess:
+    """Watch a child; OSError where it cannot be."""
+    return WorkerProcess(process, _exit_fd(process, pidfd))
+
+
+@contextlib.contextmanager
+def _held_back(notice: signal.Signals) -> Iterator[None]:
+    """Block a notice in what is started: it would end a worker that does not handle it yet and then lets it through."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {notice})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def _exit_fd(process: Child, pidfd: bool) -> int:
     if pidfd and hasattr(os, "pidfd_open"):
         with contextlib.suppress(OSError):
             return os.pidfd_open(process.pid)

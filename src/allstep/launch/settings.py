@@ -54,6 +54,7 @@ class LaunchSettings:
         fault: faults to rehearse, as ALLSTEP_FAULT has them; None is the environment's.
         resume: the checkpoint that scripts go on from: "auto" for the newest, a path, or "none"; None is the
             environment's ALLSTEP_RESUME.
+        share_imports: workers that begin with the same imports, torch above all, import once and are forked then.
 
     Raises:
         ConfigurationError: a value cannot be meant.
@@ -75,6 +76,7 @@ class LaunchSettings:
     limits: str | None = None
     fault: str | None = None
     resume: str | None = None
+    share_imports: bool = True
 
     def __post_init__(self) -> None:
         if self.nproc != "auto":

@@ -2,7 +2,8 @@
 
 Contract: the supervisor starts this file by its path, as
 `python worker.py SUPERVISOR_PID LIFELINE_FD script|module TARGET [ARGUMENT...]`, in a session of its own. It holds the
-write end of the pipe LIFELINE_FD and never writes. Afterwards:
+write end of the pipe LIFELINE_FD and never writes. (A worker that was forked from a `template` calls the two halves of
+`main` itself.) Afterwards:
 - the kernel kills this process when the supervisor's main thread ends, however it ends (PDEATHSIG), and everything in
   its process group when the last write end of the pipe closes (asynchronous I/O with SIGKILL as its signal). Neither
   needs a thread, so nothing in this process can hold it up, and forking stays free of a second thread. Where the
@@ -182,9 +183,14 @@ def _new_main() -> ModuleType:
 
 
 def main(argv: list[str]) -> None:
-    """Run what the supervisor's command line says; an exception of the script leaves as it would without allstep."""
+    """Run what the supervisor's command line says."""
     supervisor, lifeline, kind, target, *arguments = argv
     tie_to_supervisor(int(supervisor), int(lifeline))
+    run(kind, target, arguments)
+
+
+def run(kind: str, target: str, arguments: list[str]) -> None:
+    """Be the script, in a process that is tied to its supervisor; an exception leaves as it would without allstep."""
     note_early_notices()
     faulthandler.enable()
     sys.meta_path.insert(0, _QuietImport("torch", "torch._dynamo"))

@@ -1,0 +1,136 @@
+"""Workers that are forked from one process of this machine, the template, so that they import torch once.
+
+Contract: `can_fork` says whether this system has what is needed. A `Template` is started from the main thread, with the
+plans of this machine's workers and their pipes, which stay open. `process.exit_fd` becomes readable when the template
+has ended; then `adopt` is called once: it gives the workers, which have become children of this process and start
+running their script, or None where there are none (then they are to be started one by one, with the same pipes).
+Before, `process.kill_group` ends the template and what it has forked; `abandon` does so instead of `adopt`, and reaps.
+In between this process is the nearest subreaper of all that it starts.
+What can go wrong: the template cannot be started (OSError), ends early, or is killed; then `adopt` gives None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from allstep.launch.plan import WorkerPlan
+from allstep.launch.process import Pipes, WorkerProcess, spawn, watched
+
+_TEMPLATE = str(Path(__file__).with_name("template.py"))
+_PR_SET_CHILD_SUBREAPER = 36
+_ROOM = 1 << 20  # bytes; more than any report has
+
+
+@dataclass(slots=True)
+class Adopted:
+    """A child that another process forked for this one."""
+
+    pid: int
+    _returncode: int | None = field(default=None, init=False)
+
+    def wait(self) -> int:
+        """Wait for its end, reap it, and return how it ended (-N: signal N)."""
+        if self._returncode is None:
+            self._returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self._returncode
+
+
+def can_fork() -> bool:
+    """Whether this process can adopt workers that another has forked."""
+    return sys.platform == "linux" and hasattr(os, "pidfd_open") and _adopt_orphans(False)
+
+
+class Template:
+    """The process that imports what all workers begin with, and then forks them.
+
+    Args:
+        plans: the workers of this machine.
+        pipes: those of each.
+        modules: what to import first.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self, plans: Sequence[WorkerPlan], pipes: Sequence[Pipes], modules: Sequence[str]) -> None:
+        first = plans[0]
+        common = dict(set.intersection(*(set(plan.environment.items()) for plan in plans)))
+        ranks = [
+            {
+                "environment": {name: text for name, text in plan.environment.items() if name not in common},
+                "stdout": its.stdout[1],
+                "stderr": its.stderr[1],
+                "lifeline": its.lifeline[1],
+            }
+            for plan, its in zip(plans, pipes, strict=True)
+        ]
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
+            lifeline, self._lifeline = _pipe(theirs, undo)
+            gate, self._gate = _pipe(theirs, undo)
+            self._report, report = _pipe(undo, theirs)
+            paper = os.memfd_create("allstep plan")
+            theirs.callback(os.close, paper)
+            plan = {"modules": modules, "ranks": ranks, "gate": gate, "report": report}
+            os.write(paper, json.dumps(plan).encode())
+            os.lseek(paper, 0, os.SEEK_SET)
+            place = [str(number) for number in (os.getpid(), lifeline, paper)]
+            _adopt_orphans(True)
+            undo.callback(_adopt_orphans, False)
+            self.process = watched(
+                spawn(
+                    [sys.executable, _TEMPLATE, *place, *first.command.words()],
+                    common,
+                    pipes[0],
+                    first.world_size,
+                    [lifeline, gate, report, paper, *(fd for each in pipes for fd in each.theirs)],
+                )
+            )
+            undo.pop_all()
+
+    def adopt(self) -> list[WorkerProcess] | None:
+        """Return the workers, in the order of their plans, and let them run; None where there are none."""
+        workers = None
+        if self.process.returncode() == 0:
+            with contextlib.suppress(OSError, ValueError):
+                workers = [watched(Adopted(pid)) for pid in json.loads(os.read(self._report, _ROOM))]
+        if workers is None:
+            self.abandon(0.0)
+            return None
+        self.process.process.wait()
+        os.close(self.process.exit_fd)
+        self._let_go()
+        return workers
+
+    def abandon(self, patience: float) -> None:
+        """End the template and what it has forked, for which it has `patience` seconds."""
+        self.process.release(patience)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        _adopt_orphans(False)
+        for fd in (self._gate, self._report, self._lifeline):
+            os.close(fd)
+
+
+def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe whose ends are closed with these."""
+    ends = os.pipe()
+    reader.callback(os.close, ends[0])
+    writer.callback(os.close, ends[1])
+    return ends
+
+
+def _adopt_orphans(yes: bool) -> bool:
+    """Be the nearest subreaper of what this process starts, or no longer; return whether the system knows of such."""
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False

@@ -1,0 +1,184 @@
+"""The processes of this machine's workers in one attempt: started together, signalled, and told of when they end.
+
+Contract: an attempt calls `start` once, from the main thread, and reads their `pipes`; then the run's loop calls
+`on_end(rank, status)` for each worker that ends, once. `remaining` are those that have not. `kill` ends them and what
+they started, `give_up` forgets one that does not end even so. `release`, at the end, ends and reaps what is left.
+Where several workers begin with the same imports (`shared_imports`), they are forked from one process after these
+(`forking`). Till then a signal to stop ends that process, and the workers count as ended by it; one to be passed on is
+kept for them. A template that does not come to forking, for whatever reason, is no failure: the workers are started one
+by one, and what is wrong shows in them.
+What can go wrong: a worker cannot be started, which is a LaunchError, from `start` or from the loop's turn.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from allstep.errors import LaunchError
+from allstep.launch.forking import Template
+from allstep.launch.loop import Loop
+from allstep.launch.plan import WorkerPlan
+from allstep.launch.process import Pipes, WorkerProcess, start_worker
+from allstep.launch.signals import STOP
+
+
+class Workers:
+    """This machine's workers.
+
+    Args:
+        plans: what to start.
+        loop: what watches them.
+        on_end: called with a worker's rank and how it ended (-N: signal N).
+        shared: the modules that they can import once, before they part; none starts each by itself.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[WorkerPlan],
+        loop: Loop,
+        on_end: Callable[[int, int], object],
+        shared: Sequence[str] = (),
+    ) -> None:
+        self.pipes: dict[int, Pipes] = {}
+        self.remaining: list[int] = []
+        self._plans = plans
+        self._loop = loop
+        self._on_end = on_end
+        self._shared = shared
+        self._template: Template | None = None
+        self._ended_by: signal.Signals | None = None
+        self._kept: list[signal.Signals] = []
+        self._processes: dict[int, WorkerProcess] = {}
+        self._given_up: set[int] = set()
+        self._handed_over = False
+
+    def start(self) -> None:
+        """Start the workers, or the process that they are to be forked from."""
+        for plan in self._plans:
+            try:
+                self.pipes[plan.rank] = Pipes.open()
+            except OSError as error:
+                raise _not_started(plan, error) from error
+            self.remaining.append(plan.rank)
+        if not self._shared:
+            self._start_each()
+            return
+        try:
+            self._template = Template(self._plans, list(self.pipes.values()), self._shared)
+        except OSError as error:
+            raise _not_started(self._plans[0], error) from error
+        self._loop.watch(self._template.process.exit_fd, self._part)
+
+    def pid(self, rank: int) -> int:
+        """The process of a worker, or that from which it is to be forked."""
+        process = self._template.process if self._template is not None else self._processes[rank]
+        return process.process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to all that have not ended."""
+        if self._template is None:
+            for rank in self.remaining:
+                self._processes[rank].send(number)
+        elif number in STOP:
+            self._end_template(number)
+        elif number != signal.SIGCONT:
+            self._kept.append(number)
+
+    def kill(self) -> None:
+        """Kill all that have not ended, and what they started."""
+        if self._template is not None:
+            self._end_template(signal.SIGKILL)
+            return
+        for rank in self.remaining:
+            self._processes[rank].kill_group()
+
+    def give_up(self, rank: int) -> None:
+        """Wait for a worker no longer."""
+        self.remaining.remove(rank)
+        self._given_up.add(rank)
+        if self._template is None:
+            self._loop.forget(self._processes[rank].exit_fd)
+        elif not self.remaining:
+            self._loop.forget(self._template.process.exit_fd)
+
+    def sweep(self) -> None:
+        """Kill what the workers started and left."""
+        for process in self._processes.values():
+            process.kill_group()
+
+    def release(self, patience: float) -> None:
+        """Kill all that is left, reap it, and close the pipes.
+
+        Args:
+            patience: seconds for all those together that nobody has given up.
+        """
+        until = time.monotonic() + patience
+        if self._template is not None:
+            self._loop.forget(self._template.process.exit_fd)
+            self._template.abandon(0.0 if self._given_up else patience)
+        self.sweep()
+        for rank, process in self._processes.items():
+            if rank in self.remaining:
+                self._loop.forget(process.exit_fd)
+            process.release(0.0 if rank in self._given_up else until - time.monotonic())
+        self._hand_over()
+        for pipes in self.pipes.values():
+            pipes.close()
+
+    def _end_template(self, number: signal.Signals) -> None:
+        assert self._template is not None
+        self._ended_by = self._ended_by or number
+        self._template.process.kill_group()
+
+    def _part(self) -> None:
+        """Go on without the template, which has ended."""
+        template, self._template = self._template, None
+        assert template is not None
+        self._loop.forget(template.process.exit_fd)
+        if self._ended_by is not None:
+            template.abandon(0.0)
+            for rank in self.remaining.copy():
+                self.remaining.remove(rank)
+                self._on_end(rank, -self._ended_by)
+            return
+        processes = template.adopt()
+        if processes is None:
+            self._start_each()
+        else:
+            for plan, process in zip(self._plans, processes, strict=True):
+                self._watch(plan.rank, process)
+            self._hand_over()
+        for number in self._kept:
+            self.send(number)
+
+    def _start_each(self) -> None:
+        for plan in self._plans:
+            try:
+                process = start_worker(plan, self.pipes[plan.rank])
+            except OSError as error:
+                raise _not_started(plan, error) from error
+            self._watch(plan.rank, process)
+        self._hand_over()
+
+    def _watch(self, rank: int, process: WorkerProcess) -> None:
+        self._processes[rank] = process
+        self._loop.watch(process.exit_fd, partial(self._end, rank))
+
+    def _end(self, rank: int) -> None:
+        process = self._processes[rank]
+        self._loop.forget(process.exit_fd)
+        self.remaining.remove(rank)
+        self._on_end(rank, process.returncode())
+
+    def _hand_over(self) -> None:
+        if not self._handed_over:
+            self._handed_over = True
+            for pipes in self.pipes.values():
+                pipes.hand_over()
+
+
+def _not_started(plan: WorkerPlan, error: OSError) -> LaunchError:
+    return LaunchError(f"rank {plan.rank} of {plan.world_size} could not be started: {error}")
