@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -191,7 +191,11 @@ def test_an_update_that_raises_says_which_metric_it_was_and_what_it_was_given() 
     assert "(metric 'c', MulticlassAccuracy, was given (); the output has scores too" in missing.value.__notes__[0]
 
 
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"value": x}, lambda x: [x]])
+class Named(NamedTuple):
+    value: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), Named, lambda x: {"value": x}, lambda x: [x]])
 def test_metrics_that_keep_what_they_are_given_keep_no_graph(wrap: Any) -> None:
     class Keeping(Metric):
         full_state_update = False

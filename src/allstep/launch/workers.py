@@ -12,6 +12,7 @@ What can go wrong: a worker cannot be started, which is a LaunchError, from `sta
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -63,14 +64,13 @@ class Workers:
             except OSError as error:
                 raise _not_started(plan, error) from error
             self.remaining.append(plan.rank)
-        if not self._shared:
+        if self._shared:
+            with contextlib.suppress(OSError):
+                self._template = Template(self._plans, list(self.pipes.values()), self._shared)
+        if self._template is None:
             self._start_each()
-            return
-        try:
-            self._template = Template(self._plans, list(self.pipes.values()), self._shared)
-        except OSError as error:
-            raise _not_started(self._plans[0], error) from error
-        self._loop.watch(self._template.process.exit_fd, self._part)
+        else:
+            self._loop.watch(self._template.process.exit_fd, self._part)
 
     def pid(self, rank: int) -> int:
         """The process of a worker, or that from which it is to be forked."""
@@ -80,8 +80,8 @@ class Workers:
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all that have not ended."""
         if self._template is None:
-            for rank in self.remaining:
-                self._processes[rank].send(number)
+            for process in self._running():
+                process.send(number)
         elif number in STOP:
             self._end_template(number)
         elif number != signal.SIGCONT:
@@ -91,9 +91,8 @@ class Workers:
         """Kill all that have not ended, and what they started."""
         if self._template is not None:
             self._end_template(signal.SIGKILL)
-            return
-        for rank in self.remaining:
-            self._processes[rank].kill_group()
+        for process in self._running():
+            process.kill_group()
 
     def give_up(self, rank: int) -> None:
         """Wait for a worker no longer."""
@@ -127,6 +126,9 @@ class Workers:
         self._hand_over()
         for pipes in self.pipes.values():
             pipes.close()
+
+    def _running(self) -> list[WorkerProcess]:
+        return [process for rank, process in self._processes.items() if rank in self.remaining]
 
     def _end_template(self, number: signal.Signals) -> None:
         assert self._template is not None

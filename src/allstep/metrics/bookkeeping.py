@@ -5,6 +5,10 @@ Contract: facts about torchmetrics' `Metric`, in one place, since a release of i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import CodeType, FunctionType
+from typing import Any, cast
+
 from torchmetrics import Metric
 from torchmetrics.metric import CompositionalMetric
 
@@ -16,6 +20,14 @@ BOOKKEEPING = frozenset({*COMPUTING, "_enable_grad", "_device", "_dtype", "train
 
 # What it puts around a metric's methods when the metric is made.
 WRAPPED = frozenset({"update", "compute", "_update_signature"})
+
+# All that the function which it puts around an `update` reads, calls and sets, as `updating` does in its place.
+_AROUND_UPDATE = frozenset(
+    {
+        *("_computed", "_update_count", "torch", "set_grad_enabled", "_enable_grad"),
+        *("RuntimeError", "str", "__class__", "__name__", "compute_on_cpu", "_move_list_states_to_cpu"),
+    }
+)
 
 _KNOWN_PACKAGES = ("torchmetrics", "allstep")
 
@@ -33,3 +45,23 @@ def syncs_itself(metric: Metric) -> bool:
     own = type(metric)._sync_dist
     needed = own is not Metric._sync_dist and own.__module__ not in _PLAIN_LISTS
     return (needed and not isinstance(metric, CompositionalMetric)) or metric.dist_sync_fn is not None
+
+
+def inside_update(metric: Metric) -> Callable[..., Any] | None:
+    """A metric's `update` as its class has it, inside of the function that torchmetrics put around it.
+
+    None where something else is around it: a user's function, nothing at all as in wrappers, or what another release
+    of torchmetrics does there.
+    """
+    around, kind = vars(metric).get("update"), cast(Any, type(metric))
+    if not isinstance(around, FunctionType) or around.__code__ not in _known_around(Metric._wrap_update.__code__):
+        return None
+    inside: Callable[..., Any] | None = getattr(around, "__wrapped__", None)
+    is_its_own = getattr(inside, "__self__", None) is metric and kind.__setattr__ is Metric.__setattr__
+    return inside if is_its_own else None
+
+
+def _known_around(making: CodeType) -> list[CodeType]:
+    """Functions that `making` defines and that do no more than is known."""
+    inner = [constant for constant in making.co_consts if isinstance(constant, CodeType)]
+    return [code for code in inner if _AROUND_UPDATE.issuperset(code.co_names)]

@@ -3,13 +3,15 @@
 Contract: made once from the metrics of one `Metrics`. Every metric inside takes each batch once, however often it
 occurs: torchmetrics' `p * r / (p + r)` would feed p and r twice, and so would a collection beside one of its members.
 So collections, arithmetic and wrappers that only pass on what they are given are taken apart, and of members that hold
-the same states one is fed. Where two that are fed would both feed a metric inside of them, `Feeding` raises.
+the same states one is fed. Where two that are fed would both feed a metric inside of them, `Feeding` raises. What can
+be decided before the first batch is decided when it is made, so that a batch costs little beside the updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from inspect import Parameter
 from numbers import Real
 from typing import Any
@@ -24,6 +26,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from allstep.errors import MetricError
 from allstep.metrics.nodes import Entry, wrapped
 from allstep.metrics.running import Weighted
+from allstep.metrics.updating import Update, update_of
 
 Transform = Callable[[Any], Any]
 
@@ -37,37 +40,43 @@ class Fed:
 
     Attributes:
         name: of the metric that it is, or is part of.
-        entry: what.
+        update: what, and how it is updated.
         keys: the keyword arguments that it knows; None when it sorts them out for itself.
         weighted: whether it is told how many samples a batch has.
     """
 
     name: str
-    entry: Entry
+    update: Update
     keys: frozenset[str] | None
     weighted: bool
 
-    def take(self, given: Sequence[Any], named: Mapping[str, Any], samples: Callable[[], int]) -> None:
-        """Update it with a step's output.
+    @property
+    def entry(self) -> Entry:
+        """What is fed."""
+        return self.update.entry
+
+    def take(self, given: Sequence[Any], named: Mapping[str, Any], samples: Callable[[], int], gradients: bool) -> None:
+        """Update it with a step's output, while gradients are off.
 
         Args:
             given: positional arguments.
             named: keyword arguments, of which it takes those that it knows.
             samples: what counts the batch's samples.
+            gradients: whether gradients were on before.
 
         Raises:
             Exception: what `update` raises, with a note of which metric it was and what it was given.
         """
-        known = named if self.keys is None else {key: value for key, value in named.items() if key in self.keys}
+        known = named
+        if named and self.keys is not None:
+            known = {key: value for key, value in named.items() if key in self.keys}
         if self.weighted and not self._is_told_samples(given, known):
             known = {**known, "samples": samples()}
         try:
-            self.entry.update(*given, **known)
+            self.update(given, known, gradients)
         except Exception as error:
             error.add_note(f"(metric {self.name!r}, {self._shown(given, known, named)})")
             raise
-        if isinstance(self.entry, WrapperMetric):  # these do not count
-            self.entry._update_count += 1
 
     def _shown(self, given: Sequence[Any], known: Mapping[str, Any], named: Mapping[str, Any]) -> str:
         """Which metric this is and what it was given, for errors."""
@@ -115,7 +124,7 @@ class Feeding:
             raise ValueError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(entries)}")
         fed = _fed_by_name(entries, following)
         _check_fed_once(fed)
-        self._feeds: dict[int, tuple[Transform | None, list[Fed]]] = {}
+        feeds: dict[int, tuple[Transform | None, list[Fed]]] = {}
         for names, entry in fed.values():
             own = {id(by_name[name]): by_name[name] for name in names if name in by_name}
             if len(own) > 1:
@@ -126,23 +135,32 @@ class Feeding:
             transform = next(iter(own.values()), common)
             weighted = any(isinstance(module, Weighted) for module in entry.modules())
             keys = _keywords(entry)
-            each = Fed(names[0], entry, keys, weighted and (keys is None or "samples" in keys))
-            self._feeds.setdefault(id(transform), (transform, []))[1].append(each)
+            each = Fed(names[0], update_of(entry), keys, weighted and (keys is None or "samples" in keys))
+            feeds.setdefault(id(transform), (transform, []))[1].append(each)
+        self._feeds = tuple(feeds.values())
+        self._weighs = any(each.weighted for _, fed in self._feeds for each in fed)
 
     def wrappers(self) -> Iterator[WrapperMetric]:
         """Wrappers among what is fed, whose batches are counted here."""
-        for _, fed in self._feeds.values():
+        for _, fed in self._feeds:
             yield from (each.entry for each in fed if isinstance(each.entry, WrapperMetric))
 
     def take(self, output: Any, samples: Callable[[], int]) -> None:
-        """Update all with a step's output, without its graph; a transform that gives None leaves it out."""
-        for transform, fed in self._feeds.values():
+        """Update all with a step's output, without its graph; a transform that gives None leaves it out.
+
+        `samples` counts the batch's samples; it is called at most once, and only for what is weighed.
+        """
+        if self._weighs:
+            samples = cache(samples)
+        for transform, fed in self._feeds:
             result = output if transform is None else transform(output)
             if result is None:
                 continue
-            given, named = _arguments(_detached(result))
-            for each in fed:
-                each.take(given, named, samples)
+            given, named = _arguments(result)
+            gradients = torch.is_grad_enabled()
+            with torch.set_grad_enabled(False):
+                for each in fed:
+                    each.take(given, named, samples, gradients)
 
 
 def _fed_by_name(entries: Mapping[str, Entry], following: Mapping[int, Metric]) -> dict[int, tuple[list[str], Entry]]:
@@ -208,19 +226,18 @@ def _kind(value: Any) -> str:
     return type(value).__name__
 
 
+def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """A step's output as the arguments of `update`, without graphs, which metrics that keep these would keep too."""
+    if isinstance(output, tuple):
+        return [_detached(each) for each in output], {}
+    if isinstance(output, Mapping):
+        return (), {key: _detached(each) for key, each in output.items()}
+    return (_detached(output),), {}
+
+
 def _detached(value: Any) -> Any:
-    """The same without graphs, which metrics that keep what they are given would keep too."""
     if isinstance(value, torch.Tensor):
         return value.detach() if value.requires_grad else value
     if type(value) in (list, tuple):
         return type(value)(map(_detached, value))
     return {key: _detached(each) for key, each in value.items()} if isinstance(value, Mapping) else value
-
-
-def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """A step's output as the arguments of `update`."""
-    if isinstance(output, Mapping):
-        return (), output
-    if isinstance(output, tuple):
-        return output, {}
-    return (output,), {}

@@ -9,7 +9,6 @@ wrong: see `EventReduction`, which reduces; an `update` that raises does so as a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -182,14 +181,14 @@ class Metrics:
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
-        if not state.active or state.samples == 0 or self._feeding is None:
-            return
+        if state.active and state.samples != 0 and self._feeding is not None:
+            self._feeding.take(state.output, self._samples)
 
-        @cache
-        def samples() -> int:
-            return state.samples if state.samples is not None else (engine.samples_in or count_samples)(state.batch)
-
-        self._feeding.take(state.output, samples)
+    def _samples(self) -> int:
+        """How many samples this rank's present batch has."""
+        assert self._engine is not None
+        state = self._engine.state
+        return state.samples if state.samples is not None else (self._engine.samples_in or count_samples)(state.batch)
 
     def _join(self, reduction: EventReduction, updates: Event) -> None:
         assert self._engine is not None

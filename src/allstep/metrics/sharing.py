@@ -6,7 +6,8 @@ two metrics share when they run the same `update`, everything that it reads of t
 alike. What torchmetrics' updates read is read off their code; a user's `update` may hand its metric to any function, so
 that all that two such metrics are made of has to be equal. A metric that reduces itself shares with none. Groups that a
 user gave a collection hold as given, and `compute_groups=False` shares nothing. `fix_groups` puts these groups in the
-place of torchmetrics' own.
+place of torchmetrics' own. Metrics outside of collections share nothing either: whoever gives them apart may update,
+read or reset one by hand, so each has to hold what it counted.
 """
 
 from __future__ import annotations
