@@ -24,6 +24,7 @@ from allstep.channel.wire import Connection
 NONCE = "5ec4e7"
 RANK = Path(__file__).with_name("rank_process.py")
 BOUND = 30.0  # seconds that anything in these tests may take on a loaded machine
+NEWS_S = 0.001  # in which what was said over a socket of this machine has come
 
 
 def listening() -> socket.socket:
@@ -42,23 +43,46 @@ def arrival(rank: int, world_size: int = 2, **other: Any) -> Arrival:
     )
 
 
-class Driven:
-    """A service, its selector, and all its events so far."""
+class Clock:
+    """Seconds that pass where the test lets them, whatever the machine does meanwhile."""
 
-    def __init__(self, make: Callable[[selectors.BaseSelector, socket.socket], Any]) -> None:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Driven:
+    """A service, its selector, and all its events so far.
+
+    Args:
+        make: makes the service.
+        clock: its clock. By a `Clock`, time passes while nobody has said anything.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[selectors.BaseSelector, socket.socket, Callable[[], float]], Any],
+        clock: Callable[[], float],
+    ) -> None:
+        self.clock = clock
         self.selector = selectors.DefaultSelector()
         listener = listening()
         self.port = listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
-        self.service = make(self.selector, listener)
+        self.service = make(self.selector, listener, clock)
         self.events: list[HubEvent] = []
         self.others: list[Driven] = []
 
     def turn(self, seconds: float = 0.02) -> None:
-        until = min(time.monotonic() + seconds, self.service.deadline() or time.monotonic() + seconds)
-        for key, _ in self.selector.select(max(0.0, until - time.monotonic())):
+        until = max(self.clock(), min(self.clock() + seconds, self.service.deadline()))
+        said = self.selector.select(NEWS_S if isinstance(self.clock, Clock) else until - self.clock())
+        for key, _ in said:
             self.service.ready(key)
-        if time.monotonic() >= self.service.deadline():
+        if isinstance(self.clock, Clock) and not said:
+            self.clock.now = until
+        if self.clock() >= self.service.deadline():
             self.service.tick()
         self.events += self.service.take()
         for other in self.others:
@@ -72,8 +96,8 @@ class Driven:
         return met
 
     def pass_time(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        deadline = self.clock() + seconds
+        while self.clock() < deadline:
             self.turn()
 
     def event(self, kind: type[Any]) -> Any:
@@ -95,9 +119,11 @@ def serving(
     supervised: bool = True,
     nonce: str = NONCE,
     attempt: int = 0,
+    clock: Callable[[], float] | None = None,
 ) -> Iterator[Driven]:
+    """A hub; its clock is one that the test lets pass, unless another is given."""
     driven = Driven(
-        lambda selector, listener: Hub(
+        lambda selector, listener, clock: Hub(
             selector,
             listener,
             nonce=nonce,
@@ -105,7 +131,9 @@ def serving(
             world_size=world_size,
             limits=Limits.parse(limits),
             supervised=supervised,
-        )
+            clock=clock,
+        ),
+        clock or Clock(),
     )
     with contextlib.closing(driven):
         yield driven

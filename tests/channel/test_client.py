@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_ranks_meet_beat_and_say_goodbye():
-    with serving() as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
+    with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
         hub.event(AllArrived)
         beats = [hub.until(lambda rank=rank: hub.service.status(rank)) for rank in (0, 1)]
         assert all(beat.epoch == 0 or (beat.epoch, beat.iteration) == (1, 7) for beat in beats)  # it may be too early
@@ -40,7 +40,7 @@ def test_ranks_meet_beat_and_say_goodbye():
 
 
 def test_a_failure_is_reported_before_the_rank_cleans_up_and_the_others_leave_at_once():
-    with serving() as hub, rank_processes(hub.address, ("wait",), ("raise_slowly",)) as ranks:
+    with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("raise_slowly",)) as ranks:
         case = hub.verdict()
         assert (case.cause.rank, case.cause.kind, case.cause.iteration) == (1, Kind.ERROR, 7)
         assert "in fail_in_step" in case.cause.traceback
@@ -52,7 +52,10 @@ def test_a_failure_is_reported_before_the_rank_cleans_up_and_the_others_leave_at
 
 
 def test_a_failing_rank_lingers_to_print_the_report():
-    with serving(supervised=False) as hub, rank_processes(hub.address, ("wait",), ("raise",)) as ranks:
+    with (
+        serving(supervised=False, clock=time.monotonic) as hub,
+        rank_processes(hub.address, ("wait",), ("raise",)) as ranks,
+    ):
         hub.verdict()
         assert not ranks[1].ended()
         hub.service.order_leave("rank 1 failed", 84, printer=1, report="THE REPORT\n")
@@ -63,7 +66,7 @@ def test_a_failing_rank_lingers_to_print_the_report():
 
 
 def test_a_frozen_rank_is_found():
-    with serving(limits="silence=2") as hub, rank_processes(hub.address, ("wait",), ("stop",)):
+    with serving(limits="silence=2", clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("stop",)):
         case = hub.verdict()
         assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
         assert "in main" in case.others[0].stacks
@@ -71,7 +74,10 @@ def test_a_frozen_rank_is_found():
 
 def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks_and_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    with serving(limits="silence=4") as hub, rank_processes(hub.address, ("wait",), ("hold_gil",)):
+    with (
+        serving(limits="silence=4", clock=time.monotonic) as hub,
+        rank_processes(hub.address, ("wait",), ("hold_gil",)),
+    ):
         case = hub.verdict()
         assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
         assert "in main" in case.cause.stacks
@@ -79,7 +85,7 @@ def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks_and_no_file(tm
 
 
 def test_a_rank_that_sleeps_is_named_with_its_stack_and_not_the_one_that_waits():
-    with serving(limits="step=1.5") as hub, rank_processes(hub.address, ("wait",), ("sleep",)):
+    with serving(limits="step=1.5", clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("sleep",)):
         case = hub.verdict()
         assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
         assert "rank_process.py" in case.cause.stacks
@@ -87,7 +93,10 @@ def test_a_rank_that_sleeps_is_named_with_its_stack_and_not_the_one_that_waits()
 
 
 def test_a_forked_child_does_not_keep_a_dead_ranks_connection_open():
-    with serving(supervised=False) as hub, rank_processes(hub.address, ("wait",), ("fork",)) as ranks:
+    with (
+        serving(supervised=False, clock=time.monotonic) as hub,
+        rank_processes(hub.address, ("wait",), ("fork",)) as ranks,
+    ):
         hub.event(AllArrived)
         ranks[1].process.stdin.write("\n")
         ranks[1].process.stdin.flush()
@@ -95,13 +104,13 @@ def test_a_forked_child_does_not_keep_a_dead_ranks_connection_open():
 
 
 def test_a_stranger_gets_the_reason_as_an_error():
-    with serving() as hub, rank_processes(hub.address, ("close",), nonce="another") as ranks:
+    with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("close",), nonce="another") as ranks:
         hub.until(ranks[0].ended)
         assert "another run's service" in ranks[0].errors()
 
 
 def test_a_rank_outlives_its_service():
-    with serving() as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
+    with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("close",), ("close",)) as ranks:
         hub.event(AllArrived)
         hub.service.close()
         for rank in ranks:
@@ -120,13 +129,16 @@ def test_nothing_at_the_address_is_an_error_in_bounded_time():
 
 def test_facts_that_are_too_long_are_named_with_their_size_and_the_remedy():
     facts = {"lr": "0.1", "config": "x" * FIRST_LINE}
-    with serving(1) as hub, pytest.raises(WorldError, match=r"rank 0: facts .* 'config', with 262144 .*digest"):
+    with (
+        serving(1, clock=time.monotonic) as hub,
+        pytest.raises(WorldError, match=r"rank 0: facts .* 'config', with 262144 .*digest"),
+    ):
         Client.connect(hub.address, Hello(NONCE, 0, arrival(0, 1, facts=facts)), timeout=5)
 
 
 def test_facts_of_the_greatest_length_are_taken():
     hello = Hello(NONCE, 0, arrival(0, 1, facts={"config": ""}), patience=30.0, stacks_file="")
-    with serving(1) as hub:
+    with serving(1, clock=time.monotonic) as hub:
         timer = StacksTimer()
         room = FIRST_LINE + 1 - len(encode(replace(hello, stacks_file=timer.address)))
         timer.close()
@@ -191,7 +203,7 @@ def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr("allstep.channel.client.own_stacks", full)
-    with serving(1) as hub, contextlib.ExitStack() as stack:
+    with serving(1, clock=time.monotonic) as hub, contextlib.ExitStack() as stack:
         connected: list[Client] = []
         hello = Hello(NONCE, 0, arrival(0, 1))
         thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))

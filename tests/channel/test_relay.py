@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import selectors
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
@@ -15,14 +15,21 @@ from allstep.channel.events import AllEnded, Finished, Ordered, Verdict
 from allstep.channel.limits import Limits
 from allstep.channel.messages import Leave, Refused, Welcome
 from allstep.channel.relay import Relay
-from tests.channel.driving import NONCE, Caller, Driven, arrival, listening, serving
+from tests.channel.driving import NONCE, Caller, Clock, Driven, arrival, listening, serving
 
 
 @contextlib.contextmanager
 def relaying(
-    port: int, ranks: Sequence[int], world_size: int, *, limits: str = "", nonce: str = NONCE, supervised: bool = True
+    port: int,
+    ranks: Sequence[int],
+    world_size: int,
+    *,
+    limits: str = "",
+    nonce: str = NONCE,
+    supervised: bool = True,
+    clock: Callable[[], float] | None = None,
 ) -> Iterator[Driven]:
-    def make(selector: selectors.BaseSelector, listener: socket.socket) -> Relay:
+    def make(selector: selectors.BaseSelector, listener: socket.socket, clock: Callable[[], float]) -> Relay:
         return Relay(
             selector,
             listener,
@@ -34,9 +41,10 @@ def relaying(
             world_size=world_size,
             limits=Limits.parse(limits),
             supervised=supervised,
+            clock=clock,
         )
 
-    driven = Driven(make)
+    driven = Driven(make, clock or Clock())
     with contextlib.closing(driven):
         yield driven
 
@@ -46,7 +54,7 @@ def two_nodes(limits: str = "", *, supervised: bool = True) -> Iterator[tuple[Dr
     """Rank 0 at the head, ranks 1 and 2 at a relay; all welcomed."""
     with (
         serving(3, limits=limits, supervised=supervised) as hub,
-        relaying(hub.port, (1, 2), 3, limits=limits, supervised=supervised) as relay,
+        relaying(hub.port, (1, 2), 3, limits=limits, supervised=supervised, clock=hub.clock) as relay,
     ):
         hub.others.append(relay)
         callers = [Caller(relay if rank else hub, rank, 3).come() for rank in range(3)]
@@ -173,13 +181,13 @@ def test_a_head_is_reached_at_another_of_its_addresses(monkeypatch, first):
     with serving(2) as hub:
         found = [(*stream, (first, hub.port)), (*stream, ("127.0.0.1", hub.port))]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
-        with relaying(hub.port, (1,), 2) as relay:
+        with relaying(hub.port, (1,), 2, clock=hub.clock) as relay:
             relay.others.append(hub)
             relay.until(lambda: hub.service.connected == 1)
 
 
 def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
-    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other") as relay:
+    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", clock=hub.clock) as relay:
         hub.others.append(relay)
         caller = Caller(relay, 1, 2, nonce="other").come()
         caller.driven = hub
@@ -187,7 +195,7 @@ def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
 
 
 def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
-    with serving(2, supervised=False) as hub, relaying(hub.port, (1,), 2, supervised=False) as relay:
+    with serving(2, supervised=False) as hub, relaying(hub.port, (1,), 2, supervised=False, clock=hub.clock) as relay:
         hub.others.append(relay)
         callers = [Caller(hub, 1, arrival=arrival(1, pid=1)).come(), Caller(relay, 1, 2).come()]
         for caller in callers:
@@ -204,7 +212,7 @@ def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
 
 @pytest.mark.parametrize("supervised", [True, False])
 def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wait_for_its_last_word(supervised: bool):
-    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised) as relay:
+    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised, clock=hub.clock) as relay:
         relay.others.append(hub)
         if supervised:
             assert relay.verdict().cause.kind is Kind.SERVICE_LOST
@@ -215,7 +223,7 @@ def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wai
 
 
 def test_a_doubled_rank_on_another_node_is_named():
-    with serving(2) as hub, relaying(hub.port, (1,), 2) as relay:
+    with serving(2) as hub, relaying(hub.port, (1,), 2, clock=hub.clock) as relay:
         hub.others.append(relay)
         here = Caller(hub, arrival=arrival(1, host="head", pid=1)).come()
         there = Caller(relay, arrival=arrival(1, host="node", pid=2)).come()

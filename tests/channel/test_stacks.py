@@ -196,7 +196,8 @@ def waits_alone(world: World, how: str, found: Path) -> str:
         seen.append(waits)
         found.touch()
 
-    loss = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))(torch.ones(2, 4)).sum()
+    model = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+    loss = model(torch.ones(2, 4)).sum()
     thread = threading.Thread(target=look, daemon=True)
     if world.rank == 0:
         thread.start()

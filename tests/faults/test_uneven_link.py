@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ MOST_LATE = 2.0
 
 def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody_and_the_slow_rank_is_named(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        driven = stack.enter_context(serving(2, limits="silence=10"))
+        driven = stack.enter_context(serving(2, limits="silence=10", clock=time.monotonic))
         port = stack.enter_context(jitter(driven.port, MOST_LATE))
         store = stack.enter_context(ReservedPort())
         running = []
