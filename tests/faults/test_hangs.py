@@ -9,7 +9,7 @@ import pytest
 
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import SCRIPTS, check_first_lines, rehearse
-from tests.jobs.launchers import Launcher, also_under_torchrun_by_night, under_each_launcher
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night
 
 pytestmark = pytest.mark.slow
 
@@ -70,7 +70,7 @@ def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_
     assert "_sleep_with_lock" in job.cause["stacks"]
 
 
-@under_each_launcher
+@also_under_torchrun_by_night
 def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit(
     tmp_path: Path, launcher: Launcher
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import BOUND, NEVER, STRIKES, check_first_lines, fastest, rehearsal, rehearse
 from tests.jobs.job import Job
-from tests.jobs.launchers import Launcher, also_under_torchrun_by_night, under_each_launcher
+from tests.jobs.launchers import Launcher, also_under_torchrun_by_night
 from tests.jobs.processes import alive, await_end, pids
 
 pytestmark = pytest.mark.slow
@@ -19,7 +19,7 @@ AT = FaultPlan.at(rank=1, iteration=7)
 RAISES = AT.raise_(ValueError("bad batch"))
 
 
-@under_each_launcher
+@also_under_torchrun_by_night
 def test_row_1_a_rank_raises_and_its_traceback_comes_first(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "train.py", fault=RAISES, launcher=launcher, within=BOUND)
     assert job.code == 1

@@ -16,9 +16,6 @@ ROOT = Path(__file__).parents[2]
 ALLSTEP = [sys.executable, "-m", "allstep"]
 
 Launcher = Literal["allstep", "torchrun"]
-LAUNCHERS: tuple[Launcher, ...] = ("allstep", "torchrun")
-
-under_each_launcher = pytest.mark.parametrize("launcher", LAUNCHERS)
 also_under_torchrun_by_night = pytest.mark.parametrize(
     "launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)]
 )

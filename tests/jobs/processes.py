@@ -7,7 +7,7 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 LIMIT = 90.0
@@ -32,6 +32,14 @@ def await_end(watched: Iterable[int], limit: float = LIMIT) -> float:
     return time.monotonic()
 
 
+def await_condition(condition: Callable[[], bool], limit: float = LIMIT) -> None:
+    """Wait until something is so that nobody tells."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"not so after {limit} s"
+        time.sleep(0.01)  # it can only be asked again
+
+
 def alive(pid: int) -> bool:
     """Whether the process exists and is no zombie."""
     try:
@@ -43,11 +51,13 @@ def alive(pid: int) -> bool:
 
 def freeze(pid: int) -> None:
     """Stop a process and wait until each of its threads stands still; until one is scheduled, others run on."""
+
+    def stands_still() -> bool:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return {stat.rsplit(")", 1)[1].split()[0] for stat in stats} == {"T"}
+
     os.kill(pid, signal.SIGSTOP)
-    deadline = time.monotonic() + LIMIT
-    while {path.read_text().rsplit(")", 1)[1].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")} != {"T"}:
-        assert time.monotonic() < deadline, "the process does not stop"
-        time.sleep(0.01)  # nobody tells those who are not its parent
+    await_condition(stands_still)
 
 
 def with_variable(variable: str) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 from allstep.launch.joining import CODEC, Join, token
 from allstep.version import __version__
 from tests.jobs.launchers import script
-from tests.jobs.processes import LIMIT
+from tests.jobs.processes import LIMIT, await_condition
 from tests.jobs.running import Running, started
 
 pytestmark = pytest.mark.slow
@@ -148,17 +148,23 @@ def test_a_machine_that_is_stopped_while_it_waits_says_so_to_the_head(tmp_path: 
 def await_handler(running: Running) -> None:
     """Wait until the process has begun to watch for signals."""
     bit = 1 << (signal.SIGTERM - 1)
-    while True:
+
+    def watches() -> bool:
         status = Path(f"/proc/{running.process.pid}/status").read_text()
-        if int(status.split("SigCgt:")[1].split()[0], 16) & bit:
-            return
+        return bool(int(status.split("SigCgt:")[1].split()[0], 16) & bit)
+
+    await_condition(watches)
 
 
 def await_connection(port: int) -> None:
     """Wait until somebody listens there and takes a connection that says nothing."""
-    while True:
+
+    def listens() -> bool:
         with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port)):
-            return
+            return True
+        return False
+
+    await_condition(listens)
 
 
 def test_strangers_on_the_port_are_turned_away_and_the_run_goes_on(tmp_path: Path) -> None:
