@@ -47,8 +47,11 @@ def test_killed_with_workers_and_accumulation(tmp_path, ranks):
         assert parted == []
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
-def test_killed_with_a_global_batch_in_micro_batches(tmp_path, ranks):
+@pytest.mark.parametrize(
+    ("ranks", "kills"),
+    [(2, [16]), *(pytest.param(ranks, [7, 16, 23], marks=pytest.mark.nightly) for ranks in (1, 2))],
+)
+def test_killed_with_a_global_batch_in_micro_batches(tmp_path, ranks, kills):
     job = Job(str(tmp_path), most=2, every=2)
-    for parted, _ in run_ranks(unequal_after_kills, ranks, job, [7, 16, 23], timeout=280):
+    for parted, _ in run_ranks(unequal_after_kills, ranks, job, kills, timeout=280):
         assert parted == []
