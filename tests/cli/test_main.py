@@ -11,6 +11,7 @@ import pytest
 from allstep.cli.main import main
 from allstep.version import __version__
 from tests.jobs.launchers import environment, script
+from tests.jobs.running import run
 
 
 def python(folder: Path, code: str) -> str:
@@ -112,3 +113,13 @@ def test_a_wrong_command_line_is_explained_without_a_traceback_and_exits_with_tw
     assert message in said
     assert "Traceback" not in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_standard_descriptor_that_nobody_gave_goes_nowhere(closed: str, tmp_path: Path) -> None:
+    script(tmp_path, "open(f'ran_{rank}', 'w').write('x')\nprint('words')\nprint('more', file=sys.stderr)")
+    line = f"exec {sys.executable} -m allstep run --nproc 2 script.py {closed}"
+    done = run(tmp_path, command=["sh", "-c", line])
+    assert done.code == 0
+    assert {path.name for path in tmp_path.glob("ran_*")} == {"ran_0", "ran_1"}

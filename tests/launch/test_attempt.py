@@ -78,7 +78,7 @@ class Worker:
     def __init__(self, stage: Stage, rank: int) -> None:
         self.stage = stage
         self.rank = rank
-        self.process = SimpleNamespace(pid=4000 + rank)
+        self.child = SimpleNamespace(pid=4000 + rank)
         self.exit_fd = 9000 + rank
         self.code = 0
         self.sent: list[signal.Signals] = []

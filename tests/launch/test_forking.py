@@ -103,6 +103,8 @@ LEAVES = {
     "a descriptor": "file = open('/dev/null')\n",
     "an error": "raise OSError('libtorch.so is missing')\n",
     "its end": "if 'RANK' not in os.environ: os.kill(os.getpid(), 9)\n",
+    "a process": "if 'RANK' not in os.environ:\n    import subprocess\n    subprocess.Popen(['sleep', '1000'], "
+    "stdin=-3, stdout=-3, stderr=-3)\n",
     "its exit": "if 'RANK' not in os.environ: raise SystemExit(0)\n",
 }
 
@@ -121,6 +123,48 @@ def test_where_an_import_leaves_what_cannot_be_shared_workers_are_started_by_the
         assert "template" not in job.err
     else:
         assert (job.code, sorted(job.out.splitlines())) == (0, ["[0] here", "[1] here"]), job.err
+
+
+@pytest.mark.parametrize("name", ["torchmetrics.py", "colorsys.py", "calendar/__init__.py"])
+def test_a_module_beside_the_script_is_the_scripts(name: str, tmp_path: Path) -> None:
+    env = module(tmp_path, "import calendar, colorsys\n")
+    script(tmp_path, f"import torchmetrics\nimport {name.split('.')[0].split('/')[0]} as mine\nprint(mine.__file__)")
+    script(tmp_path, "", name)
+    job = run(tmp_path, "--nproc", "2", "script.py", env=env)
+    assert (job.code, job.out.splitlines()) == (0, [f"[{rank}] {tmp_path / name}" for rank in range(2)]), job.err
+
+
+def test_folders_beside_the_script_that_are_no_modules_do_not_matter(tmp_path: Path) -> None:
+    env = module(tmp_path)
+    (tmp_path / "torchmetrics").mkdir()
+    run(tmp_path, "--nproc", "2", script(tmp_path, "import torchmetrics"), env=env)
+    assert importers(tmp_path) == ["None"]
+
+
+def test_a_template_that_ends_between_two_forks_leaves_no_process_and_no_zombie(tmp_path: Path) -> None:
+    kills = """
+forks = []
+def fork():
+    forks.append(1)
+    if len(forks) == 3:  # the first is a trial
+        os.kill(os.getpid(), 9)
+if 'RANK' not in os.environ:
+    os.register_at_fork(after_in_parent=fork)
+"""
+    text = """import torchmetrics
+import pathlib
+states = [path.read_text().rpartition(")")[2].split() for path in pathlib.Path("/proc").glob("[0-9]*/stat")]
+print("zombies", sum(state == "Z" and int(parent) == os.getppid() for state, parent, *_ in states))
+"""
+    job = run(tmp_path, "--nproc", "3", script(tmp_path, text), env=module(tmp_path, kills))
+    assert (job.code, sorted(job.out.splitlines())) == (0, [f"[{rank}] zombies 0" for rank in range(3)]), job.err
+    assert importers(tmp_path) == ["0", "1", "2", "None"]
+
+
+def test_what_an_import_writes_is_written_once(tmp_path: Path) -> None:
+    env = module(tmp_path, "print('welcome', os.environ.get('RANK'))\n") | {"PYTHONUNBUFFERED": ""}
+    job = run(tmp_path, "--nproc", "2", script(tmp_path, "import torchmetrics"), env=env)
+    assert job.out == "[0] welcome None\n"
 
 
 SLOW = "import signal\nif 'RANK' not in os.environ:\n    print('importing', flush=True)\n    signal.sigwait([12])\n"
@@ -192,7 +236,8 @@ def test_an_exception_is_told_as_that_of_a_worker_started_by_itself(tmp_path: Pa
     assert told[0][-1] == "[1] ValueError: bad"
 
 
-def test_the_real_torch_leaves_nothing_behind_that_workers_could_not_share(tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", ["1", "2"])  # with two, numpy's import starts one
+def test_the_real_torch_leaves_nothing_behind_that_workers_could_not_share(threads: str, tmp_path: Path) -> None:
     text = """import torch
 import allstep
 with allstep.init() as world:
@@ -203,5 +248,5 @@ with allstep.init() as world:
     with open(f"/proc/{os.getpid()}/cmdline") as file:
         print("forked" if "template.py" in file.read() else "alone")
 """
-    job = run(tmp_path, "--nproc", "2", script(tmp_path, text))
+    job = run(tmp_path, "--nproc", "2", script(tmp_path, text), env={"OMP_NUM_THREADS": threads})
     assert (job.code, sorted(job.out.splitlines())) == (0, ["[0] forked", "[1] forked"]), job.err

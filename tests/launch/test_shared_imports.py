@@ -38,8 +38,9 @@ DYNAMO = "torch._dynamo"
         ("import allstep\nworld.init()", ["allstep"]),
         ("from allstep import Engine\nimport json", ["allstep", "allstep:Engine"]),
         ("import allstep.handlers", ["allstep.handlers"]),
-        ("import os, allstep\nos.environ['OMP_NUM_THREADS'] = '1'\nallstep.init()", ["allstep"]),
-        ("import os, allstep, torch\nprint(os.environ)\nallstep.init()", ["allstep", "torch", "allstep:init"]),
+        ("import allstep, sklearn\nallstep.init()", ["allstep"]),
+        ("import allstep, torch, sklearn\nallstep.init()", ["allstep", "torch", "allstep:init"]),
+        ("import allstep\nfrom .model import Model\nallstep.init()", ["allstep"]),
         # what brings torch._dynamo
         ("import torch\ntorch.optim.SGD", ["torch", DYNAMO]),
         ("from torch import optim", ["torch", DYNAMO]),
@@ -70,13 +71,41 @@ def test_a_folder_or_absent_file_has_none(tmp_path: Path) -> None:
     assert shared_imports(Command(str(tmp_path / "__main__.py"))) == ("torch",)
 
 
-def test_a_module_of_that_name_beside_the_script_is_another(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text("import torch")
-    (tmp_path / "link").mkdir()
-    (tmp_path / "link" / "train.py").symlink_to("../train.py")
-    (tmp_path / "torch.py").touch()
-    assert shared_imports(Command(str(tmp_path / "train.py"))) == ()
-    assert shared_imports(Command(str(tmp_path / "link" / "train.py"))) == ()
+@pytest.mark.parametrize(
+    "text",
+    [
+        "os.environ['A'] = '1'",
+        "os.environ |= {'A': '1'}",
+        "del os.environ['A']",
+        "os.environ.update(A='1')",
+        "os.environ.setdefault('A', '1')",
+        "os.environ.pop('A')",
+        "prepare(os.environ)",
+        "variables = environ",
+        "os.putenv('A', '1')",
+        "from dotenv import load_dotenv",
+    ],
+)
+def test_nothing_comes_earlier_in_a_script_that_sets_variables(text: str) -> None:
+    script = f"import os, torch, allstep\nallstep.init()\ntorch.optim.SGD\n{text}"
+    assert named(script.encode()) == ("torch", "allstep")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "os.environ['A']",
+        "os.environ.get('A')",
+        "environ.get('A')",
+        "'A' in os.environ",
+        "'A' not in os.environ",
+        "dict(os.environ.items())",
+        "os.getenv('A')",
+    ],
+)
+def test_a_script_may_look_at_variables(text: str) -> None:
+    script = f"import os, torch, allstep\nallstep.init()\ntorch.optim.SGD\n{text}"
+    assert named(script.encode()) == ("torch", "allstep", "allstep:init", DYNAMO)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +120,6 @@ def test_a_module_of_that_name_beside_the_script_is_another(tmp_path: Path) -> N
         ({"pkg/__init__.py": "import torch", "pkg/train.py": ""}, "pkg.train", ()),
         ({"pkg/__init__.py": "import torch"}, "pkg", ()),
         ({"train.py": "import torch"}, "train.absent", ()),
-        ({"train.py": "import torch", "torch.py": ""}, "train", ()),
         ({}, "absent", ()),
         ({}, "", ()),
     ],
@@ -104,4 +132,5 @@ def test_those_of_a_module_are_its_own_where_its_packages_do_nothing(
         (tmp_path / name).write_text(text)
     monkeypatch.chdir(tmp_path)
     assert shared_imports(Command(module, module=True)) == expected
+    assert shared_imports(Command(module, module=True), {"PYTHONPATH": "elsewhere"}) == ()
     assert not {"pkg", "train"} & set(sys.modules)

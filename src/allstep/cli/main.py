@@ -9,6 +9,7 @@ interrupted before it started.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,6 +27,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (by default this process's) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_what_is_closed()
     try:
         if arguments and arguments[0] in COMMANDS:
             return int(import_module(f"allstep.cli.{arguments[0]}").main(arguments[1:]))
@@ -41,6 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return LAUNCHER_ERROR
     except KeyboardInterrupt:
         return 130
+
+
+def _open_what_is_closed() -> None:
+    """Let standard descriptors that nobody gave go nowhere, so that no other file gets their numbers."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _parser() -> argparse.ArgumentParser:

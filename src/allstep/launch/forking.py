@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,9 @@ from allstep.launch.process import Pipes, WorkerProcess, spawn, watched
 
 _TEMPLATE = str(Path(__file__).with_name("template.py"))
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_GET_CHILD_SUBREAPER = 37
 _ROOM = 1 << 20  # bytes; more than any report has
+_REAPED = 1.0  # seconds in which killed processes are reaped at the most
 
 
 @dataclass(slots=True)
@@ -43,7 +46,8 @@ class Adopted:
 
 def can_fork() -> bool:
     """Whether this process can adopt workers that another has forked."""
-    return sys.platform == "linux" and hasattr(os, "pidfd_open") and _adopt_orphans(False)
+    system = sys.platform == "linux" and hasattr(os, "pidfd_open") and os.path.isdir("/proc/self/task")
+    return system and _adopts_orphans() is not None
 
 
 class Template:
@@ -71,8 +75,7 @@ class Template:
             for plan, its in zip(plans, pipes, strict=True)
         ]
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            lifeline, self._lifeline = _pipe(theirs, undo)
-            gate, self._gate = _pipe(theirs, undo)
+            lifeline, gate = _pipe(theirs, undo)[0], _pipe(theirs, undo)[0]
             self._report, report = _pipe(undo, theirs)
             paper = os.memfd_create("allstep plan")
             theirs.callback(os.close, paper)
@@ -80,8 +83,8 @@ class Template:
             os.write(paper, json.dumps(plan).encode())
             os.lseek(paper, 0, os.SEEK_SET)
             place = [str(number) for number in (os.getpid(), lifeline, paper)]
+            undo.callback(_adopt_orphans, bool(_adopts_orphans()))
             _adopt_orphans(True)
-            undo.callback(_adopt_orphans, False)
             self.process = watched(
                 spawn(
                     [sys.executable, _TEMPLATE, *place, *first.command.words()],
@@ -91,31 +94,43 @@ class Template:
                     [lifeline, gate, report, paper, *(fd for each in pipes for fd in each.theirs)],
                 )
             )
-            undo.pop_all()
+            self._undo = undo.pop_all()
 
     def adopt(self) -> list[WorkerProcess] | None:
         """Return the workers, in the order of their plans, and let them run; None where there are none."""
-        workers = None
-        if self.process.returncode() == 0:
-            with contextlib.suppress(OSError, ValueError):
-                workers = [watched(Adopted(pid)) for pid in json.loads(os.read(self._report, _ROOM))]
+        workers = self._forked() if self.process.returncode() == 0 else None
         if workers is None:
             self.abandon(0.0)
             return None
-        self.process.process.wait()
+        self.process.child.wait()
         os.close(self.process.exit_fd)
-        self._let_go()
+        self._undo.close()
         return workers
 
     def abandon(self, patience: float) -> None:
         """End the template and what it has forked, for which it has `patience` seconds."""
         self.process.release(patience)
-        self._let_go()
+        _reap_group(self.process.child.pid)
+        self._undo.close()
 
-    def _let_go(self) -> None:
-        _adopt_orphans(False)
-        for fd in (self._gate, self._report, self._lifeline):
-            os.close(fd)
+    def _forked(self) -> list[WorkerProcess] | None:
+        with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
+            workers = []
+            for pid in json.loads(os.read(self._report, _ROOM)):
+                workers.append(watched(Adopted(pid)))
+                undo.callback(os.close, workers[-1].exit_fd)
+            undo.pop_all()
+            return workers
+        return None
+
+
+def _reap_group(leader: int) -> None:
+    """Reap those of a killed process group that have become children of this process."""
+    until = time.monotonic() + _REAPED
+    with contextlib.suppress(ChildProcessError):  # there are no more
+        while time.monotonic() < until:
+            if os.waitpid(-leader, os.WNOHANG)[0] == 0:
+                time.sleep(0.005)  # their pids are not known, so there is nothing to wait for that can be bounded
 
 
 def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[int, int]:
@@ -126,11 +141,20 @@ def _pipe(reader: contextlib.ExitStack, writer: contextlib.ExitStack) -> tuple[i
     return ends
 
 
-def _adopt_orphans(yes: bool) -> bool:
-    """Be the nearest subreaper of what this process starts, or no longer; return whether the system knows of such."""
+def _adopts_orphans() -> bool | None:
+    """Whether this process is the nearest subreaper of what it starts; None where the system knows of no such."""
     try:
         import ctypes
 
-        return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0) == 0)
+        answer = ctypes.c_int()
+        known = ctypes.CDLL(None).prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(answer), 0, 0, 0) == 0
     except (ImportError, OSError, AttributeError):
-        return False
+        return None
+    return bool(answer.value) if known else None
+
+
+def _adopt_orphans(yes: bool) -> None:
+    """Be the nearest subreaper of what this process starts, or not."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, int(yes), 0, 0, 0)

@@ -145,7 +145,7 @@ class Machine:
         """What this machine's workers import before they part."""
         if share.workers == 1 or not self.launch.settings.share_imports or not can_fork():
             return ()
-        return shared_imports(self.launch.command)
+        return shared_imports(self.launch.command, self.launch.settings.env)
 
     def _announce(self, share: Share, folder: AttemptFolder | None) -> None:
         here = f"{share.workers} worker{'s' if share.workers > 1 else ''}"

@@ -1,4 +1,4 @@
-"""One worker's process as the supervisor holds it: started, watched, signalled, and let go.
+"""A process that the supervisor starts, a worker or what workers are forked from: watched, signalled, and let go.
 
 Contract: `start_worker` and `watched` are called from the main thread (the kernel ties a child to the thread that made
 it), with pipes that the caller opened and, once the process has its ends, hands over. The process leads a session and
@@ -73,24 +73,24 @@ class Pipes:
 class WorkerProcess:
     """A process that leads a session, and the descriptor that tells its end."""
 
-    process: Child
+    child: Child
     exit_fd: int
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the process itself; nothing if it has ended."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(self.process.pid, number)
+            os.kill(self.child.pid, number)
 
     def kill_group(self) -> None:
         """Kill the process and what it started, but for what left its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left
-            os.killpg(self.process.pid, signal.SIGKILL)
+            os.killpg(self.child.pid, signal.SIGKILL)
 
     def returncode(self) -> int:
         """Return how it ended, as subprocess says it (-N: signal N), once `exit_fd` is readable."""
         if not hasattr(os, "waitid"):
-            return self.process.wait()
-        end = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+            return self.child.wait()
+        end = os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
         assert end is not None
         return end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
 
@@ -104,7 +104,7 @@ class WorkerProcess:
         ending = select.poll()
         ending.register(self.exit_fd, select.POLLIN)
         if ending.poll(max(0.0, patience) * 1000):
-            self.process.wait()
+            self.child.wait()
         os.close(self.exit_fd)
 
 

@@ -2,16 +2,15 @@
 
 Contract: `shared_imports` is called by the supervisor, with what each worker is to run, and gives the modules in the
 order in which the script would import them, `module:name` for a name that a module imports when it is first used; none
-where that cannot be known. `named` is the decision (pure). The
-imports that a script begins with are read up to its first other statement; of these, up to the first import of
-something that is neither the standard library's nor in `SHARED`. So what a script does before it imports torch, such as
-setting OMP_NUM_THREADS, is done before here too: then nothing is shared. Two imports are made earlier than the script
-would:
-- what it uses of allstep, and torch with that, at `import allstep`; not if it names `os.environ` and does not import
-  torch at the same place, since what it sets may be meant for torch.
+where that cannot be known. `named` is the decision (pure). The imports that a script begins with are read up to its
+first other statement, or the first import of something that is neither the standard library's nor in `SHARED`. So what
+a script does before it imports torch, such as setting OMP_NUM_THREADS, is done before here too: then nothing is shared.
+Two imports are made earlier than the script would, neither in a script that sets environment variables, which may be
+meant for them:
+- what it uses of allstep, and torch with that, at `import allstep`; only where it imports torch at the same place, or
+  nothing else there that could set variables.
 - `torch._dynamo`, which torch itself imports with the first optimizer and the first DDP model, and which takes as long
   as all the rest, where the script names one of these.
-A module of one of these names in the script's own folder is another module: then nothing is shared.
 What can go wrong: nothing; a script that cannot be read or compiled shares nothing, and each worker says what is wrong.
 """
 
@@ -19,30 +18,37 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import itertools
 import os
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 
 from allstep.launch.plan import Command
 
 SHARED = ("allstep", "numpy", "torch", "torchmetrics")
-"""Packages that start no thread and open nothing when they are imported, so that processes can be forked afterwards."""
+"""Packages that leave nothing, when they are imported, that forked processes could not share; `template` makes sure."""
 
 _WITH_DYNAMO = frozenset({"DistributedDataParallel", "optim", "wrap"})
-_SETS_VARIABLES = frozenset({"environ", "putenv"})
+_READS = frozenset({"get", "items", "keys", "values", "copy"})
+_SETS = frozenset({"putenv", "unsetenv", "load_dotenv"})
+_WHERE_TO_LOOK = frozenset({"PYTHONPATH", "PYTHONSAFEPATH"})
 
 
-def shared_imports(command: Command) -> tuple[str, ...]:
-    """Return the modules that the workers which run `command` can import before they part."""
-    folder = os.getcwd() if command.module else os.path.dirname(os.path.realpath(command.target))
+def shared_imports(command: Command, variables: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """Return the modules that the workers which run `command` can import before they part.
+
+    Args:
+        command: what each runs.
+        variables: what they have in their environment that this process has not.
+    """
+    if command.module and _WHERE_TO_LOOK & set(variables or ()):
+        return ()
     try:
         *before, script = [_read(path) for path in _files(command)]
-        modules = () if any(map(_does_something, before)) else named(script)
-        own = any(PathFinder.find_spec(_package(module), [folder]) for module in modules)
     except (OSError, ImportError):
         return ()
-    return () if own else modules
+    return () if any(map(_does_something, before)) else named(script)
 
 
 def _files(command: Command) -> Iterator[str]:
@@ -50,7 +56,7 @@ def _files(command: Command) -> Iterator[str]:
     if not command.module:
         yield command.target
         return
-    folders: Sequence[str] | None = [os.getcwd(), *sys.path]
+    folders: Sequence[str] | None = sys.path if sys.flags.safe_path else [os.getcwd(), *sys.path[1:]]
     name = ""
     for part in command.target.split("."):
         name = f"{name}.{part}" if name else part
@@ -83,37 +89,66 @@ def _parsed(source: bytes) -> ast.Module:
 def _does_something(source: bytes) -> bool:
     """Whether a package does anything but say what it is."""
     tree = _parsed(source)
-    return len(tree.body) > (ast.get_docstring(tree, clean=False) is not None)
+    return len(tree.body) > _has_docstring(tree)
+
+
+def _has_docstring(tree: ast.Module) -> bool:
+    return ast.get_docstring(tree, clean=False) is not None
 
 
 def named(source: bytes) -> tuple[str, ...]:
     """Return the modules that a script of this text begins by importing, as far as they can be shared."""
     tree = _parsed(source)
-    modules = [module for module in _first_imports(tree) if _package(module) not in sys.stdlib_module_names]
-    words = set(_words(tree))
+    imports = list(_first_imports(tree))
+    modules = [name for name in itertools.takewhile(_is_shared, imports) if _package(name) in SHARED]
     has_torch = any(_package(module).startswith("torch") or module.startswith("allstep.") for module in modules)
-    if "allstep" in modules and (has_torch or not words & _SETS_VARIABLES):
+    if _sets_variables(tree):
+        return tuple(dict.fromkeys(modules))
+    if "allstep" in modules and (has_torch or all(map(_is_shared, imports))):
         used = sorted(_used_of_allstep(tree))
         modules += [f"allstep:{name}" for name in used]
         has_torch = has_torch or bool(used)
-    if has_torch and words & _WITH_DYNAMO:
+    if has_torch and _WITH_DYNAMO & set(_words(tree)):
         modules.append("torch._dynamo")
     return tuple(dict.fromkeys(modules))
 
 
 def _first_imports(tree: ast.Module) -> Iterator[str]:
-    """The modules that a script begins by importing, up to the first that cannot be shared or was not absolute."""
-    for statement in tree.body[1:] if ast.get_docstring(tree, clean=False) is not None else tree.body:
+    """The modules that a script begins by importing; "." for one of its own package."""
+    for statement in tree.body[_has_docstring(tree) :]:
         if isinstance(statement, ast.Import):
-            names = [alias.name for alias in statement.names]
-        elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
-            names = [statement.module]
+            yield from (alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom):
+            yield statement.module if statement.module and not statement.level else "."
         else:
             return
-        for name in names:
-            if _package(name) not in SHARED and _package(name) not in sys.stdlib_module_names:
-                return
-            yield name
+
+
+def _is_shared(module: str) -> bool:
+    return _package(module) in SHARED or _package(module) in sys.stdlib_module_names
+
+
+def _sets_variables(tree: ast.Module) -> bool:
+    """Whether a script may do anything with the environment but look at it."""
+    looked_at = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=environ, attr=attribute) if attribute in _READS:
+                looked_at.add(environ)
+            case ast.Subscript(value=environ, ctx=ast.Load()):
+                looked_at.add(environ)
+            case ast.Compare(comparators=compared):
+                looked_at.update(compared)
+    return any(_names_environment(node) and node not in looked_at for node in ast.walk(tree))
+
+
+def _names_environment(node: ast.AST) -> bool:
+    match node:
+        case ast.Attribute(attr=name) | ast.Name(id=name):
+            return name == "environ" or name in _SETS
+        case ast.alias(name=name):
+            return name in _SETS
+    return False
 
 
 def _package(module: str) -> str:

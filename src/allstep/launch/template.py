@@ -5,14 +5,15 @@ Contract: the supervisor starts this file by its path, as
 and with the variables that all workers share. PLAN_FD is a file with a JSON object: `modules` to import (`module:name`
 for a name that a module imports when it is first used), `ranks` (of each its own `environment`, and its `stdout`,
 `stderr` and `lifeline` descriptors), and the descriptors `report` and `gate`.
-- It imports the modules. When these have left something that processes cannot share, a thread or an open descriptor
-  (a device's, say), or one cannot be imported, it ends with status `ALONE` and has forked nothing.
+- It imports the modules. When one cannot be imported, or they have left something that processes cannot share (a
+  thread, an open descriptor such as a device's, a process), or one of all that they brought is another in the script's
+  folder, it ends with status `ALONE` and has forked nothing.
 - It forks the workers, writes their pids to `report` as a JSON list, and ends with status 0. Till then they are in its
   process group, so that killing that ends all of them.
 - A worker waits until the last write end of the pipe `gate` closes. By then it is the supervisor's child (which is its
   nearest subreaper), or the supervisor is gone. It leads a session of its own from there on, is tied to the supervisor
-  as `worker` has it, has its rank's variables and output, numbers of its own from numpy's global generator, and nothing
-  of the other ranks; then it runs the script as `worker` does.
+  as `worker` has it, has its rank's variables and output, numbers of its own from the global generators, and nothing of
+  the other ranks; then it runs the script as `worker` does.
 Standard library only, and nothing of allstep but what the supervisor's plan names.
 """
 
@@ -25,6 +26,7 @@ import gc
 import json
 import os
 from importlib import import_module
+from importlib.machinery import PathFinder
 from importlib.util import module_from_spec, spec_from_file_location
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -41,12 +43,14 @@ def main(argv: list[str]) -> None:
     worker.tie_to_supervisor(int(supervisor), int(lifeline))
     with open(int(plan_fd), encoding="utf-8") as file:
         plan = json.load(file)
-    if not _import_alike(plan["modules"]):
+    folder = os.getcwd() if kind == "module" else os.path.dirname(os.path.realpath(target))
+    if not (_import(plan["modules"]) and _can_be_shared(_own(plan, int(lifeline))) and not _has_another(folder)):
         _end(ALONE)
     os.close(int(lifeline))  # workers lose the supervisor by their own lifelines; this one's end kills the whole group
+    _flush()
     pids = []
     for place in plan["ranks"]:
-        pid = os.fork()
+        pid = _fork()
         if pid == 0:
             _become(place, plan, int(supervisor))
             worker.run(kind, target, arguments)
@@ -56,9 +60,8 @@ def main(argv: list[str]) -> None:
     _end(0)
 
 
-def _import_alike(modules: list[str]) -> bool:
-    """Import them, and return whether processes can share what is there then."""
-    descriptors = _descriptors()
+def _import(modules: list[str]) -> bool:
+    """Import them, and return whether that was possible."""
     gc.disable()  # nearly all that is made stays; looking through it again and again took a tenth of the time
     try:
         for module, _, name in (each.partition(":") for each in modules):
@@ -69,11 +72,50 @@ def _import_alike(modules: list[str]) -> bool:
         return False
     finally:
         gc.enable()
-    return len(os.listdir("/proc/self/task")) == 1 and _descriptors() == descriptors
+    return True
 
 
-def _descriptors() -> list[str]:
-    return sorted(os.listdir("/proc/self/fd"))
+def _own(plan: dict[str, Any], lifeline: int) -> set[int]:
+    """The descriptors that are known."""
+    ends = {place[name] for place in plan["ranks"] for name in ("stdout", "stderr", "lifeline")}
+    return {0, 1, 2, lifeline, plan["gate"], plan["report"]} | ends
+
+
+def _can_be_shared(own: set[int]) -> bool:
+    """Whether this process has nothing but what every fork of it can have: no child, no thread, nothing else open."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        return False
+    except ChildProcessError:
+        pass
+    pid = _fork()  # what can put its threads away for a fork, as the mathematics of numpy does, has done so after this
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    others = set(map(int, os.listdir("/proc/self/fd"))) - own
+    return len(os.listdir("/proc/self/task")) == 1 and not any(map(_is_open, others))
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:  # that with which the list was made
+        return False
+    return True
+
+
+def _has_another(folder: str) -> bool:
+    """Whether the script's folder, where it looks first, has a module of the name of one that is here."""
+    here = {name.partition(".")[0] for name in sys.modules}
+    names = here & {entry.partition(".")[0] for entry in os.listdir(folder)}
+    return any(spec.origin is not None for name in names if (spec := PathFinder.find_spec(name, [folder])) is not None)
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError:
+        _end(ALONE)
 
 
 def _become(place: dict[str, Any], plan: dict[str, Any], supervisor: int) -> None:
@@ -95,9 +137,13 @@ def _become(place: dict[str, Any], plan: dict[str, Any], supervisor: int) -> Non
 
 def _end(status: int) -> NoReturn:
     """End without the exit handlers of what was imported: those are the workers'."""
+    _flush()
+    os._exit(status)
+
+
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(status)
 
 
 def _beside(name: str) -> Any:

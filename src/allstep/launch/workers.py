@@ -75,7 +75,7 @@ class Workers:
     def pid(self, rank: int) -> int:
         """The process of a worker, or that from which it is to be forked."""
         process = self._template.process if self._template is not None else self._processes[rank]
-        return process.process.pid
+        return process.child.pid
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to all that have not ended."""
