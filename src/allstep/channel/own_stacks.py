@@ -55,6 +55,7 @@ class StacksTimer:
             return
         try:
             if os.fstat(self._descriptor).st_size:
+                faulthandler.cancel_dump_traceback_later()  # one that is being written would go on behind the cut
                 os.ftruncate(self._descriptor, 0)
                 os.lseek(self._descriptor, 0, os.SEEK_SET)
             faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._descriptor)

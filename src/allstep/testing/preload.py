@@ -8,6 +8,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch._dynamo  # which torch imports with the first optimizer or DDP model, and which takes as long as the rest
 import torch.distributed
 import torch.nn.parallel  # noqa: F401
 
