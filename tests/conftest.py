@@ -16,6 +16,9 @@ settings.register_profile("steady", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in a shell's background: what tests start would ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "ALLSTEP_", "TORCHELASTIC_", "SLURM_")
 
