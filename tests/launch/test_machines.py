@@ -14,16 +14,11 @@ import pytest
 from allstep.launch.joining import CODEC, Join, token
 from allstep.version import __version__
 from tests.jobs.launchers import script
+from tests.jobs.ports import free_port
 from tests.jobs.processes import LIMIT, await_condition
 from tests.jobs.running import Running, started
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -18,7 +18,6 @@ import os
 import platform
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -26,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+
+from tests.jobs.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo", "squeue")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
@@ -196,7 +197,9 @@ class Cluster:
             (self.folder / "gres.conf").write_text(
                 f"Name=gpu File={self.folder}/dev/fakegpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n"
             )
-        (self.folder / "slurm.conf").write_text(self._slurm_conf(_free_ports(1 + len(self.nodes)), fake_gpus))
+        (self.folder / "slurm.conf").write_text(
+            self._slurm_conf([free_port() for _ in range(1 + len(self.nodes))], fake_gpus)
+        )
 
     def _slurm_conf(self, ports: list[int], fake_gpus: bool) -> str:
         host, here = platform.node().partition(".")[0], self.folder
@@ -253,14 +256,6 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}"
             for path in sorted((self.folder / "log").iterdir())
         )
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as open_sockets:
-        sockets = [open_sockets.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def _wait_until(condition: Callable[[], bool], what: str, logs: Callable[[], str]) -> None:
