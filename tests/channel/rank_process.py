@@ -53,7 +53,7 @@ def main() -> None:
             pulse.wait_began("gradients")
             time.sleep(600)  # the wait itself
         elif action == "sleep":
-            time.sleep(600)
+            time.sleep(600)  # what it was told to do
         elif action in ("raise", "raise_slowly"):
             try:
                 fail_in_step()

@@ -21,7 +21,7 @@ def main(folder: str, out: str, every: str = "2 iterations", pause: str = "0", w
         run = Run(world, Job(folder, every=every, workers=int(workers)))
         run.checkpoint.resume()
         Preemption(requeue="JOB_REQUEUE" in os.environ).attach(run.engine)
-        run.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: time.sleep(float(pause)))
+        run.engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: time.sleep(float(pause)))  # its work
         run.engine.add_event_handler(
             Events.ITERATION_COMPLETED, lambda engine: print(f"iteration {engine.state.iteration}", flush=True)
         )

@@ -58,7 +58,7 @@ def main(folder: str, *given: str) -> None:
         objects = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler, "engine": trainer}
         checkpoint = Checkpoint(place, objects, every=options.get("every", "2 iterations")).attach(trainer)
         checkpoint.resume(options.get("at", "auto"))
-        evaluator = Engine(lambda engine, batch: time.sleep(PAUSE_S), name="evaluator")
+        evaluator = Engine(lambda engine, batch: time.sleep(PAUSE_S), name="evaluator")  # its work
         evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: say("evaluates"))
         if "evaluate" in options:
             trainer.add_event_handler(
@@ -73,7 +73,7 @@ def main(folder: str, *given: str) -> None:
             TimeLimit(float(options["limit"])).attach(trainer)
         Preemption(hurries=[evaluator], together=float(options.get("together", 2))).attach(trainer)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: say(f"iteration {trainer.state.iteration}"))
-        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: time.sleep(PAUSE_S))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: time.sleep(PAUSE_S))  # its work
         trainer.run(run.data, max_epochs=int(options.get("epochs", 3)), window=1)
         say(f"ended: {trainer.state.outcome}, {trainer.state.stop_reason}")
 

@@ -34,6 +34,6 @@ def _pass_on(source: socket.socket, sink: socket.socket, most: float, seed: int)
     delays = random.Random(seed)
     with contextlib.suppress(OSError):
         while data := source.recv(1 << 16):
-            time.sleep(delays.uniform(0.0, most))
+            time.sleep(delays.uniform(0.0, most))  # the lateness of the link
             sink.sendall(data)
         sink.shutdown(socket.SHUT_WR)

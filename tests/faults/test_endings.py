@@ -99,7 +99,7 @@ def test_under_python_signals_that_go_on_kill_and_the_newest_committed_checkpoin
         until = time.monotonic() + LIMIT
         while job.process.poll() is None and time.monotonic() < until:  # two that are pending are one
             job.process.send_signal(signal.SIGTERM)
-            time.sleep(0.02)
+            time.sleep(0.02)  # signals that go on, not one that is pending
         assert job.end().code == -signal.SIGTERM
     assert steps(tmp_path) == [2]
     again = run(tmp_path, *JOB, tmp_path / "saved", env=ENV)

@@ -29,7 +29,7 @@ COLLECTIVES = """
 GRADIENTS = """
     model = world.wrap(torch.nn.Linear(2, 2))
     for _ in range(90):
-        time.sleep(0.1)
+        time.sleep(0.1)  # the work of the step
         model(torch.ones(1, 2)).sum().backward()
 """
 MAIN_FIRST = """

@@ -34,7 +34,7 @@ def around() -> dict[str, Any]:
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[-1][:40] for block in BLOCKS])
 def test_an_example_of_the_page_runs(block: str) -> None:
     if "torchvision" in block:
-        pytest.importorskip("torchvision")
+        pytest.importorskip("torchvision")  # an example for those who have it; it is no part of dev
         compile(block, str(PAGE), "exec")
         exec("\n".join(line for line in block.splitlines() if "import" in line), {})
         return

@@ -189,8 +189,8 @@ def detections(count: int) -> list[Any]:
 
 
 def test_mean_average_precision_over_ranks_is_that_of_all_images() -> None:
-    pytest.importorskip("torchvision")
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("torchvision")  # large, and no part of dev
+    pytest.importorskip("pycocotools")  # no part of dev either
     from torchmetrics.detection import MeanAveragePrecision
 
     def make() -> dict[str, Metric]:

@@ -21,7 +21,7 @@ def until(holds: Callable[[], bool], log: Path, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, log.read_text() if log.exists() else "no log"
-        time.sleep(0.05)
+        time.sleep(0.05)  # the cluster tells nobody, so it is asked again
 
 
 def test_a_job_that_gets_usr1_is_requeued_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:

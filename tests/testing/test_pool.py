@@ -304,7 +304,7 @@ def test_warm_processes_end_with_their_owner_however_it_ends(doing: str, tmp_pat
             deadline = time.monotonic() + LIMIT
             while not (folder / "in a collective").exists():
                 assert time.monotonic() < deadline
-                time.sleep(0.01)
+                time.sleep(0.01)  # the file is the only sign
         if doing != "ends":
             owner.kill()
         owner.wait(LIMIT)

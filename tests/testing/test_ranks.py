@@ -75,7 +75,7 @@ def notices_first(world: World, done: Path) -> None:
         finally:
             forget_groups(abort=False)
             poll(done.exists, time.monotonic() + 30)
-            time.sleep(0.5)
+            time.sleep(0.5)  # the true cause is told last
     try:
         world.barrier()
     finally:

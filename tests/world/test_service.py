@@ -155,7 +155,7 @@ def test_the_service_hears_in_which_meeting_and_at_which_line_a_rank_waits():
 
 def votes_late(world: World) -> None:
     if world.rank == 1:
-        time.sleep(2.5)
+        time.sleep(2.5)  # being late
     Engine(lambda engine, batch: None, name="trainer").run(range(2))
 
 
@@ -178,7 +178,7 @@ def one_sleeps_in_its_step(world: World) -> tuple[float, float, str]:
 
     def step(engine: Engine, batch: torch.Tensor) -> None:
         if world.rank == 1:
-            time.sleep(SLEEP)
+            time.sleep(SLEEP)  # being slow
         output = {"nested": [model(batch)]}
         output["nested"][0].sum().backward()
 

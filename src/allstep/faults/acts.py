@@ -44,7 +44,7 @@ def carry_out(fault: Fault, batch: Any) -> Any:
         case "hold_gil":
             _sleep_with_lock(argument)
         case "sleep" | "slow":
-            time.sleep(argument)
+            time.sleep(argument)  # the fault itself
         case "exit":
             sys.exit(argument)
         case "leave":

@@ -152,7 +152,7 @@ def _names_environment(node: ast.AST) -> bool:
 
 
 def _package(module: str) -> str:
-    return module.partition(":")[0].partition(".")[0]
+    return module.partition(".")[0]
 
 
 def _words(tree: ast.Module) -> Iterator[str]:

@@ -29,7 +29,7 @@ def main(world: allstep.World) -> None:
         sys.stdout.write(f"the run was left at {time.monotonic()} by rank {world.rank}\n")
         if len(sys.argv) > 1 and world.rank == 1:
             dist.destroy_process_group()
-            time.sleep(float(sys.argv[1]))
+            time.sleep(float(sys.argv[1]))  # the clean-up
 
 
 if __name__ == "__main__":
