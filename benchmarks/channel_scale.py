@@ -24,13 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from allstep.channel.arrival import Arrival
-from allstep.channel.events import AllArrived, Verdict
-from allstep.channel.gate import Peer
-from allstep.channel.hub import Hub
-from allstep.channel.limits import Limits
-from allstep.channel.messages import Beat, Failure, Hello, Leave, Message, NodeBeat, NodeHello, Welcome, decode, encode
-from allstep.channel.wire import Connection
+from allstep.diagnosis.hang import Limits
+from allstep.monitor.hub import Hub
+from allstep.monitor.service import AllArrived, Verdict
+from allstep.protocol.connection import Connection
+from allstep.protocol.messages import Beat, Failure, Hello, Leave, Message, NodeBeat, NodeHello, Welcome, decode, encode
+from allstep.protocol.registration import Registration
+from allstep.protocol.server import Peer
 
 NONCE = "benchmark"
 WARM_UP = 3.0  # seconds of heartbeats that are not measured
@@ -100,7 +100,7 @@ class Node:
         self.left = False
         lines = [encode(NodeHello(NONCE, 0, number, f"node{number}", tuple(ranks)))]
         for rank in ranks:
-            arrival = Arrival(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
+            arrival = Registration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
             lines.append(encode(Hello(NONCE, 0, arrival)))
         self.connection.send(b"".join(lines))
         self.template = json.loads(

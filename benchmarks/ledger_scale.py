@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from allstep.coordination import Ballot, Ledger, Occasion, agree_window, read_tally, vector_length
+from allstep.coordination import Ledger, Occasion, Vote, agree_window, read_tally, vector_length
 from allstep.data import ShardedBatchSampler
 
 from machine import machine_line
@@ -50,7 +50,7 @@ def own_samples(sampler: ShardedBatchSampler, start: int, window: int) -> list[i
 
 
 def ballot_vector(samples: list[int | None], sequence: int, window: int) -> list[int]:
-    return Ballot(occasion=Occasion.WINDOW, sequence=sequence, samples=samples).vector(vector_length(window))
+    return Vote(occasion=Occasion.WINDOW, sequence=sequence, samples=samples).vector(vector_length(window))
 
 
 def read(total: list[int], window: int, world_size: int) -> Ledger:

@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from allstep.launch.environment import worker_environment
-from allstep.launch.port import ReservedPort
+from allstep.launch.worker_plan import ReservedPort
 from allstep.testing import run_ranks
 
 from machine import machine_line

@@ -294,7 +294,7 @@ def last_error(text: str) -> str:
 
 def measure(name: str, timeout: float, limit: float) -> Outcome:
     from allstep.launch.environment import worker_environment
-    from allstep.launch.port import ReservedPort
+    from allstep.launch.worker_plan import ReservedPort
 
     command = [sys.executable, __file__, "--case", name, "--timeout", str(timeout), "--folder"]
     with ExitStack() as stack:

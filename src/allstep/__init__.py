@@ -15,17 +15,11 @@ if TYPE_CHECKING:
     from allstep.checkpoint import Checkpoint
     from allstep.coordination import Alone, Coordinator
     from allstep.data import Permutation, ShardedBatchSampler, shard
-    from allstep.engine import (
-        Engine,
-        EventEnum,
-        Events,
-        State,
-        create_supervised_evaluator,
-        create_supervised_trainer,
-    )
+    from allstep.engine import Engine, EventEnum, Events, State, create_supervised_evaluator, create_supervised_trainer
     from allstep.errors import AllstepError
     from allstep.handlers import EarlyStopping, Preemption, StopOnSignal, TerminateOnNan, TimeLimit
-    from allstep.metrics import Gather, Max, Mean, Metrics, Min, Sum, Usage
+    from allstep.metrics import Max, Mean, Metrics, Min, Sum, Usage
+    from allstep.outputs import Gather
     from allstep.placement import Placement
     from allstep.world import World, init
 
@@ -38,7 +32,7 @@ _HOMES = {
     "Engine": "allstep.engine",
     "EventEnum": "allstep.engine",
     "Events": "allstep.engine",
-    "Gather": "allstep.metrics",
+    "Gather": "allstep.outputs",
     "Max": "allstep.metrics",
     "Mean": "allstep.metrics",
     "Metrics": "allstep.metrics",

@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from allstep.checkpoint.hashing import Buffer
-from allstep.checkpoint.storage import LocalStorage
+from allstep.checkpoint.storage import Buffer, LocalStorage
 
 
 def some_state(seed: int = 0) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from allstep.checkpoint.hashing import ALGORITHM, Hashed, hash_bytes
 from allstep.checkpoint.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from allstep.checkpoint.storage import ALGORITHM, Hashed, hash_bytes
 from allstep.errors import DamagedCheckpointError
 
 MANIFEST = Manifest(

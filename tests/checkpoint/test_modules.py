@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from allstep import Engine
 from allstep.checkpoint import Checkpoint
-from allstep.checkpoint.modules import KeptModule
+from allstep.checkpoint.objects import KeptModule
 from allstep.testing import run_ranks
 
 

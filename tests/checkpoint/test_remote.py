@@ -12,10 +12,8 @@ import fsspec
 import pytest
 
 from allstep.checkpoint import Store, entries, find_entry, remove, verify
-from allstep.checkpoint.hashing import Buffer
-from allstep.checkpoint.layout import MANIFEST, SET_ASIDE
-from allstep.checkpoint.remote import FsspecStorage, open_storage
-from allstep.checkpoint.storage import LocalStorage
+from allstep.checkpoint.manifest import MANIFEST, SET_ASIDE
+from allstep.checkpoint.storage import Buffer, FsspecStorage, LocalStorage, open_storage
 from allstep.errors import CheckpointError
 from tests.checkpoint.folders import same, some_state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from allstep.checkpoint.resuming import asked_for, launches_of, overruled, restarts_of
+from allstep.checkpoint.schedule import asked_for, launches_of, overruled, restarts_of
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from allstep.checkpoint.layout import Name, is_temporary, next_order, read_name
-from allstep.checkpoint.manifest import Manifest
-from allstep.checkpoint.retention import Retention
+from allstep.checkpoint.manifest import Manifest, Name, is_temporary, next_order, read_name
+from allstep.checkpoint.selection import Retention
 from allstep.errors import CheckpointError
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from allstep.checkpoint.shards import read_header
-from allstep.checkpoint.staging import Stager
+from allstep.checkpoint.safetensors_file import read_header
+from allstep.checkpoint.snapshot import Stager
 from allstep.errors import DamagedCheckpointError
 
 DTYPES = [

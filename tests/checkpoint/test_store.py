@@ -17,10 +17,9 @@ import pytest
 import torch
 
 from allstep.checkpoint import Store, entries
-from allstep.checkpoint.hashing import ALGORITHM, hash_bytes
-from allstep.checkpoint.layout import Name
-from allstep.checkpoint.saving import Pending
-from allstep.checkpoint.storage import LocalStorage
+from allstep.checkpoint.manifest import Name
+from allstep.checkpoint.storage import ALGORITHM, LocalStorage, hash_bytes
+from allstep.checkpoint.store import Pending
 from allstep.errors import CheckpointError
 from tests.checkpoint.folders import Failing, Gated, Recording, Unreadable, flip, same, some_state, truncate
 
@@ -487,7 +486,7 @@ def test_a_listing_tells_what_cannot_be_read_from_what_is_damaged(
         json.dumps({**later, ALGORITHM: hash_bytes(canonical)})
     )
     storage = Unreadable(str(tmp_path), "save-000002-step-2", "manifest.json", 1)
-    monkeypatch.setattr("allstep.checkpoint.listing.open_storage", lambda folder: storage)
+    monkeypatch.setattr("allstep.checkpoint.catalog.open_storage", lambda folder: storage)
     assert states(tmp_path) == {"save-000001-step-1": "later format", "save-000002-step-2": "unreadable"}
     assert states(tmp_path)["save-000002-step-2"] == "whole"
 

@@ -18,10 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from allstep.checkpoint import Store, entries
-from allstep.checkpoint.hashing import Buffer
-from allstep.checkpoint.layout import MANIFEST
-from allstep.checkpoint.remote import FsspecStorage
-from allstep.checkpoint.storage import LocalStorage
+from allstep.checkpoint.manifest import MANIFEST
+from allstep.checkpoint.storage import Buffer, FsspecStorage, LocalStorage
 from allstep.errors import CheckpointError
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from allstep.coordination import (
     POLICIES,
-    Ballot,
     Occasion,
-    Tally,
     Uneven,
+    Vote,
+    VoteResult,
     agree_length,
     agree_window,
     next_window,
@@ -25,9 +25,9 @@ from allstep.coordination import (
 counts = st.none() | st.integers(0, 9)
 
 
-def tally_of(rows: list[list[int | None]]) -> Tally:
+def tally_of(rows: list[list[int | None]]) -> VoteResult:
     iterations = len(rows[0])
-    vectors = [Ballot(Occasion.WINDOW, 0, 0, row).vector(vector_length(iterations)) for row in rows]
+    vectors = [Vote(Occasion.WINDOW, 0, 0, row).vector(vector_length(iterations)) for row in rows]
     return read_tally([sum(column) for column in zip(*vectors, strict=True)], iterations)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from allstep.coordination import StateLine, check_schemas, fingerprint
-from allstep.coordination.schema import first_difference
+from allstep.coordination.compare import first_difference
 from allstep.errors import MetricMismatchError
 
 ONE = StateLine("EPOCH_COMPLETED", "accuracy", "tp", "sum, int64, shape (10,)")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.coordination import Ballot, Occasion, Tally, read_tally, vector_length
+from allstep.coordination import Occasion, Vote, VoteResult, read_tally, vector_length
 
 MOST_RANKS = 1 << 18
 MOST_SAMPLES = (1 << 26) - 1
@@ -14,7 +14,7 @@ MOST_SAMPLES = (1 << 26) - 1
 flags = st.booleans()
 samples = st.lists(st.none() | st.integers(0, MOST_SAMPLES), min_size=3, max_size=3)
 ballots = st.builds(
-    Ballot,
+    Vote,
     st.just(Occasion.WINDOW),
     st.just(7),
     st.just(5),
@@ -31,13 +31,13 @@ ballots = st.builds(
 COUNTED = ("terminate", "terminate_epoch", "interrupt", "replace_data", "gave_less", "needs_batch")
 
 
-def tally_of(*cast: Ballot, iterations: int = 3, length: int = 40) -> Tally:
+def tally_of(*cast: Vote, iterations: int = 3, length: int = 40) -> VoteResult:
     vectors = [ballot.vector(length) for ballot in cast]
     return read_tally([sum(column) for column in zip(*vectors, strict=True)], iterations)
 
 
 @given(st.lists(ballots, min_size=1, max_size=8))
-def test_a_tally_is_the_sum_of_what_each_ballot_says(cast: list[Ballot]) -> None:
+def test_a_tally_is_the_sum_of_what_each_ballot_says(cast: list[Vote]) -> None:
     tally = tally_of(*cast)
     assert tally.occasions == (len(cast), 0, 0)
     assert tally.having == tuple(sum(b.samples[at] is not None for b in cast) for at in range(3))
@@ -53,7 +53,7 @@ def test_a_tally_is_the_sum_of_what_each_ballot_says(cast: list[Ballot]) -> None
 @given(st.integers(0, MOST_RANKS), st.integers(0, MOST_SAMPLES), st.integers(0, MOST_SAMPLES))
 def test_counts_of_a_quarter_of_a_million_ranks_never_mix_and_fit_63_bits(having: int, most: int, other: int) -> None:
     def column(count: int | None) -> list[int]:
-        return Ballot(Occasion.WINDOW, 10**6, 10**9, [count]).vector(vector_length(1))
+        return Vote(Occasion.WINDOW, 10**6, 10**9, [count]).vector(vector_length(1))
 
     with_batch, without, last = column(most), column(None), column(other)
     total = [
@@ -67,15 +67,15 @@ def test_counts_of_a_quarter_of_a_million_ranks_never_mix_and_fit_63_bits(having
 
 
 def test_a_batch_of_no_sample_is_a_batch() -> None:
-    tally = tally_of(Ballot(Occasion.WINDOW, 0, 0, [0, None, 0]), Ballot(Occasion.WINDOW, 0, 0, [3, None, None]))
+    tally = tally_of(Vote(Occasion.WINDOW, 0, 0, [0, None, 0]), Vote(Occasion.WINDOW, 0, 0, [3, None, None]))
     assert tally.having == (2, 0, 1)
     assert tally.samples == (3, 0, 0)
 
 
 def test_a_vector_has_the_length_asked_for_whatever_it_says() -> None:
-    assert len(Ballot(Occasion.EPOCH_END, 0).vector(50)) == 50
-    assert len(Ballot(Occasion.WINDOW, 0, 0, [1] * 9).vector(vector_length(9))) == vector_length(9)
-    assert all(isinstance(value, int) for value in Ballot(Occasion.WINDOW, 0, 0, [None], True).vector(30))
+    assert len(Vote(Occasion.EPOCH_END, 0).vector(50)) == 50
+    assert len(Vote(Occasion.WINDOW, 0, 0, [1] * 9).vector(vector_length(9))) == vector_length(9)
+    assert all(isinstance(value, int) for value in Vote(Occasion.WINDOW, 0, 0, [None], True).vector(30))
 
 
 places = st.tuples(st.sampled_from(Occasion), st.integers(0, 300), st.integers(0, 3000))
@@ -83,7 +83,7 @@ places = st.tuples(st.sampled_from(Occasion), st.integers(0, 300), st.integers(0
 
 @given(st.lists(places, min_size=2, max_size=6))
 def test_every_rank_notices_that_ranks_came_to_different_votes(at: list[tuple[Occasion, int, int]]) -> None:
-    cast = [Ballot(*place) for place in at]
+    cast = [Vote(*place) for place in at]
     tally = tally_of(*cast, iterations=0)
     came_alike = len({(ballot.occasion, ballot.place) for ballot in cast}) == 1
     assert [tally.is_for(ballot, len(cast)) for ballot in cast] == [came_alike] * len(cast)
@@ -91,8 +91,8 @@ def test_every_rank_notices_that_ranks_came_to_different_votes(at: list[tuple[Oc
 
 @pytest.mark.parametrize("at", [(3, 4, 5), (0, 5, 10), (1, 2, 3, 4, 5)])
 def test_the_rank_at_the_mean_place_notices_too(at: tuple[int, ...]) -> None:
-    by_sequence = [Ballot(Occasion.WINDOW, each) for each in at]
-    by_iteration = [Ballot(Occasion.RUN_END, 9, each) for each in at]
+    by_sequence = [Vote(Occasion.WINDOW, each) for each in at]
+    by_iteration = [Vote(Occasion.RUN_END, 9, each) for each in at]
     for cast in (by_sequence, by_iteration):
         tally = tally_of(*cast, iterations=0)
         assert not any(tally.is_for(ballot, len(cast)) for ballot in cast)
@@ -100,8 +100,8 @@ def test_the_rank_at_the_mean_place_notices_too(at: tuple[int, ...]) -> None:
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(-5, 5))
 def test_neighbouring_places_are_told_apart(sequence: int, iteration: int, apart: int) -> None:
-    here = Ballot(Occasion.WINDOW, sequence, iteration)
+    here = Vote(Occasion.WINDOW, sequence, iteration)
     if apart:
-        assert here.place != Ballot(Occasion.WINDOW, sequence, iteration + apart).place
-        assert here.place != Ballot(Occasion.WINDOW, sequence + apart, iteration).place
+        assert here.place != Vote(Occasion.WINDOW, sequence, iteration + apart).place
+        assert here.place != Vote(Occasion.WINDOW, sequence + apart, iteration).place
     assert 0 <= here.place < 1 << 20

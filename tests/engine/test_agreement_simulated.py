@@ -737,7 +737,7 @@ def test_handlers_of_an_epochs_end_are_no_part_of_a_window(monkeypatch: pytest.M
 
     now = {0: 0, 1: 0}
     ranks = {}
-    monkeypatch.setattr("allstep.engine.agreed.monotonic_ns", lambda: now[ranks[threading.get_ident()]])
+    monkeypatch.setattr("allstep.engine.agreed_batches.monotonic_ns", lambda: now[ranks[threading.get_ident()]])
 
     def ranked(coordinator: SimulatedRank) -> list[int]:
         ranks[threading.get_ident()] = coordinator.rank

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from allstep.data import make_loader
 from allstep.engine import Engine, Events
-from allstep.engine.data_place import translated
-from allstep.engine.progress import Place
+from allstep.engine.position import translated
+from allstep.engine.run import Place
 from allstep.testing import SimulatedRank, simulate
 from tests.engine.recording import nothing
 

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import make_filter
-from allstep.engine.filters import NEVER
+from allstep.engine.events import NEVER, make_filter
 from tests.engine.recording import nothing
 
 bounds = st.one_of(st.none(), st.integers(0, 25))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from allstep.engine.state_copy import copied
+from allstep.engine.position import copied
 
 
 class Unknown:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from allstep.launch.environment import worker_environment
-from allstep.launch.port import ReservedPort
+from allstep.launch.worker_plan import ReservedPort
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import BOUND, NEVER, STRIKES, by_hand, check_first_lines, rehearsal, rehearse
 from tests.jobs.job import Job

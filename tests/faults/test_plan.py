@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from allstep.errors import ConfigurationError, DataError
 from allstep.faults import Here
-from allstep.faults.kinds import Raised
+from allstep.faults.fault import Raised
 from allstep.testing import FaultPlan
 
 PLANS = [

@@ -18,7 +18,7 @@ import allstep
 from allstep import Alone, Engine, Events, faults
 from allstep.errors import ConfigurationError
 from allstep.faults import FaultPlan, Here
-from allstep.faults.acts import FILLER
+from allstep.faults.inject import FILLER
 from allstep.testing import SimulatedRank, simulate
 
 

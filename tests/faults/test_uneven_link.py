@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from allstep.channel.events import StragglerSeen, Verdict
 from allstep.launch.environment import worker_environment
-from allstep.launch.port import ReservedPort
+from allstep.launch.worker_plan import ReservedPort
+from allstep.monitor.service import StragglerSeen, Verdict
 from allstep.testing import FaultPlan
-from tests.channel.driving import NONCE, serving
 from tests.faults.jitter import jitter
 from tests.faults.rehearsal import SCRIPTS
 from tests.jobs.running import start
+from tests.monitor.driving import NONCE, serving
 
 pytestmark = pytest.mark.slow
 

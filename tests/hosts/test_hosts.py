@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.channel.limits import Limits
+from allstep.diagnosis.hang import Limits
 from tests.hosts.hosts import Hosts
 from tests.jobs.launchers import script
 from tests.jobs.processes import await_end, pids, watch

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from allstep.channel.account import Account, Kind
-from allstep.channel.causes import Case
-from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllEnded, HubEvent, Verdict
+from allstep.diagnosis.rank_outcome import Kind, RankOutcome
+from allstep.diagnosis.root_cause import Diagnosis
 from allstep.launch import attempt as module
 from allstep.launch import workers as workers_module
 from allstep.launch.attempt import KILLED, LEAVE, REMOTE, Attempt
+from allstep.monitor.service import AllEnded, HubEvent, Verdict
+from allstep.protocol.worker_exit import WorkerExit
 
 GRACE = 15.0
 
@@ -28,7 +28,7 @@ class Stage:
         self.script: list[tuple[float, Callable[[], object]]] = []
         self.watched: dict[int, Callable[[], object]] = {}
         self.events: list[HubEvent] = []
-        self.told: list[WorkerEnd] = []
+        self.told: list[WorkerExit] = []
         self.orders: list[int] = []
         self.said: list[str] = []
 
@@ -65,7 +65,7 @@ class Stage:
         events, self.events = self.events, []
         return events
 
-    def worker_ended(self, end: WorkerEnd) -> None:
+    def worker_ended(self, end: WorkerExit) -> None:
         self.told.append(end)
 
     def order_leave(self, reason: str, code: int) -> None:
@@ -182,13 +182,13 @@ def test_a_worker_that_cannot_be_killed_is_left_behind_and_said_to_be(
 ) -> None:
     attempt, (failed, stuck) = begin(stage, monkeypatch, 2)
     stuck.on_kill = never
-    cause = Account(0, Kind.EXIT, "exit code 3", 3)
+    cause = RankOutcome(0, Kind.EXIT, "exit code 3", 3)
     stage.at(1, lambda: failed.end(3))
-    stage.at(2, lambda: stage.events.append(Verdict(Case(cause, (), 2, 0))))
+    stage.at(2, lambda: stage.events.append(Verdict(Diagnosis(cause, (), 2, 0))))
     stage.at(2 + LEAVE + KILLED + 0.5, lambda: stage.events.append(AllEnded()))
     attempt.run()
     attempt.close()
-    assert stage.told[1:] == [WorkerEnd(1, -signal.SIGKILL, killed=True, note="its process does not end")]
+    assert stage.told[1:] == [WorkerExit(1, -signal.SIGKILL, killed=True, note="its process does not end")]
     assert stage.said == ["rank 1 was killed, and its process (pid 4001) does not end; going on without it"]
     assert stuck.kills[0] == 2 + LEAVE
     assert stage.passed < 2 + LEAVE + KILLED + 3

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.devices import (
-    Devices,
-    Hardware,
-    device_environment,
-    parse_listing,
-    probe_hardware,
-    visible_devices,
-)
+from allstep.launch.devices import Devices, Hardware, device_environment, parse_listing, probe_hardware, visible_devices
 
 NONE = Hardware()
 FOUR = Hardware(("GPU-aa01", "GPU-aa02", "GPU-bb03", "GPU-cc04"))

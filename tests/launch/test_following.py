@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from allstep.channel.events import Finished
-from allstep.launch import following
-from allstep.launch.joining import Over, Resigned, Start
-from allstep.launch.loop import Loop
+from allstep.launch import follower as following
+from allstep.launch.event_loop import Loop
+from allstep.launch.join_protocol import Over, Resigned, Start
 from allstep.launch.nodes import Nodes
-from allstep.launch.plan import Command
 from allstep.launch.settings import LaunchSettings
+from allstep.launch.worker_plan import Command
+from allstep.monitor.service import Finished
 
 LAST = Finished("run exp made room (exit code 85) on all nodes", 85)
 NEXT = Finished("", 0)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from allstep.errors import ChannelError
-from allstep.launch.joining import CODEC, Join, Over, Refused, Resigned, Roster, Start, Waiting, token
+from allstep.launch.join_protocol import CODEC, Join, Over, Refused, Resigned, Roster, Start, Waiting, token
 
 HEAD = Join("exp", token("exp", ""), 3, 0, 2, "h0", 10, {"the script": "train.py"})
 

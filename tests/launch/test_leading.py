@@ -10,18 +10,23 @@ from typing import Any
 
 import pytest
 
-from allstep.channel.ending import WorkerEnd
-from allstep.channel.hub import Hub
-from allstep.launch.leading import lead
-from allstep.launch.loop import Loop
+from allstep.launch.event_loop import Loop
+from allstep.launch.head import lead
 from allstep.launch.settings import LaunchSettings
+from allstep.monitor.hub import Hub
+from allstep.protocol.worker_exit import WorkerExit
 
 
 class Leader:
     """A machine of two workers whose only attempt ends as the test says."""
 
     def __init__(
-        self, folder: Path, ends: Sequence[WorkerEnd], *, attempt: signal.Signals | None, machine: signal.Signals | None
+        self,
+        folder: Path,
+        ends: Sequence[WorkerExit],
+        *,
+        attempt: signal.Signals | None,
+        machine: signal.Signals | None,
     ) -> None:
         self.launch = SimpleNamespace(
             settings=LaunchSettings(runs=str(folder), name="exp", max_restarts=3),
@@ -66,14 +71,14 @@ class Leader:
 def test_a_run_that_a_signal_stopped_made_room_only_where_no_rank_failed(
     codes: tuple[int, int], status: int, tmp_path: Path
 ) -> None:
-    ends = [WorkerEnd(rank, code) for rank, code in enumerate(codes)]
+    ends = [WorkerExit(rank, code) for rank, code in enumerate(codes)]
     leader = Leader(tmp_path, ends, attempt=signal.SIGTERM, machine=signal.SIGTERM)
     assert leader.lead() == status
     assert leader.said == ["stopped by SIGTERM"]
 
 
 def test_a_signal_after_the_verdict_is_no_reason_to_hold_back_the_report(tmp_path: Path) -> None:
-    ends = [WorkerEnd(0, 84), WorkerEnd(1, 3, stderr="no such file\n")]
+    ends = [WorkerExit(0, 84), WorkerExit(1, 3, stderr="no such file\n")]
     leader = Leader(tmp_path, ends, attempt=None, machine=signal.SIGTERM)
     assert leader.lead() == 3
     report, last = leader.said

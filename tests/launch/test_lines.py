@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.launch.lines import LONGEST, Lines, Tail, Verbatim, rank_prefix
+from allstep.launch.output import LONGEST, Lines, Tail, Verbatim, rank_prefix
 
 
 @pytest.mark.parametrize(

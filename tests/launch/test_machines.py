@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.joining import CODEC, Join, token
+from allstep.launch.join_protocol import CODEC, Join, token
 from allstep.version import __version__
 from tests.jobs.launchers import script
 from tests.jobs.ports import free_port

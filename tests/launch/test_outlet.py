@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from allstep.launch.outlet import Outlet
+from allstep.launch.output import NonBlockingOutput
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def read_all(fd: int) -> bytes:
 
 
 def test_a_full_pipe_makes_nobody_wait_and_loses_nothing(pipe: tuple[int, int]) -> None:
-    outlet = Outlet(pipe[1])
+    outlet = NonBlockingOutput(pipe[1])
     data = bytes(range(256)) * 4096  # a mebibyte, far more than a pipe holds
     outlet.write(data)
     assert 0 < outlet.backlog < len(data)
@@ -44,7 +44,7 @@ def test_a_full_pipe_makes_nobody_wait_and_loses_nothing(pipe: tuple[int, int]) 
 
 
 def test_a_reader_that_is_gone_closes_the_outlet(pipe: tuple[int, int]) -> None:
-    outlet = Outlet(pipe[1])
+    outlet = NonBlockingOutput(pipe[1])
     outlet.write(b"read\n")
     assert not outlet.closed
     os.close(pipe[0])
@@ -57,7 +57,7 @@ def test_a_reader_that_is_gone_closes_the_outlet(pipe: tuple[int, int]) -> None:
 
 def test_a_descriptor_made_non_blocking_by_another_works_too(pipe: tuple[int, int]) -> None:
     os.set_blocking(pipe[1], False)
-    outlet = Outlet(pipe[1])
+    outlet = NonBlockingOutput(pipe[1])
     outlet.write(b"x" * 300_000)
     assert not outlet.closed
     assert len(read_all(pipe[0])) + outlet.backlog == 300_000

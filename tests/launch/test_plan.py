@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from allstep.launch.devices import Devices
-from allstep.launch.plan import Command, Share, WorkerPlan, plan_workers, worker_count
 from allstep.launch.settings import LaunchSettings
+from allstep.launch.worker_plan import Command, Share, WorkerPlan, plan_workers, worker_count
 
 
 def plan(

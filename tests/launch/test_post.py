@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from allstep.channel.wire import Connection
-from allstep.launch.joining import CODEC, Join, Waiting, token
-from allstep.launch.loop import Loop
-from allstep.launch.post import PULSE, Post
+from allstep.launch.event_loop import Loop
+from allstep.launch.join_protocol import CODEC, Join, Waiting, token
+from allstep.launch.join_server import PULSE, JoinServer
+from allstep.protocol.connection import Connection
 
 BOUND = 10.0  # seconds
 HEAD = Join("exp", token("exp", ""), 2, 0, 1, "h0", 10, {})
@@ -20,11 +20,11 @@ OTHER = Join("exp", token("exp", ""), 2, 1, 1, "h1", 11, {})
 
 
 @contextlib.contextmanager
-def door() -> Iterator[tuple[Loop, Post, int]]:
+def door() -> Iterator[tuple[Loop, JoinServer, int]]:
     loop = Loop()
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    with contextlib.closing(loop), contextlib.closing(Post(loop, listener, HEAD, lambda text: None)) as post:
+    with contextlib.closing(loop), contextlib.closing(JoinServer(loop, listener, HEAD, lambda text: None)) as post:
         yield loop, post, port
 
 
@@ -38,7 +38,7 @@ def turn_once(loop: Loop, until: float) -> None:
 
 
 def test_who_never_says_who_it_is_is_closed_on_during_an_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("allstep.channel.gate.HELLO_S", 0.3)
+    monkeypatch.setattr("allstep.protocol.server.HELLO_S", 0.3)
     with door() as (loop, post, port), contextlib.closing(connect(port)) as stranger:
         post.start({})
         until = time.monotonic() + BOUND

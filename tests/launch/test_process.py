@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from allstep.launch.plan import Command, WorkerPlan
 from allstep.launch.process import Pipes, WorkerProcess, start_worker
+from allstep.launch.worker_plan import Command, WorkerPlan
 from tests.jobs.launchers import script
 from tests.jobs.processes import LIMIT, alive
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from allstep.launch.restarts import FailedAttempt, Progress, decide
+from allstep.launch.head import FailedAttempt, Progress, decide
 
 
 def attempts(*progress: Progress) -> list[FailedAttempt]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.plan import Command
 from allstep.launch.shared_imports import named, shared_imports
+from allstep.launch.worker_plan import Command
 
 DYNAMO = "torch._dynamo"
 

@@ -23,7 +23,7 @@ from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric
 from allstep import Coordinator, Engine, Events
 from allstep.errors import MetricMismatchError
 from allstep.metrics import EPOCH, RUNNING, Mean, Metrics, Sum, Usage
-from allstep.metrics.describing import descriptions
+from allstep.metrics.describe import descriptions
 from allstep.metrics.nodes import Entry
 from allstep.testing import simulate
 from tests.metrics.worlds import take

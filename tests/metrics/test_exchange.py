@@ -16,7 +16,7 @@ from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Max, Mean, Metrics, Sum
 from allstep.metrics.exchange import FIRST_FRAME, Exchange
 from allstep.metrics.nodes import nodes
-from allstep.metrics.plan import make_plan
+from allstep.metrics.states import make_plan
 from allstep.testing import simulate
 from tests.metrics.worlds import all_same_bits, same_bits, take
 

@@ -14,7 +14,7 @@ from allstep import Coordinator, Engine
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Metrics
 from allstep.metrics.nodes import nodes
-from allstep.metrics.plan import make_plan
+from allstep.metrics.states import make_plan
 from allstep.testing import run_ranks, simulate
 from allstep.world import World
 from tests.metrics.noting import Noting

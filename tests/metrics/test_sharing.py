@@ -20,8 +20,8 @@ from torchmetrics.classification import (
 from allstep import Alone, Coordinator, Engine
 from allstep.metrics import Metrics
 from allstep.metrics.nodes import followers, nodes
-from allstep.metrics.plan import make_plan
 from allstep.metrics.sharing import fix_groups, shared_states, update_alike
+from allstep.metrics.states import make_plan
 from allstep.testing import simulate
 from tests.metrics.worlds import on_one, over_ranks, results, take
 

@@ -16,7 +16,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 from allstep import Alone, Engine, Events
 from allstep.metrics import Mean, Metrics
-from allstep.metrics.bookkeeping import _known_around, inside_update
+from allstep.metrics.torchmetrics_private import _known_around, inside_update
 from tests.metrics.noting import batches
 from tests.metrics.worlds import same_bits, take
 

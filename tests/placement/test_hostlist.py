@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.placement.hostlist import MalformedList, expand_hosts, expand_tasks_per_node
+from allstep.placement.slurm import MalformedList, expand_hosts, expand_tasks_per_node
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.faults.fault import WHENS
-from allstep.faults.kinds import KINDS
+from allstep.faults.fault import KINDS, WHENS
 from allstep.testing import FaultPlan
 from tests.testing.test_plugin import run_pytest
 

@@ -14,8 +14,8 @@ import pytest
 from allstep import Engine
 from allstep.testing import FaultPlan, RanksError, run_ranks
 from allstep.world import World
-from allstep.world.group import forget_groups
-from allstep.world.polling import poll
+from allstep.world.process_group import forget_groups
+from allstep.world.store import poll
 
 pytestmark = pytest.mark.slow
 

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-from allstep.channel.events import HubEvent, Verdict
-from allstep.channel.hub import Hub
-from allstep.channel.limits import Limits
-from allstep.channel.messages import Beat
+from allstep.diagnosis.hang import Limits
 from allstep.exit_codes import PEER_LOST
+from allstep.monitor.hub import Hub
+from allstep.monitor.service import HubEvent, Verdict
+from allstep.protocol.messages import Beat
 
 NONCE = "5ec4e7"
 

@@ -10,8 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from allstep.errors import WorldError
-from allstep.world.answering import AnsweringStore
-from allstep.world.polling import poll
+from allstep.world.store import AnsweringStore, poll
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 

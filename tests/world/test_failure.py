@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from allstep.errors import DivergenceError, WorldError
-from allstep.world.failure import describe
+from allstep.world.failures import describe
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
 

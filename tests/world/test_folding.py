@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.world.folding import fold
+from allstep.world.collectives import fold
 
 INF, NAN = math.inf, math.nan
 

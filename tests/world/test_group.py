@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from allstep.world.answering import AnsweringStore
-from allstep.world.group import Group
+from allstep.world.process_group import Group
 from allstep.world.rendezvous import Meeting
+from allstep.world.store import AnsweringStore
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 

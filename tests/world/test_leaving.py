@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from allstep.launch.environment import worker_environment
-from allstep.launch.port import ReservedPort
-from allstep.world.polling import poll
+from allstep.launch.worker_plan import ReservedPort
+from allstep.world.store import poll
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 
@@ -33,7 +33,7 @@ with allstep.init(timeout=300) as world:
 NEVER_CLOSES = """
 import atexit, os, pathlib, sys, time
 import allstep
-from allstep.world.polling import poll
+from allstep.world.store import poll
 ending, ended = pathlib.Path(sys.argv[1], "main rank is ending"), pathlib.Path(sys.argv[1], "main rank has ended")
 if os.environ["RANK"] == "0":
     atexit.register(ended.touch)  # the last of its exit handlers

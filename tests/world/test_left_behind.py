@@ -10,7 +10,7 @@ import pytest
 SCRIPT = """
 import datetime, socket, sys, threading, time
 from torch.distributed import TCPStore
-from allstep.world.left_behind import leave_behind
+from allstep.world.store import leave_behind
 
 class Lingers:
     def __init__(self, peer):

@@ -9,7 +9,7 @@ from pathlib import Path
 import allstep
 from allstep.errors import WorldError
 from allstep.testing import run_ranks
-from allstep.world.polling import poll
+from allstep.world.store import poll
 
 
 def take_turns(world, folder: Path, firsts: tuple[int, ...] = (0,), local: bool = False):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import allstep
-from allstep.world.notices import Notices
+from allstep.world.early_signals import Notices
 from tests.jobs.running import run
 
 SCRIPT = """

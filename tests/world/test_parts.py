@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.world.parts import HEADER_LENGTH, Kind, decode, encode, encode_object, from_header, refusal
+from allstep.world.payload import HEADER_LENGTH, Kind, decode, encode, encode_object, from_header, refusal
 
 CPU = torch.device("cpu")
 

@@ -12,10 +12,10 @@ from datetime import timedelta
 import pytest
 
 from allstep.errors import WorldError
-from allstep.launch.port import ReservedPort
+from allstep.launch.worker_plan import ReservedPort
 from allstep.placement import Placement, Rendezvous
 from allstep.world.rendezvous import meet
-from allstep.world.stores import TCPStore
+from allstep.world.torch_private import TCPStore
 
 HOST = "127.0.0.1"
 

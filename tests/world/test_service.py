@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import allstep
-from allstep.channel.events import AllArrived
 from allstep.engine import Engine, Events
 from allstep.errors import WorldError
-from allstep.parallel.watched import WatchedDDP
+from allstep.monitor.service import AllArrived
+from allstep.parallel.timed_ddp import TimedDDP
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.world.service import Served, serving
@@ -174,7 +174,7 @@ def one_sleeps_in_its_step(world: World) -> tuple[float, float, str]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 2))
     model = world.wrap(module)
-    assert isinstance(model, WatchedDDP)
+    assert isinstance(model, TimedDDP)
 
     def step(engine: Engine, batch: torch.Tensor) -> None:
         if world.rank == 1:

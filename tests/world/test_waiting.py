@@ -6,15 +6,15 @@ import inspect
 
 import pytest
 
-from allstep.channel.pulse import Pulse
-from allstep.world.waiting import Waits
+from allstep.protocol.heartbeat import RankActivity
+from allstep.world.collectives import Waits
 
 
 class Door:
     """Stands for World: its methods are what the user calls."""
 
     def __init__(self) -> None:
-        self.pulse = Pulse()
+        self.pulse = RankActivity()
         self._meetings = Waits(self.pulse)
         self.seen: list[str] = []
 
@@ -47,6 +47,6 @@ def test_a_wait_that_raises_is_over():
 
 
 def test_a_wait_that_no_line_of_the_users_began_has_no_line():
-    waits = Waits(Pulse())
+    waits = Waits(RankActivity())
     with waits.at("close", 10_000):
         assert waits._pulse.waiting == "close #1"

@@ -219,6 +219,8 @@ def test_a_broken_environment_fails_before_connecting(bare_environment, monkeypa
 
 
 def test_remarks_of_the_placement_are_shown(bare_environment, monkeypatch):
-    monkeypatch.setattr("allstep.world.opening.detect", lambda _: allstep.Placement("alone", warnings=("mind this",)))
+    monkeypatch.setattr(
+        "allstep.world.initialization.detect", lambda _: allstep.Placement("alone", warnings=("mind this",))
+    )
     with pytest.warns(UserWarning, match="mind this"), allstep.init(device="cpu"):
         pass

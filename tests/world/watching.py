@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from allstep.channel.messages import Failure
-from allstep.channel.pulse import Pulse
 from allstep.placement import Placement
+from allstep.protocol.heartbeat import RankActivity
+from allstep.protocol.messages import Failure
 from allstep.world import World, current
-from allstep.world.reporting import Reporter
-from allstep.world.service import Service
+from allstep.world.failures import Reporter
+from allstep.world.monitor_link import Service
 
 
 class NotingClient:
@@ -35,7 +35,7 @@ class NotingClient:
         self.said.append("bye" if closed else "left open")
 
 
-class NotingPulse(Pulse):
+class NotingPulse(RankActivity):
     """A pulse that keeps every section entered, and how many steps began."""
 
     def __init__(self) -> None:

@@ -9,29 +9,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from allstep.checkpoint.catalog import Entry, entries, find_entry, remove, verify
     from allstep.checkpoint.checkpoint import Checkpoint
-    from allstep.checkpoint.choosing import Found
     from allstep.checkpoint.exporting import export
-    from allstep.checkpoint.listing import Entry, entries, find_entry, remove, verify
     from allstep.checkpoint.manifest import Manifest
     from allstep.checkpoint.objects import PerRank
-    from allstep.checkpoint.saving import Pending
-    from allstep.checkpoint.store import Loaded, Store
+    from allstep.checkpoint.selection import Found
+    from allstep.checkpoint.store import Loaded, Pending, Store
 
 _HOMES = {
     "Checkpoint": "checkpoint",
-    "Entry": "listing",
-    "Found": "choosing",
+    "Entry": "catalog",
+    "Found": "selection",
     "Loaded": "store",
     "PerRank": "objects",
     "Manifest": "manifest",
-    "Pending": "saving",
+    "Pending": "store",
     "Store": "store",
-    "entries": "listing",
+    "entries": "catalog",
     "export": "exporting",
-    "find_entry": "listing",
-    "remove": "listing",
-    "verify": "listing",
+    "find_entry": "catalog",
+    "remove": "catalog",
+    "verify": "catalog",
 }
 
 __all__ = [

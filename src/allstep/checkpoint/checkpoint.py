@@ -11,6 +11,14 @@ which are waiting for this one somewhere, still take part in it.
 The random generators are put back last, when the resumed run begins, so that what is done between `resume` and the run
 does not count; inside an epoch they are put back once more when its first batch is about to be taken, so that nothing
 that begins a pass counts twice.
+
+What a `Checkpoint` asks of the World that is open, if any: without one it is alone.
+
+Contract: called from the main thread; `as_rank_0_says` on every rank at the same point.
+
+The numbers that a checkpoint is rated by, out of an engine's metrics, and back.
+
+Contract: pure functions, asked by `Checkpoint`. Metrics are numbers of any library; everything else is left out.
 """
 
 from __future__ import annotations
@@ -18,23 +26,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
 
 from allstep.checkpoint import rng
-from allstep.checkpoint.choosing import Found
-from allstep.checkpoint.measured import metrics_of, numbers
+from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.objects import Kept, collect, kept_objects
-from allstep.checkpoint.resuming import asked_for, launches_of, overruled, restarts_of
-from allstep.checkpoint.retention import KeepBest
-from allstep.checkpoint.schedule import Every, Schedule, read_every
+from allstep.checkpoint.schedule import Every, Schedule, asked_for, launches_of, overruled, read_every, restarts_of
+from allstep.checkpoint.selection import Found, KeepBest
 from allstep.checkpoint.store import Busy, Loaded, Store
-from allstep.checkpoint.surroundings import as_rank_0_says, current_rank, current_seed, section
-from allstep.checkpoint.verifying import Verify
 from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
 from allstep.errors import CheckpointError
+from allstep.world import World
 
 log = logging.getLogger("allstep.checkpoint")
 
@@ -320,3 +328,49 @@ def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
     if isinstance(own, Mapping) and "generators" in own:
         return lambda: rng.restore(own["generators"])
     return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
+
+
+T = TypeVar("T")
+
+
+def current_rank() -> int:
+    """This process among all."""
+    world = World.current()
+    return 0 if world is None else world.rank
+
+
+def current_seed() -> int | None:
+    """What the World was seeded with."""
+    world = World.current()
+    return None if world is None else world.seed
+
+
+def as_rank_0_says(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    world = World.current()
+    return value if world is None else world.gather_objects(value)[0]
+
+
+def section() -> AbstractContextManager[None]:
+    """For the watchdog: a save may last longer than a handler."""
+    world = World.current()
+    return nullcontext() if world is None else world.section("checkpoint")
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers among metrics."""
+    return {name: float(value) for name, value in metrics.items() if _is_number(value)}
+
+
+def metrics_of(loaded: Loaded, rank: int) -> dict[str, float]:
+    """What a rank had measured at a save, be it of that place or of the epoch before; rank 0's for a rank more."""
+    states = loaded.per_rank
+    own = states[rank if rank < len(states) else 0] if states else None
+    before = dict(own.get("metrics", {})) if isinstance(own, Mapping) else {}
+    return {**before, **loaded.manifest.metrics}
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)

@@ -22,7 +22,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from allstep.checkpoint.dtypes import dtype_name, find_dtype, is_storable
+from allstep.checkpoint.safetensors_file import dtype_name, find_dtype, is_storable
 from allstep.errors import DamagedCheckpointError, UnkeepableError
 
 _DEEPEST = 100

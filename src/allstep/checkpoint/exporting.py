@@ -16,15 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from allstep.checkpoint.dtypes import find_dtype, stored_as, stored_shape, to_stored
+from allstep.checkpoint.catalog import Entry, examine
 from allstep.checkpoint.encoding import decode
 from allstep.checkpoint.index import TensorRecord
-from allstep.checkpoint.layout import STATE
-from allstep.checkpoint.listing import Entry
+from allstep.checkpoint.manifest import STATE
 from allstep.checkpoint.reading import Reader
-from allstep.checkpoint.remote import open_storage
-from allstep.checkpoint.shards import lay_out
-from allstep.checkpoint.verifying import examine
+from allstep.checkpoint.safetensors_file import find_dtype, lay_out, stored_as, stored_shape, to_stored
+from allstep.checkpoint.storage import open_storage
 from allstep.errors import CheckpointError, DamagedCheckpointError
 
 

@@ -11,9 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from allstep.checkpoint.division import Piece, covers
-from allstep.checkpoint.dtypes import find_dtype, is_storable
 from allstep.checkpoint.manifest import Count, FileName
+from allstep.checkpoint.safetensors_file import find_dtype, is_storable
+from allstep.checkpoint.sharding import Piece, covers
 from allstep.errors import DamagedCheckpointError
 
 

@@ -18,13 +18,11 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.tensor import DTensor
 
-from allstep.checkpoint.division import Region, local_regions, overlap, piece_key
-from allstep.checkpoint.dtypes import find_dtype, stored_as, stored_shape, to_stored
 from allstep.checkpoint.encoding import decode, name_part, tensor_name
 from allstep.checkpoint.index import Chunk, Saved, TensorRecord, read_saved
-from allstep.checkpoint.layout import STATE, value_file
-from allstep.checkpoint.manifest import Manifest
-from allstep.checkpoint.shards import Slot, read_header
+from allstep.checkpoint.manifest import STATE, Manifest, value_file
+from allstep.checkpoint.safetensors_file import Slot, find_dtype, read_header, stored_as, stored_shape, to_stored
+from allstep.checkpoint.sharding import Region, local_regions, overlap, piece_key
 from allstep.checkpoint.storage import Storage
 from allstep.errors import CheckpointError, DamagedCheckpointError
 

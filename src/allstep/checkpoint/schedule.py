@@ -4,13 +4,20 @@ Contract: `Checkpoint` asks `iteration_is_due` after each accumulation group and
 says with `saved` that it did. Iterations and epochs are counted alike everywhere. Clocks are not: rank 0's decides, and
 it is asked in a broadcast at iterations that all ranks know, close enough together for the time to be kept within a
 twentieth or two seconds, and never so close that asking costs anything.
+
+What a run is told to go on from: by its script, by the command line, and by what the same launch has saved before.
+
+Contract: pure functions over an environment, asked by `Checkpoint.resume`. The command line's word, which comes in
+ALLSTEP_RESUME, holds for scripts that name nothing themselves. It is about a launch, not about each start of its
+processes: a supervisor's restart, or a requeued SLURM job, has the same ALLSTEP_RESUME and goes on from what the
+launch itself has saved, if anything. So every checkpoint says which launch saved it.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeAlias
@@ -108,3 +115,38 @@ class Schedule:
         mine = (now - self._began >= self._times.seconds, iteration + max(1, steps))
         self._is_late, self._ask_at = self._coordinator.broadcast(mine, 0)
         self._last_ask, self._asked_at = iteration, now
+
+
+RESUME_VARIABLE = "ALLSTEP_RESUME"
+LAUNCH_VARIABLE = "ALLSTEP_LAUNCH"
+
+
+def asked_for(at: str, environ: Mapping[str, str]) -> str:
+    """What to resume from, given the script's word: "auto", "none", or a path."""
+    return at if at != "auto" else environ.get(RESUME_VARIABLE) or "auto"
+
+
+def overruled(at: str, environ: Mapping[str, str]) -> str | None:
+    """What the command line asks for and the script's word does not grant, or None."""
+    asked = environ.get(RESUME_VARIABLE) or "auto"
+    return asked if asked not in ("auto", asked_for(at, environ)) else None
+
+
+def launches_of(environ: Mapping[str, str]) -> list[str]:
+    """Names of what this process was launched by, for its checkpoints: each is the same in all restarts of that."""
+    job, launch = environ.get("SLURM_JOB_ID"), environ.get(LAUNCH_VARIABLE)
+    elastic = environ.get("TORCHELASTIC_RUN_ID", "none")
+    names = [f"allstep-{launch}"] if launch else [] if elastic in ("", "none") else [f"torchrun-{elastic}"]
+    return [*names, *([f"slurm-{job}"] if job else [])]
+
+
+def restarts_of(environ: Mapping[str, str]) -> list[str]:
+    """Those of `launches_of` that may have been here before, so that their checkpoints are to be gone on from.
+
+    A job and a run id of torchrun's may have other runs in them; only their restarts are the same run. (An attempt of
+    `allstep run` has a number that grows over several uses of its name, and no other launch has its launch's name.)
+    """
+    requeued = environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    restarted = environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    again = {"allstep": True, "torchrun": restarted, "slurm": requeued}
+    return [name for name in launches_of(environ) if again[name.partition("-")[0]]]

@@ -7,11 +7,19 @@ training only where the store is strict. A folder belongs to one run at a time: 
 attempts left unfinished.
 
 It knows nothing of engines, modules and random generators: it is handed plain nested state, and gives it back.
+
+A save under way: what `Store.save` gives back.
+
+Contract: made by `Store` on every rank, which hands it what writes; that runs in a thread of its own and says why it
+failed. What a rank reads from it after `wait` is the same on all ranks. The thread has ended when `wait` returns, and
+is waited for, within bounds, when the interpreter ends before: one that still runs then can abort the process.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
+import threading
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,21 +29,14 @@ from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
-from allstep.checkpoint.choosing import Found, choose, from_first
-from allstep.checkpoint.commit import Order
-from allstep.checkpoint.layout import Name, next_order, read_name
-from allstep.checkpoint.manifest import Manifest
+from allstep.checkpoint.catalog import Verify, sweep
+from allstep.checkpoint.commit import Order, Writer
+from allstep.checkpoint.manifest import Manifest, Name, next_order, read_name
 from allstep.checkpoint.reading import Reader
-from allstep.checkpoint.remote import open_storage
-from allstep.checkpoint.removal import sweep
-from allstep.checkpoint.retention import KeepBest, Retention
-from allstep.checkpoint.saving import Pending
-from allstep.checkpoint.snapshot import Snapshot, take_snapshot
-from allstep.checkpoint.staging import Stager
-from allstep.checkpoint.storage import Storage
-from allstep.checkpoint.verifying import Verify
-from allstep.checkpoint.writing import Writer
-from allstep.coordination import Alone, Coordinator, Ranked
+from allstep.checkpoint.selection import Found, KeepBest, Retention, choose, from_first
+from allstep.checkpoint.snapshot import Snapshot, Stager, take_snapshot
+from allstep.checkpoint.storage import Storage, open_storage
+from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.errors import CheckpointError, DamagedCheckpointError
 
 Busy = Literal["wait", "skip"]
@@ -287,4 +288,65 @@ def _own_coordinator(timeout: float) -> Coordinator:
         return Alone()
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)
-    return Ranked(group)
+    return GroupCoordinator(group)
+
+
+_AT_EXIT_S = 10.0
+
+
+class Pending:
+    """A save that was begun, or left out because another was under way.
+
+    Attributes:
+        step: of the save.
+        name: of the checkpoint's folder; None where the save was left out.
+        error: why it failed, once it has.
+    """
+
+    def __init__(self, step: int, name: Name | None, *, strict: bool) -> None:
+        self.step = step
+        self.name = str(name) if name is not None else None
+        self.error: CheckpointError | None = None
+        self._strict = strict
+        self._thread: threading.Thread | None = None
+
+    def begin(self, write: Callable[[], CheckpointError | None]) -> None:
+        """Have `write` called in a thread; it returns why it failed."""
+        self._thread = threading.Thread(target=self._write, args=(write,), daemon=True, name=f"allstep-{self.name}")
+        atexit.register(self._thread.join, _AT_EXIT_S)
+        self._thread.start()
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it was left out."""
+        return self.name is None
+
+    def done(self) -> bool:
+        """Whether it has ended here, well or not; other ranks may be a moment behind."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end and say whether the checkpoint is committed.
+
+        Args:
+            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
+
+        Raises:
+            CheckpointError: it failed, and the store is strict.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                return False
+            atexit.unregister(self._thread.join)
+            self._thread = None
+        if self.error is not None and self._strict:
+            raise self.error
+        return self.error is None and not self.skipped
+
+    def _write(self, write: Callable[[], CheckpointError | None]) -> None:
+        error: CheckpointError | None = CheckpointError(f"step {self.step} was not saved: its thread did not finish")
+        try:
+            error = write()
+        finally:
+            self.error = error

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from allstep.checkpoint.listing import Entry
+    from allstep.checkpoint.catalog import Entry
 
 DESCRIPTION = """\
 List, verify, export and remove checkpoints. FOLDER is what a run saved to: a path, or an address such as
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from allstep.checkpoint.listing import entries
+    from allstep.checkpoint.catalog import entries
 
     found = entries(arguments.folder)
     if arguments.json:
@@ -58,7 +58,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from allstep.checkpoint.listing import entries, find_entry, verify
+    from allstep.checkpoint.catalog import entries, find_entry, verify
 
     named = [find_entry(arguments.folder, name) for name in arguments.names]
     chosen = named or [entry for entry in entries(arguments.folder) if entry.state != "unfinished"]
@@ -75,7 +75,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from allstep.checkpoint.listing import find_entry
+    from allstep.checkpoint.catalog import find_entry
 
     entry = find_entry(arguments.folder, arguments.checkpoint)
     # By its name, for this one needs torch, which the launcher's process does without.
@@ -85,7 +85,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _remove(arguments: argparse.Namespace) -> int:
-    from allstep.checkpoint.listing import find_entry, remove
+    from allstep.checkpoint.catalog import find_entry, remove
 
     chosen = [find_entry(arguments.folder, name) for name in arguments.names]
     for entry in chosen:

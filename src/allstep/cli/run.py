@@ -21,9 +21,9 @@ from allstep.errors import ConfigurationError, LaunchError
 from allstep.launch.devices import probe_hardware, visible_devices
 from allstep.launch.folder import default_name
 from allstep.launch.machine import Launch
-from allstep.launch.plan import Command, worker_count
 from allstep.launch.settings import LaunchSettings, parse_nproc, parse_show, parse_variable, shown_ranks
 from allstep.launch.supervisor import supervise
+from allstep.launch.worker_plan import Command, worker_count
 
 if TYPE_CHECKING:
     from allstep.launch.nodes import Nodes

@@ -1,7 +1,8 @@
 """How ranks agree: the `Coordinator` protocol with its implementations, and the pure logic of votes and ledgers."""
 
-from allstep.coordination.alone import Alone
-from allstep.coordination.coordinator import OUTCOMES, Asked, Coordinator, Outcome, Pending, ReduceOp, Request
+from allstep.coordination.compare import Schema, StateLine, check_schemas, fingerprint
+from allstep.coordination.coordinator import OUTCOMES, Alone, Asked, Coordinator, Outcome, Pending, ReduceOp, Request
+from allstep.coordination.group_coordinator import GroupCoordinator
 from allstep.coordination.ledger import (
     LONGEST_WINDOW,
     POLICIES,
@@ -11,9 +12,7 @@ from allstep.coordination.ledger import (
     agree_window,
     next_window,
 )
-from allstep.coordination.ranked import Ranked
-from allstep.coordination.schema import Schema, StateLine, check_schemas, fingerprint
-from allstep.coordination.votes import Ballot, Occasion, Tally, read_tally, vector_length
+from allstep.coordination.votes import Occasion, Vote, VoteResult, read_tally, vector_length
 
 __all__ = [
     "LONGEST_WINDOW",
@@ -21,19 +20,19 @@ __all__ = [
     "POLICIES",
     "Alone",
     "Asked",
-    "Ballot",
     "Coordinator",
+    "GroupCoordinator",
     "Ledger",
     "Occasion",
     "Outcome",
     "Pending",
-    "Ranked",
     "ReduceOp",
     "Request",
     "Schema",
     "StateLine",
-    "Tally",
     "Uneven",
+    "Vote",
+    "VoteResult",
     "agree_length",
     "agree_window",
     "check_schemas",

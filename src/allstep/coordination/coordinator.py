@@ -4,6 +4,11 @@ Contract: the Engine calls no collective itself. Whatever crosses ranks, it asks
 thread and at the same points of the loop on every rank: the n-th call of one rank meets the n-th call of the others.
 The Engine takes the current world's coordinator unless it was given one; engines that run inside another's handlers
 share it, in order.
+
+The coordinator of a rank that has nobody to agree with: a null object, at no cost.
+
+Contract: a world of one uses it, and so does an engine that is deliberately not collective, such as an evaluator run
+on the main rank only: `Engine(step, coordinator=Alone())`. What the only rank says is what all say.
 """
 
 from __future__ import annotations
@@ -60,7 +65,7 @@ class Pending(Protocol):
 
 
 class Coordinator(Protocol):
-    """How one engine's ranks agree; implemented by `Alone`, and by `Ranked` over a process group."""
+    """How one engine's ranks agree; implemented by `Alone`, and by `GroupCoordinator` over a process group."""
 
     @property
     def rank(self) -> int:
@@ -84,3 +89,38 @@ class Coordinator(Protocol):
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source`, on every rank. It is pickled."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    vector: list[int]
+
+    def wait(self) -> list[int]:
+        return self.vector
+
+
+class Alone:
+    """Agreement among one."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def vote(self, vector: Sequence[int]) -> _Known:
+        """The only vote is the result."""
+        return _Known(list(vector))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The only value."""
+        return [value]
+
+    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The only bytes, as one row."""
+        return buffer[None]
+
+    def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value itself."""
+        return value

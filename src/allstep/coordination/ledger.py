@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from allstep.coordination.votes import Tally
+from allstep.coordination.votes import VoteResult
 
 Uneven = Literal["shortest", "longest", "error"]
 POLICIES: tuple[Uneven, ...] = ("shortest", "longest", "error")
@@ -53,7 +53,7 @@ class Ledger:
 
 
 def agree_window(
-    tally: Tally, policy: Uneven, world_size: int, group_size: int, *, group_goes_on: bool, carried: int = 0
+    tally: VoteResult, policy: Uneven, world_size: int, group_size: int, *, group_goes_on: bool, carried: int = 0
 ) -> Ledger:
     """Read from a tally where the window ends and what its groups hold.
 

@@ -1,7 +1,7 @@
 """What one rank says in a vote, and what all ranks together said: ballots and their sum.
 
-Contract: a `Ballot` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed
-element by element in one reduction; every rank reads the same `Tally` from the sum. So one tiny reduction answers how
+Contract: a `Vote` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed
+element by element in one reduction; every rank reads the same `VoteResult` from the sum. So one tiny reduction answers how
 many ranks have a batch for each coming iteration, how many samples those hold, and who wants what. Ranks that came to
 different votes are noticed by all who took part: each vector says which vote it is meant for, by its occasion and by a
 number for its place in the run with the square of that number. W ranks gave the same number exactly where W times the
@@ -29,7 +29,7 @@ class Occasion(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Ballot:
+class Vote:
     """What one rank says.
 
     Attributes:
@@ -85,7 +85,7 @@ class Ballot:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class VoteResult:
     """What all ranks said together: sums of the ballots' fields.
 
     `having[i]` is the number of ranks with a batch for the i-th coming iteration, `samples[i]` what they hold.
@@ -105,7 +105,7 @@ class Tally:
     unread: int
     microseconds: int
 
-    def is_for(self, ballot: Ballot, world_size: int) -> bool:
+    def is_for(self, ballot: Vote, world_size: int) -> bool:
         """Whether all ranks came to the vote that `ballot` was meant for."""
         same_occasion = self.occasions[ballot.occasion] == world_size
         return same_occasion and self.squares * world_size == self.places**2
@@ -121,9 +121,9 @@ def vector_length(iterations: int) -> int:
     return _HEADER + iterations
 
 
-def read_tally(vector: Sequence[int], iterations: int) -> Tally:
+def read_tally(vector: Sequence[int], iterations: int) -> VoteResult:
     """Read the sum of all ranks' vectors, of a vote on `iterations` iterations."""
     window, epoch_end, run_end, *sums = vector[:_HEADER]
     body = vector[_HEADER : _HEADER + iterations]
     having, samples = tuple(v >> _SAMPLE_BITS for v in body), tuple(v & _SAMPLES for v in body)
-    return Tally((window, epoch_end, run_end), having, samples, *sums)
+    return VoteResult((window, epoch_end, run_end), having, samples, *sums)

@@ -17,19 +17,28 @@ from typing import Any, Literal
 from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
-from allstep.engine.arguments import RunArguments, check_accumulation, check_agreement, check_choice, check_step
-from allstep.engine.data_place import group_size_over
-from allstep.engine.listening import Listening
+from allstep.engine.handshake import Hello, Meeting, Reduction, meet
 from allstep.engine.loop import Loop
-from allstep.engine.meeting import Hello, Meeting, Reduction, meet
-from allstep.engine.progress import Progress
-from allstep.engine.reader import SamplesIn, declared_counts
-from allstep.engine.rehearsal import Rehearsal
-from allstep.engine.resumable import Resumable
+from allstep.engine.monitoring import Rehearsal, Watch, watched
+from allstep.engine.position import group_size_over
+from allstep.engine.prefetch import SamplesIn, declared_counts
+from allstep.engine.registry import Listening
+from allstep.engine.resume import Resumable
+from allstep.engine.run import Progress
+from allstep.engine.run_plan import (
+    RunArguments,
+    Terms,
+    asks_for_more,
+    check_accumulation,
+    check_agreement,
+    check_choice,
+    check_step,
+    is_done,
+    length_of,
+    settle_terms,
+)
 from allstep.engine.source import END
 from allstep.engine.state import State
-from allstep.engine.terms import Terms, asks_for_more, is_done, length_of, settle_terms
-from allstep.engine.watch import Watch, watched
 from allstep.errors import DataError, EngineError
 from allstep.world import World
 

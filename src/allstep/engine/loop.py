@@ -28,14 +28,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from allstep.coordination import Request
+from allstep.engine.dummy_step import without_gradient, without_reduction, without_trace
 from allstep.engine.events import EventEnum, Events
-from allstep.engine.filler import without_gradient, without_reduction, without_trace
-from allstep.engine.meeting import Meeting
-from allstep.engine.rehearsal import rehearsed
+from allstep.engine.handshake import Meeting
+from allstep.engine.monitoring import Watch, rehearsed
+from allstep.engine.passes import Passes
+from allstep.engine.run_plan import is_done
 from allstep.engine.source import END
-from allstep.engine.supply import Supply
-from allstep.engine.terms import is_done
-from allstep.engine.watch import Watch
 from allstep.errors import EngineError
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ class Loop:
         self.engine = engine
         self.state = engine.state
         self.until: float = LOOK_NOW
-        self.supply = Supply(
+        self.supply = Passes(
             engine,
             meeting,
             continues=continues,

@@ -20,7 +20,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 
 from allstep.engine import Engine, Events
-from allstep.engine.terms import is_done
+from allstep.engine.run_plan import is_done
 from allstep.errors import Preempted
 from allstep.exit_codes import PREEMPTED
 from allstep.handlers.stop_on_signal import TOGETHER_S, StopOnSignal

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from allstep.engine import Engine, Events
-from allstep.engine.filters import is_count
+from allstep.engine.events import is_count
 from allstep.handlers.idle_rank import is_idle
 
 

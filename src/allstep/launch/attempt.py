@@ -24,24 +24,20 @@ import signal
 import time
 from collections.abc import Sequence
 
-from allstep.channel.account import Kind
-from allstep.channel.arrival import spans
-from allstep.channel.causes import Case
-from allstep.channel.ending import WorkerEnd
-from allstep.channel.events import AllEnded, Finished, HubEvent, Ordered, StragglerSeen, Verdict
-from allstep.channel.report import straggler_line
-from allstep.channel.service import Service
+from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.report import straggler_line
+from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
+from allstep.launch.event_loop import PASS_ON, STOP, Loop
 from allstep.launch.folder import AttemptFolder
-from allstep.launch.loop import Loop
 from allstep.launch.memory import MemoryWatch
-from allstep.launch.plan import WorkerPlan
-from allstep.launch.rank_output import RankOutput
-from allstep.launch.signals import PASS_ON, STOP
-from allstep.launch.streams import RankStreams
-from allstep.launch.terminal import Terminal
+from allstep.launch.output import RankOutput, RankStreams, Terminal
+from allstep.launch.worker_plan import WorkerPlan
 from allstep.launch.workers import Workers
+from allstep.monitor.service import AllEnded, Finished, HubEvent, Ordered, Service, StragglerSeen, Verdict
+from allstep.protocol.registration import spans
+from allstep.protocol.worker_exit import WorkerExit
 
 LEAVE = 1.0
 """Seconds that peers of a failed worker have to leave."""
@@ -90,9 +86,9 @@ class Attempt:
         shared: Sequence[str] = (),
     ) -> None:
         self.stopped_by: signal.Signals | None = None
-        self.case: Case | None = None
+        self.case: Diagnosis | None = None
         self.finished: Finished | None = None
-        self.ends: dict[int, WorkerEnd] = {}
+        self.ends: dict[int, WorkerExit] = {}
         self.streams = RankStreams(loop, terminal)
         self._plans = plans
         self._channel = channel
@@ -253,7 +249,7 @@ class Attempt:
         words = self.streams.last_words(rank)
         killed = rank in self._killed and code == -signal.SIGKILL
         note = note or self._memory.note(code, words, killed=killed)
-        self.ends[rank] = WorkerEnd(rank, code, killed, words, note)
+        self.ends[rank] = WorkerExit(rank, code, killed, words, note)
         self._channel.worker_ended(self.ends[rank])
 
     def _say_who_made_room(self) -> None:

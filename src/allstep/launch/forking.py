@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from allstep.launch.plan import WorkerPlan
 from allstep.launch.process import Pipes, WorkerProcess, spawn, watched
+from allstep.launch.worker_plan import WorkerPlan
 
 _TEMPLATE = str(Path(__file__).with_name("template.py"))
 _PR_SET_CHILD_SUBREAPER = 36

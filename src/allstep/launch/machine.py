@@ -14,17 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from allstep.channel.service import Service
 from allstep.launch.attempt import Attempt
 from allstep.launch.devices import Devices
+from allstep.launch.event_loop import STOP, Loop, Signals
 from allstep.launch.folder import AttemptFolder
 from allstep.launch.forking import can_fork
-from allstep.launch.loop import Loop
-from allstep.launch.plan import Command, Share, plan_workers
+from allstep.launch.output import Terminal
 from allstep.launch.settings import LaunchSettings, shown_ranks
 from allstep.launch.shared_imports import shared_imports
-from allstep.launch.signals import STOP, Signals
-from allstep.launch.terminal import Terminal
+from allstep.launch.worker_plan import Command, Share, plan_workers
+from allstep.monitor.service import Service
 
 if TYPE_CHECKING:
     from allstep.launch.nodes import Nodes

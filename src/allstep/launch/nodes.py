@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import LaunchSettings, parse_rdzv
-from allstep.placement.slurm_step import SlurmStep
+from allstep.placement.slurm import SlurmStep
 
 
 @dataclass(frozen=True, slots=True)

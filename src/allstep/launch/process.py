@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from allstep.launch.plan import WorkerPlan
+from allstep.launch.worker_plan import WorkerPlan
 
 
 class Child(Protocol):

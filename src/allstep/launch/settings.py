@@ -148,7 +148,7 @@ def check_resume(text: str) -> str:
 
 def check_limits(text: str) -> str:
     """Give `text` back if it says how long sections may last, else raise ConfigurationError."""
-    from allstep.channel.limits import Limits
+    from allstep.diagnosis.hang import Limits
 
     Limits.parse(text)
     return text

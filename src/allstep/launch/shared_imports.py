@@ -24,7 +24,7 @@ import sys
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from importlib.machinery import PathFinder
 
-from allstep.launch.plan import Command
+from allstep.launch.worker_plan import Command
 
 SHARED = ("allstep", "numpy", "torch", "torchmetrics")
 """Packages that leave nothing, when they are imported, that forked processes could not share; `template` makes sure."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 
-from allstep.launch.leading import lead
+from allstep.launch.event_loop import Signals
+from allstep.launch.head import lead
 from allstep.launch.machine import Launch, Machine
-from allstep.launch.signals import Signals
 
 
 def supervise(launch: Launch) -> int:
@@ -30,7 +30,7 @@ def supervise(launch: Launch) -> int:
         try:
             if launch.nodes is None or launch.nodes.head:
                 return lead(machine)
-            from allstep.launch.following import follow  # what one machine alone does not need
+            from allstep.launch.follower import follow
 
             return follow(machine)
         finally:

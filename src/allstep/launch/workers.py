@@ -19,11 +19,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from allstep.errors import LaunchError
+from allstep.launch.event_loop import STOP, Loop
 from allstep.launch.forking import Template
-from allstep.launch.loop import Loop
-from allstep.launch.plan import WorkerPlan
 from allstep.launch.process import Pipes, WorkerProcess, start_worker
-from allstep.launch.signals import STOP
+from allstep.launch.worker_plan import WorkerPlan
 
 
 class Workers:

@@ -24,10 +24,9 @@ import torch
 
 from allstep.coordination import Coordinator, check_schemas
 from allstep.errors import MetricError
-from allstep.metrics.adopting import adopt
 from allstep.metrics.folding import fold, from_carrier, to_carrier
-from allstep.metrics.packing import ALIGNMENT, Carried, Packed, Unpacked, block_values, pack, padded, unpack
-from allstep.metrics.plan import Block, Plan
+from allstep.metrics.packing import ALIGNMENT, Carried, Packed, Unpacked, adopt, block_values, pack, padded, unpack
+from allstep.metrics.states import Block, Plan
 
 FIRST_FRAME = 4096
 LARGEST_GATHER = 256 * 2**20

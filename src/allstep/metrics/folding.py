@@ -15,7 +15,7 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_mean
 
 from allstep.coordination import ReduceOp
 from allstep.errors import MetricError, MetricMismatchError
-from allstep.metrics.plan import ListedState, describe
+from allstep.metrics.states import ListedState, describe
 
 _LOWEST = -(2**63)
 

@@ -15,16 +15,16 @@ import torch
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from allstep.engine import Engine, Events, RemovableEventHandle
-from allstep.engine.reader import count_samples
+from allstep.engine.prefetch import count_samples
 from allstep.errors import MetricError
-from allstep.metrics.bookkeeping import syncs_itself
-from allstep.metrics.describing import descriptions
+from allstep.metrics.describe import descriptions
 from allstep.metrics.feeding import Feeding, Transform
 from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless
 from allstep.metrics.reduction import EventReduction
 from allstep.metrics.running import Weighted
 from allstep.metrics.saving import load_states, saved_states
 from allstep.metrics.sharing import fix_groups
+from allstep.metrics.torchmetrics_private import syncs_itself
 from allstep.metrics.usage import Event, Usage, UsageName, as_usage, base_event, each_event, event_name
 from allstep.world import World
 

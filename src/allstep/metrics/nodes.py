@@ -17,8 +17,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from allstep.metrics.bookkeeping import BOOKKEEPING, is_known
 from allstep.metrics.sharing import shared_states
+from allstep.metrics.torchmetrics_private import BOOKKEEPING, is_known
 
 Entry: TypeAlias = Metric | MetricCollection
 

@@ -26,7 +26,7 @@ from allstep.coordination import Coordinator
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics.folding import fold, fold_listed
 from allstep.metrics.nodes import Node
-from allstep.metrics.plan import ListedState, element_wise
+from allstep.metrics.states import ListedState, element_wise
 
 
 class _Unequal(Exception):

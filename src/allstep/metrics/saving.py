@@ -16,9 +16,9 @@ import torch
 from torchmetrics import Metric
 
 from allstep.metrics.folding import fold
-from allstep.metrics.installed import copied
 from allstep.metrics.nodes import Node
-from allstep.metrics.plan import element_wise
+from allstep.metrics.reduction import copied
+from allstep.metrics.states import element_wise
 
 CarriedStates = MutableMapping[tuple[int, str], list[Any]]
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from allstep.metrics.bookkeeping import BOOKKEEPING, WRAPPED, is_known, syncs_itself
+from allstep.metrics.torchmetrics_private import BOOKKEEPING, WRAPPED, is_known, syncs_itself
 
 # What of a class that differs leaves what its `update` does alone.
 _BESIDE_UPDATE = frozenset(

@@ -18,8 +18,8 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from allstep.metrics.bookkeeping import inside_update
 from allstep.metrics.nodes import Entry
+from allstep.metrics.torchmetrics_private import inside_update
 
 
 @dataclass(frozen=True, slots=True, eq=False)

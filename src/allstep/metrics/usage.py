@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from allstep.engine import EventEnum, Events, EventsList, FilteredEvent
-from allstep.engine.filters import Every, Filter, Once, Predicate
+from allstep.engine.events import Every, Filter, Once, Predicate
 
 Event: TypeAlias = EventEnum | FilteredEvent | EventsList
 UsageName = Literal["epoch", "running", "run", "iteration"]

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from allstep.channel.pulse import Pulse
 from allstep.errors import ParallelError
 from allstep.parallel.buckets import fix_buckets
-from allstep.parallel.watched import WatchedDDP
+from allstep.parallel.timed_ddp import TimedDDP
+from allstep.protocol.heartbeat import RankActivity
 
 
 def wrap_module(
@@ -27,7 +27,7 @@ def wrap_module(
     *,
     sync_batchnorm: bool = False,
     deterministic: bool = True,
-    pulse: Pulse | None = None,
+    pulse: RankActivity | None = None,
     **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP.
@@ -41,7 +41,7 @@ def wrap_module(
         deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
             all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
-        pulse: told on the CPU when this rank waits for the others; see `allstep.parallel.watched`.
+        pulse: told on the CPU when this rank waits for the others; see `allstep.parallel.timed_ddp`.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -68,10 +68,10 @@ def wrap_module(
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
     watches = pulse is not None and device.type == "cpu"
-    wrapped = (WatchedDDP if watches else DistributedDataParallel)(module, **(defaults | ddp_options))
+    wrapped = (TimedDDP if watches else DistributedDataParallel)(module, **(defaults | ddp_options))
     if deterministic:
         fix_buckets(wrapped)
-    if isinstance(wrapped, WatchedDDP):
+    if isinstance(wrapped, TimedDDP):
         wrapped.pulse = pulse
     return wrapped
 

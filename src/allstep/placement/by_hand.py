@@ -10,10 +10,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 
-from allstep.placement.launcher import LauncherEnvironment
-from allstep.placement.placement import Placement, Rendezvous
-from allstep.placement.torch_variables import check_nodes
-from allstep.placement.variables import fail, index, integer, port, text
+from allstep.placement.placement import LauncherEnvironment, Placement, Rendezvous
+from allstep.placement.variables import check_nodes, fail, index, integer, port, text
 
 _REMEDY = "Set all of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset RANK and WORLD_SIZE and use a launcher"
 _LOCAL_REMEDY = (

@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from allstep.placement.allstep_run import AllstepRun
-from allstep.placement.alone import Alone
 from allstep.placement.by_hand import ByHand
-from allstep.placement.launcher import LauncherEnvironment
 from allstep.placement.mpi import Mpi
-from allstep.placement.placement import Placement
-from allstep.placement.slurm_shell import SlurmShell
-from allstep.placement.slurm_step import SlurmStep
-from allstep.placement.torchrun import Torchrun
+from allstep.placement.placement import Alone, LauncherEnvironment, Placement
+from allstep.placement.slurm import SlurmShell, SlurmStep
+from allstep.placement.torchrun import AllstepRun, Torchrun
 from allstep.placement.xla import Xla
 
 LAUNCHERS: tuple[LauncherEnvironment, ...] = (

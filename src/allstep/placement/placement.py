@@ -3,12 +3,17 @@
 Contract: `detect` (beside this file) makes a `Placement` from an environment mapping, without connecting to anything;
 `World` uses it to choose a device and to meet the other ranks. A `Placement` that exists is consistent: its numbers
 fit together, checked when it is made.
+
+What every launcher's file answers: is this one of yours, and if so, where is it.
+
+No launcher: one process, a world of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 Launcher = Literal["alone", "allstep", "torchrun", "slurm", "mpi", "xla"]
 
@@ -60,3 +65,34 @@ class Placement:
                 raise ValueError(f"{name} is {value}; it must be at least 0 and less than {end}, in {self!r}")
         if self.world_size > 1 and self.rendezvous is None:
             raise ValueError(f"a world of {self.world_size} needs a place to meet, but rendezvous is None")
+
+
+class LauncherEnvironment(Protocol):
+    """One way in which processes are started, told by its environment variables. Both methods are pure."""
+
+    def matches(self, environ: Mapping[str, str]) -> bool:
+        """Whether variables of this launcher are there, however broken."""
+        ...
+
+    def place(self, environ: Mapping[str, str]) -> Placement:
+        """The process's place; raises PlacementError where the variables are missing, garbage or contradictory."""
+        ...
+
+
+class Alone:
+    """What is left when no launcher's variables are there."""
+
+    def matches(self, environ: Mapping[str, str]) -> bool:
+        """Always."""
+        return True
+
+    def place(self, environ: Mapping[str, str]) -> Placement:
+        """A world of one, with a warning on a host of a TPU pod, whose other hosts it will not meet."""
+        hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        if environ.get("PJRT_DEVICE") != "TPU" or len(hosts) < 2:
+            return Placement(launcher="alone")
+        warning = (
+            f"this host is one of {len(hosts)} of a TPU pod (TPU_WORKER_HOSTNAMES), but this process trains alone;"
+            " start one process per device on every host with torchrun or torch_xla.launch"
+        )
+        return Placement(launcher="alone", warnings=(warning,))

@@ -17,13 +17,13 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from allstep.channel.address import new_nonce
-from allstep.channel.limits import Limits
-from allstep.channel.report import failure_text
+from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.report import failure_text
 from allstep.errors import RanksError
 from allstep.faults import FaultPlan
 from allstep.launch.environment import worker_environment
-from allstep.launch.port import ReservedPort
+from allstep.launch.worker_plan import ReservedPort
+from allstep.protocol.address import new_nonce
 from allstep.testing.call import Call
 from allstep.testing.pool import Pool, own_pool
 from allstep.testing.round import Ended, Played, Round

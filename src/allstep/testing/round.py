@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from allstep.channel.causes import Case
-from allstep.channel.ending import WorkerEnd, signal_name
-from allstep.channel.events import Verdict
-from allstep.channel.gate import HubKey
-from allstep.channel.hub import Hub
-from allstep.channel.limits import Limits
+from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.root_cause import Diagnosis
+from allstep.monitor.hub import Hub
+from allstep.monitor.service import Verdict
+from allstep.protocol.server import HubKey
+from allstep.protocol.worker_exit import WorkerExit, signal_name
 from allstep.testing.call import Call, Outcome
 from allstep.testing.pool import Pool, WarmProcess
 
@@ -65,7 +65,7 @@ class Played:
 
     ends: dict[int, Ended] = field(default_factory=dict)
     late: dict[int, str] = field(default_factory=dict)
-    case: Case | None = None
+    case: Diagnosis | None = None
 
 
 class Round:
@@ -154,7 +154,7 @@ class Round:
         if outcome is None:
             code, stacks = process.exit_code(), process.stacks(ask=False)
             self._played.ends[rank] = Ended(None, code, stacks)
-            self._hub.worker_ended(WorkerEnd(rank, 1 if code is None else code, stderr=stacks))
+            self._hub.worker_ended(WorkerExit(rank, 1 if code is None else code, stderr=stacks))
         else:
             self._played.ends[rank] = Ended(outcome)
-            self._hub.worker_ended(WorkerEnd(rank, 0 if outcome.end == "returned" else 1, stderr=outcome.text))
+            self._hub.worker_ended(WorkerExit(rank, 0 if outcome.end == "returned" else 1, stderr=outcome.text))

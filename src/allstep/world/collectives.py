@@ -5,18 +5,38 @@ passes through a type that could round it: numbers and gathered tensors travel a
 `broadcast`, `gather_objects` and all collectives of numbers first exchange what each rank has, so shapes may differ,
 and what one rank cannot send raises the same CollectiveError on all. `all_reduce` of a tensor is one collective with
 nothing before it: shapes and dtypes must be the same on all ranks. With one rank no process group is used.
+
+The doors of World to its collectives: open or an error, and named while this rank waits in one.
+
+Contract: `World` builds on this. Every rank calls the same method at the same point; what crosses is `collectives`'.
+
+Naming what a rank waits for its peers in, so that ranks which wait in different places can be told apart.
+
+Contract: each method of World that meets the other ranks enters what `Waits.at` gives for its name. The pulse then
+says, as long as it lasts, what it is, the how-manieth meeting of this World, and from where it was called: `all_reduce
+#3 at train.py:57`. On ranks that are together number and name are the same.
+
+Reducing one Python number from each rank: a pure function of the numbers in rank order.
+
+Integers stay integers of any size; float sums are rounded once (`math.fsum`), so the result depends neither on the
+order of the ranks nor on how a backend adds.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast, get_args
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import torch
 import torch.distributed as dist
 
-from allstep.errors import CollectiveError
-from allstep.world.folding import Number, Op, fold
-from allstep.world.parts import (
+from allstep.errors import CollectiveError, WorldError
+from allstep.protocol.heartbeat import RankActivity
+from allstep.world.payload import (
     HEADER_LENGTH,
     Kind,
     Part,
@@ -145,3 +165,145 @@ def _dtypes(x: torch.Tensor, op: Op) -> tuple[torch.dtype, torch.dtype]:
     if op == "mean":
         return torch.int64, torch.float32 if x.device.type == "mps" else torch.float64
     return torch.int64, x.dtype if op in ("min", "max") else torch.int64
+
+
+T = TypeVar("T")
+
+
+class Exchanging:
+    """What ranks exchange. `waits` names the meetings where somebody watches."""
+
+    def __init__(self, collectives: Collectives, waits: Waits | None) -> None:
+        self._collectives = collectives
+        self._meetings = waits
+        self._closed = False
+
+    @overload
+    def all_reduce(self, x: torch.Tensor, op: Op = "sum") -> torch.Tensor: ...
+    @overload
+    def all_reduce(self, x: Number, op: Op = "sum") -> Any: ...
+    def all_reduce(self, x: torch.Tensor | Number, op: Op = "sum") -> Any:
+        """Reduce a tensor or number over all ranks; every rank gets the result.
+
+        A number is reduced exactly: ints to an int of any size, floats in float64 with one rounding, ranks may mix the
+        two, and `"mean"` is a float. A tensor must have the same shape and dtype on all ranks, any dtype and device;
+        the result is a new tensor there. Integer and bool tensors add and multiply in int64 and stay int64, as in
+        torch, wrapping beyond it; their `"mean"` is float64; 16-bit floats are added in float32 and rounded once.
+
+        Args:
+            x: a tensor, int, float or bool. An int on input is at most 64 bits.
+            op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"product"`.
+
+        Raises:
+            CollectiveError: an unknown op, or what no backend carries.
+        """
+        self._check_open("all_reduce")
+        with self._waits("all_reduce"):
+            return self._collectives.all_reduce(x, op)
+
+    @overload
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
+    @overload
+    def all_gather(self, x: Number) -> list[Any]: ...
+    def all_gather(self, x: torch.Tensor | Number) -> list[Any]:
+        """The tensors or numbers of all ranks, in rank order, on every rank.
+
+        Shapes and dtypes may differ. Tensors come back bit for bit on the device of this rank's `x`.
+
+        Raises:
+            CollectiveError: a rank gave something else, on all ranks.
+        """
+        self._check_open("all_gather")
+        with self._waits("all_gather"):
+            return self._collectives.all_gather(x)
+
+    @overload
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
+    @overload
+    def broadcast(self, x: Number | None, src: int = 0) -> Any: ...
+    def broadcast(self, x: torch.Tensor | Number | None, src: int = 0) -> Any:
+        """The tensor or number of rank `src`, on every rank.
+
+        The other ranks need not know its shape or dtype; what they give counts only for its device: the result is on
+        the device of the tensor they gave, else on this rank's.
+
+        Raises:
+            CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
+        """
+        self._check_open("broadcast")
+        with self._waits("broadcast"):
+            return self._collectives.broadcast(x, src)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """One object of each rank, in rank order, on every rank.
+
+        Objects are pickled: keep them small, and put tensors in them on the CPU.
+
+        Raises:
+            CollectiveError: an object cannot be pickled, on all ranks.
+        """
+        self._check_open("gather_objects")
+        with self._waits("gather_objects"):
+            return self._collectives.gather_objects(value)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        self._check_open("barrier")
+        with self._waits("barrier"):
+            self._collectives.barrier()
+
+    def _waits(self, name: str, depth: int = 1) -> AbstractContextManager[None]:
+        """To be entered around what waits for the other ranks; `depth` frames lie between the caller and the user."""
+        return nullcontext() if self._meetings is None else self._meetings.at(name, depth)
+
+    def _check_open(self, name: str) -> None:
+        if self._closed:
+            raise WorldError(f"{name} was used on a World that is closed; call allstep.init() for a new one")
+
+
+class Waits:
+    """The meetings of one World, counted."""
+
+    def __init__(self, pulse: RankActivity) -> None:
+        self._pulse = pulse
+        self._count = 0
+
+    def at(self, name: str, depth: int) -> AbstractContextManager[None]:
+        """Wait in `name` for the length of a with block; the user's line is `depth` frames above World's `_waits`."""
+        self._count += 1
+        user: FrameType | None = sys._getframe(2)
+        for _ in range(depth):
+            user = None if user is None else user.f_back
+        where = "" if user is None else f" at {user.f_code.co_filename.rpartition('/')[2]}:{user.f_lineno}"
+        return self._pulse.wait(f"{name} #{self._count}{where}")
+
+
+Op = Literal["sum", "mean", "min", "max", "product"]
+Number = bool | int | float
+
+
+def fold(numbers: Sequence[Number], op: Op) -> Number:
+    """Reduce the ranks' numbers.
+
+    `sum` and `product` of bools and ints are exact ints; `mean` is a float, rounded once from the exact sum of ints;
+    `min` and `max` return one of the numbers, or NaN if there is one.
+    """
+    if op == "sum":
+        return _sum(numbers)
+    if op == "product":
+        return math.prod(numbers)
+    if op == "mean":
+        return _sum(numbers) / len(numbers)
+    for number in numbers:
+        if math.isnan(number):
+            return number
+    return min(numbers) if op == "min" else max(numbers)
+
+
+def _sum(numbers: Sequence[Number]) -> int | float:
+    if not any(isinstance(number, float) for number in numbers):
+        return sum(numbers)
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):  # fsum refuses opposite infinities and sums beyond the range of floats
+        return sum(map(float, numbers))

@@ -3,10 +3,15 @@
 Contract: `look` sees what this process can use; `choose_device` and `choose_backend` decide, as pure functions, from
 that, the `Placement` and what the caller asked for. What one process cannot see, that two ranks were given the same
 GPU, is found when the ranks introduce themselves (`service`).
+
+XLA devices, imported only when asked for.
+
+State of it: written to torch_xla's interface; allstep's tests have no XLA device to run it on.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -115,3 +120,25 @@ def choose_transport(device: torch.device, backend: str) -> torch.device:
     if backend in ("nccl", "xla") or device.type in parts:
         return device
     return torch.device("cpu")
+
+
+def open_device() -> torch.device:
+    """This process' XLA device; also registers torch_xla's backend for process groups.
+
+    Raises:
+        WorldError: torch_xla is not installed or does not load beside this torch.
+    """
+    try:
+        torch_xla = importlib.import_module("torch_xla")
+        importlib.import_module("torch_xla.distributed.xla_backend")
+    except ImportError as error:
+        raise WorldError(
+            f"an XLA device was asked for, but torch_xla does not load: {error}; "
+            "install a torch_xla of the same version as torch with `pip install 'allstep[xla]'`, or pass device='cpu'"
+        ) from error
+    return torch.device(torch_xla.device())
+
+
+def seed_device(seed: int) -> None:
+    """Seed the XLA device's own generator, which `torch.manual_seed` does not reach."""
+    importlib.import_module("torch_xla.core.xla_model").set_rng_state(seed)

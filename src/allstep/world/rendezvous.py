@@ -23,14 +23,12 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from allstep.channel.arrival import doubled
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
-from allstep.world.answering import AnsweringStore
-from allstep.world.left_behind import leave_behind
-from allstep.world.polling import poll
-from allstep.world.service import Service, head_service, sidecar_service
-from allstep.world.stores import PrefixStore, TCPStore
+from allstep.protocol.registration import doubled
+from allstep.world.monitor_link import Service, head_service, sidecar_service
+from allstep.world.store import AnsweringStore, leave_behind, poll
+from allstep.world.torch_private import PrefixStore, TCPStore
 
 _CONNECT_S = 2.0
 _HANDSHAKE_S = (1.0, 16.0)

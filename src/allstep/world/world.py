@@ -24,27 +24,24 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from allstep.channel.client import Client
-from allstep.channel.messages import SECTIONS
-from allstep.channel.pulse import Pulse
-from allstep.coordination import Alone, Coordinator, Ranked
+from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.exit_codes import PREEMPTED
 from allstep.faults import Here, strike
+from allstep.monitor.client import Client
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
-from allstep.world import current, notices
-from allstep.world.collectives import Collectives
-from allstep.world.device import choose_transport
-from allstep.world.duration import seconds
-from allstep.world.exchanging import Exchanging
-from allstep.world.group import Group
+from allstep.protocol.heartbeat import RankActivity
+from allstep.protocol.messages import SECTIONS
+from allstep.world import current
+from allstep.world import early_signals as notices
+from allstep.world.collectives import Collectives, Exchanging, Waits
+from allstep.world.device import choose_transport, seed_device
+from allstep.world.failures import Reporter
 from allstep.world.move import to_device
-from allstep.world.reporting import Reporter
-from allstep.world.seeding import seed_generators
-from allstep.world.turns import first_then_rest
-from allstep.world.waiting import Waits
-from allstep.world.xla import seed_device
+from allstep.world.process_group import Group
+from allstep.world.seed import seed_generators
+from allstep.world.store import first_then_rest, seconds
 
 T = TypeVar("T")
 
@@ -70,14 +67,14 @@ class World(Exchanging):
         device: torch.device,
         group: Group | None,
         timeout: float,
-        pulse: Pulse | None = None,
+        pulse: RankActivity | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         self.placement = placement
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self.pulse = Pulse() if pulse is None else pulse
+        self.pulse = RankActivity() if pulse is None else pulse
         self.reporter = reporter
         self._group = group
         self._timeout = timeout
@@ -85,7 +82,9 @@ class World(Exchanging):
         self._wrapped: list[weakref.ref[nn.Module]] = []
         transport = choose_transport(device, group.backend) if group is not None else device
         self.coordinator: Coordinator = (
-            Alone() if group is None else Ranked(group.for_agreement(timeout), self.pulse, carries=transport.type)
+            Alone()
+            if group is None
+            else GroupCoordinator(group.for_agreement(timeout), self.pulse, carries=transport.type)
         )
         collectives = Collectives(self.rank, self.world_size, device, transport)
         super().__init__(collectives, None if group is None or reporter is None else Waits(self.pulse))

@@ -1,0 +1,116 @@
+"""The coordinator of a process group: agreement among the ranks of a world.
+
+Contract: made by `World` on every rank, over a gloo group that is used for nothing else, so that what ranks agree never
+waits behind gradients. Gloo matches calls by order, so all are issued from the main thread. Tensors (states of metrics,
+mostly) go over the world's default group where that carries their device: on nccl the host does not wait for them, and
+a rank that comes to a vote instead is not taken for one that brings states. What can go wrong: a rank that never comes
+leaves the others waiting until the group's time limit, which raises.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from allstep.coordination.coordinator import ReduceOp
+from allstep.protocol.heartbeat import RankActivity
+
+_NAME = "agreement"
+"""What a rank says that it waits in."""
+
+
+class _Reduction:
+    __slots__ = ("_pulse", "_tensor", "_work")
+
+    def __init__(self, tensor: torch.Tensor, work: dist.Work, pulse: RankActivity) -> None:
+        self._tensor = tensor
+        self._work = work
+        self._pulse = pulse
+
+    def wait(self) -> list[int]:
+        with self._pulse.wait(_NAME):
+            self._work.wait()
+        return self._tensor.tolist()
+
+
+class GroupCoordinator:
+    """Agreement among the ranks of `group`, a gloo group of its own.
+
+    `pulse` is told when this rank waits. `carries` is the type of device whose tensors the default process group takes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, pulse: RankActivity | None = None, *, carries: str = "cpu") -> None:
+        self._group = group
+        self._pulse = RankActivity() if pulse is None else pulse
+        self._carries = carries
+        self.rank: int = group.rank()
+        self.world_size: int = group.size()
+
+    def vote(self, vector: Sequence[int]) -> _Reduction:
+        """One asynchronous reduction of the vector."""
+        tensor = torch.tensor(vector, dtype=torch.int64)
+        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        assert work is not None
+        return _Reduction(tensor, work, self._pulse)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, pickled."""
+        values: list[Any] = [None] * self.world_size
+        with self._pulse.wait(_NAME):
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+        """One collective."""
+        sent, group = self._ready(buffer)
+        rows = torch.empty((self.world_size, *sent.shape), dtype=sent.dtype, device=sent.device)
+        with self._pulse.wait(_NAME):
+            dist.all_gather(list(rows.unbind()), sent, group=group)
+        return rows.to(buffer.device)
+
+    def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+        """One collective."""
+        sent, group = self._ready(tensor)
+        sent = sent.clone() if sent is tensor else sent
+        with self._pulse.wait(_NAME):
+            dist.all_reduce(sent, op=getattr(dist.ReduceOp, op.upper()), group=group)
+        return sent.to(tensor.device)
+
+    def _ready(self, tensor: torch.Tensor) -> tuple[torch.Tensor, dist.ProcessGroup | None]:
+        """The tensor where a group carries it, and that group; None is the default one."""
+        if tensor.device.type == self._carries:
+            return tensor.contiguous(), None
+        return tensor.cpu().contiguous(), None if self._carries == "cpu" else self._group
+
+    def broadcast(self, value: Any, source: int) -> Any:
+        """The value of rank `source` of the group, pickled; tensors of an accelerator arrive on the receiver's own."""
+        values = [_packed(value) if source == self.rank else None]
+        origin = dist.get_global_rank(self._group, source)
+        with self._pulse.wait(_NAME):
+            dist.broadcast_object_list(values, src=origin, group=self._group, device=torch.device("cpu"))
+        assert values[0] is not None
+        return pickle.loads(values[0])
+
+
+class _Packer(pickle.Pickler):
+    """Pickles a tensor of an accelerator with its kind of device alone: the sender's index is another rank's device."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor) and obj.device.type not in ("cpu", "meta"):
+            return _on_own_device, (obj.detach().cpu(), obj.device.type)
+        return NotImplemented
+
+
+def _packed(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Packer(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
+    return buffer.getvalue()
+
+
+def _on_own_device(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    return tensor.to(torch.device(kind))

@@ -1,0 +1,187 @@
+"""From what is known of one rank to what became of it; pure.
+
+Contract: the inquiry and a relay ask for the `RankOutcome` of a `RankRecord` at any moment, and again when more is known;
+`causes` ranks accounts and `report` says them in words.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from enum import StrEnum
+
+from allstep.diagnosis.record import Moment, RankRecord
+from allstep.exit_codes import HANG, PEER_LOST, PREEMPTED, USER_ERROR
+from allstep.protocol.messages import Failure
+from allstep.protocol.worker_exit import WorkerExit, after_another, describe, exit_status
+
+
+class Kind(StrEnum):
+    """What became of a rank."""
+
+    SIGNAL = "signal"
+    ERROR = "error"
+    EXIT = "exit"
+    LOST = "lost"
+    NODE_LOST = "node lost"
+    SERVICE_LOST = "service lost"
+    EARLY = "left early"
+    HANG = "hang"
+    SEEN = "seen"
+    DERIVED = "derived"
+    ORDERED = "left on order"
+    KILLED = "killed"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+    RUNNING = "running"
+
+
+@dataclass(frozen=True, slots=True)
+class RankOutcome:
+    """What became of one rank. `what` is a clause about it, `status` the exit status that it stands for.
+
+    `order` is the place of the news in the order of arrival. `output` is the last text on its standard error.
+    """
+
+    rank: int
+    kind: Kind
+    what: str
+    status: int
+    order: int = 0
+    host: str = ""
+    pid: int = 0
+    device: str = ""
+    epoch: int = 0
+    iteration: int = 0
+    section: str = ""
+    waiting: str = ""
+    traceback: str = ""
+    output: str = ""
+    note: str = ""
+    stacks: str = ""
+    trace: str = ""
+
+
+def account(record: RankRecord, *, supervised: bool) -> RankOutcome:
+    """What became of a rank, as far as is known now.
+
+    Args:
+        record: what is known.
+        supervised: the end of its process will be known, so a closed connection alone says little.
+    """
+    kind, what, status, moment = judgement(record, supervised=supervised)
+    arrival, beat, failure = record.arrival, record.beat, record.failure
+    explains = kind in (Kind.ERROR, Kind.SEEN, Kind.DERIVED)  # else its exception, if any, is a note
+    place = failure if failure and explains else beat
+    return RankOutcome(
+        rank=record.rank,
+        kind=kind,
+        what=what,
+        status=status,
+        order=moment.order if moment else 0,
+        host=record.host,
+        pid=arrival.pid if arrival else 0,
+        device=(failure.device if failure else "") or (arrival.device_type if arrival else ""),
+        epoch=place.epoch if place else 0,
+        iteration=place.iteration if place else 0,
+        section=place.section if place else "",
+        waiting=beat.waiting if beat and place is beat else "",
+        traceback=failure.traceback if failure else "",
+        output=record.end.stderr if record.end else "",
+        note="; ".join(filter(None, (record.end.note if record.end else "", "" if explains else _note(failure)))),
+        stacks=record.stacks,
+        trace=record.trace,
+    )
+
+
+Judgement = tuple[Kind, str, int, Moment | None]
+"""What became of a rank: its kind, a clause, the exit status that it stands for, and when that was heard of."""
+
+
+def judgement(record: RankRecord, *, supervised: bool) -> Judgement:
+    """What became of a rank, as far as is known now; as `account`, without the rest."""
+    failure, end, left = record.failure, record.end, record.left
+    if failure is not None and (failure.leaving or _ended_of_it(record, supervised)):
+        return _by_failure(record, failure, Kind.ERROR)
+    if record.ordered is not None and left is not None and record.ordered.order < left.order:
+        return _by_order(end, left)
+    if record.hung is not None:
+        return Kind.HANG, record.hung_why, HANG, record.hung
+    if end is not None and not (end.killed and failure):
+        return _by_end(record, end, record.ended)
+    if record.node_lost:
+        return Kind.NODE_LOST, record.lost_why, PEER_LOST, record.lost
+    if record.lost is not None and end is None:
+        return _by_loss(record, supervised)
+    if failure is not None:
+        return _by_failure(record, failure, Kind.SEEN)
+    if record.bye is not None and record.left_open and record.awaited:
+        return Kind.EARLY, f"left early: it ended with its World open {record.awaited}", USER_ERROR, record.bye
+    if record.bye is not None:
+        return Kind.FINISHED, "ended with its World open" if record.left_open else "closed its World", 0, record.bye
+    return Kind.RUNNING, "had not failed" if record.arrival else "had not come to init", 0, None
+
+
+def _ended_of_it(record: RankRecord, supervised: bool) -> bool:
+    """Whether an exception that was only seen is the best account of how the rank ended."""
+    end = record.end
+    if end is not None:
+        return end.returncode > 0 and end.returncode not in (HANG, PEER_LOST, PREEMPTED)
+    return bool(record.awaited or (record.lost and not supervised and not record.node_lost))
+
+
+def _by_failure(record: RankRecord, failure: Failure, kind: Kind) -> Judgement:
+    status = USER_ERROR
+    if record.end is not None and record.end.returncode and not record.end.killed:
+        status = exit_status(record.end.returncode)
+    return (Kind.DERIVED if failure.derived else kind), _in_a_line(failure), status, record.failed
+
+
+def _in_a_line(failure: Failure) -> str:
+    summary = failure.message.strip().splitlines()
+    return f"{failure.kind}: {summary[0]}" if summary else failure.kind
+
+
+def _by_order(end: WorkerExit | None, left: Moment) -> Judgement:
+    """The end of a rank that had been told to leave: it may have ended in a way that nobody is told to."""
+    if end is not None and end.killed:
+        return Kind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
+    if end is not None and end.returncode == PREEMPTED:
+        return Kind.PREEMPTED, f"made room ({describe(PREEMPTED)})", PREEMPTED, left
+    if end is not None and end.returncode < 0 and end.returncode != -signal.SIGABRT:
+        return Kind.SIGNAL, describe(end.returncode), exit_status(end.returncode), left
+    return Kind.ORDERED, "left when it was told to", PEER_LOST, left
+
+
+def _by_loss(record: RankRecord, supervised: bool) -> Judgement:
+    what = (
+        f"let go of its connection to the service ({record.lost_why}), and its process goes on"
+        if supervised
+        else "is gone: its process was killed, or ended without closing its World"
+    )
+    return Kind.LOST, what, PEER_LOST, record.lost
+
+
+def _by_end(record: RankRecord, end: WorkerExit, moment: Moment | None) -> Judgement:
+    code = end.returncode
+    if end.killed:
+        return Kind.KILLED, "was killed by allstep", PEER_LOST, moment
+    if code == PREEMPTED:
+        return Kind.PREEMPTED, f"made room ({describe(code)})", code, moment
+    if code in (HANG, PEER_LOST):
+        return Kind.DERIVED, f"{describe(code)}, with which ranks leave when another one failed", code, moment
+    if code == 0:
+        if record.awaited:
+            return Kind.EARLY, f"left early: it ended with exit code 0 {record.awaited}", USER_ERROR, moment
+        if record.arrival is not None and record.bye is None:
+            what = "left early: its process ended with exit code 0 while its World was open"
+            return Kind.EARLY, what, USER_ERROR, moment
+        what = "ended with its World open" if record.left_open else "finished without error"
+        return Kind.FINISHED, what, 0, record.bye or moment
+    if after_another(end):
+        return Kind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
+    return (Kind.SIGNAL if code < 0 else Kind.EXIT), describe(code), exit_status(code), moment
+
+
+def _note(failure: Failure | None) -> str:
+    return f"before that, {_in_a_line(failure)} left a run, which the script may have caught" if failure else ""

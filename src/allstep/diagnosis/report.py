@@ -1,0 +1,247 @@
+"""The failure report: a `Diagnosis` as text for somebody who was not watching, and as JSON.
+
+Contract: pure functions, but for `write_report`, after which the file holds the whole report or what it held before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from allstep.diagnosis.rank_outcome import Kind, RankOutcome
+from allstep.diagnosis.root_cause import Diagnosis
+from allstep.diagnosis.stacks import main_thread, set_off
+from allstep.protocol.registration import spans
+
+LINES = 50
+"""Lines of a rank's output that the report repeats, at most."""
+
+BESIDE_TRACEBACK = 15
+"""The same, where the report has the traceback of its failure."""
+
+_FRAMES = 40
+_GROUPS = 16  # lines about others
+_ALSO = 3  # further causes that are shown with a traceback
+_STACKS = 4  # ranks behind whose stacks are shown; the file has all
+_TRACEBACKS = ("Traceback (most recent call last)", "  + Exception Group Traceback")
+_DUMPS = (*_TRACEBACKS, "Fatal Python error")
+_TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
+_SILENT = (Kind.SIGNAL, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.EARLY, Kind.HANG)  # said nothing at their end
+_FAILED_TOO = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST)
+
+
+def failure_text(
+    case: Diagnosis, *, name: str = "", tails: Mapping[int, str] | None = None, logs: Mapping[int, Path] | None = None
+) -> str:
+    """The block that ends a failed run: first cause first, then each further cause, then the others, one line each.
+
+    Args:
+        case: what happened.
+        name: the run's name.
+        tails: the last text of ranks' output, where the caller has it; else what came with their ends.
+        logs: where each rank's whole output is.
+    """
+    cause = case.cause
+    lines = [f"{f'run {name}' if name else 'the run'} failed: {_headline(case)}", f"  {cause.what}"]
+    lines += [f"  {line}" for line in filter(None, (_place(cause), case.explanation, cause.note))]
+    if cause.traceback:
+        lines += [f"  {line}" for line in set_off(_cut(cause.traceback))]
+    lines += _stacks(case)
+    last = _output(cause, tails)
+    if last:
+        lines += ["  its last lines of output:", *(f"    {line}".rstrip() for line in last)]
+    elif cause.kind in (Kind.SIGNAL, Kind.EXIT) and not cause.traceback:
+        lines.append("  it wrote nothing to standard error")
+    if logs and cause.rank in logs:
+        lines.append(f"  its whole output: {logs[cause.rank]}")
+    for also in _further(case):
+        lines.append(f"  rank {also.rank} failed too: {also.what}")
+        lines += [f"    {line}" for line in (_place(also), *set_off(_cut(also.traceback))[-12:])]
+    lines += [f"  {line}" for line in _others(case)]
+    lines += [f"  {straggler_line(rank, ratio)}" for rank, ratio in case.slow]
+    return "\n".join(lines) + "\n"
+
+
+def failure_json(
+    case: Diagnosis, *, name: str = "", tails: Mapping[int, str] | None = None, logs: Mapping[int, Path] | None = None
+) -> dict[str, object]:
+    """The same as values that JSON can carry."""
+
+    def one(each: RankOutcome) -> dict[str, object]:
+        values = asdict(each)
+        values["kind"] = str(each.kind)
+        values["output"] = "\n".join(_output(each, tails))
+        values["log"] = str(logs[each.rank]) if logs and each.rank in logs else ""
+        return values
+
+    return {
+        "version": 1,
+        "run": name,
+        "attempt": case.attempt,
+        "world_size": case.world_size,
+        "exit_code": case.exit_code,
+        "cause": one(case.cause),
+        "others": [one(each) for each in case.others],
+        "explanation": case.explanation,
+        "stragglers": [{"rank": rank, "ratio": round(ratio, 3)} for rank, ratio in case.slow],
+    }
+
+
+def write_report(path: Path, content: Mapping[str, object]) -> None:
+    """Write JSON so that a reader finds the whole of it or nothing. Who may read it follows from the umask.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
+    try:
+        with open(temporary, "x", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def straggler_line(rank: int, ratio: float) -> str:
+    """A slow rank, in words."""
+    return f"rank {rank} is slow: its own part of a step takes {ratio:.1f} times the others'"
+
+
+def without_torchs_prefix(line: str) -> str:
+    """A line of output as the script wrote it."""
+    return _TORCHS_PREFIX.sub("", line)
+
+
+def last_lines(output: str, traceback: str = "") -> list[str]:
+    """The end of what a rank wrote.
+
+    Args:
+        output: the end of its output.
+        traceback: of its failure, which is left out. Where none is known, the lines begin with the last traceback or
+            crash dump that was written, if there is one.
+    """
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
+    lines = [without_torchs_prefix(line) for line in lines]
+    if traceback:
+        return _trimmed(_without(traceback, lines))[-BESIDE_TRACEBACK:]
+    lines = _trimmed(lines)[-LINES:]
+    starts = [index for index, line in enumerate(lines) if line.startswith(_DUMPS)]
+    return lines[starts[0] if starts else 0 :]
+
+
+def _trimmed(lines: list[str]) -> list[str]:
+    said = [index for index, line in enumerate(lines) if line]
+    return lines[said[0] : said[-1] + 1] if said else []
+
+
+def _without(traceback: str, lines: list[str]) -> list[str]:
+    """The lines but for the last printing of this traceback: from the heading to the text of the exception.
+
+    Python may have printed more frames of it than were reported, so its ends are compared and not the whole.
+    """
+    reported = [line.rstrip() for line in traceback.rstrip().split("\n")]
+    headings = sum(line.startswith(_TRACEBACKS) for line in reported)
+    ends = [index for index, line in enumerate(lines) if line == reported[-1]]
+    starts = [index for index, line in enumerate(lines) if ends and index < ends[-1] and line.startswith(_TRACEBACKS)]
+    if not starts or not headings:
+        return lines
+    return lines[: starts[-headings:][0]] + lines[ends[-1] + 1 :]
+
+
+def _output(each: RankOutcome, tails: Mapping[int, str] | None) -> list[str]:
+    ended_of_it = each.kind in (Kind.ERROR, Kind.DERIVED)  # else its traceback is of something before
+    return last_lines((tails or {}).get(each.rank) or each.output, each.traceback if ended_of_it else "")
+
+
+def _headline(case: Diagnosis) -> str:
+    cause = case.cause
+    if cause.kind is Kind.NODE_LOST:
+        return f"a node of its {case.world_size} ranks was lost"
+    if cause.kind is Kind.SERVICE_LOST:
+        return "the link to the head was lost"
+    if cause.kind is Kind.HANG:
+        behind = [cause.rank, *(each.rank for each in case.others if each.kind is Kind.HANG)]
+        return f"{_ranks(behind)} of {case.world_size} made no progress"
+    first = "left first" if cause.kind is Kind.EARLY else "failed first"
+    return f"rank {cause.rank} of {case.world_size} {first}"
+
+
+def _place(each: RankOutcome) -> str:
+    who = [f"rank {each.rank}" + (f" on {each.host}" if each.host else "")]
+    who += [f"pid {each.pid}"] if each.pid else []
+    who += [f"device {each.device}"] if each.device else []
+    where = [f"epoch {each.epoch}, iteration {each.iteration}"] if each.epoch or each.iteration else []
+    where += [f"section {each.section}"] if each.section else []
+    where += [f"waiting in {each.waiting}"] if each.waiting else []
+    if where and each.kind in _SILENT and not (each.traceback or each.stacks):
+        return f"{', '.join(who)}; its last heartbeat: {', '.join(where)}"
+    return ", ".join(who + where)
+
+
+def _stacks(case: Diagnosis) -> list[str]:
+    lines: list[str] = []
+    hanging = [each for each in (case.cause, *case.others) if each.kind is Kind.HANG and (each.stacks or each.trace)]
+    waiting = [each for each in case.others if each.kind is not Kind.HANG and each.stacks][:1]
+    for each in (*hanging[:_STACKS], *(waiting if hanging else ())):
+        role = "stack" if each.kind is Kind.HANG else "stack, as one that waits"
+        if each.stacks:
+            lines.append(f"  rank {each.rank}'s {role} (most recent call first):")
+            lines += [f"  {line}" for line in set_off(_without_heading(main_thread(each.stacks)))[:_FRAMES]]
+        lines += [f"    its collective on record: {line}" for line in each.trace.splitlines()]
+    return lines
+
+
+def _without_heading(stack: str) -> str:
+    heading, _, frames = stack.partition("\n")
+    return frames if "most recent call first" in heading else stack
+
+
+def _further(case: Diagnosis) -> list[RankOutcome]:
+    """The first exceptions that say something else than the cause does."""
+    different: dict[str, RankOutcome] = {case.cause.what: case.cause}
+    for each in case.others:
+        if each.kind is Kind.ERROR and len(different) <= _ALSO:
+            different.setdefault(each.what, each)
+    return list(different.values())[1:]
+
+
+def _others(case: Diagnosis) -> list[str]:
+    alike: dict[str, list[int]] = {}
+    for each in sorted(case.others, key=lambda each: each.rank):
+        if each.kind in _FAILED_TOO or each.kind is Kind.DERIVED:
+            how = f"failed {'because of that' if each.kind is Kind.DERIVED else 'too'}, {each.what}"
+        elif each.kind is Kind.SEEN:
+            how = f"had seen {each.what} leave a run, and had not ended of it"
+        elif each.kind is Kind.RUNNING and each.waiting:
+            how = f"waited in {each.waiting}"
+        elif each.kind is Kind.KILLED and each.note:
+            how = f"{each.what}; {each.note}"
+        else:
+            how = each.what
+        alike.setdefault(how, []).append(each.rank)
+    lines = [f"{_ranks(ranks)}: {how}" for how, ranks in alike.items()]
+    if len(lines) <= _GROUPS:
+        return lines
+    rest = [rank for ranks in list(alike.values())[_GROUPS:] for rank in ranks]
+    return [*lines[:_GROUPS], f"{_ranks(rest)}: see the report's file"]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {spans(ranks)}"
+
+
+def _cut(text: str) -> str:
+    lines = text.rstrip().splitlines()
+    if len(lines) <= 2 * _FRAMES:
+        return text
+    return "\n".join((*lines[:_FRAMES], f"  ... {len(lines) - 2 * _FRAMES} lines left out", *lines[-_FRAMES:]))

@@ -1,0 +1,214 @@
+"""Where in its data a run stands, saved and taken up again: by arithmetic, by the data's own state, or by counting.
+
+Contract: `Engine.state_dict` asks `saved_place` and `Engine.run`, before anything is agreed or begun, `take_up`. Data
+that is dealt by a `ShardedBatchSampler` has a position, (seed, epoch, samples taken), the same on every rank and good
+at any world size and any split into micro-batches: the engine's counters, which count iterations, are translated to
+it. Data with `state_dict` and `load_state_dict` (a loader of torchdata, or an iterable dataset that a DataLoader
+without workers reads) has a state of its own on each rank. Of all other data only the number of batches is known.
+
+A state is of what steps have consumed. Batches that were read ahead are not: `PositionHistory` keeps the data's states behind
+each batch until the batch is done.
+
+A copy of a state that goes on changing, taken after every batch and hardly ever read, so it has to be cheap.
+
+Contract: `copied(state)` shares nothing that can change with `state`. It is what `copy.deepcopy` gives, several times
+as fast for what states are made of: containers, numbers, the tuples of random generators, tensors and arrays. Of a
+view only its own elements are copied and not all that it is a view of. Two places that hold one object hold two
+copies. What can go wrong: a state that holds itself is a RecursionError; a checkpoint could not keep it either.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from allstep.data import Loader, PlacedIterable, ShardedBatchSampler
+from allstep.engine.run import Place
+from allstep.engine.source import END
+from allstep.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class TakenUp:
+    """What `take_up` came to.
+
+    Attributes:
+        place: where the run stands, in iterations of this data.
+        opens_at: number of the batch with which the first pass opens, which the data knows already; None where the
+            pass has to be brought there by counting.
+    """
+
+    place: Place
+    opens_at: int | None
+
+
+def sampler_of(data: Any) -> ShardedBatchSampler | None:
+    """The sampler that deals `data` to ranks, if one does."""
+    sampler = getattr(data, "batch_sampler", None)
+    return sampler if isinstance(sampler, ShardedBatchSampler) else None
+
+
+def keeper_of(data: Any) -> Any:
+    """The object whose `state_dict` tells where in `data` its reader stands, or None."""
+    if not isinstance(data, Loader) and _has_state(data):
+        return data
+    if not isinstance(data, DataLoader) or not isinstance(data.dataset, IterableDataset) or data.num_workers:
+        return None
+    dataset = data.dataset.source if isinstance(data.dataset, PlacedIterable) else data.dataset
+    return dataset if _has_state(dataset) else None
+
+
+def group_size_over(data: Any, accumulate: int) -> int:
+    """Iterations in an accumulation group of an engine that accumulates over `accumulate` global batches of `data`."""
+    sampler = sampler_of(data)
+    return accumulate * (1 if sampler is None else sampler.accumulate)
+
+
+def saved_place(data: Any, epoch: int, done: int, own: Any, group_size: int) -> dict[str, Any] | None:
+    """What to save of the place in `data` after `done` batches of the pass of `epoch` (from 0), or None.
+
+    `own` is the data's own state behind that batch, END where it has none.
+    """
+    sampler = sampler_of(data)
+    if sampler is not None:
+        longer = sampler.global_length - sampler.batches_in_epoch  # where another batch size stopped inside the epoch
+        return {
+            "position": sampler.state_dict(min(done + longer if done else 0, sampler.global_length), epoch),
+            "batches": sampler.batches_in_epoch,
+            "group_size": group_size,
+        }
+    return None if own is END else {"own": own}
+
+
+def take_up(data: Any, saved: Mapping[str, Any] | None, place: Place, group_size: int) -> TakenUp:
+    """Bring `data` to a saved place, and the counters of the run to this data.
+
+    Raises:
+        DataError: the data is not the one that the place was saved of.
+    """
+    if saved is None:
+        return TakenUp(place, None)
+    keeper = keeper_of(data)
+    if "own" in saved and keeper is not None:
+        keeper.load_state_dict(copy.deepcopy(saved["own"]))
+        return TakenUp(place, 0)
+    sampler = sampler_of(data)
+    if "position" not in saved or sampler is None:
+        return TakenUp(place, None)
+    sampler.load_state_dict(saved["position"])
+    if place.epoch_length != saved["batches"]:
+        if (sampler.batches_in_epoch, group_size) != (saved["batches"], saved["group_size"]):
+            raise DataError(
+                f"the run to continue has epochs of {place.epoch_length} iterations over data of {saved['batches']} "
+                f"batches, and this data has {sampler.batches_in_epoch}: give the same batch size, or begin anew"
+            )
+        return TakenUp(place, None)
+    if place.iteration == place.epoch_began_at:
+        sampler.load_state_dict({**saved["position"], "epoch": place.epochs_completed, "samples_taken": 0})
+    left = sampler.global_length - sampler.next_batch
+    return TakenUp(
+        translated(place, saved["group_size"], sampler.batches_in_epoch, group_size, left), sampler.next_batch
+    )
+
+
+def translated(place: Place, old_group: int, length: int, group: int, left: int) -> Place:
+    """A place of a run whose epochs are passes, counted in iterations of another split of the same samples.
+
+    Whole epochs, and whole accumulation groups of one that `max_iters` ends in, stay what they were.
+
+    Args:
+        place: as saved.
+        old_group: iterations in an accumulation group then.
+        length: iterations in an epoch now.
+        group: iterations in an accumulation group now.
+        left: iterations that the present epoch has left now.
+    """
+    assert place.epoch_length is not None
+    old = place.epoch_length
+
+    def moved(iterations: int) -> int:
+        epochs, rest = divmod(iterations, old)
+        return epochs * length + min(-(-rest // old_group) * group, length)
+
+    if (old, old_group) == (length, group):
+        moved_begin, limit = place.epoch_began_at, place.max_iters
+    else:
+        moved_begin = moved(place.epoch_began_at)
+        limit = None if place.max_iters is None else moved(place.max_iters)
+    done = length - left if place.iteration > place.epoch_began_at else 0
+    return Place(moved_begin + done, place.epochs_completed, moved_begin, length, place.max_epochs, limit)
+
+
+class PositionHistory(Iterator[Any]):
+    """Batches of a pass over data that has a state, with the states behind those that are not done.
+
+    `done` says how many batches are done for good; states before that are forgotten.
+    """
+
+    def __init__(self, batches: Iterator[Any], keeper: Any, done: Callable[[], int | None]) -> None:
+        self._batches = batches
+        self._keeper = keeper
+        self._done = done
+        self._read = 0
+        self._states: deque[tuple[int, Any]] = deque()
+        self._remember()
+
+    def __next__(self) -> Any:
+        batch = next(self._batches, END)
+        self._read += batch is not END
+        done = self._done() or 0
+        while len(self._states) > 1 and self._states[1][0] <= done:
+            self._states.popleft()
+        self._remember()
+        if batch is END:
+            raise StopIteration
+        return batch
+
+    def behind(self, done: int, *, sees_end: bool) -> Any:
+        """The data's state behind the first `done` batches of the pass.
+
+        Where they are all of them and the end has been read, the state behind the end if `sees_end`, else before it:
+        a run that resumes inside an epoch has to find its end.
+        """
+        known = [(read, state) for read, state in self._states if read <= done] or [self._states[0]]
+        exact = [state for read, state in known if read == known[-1][0]]
+        return exact[-1 if sees_end else 0]
+
+    def last(self) -> Any:
+        """The data's state behind all that was read."""
+        return self._states[-1][1]
+
+    def _remember(self) -> None:
+        self._states.append((self._read, copied(self._keeper.state_dict())))
+
+
+def _has_state(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+_UNCHANGING = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
+def copied(value: Any) -> Any:
+    """A copy on its own. Types other than those of states are left to `copy.deepcopy`, and so are their errors."""
+    kind = type(value)
+    if kind in _UNCHANGING:
+        return value
+    if kind is dict:
+        return {copied(key): copied(item) for key, item in value.items()}
+    if kind is list:
+        return [copied(item) for item in value]
+    if kind is tuple:
+        return value if _UNCHANGING.issuperset(map(type, value)) else tuple(map(copied, value))
+    if kind is torch.Tensor and not value.requires_grad:
+        return value.clone()
+    if kind is np.ndarray and not value.dtype.hasobject:
+        return value.copy()
+    return copy.deepcopy(value)

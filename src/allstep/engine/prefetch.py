@@ -1,0 +1,370 @@
+"""One rank's batches of a pass, with the counts that it can promise beforehand.
+
+Contract: the agreed feed asks a `Reader` what the coming iterations hold (`look`), before they are run, and later takes
+the batches one by one (`take`). Where counts are arithmetic (allstep's own loader; a plain `DataLoader` with torch's
+batch sampler over a map-style dataset) nothing is read ahead; all other data is read ahead, on the main thread, about
+one batch an iteration. What can go wrong: data that gives less than was promised (`gave_less`); a batch whose samples
+cannot be counted.
+
+What one rank has to give: the batches of its pass, those that were carried over from the pass before, and a filler.
+
+Contract: an `AgreedFeed` asks what the coming iterations hold (`look`), votes on that with the other ranks, and takes
+the batches of the iterations that were agreed (`give`). It says when a pass begins and ends. A batch that was agreed
+and belongs to an accumulation group which the next pass completes is carried over; one that was read and not given is
+kept, for data that cannot be iterated again. Nothing here crosses ranks. What can go wrong is the reader's: data that
+gives less than it declared (`gave_less`), which all ranks hear of in their next vote.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from operator import index
+from typing import Any, Protocol
+
+from torch.utils.data import BatchSampler, DataLoader
+
+from allstep.engine.run_plan import len_of, length_of_all
+from allstep.engine.source import END
+from allstep.errors import DataError
+
+SamplesIn = Callable[[Any], int]
+Counts = Callable[[int, int], list[int | None]]
+
+_MOST_SAMPLES = (1 << 26) - 1  # of one rank in one iteration, so that the sum over 2^18 ranks fits its bits in a vote
+
+
+class Reader(Protocol):
+    """Batches of one pass of one rank."""
+
+    gave_less: str | None
+    target: int
+    taken: int
+
+    def look(self, start: int, stop: int) -> list[int | None]:
+        """Samples in the batches from `start` to `stop`, counted from the next one; None where there is none."""
+
+    def take(self) -> Any:
+        """The next batch, or END where this rank has none for the iteration."""
+
+    def first(self) -> Any:
+        """The next batch without taking it, or END."""
+
+    def unread(self) -> tuple[int, int]:
+        """Batches of the pass that were not taken and the samples in them, as far as known."""
+
+    def kept(self) -> list[Any]:
+        """Batches that were read and not taken."""
+
+    def total(self) -> tuple[int, bool]:
+        """Batches in the whole pass as far as known, and whether that is all."""
+
+
+class DeclaredReader:
+    """Batches whose sizes are known without reading: `counts(start, stop)`, numbered from the pass's beginning.
+
+    `length` is None for an endless series.
+    """
+
+    def __init__(self, batches: Iterator[Any], counts: Counts, length: int | None, position: int) -> None:
+        self._batches = batches
+        self._counts = counts
+        self._length = length
+        self._position = position
+        self._held: list[Any] = []
+        self.gave_less: str | None = None
+        self.target = 0
+        self.taken = 0
+
+    def look(self, start: int, stop: int) -> list[int | None]:
+        """Arithmetic."""
+        return self._counts(self._position + start, self._position + stop)
+
+    def take(self) -> Any:
+        """Read the next batch; END where none was promised, or the promise was not kept."""
+        promised = self.look(0, 1)[0]
+        batch = (self._held.pop() if self._held else next(self._batches, END)) if promised else END
+        if promised and batch is END:
+            self._say_less()
+        self._position += 1
+        self.taken += batch is not END
+        return batch
+
+    def first(self) -> Any:
+        """Read the next batch and hold it."""
+        if not self._held and self.look(0, 1)[0]:
+            batch = next(self._batches, END)
+            if batch is END:
+                self._say_less()
+            else:
+                self._held.append(batch)
+        return self._held[0] if self._held else END
+
+    def unread(self) -> tuple[int, int]:
+        """What is left of the declared length."""
+        if self._length is None:
+            return 0, 0
+        counts = [count for count in self._counts(self._position, self._length) if count]
+        return len(counts), sum(counts)
+
+    def kept(self) -> list[Any]:
+        """The batch that `first` holds, if any."""
+        return list(self._held)
+
+    def total(self) -> tuple[int, bool]:
+        """The declared length."""
+        return (self._position, False) if self._length is None else (self._length, True)
+
+    def _say_less(self) -> None:
+        if self.gave_less is None:
+            self.gave_less = f"declared {self._length} batches and gave {self._position}"
+
+
+class AheadReader:
+    """Batches that have to be read to be counted; keeps up to `target` of them, or what `look` needs.
+
+    `length` is how many are left, None when nobody knows. The pass of all ranks has at least `iterations` more: where
+    this rank's data has ended before, it takes part with a batch of no sample.
+    """
+
+    def __init__(
+        self, batches: Iterator[Any], samples_in: SamplesIn, *, length: int | None = None, iterations: int = 0
+    ) -> None:
+        self._batches = batches
+        self._samples_in = samples_in
+        self._length = length
+        self._iterations = iterations
+        self._position = 0
+        self._read: deque[tuple[Any, int]] = deque()
+        self.taken = 0
+        self._ended = False
+        self.gave_less: str | None = None
+        self.target = 0
+
+    def look(self, start: int, stop: int) -> list[int | None]:
+        """Read as many batches as the answer needs."""
+        self._fill(stop)
+        known: list[int | None] = [samples for _, samples in islice(self._read, start, stop)]
+        missing = range(self._position + start + len(known), self._position + stop)
+        return known + [0 if at < self._iterations else None for at in missing]
+
+    def take(self) -> Any:
+        """The next batch; one more is read in its place."""
+        self._fill(1)
+        self._position += 1
+        if not self._read:
+            return END
+        batch, _ = self._read.popleft()
+        self.taken += 1
+        self._fill(min(self.target, len(self._read) + 1))
+        return batch
+
+    def first(self) -> Any:
+        """The next batch, which stays."""
+        self._fill(1)
+        return self._read[0][0] if self._read else END
+
+    def unread(self) -> tuple[int, int]:
+        """What was read ahead, and of a declared length also the batches that would follow, not counted yet."""
+        left = len(self._read)
+        if self._length is not None and not self._ended:
+            left = max(left, self._length - self.taken)
+        return left, sum(samples for _, samples in self._read)
+
+    def kept(self) -> list[Any]:
+        """All that was read ahead."""
+        return [batch for batch, _ in self._read]
+
+    def total(self) -> tuple[int, bool]:
+        """What was taken and what was read ahead."""
+        return self.taken + len(self._read), self._ended
+
+    def _fill(self, target: int) -> None:
+        while len(self._read) < target and not self._ended:
+            batch = next(self._batches, END)
+            if batch is END:
+                self._ended = True
+            else:
+                self._read.append((batch, self._count(batch)))
+
+    def _count(self, batch: Any) -> int:
+        try:
+            counted = self._samples_in(batch)
+        except StopIteration as error:  # would be taken for the end of data
+            raise DataError("samples_in raised StopIteration; it must return the samples in a batch") from error
+        try:
+            samples = index(counted)
+        except TypeError:
+            raise DataError(f"samples_in returned {counted!r}; it must return the samples in a batch, an int") from None
+        if not 0 <= samples <= _MOST_SAMPLES:
+            raise DataError(f"samples_in returned {samples}; it must be from 0 to {_MOST_SAMPLES}")
+        return samples
+
+
+def declared_counts(data: Any) -> tuple[Counts, int | None] | None:
+    """Counts of a pass over `data` by arithmetic, and its batches; None when it has to be read to be counted."""
+    if data is None:
+        return lambda start, stop: [1] * (stop - start), None
+    sampler = getattr(data, "batch_sampler", None)
+    counts_of = getattr(sampler, "counts", None)
+    if counts_of is not None and hasattr(sampler, "global_length"):
+        length, rank = sampler.global_length, sampler.rank  # type: ignore[union-attr]
+
+        def own(start: int, stop: int) -> list[int | None]:
+            known = [int(n) for n in counts_of(start, min(stop, length))[:, rank]] if start < length else []
+            return [*known, *[None] * (stop - start - len(known))]
+
+        return own, length
+    if isinstance(data, DataLoader) and type(sampler) is BatchSampler:
+        try:
+            samples, size, length = len(data.sampler), sampler.batch_size, len(sampler)  # type: ignore[arg-type]
+        except TypeError:  # an iterable dataset, or a sampler that does not know its length
+            return None
+
+        def plain(start: int, stop: int) -> list[int | None]:
+            return [min(size, samples - at * size) if at < length else None for at in range(start, stop)]
+
+        return plain, length
+    return None
+
+
+def make_reader(data: Any, batches: Iterator[Any], position: int, samples_in: SamplesIn | None) -> Reader:
+    """The reader for a pass over `data` that stands at batch `position`."""
+    declared = declared_counts(data) if samples_in is None else None
+    if declared is None:
+        of_rank = len_of(data)
+        return AheadReader(
+            batches,
+            samples_in or count_samples,
+            length=None if of_rank is None else max(0, of_rank - position),
+            iterations=(length_of_all(data) or 0) - position,
+        )
+    counts, length = declared
+    return DeclaredReader(batches, counts, length, position)
+
+
+def count_samples(batch: Any) -> int:
+    """Samples in a batch: the size of the first dimension of its first tensor, found depth first; without any, 1."""
+    found = _first_dimension(batch)
+    return 1 if found is None else found
+
+
+def _first_dimension(value: Any) -> int | None:
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return int(shape[0]) if len(shape) else None
+    parts: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        parts = value.values()
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        parts = value
+    for part in parts:
+        found = _first_dimension(part)
+        if found is not None:
+            return found
+    return None
+
+
+class BatchBuffer:
+    """A rank's batches, in the order in which its iterations take them.
+
+    Attributes:
+        filler: what a rank without a batch takes part with: the last batch that was given, or another rank's; END
+            before there is one.
+    """
+
+    def __init__(self, group_size: int) -> None:
+        self.filler: Any = END
+        self._group_size = group_size
+        self._reader: Reader | None = None
+        self._carried: deque[tuple[Any, int | None]] = deque()
+        self._group: list[Any] = []
+        self._group_began: tuple[int, int] | None = None
+        self._gave_less: str | None = None
+
+    def begin(self, reader: Reader) -> None:
+        """Take from the pass that `reader` reads, behind what was carried over."""
+        self._gave_less = self.gave_less
+        self._reader, self._group_began = reader, None
+
+    @property
+    def carried(self) -> int:
+        """Batches that were carried over and not given."""
+        return len(self._carried)
+
+    @property
+    def gave_less(self) -> str | None:
+        """What this rank's data declared and did not give, in words, if it did."""
+        return self._gave_less or (self._reader.gave_less if self._reader is not None else None)
+
+    def look(self, start: int, stop: int) -> list[int | None]:
+        """Samples in the batches from `start` to `stop`, counted from the next one; None where there is none."""
+        assert self._reader is not None
+        carried = len(self._carried)
+        known = [samples for _, samples in list(self._carried)[start:stop]]
+        return known + self._reader.look(max(start - carried, 0), max(stop - carried, 0))
+
+    def read_ahead(self, batches: int) -> None:
+        """Let reading keep up to so many batches at hand."""
+        if self._reader is not None:
+            self._reader.target = batches
+
+    def first(self) -> Any:
+        """The filler, or where there is none yet the next batch, without taking it; END without either."""
+        return self._reader.first() if self.filler is END and self._reader is not None else self.filler
+
+    def give(self, iteration: int, *, begins_group: bool) -> Any:
+        """This rank's batch for the next iteration, which follows on `iteration` of the run; END where it has none."""
+        if begins_group:
+            self._group.clear()
+            if self._reader is not None:
+                self._group_began = iteration, self._reader.taken
+        batch = self._take()
+        if batch is not END:
+            self.filler = batch
+            if self._group_size > 1:
+                self._group.append(batch)
+        return batch
+
+    def carry_over(self, samples: list[int | None]) -> None:
+        """Keep the next batches, of so many samples each, for the group that the next pass completes."""
+        self._carried.extend([(self._take(), count) for count in samples])
+
+    def kept(self) -> list[Any]:
+        """Batches of the pass that were read and neither given nor carried over."""
+        return self._reader.kept() if self._reader is not None else []
+
+    def abandon(self, *, group_is_undone: bool) -> list[Any]:
+        """All that was read and not given, or given to a group that is undone; nothing is carried over any more."""
+        carried = [batch for batch, _ in self._carried if batch is not END]
+        self._carried.clear()
+        return (list(self._group) if group_is_undone else []) + carried + self.kept()
+
+    def taken_by(self, iteration: int) -> int | None:
+        """Batches taken from the pass in the first `iteration` iterations of the run, which end a group."""
+        if self._reader is None:
+            return None
+        if self._group_began is not None and self._group_began[0] >= iteration:
+            return self._group_began[1]
+        return self._reader.taken
+
+    def unread(self) -> tuple[int, int]:
+        """Batches that were not given and the samples in them, as far as known."""
+        batches, samples = self.unread_of_pass()
+        carried = [count for _, count in self._carried if count is not None]
+        return batches + len(carried), samples + sum(carried)
+
+    def unread_of_pass(self) -> tuple[int, int]:
+        """The same without what was carried over."""
+        return self._reader.unread() if self._reader is not None else (0, 0)
+
+    def total(self) -> tuple[int, bool]:
+        """Batches in the pass as far as known, and whether that is all."""
+        return self._reader.total() if self._reader is not None else (0, True)
+
+    def _take(self) -> Any:
+        if self._carried:
+            return self._carried.popleft()[0]
+        assert self._reader is not None
+        return self._reader.take()

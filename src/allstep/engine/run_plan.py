@@ -1,0 +1,206 @@
+"""What a user gives an engine, and its checks: an error that names the argument, the value and what is expected.
+
+What a call of `Engine.run` is to do: begin anew, go on, or nothing. Pure decisions over the state and arguments.
+
+Contract: `Engine.run` calls `settle_terms` before anything is changed or fired, so that a refused call loses nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from allstep.coordination import POLICIES, Uneven
+from allstep.engine.events import is_count
+from allstep.engine.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class RunArguments:
+    """What `Engine.run` was asked for besides the data; ranks compare all of it. See there."""
+
+    max_epochs: int | None
+    max_iters: int | None
+    epoch_length: int | None
+    uneven: Uneven
+    window: int | None
+    lookahead: int | None
+
+
+def check_step(step: Callable[..., Any]) -> None:
+    """Raise TypeError or ValueError unless a step can be called with (engine, batch)."""
+    if not callable(step):
+        raise TypeError(f"process_function is {step!r}; it must be a function (engine, batch)")
+    try:
+        signature = inspect.signature(step)
+    except (TypeError, ValueError):  # some builtins tell no signature
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        name = getattr(step, "__name__", step)
+        raise ValueError(f"process_function is called with (engine, batch), but {name!r} takes {signature}") from None
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless a value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:
+    """Raise ValueError when gradients cannot be added up over the iterations of a group before they are reduced."""
+    if group_size > 1 and any(getattr(module, "static_graph", False) for module in modules):
+        raise ValueError(
+            f"gradients are accumulated over {group_size} iterations, and a module is in DDP with static_graph=True, "
+            "which reduces them in every backward pass; wrap it without static_graph, or do not accumulate"
+        )
+
+
+def check_agreement(uneven: str, window: int | None, lookahead: int | None, group_size: int) -> None:
+    """Raise ValueError unless ranks can agree in this way; with several, called when all are known to say the same."""
+    check_choice("uneven", uneven, POLICIES)
+    if window is not None and not is_count(window, least=1):
+        raise ValueError(f"window is {window!r}; it must be an int of at least 1")
+    if lookahead is not None and not is_count(lookahead, least=group_size):
+        raise ValueError(
+            f"lookahead is {lookahead!r}; it must be an int of at least {group_size}, one accumulation group"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a run is to do. `fresh` says that its counters begin at zero."""
+
+    fresh: bool
+    epoch_length: int | None
+    max_epochs: int | None
+    max_iters: int | None
+
+
+def length_of(data: Any) -> int | None:
+    """Number of batches in one pass over `data`, for the whole world where it knows; None when it does not."""
+    of_all = length_of_all(data)
+    return len_of(data) if of_all is None else of_all
+
+
+def length_of_all(data: Any) -> int | None:
+    """Number of batches of the whole world in one pass over data that is dealt to ranks; None for other data."""
+    of_all = getattr(getattr(data, "batch_sampler", None), "global_length", None)
+    return None if of_all is None else int(of_all)
+
+
+def len_of(data: Any) -> int | None:
+    """`len(data)`, or None when it has none."""
+    if data is None or not hasattr(data, "__len__"):
+        return None
+    try:
+        return len(data)
+    except TypeError:  # a DataLoader over an iterable dataset has __len__ and no length
+        return None
+
+
+def is_done(iteration: int, epochs_completed: int, max_epochs: int | None, max_iters: int | None) -> bool:
+    """Whether the iterations or epochs asked for have been run."""
+    if max_iters is not None:
+        return iteration >= max_iters
+    return max_epochs is not None and epochs_completed >= max_epochs
+
+
+def asks_for_more(terms: Terms, state: State) -> bool:
+    """Whether a run with these terms is to do more than the one that left `state`."""
+    return (terms.max_epochs or 0) > (state.max_epochs or 0) or (terms.max_iters or 0) > (state.max_iters or 0)
+
+
+def settle_terms(
+    state: State,
+    data: Any,
+    max_epochs: int | None,
+    max_iters: int | None,
+    epoch_length: int | None,
+    *,
+    length: int | None,
+    epochs_completed: int,
+    resuming: bool,
+) -> Terms:
+    """Decide what a run with these arguments does, from the state that the last one left.
+
+    Args:
+        state: read, not changed.
+        data: the argument of `run`, None when there is none.
+        max_epochs: the argument of `run`, as are `max_iters` and `epoch_length`.
+        length: batches in one pass over the data, as agreed by all ranks; None while unknown.
+        epochs_completed: epochs that ended, not counting one that was left in its middle.
+        resuming: the state was loaded or the run is suspended, so that a finished state is not begun anew.
+
+    Raises:
+        TypeError: data is not iterable.
+        ValueError: an argument contradicts another, the state or itself.
+    """
+    if data is not None and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
+        raise TypeError(f"data is {data!r}; it must be iterable, or None with an epoch_length")
+    for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
+        if value is not None and not is_count(value, least=1):
+            raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
+    if max_epochs is not None and max_iters is not None:
+        raise ValueError(f"max_epochs ({max_epochs}) and max_iters ({max_iters}) exclude each other; give one")
+
+    started = state.max_epochs is not None or state.max_iters is not None
+    finished = is_done(state.iteration, epochs_completed, state.max_epochs, state.max_iters)
+    other_unit = (max_iters is not None and state.max_epochs is not None) or (
+        max_epochs is not None and state.max_iters is not None
+    )
+    if other_unit and (resuming or not finished):
+        raise ValueError(
+            "the run to continue is counted in "
+            f"{'epochs' if state.max_epochs is not None else 'iterations'}; give "
+            f"{'max_epochs' if state.max_epochs is not None else 'max_iters'}, or set engine.state.max_epochs and "
+            "engine.state.max_iters to None to begin anew"
+        )
+    if started and not other_unit:
+        for name, asked, reached in (
+            ("max_epochs", max_epochs, state.epoch),
+            ("max_iters", max_iters, state.iteration),
+        ):
+            if asked is not None and asked < reached:
+                raise ValueError(
+                    f"{name} is {asked}, but the state has reached {reached}; give at least that, or set "
+                    f"engine.state.{name} to None to begin anew"
+                )
+        epochs_asked, iters_asked = max_epochs or state.max_epochs, max_iters or state.max_iters
+        finished = is_done(state.iteration, epochs_completed, epochs_asked, iters_asked)
+        if resuming or not finished:
+            settled = _length_to_continue(state, data, length, epoch_length)
+            return Terms(False, settled, epochs_asked, iters_asked)
+    settled = _length_to_begin(state, data, length, epoch_length)
+    return Terms(True, settled, None if max_iters else (max_epochs or 1), max_iters)
+
+
+def _length_to_begin(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:
+    if epoch_length is not None:
+        return epoch_length
+    if data is None:
+        if state.epoch_length is None:
+            raise ValueError("there is no data and no epoch_length; give one of them")
+        return state.epoch_length
+    return length or (state.epoch_length if data is state.dataloader else None)
+
+
+def _length_to_continue(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:
+    if state.epoch_length is None:
+        if epoch_length is None and data is None and state.dataloader is None:
+            raise ValueError("the state has no epoch_length and there is no data; give one of them")
+        return epoch_length or length
+    if epoch_length is not None and epoch_length != state.epoch_length:
+        raise ValueError(
+            f"epoch_length is {epoch_length}, but the run to continue has {state.epoch_length}; leave it out, or begin "
+            "anew"
+        )
+    foreign = data is not None and state.dataloader is not None and data is not state.dataloader
+    if foreign and epoch_length is None and length is None:
+        return None
+    return state.epoch_length

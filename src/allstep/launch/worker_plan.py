@@ -1,0 +1,186 @@
+"""What each worker will be started with, decided before anything is started: pure functions, tested as tables.
+
+Contract: `plan_workers` gives one `WorkerPlan` per rank on this machine, in rank order; the supervisor starts them as
+they are. `worker_count` says how many.
+
+A port that stays ours until rank 0 serves the store on it.
+
+Contract: the launching parent holds a `ReservedPort` while its workers start and hands its number out. The socket is
+bound and never listens, so the kernel gives the number to nobody who asks for a free port, while rank 0's store, which
+sets SO_REUSEADDR as torch's always does, may bind and listen on it. Choosing a port, closing the socket and hoping
+would leave a gap in which another job takes it.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from allstep.launch.devices import Devices, device_environment
+from allstep.launch.environment import worker_environment
+from allstep.launch.settings import LaunchSettings
+
+BOOTSTRAP = str(Path(__file__).with_name("worker.py"))
+"""Started by its path, so that nothing in the current folder can stand in for a module that it imports."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What a person wants run: a script's path, or a module's name if `module`, and its arguments."""
+
+    target: str
+    arguments: tuple[str, ...] = ()
+    module: bool = False
+
+    def words(self) -> list[str]:
+        """What a worker's command line says of it."""
+        return ["module" if self.module else "script", self.target, *self.arguments]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker to start: its run and place in it, its whole environment, and what its bootstrap is to run."""
+
+    run_id: str
+    rank: int
+    world_size: int
+    environment: Mapping[str, str]
+    command: Command
+
+    def command_line(self, supervisor_pid: int, lifeline: int) -> list[str]:
+        """Return the command line, for a supervisor of this pid that holds the other end of the pipe `lifeline`."""
+        return [sys.executable, BOOTSTRAP, str(supervisor_pid), str(lifeline), *self.command.words()]
+
+
+def worker_count(settings: LaunchSettings, devices: Devices) -> int:
+    """Return the number of workers to start on this machine."""
+    return settings.nproc if settings.nproc != "auto" else len(devices.names) or settings.cpu_processes
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """This machine's part of one attempt.
+
+    Args:
+        run_id: the run's name.
+        attempt: which start of all workers this is, as its folder and the control channel count.
+        nonce: what ranks show to the control channel.
+        channel: where this machine's service of the control channel listens, HOST:PORT.
+        master_addr: the host on which rank 0 will serve the store.
+        master_port: the port for that.
+        workers: ranks on this machine.
+        first_rank: the first of them.
+        world_size: ranks on all machines.
+        node_rank: which machine this is.
+        nodes: how many machines there are.
+        max_restarts: the highest attempt that there may be.
+        folder: where this attempt's files go, or None for nowhere.
+    """
+
+    run_id: str
+    attempt: int
+    nonce: str
+    channel: str
+    master_addr: str
+    master_port: int
+    workers: int
+    first_rank: int
+    world_size: int
+    node_rank: int = 0
+    nodes: int = 1
+    max_restarts: int = 0
+    folder: Path | None = None
+
+    @property
+    def ranks(self) -> range:
+        """The ranks on this machine."""
+        return range(self.first_rank, self.first_rank + self.workers)
+
+
+def plan_workers(
+    settings: LaunchSettings,
+    command: Command,
+    share: Share,
+    *,
+    environ: Mapping[str, str],
+    devices: Devices,
+    cores: int,
+) -> tuple[WorkerPlan, ...]:
+    """Plan the workers of one attempt on this machine.
+
+    Args:
+        settings: what was asked for.
+        command: what each worker is to run.
+        share: this machine's part.
+        environ: what the workers inherit.
+        devices: the CUDA devices that they share.
+        cores: CPU cores that this process may use.
+    """
+    inherited = {**environ, **settings.env}
+    inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)
+    inherited.setdefault("PYTHONUNBUFFERED", "1")
+    if share.workers > 1:
+        inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // share.workers)))
+    if settings.limits is not None:
+        inherited["ALLSTEP_LIMITS"] = settings.limits
+    if settings.fault is not None:
+        inherited["ALLSTEP_FAULT"] = settings.fault
+    if settings.resume is not None:
+        inherited["ALLSTEP_RESUME"] = settings.resume
+    return tuple(
+        WorkerPlan(
+            run_id=share.run_id,
+            rank=rank,
+            world_size=share.world_size,
+            environment=inherited
+            | device_environment(devices, local_rank, share.workers)
+            | worker_environment(
+                rank=rank,
+                world_size=share.world_size,
+                local_rank=local_rank,
+                local_world_size=share.workers,
+                master_addr=share.master_addr,
+                master_port=share.master_port,
+                run_id=share.run_id,
+                attempt=share.attempt,
+                max_restarts=share.max_restarts,
+                node_rank=share.node_rank,
+                nodes=share.nodes,
+                channel=share.channel,
+                nonce=share.nonce,
+                attempt_folder=str(share.folder.resolve()) if share.folder is not None else None,
+            ),
+            command=command,
+        )
+        for local_rank, rank in enumerate(share.ranks)
+    )
+
+
+class ReservedPort:
+    """A bound TCP port, held until `close` or the end of the `with` block.
+
+    `port` 0 takes any free one. Raises OSError when a given port is in use.
+    """
+
+    def __init__(self, host: str = "", port: int = 0) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port))
+        except OSError:
+            self._socket.close()
+            raise
+        self.port: int = self._socket.getsockname()[1]
+
+    def close(self) -> None:
+        """Give the port back."""
+        self._socket.close()
+
+    def __enter__(self) -> ReservedPort:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

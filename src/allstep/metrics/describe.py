@@ -1,0 +1,144 @@
+"""How metrics were made, as text that ranks compare: what the shapes of states do not show.
+
+Contract: pure functions over metrics that have taken nothing in. Ranks of one script give the same text: of a metric
+its class and the arguments that torchmetrics' or allstep's own classes were made with, of arithmetic its formula, of
+functions the name. What a rank may well have of its own is left out: devices, paths, tensors, a user's own arguments.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from functools import lru_cache, partial
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.metric import CompositionalMetric
+
+from allstep.metrics.nodes import Entry, named_metrics, plain_attributes
+from allstep.metrics.torchmetrics_private import is_known
+
+_MISSING = object()
+_LONGEST = 200  # characters of a text
+
+# How a metric computes, and not what: a rank may have these for itself.
+_LEFT_OUT = frozenset(
+    {
+        *(
+            "validate_args",
+            "verbose",
+            "num_threads",
+            "batch_size",
+            "num_workers",
+            "progress_bar",
+            "rank",
+            "process_group",
+        ),
+        *("warn_on_many_detections", "model_name_or_path", "sync_on_compute", "compute_on_cpu", "dist_sync_on_step"),
+        "compute_with_cache",
+    }
+)
+
+
+def descriptions(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
+    """Of each collection and metric inside of named entries, the name and how it was made."""
+    metrics = named_metrics(entries)
+    names = {id(metric): name for name, metric in metrics}
+    found = [
+        (name, f"a collection, prefix {entry.prefix!r}, postfix {entry.postfix!r}, of {', '.join(entry._modules)}")
+        for name, entry in entries.items()
+        if isinstance(entry, MetricCollection)
+    ]
+    return [*found, *((name, _description(metric, names)) for name, metric in metrics)]
+
+
+def _description(metric: Metric, names: Mapping[int, str]) -> str:
+    if isinstance(metric, CompositionalMetric):
+        return f"the formula {_formula(metric, names)}"
+    made = [
+        f"{name}={text}" for name in _compared(metric) if (text := _text(vars(metric).get(name, _MISSING))) is not None
+    ]
+    return f"{type(metric).__name__}({', '.join(made)})"
+
+
+def _formula(metric: CompositionalMetric, names: Mapping[int, str]) -> str:
+    operands = [_operand(each, names) for each in (metric.metric_a, metric.metric_b) if each is not None]
+    return f"{_operator(metric.op)}({', '.join(operands)})"
+
+
+def _operand(operand: Any, names: Mapping[int, str]) -> str:
+    if isinstance(operand, CompositionalMetric):
+        return _formula(operand, names)
+    if isinstance(operand, Metric):
+        return names[id(operand)]
+    if isinstance(operand, torch.Tensor):
+        on_host = operand.ndim == 0 and operand.device.type == "cpu"
+        return repr(operand.item()) if on_host else f"tensor of shape {tuple(operand.shape)}"
+    return _text(operand) or type(operand).__name__
+
+
+def _operator(function: Any) -> str:
+    """A function's name, with what torchmetrics bound to it: the index of `metric[2]`."""
+    name = str(getattr(function, "__name__", type(function).__name__))
+    if not str(getattr(function, "__module__", "")).startswith("torchmetrics"):
+        return name
+    bound = [_text(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
+    return " ".join([name, *(text for text in bound if text is not None)])
+
+
+def _compared(metric: Metric) -> list[str]:
+    """The arguments of torchmetrics' and allstep's own classes that a metric is made of, as attributes."""
+    names = list(_arguments_of(type(metric)))
+    if type(metric).__module__.partition(".")[0] == "allstep":  # some are kept under other names
+        names += [name for name in sorted(plain_attributes(metric)) if name not in names]
+    return [name for name in names if name not in _LEFT_OUT and not name.startswith("_") and "device" not in name]
+
+
+@lru_cache
+def _arguments_of(kind: type[Metric]) -> tuple[str, ...]:
+    names: dict[str, None] = {}
+    for each in kind.__mro__:
+        if is_known(each.__module__) and "__init__" in vars(each):
+            names.update(dict.fromkeys(_named_parameters(each)))
+    return tuple(names)
+
+
+def _named_parameters(kind: type) -> Iterator[str]:
+    for each in list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]:
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+            yield each.name
+
+
+def _text(value: Any) -> str | None:
+    """A value as text that is the same on all ranks; None for what may not be."""
+    if value is None or isinstance(value, bool):
+        return repr(value)
+    if isinstance(value, Enum):
+        return _text(value.value)
+    if isinstance(value, Integral):
+        return repr(int(value))
+    if isinstance(value, Real):
+        return repr(float(value))
+    if isinstance(value, str):
+        is_path = "/" in value or "\\" in value or ":" in value
+        return None if is_path or len(value) > _LONGEST else repr(str(value))
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return _joined("[{}]", [_text(each) for each in value])
+    if isinstance(value, set | frozenset):
+        texts = [_text(each) for each in value]
+        return None if None in texts else _joined("{{{}}}", sorted(text for text in texts if text is not None))
+    if isinstance(value, partial):
+        return _text(value.func)
+    if inspect.isroutine(value) or inspect.isclass(value):
+        return str(value.__qualname__)
+    return None
+
+
+def _joined(form: str, texts: list[str | None] | list[str]) -> str | None:
+    known = [text for text in texts if text is not None]
+    return form.format(", ".join(known)) if len(known) == len(texts) else None

@@ -1,0 +1,345 @@
+"""A rank's end of the control channel.
+
+Contract: `Client.connect` is called once per World, before the process group is opened; it returns when all ranks have
+arrived and fit, and raises with the verdict otherwise. `start` begins to beat once a second in a daemon thread, which
+also obeys the service: `Leave` writes the report (if it carries one) to standard error and ends the process,
+`AskStacks` is answered with the stacks of all threads. `report` says at once that an exception is on its way, before
+anything is torn down; `close` says goodbye in order. No call blocks for longer than its stated bound, and a service
+that is gone or frozen costs a rank nothing but its watch.
+
+With each beat the thread winds up `faulthandler`'s timer, so that a rank whose interpreter lock is held, which cannot
+beat nor answer, leaves its stacks in the file whose address its `Hello` gave.
+
+Ending this process on order, from a thread, whatever the main thread is in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NoReturn
+
+from allstep.errors import ChannelError, WorldError
+from allstep.monitor.own_stacks import StacksTimer, own_stacks
+from allstep.monitor.torch_private import active_collectives
+from allstep.protocol.address import split_address
+from allstep.protocol.connection import Connection
+from allstep.protocol.heartbeat import RankActivity
+from allstep.protocol.messages import (
+    AskStacks,
+    Bye,
+    Failure,
+    Hello,
+    Leave,
+    Message,
+    Notice,
+    Refused,
+    Stacks,
+    Welcome,
+    Withdraw,
+    decode,
+    encode,
+)
+from allstep.protocol.server import FIRST_LINE
+
+REPORT_S = 1.0
+"""Seconds that `Client.report` and `Client.close` take at most."""
+
+PERIOD = 1.0
+"""Seconds between two heartbeats."""
+
+_ANSWER_S = 10.0  # in which something must answer at the service's address
+_GRACE_S = 5.0  # for the service's own verdict to come after the time is over
+_LONGEST_TEXT = 64 << 10  # characters of a message or a traceback; its ends are what matters
+
+
+class Client:
+    """The connection of one rank."""
+
+    def __init__(self, connection: Connection, hello: Hello) -> None:
+        self._connection = connection
+        self._rank = hello.arrival.rank
+        self._attempt = hello.attempt
+        self._timer = StacksTimer()
+        self._lock = threading.Lock()
+        self._wake = os.pipe()
+        self._closing = False
+        self._judged = threading.Event()
+        self._pulse: RankActivity | None = None
+        self._thread: threading.Thread | None = None
+        self._number = 0
+        self._early: list[bytes] = []  # what came right behind the welcome
+        itself = weakref.ref(self)
+        os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
+
+    @classmethod
+    def connect(cls, address: str, hello: Hello, timeout: float) -> Client:
+        """Introduce this rank and wait for all others.
+
+        Args:
+            address: HOST:PORT of the service.
+            hello: who this rank is; its `patience` and `stacks_file` are filled in here.
+            timeout: seconds that the ranks have to arrive.
+
+        Raises:
+            WorldError: nothing answers there, the service turned this rank away, the facts are too long, or ranks are
+                missing or do not fit.
+        """
+        deadline = time.monotonic() + timeout + _GRACE_S
+        client = cls(_reach(address, timeout), hello)
+        try:
+            hello = replace(hello, patience=timeout, stacks_file=client._timer.address)
+            _check_length(hello)
+            client._send(hello, REPORT_S)
+            client._await_welcome(address, deadline, timeout)
+        except BaseException:
+            client._let_go()
+            raise
+        return client
+
+    def start(self, pulse: RankActivity) -> None:
+        """Begin to beat, and to obey the service, in a daemon thread.
+
+        Call it right after `connect`, before anything that could wait for other ranks.
+        """
+        self._pulse = pulse
+        self._thread = threading.Thread(target=self._serve, args=(pulse,), daemon=True, name="allstep channel")
+        self._thread.start()
+
+    @property
+    def lost(self) -> bool:
+        """Whether the service is gone."""
+        return bool(self._connection.ended)
+
+    def report(self, failure: Failure) -> None:
+        """Send a failure now; returns within `REPORT_S`. Its `rank`, `attempt` and `number` are filled in here."""
+        self._number += 1
+        sent = replace(
+            failure,
+            rank=self._rank,
+            attempt=self._attempt,
+            number=self._number,
+            message=_shortened(failure.message, _LONGEST_TEXT),
+            traceback=_shortened(failure.traceback, _LONGEST_TEXT),
+        )
+        self._send(sent, REPORT_S)
+
+    def linger(self, timeout: float) -> None:
+        """After a report, let the service finish its judgement, and write the report if it asks for that.
+
+        For ranks without a supervisor: their launcher ends the others as soon as this process has ended.
+        """
+        if self._thread is not None and self._thread.is_alive() and not self.lost:
+            self._judged.wait(timeout)
+
+    def withdraw(self) -> None:
+        """Take back what was reported as only seen: the exception was caught, and the rank goes on."""
+        self._send(Withdraw(self._rank), REPORT_S)
+
+    def close(self, *, closed: bool = True) -> None:
+        """Say goodbye: this World was closed in order, or (`closed` false) the interpreter ends while it is open."""
+        self._send(Bye(self._rank, closed), REPORT_S)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self._closing = True
+        with contextlib.suppress(OSError):
+            os.write(self._wake[1], b"x")
+        if self._thread is not None:
+            self._thread.join(REPORT_S)
+        else:
+            self._timer.close()
+        if self._thread is None or not self._thread.is_alive():
+            self._connection.close()
+            for fd in self._wake:
+                os.close(fd)
+            self._wake = (-1, -1)
+
+    def _send(self, message: Message, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        if not self._lock.acquire(timeout=patience):
+            return
+        try:
+            connection = self._connection
+            connection.send(encode(message))
+            while connection.backlog and not connection.ended and (left := deadline - time.monotonic()) > 0:
+                _wait(connection, left, writing=True)
+                connection.flush()
+        finally:
+            self._lock.release()
+
+    def _await_welcome(self, address: str, deadline: float, timeout: float) -> None:
+        connection = self._connection
+        while not connection.ended:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise WorldError(
+                    f"rank {self._rank}: the service at {address} did not say within {timeout + _GRACE_S:g} s whether "
+                    "all ranks arrived; its process may be frozen"
+                )
+            _wait(connection, left, writing=connection.backlog > 0)
+            connection.flush()
+            lines = connection.receive()
+            for index, line in enumerate(lines, 1):
+                match _decoded(line, address):
+                    case Welcome():
+                        self._early = lines[index:]
+                        return
+                    case Refused(reason):
+                        raise WorldError(reason)
+                    case Leave() as order:
+                        self._obey(order)
+        raise WorldError(
+            f"rank {self._rank}: the service at {address} closed the connection ({connection.ended}) before all "
+            "ranks had arrived; what it printed may say why"
+        )
+
+    def _serve(self, pulse: RankActivity) -> None:
+        number, beat_at = 0, time.monotonic()
+        connection = self._connection
+        with contextlib.closing(self._timer) as timer, selectors.PollSelector() as selector:
+            selector.register(self._wake[0], selectors.EVENT_READ)
+            selector.register(connection.sock, selectors.EVENT_READ)
+            for line in self._early:
+                self._heed(line)
+            while not self._closing and not connection.ended:
+                if time.monotonic() >= beat_at:
+                    timer.wind_up()
+                    number += 1
+                    beat_at = time.monotonic() + PERIOD
+                    with self._lock:
+                        connection.send(encode(pulse.beat(self._rank, self._attempt, number)))
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.backlog else 0)
+                selector.modify(connection.sock, events)
+                selector.select(max(0.0, beat_at - time.monotonic()))
+                with self._lock:
+                    connection.flush()
+                    lines = connection.receive()
+                for line in lines:
+                    self._heed(line)
+
+    def _heed(self, line: bytes) -> None:
+        with contextlib.suppress(ChannelError):
+            match decode(line):
+                case Leave() as order:
+                    self._obey(order)
+                case Notice(text):
+                    write_out(text)
+                case AskStacks():
+                    self._send(self._stacks(), REPORT_S)
+
+    def _stacks(self) -> Stacks:
+        """The answer to `AskStacks`; an empty one where there can be no other, so that nobody waits for it."""
+        try:
+            text = own_stacks()
+        except OSError:
+            text = ""
+        return Stacks(self._rank, text, active_collectives())
+
+    def _obey(self, order: Leave) -> None:
+        if order.code is not None:
+            leave(order.code, order.report)
+        write_out(order.report)
+        self._judged.set()
+
+
+def _forget_in_child(reference: weakref.ref[Client]) -> None:
+    """Close the connection in a forked child: one that outlives this rank must not keep it open."""
+    client = reference()
+    if client is not None and not client._closing:
+        client._connection.close()
+
+
+def _check_length(hello: Hello) -> None:
+    """The service closes on a longer line without a word, since a stranger could send it."""
+    length, facts = len(encode(hello)) - 1, hello.arrival.facts
+    if length <= FIRST_LINE:
+        return
+    largest = max(facts, key=lambda name: len(facts[name]), default="")
+    raise WorldError(
+        f"rank {hello.arrival.rank}: facts are too long: with them a rank's introduction has {length} bytes, of at "
+        f"most {FIRST_LINE}; the longest of {len(facts)} is {largest!r}, with {len(facts.get(largest, ''))} "
+        "characters. Give init a digest instead, such as hashlib.sha256(repr(config).encode()).hexdigest()"
+    )
+
+
+def _reach(address: str, timeout: float) -> Connection:
+    deadline = time.monotonic() + min(timeout, _ANSWER_S)
+    while True:
+        try:
+            return Connection(socket.create_connection(split_address(address), timeout=2.0))
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise WorldError(
+                    f"nothing answers at {address}, where this run's control channel should be "
+                    f"({error.strerror or error}); check that the node can be reached and that no firewall is between"
+                ) from error
+            time.sleep(0.1)  # nothing tells when a service begins to listen
+
+
+def _wait(connection: Connection, seconds: float, *, writing: bool) -> None:
+    with selectors.PollSelector() as selector:
+        selector.register(connection.sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
+        selector.select(seconds)
+
+
+def _decoded(line: bytes, address: str) -> Message:
+    try:
+        return decode(line)
+    except ChannelError as error:
+        raise WorldError(f"what answers at {address} is not this run's control channel: {error}") from error
+
+
+def _shortened(text: str, most: int) -> str:
+    if len(text) <= most:
+        return text
+    return f"{text[: most // 2]}\n... ({len(text) - most} characters left out)\n{text[-most // 2 :]}"
+
+
+_FLUSH_S = 0.3
+_WRITE_S = 1.0
+
+
+def leave(code: int, report: str) -> NoReturn:
+    """Write what was printed so far and the report, each for a bounded time, and end the process at once.
+
+    A pending collective cannot be aborted, and nothing of the interpreter's own ending may wait for it.
+    """
+    _bounded(_flush, _FLUSH_S)
+    write_out(report)
+    os._exit(code)
+
+
+def write_out(report: str) -> None:
+    """Write a report to standard error, whatever `sys.stderr` is by now; not for ever if nobody reads it."""
+    if report:
+        _bounded(lambda: _write(report.encode(errors="replace")), _WRITE_S)
+
+
+def _bounded(action: Callable[[], None], seconds: float) -> None:
+    thread = threading.Thread(target=action, daemon=True, name="allstep leaves")
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is ending
+        return
+    thread.join(seconds)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _write(data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        while data:
+            data = data[os.write(2, data) :]

@@ -1,0 +1,116 @@
+"""The stacks of this process: on request, and from a timer that needs no interpreter lock.
+
+`faulthandler` has one such timer in a process. While a rank has a stacks file, the timer is its.
+
+The file in which a rank's stacks are when the rank itself cannot answer: written by `faulthandler`'s timer.
+
+Contract: a rank makes the file and tells its service the address, with which any process of the same user on the same
+machine can read it for as long as the rank lives. It is in memory and in no folder, so nothing is left however the rank
+ends. The address has the file's name, which no other file has, so that it is not mistaken on another machine. Where a
+system cannot do that, there is no file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import tempfile
+from typing import BinaryIO
+
+from allstep.diagnosis.stacks import without_current_thread
+
+WITHOUT_BEAT_S = 2.0
+"""Seconds without a heartbeat after which the stacks are written to the file."""
+
+_LARGEST = 256 << 10
+
+
+def own_stacks() -> str:
+    """The stacks of all threads but the one that asks.
+
+    Raises:
+        OSError: there is no file to write them to.
+    """
+    with _scratch() as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return without_current_thread(file.read(_LARGEST).decode(errors="replace"))
+
+
+class StacksTimer:
+    """Writes the stacks of all threads to a file when `wind_up` was not called for `WITHOUT_BEAT_S`.
+
+    Attributes:
+        address: of the file, for `read_stacks`; empty where there can be none, and then the timer does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.address = ""
+        self._descriptor: int | None = None
+        self._counts = False
+        with contextlib.suppress(OSError):
+            self._descriptor, self.address = make_stacks_file()
+
+    def wind_up(self) -> None:
+        """Begin to count again, and forget stacks of a time that is over; where that fails, there are none from now on.
+
+        The script may have closed the descriptor, which another file can then get.
+        """
+        if self._descriptor is None:
+            return
+        try:
+            if os.fstat(self._descriptor).st_size:
+                faulthandler.cancel_dump_traceback_later()  # one that is being written would go on behind the cut
+                os.ftruncate(self._descriptor, 0)
+                os.lseek(self._descriptor, 0, os.SEEK_SET)
+            faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._descriptor)
+            self._counts = True
+        except (OSError, RuntimeError):  # RuntimeError: no thread for the timer
+            self._descriptor = None
+
+    def close(self) -> None:
+        """Stop counting."""
+        if self._counts:
+            faulthandler.cancel_dump_traceback_later()
+        if self._descriptor is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
+        self._counts, self._descriptor = False, None
+
+
+def _scratch() -> BinaryIO:
+    """A file that ends with its descriptor: in memory, since the folder for temporary files may be full or missing."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("allstep-own-stacks"), "w+b")
+    return tempfile.TemporaryFile()
+
+
+_stacks_file_LARGEST = 256 << 10
+
+
+def make_stacks_file() -> tuple[int, str]:
+    """Make a file for this process: its descriptor and address.
+
+    Raises:
+        OSError: there can be none.
+    """
+    if not hasattr(os, "memfd_create") or not os.path.exists("/proc/self/fd"):
+        raise OSError("a file in memory that others can read takes Linux")
+    name = f"allstep-stacks-{os.urandom(8).hex()}"
+    descriptor = os.memfd_create(name)
+    return descriptor, f"/proc/{os.getpid()}/fd/{descriptor}/{name}"
+
+
+def read_stacks(address: str) -> str:
+    """The last stacks in a rank's file; empty where there are none, or no such file here."""
+    link, _, name = address.rpartition("/")
+    try:
+        if not name or not os.readlink(link).startswith(f"/memfd:{name}"):
+            return ""
+        with open(link, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(max(0, size - _stacks_file_LARGEST))
+            return file.read(_stacks_file_LARGEST).decode(errors="replace")
+    except OSError:
+        return ""

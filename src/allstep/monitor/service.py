@@ -1,0 +1,130 @@
+"""What a hub or relay tells its driver has happened.
+
+What serves a node's ranks, as those that drive it see it: the hub of the world, or the relay to it.
+
+Contract: its sockets are in the selector that it was given; `key.data` is then a `HubKey` whose owner it is. The driver
+calls `ready(key)` for those, `tick()` at the latest when `deadline()` has passed, `worker_ended` for each worker whose
+end it learns of, and then `take()`, which gives what happened. No call blocks. Orders to leave are the driver's to
+give. Drivers are an attempt of the launcher, a sidecar's process, and a round of the pool of warm processes.
+"""
+
+from __future__ import annotations
+
+import selectors
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from allstep.diagnosis.root_cause import Diagnosis
+from allstep.protocol.registration import Registration
+from allstep.protocol.worker_exit import WorkerExit
+
+
+@dataclass(frozen=True, slots=True)
+class AllArrived:
+    """All ranks are there and fit; they were told to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The run has failed, and it is clear how. The driver orders the ranks to leave."""
+
+    case: Diagnosis
+
+
+@dataclass(frozen=True, slots=True)
+class StragglerSeen:
+    """A rank takes `ratio` times the others' time for its own part of a step."""
+
+    rank: int
+    ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class AllEnded:
+    """The end of every worker is known. A verdict, if there is one, came before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """At a relay: the head ordered the ranks to leave, and they were told; the driver kills those that do not.
+
+    `spared` are ranks of any node that are on their way out with an exception of their own.
+    """
+
+    reason: str
+    code: int
+    spared: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """At a relay: the attempt is over. `text` is the last word about the run, or empty where it goes on with another
+    attempt; `code` is the exit status, of the run or, without a supervisor, of the ranks.
+    """
+
+    text: str
+    code: int
+
+
+HubEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Ordered | Finished
+"""Any of them."""
+
+
+class Service(Protocol):
+    """A hub or a relay."""
+
+    def ready(self, key: selectors.SelectorKey) -> None:
+        """Act on a socket that the selector found ready."""
+
+    def deadline(self) -> float:
+        """When `tick` is due, on the clock."""
+
+    def tick(self) -> None:
+        """Act on the time that has passed."""
+
+    def worker_ended(self, end: WorkerExit) -> None:
+        """Take note of how a worker of this node ended."""
+
+    def take(self) -> list[HubEvent]:
+        """What happened since the last call, in order."""
+
+    def order_leave(self, reason: str, code: int, *, printer: int | None = None, report: str | None = None) -> None:
+        """Order all ranks to leave, but for those that are on their way out with an exception of their own.
+
+        Args:
+            reason: for the process that leaves.
+            code: its exit status.
+            printer: the rank that writes the report; None: nobody does.
+            report: the text.
+        """
+
+    def notify(self, text: str, printer: int) -> None:
+        """Have a rank write a line to standard error."""
+
+    def finish(self, text: str, code: int) -> None:
+        """Tell every relay that the attempt is over."""
+
+    @property
+    def backlog(self) -> int:
+        """Bytes that wait to be sent; a driver that ends may give them a moment."""
+
+    @property
+    def connected(self) -> int:
+        """How many ranks and relays are connected."""
+
+    @property
+    def settling(self) -> bool:
+        """Whether something is known that may still become a verdict."""
+
+    def present(self) -> list[int]:
+        """The ranks whose World is open, as far as is known."""
+
+    def arrivals(self) -> Mapping[int, Registration]:
+        """How each rank that came introduced itself."""
+
+    def case(self) -> Diagnosis | None:
+        """The case as it stands now, once there was a verdict."""
+
+    def close(self) -> None:
+        """Let go of all sockets."""

@@ -1,0 +1,160 @@
+"""The service of ranks that no supervisor started: a small process of its own, so that a frozen rank cannot silence it.
+
+Contract: `start_sidecar` is called by one rank of each node. It starts `sidecar_process.py` by its path in a session
+of its own, with nothing on its standard streams, and returns when the service listens. The caller holds the write end
+of the sidecar's lifeline, through which it also gives the configuration, so that the nonce is on no command line. The
+sidecar ends when its lifeline has closed, no rank is connected any more, and nothing is left to judge.
+
+After a verdict it writes the report to its starter's standard error, of which it holds a duplicate, orders the ranks to
+leave, writes `failure.json` where an attempt folder is known, and kills what stays of its node. It ignores the signals
+that a scheduler sends to a whole job: it ends when the ranks have, and until then whoever reads the starter's standard
+error to its end waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from allstep.diagnosis.hang import Limits
+from allstep.errors import WorldError
+from allstep.protocol.address import EVERYWHERE, HERE, join_address
+
+_PROCESS = Path(__file__).with_name("sidecar_process.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a sidecar is told."""
+
+    nonce: str
+    attempt: int
+    world_size: int
+    host: str
+    limits: str
+    attempt_folder: str
+    upstream: str
+    node_rank: int
+    ranks: tuple[int, ...]
+    run: str
+
+
+class Sidecar:
+    """A started sidecar: the address that its ranks connect to, and its process."""
+
+    def __init__(self, address: str, process: subprocess.Popen[bytes], lifeline: int) -> None:
+        self.address = address
+        self.pid = process.pid
+        self._process = process
+        self._lifeline = [lifeline]
+        kept = self._lifeline
+        os.register_at_fork(after_in_child=lambda: _close_all(kept))
+
+    def release(self) -> None:
+        """Let it end, as soon as no rank needs it any more."""
+        _close_all(self._lifeline)
+
+
+def start_sidecar(
+    *,
+    nonce: str = "",
+    attempt: int,
+    world_size: int,
+    host: str = HERE,
+    limits: str = "",
+    attempt_folder: str = "",
+    upstream: str = "",
+    node_rank: int = 0,
+    ranks: Sequence[int] = (),
+    run: str = "",
+    timeout: float = 10.0,
+) -> Sidecar:
+    """Start a sidecar on this node.
+
+    Args:
+        nonce: the secret that its ranks, and relays, have to know.
+        attempt: the present start's number.
+        world_size: how many ranks the whole world has.
+        host: where to listen, as `listening.listen` takes it.
+        limits: as in ALLSTEP_LIMITS.
+        attempt_folder: where failure.json goes; empty: nowhere.
+        upstream: HOST:PORT of the head's service, which makes this one a relay; empty: this is the head.
+        node_rank: of this node.
+        ranks: of this node, for a relay.
+        run: the run's name, for the report.
+        timeout: seconds that it has to start.
+
+    Raises:
+        ConfigurationError: the limits are not as they must be.
+        WorldError: it did not start.
+    """
+    Limits.parse(limits)
+    setup = Setup(nonce, attempt, world_size, host, limits, attempt_folder, upstream, node_rank, tuple(ranks), run)
+    theirs, lifeline = os.pipe()
+    answer, answer_theirs = os.pipe()
+    given = [theirs, answer_theirs]
+    with contextlib.suppress(OSError):  # there may be no standard error
+        given.append(os.dup(2))
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, lifeline)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_PROCESS.resolve()), *map(str, given)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=given,
+                start_new_session=True,
+                cwd="/",
+            )
+        except OSError as error:
+            os.close(answer)
+            raise WorldError(f"the service of this node's ranks could not be started: {error}") from error
+        finally:
+            for fd in given:
+                os.close(fd)
+        os.write(lifeline, json.dumps(asdict(setup)).encode() + b"\n")
+        text = _read_answer(answer, timeout)
+        port = text.removeprefix("port ")
+        if not text.startswith("port "):
+            process.kill()
+            process.wait()
+            raise WorldError(
+                f"the service of this node's ranks did not start within {timeout:g} s: {text or 'no word'}"
+            )
+        undo.pop_all()
+    return Sidecar(join_address(HERE if host == EVERYWHERE else host, int(port)), process, lifeline)
+
+
+def is_ready(fd: int, seconds: float) -> bool:
+    """Wait until there is something to read, or for a pidfd until its process has ended; whatever the fd's number."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def _read_answer(fd: int, timeout: float) -> str:
+    deadline, data = time.monotonic() + timeout, b""
+    try:
+        while (left := deadline - time.monotonic()) > 0 and is_ready(fd, left):
+            chunk = os.read(fd, 4096)
+            data += chunk
+            if not chunk:
+                break
+    finally:
+        os.close(fd)
+    return data.decode(errors="replace").strip()
+
+
+def _close_all(fds: list[int]) -> None:
+    while fds:
+        with contextlib.suppress(OSError):
+            os.close(fds.pop())

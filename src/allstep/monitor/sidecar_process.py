@@ -1,0 +1,237 @@
+"""The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE ANSWER [OUTLET]`; see `sidecar`.
+
+Contract: the arguments are file descriptors. Its setup comes as a line on the lifeline, and its port, or why it cannot
+serve, goes to the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to
+judge, or until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the
+ranks have. The outlet is the standard error of the rank that started it. The report is written there, since a launcher
+may end all ranks within a tenth of a second; where there is none, a rank writes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.report import failure_json, failure_text, straggler_line, write_report
+from allstep.diagnosis.root_cause import Diagnosis
+from allstep.exit_codes import PEER_LOST
+from allstep.monitor.hub import Hub
+from allstep.monitor.relay import Relay
+from allstep.monitor.service import AllArrived, Finished, Ordered, Service, StragglerSeen, Verdict
+from allstep.monitor.sidecar import Setup, is_ready
+from allstep.protocol.address import listen, split_address
+
+if __name__ == "__main__":  # without site-packages: find the package that this file is in, behind the library
+    import os.path
+
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+
+LEAVE_S = 1.0
+"""Seconds that a rank has to leave on order, before it is killed."""
+
+CLEAN_UP_S = 5.0
+"""Seconds that a rank has to end that is on its way out with an exception of its own."""
+
+_END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
+_WRITE_S = 1.0
+
+
+class _Service:
+    """The loop of the sidecar's process."""
+
+    def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, outlet: int | None) -> None:
+        self._setup = setup
+        self._outlet = outlet
+        self._selector = selectors.DefaultSelector()
+        self._lifeline_open = True
+        self._lifeline = lifeline
+        self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
+        limits = Limits.parse(setup.limits)
+        self._service: Service = (
+            Relay(
+                self._selector,
+                listener,
+                split_address(setup.upstream),
+                nonce=setup.nonce,
+                attempt=setup.attempt,
+                node_rank=setup.node_rank,
+                ranks=setup.ranks,
+                world_size=setup.world_size,
+                limits=limits,
+                supervised=False,
+            )
+            if setup.upstream
+            else Hub(
+                self._selector,
+                listener,
+                nonce=setup.nonce,
+                attempt=setup.attempt,
+                world_size=setup.world_size,
+                limits=limits,
+                supervised=False,
+            )
+        )
+        self._processes: dict[int, int] = {}  # pidfd of each rank of this node
+        self._kill: list[tuple[float, frozenset[int]]] = []
+        self._end_at: float | None = None
+        self._code = 0
+
+    def run(self) -> None:
+        while not self._over():
+            now = time.monotonic()
+            times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill)]
+            until = min(at for at in times if at is not None)
+            for key, _ in self._selector.select(max(0.0, until - now)):
+                if key.data == "lifeline":
+                    self._read_lifeline()
+                else:
+                    self._service.ready(key)
+            if time.monotonic() >= self._service.deadline():
+                self._service.tick()
+            self._act()
+            self._kill_who_stays()
+        self._service.finish("", self._code)
+        with contextlib.suppress(OSError):
+            self._service.close()
+
+    def _over(self) -> bool:
+        if self._end_at is None and self._lifeline_open:
+            return False
+        if self._end_at is not None and time.monotonic() >= self._end_at:
+            return True
+        needed = self._kill or self._service.settling or self._service.connected or self._service.backlog
+        return not needed
+
+    def _read_lifeline(self) -> None:
+        if not os.read(self._lifeline, 1):
+            self._lifeline_open = False
+            self._selector.unregister(self._lifeline)
+
+    def _act(self) -> None:
+        for event in self._service.take():
+            match event:
+                case AllArrived():
+                    self._hold_processes()
+                case Verdict(case):
+                    self._conclude(case)
+                case StragglerSeen(rank, ratio):
+                    printer = min(self._service.present(), default=0)
+                    self._service.notify(f"allstep: {straggler_line(rank, ratio)}\n", printer)
+                case Ordered(_, code, spared):
+                    self._expect_end(code, frozenset(spared))
+                case Finished(_, code):
+                    self._expect_end(code, frozenset())
+
+    def _hold_processes(self) -> None:
+        """Hold on to each rank's process of this node, so that a later KILL can meet nobody else."""
+        for fd in self._processes.values():
+            os.close(fd)
+        self._processes.clear()
+        here = self._setup.node_rank, socket.gethostname()
+        for rank, arrival in self._service.arrivals().items():
+            if (arrival.node_rank, arrival.host) == here:
+                with contextlib.suppress(OSError, AttributeError):
+                    self._processes[rank] = os.pidfd_open(arrival.pid)
+
+    def _conclude(self, case: Diagnosis) -> None:
+        cause = case.cause
+        own = frozenset(each.rank for each in (cause, *case.others) if each.kind in (Kind.ERROR, Kind.SEEN))
+        report = failure_text(case, name=self._setup.run)
+        hung = {each.rank for each in (cause, *case.others) if each.kind is Kind.HANG}
+        living = [rank for rank in self._service.present() if rank not in hung] or self._service.present()
+        printer = cause.rank if cause.rank in own and cause.rank in living else min(living, default=None)
+        report = f"allstep: {report}"
+        if self._outlet is not None and _write(self._outlet, report):
+            printer, report = None, ""
+        self._service.order_leave(
+            f"rank {cause.rank}: {cause.what}",
+            case.exit_code if hung else PEER_LOST,
+            printer=printer,
+            report=report,
+        )
+        self._write(case)
+        self._expect_end(case.exit_code, own)
+
+    def _write(self, case: Diagnosis) -> None:
+        if self._setup.attempt_folder:
+            name = f"failure_node_{self._setup.node_rank}.json" if self._setup.upstream else "failure.json"
+            with contextlib.suppress(OSError):  # the report is printed all the same
+                write_report(Path(self._setup.attempt_folder) / name, failure_json(case, name=self._setup.run))
+
+    def _expect_end(self, code: int, own: frozenset[int]) -> None:
+        now = time.monotonic()
+        if self._end_at is None:
+            self._code = code
+            self._end_at = now + _END_S
+            self._kill = [(now + LEAVE_S, frozenset(self._processes) - own), (now + CLEAN_UP_S, own)]
+
+    def _kill_who_stays(self) -> None:
+        now = time.monotonic()
+        for at, ranks in list(self._kill):
+            left = [rank for rank in ranks if rank in self._processes and not _ended(self._processes[rank])]
+            if not left:
+                self._kill.remove((at, ranks))
+            elif now >= at:
+                self._kill.remove((at, ranks))
+                for rank in left:
+                    with contextlib.suppress(OSError):
+                        signal.pidfd_send_signal(self._processes[rank], signal.SIGKILL)
+
+
+def _write(fd: int, text: str) -> bool:
+    """Write to a rank's standard error, which is shared, so it cannot be made non-blocking; whether it all went out."""
+    done: list[bool] = []
+
+    def write() -> None:
+        left = text.encode(errors="replace")
+        with contextlib.suppress(OSError):
+            while left:
+                left = left[os.write(fd, left) :]
+            done.append(True)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(_WRITE_S)
+    return thread.is_alive() or bool(done)  # what is being written slowly is not to be written twice
+
+
+def _ended(pidfd: int) -> bool:
+    return is_ready(pidfd, 0.0)
+
+
+def main(lifeline: int, answer: int, outlet: int | None = None) -> None:
+    """Serve until nobody needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(lifeline, 1)
+        if not byte:
+            return
+        line += byte
+    values = json.loads(line)
+    setup = Setup(**{**values, "ranks": tuple(values["ranks"])})
+    try:
+        listener = listen(setup.host)
+        service = _Service(setup, lifeline, listener, outlet)
+    except Exception as error:
+        os.write(answer, f"{type(error).__name__}: {error}".encode())
+        return
+    os.write(answer, f"port {listener.getsockname()[1]}\n".encode())
+    os.close(answer)
+    service.run()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

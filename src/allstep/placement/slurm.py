@@ -1,0 +1,238 @@
+"""A SLURM step: this process was started by `srun`, and the STEP variables say so.
+
+Only they can be trusted. A batch script has SLURM_PROCID, an salloc shell SLURM_NTASKS, and `srun -n1 -N1` in a job
+of two nodes still shows the job's node list and tasks per node. The STEP variables have one weakness: a batch script
+that is submitted from inside a step inherits that step's, which the checks against its own job uncover.
+
+Inside a SLURM job but not in a step: a batch script, or the shell that salloc gives.
+
+Either is one process, whatever the job asked for, so it is a world of one.
+
+SLURM's two short forms, expanded without calling out: host lists and counts per node.
+
+A host list is names separated by commas; a bracket group in a name stands for several: numbers and ranges separated
+by commas, with the width of a zero-padded number kept. A name may have several groups, the first one turning slowest.
+The grammar is that of SLURM's `scontrol show hostnames`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+
+from allstep.placement.placement import Placement, Rendezvous
+from allstep.placement.variables import agree, derive_ports, fail, index, integer, port, text
+
+# SLURM numbers the steps that nobody's srun asked for from here: interactive (salloc's shell), batch and extern.
+FIRST_SPECIAL_STEP = 4294967290
+
+_REMEDY = "srun sets it: start the script with srun, or unset the SLURM_STEP_* variables to run it alone"
+_LEAKED = (
+    "The SLURM_STEP_* variables were inherited from another step: start the script with srun, or submit the job with"
+    " `sbatch --export=NONE`"
+)
+
+
+class SlurmStep:
+    """A task of a step that `srun` started."""
+
+    def matches(self, environ: Mapping[str, str]) -> bool:
+        """Whether STEP variables are there, and not those of the step that an salloc shell may itself be."""
+        if "SLURM_STEP_NUM_TASKS" not in environ and "SLURM_STEP_NODELIST" not in environ:
+            return False
+        return not is_special_step(environ)
+
+    def place(self, environ: Mapping[str, str]) -> Placement:
+        """The task's place; raises PlacementError. Several ports are derived, since srun reserves none."""
+        job = integer(environ, "SLURM_JOB_ID", _REMEDY)
+        step = integer(environ, "SLURM_STEP_ID", _REMEDY)
+        attempt = integer(environ, "SLURM_RESTART_COUNT", _REMEDY) if "SLURM_RESTART_COUNT" in environ else 0
+        world_size = integer(environ, "SLURM_STEP_NUM_TASKS", _REMEDY, least=1)
+        rank = index(environ, "SLURM_PROCID", world_size, "SLURM_STEP_NUM_TASKS", _REMEDY)
+        hosts, tasks = _nodes(environ, world_size)
+        node_rank = index(environ, "SLURM_NODEID", len(hosts), "the number of nodes in SLURM_STEP_NODELIST", _REMEDY)
+        counted = f"the tasks on node {node_rank} in SLURM_STEP_TASKS_PER_NODE"
+        local_rank = index(environ, "SLURM_LOCALID", tasks[node_rank], counted, _REMEDY)
+        _check_not_inherited(environ, hosts, rank, local_rank, tasks[node_rank])
+        agree(environ, "WORLD_SIZE", world_size, "SLURM_STEP_NUM_TASKS")
+        agree(environ, "LOCAL_RANK", local_rank, "SLURM_LOCALID")
+        agree(environ, "LOCAL_WORLD_SIZE", tasks[node_rank], "SLURM_STEP_TASKS_PER_NODE")
+        return Placement(
+            launcher="slurm",
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            local_world_size=tasks[node_rank],
+            node_rank=node_rank,
+            nodes=len(hosts),
+            rendezvous=_rendezvous(environ, hosts, f"slurm {job}.{step} {attempt}") if world_size > 1 else None,
+            run_id=f"{job}.{step}",
+            attempt=attempt,
+        )
+
+
+def is_special_step(environ: Mapping[str, str]) -> bool:
+    """Whether SLURM_STEP_ID is one that SLURM gives to a shell or script of its own, not to an srun."""
+    step = environ.get("SLURM_STEP_ID", "")
+    return len(step) == 10 and step.isascii() and step.isdecimal() and int(step) >= FIRST_SPECIAL_STEP
+
+
+def _nodes(environ: Mapping[str, str], world_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    try:
+        hosts = expand_hosts(text(environ, "SLURM_STEP_NODELIST", _REMEDY))
+    except MalformedList as error:
+        fail(environ, "SLURM_STEP_NODELIST", str(error), _REMEDY)
+    try:
+        tasks = expand_tasks_per_node(text(environ, "SLURM_STEP_TASKS_PER_NODE", _REMEDY))
+    except MalformedList as error:
+        fail(environ, "SLURM_STEP_TASKS_PER_NODE", str(error), _REMEDY)
+    if len(tasks) != len(hosts):
+        problem = f"it speaks of {len(tasks)} nodes, but SLURM_STEP_NODELIST of {len(hosts)}"
+        fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _REMEDY)
+    if sum(tasks) != world_size:
+        problem = f"that is {sum(tasks)} tasks, but SLURM_STEP_NUM_TASKS is {world_size}"
+        fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _REMEDY)
+    if "SLURM_STEP_NUM_NODES" in environ and integer(environ, "SLURM_STEP_NUM_NODES", _REMEDY) != len(hosts):
+        fail(environ, "SLURM_STEP_NUM_NODES", f"SLURM_STEP_NODELIST has {len(hosts)} nodes", _REMEDY)
+    return hosts, tasks
+
+
+def _check_not_inherited(
+    environ: Mapping[str, str], hosts: tuple[str, ...], rank: int, local_rank: int, local_world_size: int
+) -> None:
+    if "SLURM_JOB_NODELIST" in environ:
+        try:
+            of_job = set(expand_hosts(text(environ, "SLURM_JOB_NODELIST", _REMEDY)))
+        except MalformedList as error:
+            fail(environ, "SLURM_JOB_NODELIST", str(error), _REMEDY)
+        if not of_job.issuperset(hosts):
+            problem = f"the job has only the nodes {environ['SLURM_JOB_NODELIST']}"
+            fail(environ, "SLURM_STEP_NODELIST", problem, _LEAKED)
+    if "SLURM_GTIDS" in environ:
+        on_node = environ["SLURM_GTIDS"].split(",")
+        if len(on_node) != local_world_size or on_node[local_rank] != str(rank):
+            problem = (
+                f"SLURM_GTIDS, the tasks on this node, is {environ['SLURM_GTIDS']!r}, where {local_world_size} are"
+                f" expected, the one at SLURM_LOCALID ({local_rank}) being SLURM_PROCID ({rank})"
+            )
+            fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _LEAKED)
+
+
+def _rendezvous(environ: Mapping[str, str], hosts: tuple[str, ...], job: str) -> Rendezvous:
+    """MASTER_ADDR and MASTER_PORT where set; else the step's first node, or this machine when it is the only one."""
+    remedy = "Correct it, or unset it to have it derived from the step"
+    host = hosts[0] if len(hosts) > 1 else "127.0.0.1"
+    if "MASTER_ADDR" in environ:
+        host = text(environ, "MASTER_ADDR", remedy)
+    ports = (port(environ, "MASTER_PORT", remedy),) if "MASTER_PORT" in environ else derive_ports(job)
+    return Rendezvous(host=host, ports=ports)
+
+
+_slurm_shell_REMEDY = "SLURM sets it: start the script with srun, or unset SLURM_JOB_ID to run outside any job"
+
+
+class SlurmShell:
+    """The one process that SLURM's job script or interactive shell starts by itself."""
+
+    def matches(self, environ: Mapping[str, str]) -> bool:
+        """Whether there is a job, and no step or only the one that salloc's shell is."""
+        return "SLURM_JOB_ID" in environ and ("SLURM_STEP_NUM_TASKS" not in environ or is_special_step(environ))
+
+    def place(self, environ: Mapping[str, str]) -> Placement:
+        """A world of one, with a warning where the job asked for more; raises PlacementError."""
+        asked = [
+            f"{variable}={count}"
+            for variable in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES")
+            if variable in environ and (count := integer(environ, variable, _slurm_shell_REMEDY, least=1)) > 1
+        ]
+        warning = (
+            f"the job asked for more ({', '.join(asked)}), but this process was not started by srun and trains alone;"
+            " start the script with srun to use them all"
+        )
+        return Placement(
+            launcher="alone",
+            run_id=text(environ, "SLURM_JOB_ID", _slurm_shell_REMEDY),
+            attempt=integer(environ, "SLURM_RESTART_COUNT", _slurm_shell_REMEDY)
+            if "SLURM_RESTART_COUNT" in environ
+            else 0,
+            warnings=(warning,) if asked else (),
+        )
+
+
+MOST_HOSTS = 1_000_000
+_NAME = re.compile(r"(?:[^\[\],\s]|\[[0-9,-]+\])+\Z")
+_GROUP = re.compile(r"\[([0-9,-]+)\]")
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?\Z")
+_REPEATED = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?\Z")
+
+
+class MalformedList(ValueError):
+    """The text is not a host list or not a list of counts; the caller knows which variable held it."""
+
+
+def expand_hosts(hosts: str) -> tuple[str, ...]:
+    """Expand such as `rack[1-2]-n[03-05,7],gpu9` to its names, in order. Raises MalformedList."""
+    expanded: list[str] = []
+    for name in _split_outside_brackets(hosts):
+        if not _NAME.match(name):
+            raise MalformedList(f"{name!r} in the host list {hosts!r} is not a host name with bracket groups")
+        parts = [
+            (part,) if position % 2 == 0 else _expand_group(part, hosts, MOST_HOSTS - len(expanded))
+            for position, part in enumerate(_GROUP.split(name))
+        ]
+        total = 1
+        for part in parts:
+            total *= len(part)
+        if len(expanded) + total > MOST_HOSTS:
+            raise MalformedList(f"the host list {hosts!r} names more than {MOST_HOSTS} hosts")
+        expanded += map("".join, itertools.product(*parts))
+    return tuple(expanded)
+
+
+def expand_tasks_per_node(tasks: str) -> tuple[int, ...]:
+    """Expand such as `4(x2),1` to (4, 4, 1). Raises MalformedList."""
+    expanded: list[int] = []
+    for item in tasks.split(","):
+        match = _REPEATED.match(item)
+        if match is None:
+            raise MalformedList(f"{item!r} in {tasks!r} is not a count such as 4 or 4(x2)")
+        count, times = int(match[1]), int(match[2] or 1)
+        if count < 1 or times < 1:
+            raise MalformedList(f"{item!r} in {tasks!r} counts nothing")
+        if len(expanded) + times > MOST_HOSTS:
+            raise MalformedList(f"{tasks!r} counts more than {MOST_HOSTS} nodes")
+        expanded += [count] * times
+    return tuple(expanded)
+
+
+def _split_outside_brackets(hosts: str) -> list[str]:
+    names, depth, start = [], 0, 0
+    for position, character in enumerate(hosts):
+        if character == "[":
+            depth += 1
+        elif character == "]":
+            depth -= 1
+        elif character == "," and depth == 0:
+            names.append(hosts[start:position])
+            start = position + 1
+        if depth not in (0, 1):
+            raise MalformedList(f"the brackets of the host list {hosts!r} do not pair")
+    if depth:
+        raise MalformedList(f"the brackets of the host list {hosts!r} do not pair")
+    return [*names, hosts[start:]]
+
+
+def _expand_group(group: str, hosts: str, most: int) -> tuple[str, ...]:
+    numbers: list[str] = []
+    for item in group.split(","):
+        match = _RANGE.match(item)
+        if match is None:
+            raise MalformedList(f"{item!r} in the host list {hosts!r} is not a number or a range such as 03-05")
+        first, last = match[1], match[2] or match[1]
+        if int(last) < int(first):
+            raise MalformedList(f"the range {item!r} in the host list {hosts!r} runs backwards")
+        if len(numbers) + int(last) - int(first) >= most:
+            raise MalformedList(f"the host list {hosts!r} names more than {MOST_HOSTS} hosts")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return tuple(numbers)

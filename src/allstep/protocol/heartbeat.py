@@ -1,0 +1,151 @@
+"""Where this rank is: written by the thread that trains, read by the thread that beats.
+
+Contract: one `RankActivity` per World. The training thread says when it enters a section, begins and ends to wait for its
+peers, and has done a step; that is attribute stores and, once per section, one reading of the clock. It takes no lock.
+The beating thread calls `beat`, which may see a store of the moment before; nothing depends on more. Any change of
+section is progress, and so are the beginning and the end of a wait: `Beat.seconds` counts from there. So a loop of the
+user's own, which enters no section, is seen to go on.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from allstep.protocol.messages import SECTIONS, Beat
+
+RECENT = 20
+"""Steps over which a rank's own time is taken."""
+
+
+class RankActivity:
+    """The record of one rank. `epoch`, `iteration` and `engine` are plain attributes to be set.
+
+    `when_met`, if set, is called when the rank has met its peers, which takes one that goes on with them.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.epoch = 0
+        self.iteration = 0
+        self.engine = ""
+        self.section_name = "startup"
+        self.waiting = ""
+        self.when_met: Callable[[], None] | None = None
+        self._clock = clock
+        self._since = clock()
+        self._longest: dict[str, float] = {}
+        self._waited_since = 0.0
+        self._waited = 0.0
+        self._step_began: float | None = None
+        self._own = [0.0] * RECENT
+        self._steps = 0
+        self._runs = 0
+
+    def enter(self, section: str) -> None:
+        """Say that the rank is now in `section`, one of `SECTIONS`, or made progress in the one where it is."""
+        self._progress()
+        self.section_name = section
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Be in `name` for the length of a with block, then back where the rank was."""
+        before = self.section_name
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.enter(before)
+
+    @contextmanager
+    def run(self, engine: str) -> Iterator[None]:
+        """Be in the run of an engine. An engine that runs inside another gives the outer one its place back."""
+        before = (self.engine, self.epoch, self.iteration, self.section_name, self._step_began)
+        self.engine, self._step_began = engine, None
+        self._runs += 1
+        try:
+            yield
+        finally:
+            self._runs -= 1
+            engine, epoch, iteration, section, self._step_began = before
+            self.engine, self.waiting = engine, ""
+            if self._runs:  # after the outermost run its place stays, for what is reported later
+                self.epoch, self.iteration = epoch, iteration
+            self.enter(section if self._runs else "idle")
+
+    @property
+    def nested(self) -> bool:
+        """Whether the running engine was started from another one's step or handler."""
+        return self._runs > 1
+
+    @contextmanager
+    def wait(self, what: str) -> Iterator[None]:
+        """Wait for the peers in `what` for the length of a with block, which raises where they did not all come."""
+        self.wait_began(what)
+        try:
+            yield
+        except BaseException:
+            self.wait_ended(met=False)
+            raise
+        self.wait_ended()
+
+    def wait_began(self, what: str) -> None:
+        """Say that the rank waits for its peers from now on, in `what` ("gradients", "all_reduce #3")."""
+        self._progress()
+        self._waited_since = self._since
+        self.waiting = what
+
+    def wait_ended(self, *, met: bool = True) -> None:
+        """Say that the wait is over, and whether all came; the time it took is not the rank's own."""
+        self._progress()
+        self._waited += self._since - self._waited_since
+        self.waiting = ""
+        if met and self.when_met is not None:
+            self.when_met()
+
+    def step_begins(self, epoch: int, iteration: int) -> None:
+        """Enter the section "step", at this place.
+
+        The time since the last step began, less what was waited, is the rank's own time of an iteration. Only the
+        outermost engine's steps count; where another engine ran in between, its time is part of them. One call with one
+        reading of the clock, since it is made in every iteration.
+        """
+        now = self._clock()
+        lasted = now - self._since
+        section = self.section_name
+        if lasted > self._longest.get(section, 0.0):
+            self._longest[section] = lasted
+        self._since = now
+        self.section_name = "step"
+        self.epoch = epoch
+        self.iteration = iteration
+        if self._step_began is not None:
+            self._own[self._steps % RECENT] = now - self._step_began - self._waited
+            self._steps += 1
+        self._step_began = now
+        self._waited = 0.0
+
+    def _progress(self) -> None:
+        now = self._clock()
+        lasted = now - self._since
+        if lasted > self._longest.get(self.section_name, 0.0):
+            self._longest[self.section_name] = lasted
+        self._since = now
+
+    def beat(self, rank: int, attempt: int, number: int) -> Beat:
+        """What to say of this moment; called from another thread."""
+        section = self.section_name
+        return Beat(
+            rank=rank,
+            attempt=attempt,
+            number=number,
+            epoch=self.epoch,
+            iteration=self.iteration,
+            section=section if section in SECTIONS else "handler",
+            seconds=round(max(0.0, self._clock() - self._since), 3),
+            waiting=self.waiting,
+            engine=self.engine,
+            longest={name: round(lasted, 3) for name, lasted in list(self._longest.items())},
+            own_step=round(statistics.median(self._own), 6) if self._steps >= RECENT else 0.0,
+        )

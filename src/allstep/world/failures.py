@@ -1,0 +1,187 @@
+"""What a rank says about an exception: a pure function of the exception.
+
+Contract: `describe` is called with an exception that is about to leave a run, a World or the script. It says whether
+the exception is *derived*: about another rank's end, such as a connection that broke or a collective whose time is up,
+so that it is never taken for the first cause while a better one exists. An exception is judged with the ones that led
+to it: clean-up in a `finally:` that fails because the peers are gone does not hide the error before it.
+
+Telling the service that watches over the ranks about this rank's exceptions, before anything is torn down.
+
+Contract: a World with a client of the control channel has a `Reporter`. `seen` is called with an exception on its way
+out of a run, which the script may still catch: the service keeps it and does nothing until something else shows that
+the rank is failing. `leaving` is called when it leaves the World or the script. `withdraw` takes back what was only
+seen, when the rank goes on: a run begins or goes on, or all ranks have met in a collective. Each exception is sent at
+most once in each way. While it is installed, `sys.excepthook` reports first. Where no supervisor prints the whole
+report, a failed process stays a moment at its very end, in which the service does. No call raises, and none takes
+longer than the client's bound.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from allstep.exit_codes import PREEMPTED
+from allstep.monitor.client import Client
+from allstep.protocol.heartbeat import RankActivity
+from allstep.protocol.messages import Failure
+from allstep.protocol.worker_exit import about_another_rank
+from allstep.world.monitor_link import Service
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """An exception as text.
+
+    Attributes:
+        kind: qualified name of its type.
+        message: what it says.
+        traceback: as Python prints it, with the exceptions that led to it.
+        derived: whether it is about another rank's end.
+    """
+
+    kind: str
+    message: str
+    traceback: str
+    derived: bool
+
+
+def describe(error: BaseException) -> Description:
+    """The exception as text; a derived one that came in the wake of an ordinary one is named after that."""
+    others = list(_led_to(error))
+    named, derived = error, any(about_another_rank(each) for each in others)
+    if about_another_rank(error):
+        ordinary = next((each for each in others if not about_another_rank(each)), None)
+        named, derived = ordinary or error, ordinary is None
+    return Description(_name(type(named)), _message(named), "".join(traceback.format_exception(error)), derived)
+
+
+def _led_to(error: BaseException) -> Iterator[BaseException]:
+    """What the exception was raised from or during, what that was, and so on."""
+    seen = {id(error)}
+    link = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _name(kind: type[BaseException]) -> str:
+    return (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # a broken __str__ must not hide the error
+        return f"<a {type(error).__name__} whose text cannot be made>"
+
+
+_MARK = "_allstep_reported"
+_LINGER_S = 2.0
+
+
+class Reporter:
+    """The reports of one rank, which `client` carries to `service`."""
+
+    def __init__(
+        self, client: Client, service: Service, pulse: RankActivity, rank: int, attempt: int, device: str
+    ) -> None:
+        self.client = client
+        self._service = service
+        self.has_seen = False
+        self._pulse = pulse
+        self._rank = rank
+        self._attempt = attempt
+        self._device = device
+        self._is_over = False
+        self._closed_in_order = True
+        self._previous = sys.excepthook
+
+    def seen(self, error: BaseException) -> None:
+        """An exception leaves a run; KeyboardInterrupt, SystemExit and the like are no failures there."""
+        if isinstance(error, Exception):
+            self.has_seen = True
+            self._pulse.when_met = self.withdraw
+            self._send(error, leaving=False)
+
+    def leaving(self, error: BaseException) -> None:
+        """An exception leaves the World or the script."""
+        if is_failure(error):
+            self._send(error, leaving=True)
+            if not self._service.supervised:
+                # As late as can be: a launcher such as torchrun ends the others as soon as this process has ended.
+                atexit.register(self.client.linger, _LINGER_S)
+
+    def withdraw(self) -> None:
+        """This rank goes on after what was seen."""
+        if self.has_seen:
+            self.has_seen = False
+            self._pulse.when_met = None
+            self.client.withdraw()
+
+    def install(self) -> None:
+        """Have uncaught exceptions reported before they are printed."""
+        self._previous, sys.excepthook = sys.excepthook, self._hook
+
+    def give_up(self, error: BaseException) -> None:
+        """No World comes of it: this rank leaves the others."""
+        self.seen(error)
+        self.left_open()
+        self.end(failed=False)
+
+    def left_open(self) -> None:
+        """The interpreter ends and nobody closed the World."""
+        self._closed_in_order = False
+
+    def end(self, *, failed: bool) -> None:
+        """The World is over, and its process group gone. After a failure the client stays until the process ends."""
+        if not failed:
+            self.client.close(closed=self._closed_in_order)
+            self._service.release()
+        self._is_over = True
+        if sys.excepthook == self._hook:  # else somebody wrapped it, and it stays below, silent
+            sys.excepthook = self._previous
+
+    def _hook(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        if not self._is_over:
+            self.leaving(error)
+        self._previous(kind, error, traceback)
+
+    def _send(self, error: BaseException, *, leaving: bool) -> None:
+        said = getattr(error, _MARK, None)
+        if self._is_over or said is True or said is leaving:
+            return
+        with contextlib.suppress(AttributeError, TypeError):  # a class may forbid attributes: then it is said twice
+            setattr(error, _MARK, leaving)
+        about, pulse = describe(error), self._pulse
+        self.client.report(
+            Failure(
+                self._rank,
+                self._attempt,
+                0,
+                kind=about.kind,
+                message=about.message,
+                traceback=about.traceback,
+                epoch=pulse.epoch,
+                iteration=pulse.iteration,
+                section=pulse.section_name,
+                derived=about.derived,
+                device=self._device,
+                leaving=leaving,
+            )
+        )
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether a process that ends by this exception has failed; not by Ctrl-C, making room, or an exit with code 0."""
+    if isinstance(error, SystemExit):
+        return error.code not in (None, 0, PREEMPTED)
+    return not isinstance(error, KeyboardInterrupt | GeneratorExit)

@@ -1,0 +1,224 @@
+"""`init`: from an environment to an open World.
+
+Contract: called once per process and World, by every rank of a start. It finds the placement (a broken environment
+fails here, before anything is connected), chooses device and backend, finds the other ranks if there are any, has them
+judged at the service that watches over them (`service`), opens the process group, and makes the World current. If any
+of it fails, no World is current and no process group is left. A process group that the user's own code initialised
+before is adopted: used, and left alone on close.
+
+Durations as callers may give them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import socket
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from allstep.errors import WorldError
+from allstep.faults import Here, strike
+from allstep.placement import Placement, Rendezvous, detect
+from allstep.protocol.heartbeat import RankActivity
+from allstep.protocol.registration import Registration
+from allstep.version import __version__
+from allstep.world import current
+from allstep.world import device as xla
+from allstep.world import early_signals as notices
+from allstep.world.collectives import Collectives
+from allstep.world.device import choose_backend, choose_device, look
+from allstep.world.facts import facts_of
+from allstep.world.failures import Reporter
+from allstep.world.monitor_link import Service, join, sidecar_service, supervised_service
+from allstep.world.process_group import Group, adopt_group, open_group
+from allstep.world.rendezvous import meet
+from allstep.world.store import seconds
+from allstep.world.world import World
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+def init(
+    backend: str | None = None,
+    device: str | torch.device | None = None,
+    timeout: float | timedelta = _TIMEOUT,
+    seed: int | None = None,
+    *,
+    facts: Mapping[str, object] | None = None,
+) -> World:
+    """Open the World: find this process' place, its device, and the other ranks.
+
+    Args:
+        backend: of the process group; by default nccl for CUDA and gloo for the CPU.
+        device: by default CUDA by local rank, or MPS in a world of one, or the CPU; see `allstep.world.device`.
+        timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective.
+        seed: if given, what `World.seed_everything` is called with.
+        facts: what must be the same on all ranks, by name, such as `{"config": settings}`; values are compared as text
+            and nested mappings key by key, before ranks connect.
+
+    Returns:
+        The World, to be used as a context manager or closed with `close`.
+
+    Raises:
+        PlacementError: the environment does not say which rank this is.
+        WorldError: a World is open already, device or backend do not fit, the ranks did not meet, or they differ in
+            what must be the same.
+    """
+    if current.current() is not None:
+        raise WorldError(
+            "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
+        )
+    notices.keep()
+    try:
+        limit = seconds("timeout", timeout)
+        same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
+        placement = detect(os.environ)
+        for text in placement.warnings:
+            warnings.warn(text, stacklevel=2)
+        strike(Here("start", placement.rank, placement.attempt))
+        if dist.is_available() and dist.is_initialized():
+            world = _adopt(placement, backend, device, limit, same)
+        else:
+            world = _open(placement, backend, device, limit, same)
+    except BaseException:
+        notices.give_back()
+        raise
+    try:
+        if seed is not None:
+            world.seed_everything(seed)
+    except BaseException:
+        world.close()
+        raise
+    current.install(world)
+    atexit.register(world.leave_at_exit)
+    return world
+
+
+def _open(
+    placement: Placement,
+    backend: str | None,
+    asked: str | torch.device | None,
+    timeout: float,
+    facts: Mapping[str, str],
+) -> World:
+    pulse = RankActivity()
+    device = _ready(choose_device(placement, look(), asked))
+    chosen = choose_backend(device, backend)
+    supervised = supervised_service(placement)
+    if supervised is None and placement.world_size == 1:
+        return World(placement, device, None, timeout, pulse)
+    arrival = _introduce(placement, device, chosen, facts)
+    # A supervisor's service judges who came before anything else is tried; a sidecar's is found through the store.
+    reporter = None if supervised is None else _join(supervised, placement, arrival, pulse, timeout)
+    try:
+        group = None
+        if placement.world_size > 1:
+            meeting = meet(placement, arrival.process, timeout, starts_service=supervised is None)
+            try:
+                if meeting.service is not None:
+                    reporter = _join(meeting.service, placement, arrival, pulse, timeout)
+                group = open_group(placement, meeting, chosen, device, timeout)
+            except BaseException:
+                meeting.give_up(placement.world_size)
+                raise
+        return World(placement, device, group, timeout, pulse, reporter)
+    except BaseException as error:
+        if reporter is not None:
+            reporter.give_up(error)
+        raise
+
+
+def _adopt(
+    detected: Placement,
+    backend: str | None,
+    asked: str | torch.device | None,
+    timeout: float,
+    facts: Mapping[str, str],
+) -> World:
+    pulse = RankActivity()
+    group = adopt_group()
+    if backend is not None and backend.lower() != group.backend:
+        raise WorldError(
+            f"backend is {backend!r}, but torch.distributed is initialised already, with {group.backend}; leave "
+            "backend unset to use that group, or do not call init_process_group"
+        )
+    meanwhile = torch.device("cuda", torch.cuda.current_device()) if group.backend == "nccl" else torch.device("cpu")
+    collectives = Collectives(group.rank, group.world_size, meanwhile, meanwhile)
+    places = collectives.gather_objects((socket.gethostname(), detected))
+    placement = _adopted_placement(group, places)
+    device = _ready(choose_device(placement, look(), asked))
+    service = supervised_service(placement) if placement == detected else None
+    if service is None and placement.world_size > 1:
+        service = sidecar_service(group.meeting.store, placement, timeout, time.monotonic() + timeout)
+    if service is None:
+        return World(placement, device, group, timeout, pulse)
+    arrival = _introduce(placement, device, group.backend, facts)
+    try:
+        reporter = _join(service, placement, arrival, pulse, timeout)
+    except BaseException:
+        service.release()
+        raise
+    return World(placement, device, group, timeout, pulse, reporter)
+
+
+def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> Registration:
+    return Registration(
+        rank=placement.rank,
+        world_size=placement.world_size,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        device_type=device.type,
+        backend=backend,
+        accelerator=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
+        local_rank=placement.local_rank,
+        node_rank=placement.node_rank,
+        facts=facts,
+    )
+
+
+def _join(
+    service: Service, placement: Placement, arrival: Registration, pulse: RankActivity, timeout: float
+) -> Reporter:
+    """Pass the roll call and begin to beat."""
+    client = join(service, placement, arrival, timeout)
+    client.start(pulse)
+    device = arrival.device_type if arrival.accelerator is None else f"cuda {arrival.accelerator}"
+    reporter = Reporter(client, service, pulse, placement.rank, placement.attempt, device)
+    reporter.install()
+    return reporter
+
+
+def _adopted_placement(group: Group, places: list[tuple[str, Placement]]) -> Placement:
+    """The place of a rank in an adopted group: as the environment says, or else by comparing host names."""
+    rank, world_size = group.rank, group.world_size
+    if all(place.rank == each and place.world_size == world_size for each, (_, place) in enumerate(places)):
+        return places[rank][1]
+    hosts = [host for host, _ in places]
+    names = list(dict.fromkeys(hosts))
+    mine = [each for each, host in enumerate(hosts) if host == hosts[rank]]
+    return replace(
+        places[rank][1],
+        rank=rank,
+        world_size=world_size,
+        local_rank=mine.index(rank),
+        local_world_size=len(mine),
+        node_rank=names.index(hosts[rank]),
+        nodes=len(names),
+        rendezvous=Rendezvous(host=hosts[0], ports=()),
+    )
+
+
+def _ready(device: torch.device) -> torch.device:
+    """The device, made this process' own."""
+    if device.type == "xla":
+        return xla.open_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,149 @@
+"""The service that watches over a world's ranks: reaching it, or starting it where no launcher has.
+
+Contract: `join` is called by every rank before a process group is opened. Under `allstep run` its supervisor serves, at
+ALLSTEP_CHANNEL. Under any other launcher local rank 0 of each node starts a sidecar process, the first node's the head,
+the others' relays to it, and says in the ranks' store where it listens. Every rank then introduces itself; `join`
+returns when all have come and fit together, and raises the same error on all of them when they do not: ranks missing,
+doubled, or at odds about world size, backend, devices or facts. It is known as soon as the last one has come.
+
+What can go wrong: nothing answers at the address, a sidecar does not start, ranks do not come in time. Each is a
+WorldError that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from allstep.errors import WorldError
+from allstep.monitor.client import Client
+from allstep.monitor.sidecar import Sidecar, start_sidecar
+from allstep.placement import Placement
+from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
+from allstep.protocol.messages import Hello
+from allstep.protocol.registration import Registration
+from allstep.world.store import AnsweringStore, poll
+
+_MARGIN_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Where a rank introduces itself, and with what secret.
+
+    `supervised` says that it is the supervisor that started this process; `sidecar` is what this rank started itself.
+    """
+
+    address: str
+    nonce: str
+    supervised: bool = False
+    sidecar: Sidecar | None = None
+
+    def release(self) -> None:
+        """This rank is through: a sidecar that it started may end, once the other ranks are through too."""
+        if self.sidecar is not None:
+            self.sidecar.release()
+
+
+def supervised_service(placement: Placement) -> Service | None:
+    """The service of the supervisor that started this process; None where there is none."""
+    address = os.environ.get("ALLSTEP_CHANNEL")
+    if placement.launcher != "allstep" or not address:
+        return None
+    return Service(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
+
+
+def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float, deadline: float) -> Service:
+    """The service of this rank's node, started by its local rank 0.
+
+    Args:
+        store: of this start of the ranks, used by nobody before.
+        placement: of a world of several.
+        timeout: what the caller of `init` gave, for the message.
+        deadline: when to stop waiting for other ranks, on `time.monotonic`.
+
+    Raises:
+        WorldError: the sidecar of this node, or the head's, was not started in time.
+        torch.distributed.DistNetworkError: the store went away.
+    """
+    sidecar: Sidecar | None = None
+    if placement.node_rank:
+        store.set(f"node/{placement.node_rank}/{placement.local_rank}", str(placement.rank))
+    if placement.local_rank == 0:
+        if placement.node_rank == 0:
+            nonce = new_nonce()
+            sidecar = _start(placement, nonce)
+        else:
+            port, nonce = _published(store, 0, placement, timeout, deadline)
+            assert placement.rendezvous is not None
+            ranks = _ranks_of_node(store, placement, deadline)
+            sidecar = _start(placement, nonce, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
+        store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
+    port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
+    return Service(join_address(HERE, int(port)), nonce, sidecar=sidecar)
+
+
+def head_service(store: AnsweringStore, placement: Placement, deadline: float) -> Service | None:
+    """The head's service, seen from a process that is not to start any; None where none answers in time."""
+    key = "service/0"
+    if not poll(lambda: store.check([key]), deadline):
+        return None
+    port, _, nonce = store.get(key).decode().partition(" ")
+    assert placement.rendezvous is not None
+    host = placement.rendezvous.host if placement.nodes > 1 else HERE
+    try:
+        socket.create_connection((host, int(port)), timeout=_MARGIN_S).close()
+    except OSError:
+        return None
+    return Service(join_address(host, int(port)), nonce)
+
+
+def join(service: Service, placement: Placement, arrival: Registration, timeout: float) -> Client:
+    """Introduce this rank and wait for all others.
+
+    Raises:
+        WorldError: the ranks did not all come, or do not fit together.
+    """
+    hello = Hello(nonce=service.nonce, attempt=placement.attempt, arrival=arrival)
+    return Client.connect(service.address, hello, timeout)
+
+
+def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence[int] = ()) -> Sidecar:
+    return start_sidecar(
+        nonce=nonce,
+        attempt=placement.attempt,
+        world_size=placement.world_size,
+        host=EVERYWHERE if placement.nodes > 1 and not upstream else HERE,
+        limits=os.environ.get("ALLSTEP_LIMITS", ""),
+        attempt_folder=os.environ.get("ALLSTEP_ATTEMPT_FOLDER", ""),
+        upstream=upstream,
+        node_rank=placement.node_rank,
+        ranks=ranks,
+        run=placement.run_id,
+    )
+
+
+def _ranks_of_node(store: AnsweringStore, placement: Placement, deadline: float) -> list[int]:
+    """The ranks of this node, by their own word: a launcher may have spread them over the nodes in any order.
+
+    Where one does not come, the others are still in time to have it named.
+    """
+    keys = [f"node/{placement.node_rank}/{local_rank}" for local_rank in range(placement.local_world_size)]
+    poll(lambda: store.check(keys), deadline - _MARGIN_S)
+    return [int(store.get(key)) for key in keys if store.check([key])]
+
+
+def _published(
+    store: AnsweringStore, node: int, placement: Placement, timeout: float, deadline: float
+) -> tuple[str, str]:
+    key = f"service/{node}"
+    if not poll(lambda: store.check([key]), deadline):
+        who = "rank 0" if node == 0 else f"local rank 0 of node {node}"
+        raise WorldError(
+            f"rank {placement.rank} of {placement.world_size} waited {timeout:g} s for {who}, which did not arrive; "
+            "check that its process started, can reach the store, and calls init; or give init a longer timeout"
+        )
+    port, _, nonce = store.get(key).decode().partition(" ")
+    return port, nonce

@@ -1,0 +1,249 @@
+"""A relay and a hub, driven by the test, over real sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
+
+from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.rank_outcome import Kind
+from allstep.monitor.relay import Relay
+from allstep.monitor.service import AllEnded, Finished, Ordered, Verdict
+from allstep.protocol.messages import Leave, Refused, Welcome
+from allstep.protocol.worker_exit import WorkerExit
+from tests.monitor.driving import NONCE, Caller, Clock, Driven, arrival, listening, serving
+
+
+@contextlib.contextmanager
+def relaying(
+    port: int,
+    ranks: Sequence[int],
+    world_size: int,
+    *,
+    limits: str = "",
+    nonce: str = NONCE,
+    supervised: bool = True,
+    clock: Callable[[], float] | None = None,
+) -> Iterator[Driven]:
+    def make(selector: selectors.BaseSelector, listener: socket.socket, clock: Callable[[], float]) -> Relay:
+        return Relay(
+            selector,
+            listener,
+            ("127.0.0.1", port),
+            nonce=nonce,
+            attempt=0,
+            node_rank=1,
+            ranks=ranks,
+            world_size=world_size,
+            limits=Limits.parse(limits),
+            supervised=supervised,
+            clock=clock,
+        )
+
+    driven = Driven(make, clock or Clock())
+    with contextlib.closing(driven):
+        yield driven
+
+
+@contextlib.contextmanager
+def two_nodes(limits: str = "", *, supervised: bool = True) -> Iterator[tuple[Driven, Driven, list[Caller]]]:
+    """Rank 0 at the head, ranks 1 and 2 at a relay; all welcomed."""
+    with (
+        serving(3, limits=limits, supervised=supervised) as hub,
+        relaying(hub.port, (1, 2), 3, limits=limits, supervised=supervised, clock=hub.clock) as relay,
+    ):
+        hub.others.append(relay)
+        callers = [Caller(relay if rank else hub, rank, 3).come() for rank in range(3)]
+        for caller in callers:
+            caller.driven = hub
+            caller.hears(Welcome)
+        yield hub, relay, callers
+        for caller in callers:
+            caller.close()
+
+
+def test_what_ranks_say_reaches_the_head_through_a_relay():
+    with two_nodes() as (hub, _, ranks):
+        ranks[2].beat(iteration=12)
+        hub.until(lambda: hub.service.progress() == (1, 12))
+        assert hub.service.status(2).iteration == 12
+
+
+def test_a_failure_behind_a_relay_is_judged_at_the_head_and_all_nodes_are_ordered_out():
+    with two_nodes() as (hub, relay, ranks):
+        ranks[2].fail()
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (2, Kind.ERROR)
+        hub.service.order_leave("rank 2 failed", 84, printer=1, report="THE REPORT")
+        assert ranks[0].hears(Leave) == Leave("rank 2 failed", 84)
+        assert ranks[1].hears(Leave) == Leave("rank 2 failed", 84, "THE REPORT")
+        assert ranks[2].hears(Leave).code is None
+        hub.until(lambda: Ordered("rank 2 failed", 84, (2,)) in relay.events)
+        hub.service.finish("the text", 1)
+        hub.until(lambda: Finished("the text", 1) in relay.events)
+
+
+def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():
+    with two_nodes() as (hub, relay, ranks):
+        ranks[1].close()
+        relay.service.worker_ended(WorkerExit(1, -9, note="memory ran out"))
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind, case.cause.note) == (1, Kind.SIGNAL, "memory ran out")
+        for rank, end in ((0, hub), (2, relay)):
+            end.service.worker_ended(WorkerExit(rank, 84))
+        hub.event(AllEnded)
+
+
+def test_a_rank_that_is_gone_behind_a_relay_is_known_at_the_head_without_a_supervisor():
+    with two_nodes(supervised=False) as (hub, _, ranks):
+        ranks[2].close()
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (2, Kind.LOST)
+
+
+def test_losing_a_node_is_named_at_the_head():
+    with two_nodes() as (hub, relay, _):
+        hub.others.clear()
+        relay.close()
+        case = hub.verdict()
+        assert (case.cause.kind, case.exit_code) == (Kind.NODE_LOST, 84)
+        assert "node 1" in case.cause.what
+        assert case.others[0].kind is Kind.NODE_LOST
+
+
+def test_a_node_that_is_not_heard_from_is_lost_at_the_limit_and_not_before():
+    with two_nodes("link=2.5") as (hub, _, ranks):
+        hub.others.clear()  # as if the network were cut: nobody drives the relay
+
+        def turn() -> bool:
+            ranks[0].beat()
+            hub.pass_time(0.2)
+            return any(isinstance(event, Verdict) for event in hub.events)
+
+        hub.pass_time(1.5)
+        assert not [event for event in hub.events if isinstance(event, Verdict)]
+        hub.until(turn)
+        assert hub.verdict().cause.kind is Kind.NODE_LOST
+
+
+def test_a_node_that_never_connects_is_lost():
+    with serving(2, limits="link=0.5") as hub, contextlib.closing(Caller(hub, 0).come()):
+        hub.service.expect_node(1, [1])
+        case = hub.verdict()
+        assert (case.cause.rank, case.cause.kind) == (1, Kind.NODE_LOST)
+        assert "did not connect" in case.cause.what
+
+
+def test_losing_the_head_is_a_verdict_at_the_relay():
+    with two_nodes("link=2") as (hub, relay, ranks):
+        ranks[1].driven = ranks[2].driven = relay
+        case = relay.verdict()  # the head is not driven meanwhile
+        assert (case.cause.kind, case.exit_code) == (Kind.SERVICE_LOST, 84)
+        assert "not heard from" in case.cause.what
+        relay.service.order_leave("the head is lost", 84)
+        assert ranks[1].hears(Leave).code == 84
+        assert hub.service.deadline() is not None
+
+
+def test_a_head_that_closes_is_a_verdict_at_the_relay_at_once():
+    with two_nodes() as (hub, relay, _):
+        hub.service.close()
+        assert "closed the connection" in relay.verdict().cause.what
+
+
+def test_a_head_that_is_finished_may_close():
+    with two_nodes() as (hub, relay, _):
+        hub.service.finish("", 0)
+        hub.until(lambda: Finished("", 0) in relay.events)
+        hub.service.close()
+        relay.pass_time(0.5)
+        assert not [event for event in relay.events if isinstance(event, Verdict)]
+
+
+def test_a_head_that_never_answers_is_a_verdict_in_bounded_time(monkeypatch):
+    monkeypatch.setattr("allstep.monitor.uplink.CONNECT_S", 1.0)
+    sock = listening()
+    port = sock.getsockname()[1]
+    sock.close()
+    with relaying(port, (1,), 2) as relay:
+        assert "could not be reached" in relay.verdict().cause.what
+
+
+@pytest.mark.parametrize("first", ["127.0.0.9", "192.0.2.1"], ids=["refuses", "is silent"])
+def test_a_head_is_reached_at_another_of_its_addresses(monkeypatch, first):
+    """192.0.2.0/24 is for documentation: no machine has such an address."""
+    monkeypatch.setattr("allstep.monitor.uplink.ADDRESS_S", 0.5)
+    stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
+    with serving(2) as hub:
+        found = [(*stream, (first, hub.port)), (*stream, ("127.0.0.1", hub.port))]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: found)
+        with relaying(hub.port, (1,), 2, clock=hub.clock) as relay:
+            relay.others.append(hub)
+            relay.until(lambda: hub.service.connected == 1)
+
+
+def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
+    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", clock=hub.clock) as relay:
+        hub.others.append(relay)
+        caller = Caller(relay, 1, 2, nonce="other").come()
+        caller.driven = hub
+        assert "another run's service" in caller.hears(Refused).reason
+
+
+def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
+    with serving(2, supervised=False) as hub, relaying(hub.port, (1,), 2, supervised=False, clock=hub.clock) as relay:
+        hub.others.append(relay)
+        callers = [Caller(hub, 1, arrival=arrival(1, pid=1)).come(), Caller(relay, 1, 2).come()]
+        for caller in callers:
+            caller.driven = hub
+            caller.hears(Refused)
+            caller.close()
+        hub.until(lambda: relay.service.connected == 0)
+        hub.others.clear()
+        relay.close()
+        hub.until(lambda: hub.service.connected == 0)
+        hub.pass_time(0.5)
+        assert not [event for event in hub.events if isinstance(event, Verdict)]
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wait_for_its_last_word(supervised: bool):
+    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised, clock=hub.clock) as relay:
+        relay.others.append(hub)
+        if supervised:
+            assert relay.verdict().cause.kind is Kind.SERVICE_LOST
+        else:
+            relay.until(lambda: len(relay.selector.get_map()) == 1)  # it only listens
+            relay.pass_time(0.1)
+            assert not [event for event in relay.events if isinstance(event, Verdict)]
+
+
+def test_a_doubled_rank_on_another_node_is_named():
+    with serving(2) as hub, relaying(hub.port, (1,), 2, clock=hub.clock) as relay:
+        hub.others.append(relay)
+        here = Caller(hub, arrival=arrival(1, host="head", pid=1)).come()
+        there = Caller(relay, arrival=arrival(1, host="node", pid=2)).come()
+        there.driven = hub
+        for caller in (here, there):
+            reason = caller.hears(Refused).reason
+            assert "two processes are rank 1" in reason
+            assert "process 1 on head" in reason
+            assert "process 2 on node" in reason
+
+
+def test_a_silent_rank_behind_a_relay_is_found_by_its_own_silence():
+    with two_nodes("silence=1.5") as (hub, _, ranks):
+        ranks[2].beat()
+
+        def turn() -> bool:
+            ranks[0].beat()
+            ranks[1].beat()
+            hub.pass_time(0.3)
+            return any(isinstance(event, Verdict) for event in hub.events)
+
+        hub.until(turn)
+        assert (hub.verdict().cause.rank, hub.verdict().cause.kind) == (2, Kind.HANG)
