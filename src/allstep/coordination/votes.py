@@ -1,11 +1,11 @@
 """What one rank says in a vote, and what all ranks together said: ballots and their sum.
 
 Contract: a `Vote` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed
-element by element in one reduction; every rank reads the same `VoteResult` from the sum. So one tiny reduction answers how
-many ranks have a batch for each coming iteration, how many samples those hold, and who wants what. Ranks that came to
-different votes are noticed by all who took part: each vector says which vote it is meant for, by its occasion and by a
-number for its place in the run with the square of that number. W ranks gave the same number exactly where W times the
-sum of the squares is the square of the sum, so that no rank needs to know its own to see it.
+element by element in one reduction; every rank reads the same `VoteResult` from the sum. So one tiny reduction answers
+how many ranks have a batch for each coming iteration, how many samples those hold, and who wants what. Ranks that came
+to different votes are noticed by all who took part: each vector says which vote it is meant for, by its occasion and
+by a number for its place in the run with the square of that number. W ranks gave the same number exactly where W times
+the sum of the squares is the square of the sum, so that no rank needs to know its own to see it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From what is known of one rank to what became of it; pure.
 
-Contract: the inquiry and a relay ask for the `RankOutcome` of a `RankRecord` at any moment, and again when more is known;
-`causes` ranks accounts and `report` says them in words.
+Contract: the inquiry and a relay ask for the `RankOutcome` of a `RankRecord` at any moment, and again when more is
+known; `causes` ranks accounts and `report` says them in words.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a service knows of one rank.
 
-Contract: a hub's inquiry and a relay keep one `RankRecord` per rank and note in it what comes, each with the order and the
-time (on the service's own clock) at which it came. `allstep.diagnosis.rank_outcome` says what became of the rank.
+Contract: a hub's inquiry and a relay keep one `RankRecord` per rank and note in it what comes, each with the order and
+the time (on the service's own clock) at which it came. `allstep.diagnosis.rank_outcome` says what became of the rank.
 
 An exception that was only *seen* left a run, and the script may have caught it: it explains an end for which nothing
 better is known, of this rank or another, and otherwise is a note. It is forgotten when the rank is known to go on.

@@ -12,8 +12,8 @@ beginning of w - 1, and casts the vote on w + 1: how many samples it has for eac
 for on this rank until now. So a request made in w is cast at the beginning of w + 1 and lands at its end. In between
 nothing is waited for. No vote is cast on iterations beyond an epoch's end that is known.
 
-The rank's own batches lie in a `BatchBuffer`, votes are cast and read by `Voting`. What can go wrong is raised on every rank
-alike: data that gave less than it declared, uneven data under "error", ranks that came to different votes.
+The rank's own batches lie in a `BatchBuffer`, votes are cast and read by `Voting`. What can go wrong is raised on
+every rank alike: data that gave less than it declared, uneven data under "error", ranks that came to different votes.
 
 A rank's votes, one after another: cast, read, and what they say besides the window.
 

@@ -6,8 +6,8 @@ at any world size and any split into micro-batches: the engine's counters, which
 it. Data with `state_dict` and `load_state_dict` (a loader of torchdata, or an iterable dataset that a DataLoader
 without workers reads) has a state of its own on each rank. Of all other data only the number of batches is known.
 
-A state is of what steps have consumed. Batches that were read ahead are not: `PositionHistory` keeps the data's states behind
-each batch until the batch is done.
+A state is of what steps have consumed. Batches that were read ahead are not: `PositionHistory` keeps the data's states
+behind each batch until the batch is done.
 
 A copy of a state that goes on changing, taken after every batch and hardly ever read, so it has to be cheap.
 

@@ -1,8 +1,9 @@
 """The service that a world's ranks report to, as an object that any loop drives.
 
 Contract: that of `service.Service`. It turns away who does not belong here (`gate`), lets the ranks go on when all have
-arrived and fit (`admission`), keeps the relays of other nodes (`links`), and passes what ranks report to its `FailureDetector`,
-which comes to at most one `Verdict`. A world that was closed in order may be opened again by the same processes.
+arrived and fit (`admission`), keeps the relays of other nodes (`links`), and passes what ranks report to its
+`FailureDetector`, which comes to at most one `Verdict`. A world that was closed in order may be opened again by the
+same processes.
 """
 
 from __future__ import annotations

@@ -9,13 +9,19 @@ may end all ranks within a tenth of a second; where there is none, a rank writes
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__":  # without site-packages: find the package that this file is in, behind the library
+    import os.path
+
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
 import contextlib
 import json
 import os
 import selectors
 import signal
 import socket
-import sys
 import threading
 import time
 from pathlib import Path
@@ -30,12 +36,6 @@ from allstep.monitor.relay import Relay
 from allstep.monitor.service import AllArrived, Finished, Ordered, Service, StragglerSeen, Verdict
 from allstep.monitor.sidecar import Setup, is_ready
 from allstep.protocol.address import listen, split_address
-
-if __name__ == "__main__":  # without site-packages: find the package that this file is in, behind the library
-    import os.path
-
-    sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-
 
 LEAVE_S = 1.0
 """Seconds that a rank has to leave on order, before it is killed."""

@@ -1,10 +1,10 @@
 """Where this rank is: written by the thread that trains, read by the thread that beats.
 
-Contract: one `RankActivity` per World. The training thread says when it enters a section, begins and ends to wait for its
-peers, and has done a step; that is attribute stores and, once per section, one reading of the clock. It takes no lock.
-The beating thread calls `beat`, which may see a store of the moment before; nothing depends on more. Any change of
-section is progress, and so are the beginning and the end of a wait: `Beat.seconds` counts from there. So a loop of the
-user's own, which enters no section, is seen to go on.
+Contract: one `RankActivity` per World. The training thread says when it enters a section, begins and ends to wait for
+its peers, and has done a step; that is attribute stores and, once per section, one reading of the clock. It takes no
+lock. The beating thread calls `beat`, which may see a store of the moment before; nothing depends on more. Any change
+of section is progress, and so are the beginning and the end of a wait: `Beat.seconds` counts from there. So a loop of
+the user's own, which enters no section, is seen to go on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What each rank says when it arrives, and whether those that arrived can work together: pure functions.
 
-Contract: every rank introduces itself with one `Registration`; the service that all of them reach asks `objection` for each
-set of arrivals, and `absent` when it has waited long enough. So all ranks go on, or all are turned away with the same
-words, before any of them opens a process group that could hang.
+Contract: every rank introduces itself with one `Registration`; the service that all of them reach asks `objection` for
+each set of arrivals, and `absent` when it has waited long enough. So all ranks go on, or all are turned away with the
+same words, before any of them opens a process group that could hang.
 
 The ranks that have arrived and wait for the others: when they may go on, or are turned away.
 
