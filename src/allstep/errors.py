@@ -1,22 +1,64 @@
-"""Every exception that allstep raises on its own account, in one place.
+"""Every exception type of allstep, in one place.
 
-An error says what happened, on which rank where that is known, what was expected and what to do. Errors about an
-argument are also a `ValueError` or `TypeError`, so that callers who know Python's own types can catch those. Exceptions
-of a user's step, handler or dataset are never wrapped: they leave `Engine.run` as they are.
+A message says what happened, on which rank where that is known, what was expected, and what to do. An exception that a
+user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` as it is.
+
+| error | raised when | is also a |
+| --- | --- | --- |
+| AllstepError | the base of all errors that allstep raises | Exception |
+| ArgumentError | an argument has a value that cannot be meant | ValueError |
+| ArgumentTypeError | an argument has a type that cannot be meant | TypeError |
+| PlacementError | the environment does not say consistently which rank a process is | ValueError |
+| ConfigurationError | a configuration file or command-line option is wrong | ValueError |
+| LaunchError | the launcher cannot start the workers | RuntimeError |
+| ChannelError | a message of the control channel cannot be read, or its other end is gone | ConnectionError |
+| WorldError | the process group cannot be set up, or a World is used outside `init` and `close` | RuntimeError |
+| CollectiveError | a collective is given what it cannot carry | ValueError |
+| ParallelError | a module cannot be wrapped as asked | ValueError |
+| DataError | a dataset, sampler or loader argument is wrong, or data is shorter than declared | ValueError |
+| EngineError | an engine is used in a way that cannot work | RuntimeError |
+| AgreementError | ranks that have to act alike did not; raised on all that take part | RuntimeError |
+| TermsError | ranks began a run with different arguments | AgreementError |
+| DivergenceError | one rank ended, or took another course, alone | AgreementError |
+| UnevenDataError | ranks have different numbers of batches and the policy is "error" | AgreementError |
+| MetricMismatchError | ranks hold metrics that differ in name, order, type or shape | AgreementError |
+| MetricError | a metric cannot be used as asked, or failed on one rank only | RuntimeError |
+| NotComputableError | a metric has seen no sample on any rank | RuntimeError |
+| CheckpointError | a checkpoint cannot be saved, found, read or removed | RuntimeError |
+| DamagedCheckpointError | a checkpoint does not hold what it says it holds | CheckpointError |
+| NewerCheckpointError | a checkpoint has a later format than this version reads | DamagedCheckpointError |
+| UnkeepableError | state to be saved holds a value that a checkpoint cannot keep | CheckpointError, TypeError |
+| RanksError | a rank of `allstep.testing.run_ranks` failed | RuntimeError |
+| SimulationError | simulated ranks do not act alike, or one of them raised | RuntimeError |
+| Preempted | a preempted run has saved its state and its process is to end with status 85; not an error | SystemExit |
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 
 class AllstepError(Exception):
     """Base of all errors that allstep itself raises."""
 
 
+class ArgumentError(AllstepError, ValueError):
+    """An argument has a value that cannot be meant; the message names the argument, its value and the remedy."""
+
+
+class ArgumentTypeError(AllstepError, TypeError):
+    """An argument has a type that cannot be meant; the message names the argument, its value and the remedy."""
+
+
 class PlacementError(AllstepError, ValueError):
     """The environment does not say consistently which rank this process is.
 
-    Raised before anything is connected. `variable` is the environment variable at fault and `value` what it held
-    (None where it is missing).
+    Raised before anything is connected.
+
+    Args:
+        message: what is wrong and what to do.
+        variable: the environment variable at fault.
+        value: what it holds; None where it is missing.
     """
 
     def __init__(self, message: str, *, variable: str, value: str | None = None) -> None:
@@ -24,29 +66,36 @@ class PlacementError(AllstepError, ValueError):
         self.variable = variable
         self.value = value
 
-
-class WorldError(AllstepError, RuntimeError):
-    """The process group could not be set up, or a World was used before `init` or after `close`."""
-
-
-class ChannelError(AllstepError, ConnectionError):
-    """The control channel carried something that is not a message of this version, or its other end is gone."""
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors travel between processes, and pickle by itself would leave the keyword arguments out.
+        return partial(PlacementError, variable=self.variable, value=self.value), (str(self),)
 
 
-class ParallelError(AllstepError, ValueError):
-    """A module cannot be spread over ranks as asked."""
-
-
-class CollectiveError(AllstepError, ValueError):
-    """A collective was given what it cannot carry; where ranks can know of each other's, it is raised on all alike."""
+class ConfigurationError(AllstepError, ValueError):
+    """A configuration file or command-line option is wrong; the message names the file, the field and the remedy."""
 
 
 class LaunchError(AllstepError, RuntimeError):
     """The launcher cannot start what it was asked to start."""
 
 
-class ConfigurationError(AllstepError, ValueError):
-    """A configuration file or command-line option is wrong; the message names the file, the field and the remedy."""
+class ChannelError(AllstepError, ConnectionError):
+    """The control channel carried something that is not a message of this version, or its other end is gone."""
+
+
+class WorldError(AllstepError, RuntimeError):
+    """The process group could not be set up, or a World was used before `init` or after `close`."""
+
+
+class CollectiveError(AllstepError, ValueError):
+    """A collective was given what it cannot carry.
+
+    Raised on all ranks alike where they exchange what each of them gives; by one rank alone where only it can know.
+    """
+
+
+class ParallelError(AllstepError, ValueError):
+    """A module cannot be wrapped for several ranks as asked."""
 
 
 class DataError(AllstepError, ValueError):
@@ -70,18 +119,19 @@ class DivergenceError(AgreementError):
 
 
 class UnevenDataError(AgreementError):
-    """Ranks have different numbers of batches and the run's policy is "error". `counts` has each rank's number."""
+    """Ranks have different numbers of batches and the run's policy is "error".
+
+    Args:
+        message: what is wrong and what to do.
+        counts: each rank's number of batches, in rank order.
+    """
 
     def __init__(self, message: str, *, counts: tuple[int, ...]) -> None:
         super().__init__(message)
         self.counts = counts
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _uneven, (str(self), self.counts)
-
-
-def _uneven(message: str, counts: tuple[int, ...]) -> UnevenDataError:
-    return UnevenDataError(message, counts=counts)
+        return partial(UnevenDataError, counts=self.counts), (str(self),)
 
 
 class MetricMismatchError(AgreementError):
@@ -112,16 +162,17 @@ class UnkeepableError(CheckpointError, TypeError):
     """State that was to be saved has a value that a checkpoint cannot keep; the message names its key and type."""
 
 
-class Preempted(SystemExit):
-    """The run made room: its state is saved, and its process is to end with exit code 85. No error, so no AllstepError.
-
-    `Engine.run` raises it after a stop that `Preemption` was asked for. Uncaught, it ends the process.
-    """
-
-
 class RanksError(AllstepError, RuntimeError):
     """A rank of `allstep.testing.run_ranks` failed; the message names the first one and holds its traceback."""
 
 
 class SimulationError(AllstepError, RuntimeError):
-    """Simulated ranks came apart: another rank raised, or did not come to a meeting in time."""
+    """Simulated ranks do not act alike: one of them raised, or did not take part in a collective in time."""
+
+
+class Preempted(SystemExit):
+    """The run was preempted: its state is saved, and its process is to end with exit code 85.
+
+    It is no failure, so it is no AllstepError. `Engine.run` raises it after a stop that the `Preemption` handler asked
+    for. Uncaught, it ends the process.
+    """
