@@ -1,7 +1,10 @@
 """allstep: train a PyTorch model on every device a job has, with every rank taking the same step.
 
-Names are imported when first used (PEP 562), so that `import allstep` costs no torch import: the launcher's parent
-process, which never touches a tensor, stays small and starts at once.
+What a training script uses is here. Names for other purposes live in their packages, such as
+`allstep.coordination.Coordinator` and `allstep.data.ShardedBatchSampler`.
+
+Names are imported when they are first used (PEP 562), so that `import allstep` does not import torch. The process of
+`allstep run`, which never touches a tensor, stays small and starts at once.
 """
 
 from __future__ import annotations
@@ -9,44 +12,51 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from allstep.version import __version__
+from allstep.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from allstep.checkpoint import Checkpoint
-    from allstep.coordination import Alone, Coordinator
-    from allstep.data import Permutation, ShardedBatchSampler, shard
-    from allstep.engine import Engine, EventEnum, Events, State, create_supervised_evaluator, create_supervised_trainer
-    from allstep.errors import AllstepError
-    from allstep.handlers import EarlyStopping, Preemption, StopOnSignal, TerminateOnNan, TimeLimit
-    from allstep.metrics import Max, Mean, Metrics, Min, Sum, Usage
-    from allstep.outputs import Gather
-    from allstep.placement import Placement
-    from allstep.world import World, init
+    # For type checkers and editors, which do not run `__getattr__`. A test holds it equal to the table below.
+    from allstep.checkpoint import Checkpoint as Checkpoint
+    from allstep.coordination import Alone as Alone
+    from allstep.data import shard as shard
+    from allstep.engine import Engine as Engine
+    from allstep.engine import Events as Events
+    from allstep.engine import State as State
+    from allstep.engine import create_supervised_evaluator as create_supervised_evaluator
+    from allstep.engine import create_supervised_trainer as create_supervised_trainer
+    from allstep.errors import AllstepError as AllstepError
+    from allstep.handlers import EarlyStopping as EarlyStopping
+    from allstep.handlers import Preemption as Preemption
+    from allstep.handlers import StopOnSignal as StopOnSignal
+    from allstep.handlers import TerminateOnNan as TerminateOnNan
+    from allstep.handlers import TimeLimit as TimeLimit
+    from allstep.metrics import Max as Max
+    from allstep.metrics import Mean as Mean
+    from allstep.metrics import Metrics as Metrics
+    from allstep.metrics import Min as Min
+    from allstep.metrics import Sum as Sum
+    from allstep.outputs import Gather as Gather
+    from allstep.world import World as World
+    from allstep.world import init as init
 
 _HOMES = {
-    "Alone": "allstep.coordination",
     "AllstepError": "allstep.errors",
+    "Alone": "allstep.coordination",
     "Checkpoint": "allstep.checkpoint",
-    "Coordinator": "allstep.coordination",
     "EarlyStopping": "allstep.handlers",
     "Engine": "allstep.engine",
-    "EventEnum": "allstep.engine",
     "Events": "allstep.engine",
     "Gather": "allstep.outputs",
     "Max": "allstep.metrics",
     "Mean": "allstep.metrics",
     "Metrics": "allstep.metrics",
     "Min": "allstep.metrics",
-    "Permutation": "allstep.data",
-    "Placement": "allstep.placement",
     "Preemption": "allstep.handlers",
-    "ShardedBatchSampler": "allstep.data",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",
     "Sum": "allstep.metrics",
     "TerminateOnNan": "allstep.handlers",
     "TimeLimit": "allstep.handlers",
-    "Usage": "allstep.metrics",
     "World": "allstep.world",
     "create_supervised_evaluator": "allstep.engine",
     "create_supervised_trainer": "allstep.engine",
@@ -54,37 +64,7 @@ _HOMES = {
     "shard": "allstep.data",
 }
 
-__all__ = [
-    "AllstepError",
-    "Alone",
-    "Checkpoint",
-    "Coordinator",
-    "EarlyStopping",
-    "Engine",
-    "EventEnum",
-    "Events",
-    "Gather",
-    "Max",
-    "Mean",
-    "Metrics",
-    "Min",
-    "Permutation",
-    "Placement",
-    "Preemption",
-    "ShardedBatchSampler",
-    "State",
-    "StopOnSignal",
-    "Sum",
-    "TerminateOnNan",
-    "TimeLimit",
-    "Usage",
-    "World",
-    "__version__",
-    "create_supervised_evaluator",
-    "create_supervised_trainer",
-    "init",
-    "shard",
-]
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> object:

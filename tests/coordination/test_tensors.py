@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from allstep import Alone, Coordinator
+from allstep import Alone
+from allstep.coordination import Coordinator
 from allstep.errors import SimulationError
 from allstep.testing import run_ranks, simulate
 from allstep.world import World

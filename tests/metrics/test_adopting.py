@@ -9,7 +9,8 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.regression import ExplainedVariance, MeanSquaredError, R2Score
 
-from allstep import Coordinator, Engine
+from allstep import Engine
+from allstep.coordination import Coordinator
 from allstep.errors import MetricMismatchError
 from allstep.metrics import Metrics
 from allstep.testing import simulate

@@ -20,7 +20,8 @@ from torchmetrics.classification import (
 from torchmetrics.retrieval import RetrievalMAP
 from torchmetrics.wrappers import BootStrapper, ClasswiseWrapper, MinMaxMetric
 
-from allstep import Coordinator, Engine, Events
+from allstep import Engine, Events
+from allstep.coordination import Coordinator
 from allstep.errors import MetricMismatchError
 from allstep.metrics import EPOCH, RUNNING, Mean, Metrics, Sum, Usage
 from allstep.metrics.describe import descriptions

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torchmetrics.wrappers import MinMaxMetric
 
-from allstep import Coordinator, Engine
+from allstep import Engine
+from allstep.coordination import Coordinator
 from allstep.metrics import Metrics
 from allstep.testing import simulate
 from tests.metrics.noting import Noting

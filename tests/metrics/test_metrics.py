@@ -15,7 +15,8 @@ from torchmetrics.classification import (
 )
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric, Running
 
-from allstep import Alone, Coordinator, Engine, Events
+from allstep import Alone, Engine, Events
+from allstep.coordination import Coordinator
 from allstep.metrics import Mean, Metrics, Sum
 from allstep.testing import simulate
 from tests.metrics.noting import Noting, alone, batches

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchmetrics.classification import MulticlassAccuracy
 
-from allstep import Coordinator, Engine
+from allstep import Engine
+from allstep.coordination import Coordinator
 from allstep.errors import MetricMismatchError, NotComputableError
 from allstep.metrics import Mean, Metrics
 from allstep.testing import simulate

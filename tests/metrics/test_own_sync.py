@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torchmetrics import Metric
 
-from allstep import Coordinator, Engine
+from allstep import Engine
+from allstep.coordination import Coordinator
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Metrics
 from allstep.metrics.nodes import nodes

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from allstep import Coordinator, Engine, Events
+from allstep import Engine, Events
+from allstep.coordination import Coordinator
 from allstep.metrics import Max, Mean, Metrics, Min, Sum
 from allstep.testing import simulate
 from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks, take

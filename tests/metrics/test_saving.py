@@ -11,7 +11,8 @@ from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, Mul
 from torchmetrics.regression import PearsonCorrCoef, R2Score
 from torchmetrics.wrappers import MinMaxMetric
 
-from allstep import Alone, Coordinator, Engine, Events
+from allstep import Alone, Engine, Events
+from allstep.coordination import Coordinator
 from allstep.metrics import Max, Mean, Metrics, Sum
 from allstep.testing import simulate
 from tests.metrics.worlds import all_same_bits, deal, on_one, same_bits, take

@@ -17,7 +17,8 @@ from torchmetrics.classification import (
     MulticlassRecall,
 )
 
-from allstep import Alone, Coordinator, Engine
+from allstep import Alone, Engine
+from allstep.coordination import Coordinator
 from allstep.metrics import Metrics
 from allstep.metrics.nodes import followers, nodes
 from allstep.metrics.sharing import fix_groups, shared_states, update_alike

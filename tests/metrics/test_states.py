@@ -8,7 +8,8 @@ import pytest
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from allstep import Coordinator, Engine, Events
+from allstep import Engine, Events
+from allstep.coordination import Coordinator
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Metrics
 from allstep.testing import simulate

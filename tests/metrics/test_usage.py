@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from allstep import Alone, Coordinator, Engine, Events
+from allstep import Alone, Engine, Events
+from allstep.coordination import Coordinator
 from allstep.errors import NotComputableError
 from allstep.metrics import EPOCH, ITERATION, RUNNING, Max, Metrics, Sum, Usage
 from allstep.testing import simulate

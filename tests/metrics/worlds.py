@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from allstep import Alone, Coordinator, Engine
+from allstep import Alone, Engine
+from allstep.coordination import Coordinator
 from allstep.metrics import Metrics, Usage
 from allstep.testing import simulate
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from allstep import Coordinator, Engine
+from allstep import Engine
+from allstep.coordination import Coordinator
 from allstep.data import make_loader
 from allstep.outputs import Gather
 

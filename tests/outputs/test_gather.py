@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from allstep import Alone, Coordinator, Engine, Events
+from allstep import Alone, Engine, Events
+from allstep.coordination import Coordinator
 from allstep.errors import MetricError
 from allstep.outputs import Gather
 from allstep.outputs.gather import cuda_devices

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from allstep import Coordinator, Engine
+from allstep import Engine
+from allstep.coordination import Coordinator
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.outputs import Gather
 from allstep.outputs import gather as gathering

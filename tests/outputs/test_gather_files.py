@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from allstep import Alone, Coordinator
+from allstep import Alone
+from allstep.coordination import Coordinator
 from allstep.outputs import Gather, Parts
 from allstep.outputs.samples import flattened, restored
 from allstep.testing import simulate

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 import allstep
 from allstep.coordination import Alone
 from allstep.errors import CollectiveError, WorldError
+from allstep.placement import Placement
 
 
 def test_a_world_of_one_has_no_process_group(one):
@@ -219,8 +220,6 @@ def test_a_broken_environment_fails_before_connecting(bare_environment, monkeypa
 
 
 def test_remarks_of_the_placement_are_shown(bare_environment, monkeypatch):
-    monkeypatch.setattr(
-        "allstep.world.initialization.detect", lambda _: allstep.Placement("alone", warnings=("mind this",))
-    )
+    monkeypatch.setattr("allstep.world.initialization.detect", lambda _: Placement("alone", warnings=("mind this",)))
     with pytest.warns(UserWarning, match="mind this"), allstep.init(device="cpu"):
         pass
