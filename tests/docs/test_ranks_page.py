@@ -1,4 +1,4 @@
-"""The examples in docs/world.md run, on two ranks, and give what they say."""
+"""The examples in docs/howto/ranks.md run, on two ranks, and give what they say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 from allstep.testing import run_ranks
 
-PAGE = Path(__file__).parents[2] / "docs" / "world.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "ranks.md"
 
 
 def run_examples(world, examples):

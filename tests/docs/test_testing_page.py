@@ -1,4 +1,4 @@
-"""docs/testing.md: its examples run, and its tables of faults are those that there are."""
+"""docs/howto/testing.md: its examples run, and its tables of faults are those that there are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from allstep.faults.fault import KINDS, WHENS
 from allstep.testing import FaultPlan
 from tests.testing.test_plugin import run_pytest
 
-PAGE = (Path(__file__).parents[2] / "docs" / "testing.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "howto" / "testing.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 

@@ -1,4 +1,4 @@
-"""The examples in docs/metrics.md run, each with what it imports itself and the engines, model and data around it."""
+"""The examples in docs/howto/metrics.md run, with what each imports and the engines, model and data around it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from allstep import Alone, Engine, create_supervised_evaluator
 
-PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "metrics.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 

@@ -1,0 +1,80 @@
+"""Parts of the site that are made from the source when the site is built, so that they cannot differ from it.
+
+A page asks for such a part by a comment of its own line:
+
+    <!-- names: allstep.engine -->   the reference of every name in that package's `__all__`
+    <!-- run options -->             the options of `allstep run`, from the table that makes its command line
+    <!-- errors -->                  every exception type, from `allstep.errors`
+
+mkdocs calls `on_page_markdown`. The functions below are pure and are tested in tests/docs/test_site.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+
+
+def public_names(package: str) -> list[str]:
+    """The names in a package's `__all__`, in its order; read from the source, so that torch is not imported."""
+    tree = ast.parse((SOURCE / package.replace(".", "/") / "__init__.py").read_text())
+    for node in tree.body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
+            return list(ast.literal_eval(node.value))
+    raise LookupError(f"{package} has no __all__")
+
+
+def names(package: str) -> str:
+    """Markdown that has mkdocstrings write the reference of each public name of a package.
+
+    What `allstep` itself offers is on the page of `allstep` only, so that each name has one place in the site.
+    """
+    own = sorted(public_names(package), key=str.lower)
+    if package == "allstep":
+        return "\n\n".join(f"::: allstep.{name}" for name in own if name != "__version__")
+    shared = [name for name in own if name in public_names("allstep")]
+    parts = [f"::: {package}.{name}" for name in own if name not in shared]
+    if shared:
+        links = ", ".join(f"[`{name}`][allstep.{name}]" for name in shared)
+        parts.insert(0, f"Also from this package, and described under [allstep](allstep.md): {links}.")
+    return "\n\n".join(parts)
+
+
+def run_options() -> str:
+    """The table of the options of `allstep run`."""
+    if str(SOURCE) not in sys.path:
+        sys.path.insert(0, str(SOURCE))
+    from allstep.launch.settings import options_table
+
+    return options_table()
+
+
+def errors() -> str:
+    """A table of the classes in `allstep/errors.py`: name, bases and first line of the docstring."""
+    tree = ast.parse((SOURCE / "allstep" / "errors.py").read_text())
+    rows = ["| error | also a | raised when |", "|---|---|---|"]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
+            said = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+            rows.append(f"| `{node.name}` | {bases} | {said} |")
+    return "\n".join(rows)
+
+
+def expand(markdown: str) -> str:
+    """A page with its comments replaced by what they ask for."""
+    markdown = re.sub(r"^<!-- names: ([\w.]+) -->$", lambda found: names(found[1]), markdown, flags=re.MULTILINE)
+    for comment, made in (("run options", run_options), ("errors", errors)):
+        if f"<!-- {comment} -->" in markdown:
+            markdown = markdown.replace(f"<!-- {comment} -->", made())
+    return markdown
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """What mkdocs calls for each page."""
+    return expand(markdown)
