@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from allstep.coordination import Ledger, Occasion, Vote, agree_window, read_tally, vector_length
+from allstep.coordination import Ledger, Occasion, Vote, agree_window, read_result, vector_length
 from allstep.data import ShardedBatchSampler
 
 from machine import machine_line
@@ -54,7 +54,7 @@ def ballot_vector(samples: list[int | None], sequence: int, window: int) -> list
 
 
 def read(total: list[int], window: int, world_size: int) -> Ledger:
-    return agree_window(read_tally(total, window), "longest", world_size, 1, group_goes_on=False)
+    return agree_window(read_result(total, window), "longest", world_size, 1, group_goes_on=False)
 
 
 def run_window(world_size: int, window: int, sequence: int, costs: Costs) -> None:

@@ -135,7 +135,7 @@ def by_allstep(world: World, count: int) -> Callable[[], object]:
     engine = Engine(lambda engine, batch: batch, uneven="longest", idle="skip")
     Metrics(classification(count)).attach(engine)
     engine.run(batches(world.rank))
-    reduction: Any = engine.reductions[0]
+    reduction: Any = engine.extension.reductions[0]
     return lambda: reduction(engine)
 
 

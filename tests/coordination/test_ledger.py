@@ -18,17 +18,17 @@ from allstep.coordination import (
     agree_length,
     agree_window,
     next_window,
-    read_tally,
+    read_result,
     vector_length,
 )
 
 counts = st.none() | st.integers(0, 9)
 
 
-def tally_of(rows: list[list[int | None]]) -> VoteResult:
+def result_of(rows: list[list[int | None]]) -> VoteResult:
     iterations = len(rows[0])
     vectors = [Vote(Occasion.WINDOW, 0, 0, row).vector(vector_length(iterations)) for row in rows]
-    return read_tally([sum(column) for column in zip(*vectors, strict=True)], iterations)
+    return read_result([sum(column) for column in zip(*vectors, strict=True)], iterations)
 
 
 def rows_of(*batches: int, iterations: int, samples: int = 2) -> list[list[int | None]]:
@@ -37,48 +37,48 @@ def rows_of(*batches: int, iterations: int, samples: int = 2) -> list[list[int |
 
 @pytest.mark.parametrize("policy", ["shortest", "error"])
 def test_a_pass_ends_where_the_first_rank_runs_out(policy: Uneven) -> None:
-    ledger = agree_window(tally_of(rows_of(10, 7, 9, iterations=12)), policy, 3, 1, group_goes_on=False)
+    ledger = agree_window(result_of(rows_of(10, 7, 9, iterations=12)), policy, 3, 1, group_goes_on=False)
     assert (ledger.iterations, ledger.ends_pass, ledger.is_uneven) == (7, True, True)
     assert ledger.group_totals == (6,) * 7
 
 
 def test_under_longest_a_pass_ends_where_the_last_rank_runs_out() -> None:
-    ledger = agree_window(tally_of(rows_of(10, 7, 9, iterations=12)), "longest", 3, 1, group_goes_on=False)
+    ledger = agree_window(result_of(rows_of(10, 7, 9, iterations=12)), "longest", 3, 1, group_goes_on=False)
     assert (ledger.iterations, ledger.ends_pass, ledger.is_uneven) == (10, True, False)
     assert ledger.group_totals == (6,) * 7 + (4, 4, 2)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_pass_goes_on_while_every_rank_has_a_batch(policy: Uneven) -> None:
-    ledger = agree_window(tally_of(rows_of(8, 8, iterations=8)), policy, 2, 4, group_goes_on=True)
+    ledger = agree_window(result_of(rows_of(8, 8, iterations=8)), policy, 2, 4, group_goes_on=True)
     assert (ledger.iterations, ledger.ends_pass, ledger.is_uneven) == (8, False, False)
     assert ledger.group_totals == (16, 16)
 
 
 def test_ranks_that_run_out_together_are_not_uneven() -> None:
-    ledger = agree_window(tally_of(rows_of(5, 5, iterations=8)), "error", 2, 1, group_goes_on=False)
+    ledger = agree_window(result_of(rows_of(5, 5, iterations=8)), "error", 2, 1, group_goes_on=False)
     assert (ledger.iterations, ledger.ends_pass, ledger.is_uneven) == (5, True, False)
 
 
 def test_a_batch_of_no_sample_does_not_end_a_pass() -> None:
-    ledger = agree_window(tally_of([[2, 1], [2, 0]]), "shortest", 2, 1, group_goes_on=False)
+    ledger = agree_window(result_of([[2, 1], [2, 0]]), "shortest", 2, 1, group_goes_on=False)
     assert (ledger.iterations, ledger.ends_pass) == (2, False)
     assert [ledger.weight(1, n, 2) for n in (1, 0)] == [2.0, 0.0]
 
 
 def test_a_group_cut_by_the_end_of_data_is_short_or_waits_for_the_next_pass() -> None:
-    tally = tally_of(rows_of(6, 6, iterations=8))
-    short = agree_window(tally, "shortest", 2, 4, group_goes_on=False)
+    result = result_of(rows_of(6, 6, iterations=8))
+    short = agree_window(result, "shortest", 2, 4, group_goes_on=False)
     assert (short.iterations, short.group_totals) == (6, (16, 8))
     assert [short.ends_group(at) for at in range(6)] == [False, False, False, True, False, True]
-    waiting = agree_window(tally, "shortest", 2, 4, group_goes_on=True)
+    waiting = agree_window(result, "shortest", 2, 4, group_goes_on=True)
     assert (waiting.iterations, waiting.ends_pass, waiting.group_totals) == (4, True, (16,))
 
 
 def test_batches_that_waited_are_run_when_nothing_follows_them() -> None:
-    tally = tally_of(rows_of(2, 2, iterations=8))
-    assert agree_window(tally, "shortest", 2, 4, group_goes_on=True, carried=2).iterations == 2
-    assert agree_window(tally, "shortest", 2, 4, group_goes_on=True, carried=1).iterations == 0
+    result = result_of(rows_of(2, 2, iterations=8))
+    assert agree_window(result, "shortest", 2, 4, group_goes_on=True, carried=2).iterations == 2
+    assert agree_window(result, "shortest", 2, 4, group_goes_on=True, carried=1).iterations == 0
 
 
 @st.composite
@@ -94,7 +94,7 @@ def test_the_weighted_mean_over_ranks_and_a_group_is_the_mean_over_all_its_sampl
     world: tuple[list[list[int | None]], int], policy: Uneven, goes_on: bool
 ) -> None:
     rows, group = world
-    ledger = agree_window(tally_of(rows), policy, len(rows), group, group_goes_on=goes_on)
+    ledger = agree_window(result_of(rows), policy, len(rows), group, group_goes_on=goes_on)
     for begin in range(0, ledger.iterations, group):
         taken = range(begin, min(begin + group, ledger.iterations))
         samples = [row[at] or 0 for row in rows for at in taken]
@@ -111,7 +111,7 @@ def test_a_window_runs_a_prefix_that_the_policy_allows_in_groups(
 ) -> None:
     rows, group = world
     iterations = len(rows[0])
-    ledger = agree_window(tally_of(rows), policy, len(rows), group, group_goes_on=goes_on, carried=carried)
+    ledger = agree_window(result_of(rows), policy, len(rows), group, group_goes_on=goes_on, carried=carried)
     enough = any if policy == "longest" else all
     runs = [enough(row[at] is not None for row in rows) for at in range(iterations)]
     there = [*runs, False].index(False)

@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.coordination import Occasion, Vote, VoteResult, read_tally, vector_length
+from allstep.coordination import Occasion, Vote, VoteResult, read_result, vector_length
 
 MOST_RANKS = 1 << 18
 MOST_SAMPLES = (1 << 26) - 1
 
 flags = st.booleans()
 samples = st.lists(st.none() | st.integers(0, MOST_SAMPLES), min_size=3, max_size=3)
-ballots = st.builds(
+votes = st.builds(
     Vote,
     st.just(Occasion.WINDOW),
     st.just(7),
@@ -31,23 +31,23 @@ ballots = st.builds(
 COUNTED = ("terminate", "terminate_epoch", "interrupt", "replace_data", "gave_less", "needs_batch")
 
 
-def tally_of(*cast: Vote, iterations: int = 3, length: int = 40) -> VoteResult:
-    vectors = [ballot.vector(length) for ballot in cast]
-    return read_tally([sum(column) for column in zip(*vectors, strict=True)], iterations)
+def result_of(*cast: Vote, iterations: int = 3, length: int = 40) -> VoteResult:
+    vectors = [vote.vector(length) for vote in cast]
+    return read_result([sum(column) for column in zip(*vectors, strict=True)], iterations)
 
 
-@given(st.lists(ballots, min_size=1, max_size=8))
+@given(st.lists(votes, min_size=1, max_size=8))
 def test_a_tally_is_the_sum_of_what_each_ballot_says(cast: list[Vote]) -> None:
-    tally = tally_of(*cast)
-    assert tally.occasions == (len(cast), 0, 0)
-    assert tally.having == tuple(sum(b.samples[at] is not None for b in cast) for at in range(3))
-    assert tally.samples == tuple(sum(b.samples[at] or 0 for b in cast) for at in range(3))
+    result = result_of(*cast)
+    assert result.occasions == (len(cast), 0, 0)
+    assert result.having == tuple(sum(b.samples[at] is not None for b in cast) for at in range(3))
+    assert result.samples == tuple(sum(b.samples[at] or 0 for b in cast) for at in range(3))
     for name in COUNTED:
-        assert getattr(tally, name) == sum(getattr(b, name) for b in cast), name
-    assert tally.unread == sum(b.unread for b in cast)
-    assert tally.microseconds == sum(b.microseconds for b in cast)
-    assert tally.requests == tally.terminate + tally.terminate_epoch + tally.interrupt + tally.replace_data
-    assert all(tally.is_for(b, len(cast)) for b in cast)
+        assert getattr(result, name) == sum(getattr(b, name) for b in cast), name
+    assert result.unread == sum(b.unread for b in cast)
+    assert result.microseconds == sum(b.microseconds for b in cast)
+    assert result.requests == result.terminate + result.terminate_epoch + result.interrupt + result.replace_data
+    assert all(result.is_for(b, len(cast)) for b in cast)
 
 
 @given(st.integers(0, MOST_RANKS), st.integers(0, MOST_SAMPLES), st.integers(0, MOST_SAMPLES))
@@ -61,15 +61,15 @@ def test_counts_of_a_quarter_of_a_million_ranks_never_mix_and_fit_63_bits(having
         for a, b, c in zip(with_batch, without, last, strict=True)
     ]
     assert all(0 <= value < 1 << 63 for value in total)
-    tally = read_tally(total, 1)
-    assert tally.having == (having,)
-    assert tally.samples == (max(having - 1, 0) * most + min(having, 1) * other,)
+    result = read_result(total, 1)
+    assert result.having == (having,)
+    assert result.samples == (max(having - 1, 0) * most + min(having, 1) * other,)
 
 
 def test_a_batch_of_no_sample_is_a_batch() -> None:
-    tally = tally_of(Vote(Occasion.WINDOW, 0, 0, [0, None, 0]), Vote(Occasion.WINDOW, 0, 0, [3, None, None]))
-    assert tally.having == (2, 0, 1)
-    assert tally.samples == (3, 0, 0)
+    result = result_of(Vote(Occasion.WINDOW, 0, 0, [0, None, 0]), Vote(Occasion.WINDOW, 0, 0, [3, None, None]))
+    assert result.having == (2, 0, 1)
+    assert result.samples == (3, 0, 0)
 
 
 def test_a_vector_has_the_length_asked_for_whatever_it_says() -> None:
@@ -84,9 +84,9 @@ places = st.tuples(st.sampled_from(Occasion), st.integers(0, 300), st.integers(0
 @given(st.lists(places, min_size=2, max_size=6))
 def test_every_rank_notices_that_ranks_came_to_different_votes(at: list[tuple[Occasion, int, int]]) -> None:
     cast = [Vote(*place) for place in at]
-    tally = tally_of(*cast, iterations=0)
-    came_alike = len({(ballot.occasion, ballot.place) for ballot in cast}) == 1
-    assert [tally.is_for(ballot, len(cast)) for ballot in cast] == [came_alike] * len(cast)
+    result = result_of(*cast, iterations=0)
+    came_alike = len({(vote.occasion, vote.place) for vote in cast}) == 1
+    assert [result.is_for(vote, len(cast)) for vote in cast] == [came_alike] * len(cast)
 
 
 @pytest.mark.parametrize("at", [(3, 4, 5), (0, 5, 10), (1, 2, 3, 4, 5)])
@@ -94,8 +94,8 @@ def test_the_rank_at_the_mean_place_notices_too(at: tuple[int, ...]) -> None:
     by_sequence = [Vote(Occasion.WINDOW, each) for each in at]
     by_iteration = [Vote(Occasion.RUN_END, 9, each) for each in at]
     for cast in (by_sequence, by_iteration):
-        tally = tally_of(*cast, iterations=0)
-        assert not any(tally.is_for(ballot, len(cast)) for ballot in cast)
+        result = result_of(*cast, iterations=0)
+        assert not any(result.is_for(vote, len(cast)) for vote in cast)
 
 
 @given(st.integers(0, 300), st.integers(0, 300), st.integers(-5, 5))

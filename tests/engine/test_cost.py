@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from allstep.engine import Engine, Events
-from allstep.engine.registry import Slot
+from allstep.engine.registry import HandlerSlot
 from tests.engine.recording import nothing
 
 
@@ -13,13 +13,13 @@ from tests.engine.recording import nothing
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
     """(event, count) of each time that an event's handlers were looked at."""
     seen: list[tuple[Any, int]] = []
-    call = Slot.call
+    call = HandlerSlot.call
 
-    def counting(self: Slot, engine: Any, count: int, event_args: tuple[Any, ...]) -> None:
+    def counting(self: HandlerSlot, engine: Any, count: int, event_args: tuple[Any, ...]) -> None:
         seen.append((self.event, count))
         call(self, engine, count, event_args)
 
-    monkeypatch.setattr(Slot, "call", counting)
+    monkeypatch.setattr(HandlerSlot, "call", counting)
     return seen
 
 

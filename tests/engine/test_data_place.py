@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from allstep.data import make_loader
 from allstep.engine import Engine, Events
 from allstep.engine.position import translated
-from allstep.engine.run import Place
+from allstep.engine.run import RunPosition
 from allstep.testing import SimulatedRank, simulate
 from tests.engine.recording import nothing
 
@@ -138,7 +138,7 @@ def test_a_translated_place_has_done_as_many_optimizer_steps(group: int, steps: 
     limit = data.draw(st.one_of(st.none(), st.integers(1, steps * 5)))
     old = steps * old_group
     max_iters = None if limit is None else limit * old_group
-    place = Place(epochs * old + done * old_group, epochs, epochs * old, old, None, max_iters)
+    place = RunPosition(epochs * old + done * old_group, epochs, epochs * old, old, None, max_iters)
     new = translated(place, old_group, steps * group, group, (steps - done) * group)
     assert new.iteration == (epochs * steps + done) * group
     assert new.epoch_began_at == epochs * steps * group

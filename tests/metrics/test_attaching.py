@@ -71,7 +71,7 @@ def test_two_results_with_one_name_are_refused_and_both_are_named(first: Any, se
     Metrics(first).attach(engine)
     with pytest.raises(ValueError, match=f"two results named .* at EPOCH_COMPLETED: of {told}"):
         Metrics(second).attach(engine)
-    assert len(engine.reductions[0].members) == 1  # type: ignore[attr-defined]
+    assert len(engine.extension.reductions[0].members) == 1  # type: ignore[attr-defined]
     engine.run([1])
 
 
@@ -135,7 +135,7 @@ def test_detached_metrics_are_left_alone() -> None:
     metrics.detach()
     engine.run([1])
     assert int(engine.state.metrics["n"]) == 2
-    assert engine.reductions == []
+    assert engine.extension.reductions == []
     metrics.attach(engine)
     engine.run([1])
     assert int(engine.state.metrics["n"]) == 1

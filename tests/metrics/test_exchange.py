@@ -52,7 +52,7 @@ def reduced(make: Any, world_size: int) -> list[dict[str, Any]]:
         engine = Engine(take, coordinator=coordinator)
         metrics = Metrics({"it": make(coordinator.rank)}).attach(engine)
         before = metrics.state_dict()
-        engine.reductions[0](engine)  # type: ignore[operator]
+        engine.extension.reductions[0](engine)  # type: ignore[operator]
         assert same_bits(metrics.state_dict(), before)
         found: dict[str, Any] = engine.state.metrics["it"]
         return found
@@ -177,7 +177,7 @@ def test_a_reduction_that_fails_names_metric_and_state(value: torch.Tensor, redu
         engine = Engine(take, coordinator=coordinator)
         Metrics({"it": States({"kept": (value, reduction)})}).attach(engine)
         with pytest.raises(MetricError, match=told):
-            engine.reductions[0](engine)  # type: ignore[operator]
+            engine.extension.reductions[0](engine)  # type: ignore[operator]
 
     simulate(rank, 2)
 
@@ -242,7 +242,7 @@ def test_fixed_states_that_are_attached_take_one_collective_from_the_first_time_
         counts = []
         for _ in range(2):
             before = coordinator.calls
-            engine.reductions[0](engine)  # type: ignore[operator]
+            engine.extension.reductions[0](engine)  # type: ignore[operator]
             counts.append(coordinator.calls - before)
         return counts
 
@@ -332,7 +332,7 @@ def test_concatenations_that_do_not_fit_together_name_metric_state_and_ranks() -
         wide = torch.zeros(2, 3 + coordinator.rank)
         Metrics({"it": States({"s": ([wide], "cat")})}).attach(engine)
         with pytest.raises(MetricMismatchError) as caught:
-            engine.reductions[0](engine)  # type: ignore[operator]
+            engine.extension.reductions[0](engine)  # type: ignore[operator]
         return str(caught.value)
 
     errors = simulate(rank, 2)
@@ -395,6 +395,6 @@ def test_a_world_of_one_computes_from_its_own_states_and_leaves_them() -> None:
     kept = [torch.ones(2)]
     metric = States({"total": (torch.ones(2), "sum"), "kept": (kept, "cat")})
     Metrics({"it": metric}).attach(engine)
-    engine.reductions[0](engine)  # type: ignore[operator]
+    engine.extension.reductions[0](engine)  # type: ignore[operator]
     assert metric.kept is kept
     assert engine.state.metrics["it"]["total"].tolist() == [1.0, 1.0]

@@ -77,7 +77,7 @@ def test_a_metric_of_two_metrics_objects_of_an_engine_is_refused() -> None:
     Metrics({"one": one}).attach(engine)
     with pytest.raises(MetricError, match=r"metric 'same' \(Counting\) is attached to this engine already, as 'one'"):
         Metrics({"same": one}).attach(engine, usage="running")
-    assert len(engine.reductions) == 1
+    assert len(engine.extension.reductions) == 1
 
 
 def test_one_metric_with_two_transforms_is_refused() -> None:

@@ -91,7 +91,7 @@ def test_states_of_three_ranks_are_gone_on_with_on_any_number(now: int) -> None:
         engine = Engine(take, coordinator=coordinator)
         metrics = Metrics(make()).attach(engine, TRANSFORMS)
         metrics.load_state_dict(states)
-        engine.reductions[0](engine)  # type: ignore[operator]
+        engine.extension.reductions[0](engine)  # type: ignore[operator]
         return dict(engine.state.metrics)
 
     found = simulate(rank, now) if now > 1 else [rank(Alone())]
@@ -104,7 +104,7 @@ def saved_results(states: list[dict[str, Any]], world_size: int) -> dict[str, An
     def rank(coordinator: Coordinator) -> dict[str, Any]:
         engine = Engine(take, coordinator=coordinator)
         Metrics(make()).attach(engine, TRANSFORMS).load_state_dict(states[coordinator.rank])
-        engine.reductions[0](engine)  # type: ignore[operator]
+        engine.extension.reductions[0](engine)  # type: ignore[operator]
         return dict(engine.state.metrics)
 
     return simulate(rank, world_size)[0]
@@ -138,7 +138,7 @@ def test_saving_again_what_was_loaded_keeps_it() -> None:
     again = metrics.state_dict()
     metrics.reset()
     metrics.load_state_dict(again)
-    engine.reductions[0](engine)  # type: ignore[operator]
+    engine.extension.reductions[0](engine)  # type: ignore[operator]
     for name, value in saved_results(states, 3).items():
         torch.testing.assert_close(engine.state.metrics[name], value)
 
@@ -151,7 +151,7 @@ def in_an_epoch(coordinator: Coordinator, metrics: Metrics, state: Any, *, befor
     metrics.attach(engine, TRANSFORMS)
     if not before:
         metrics.load_state_dict(state)
-    engine.reductions[0](engine)  # type: ignore[operator]
+    engine.extension.reductions[0](engine)  # type: ignore[operator]
     return dict(engine.state.metrics)
 
 
@@ -237,7 +237,7 @@ def test_extremes_are_loaded_by_every_rank_of_a_larger_world() -> None:
         engine = Engine(take, coordinator=coordinator)
         metrics = Metrics(with_attributes()).attach(engine, ATTRIBUTES, "running")
         metrics.load_state_dict([state])
-        engine.reductions[0](engine)  # type: ignore[operator]
+        engine.extension.reductions[0](engine)  # type: ignore[operator]
         return dict(engine.state.metrics["range"])
 
     found = simulate(rank, 3)
@@ -261,7 +261,7 @@ def test_metrics_attached_later_do_not_take_from_others_what_they_learnt() -> No
     engine.run(batches(2))
     Metrics({"mean": Mean()}).attach(engine, lambda b: b[0])
     assert first.state_dict()["learnt"]["learnt"].keys() == {"kind", "seen", "last"}
-    assert engine.reductions[0]._found[0].learnt().keys() == {"kind", "seen"}  # type: ignore[attr-defined]
+    assert engine.extension.reductions[0]._found[0].learnt().keys() == {"kind", "seen"}  # type: ignore[attr-defined]
 
 
 def test_a_saved_state_is_a_copy_and_loading_asks_nobody() -> None:
@@ -284,7 +284,7 @@ def test_a_state_whose_shape_came_with_the_first_batch_is_loaded_by_a_metric_wit
     def rank(coordinator: Coordinator) -> float:
         engine = Engine(take, coordinator=coordinator)
         Metrics({"r2": R2Score()}).attach(engine).load_state_dict(states)
-        engine.reductions[0](engine)  # type: ignore[operator]
+        engine.extension.reductions[0](engine)  # type: ignore[operator]
         return float(engine.state.metrics["r2"])
 
     for world_size in (1, 2, 3):

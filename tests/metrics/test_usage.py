@@ -87,9 +87,9 @@ def test_a_usage_may_compute_and_begin_at_several_events() -> None:
         engine.add_event_handler(event, lambda e: seen.append(int(e.state.metrics["n"])))
     engine.run([1, 2], max_epochs=2)
     assert seen == [2, 2, 2]
-    assert len(engine.reductions) == 2
+    assert len(engine.extension.reductions) == 2
     metrics.detach()
-    assert engine.reductions == []
+    assert engine.extension.reductions == []
 
 
 def test_a_batch_is_fed_at_one_event_only_and_at_nothing_else_than_an_event() -> None:
@@ -98,7 +98,7 @@ def test_a_batch_is_fed_at_one_event_only_and_at_nothing_else_than_an_event() ->
         Metrics({"n": Noting()}).attach(engine, usage=EPOCH.only(every(every=2) | every(every=3)))
     with pytest.raises(TypeError, match="computes is 'epoch'"):
         Metrics({"n": Noting()}).attach(engine, usage=Usage(computes="epoch"))  # type: ignore[arg-type]
-    assert engine.reductions == []
+    assert engine.extension.reductions == []
 
 
 def test_an_interrupted_epoch_is_counted_on() -> None:

@@ -203,7 +203,7 @@ class Checkpoint:
         }
         found = collect(self._kept)
         metrics, failure = self._metrics(engine)
-        is_rated = self.metrics is not None or is_run_over or not engine.progress.epoch_is_open
+        is_rated = self.metrics is not None or is_run_over or not engine.extension.epoch_is_open
         own = {"objects": found.of_rank, "generators": rng.capture(), "metrics": metrics}
         pending = self.store.save(
             step, found.common, own, metrics if is_rated else None, facts, refused=found.failure or failure
@@ -238,7 +238,7 @@ class Checkpoint:
                 epoch = max(epoch, value.state.epoch)
                 value.state.metrics = {**metrics, **value.state.metrics}
         self._resumed_inside = any(
-            isinstance(value, Engine) and value.state.iteration > value.progress.epoch_began_at
+            isinstance(value, Engine) and value.state.iteration > value.extension.epoch_began_at
             for value in self.objects.values()
         )
         self._generators = _generators(loaded, rank, epoch)
@@ -289,7 +289,7 @@ class Checkpoint:
         if state.outcome == "failed" or not state.group_end or not schedule.iteration_is_due(state.iteration):
             return
         # At an epoch's end the handlers of EPOCH_COMPLETED are still to come: it is saved after them.
-        if state.epoch_length is None or state.iteration - engine.progress.epoch_began_at < state.epoch_length:
+        if state.epoch_length is None or state.iteration - engine.extension.epoch_began_at < state.epoch_length:
             self.save(engine)
 
     def _after_epoch(self, engine: Engine) -> None:

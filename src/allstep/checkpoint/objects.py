@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from allstep.checkpoint.encoding import OfFirst
 from allstep.checkpoint.reading import ShardedLike
 from allstep.engine import Engine
-from allstep.engine.run import place_from
+from allstep.engine.run import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError
 from allstep.parallel import unwrap
@@ -209,7 +209,7 @@ class _KeptEngine(_Plain):
         return data if "own" in data else None
 
     def load(self, state: Any, of_ranks: list[Any], rank: int) -> None:
-        place = place_from(state, self.value.state_dict_user_keys)
+        place = position_from(state, self.value.state_dict_user_keys)
         if not self.trains and is_done(place.iteration, place.epochs_completed, place.max_epochs, place.max_iters):
             for key in self.value.state_dict_user_keys:
                 setattr(self.value.state, key, state[key])

@@ -12,7 +12,7 @@ from allstep.coordination.ledger import (
     agree_window,
     next_window,
 )
-from allstep.coordination.votes import Occasion, Vote, VoteResult, read_tally, vector_length
+from allstep.coordination.votes import Occasion, Vote, VoteResult, read_result, vector_length
 
 __all__ = [
     "LONGEST_WINDOW",
@@ -38,6 +38,6 @@ __all__ = [
     "check_schemas",
     "fingerprint",
     "next_window",
-    "read_tally",
+    "read_result",
     "vector_length",
 ]

@@ -53,7 +53,7 @@ class Ledger:
 
 
 def agree_window(
-    tally: VoteResult, policy: Uneven, world_size: int, group_size: int, *, group_goes_on: bool, carried: int = 0
+    result: VoteResult, policy: Uneven, world_size: int, group_size: int, *, group_goes_on: bool, carried: int = 0
 ) -> Ledger:
     """Read from a tally where the window ends and what its groups hold.
 
@@ -66,12 +66,12 @@ def agree_window(
         carried: iterations at the window's beginning whose batches waited in this way.
     """
     needed = 1 if policy == "longest" else world_size
-    stop = next((at for at, having in enumerate(tally.having) if having < needed), len(tally.having))
-    ends = stop < len(tally.having)
-    uneven = ends and tally.having[stop] > 0
+    stop = next((at for at, having in enumerate(result.having) if having < needed), len(result.having))
+    ends = stop < len(result.having)
+    uneven = ends and result.having[stop] > 0
     if ends and group_goes_on and stop > carried:
         stop -= stop % group_size
-    totals = tuple(sum(tally.samples[at : min(at + group_size, stop)]) for at in range(0, stop, group_size))
+    totals = tuple(sum(result.samples[at : min(at + group_size, stop)]) for at in range(0, stop, group_size))
     return Ledger(stop, ends, uneven, totals, group_size)
 
 

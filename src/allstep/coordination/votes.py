@@ -105,9 +105,9 @@ class VoteResult:
     unread: int
     microseconds: int
 
-    def is_for(self, ballot: Vote, world_size: int) -> bool:
-        """Whether all ranks came to the vote that `ballot` was meant for."""
-        same_occasion = self.occasions[ballot.occasion] == world_size
+    def is_for(self, vote: Vote, world_size: int) -> bool:
+        """Whether all ranks came to the vote that `vote` was meant for."""
+        same_occasion = self.occasions[vote.occasion] == world_size
         return same_occasion and self.squares * world_size == self.places**2
 
     @property
@@ -121,7 +121,7 @@ def vector_length(iterations: int) -> int:
     return _HEADER + iterations
 
 
-def read_tally(vector: Sequence[int], iterations: int) -> VoteResult:
+def read_result(vector: Sequence[int], iterations: int) -> VoteResult:
     """Read the sum of all ranks' vectors, of a vote on `iterations` iterations."""
     window, epoch_end, run_end, *sums = vector[:_HEADER]
     body = vector[_HEADER : _HEADER + iterations]

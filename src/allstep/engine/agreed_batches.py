@@ -1,8 +1,8 @@
 """The batches of a rank that agrees with others: what the loop takes from in place of the data itself.
 
-Contract: the loop opens an `AgreedFeed` at the beginning of a pass and takes one batch an iteration. The feed holds a
-vote on each window of iterations before it is run, one window ahead and asynchronously, or, with a window of one group,
-just before it. From the vote it sets, for each iteration, `state.weight`, `state.active`, `state.group_end` and
+Contract: the loop opens an `AgreedBatches` at the beginning of a pass and takes one batch an iteration. The feed holds
+a vote on each window of iterations before it is run, one window ahead and asynchronously, or, with a window of one
+group, just before it. From the vote it sets, for each iteration, `state.weight`, `state.active`, `state.group_end` and
 `state.samples`. The loop calls `advance` when a window ends, `report_unread` before the handlers of EPOCH_COMPLETED and
 `close_epoch` after them, and heeds what has landed then. A rank without a batch for an iteration is given a filler: the
 last batch it had, or one of another rank's.
@@ -17,11 +17,11 @@ every rank alike: data that gave less than it declared, uneven data under "error
 
 A rank's votes, one after another: cast, read, and what they say besides the window.
 
-Contract: an `AgreedFeed` casts a vote at the points that all ranks reach alike and reads it there or later; votes are
-read in the order in which they were cast. A vote carries what was asked for on this rank since the last one; once it is
-read, what all ranks asked for has landed. What can go wrong is found by reading and raised on every rank alike: ranks
-that came to different votes, and data that gave less than it declared. `say_uneven` is a third such error, which the
-policy decides on.
+Contract: an `AgreedBatches` casts a vote at the points that all ranks reach alike and reads it there or later; votes
+are read in the order in which they were cast. A vote carries what was asked for on this rank since the last one; once
+it is read, what all ranks asked for has landed. What can go wrong is found by reading and raised on every rank alike:
+ranks that came to different votes, and data that gave less than it declared. `say_uneven` is a third such error, which
+the policy decides on.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from allstep.coordination import (
     VoteResult,
     agree_window,
     next_window,
-    read_tally,
+    read_result,
     vector_length,
 )
-from allstep.engine.prefetch import BatchBuffer, Reader
+from allstep.engine.prefetch import BatchBuffer, BatchReader
 from allstep.engine.source import END
 from allstep.engine.state import State
 from allstep.errors import DataError, DivergenceError, UnevenDataError
@@ -81,7 +81,7 @@ class Unread:
     samples: int
 
 
-class AgreedFeed:
+class AgreedBatches:
     """A rank's batches, agreed with the other ranks.
 
     Attributes:
@@ -98,7 +98,7 @@ class AgreedFeed:
         self._voting = Voting(coordinator, state, self._stock, requests, most_iterations)
         self._left_behind = (0, 0)
         self._unread_is_said = False
-        self._cast: Cast | None = None
+        self._cast: PendingVote | None = None
         self._groups = 1
         self._window_began = self._paused_at = monotonic_ns()
         self._window_took = 0
@@ -148,7 +148,7 @@ class AgreedFeed:
             self._left_behind = (self._left_behind[0] + batches, self._left_behind[1] + samples)
         return self._stock.kept()
 
-    def open_pass(self, reader: Reader | None = None) -> None:
+    def open_pass(self, reader: BatchReader | None = None) -> None:
         """Take from `reader`, or go on with the same one: a vote on the first window is held at once.
 
         A window that was agreed and is not run is agreed anew.
@@ -199,8 +199,8 @@ class AgreedFeed:
         self.drain()
         now, before = self._stock.unread(), self._left_behind
         self._left_behind = (0, 0)
-        tally = self._hold(Occasion.EPOCH_END, unread=now[0] + before[0])
-        if not tally.unread:
+        result = self._hold(Occasion.EPOCH_END, unread=now[0] + before[0])
+        if not result.unread:
             return ()
         said = self._coordinator.gather((now, before))
         ran_out = self._unread_is_said = any(batches == 0 for (batches, _), _ in said)
@@ -242,9 +242,9 @@ class AgreedFeed:
         cast, agreement = self._cast, self._agreement
         assert cast is not None
         self._cast = None
-        tally = self._voting.read(cast)
+        result = self._voting.read(cast)
         self._ledger = ledger = agree_window(
-            tally,
+            result,
             agreement.policy,
             self._coordinator.world_size,
             agreement.group_size,
@@ -253,17 +253,17 @@ class AgreedFeed:
         )
         if ledger.is_uneven and agreement.policy == "error":
             self._voting.say_uneven()
-        self._counts, self._at = list(cast.ballot.samples), 0
+        self._counts, self._at = list(cast.vote.samples), 0
         self._groups = next_window(
-            self._groups, tally.microseconds, self._coordinator.world_size, agreement.longest_window
+            self._groups, result.microseconds, self._coordinator.world_size, agreement.longest_window
         )
         self.window_ends_at = self._state.iteration + ledger.iterations
         if ledger.ends_pass:
-            self._left = self._agreed_iterations(tally) - ledger.iterations
+            self._left = self._agreed_iterations(result) - ledger.iterations
         elif agreement.ahead and not self._voting.landed and self.window_ends_at < self.limit:
             self._cast = self._cast_window(offset=ledger.iterations)
 
-    def _cast_window(self, offset: int) -> Cast:
+    def _cast_window(self, offset: int) -> PendingVote:
         wanted = self._groups * self._agreement.group_size
         iterations = int(min(wanted, self.limit - self._state.iteration - offset))
         if offset == 0 and self._agreement.needs_fillers:
@@ -281,20 +281,20 @@ class AgreedFeed:
     def _hold(self, occasion: Occasion, **more: Any) -> VoteResult:
         return self._voting.read(self._voting.cast(occasion, **more))
 
-    def _agreed_iterations(self, tally: VoteResult) -> int:
+    def _agreed_iterations(self, result: VoteResult) -> int:
         needed = 1 if self._agreement.policy == "longest" else self._coordinator.world_size
-        return next((at for at, having in enumerate(tally.having) if having < needed), len(tally.having))
+        return next((at for at, having in enumerate(result.having) if having < needed), len(result.having))
 
 
 _LEAST_ITERATIONS_IN_A_VECTOR = 32  # so that engines of different groups send vectors of one length
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class PendingVote:
     """A vote under way: its result when that has come, what this rank said in it, and what was asked for here."""
 
     pending: Pending
-    ballot: Vote
+    vote: Vote
     requests: tuple[Asked, ...]
 
 
@@ -317,12 +317,12 @@ class Voting:
         self.requests = requests
         self.landed: list[Asked] = []
 
-    def cast(self, occasion: Occasion, **more: Any) -> Cast:
+    def cast(self, occasion: Occasion, **more: Any) -> PendingVote:
         """Begin a vote. `more` is what a `Vote` of this occasion says."""
         requests = tuple(self.requests)  # once: the handler of a signal may add to them at any moment
         del self.requests[: len(requests)]
         asked = {each.request for each in requests}
-        ballot = Vote(
+        vote = Vote(
             occasion,
             self._sequence,
             self._state.iteration,
@@ -334,20 +334,20 @@ class Voting:
             **more,
         )
         self._sequence += 1
-        return Cast(self._coordinator.vote(ballot.vector(self._vector_length)), ballot, requests)
+        return PendingVote(self._coordinator.vote(vote.vector(self._vector_length)), vote, requests)
 
-    def read(self, cast: Cast) -> VoteResult:
+    def read(self, cast: PendingVote) -> VoteResult:
         """Wait for a vote and act on all that it says besides the window: names, fillers, errors."""
-        tally = read_tally(cast.pending.wait(), len(cast.ballot.samples))
-        if not tally.is_for(cast.ballot, self._coordinator.world_size):
-            self._say_diverged(cast.ballot)
-        if tally.gave_less:
+        result = read_result(cast.pending.wait(), len(cast.vote.samples))
+        if not result.is_for(cast.vote, self._coordinator.world_size):
+            self._say_diverged(cast.vote)
+        if result.gave_less:
             self._say_gave_less()
-        if tally.requests:
+        if result.requests:
             self.landed += [each for asked in self._coordinator.gather(cast.requests) for each in asked]
-        if tally.needs_batch:
+        if result.needs_batch:
             self._share_batch()
-        return tally
+        return result
 
     def say_uneven(self) -> NoReturn:
         """Raise UnevenDataError with every rank's number of batches."""
@@ -379,9 +379,9 @@ class Voting:
             f"data ended before what it had declared: {culprits}. Its len() must be the number of batches it gives"
         )
 
-    def _say_diverged(self, ballot: Vote) -> NoReturn:
+    def _say_diverged(self, vote: Vote) -> NoReturn:
         state = self._state
-        said = self._coordinator.gather((ballot.occasion.name.lower().replace("_", " "), state.epoch, state.iteration))
+        said = self._coordinator.gather((vote.occasion.name.lower().replace("_", " "), state.epoch, state.iteration))
         where = "; ".join(f"rank {rank}: {o}, epoch {e}, iteration {i}" for rank, (o, e, i) in enumerate(said))
         raise DivergenceError(
             f"ranks came to different votes: {where}. terminate(agreed=True) must be called on all ranks at the same "

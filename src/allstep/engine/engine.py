@@ -17,9 +17,10 @@ from typing import Any, Literal
 from torch import nn
 
 from allstep.coordination import POLICIES, Coordinator, Uneven
-from allstep.engine.handshake import Hello, Meeting, Reduction, meet
+from allstep.engine.extension import Extension
+from allstep.engine.handshake import Handshake, RunDescription, meet
 from allstep.engine.loop import Loop
-from allstep.engine.monitoring import Rehearsal, Watch, watched
+from allstep.engine.monitoring import FaultInjection, RunMonitor, monitored
 from allstep.engine.position import group_size_over
 from allstep.engine.prefetch import SamplesIn, declared_counts
 from allstep.engine.registry import Listening
@@ -27,7 +28,7 @@ from allstep.engine.resume import Resumable
 from allstep.engine.run import Progress
 from allstep.engine.run_plan import (
     RunArguments,
-    Terms,
+    RunTerms,
     asks_for_more,
     check_accumulation,
     check_agreement,
@@ -61,10 +62,9 @@ class Engine(Listening, Resumable):
     Attributes:
         state: the run's `State`.
         modules: wrapped modules that the step trains, besides those from the current world's `wrap`.
-        reductions: what is reduced over ranks at this engine's events; ranks compare them at a run's start.
+        extension: what metrics, checkpoints and handlers ask of the engine besides.
         is_running: whether `run` is under way.
         logger: where the engine reports.
-        leaves_with: what `run` raises once, in place of returning, when the run has ended; a handler sets it.
         should_terminate: whether the run is to end; as `should_terminate_single_epoch` and `should_interrupt`.
     """
 
@@ -90,10 +90,9 @@ class Engine(Listening, Resumable):
         self.idle = idle
         self.name = name or str(getattr(process_function, "__qualname__", type(process_function).__qualname__))
         self.modules: list[nn.Module] = []
-        self.reductions: list[Reduction] = []
+        self.extension = Extension(self)
         self.logger = logging.getLogger("allstep.engine")
         self.kept: list[Any] = []
-        self.leaves_with: BaseException | None = None
 
     def run(
         self,
@@ -140,10 +139,10 @@ class Engine(Listening, Resumable):
         if self._is_running:
             raise EngineError("this engine is running; a handler that wants to run something needs another Engine")
         asked = RunArguments(max_epochs, max_iters, epoch_length, uneven or self.uneven, window, lookahead)
-        with watched(self.name, self.state) as watch:
+        with monitored(self.name, self.state) as watch:
             return self._run(data, asked, watch)
 
-    def _run(self, data: Any, asked: RunArguments, watch: Watch | None) -> State:
+    def _run(self, data: Any, asked: RunArguments, watch: RunMonitor | None) -> State:
         state, suspended = self.state, self._drive is not None
         if suspended and state.max_epochs is None and state.max_iters is None:
             self._drop_run()
@@ -193,7 +192,7 @@ class Engine(Listening, Resumable):
         known = [*(() if world is None else world.wrapped), *self.modules]
         return list(dict.fromkeys(known))
 
-    def _meet(self, data: Any, asked: RunArguments) -> Meeting | None:
+    def _meet(self, data: Any, asked: RunArguments) -> Handshake | None:
         """Agree with the other ranks on the coming run; None where there is nothing to agree on."""
         group_size = group_size_over(data, self.accumulate)
         coordinator, state = self.coordinator, self.state
@@ -214,8 +213,8 @@ class Engine(Listening, Resumable):
             "state.max_iters": state.max_iters,
         }
         is_declared = self.samples_in is None and declared_counts(data) is not None
-        schema = tuple(line for reduction in self.reductions for line in reduction.schema())
-        hello = Hello(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)
+        schema = tuple(line for reduction in self.extension.reductions for line in reduction.schema())
+        hello = RunDescription(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)
         return meet(
             coordinator,
             hello,
@@ -227,7 +226,7 @@ class Engine(Listening, Resumable):
         )
 
     def _begin(
-        self, terms: Terms, data: Any, meeting: Meeting | None, opens_at: int | None, watch: Watch | None
+        self, terms: RunTerms, data: Any, meeting: Handshake | None, opens_at: int | None, watch: RunMonitor | None
     ) -> None:
         state = self.state
         if data is None and not terms.fresh:
@@ -254,11 +253,11 @@ class Engine(Listening, Resumable):
         assert self._drive is not None
         self._is_running = True
         try:
-            with Rehearsal(self):
+            with FaultInjection(self):
                 next(self._drive)
         except StopIteration:
             self._drop_run()
-            leaving, self.leaves_with = self.leaves_with, None
+            leaving, self.extension.leaving = self.extension.leaving, None
             if leaving is not None:
                 raise leaving from None
         except BaseException:

@@ -22,6 +22,8 @@ from enum import Enum
 from numbers import Integral
 from typing import Any, Protocol, TypeAlias
 
+from allstep.errors import ArgumentError, ArgumentTypeError
+
 
 class EventEnum(Enum):
     """Base of event enumerations; derive from it for events of your own.
@@ -139,7 +141,7 @@ class EventsList:
             return EventsList(self.events + other.events)
         if isinstance(other, EventEnum | FilteredEvent):
             return EventsList((*self.events, other))
-        raise TypeError(
+        raise ArgumentTypeError(
             f"an event can be joined with events only, not with {other!r}; derive your events from EventEnum"
         )
 
@@ -166,26 +168,26 @@ def make_filter(
     """The filter that these arguments describe; None when it lets everything through (`every=1`)."""
     bounded = before is not None or after is not None
     if (event_filter is not None) + (once is not None) + (every is not None or bounded) != 1:
-        raise ValueError(
+        raise ArgumentError(
             "give one of event_filter, every, once, or before/after; only every can be combined, with before and after"
         )
     if event_filter is not None:
         if not callable(event_filter):
-            raise TypeError(f"event_filter is {event_filter!r}; it must be a function (engine, count) -> bool")
+            raise ArgumentTypeError(f"event_filter is {event_filter!r}; it must be a function (engine, count) -> bool")
         _check_takes_engine_and_count(event_filter)
-        return Predicate(event_filter)
+        return FunctionFilter(event_filter)
     if once is not None:
         counts = tuple(once) if isinstance(once, Sequence) else (once,)
         if not counts or not all(is_count(count, 1) for count in counts):
-            raise ValueError(f"once is {once!r}; it must be an int of at least 1, or some of these")
-        return Once(tuple(sorted(set(counts))))
+            raise ArgumentError(f"once is {once!r}; it must be an int of at least 1, or some of these")
+        return OnceFilter(tuple(sorted(set(counts))))
     for name, value, least in (("every", every, 1), ("before", before, 0), ("after", after, 0)):
         if value is not None and not is_count(value, least):
-            raise ValueError(f"{name} is {value!r}; it must be an int of at least {least}")
+            raise ArgumentError(f"{name} is {value!r}; it must be an int of at least {least}")
     if every == 1 and not bounded:
         return None
     limit = NEVER if before is None else before
-    return Every(every or 1, after=(after or 0) if bounded else None, before=limit)
+    return EveryFilter(every or 1, after=(after or 0) if bounded else None, before=limit)
 
 
 def _check_takes_engine_and_count(function: Callable[..., Any]) -> None:
@@ -196,7 +198,9 @@ def _check_takes_engine_and_count(function: Callable[..., Any]) -> None:
     try:
         signature.bind(object(), 1)
     except TypeError:
-        raise ValueError(f"event_filter is called with (engine, count), but {function!r} takes {signature}") from None
+        raise ArgumentError(
+            f"event_filter is called with (engine, count), but {function!r} takes {signature}"
+        ) from None
 
 
 NEVER = math.inf
@@ -218,7 +222,7 @@ class Filter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Every:
+class EveryFilter:
     """Due each `step` counts: at `step`, 2 `step` …, or, given bounds, at `after` + 1, `after` + 1 + `step` …"""
 
     step: int
@@ -238,7 +242,7 @@ class Every:
 
 
 @dataclass(frozen=True, slots=True)
-class Once:
+class OnceFilter:
     """Due at the given counts, which are sorted."""
 
     counts: tuple[int, ...]
@@ -254,7 +258,7 @@ class Once:
 
 
 @dataclass(frozen=True, slots=True)
-class Predicate:
+class FunctionFilter:
     """Due when the user's `function(engine, count)` says so."""
 
     function: Callable[[Any, int], bool]

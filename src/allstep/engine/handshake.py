@@ -26,7 +26,7 @@ class Reduction(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class RunDescription:
     """What one rank says at a run's start.
 
     Attributes:
@@ -45,7 +45,7 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Handshake:
     """What the ranks agreed at a run's start. `length` is that of a pass for all, None when a rank does not know."""
 
     agreement: Agreement
@@ -55,14 +55,14 @@ class Meeting:
 
 def meet(
     coordinator: Coordinator,
-    hello: Hello,
+    hello: RunDescription,
     *,
     policy: Uneven,
     group_size: int,
     window: int | None,
     lookahead: int | None,
     needs_fillers: bool,
-) -> Meeting:
+) -> Handshake:
     """Compare what all ranks are about to do and agree how.
 
     Raises:
@@ -72,7 +72,7 @@ def meet(
         DataError: under "shortest" or "error" a rank has no batch at all, or no rank has one.
         UnevenDataError: under "error" ranks know that they have different numbers of batches.
     """
-    said: list[Hello] = coordinator.gather(hello)
+    said: list[RunDescription] = coordinator.gather(hello)
     _check_same([each.terms for each in said])
     check_agreement(policy, window, lookahead, group_size)
     check_schemas([each.schema for each in said])
@@ -96,7 +96,7 @@ def meet(
         ahead = lookahead if lookahead is not None else max(_DEFAULT_LOOKAHEAD, group_size)
         longest = min(longest, ahead // (2 * group_size))
     agreement = Agreement(policy, group_size, max(longest, 1), longest > 0 and window != 1, needs_fillers)
-    return Meeting(agreement, length, any(each.is_one_shot for each in said))
+    return Handshake(agreement, length, any(each.is_one_shot for each in said))
 
 
 def _check_same(terms: list[Mapping[str, Any]]) -> None:

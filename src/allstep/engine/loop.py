@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 from allstep.coordination import Request
 from allstep.engine.dummy_step import without_gradient, without_reduction, without_trace
 from allstep.engine.events import EventEnum, Events
-from allstep.engine.handshake import Meeting
-from allstep.engine.monitoring import Watch, rehearsed
+from allstep.engine.handshake import Handshake
+from allstep.engine.monitoring import RunMonitor, with_faults
 from allstep.engine.passes import Passes
 from allstep.engine.run_plan import is_done
 from allstep.engine.source import END
@@ -57,11 +57,11 @@ class Loop:
     def __init__(
         self,
         engine: Engine,
-        meeting: Meeting | None,
+        meeting: Handshake | None,
         *,
         continues: bool,
         opens_at: int | None = None,
-        watch: Watch | None = None,
+        watch: RunMonitor | None = None,
     ) -> None:
         self.engine = engine
         self.state = engine.state
@@ -82,7 +82,7 @@ class Loop:
         if meeting is not None:
             self._modules = engine.modules_in_step()
             self._step = self._agreed_step
-        self._step = rehearsed(self._step)
+        self._step = with_faults(self._step)
         if watch is not None:
             self._step, self._fire = watch.step(self._step), watch.fire(self._fire)
 

@@ -1,15 +1,15 @@
 """Telling the world's pulse where a run is, for whoever watches over the ranks.
 
-Contract: a run has a `Watch` where its world has a client of the control channel, and none otherwise, so that a run
-which nobody watches is the bare loop. `iterate`, `step` and `fire` stand in for `iter`, the step and the firing of
+Contract: a run has a `RunMonitor` where its world has a client of the control channel, and none otherwise, so that a
+run which nobody watches is the bare loop. `iterate`, `step` and `fire` stand in for `iter`, the step and the firing of
 events: each says which section begins, then does the same. The run of an engine inside another's is an "evaluation" to
 its outer run, whose place (epoch and iteration) stays the rank's. Cost: half a microsecond an iteration.
 
 Faults of the environment's plan, in an engine's run.
 
-Contract: `Engine` drives its loop inside `Rehearsal`, and the loop calls the step that `rehearsed` gives it. Without a
-plan neither does anything. With one, the outermost engine of a thread asks `faults.strike` before each batch, in each
-step and after it; engines that run inside another's handlers ask nothing, so that an iteration in a plan is the
+Contract: `Engine` drives its loop inside `FaultInjection`, and the loop calls the step that `with_faults` gives it.
+Without a plan neither does anything. With one, the outermost engine of a thread asks `faults.strike` before each batch,
+in each step and after it; engines that run inside another's handlers ask nothing, so that an iteration in a plan is the
 trainer's. A rank told to leave early returns from its run.
 """
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Step = Callable[[Any, Any], Any]
 
 
-class Watch:
+class RunMonitor:
     """The sections and exceptions of one run."""
 
     def __init__(self, reporter: Reporter, pulse: RankActivity, state: State) -> None:
@@ -87,7 +87,7 @@ class Watch:
 
 
 @contextmanager
-def watched(name: str, state: State) -> Iterator[Watch | None]:
+def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
     """The run of an engine called `name`: what it raises is reported, if there is anybody to report to."""
     world = World.current()
     if world is None or world.reporter is None:
@@ -97,7 +97,7 @@ def watched(name: str, state: State) -> Iterator[Watch | None]:
     reporter.withdraw()
     with world.pulse.run(name):
         try:
-            yield Watch(reporter, world.pulse, state)
+            yield RunMonitor(reporter, world.pulse, state)
         except BaseException as error:
             reporter.seen(error)
             raise
@@ -122,7 +122,7 @@ class _Watched:
 _within: ContextVar[bool] = ContextVar("allstep_rehearses", default=False)
 
 
-class Rehearsal:
+class FaultInjection:
     """Has the plan's faults strike in one drive of an engine's loop."""
 
     def __init__(self, engine: Engine) -> None:
@@ -151,7 +151,7 @@ class Rehearsal:
         return False
 
 
-def rehearsed(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def with_faults(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """The step of a loop in the making; where there is a plan, faults strike in it before its own work."""
     if not faults.active() or _within.get():
         return step

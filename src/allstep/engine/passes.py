@@ -1,8 +1,8 @@
 """Where the loop's batches come from: passes over the data, one after another, agreed with the other ranks or not.
 
 Contract: the loop owns one `Passes` per run and takes batches from its `feed`: the data's own iterator in a world of
-one, so that nothing stands between, or an `AgreedFeed`. The loop says when an epoch begins and ends, when the feed is
-exhausted (`refill`) and when a window is (`finish_window`); the supply opens passes, begins the next when one ends,
+one, so that nothing stands between, or an `AgreedBatches`. The loop says when an epoch begins and ends, when the feed
+is exhausted (`refill`) and when a window is (`finish_window`); the supply opens passes, begins the next when one ends,
 learns the epoch's length, and hands what the ranks agreed to do to the engine. What can go wrong: data that gives
 nothing (`DataError`), or that cannot be begun again (one warning, and the run ends: `is_dry`).
 """
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from allstep.coordination import Request
-from allstep.engine.agreed_batches import AgreedFeed
+from allstep.engine.agreed_batches import AgreedBatches
 from allstep.engine.events import EventEnum, Events
-from allstep.engine.handshake import Meeting
+from allstep.engine.handshake import Handshake
 from allstep.engine.position import PositionHistory, keeper_of
 from allstep.engine.prefetch import make_reader
 from allstep.engine.run_plan import length_of
@@ -39,7 +39,7 @@ class Passes:
     def __init__(
         self,
         engine: Engine,
-        meeting: Meeting | None,
+        meeting: Handshake | None,
         *,
         continues: bool,
         opens_at: int | None = None,
@@ -48,9 +48,9 @@ class Passes:
     ) -> None:
         self.engine = engine
         self.state = engine.state
-        self.agreed: AgreedFeed | None = None
+        self.agreed: AgreedBatches | None = None
         if meeting is not None:
-            self.agreed = AgreedFeed(engine.coordinator, meeting.agreement, engine.state, engine.requests)
+            self.agreed = AgreedBatches(engine.coordinator, meeting.agreement, engine.state, engine.requests)
         self.feed: Any = None
         self.is_dry = False
         self.takes_batches = False

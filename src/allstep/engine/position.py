@@ -30,7 +30,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from allstep.data import Loader, PlacedIterable, ShardedBatchSampler
-from allstep.engine.run import Place
+from allstep.engine.run import RunPosition
 from allstep.engine.source import END
 from allstep.errors import DataError
 
@@ -45,7 +45,7 @@ class TakenUp:
             pass has to be brought there by counting.
     """
 
-    place: Place
+    place: RunPosition
     opens_at: int | None
 
 
@@ -87,7 +87,7 @@ def saved_place(data: Any, epoch: int, done: int, own: Any, group_size: int) -> 
     return None if own is END else {"own": own}
 
 
-def take_up(data: Any, saved: Mapping[str, Any] | None, place: Place, group_size: int) -> TakenUp:
+def take_up(data: Any, saved: Mapping[str, Any] | None, place: RunPosition, group_size: int) -> TakenUp:
     """Bring `data` to a saved place, and the counters of the run to this data.
 
     Raises:
@@ -118,7 +118,7 @@ def take_up(data: Any, saved: Mapping[str, Any] | None, place: Place, group_size
     )
 
 
-def translated(place: Place, old_group: int, length: int, group: int, left: int) -> Place:
+def translated(place: RunPosition, old_group: int, length: int, group: int, left: int) -> RunPosition:
     """A place of a run whose epochs are passes, counted in iterations of another split of the same samples.
 
     Whole epochs, and whole accumulation groups of one that `max_iters` ends in, stay what they were.
@@ -143,7 +143,7 @@ def translated(place: Place, old_group: int, length: int, group: int, left: int)
         moved_begin = moved(place.epoch_began_at)
         limit = None if place.max_iters is None else moved(place.max_iters)
     done = length - left if place.iteration > place.epoch_began_at else 0
-    return Place(moved_begin + done, place.epochs_completed, moved_begin, length, place.max_epochs, limit)
+    return RunPosition(moved_begin + done, place.epochs_completed, moved_begin, length, place.max_epochs, limit)
 
 
 class PositionHistory(Iterator[Any]):

@@ -1,18 +1,18 @@
 """One rank's batches of a pass, with the counts that it can promise beforehand.
 
-Contract: the agreed feed asks a `Reader` what the coming iterations hold (`look`), before they are run, and later takes
-the batches one by one (`take`). Where counts are arithmetic (allstep's own loader; a plain `DataLoader` with torch's
-batch sampler over a map-style dataset) nothing is read ahead; all other data is read ahead, on the main thread, about
-one batch an iteration. What can go wrong: data that gives less than was promised (`gave_less`); a batch whose samples
-cannot be counted.
+Contract: the agreed feed asks a `BatchReader` what the coming iterations hold (`look`), before they are run, and later
+takes the batches one by one (`take`). Where counts are arithmetic (allstep's own loader; a plain `DataLoader` with
+torch's batch sampler over a map-style dataset) nothing is read ahead; all other data is read ahead, on the main thread,
+about one batch an iteration. What can go wrong: data that gives less than was promised (`gave_less`); a batch whose
+samples cannot be counted.
 
 What one rank has to give: the batches of its pass, those that were carried over from the pass before, and a filler.
 
-Contract: an `AgreedFeed` asks what the coming iterations hold (`look`), votes on that with the other ranks, and takes
-the batches of the iterations that were agreed (`give`). It says when a pass begins and ends. A batch that was agreed
-and belongs to an accumulation group which the next pass completes is carried over; one that was read and not given is
-kept, for data that cannot be iterated again. Nothing here crosses ranks. What can go wrong is the reader's: data that
-gives less than it declared (`gave_less`), which all ranks hear of in their next vote.
+Contract: an `AgreedBatches` asks what the coming iterations hold (`look`), votes on that with the other ranks, and
+takes the batches of the iterations that were agreed (`give`). It says when a pass begins and ends. A batch that was
+agreed and belongs to an accumulation group which the next pass completes is carried over; one that was read and not
+given is kept, for data that cannot be iterated again. Nothing here crosses ranks. What can go wrong is the reader's:
+data that gives less than it declared (`gave_less`), which all ranks hear of in their next vote.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Counts = Callable[[int, int], list[int | None]]
 _MOST_SAMPLES = (1 << 26) - 1  # of one rank in one iteration, so that the sum over 2^18 ranks fits its bits in a vote
 
 
-class Reader(Protocol):
+class BatchReader(Protocol):
     """Batches of one pass of one rank."""
 
     gave_less: str | None
@@ -229,7 +229,7 @@ def declared_counts(data: Any) -> tuple[Counts, int | None] | None:
     return None
 
 
-def make_reader(data: Any, batches: Iterator[Any], position: int, samples_in: SamplesIn | None) -> Reader:
+def make_reader(data: Any, batches: Iterator[Any], position: int, samples_in: SamplesIn | None) -> BatchReader:
     """The reader for a pass over `data` that stands at batch `position`."""
     declared = declared_counts(data) if samples_in is None else None
     if declared is None:
@@ -277,13 +277,13 @@ class BatchBuffer:
     def __init__(self, group_size: int) -> None:
         self.filler: Any = END
         self._group_size = group_size
-        self._reader: Reader | None = None
+        self._reader: BatchReader | None = None
         self._carried: deque[tuple[Any, int | None]] = deque()
         self._group: list[Any] = []
         self._group_began: tuple[int, int] | None = None
         self._gave_less: str | None = None
 
-    def begin(self, reader: Reader) -> None:
+    def begin(self, reader: BatchReader) -> None:
         """Take from the pass that `reader` reads, behind what was carried over."""
         self._gave_less = self.gave_less
         self._reader, self._group_began = reader, None

@@ -1,10 +1,10 @@
 """Which handlers listen to which events of one engine, ready to be called.
 
 Contract: an engine owns one `Registry`. `add` checks the handler's signature against how it will be called and compiles
-it to a call that takes the engine. Each event has a `Slot`; its `due` is the smallest count of the event's counter at
-which anything has to be called, so that the loop's one test `slot.due <= count` is all that an event costs when nobody
-listens or no listener is due. `Slot.schedule(count)` brings `due` up to date for counts from `count` on; it must be
-called when the counter was moved other than by counting up.
+it to a call that takes the engine. Each event has a `HandlerSlot`; its `due` is the smallest count of the event's
+counter at which anything has to be called, so that the loop's one test `slot.due <= count` is all that an event costs
+when nobody listens or no listener is due. `HandlerSlot.schedule(count)` brings `due` up to date for counts from `count`
+on; it must be called when the counter was moved other than by counting up.
 
 Handlers: adding them to events, taking them off, and firing events.
 """
@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from allstep.engine.events import COUNTERS, NEVER, AnyEvent, EventEnum, Events, EventsList, Filter, FilteredEvent
 from allstep.engine.state import State
+from allstep.errors import ArgumentError, ArgumentTypeError
 
 EventKey: TypeAlias = EventEnum | str
 
@@ -30,7 +31,7 @@ _EVENT_ARGUMENTS: dict[EventKey, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Registration:
+class HandlerRegistration:
     """One handler on one event. `call` takes the engine and what the event carries, and gives on what it should."""
 
     handler: Callable[..., Any]
@@ -38,7 +39,7 @@ class Registration:
     call: Callable[..., Any]
 
 
-class Slot:
+class HandlerSlot:
     """The handlers of one event, and when the first of them is due."""
 
     __slots__ = ("attribute", "due", "event", "pinned", "registrations")
@@ -47,7 +48,7 @@ class Slot:
         self.event = event
         self.attribute = attribute
         self.pinned = pinned
-        self.registrations: list[Registration] = []
+        self.registrations: list[HandlerRegistration] = []
         self.due: float = ALWAYS if pinned else NEVER
 
     def schedule(self, count: int) -> None:
@@ -74,24 +75,24 @@ class Registry:
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
-        self.slots: dict[EventKey, Slot] = {}
+        self.slots: dict[EventKey, HandlerSlot] = {}
         self.register(Events, COUNTERS)
 
     def register(self, events: Iterable[EventKey], counters: Mapping[Any, str]) -> None:
         """Make these events known, with the state's attribute that counts each."""
         for event in events:
             if event not in self.slots:
-                self.slots[event] = Slot(event, counters.get(event), self._pinned)
+                self.slots[event] = HandlerSlot(event, counters.get(event), self._pinned)
             elif event in counters:
                 self.slots[event].attribute = counters[event]
 
-    def slot(self, event: Any) -> Slot:
+    def slot(self, event: Any) -> HandlerSlot:
         """The slot of a known event; a filter on it is ignored."""
         key = event.event if isinstance(event, FilteredEvent) else event
         try:
             return self.slots[key]
         except (KeyError, TypeError):
-            raise ValueError(
+            raise ArgumentError(
                 f"{event!r} is not an event of this engine; register it first with engine.register_events"
             ) from None
 
@@ -106,12 +107,12 @@ class Registry:
         slot = self.slot(event)
         chosen = event.filter if isinstance(event, FilteredEvent) else None
         if chosen is not None and slot.attribute is None:
-            raise ValueError(
+            raise ArgumentError(
                 f"{slot.event} is not counted, so a filter on it has no meaning; add the handler without one"
             )
         takes_engine, takes_event = _calling_form(engine, slot.event, handler, args, kwargs)
         call = _compile(handler, takes_engine, takes_event, args, kwargs)
-        slot.registrations.append(Registration(handler, chosen, call))
+        slot.registrations.append(HandlerRegistration(handler, chosen, call))
         count = getattr(engine.state, slot.attribute) if slot.attribute else 0
         slot.schedule(count)
 
@@ -133,7 +134,7 @@ class Registry:
         slot = self.slot(event)
         kept = [r for r in slot.registrations if r.handler != handler]
         if len(kept) == len(slot.registrations):
-            raise ValueError(f"{handler!r} is not a handler of {slot.event}; see has_event_handler")
+            raise ArgumentError(f"{handler!r} is not a handler of {slot.event}; see has_event_handler")
         slot.registrations = kept
         slot.schedule(0)
 
@@ -174,7 +175,7 @@ def _calling_form(
     With the engine before without it, with what the event carries before without; the first form that binds.
     """
     if not callable(handler):
-        raise TypeError(f"the handler of {event} is {handler!r}; it must be callable")
+        raise ArgumentTypeError(f"the handler of {event} is {handler!r}; it must be callable")
     carried = _EVENT_ARGUMENTS.get(event, ())
     forms = [(True, True), (True, False), (False, False)]
     try:
@@ -191,7 +192,7 @@ def _calling_form(
             continue
         return takes_engine, takes_event
     given = ", ".join(["engine", *carried, *map(repr, args), *(f"{k}={v!r}" for k, v in kwargs.items())])
-    raise ValueError(
+    raise ArgumentError(
         f"the handler {getattr(handler, '__name__', handler)!r} of {event} takes {signature}, "
         f"but would be called with ({given}), with or without the engine"
     )
@@ -240,10 +241,10 @@ class Listening:
         """
         counters = {} if event_to_attr is None else event_to_attr
         if not isinstance(counters, Mapping):
-            raise TypeError(f"event_to_attr is {counters!r}; it must map events to names of state attributes")
+            raise ArgumentTypeError(f"event_to_attr is {counters!r}; it must map events to names of state attributes")
         for event in events:
             if not isinstance(event, EventEnum | str):
-                raise TypeError(f"{event!r} is not an event; give members of an EventEnum, or strings")
+                raise ArgumentTypeError(f"{event!r} is not an event; give members of an EventEnum, or strings")
         self.registry.register(events, counters)
         for attribute in counters.values():
             if not hasattr(self.state, attribute):

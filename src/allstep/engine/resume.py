@@ -16,9 +16,9 @@ from allstep.coordination import Coordinator
 from allstep.engine.control import Steering
 from allstep.engine.position import group_size_over, sampler_of, saved_place, take_up
 from allstep.engine.registry import Registry
-from allstep.engine.run import Place, Progress, place_from
+from allstep.engine.run import Progress, RunPosition, position_from
 from allstep.engine.source import END, place_in_data
-from allstep.errors import EngineError
+from allstep.errors import ArgumentError, EngineError
 
 
 class Resumable(Steering):
@@ -34,7 +34,7 @@ class Resumable(Steering):
     def __init__(self, coordinator: Coordinator | None, accumulate: int) -> None:
         super().__init__(coordinator)
         if not isinstance(accumulate, int) or accumulate < 1:
-            raise ValueError(f"accumulate is {accumulate!r}; it must be an int of at least 1")
+            raise ArgumentError(f"accumulate is {accumulate!r}; it must be an int of at least 1")
         self.accumulate = accumulate
         self._drive: Generator[None, None, None] | None = None
         self._is_running = False
@@ -95,7 +95,7 @@ class Resumable(Steering):
         """
         if self._is_running:
             raise EngineError("this engine is running; load a state before run(), or after it")
-        place = place_from(state_dict, self._user_keys)
+        place = position_from(state_dict, self._user_keys)
         self._drop_run()
         self._stand_at(place)
         self.state.dataloader = None
@@ -117,7 +117,7 @@ class Resumable(Steering):
             state.epoch -= progress.epoch_is_open
         progress.step_is_open = progress.epoch_is_open = progress.abandoned = False
 
-    def _stand_at(self, place: Place) -> None:
+    def _stand_at(self, place: RunPosition) -> None:
         state = self.state
         state.iteration, state.epoch = place.iteration, place.epochs_completed
         state.epoch_length, state.max_epochs, state.max_iters = place.epoch_length, place.max_epochs, place.max_iters
@@ -134,7 +134,7 @@ class Resumable(Steering):
             return None, max_iters
         self._saved_data = None
         terms = state.epoch_length, state.max_epochs, state.max_iters
-        place = Place(state.iteration, state.epoch, self.progress.epoch_began_at, *terms)
+        place = RunPosition(state.iteration, state.epoch, self.progress.epoch_began_at, *terms)
         taken = take_up(data, saved, place, group_size_over(data, self.accumulate))
         self._stand_at(taken.place)
         return taken.opens_at, state.max_iters if max_iters == place.max_iters else max_iters

@@ -17,6 +17,7 @@ from torch import nn
 from allstep.coordination import POLICIES, Uneven
 from allstep.engine.events import is_count
 from allstep.engine.state import State
+from allstep.errors import ArgumentError, ArgumentTypeError
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class RunArguments:
 def check_step(step: Callable[..., Any]) -> None:
     """Raise TypeError or ValueError unless a step can be called with (engine, batch)."""
     if not callable(step):
-        raise TypeError(f"process_function is {step!r}; it must be a function (engine, batch)")
+        raise ArgumentTypeError(f"process_function is {step!r}; it must be a function (engine, batch)")
     try:
         signature = inspect.signature(step)
     except (TypeError, ValueError):  # some builtins tell no signature
@@ -43,19 +44,21 @@ def check_step(step: Callable[..., Any]) -> None:
         signature.bind(None, None)
     except TypeError:
         name = getattr(step, "__name__", step)
-        raise ValueError(f"process_function is called with (engine, batch), but {name!r} takes {signature}") from None
+        raise ArgumentError(
+            f"process_function is called with (engine, batch), but {name!r} takes {signature}"
+        ) from None
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless a value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:
     """Raise ValueError when gradients cannot be added up over the iterations of a group before they are reduced."""
     if group_size > 1 and any(getattr(module, "static_graph", False) for module in modules):
-        raise ValueError(
+        raise ArgumentError(
             f"gradients are accumulated over {group_size} iterations, and a module is in DDP with static_graph=True, "
             "which reduces them in every backward pass; wrap it without static_graph, or do not accumulate"
         )
@@ -65,15 +68,15 @@ def check_agreement(uneven: str, window: int | None, lookahead: int | None, grou
     """Raise ValueError unless ranks can agree in this way; with several, called when all are known to say the same."""
     check_choice("uneven", uneven, POLICIES)
     if window is not None and not is_count(window, least=1):
-        raise ValueError(f"window is {window!r}; it must be an int of at least 1")
+        raise ArgumentError(f"window is {window!r}; it must be an int of at least 1")
     if lookahead is not None and not is_count(lookahead, least=group_size):
-        raise ValueError(
+        raise ArgumentError(
             f"lookahead is {lookahead!r}; it must be an int of at least {group_size}, one accumulation group"
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class RunTerms:
     """What a run is to do. `fresh` says that its counters begin at zero."""
 
     fresh: bool
@@ -111,7 +114,7 @@ def is_done(iteration: int, epochs_completed: int, max_epochs: int | None, max_i
     return max_epochs is not None and epochs_completed >= max_epochs
 
 
-def asks_for_more(terms: Terms, state: State) -> bool:
+def asks_for_more(terms: RunTerms, state: State) -> bool:
     """Whether a run with these terms is to do more than the one that left `state`."""
     return (terms.max_epochs or 0) > (state.max_epochs or 0) or (terms.max_iters or 0) > (state.max_iters or 0)
 
@@ -126,7 +129,7 @@ def settle_terms(
     length: int | None,
     epochs_completed: int,
     resuming: bool,
-) -> Terms:
+) -> RunTerms:
     """Decide what a run with these arguments does, from the state that the last one left.
 
     Args:
@@ -142,12 +145,12 @@ def settle_terms(
         ValueError: an argument contradicts another, the state or itself.
     """
     if data is not None and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
-        raise TypeError(f"data is {data!r}; it must be iterable, or None with an epoch_length")
+        raise ArgumentTypeError(f"data is {data!r}; it must be iterable, or None with an epoch_length")
     for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
         if value is not None and not is_count(value, least=1):
-            raise ValueError(f"{name} is {value!r}; it must be an int of at least 1")
+            raise ArgumentError(f"{name} is {value!r}; it must be an int of at least 1")
     if max_epochs is not None and max_iters is not None:
-        raise ValueError(f"max_epochs ({max_epochs}) and max_iters ({max_iters}) exclude each other; give one")
+        raise ArgumentError(f"max_epochs ({max_epochs}) and max_iters ({max_iters}) exclude each other; give one")
 
     started = state.max_epochs is not None or state.max_iters is not None
     finished = is_done(state.iteration, epochs_completed, state.max_epochs, state.max_iters)
@@ -155,7 +158,7 @@ def settle_terms(
         max_epochs is not None and state.max_iters is not None
     )
     if other_unit and (resuming or not finished):
-        raise ValueError(
+        raise ArgumentError(
             "the run to continue is counted in "
             f"{'epochs' if state.max_epochs is not None else 'iterations'}; give "
             f"{'max_epochs' if state.max_epochs is not None else 'max_iters'}, or set engine.state.max_epochs and "
@@ -167,7 +170,7 @@ def settle_terms(
             ("max_iters", max_iters, state.iteration),
         ):
             if asked is not None and asked < reached:
-                raise ValueError(
+                raise ArgumentError(
                     f"{name} is {asked}, but the state has reached {reached}; give at least that, or set "
                     f"engine.state.{name} to None to begin anew"
                 )
@@ -175,9 +178,9 @@ def settle_terms(
         finished = is_done(state.iteration, epochs_completed, epochs_asked, iters_asked)
         if resuming or not finished:
             settled = _length_to_continue(state, data, length, epoch_length)
-            return Terms(False, settled, epochs_asked, iters_asked)
+            return RunTerms(False, settled, epochs_asked, iters_asked)
     settled = _length_to_begin(state, data, length, epoch_length)
-    return Terms(True, settled, None if max_iters else (max_epochs or 1), max_iters)
+    return RunTerms(True, settled, None if max_iters else (max_epochs or 1), max_iters)
 
 
 def _length_to_begin(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:
@@ -185,7 +188,7 @@ def _length_to_begin(state: State, data: Any, length: int | None, epoch_length: 
         return epoch_length
     if data is None:
         if state.epoch_length is None:
-            raise ValueError("there is no data and no epoch_length; give one of them")
+            raise ArgumentError("there is no data and no epoch_length; give one of them")
         return state.epoch_length
     return length or (state.epoch_length if data is state.dataloader else None)
 
@@ -193,10 +196,10 @@ def _length_to_begin(state: State, data: Any, length: int | None, epoch_length: 
 def _length_to_continue(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:
     if state.epoch_length is None:
         if epoch_length is None and data is None and state.dataloader is None:
-            raise ValueError("the state has no epoch_length and there is no data; give one of them")
+            raise ArgumentError("the state has no epoch_length and there is no data; give one of them")
         return epoch_length or length
     if epoch_length is not None and epoch_length != state.epoch_length:
-        raise ValueError(
+        raise ArgumentError(
             f"epoch_length is {epoch_length}, but the run to continue has {state.epoch_length}; leave it out, or begin "
             "anew"
         )

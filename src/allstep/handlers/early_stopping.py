@@ -15,7 +15,7 @@ from typing import Any
 
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent
-from allstep.handlers.idle_rank import is_idle
+from allstep.errors import ArgumentError, ArgumentTypeError
 
 
 class EarlyStopping:
@@ -43,13 +43,13 @@ class EarlyStopping:
         cumulative: bool = False,
     ) -> None:
         if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ValueError(f"patience is {patience!r}; it must be an int of at least 1")
+            raise ArgumentError(f"patience is {patience!r}; it must be an int of at least 1")
         if not min_delta >= 0:
-            raise ValueError(f"min_delta is {min_delta!r}; it must be 0 or more")
+            raise ArgumentError(f"min_delta is {min_delta!r}; it must be 0 or more")
         if not callable(score_function):
-            raise TypeError(f"score_function is {score_function!r}; it must be a function (engine) -> score")
+            raise ArgumentTypeError(f"score_function is {score_function!r}; it must be a function (engine) -> score")
         if not isinstance(trainer, Engine):
-            raise TypeError(f"trainer is {trainer!r}; it must be the Engine to stop")
+            raise ArgumentTypeError(f"trainer is {trainer!r}; it must be the Engine to stop")
         self.patience = patience
         self.score_function = score_function
         self.trainer = trainer
@@ -58,13 +58,14 @@ class EarlyStopping:
         self.best_score: float | None = None
         self.counter = 0
 
-    def attach(self, engine: Engine, event: AnyEvent = Events.COMPLETED) -> None:
-        """Look at the score whenever `event` of `engine` is fired."""
+    def attach(self, engine: Engine, event: AnyEvent = Events.COMPLETED) -> EarlyStopping:
+        """Look at the score whenever `event` of `engine` is fired. Returns self."""
         engine.add_event_handler(event, self)
+        return self
 
     def __call__(self, engine: Engine) -> None:
         """Take a new score into account; nothing in an iteration in which this rank has no batch."""
-        if is_idle(engine):
+        if engine.extension.is_idle:
             return
         score = float(self.score_function(engine))
         best = self.best_score
@@ -86,5 +87,5 @@ class EarlyStopping:
         """Go on from what `state_dict` gave. Raises ValueError when a key is missing."""
         missing = sorted({"best_score", "counter"} - state_dict.keys())
         if missing:
-            raise ValueError(f"the state of EarlyStopping lacks {', '.join(missing)}; load what state_dict() gave")
+            raise ArgumentError(f"the state of EarlyStopping lacks {', '.join(missing)}; load what state_dict() gave")
         self.best_score, self.counter = state_dict["best_score"], state_dict["counter"]

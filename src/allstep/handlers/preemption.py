@@ -20,7 +20,6 @@ import subprocess
 from collections.abc import Iterable, Mapping
 
 from allstep.engine import Engine, Events
-from allstep.engine.run_plan import is_done
 from allstep.errors import Preempted
 from allstep.exit_codes import PREEMPTED
 from allstep.handlers.stop_on_signal import TOGETHER_S, StopOnSignal
@@ -59,15 +58,12 @@ class Preemption(StopOnSignal):
         return self
 
     def _leave(self, engine: Engine) -> None:
-        state = engine.state
-        completed = state.epoch - engine.progress.epoch_is_open
-        is_complete = is_done(state.iteration, completed, state.max_epochs, state.max_iters)
-        if state.outcome == "preempted" and not is_complete:
-            engine.leaves_with = Preempted(PREEMPTED)
+        if engine.state.outcome == "preempted" and not engine.extension.is_complete:
+            engine.extension.leaving = Preempted(PREEMPTED)
 
     def _requeue(self, engine: Engine) -> None:
         """Give the job back, once: SLURM then ends it. Everything was saved in TERMINATE."""
-        if not self.requeue or engine.coordinator.rank or not isinstance(engine.leaves_with, Preempted):
+        if not self.requeue or engine.coordinator.rank or not isinstance(engine.extension.leaving, Preempted):
             return
         command = requeue_command(os.environ)
         if command is None:

@@ -18,7 +18,7 @@ import torch
 
 from allstep.engine import Engine, Events
 from allstep.engine.events import is_count
-from allstep.handlers.idle_rank import is_idle
+from allstep.errors import ArgumentError
 
 
 class TerminateOnNan:
@@ -35,21 +35,22 @@ class TerminateOnNan:
 
     def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output, *, every: int = 1) -> None:
         if not is_count(every, least=1):
-            raise ValueError(f"every is {every!r}; it must be an int of at least 1")
+            raise ArgumentError(f"every is {every!r}; it must be an int of at least 1")
         self.output_transform = output_transform
         self.every = every
         self._has_asked = False
 
-    def attach(self, engine: Engine) -> None:
-        """Look at the outputs of `engine`."""
+    def attach(self, engine: Engine) -> TerminateOnNan:
+        """Look at the outputs of `engine`. Returns self."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._look)
+        return self
 
     def _start(self) -> None:
         self._has_asked = False
 
     def _look(self, engine: Engine) -> None:
-        if self._has_asked or is_idle(engine) or _is_finite(self.output_transform(engine.state.output)):
+        if self._has_asked or engine.extension.is_idle or _is_finite(self.output_transform(engine.state.output)):
             return
         self._has_asked = True
         at = engine.state.iteration

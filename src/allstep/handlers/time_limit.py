@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 from allstep.engine import Engine, Events
+from allstep.errors import ArgumentError
 
 
 class TimeLimit:
@@ -30,14 +31,15 @@ class TimeLimit:
     def __init__(self, limit: float | timedelta, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.seconds = limit.total_seconds() if isinstance(limit, timedelta) else float(limit)
         if not self.seconds > 0:
-            raise ValueError(f"limit is {limit!r}; it must be more than 0 seconds")
+            raise ArgumentError(f"limit is {limit!r}; it must be more than 0 seconds")
         self._clock = clock
         self._ends_at = float("inf")
 
-    def attach(self, engine: Engine) -> None:
-        """Limit the runs of `engine`, each anew."""
+    def attach(self, engine: Engine) -> TimeLimit:
+        """Limit the runs of `engine`, each anew. Returns self."""
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED | Events.EPOCH_COMPLETED, self._look)
+        return self
 
     def _start(self) -> None:
         self._ends_at = self._clock() + self.seconds

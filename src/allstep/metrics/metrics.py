@@ -15,7 +15,6 @@ import torch
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from allstep.engine import Engine, Events, RemovableEventHandle
-from allstep.engine.prefetch import count_samples
 from allstep.errors import MetricError
 from allstep.metrics.describe import descriptions
 from allstep.metrics.feeding import Feeding, Transform
@@ -98,7 +97,7 @@ class Metrics:
         if engine.is_running:
             raise MetricError("the engine is running; attach metrics before run(), on every rank alike")
         feeding = Feeding(self.entries, output_transform, self.following)
-        known = [each for each in engine.reductions if isinstance(each, EventReduction)]
+        known = [each for each in engine.extension.reductions if isinstance(each, EventReduction)]
         self._check_fed_by_nobody_else(known)
         joined = [_reduction_at(event, known) for event in each_event(chosen.computes)]
         for reduction in joined:
@@ -131,7 +130,7 @@ class Metrics:
         for reduction in self._reductions:
             reduction.leave(self)
             if not reduction.members:
-                engine.reductions.remove(reduction)
+                engine.extension.reductions.remove(reduction)
                 engine.remove_event_handler(reduction, reduction.event)
         self._engine, self._reductions = None, []
 
@@ -174,7 +173,7 @@ class Metrics:
         self.load_state_dict(list(states))
 
     def _begin(self, engine: Engine, event: Event) -> None:
-        beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.progress.epoch_began_at}
+        beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.extension.epoch_began_at}
         goes_on_from = beginnings.get(event)
         if goes_on_from is None or engine.state.iteration <= goes_on_from:
             self.reset()
@@ -187,15 +186,14 @@ class Metrics:
     def _samples(self) -> int:
         """How many samples this rank's present batch has."""
         assert self._engine is not None
-        state = self._engine.state
-        return state.samples if state.samples is not None else (self._engine.samples_in or count_samples)(state.batch)
+        return self._engine.extension.samples_in_batch()
 
     def _join(self, reduction: EventReduction, updates: Event) -> None:
         assert self._engine is not None
         is_new = not reduction.members
         reduction.join(self)
         if is_new:
-            self._engine.reductions.append(reduction)
+            self._engine.extension.reductions.append(reduction)
         elif any(base_event(each) is base_event(reduction.event) for each in each_event(updates)):
             self._engine.remove_event_handler(reduction, reduction.event)  # it comes after all that it reduces
         else:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from allstep.engine import EventEnum, Events, EventsList, FilteredEvent
-from allstep.engine.events import Every, Filter, Once, Predicate
+from allstep.engine.events import EveryFilter, Filter, FunctionFilter, OnceFilter
 
 Event: TypeAlias = EventEnum | FilteredEvent | EventsList
 UsageName = Literal["epoch", "running", "run", "iteration"]
@@ -42,7 +42,7 @@ class Usage:
             self.computes == Events.ITERATION_COMPLETED
             and isinstance(updates, FilteredEvent)
             and updates.event is Events.ITERATION_COMPLETED
-            and isinstance(updates.filter, Every | Once)
+            and isinstance(updates.filter, EveryFilter | OnceFilter)
         )
         return replace(self, updates=updates, computes=updates if follows else self.computes)
 
@@ -107,11 +107,11 @@ def event_name(event: Event) -> str:
 
 
 def _filter_text(chosen: Filter) -> str:
-    if isinstance(chosen, Predicate):
+    if isinstance(chosen, FunctionFilter):
         return f"event_filter={getattr(chosen.function, '__qualname__', type(chosen.function).__qualname__)}"
-    if isinstance(chosen, Once):
+    if isinstance(chosen, OnceFilter):
         return f"once={', '.join(map(str, chosen.counts))}"
-    if isinstance(chosen, Every):
+    if isinstance(chosen, EveryFilter):
         bounds = f", after={chosen.after}, before={chosen.before}" if chosen.after is not None else ""
         return f"every={chosen.step}{bounds}"
     return type(chosen).__qualname__

@@ -130,9 +130,9 @@ class Gather:
         """
         if engine.is_running:
             raise MetricError("the engine is running; attach a Gather before run(), on every rank alike")
-        if any(isinstance(each, Gather) for each in engine.reductions):
+        if any(isinstance(each, Gather) for each in engine.extension.reductions):
             raise MetricError("the engine has a Gather already; give that one all names")
-        engine.reductions.append(self)
+        engine.extension.reductions.append(self)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._take)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._gather)
@@ -146,7 +146,7 @@ class Gather:
 
     def _begin(self, engine: Engine) -> None:
         state = engine.state
-        done = state.iteration - engine.progress.epoch_began_at
+        done = state.iteration - engine.extension.epoch_began_at
         same = state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
         if same and 0 < done <= self._seen:  # iterations after the place from which the run goes on are run again
             self._kept = {number: kept for number, kept in self._kept.items() if number < done}
@@ -156,7 +156,7 @@ class Gather:
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
-        number = state.iteration - engine.progress.epoch_began_at - 1
+        number = state.iteration - engine.extension.epoch_began_at - 1
         self._seen = number + 1
         if not state.active or state.samples == 0 or self._failure is not None:
             return
