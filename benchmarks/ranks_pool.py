@@ -23,8 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from allstep.launch.environment import worker_environment
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.testing import run_ranks
 
 from machine import machine_line

@@ -293,8 +293,7 @@ def last_error(text: str) -> str:
 
 
 def measure(name: str, timeout: float, limit: float) -> Outcome:
-    from allstep.launch.environment import worker_environment
-    from allstep.launch.worker_plan import ReservedPort
+    from allstep.launch.environment import ReservedPort, worker_environment
 
     command = [sys.executable, __file__, "--case", name, "--timeout", str(timeout), "--folder"]
     with ExitStack() as stack:

@@ -9,8 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from allstep.launch.environment import worker_environment
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import BOUND, NEVER, STRIKES, by_hand, check_first_lines, rehearsal, rehearse
 from tests.jobs.job import Job

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import SCRIPTS, check_first_lines, rehearse
 from tests.jobs.job import Job

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.environment import worker_environment
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.monitor.service import StragglerSeen, Verdict
 from allstep.testing import FaultPlan
 from tests.faults.jitter import jitter

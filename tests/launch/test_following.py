@@ -12,8 +12,8 @@ import pytest
 from allstep.launch import follower as following
 from allstep.launch.event_loop import Loop
 from allstep.launch.join_protocol import Over, Resigned, Start
-from allstep.launch.nodes import Nodes
 from allstep.launch.settings import LaunchSettings
+from allstep.launch.topology import Nodes
 from allstep.launch.worker_plan import Command
 from allstep.monitor.service import Finished
 

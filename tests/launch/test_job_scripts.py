@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from allstep.cli.run import split_command
+from allstep.cli.run_command import split_command
 from tests.jobs.launchers import script
 from tests.jobs.running import run
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
 
 from allstep.errors import ConfigurationError
-from allstep.launch.settings import LaunchSettings, parse_nproc, parse_show, parse_variable, shown_ranks
+from allstep.launch.settings import COMMAND_LINE_ONLY, OPTIONS, LaunchSettings, Option, options_table, shown_ranks
 
 
 @pytest.mark.parametrize(
@@ -40,40 +40,50 @@ def test_a_wrong_setting_is_refused_by_name_and_value(fields: dict[str, Any], me
         LaunchSettings(**fields)
 
 
-@pytest.mark.parametrize(
-    ("parse", "text", "value"),
-    [
-        (parse_nproc, "auto", "auto"),
-        (parse_nproc, "12", 12),
-        (parse_show, "all", "all"),
-        (parse_show, "main", "main"),
-        (parse_show, "0,3", (0, 3)),
-        (parse_variable, "A=b=c", ("A", "b=c")),
-        (parse_variable, "A=", ("A", "")),
-    ],
-)
-def test_text_is_read_as_meant(parse: Callable[[str], object], text: str, value: object) -> None:
-    assert parse(text) == value
+def option(name: str) -> Option:
+    return next(each for each in OPTIONS if each.name == name)
 
 
 @pytest.mark.parametrize(
-    ("parse", "text"),
+    ("name", "text", "value"),
     [
-        (parse_nproc, "0"),
-        (parse_nproc, "-1"),
-        (parse_nproc, "two"),
-        (parse_nproc, "1.5"),
-        (parse_nproc, ""),
-        (parse_show, "rank0"),
-        (parse_show, "0,"),
-        (parse_variable, "NAME"),
-        (parse_variable, "=x"),
-        (parse_variable, "WORLD_SIZE=4"),
+        ("nproc", "auto", "auto"),
+        ("nproc", "12", 12),
+        ("show", "all", "all"),
+        ("show", "main", "main"),
+        ("show", "0,3", (0, 3)),
+        ("env", "A=b=c", {"A": "b=c"}),
+        ("env", "A=", {"A": ""}),
+        ("grace", "2.5", 2.5),
+        ("max_restarts", "0", 0),
+        ("share_imports", "no", False),
     ],
 )
-def test_text_that_means_nothing_is_refused(parse: Callable[[str], object], text: str) -> None:
-    with pytest.raises(ConfigurationError):
-        parse(text)
+def test_text_is_read_as_meant(name: str, text: str, value: object) -> None:
+    assert option(name).value(text) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("nproc", "0"),
+        ("nproc", "-1"),
+        ("nproc", "two"),
+        ("nproc", "1.5"),
+        ("nproc", ""),
+        ("show", "rank0"),
+        ("show", "0,"),
+        ("env", "NAME"),
+        ("env", "=x"),
+        ("env", "WORLD_SIZE=4"),
+        ("grace", "soon"),
+        ("stop_after", "1e3"),
+        ("share_imports", "maybe"),
+    ],
+)
+def test_text_that_means_nothing_is_refused(name: str, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"^{name} "):
+        option(name).value(text)
 
 
 def test_shown_ranks_are_those_asked_for_and_must_exist() -> None:
@@ -82,3 +92,23 @@ def test_shown_ranks_are_those_asked_for_and_must_exist() -> None:
     assert shown_ranks((1, 2), 3) == {1, 2}
     with pytest.raises(ConfigurationError, match=r"rank 3, but this run has 2 workers: ranks 0 to 1"):
         shown_ranks((0, 3), 2)
+
+
+def test_every_field_has_an_option_with_its_default() -> None:
+    assert [each.name for each in OPTIONS] == [each.name for each in fields(LaunchSettings)]
+    settings = LaunchSettings()
+    for each in OPTIONS:
+        default = getattr(settings, each.name)
+        if default is not None and default != {}:
+            assert each.value(each.default) == default, each.name
+
+
+def test_the_table_for_the_documentation_has_every_option() -> None:
+    heading, rule, *rows = options_table().splitlines()
+    assert heading.count("|") == rule.count("|") == 5
+    assert len(rows) == len(OPTIONS) + len(COMMAND_LINE_ONLY)
+    for row, each in zip(rows, (*COMMAND_LINE_ONLY, *OPTIONS), strict=True):
+        assert row.replace("\\|", "").count("|") == 5, row
+        assert each.flag in row
+        assert f"`{each.name}" in row or each in COMMAND_LINE_ONLY
+        assert each.help[1:] in row

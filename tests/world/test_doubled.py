@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort
 from tests.faults.rehearsal import by_hand
 from tests.jobs.launchers import place
 from tests.world.frozen_store import served_store

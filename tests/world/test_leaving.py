@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.environment import worker_environment
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.world.store import poll
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store

@@ -12,7 +12,7 @@ from datetime import timedelta
 import pytest
 
 from allstep.errors import WorldError
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort
 from allstep.placement import Placement, Rendezvous
 from allstep.world.rendezvous import meet
 from allstep.world.torch_private import TCPStore

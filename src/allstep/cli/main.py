@@ -1,9 +1,9 @@
 """The `allstep` command line: find the command, run it, turn its errors into one line and an exit code.
 
-Contract: `main` returns the exit code and raises nothing that a user's mistake can cause. A command is a module of this
-package, listed in `COMMANDS`, with a `main(argv) -> int`; it is imported when it is asked for. Exit codes: what the
-command returns; 2 for a wrong command line, a wrong configuration, or a run that could not be started; 130 when
-interrupted before it started.
+Contract: `main` returns the exit code and raises nothing that a user's mistake can cause. A command NAME of `COMMANDS`
+is the module `NAME_command` of this package, with a `main(argv) -> int`; it is imported when it is asked for. Exit
+codes: what the command returns; 2 for a wrong command line, a wrong configuration, or a run that could not be started;
+130 when interrupted before it started.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_what_is_closed()
     try:
         if arguments and arguments[0] in COMMANDS:
-            return int(import_module(f"allstep.cli.{arguments[0]}").main(arguments[1:]))
+            return int(import_module(f"allstep.cli.{arguments[0]}_command").main(arguments[1:]))
         parser = _parser()
         parser.parse_args(arguments)
         parser.print_help(sys.stderr)

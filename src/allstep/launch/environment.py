@@ -1,12 +1,17 @@
-"""The environment variables that make a process one rank of a job: a pure function, tested as text.
+"""The environment variables that make a process one rank of a job, and the port that they name.
 
-The names are torchrun's, so that scripts written for torchrun run unchanged; ALLSTEP_RUN_ID and ALLSTEP_ATTEMPT say
-that allstep started the process (`allstep.placement` looks for them first). ALLSTEP_CHANNEL is where the node's service
-of the control channel listens, ALLSTEP_NONCE what its ranks show there, and ALLSTEP_ATTEMPT_FOLDER, an absolute path,
-where this attempt's files are kept, if anywhere.
+Contract: `worker_environment` is a pure function, tested as text. The names are torchrun's, so that scripts written for
+torchrun run unchanged. ALLSTEP_RUN_ID and ALLSTEP_ATTEMPT say that allstep started the process; `allstep.placement`
+looks for them first. ALLSTEP_CHANNEL is where the node's monitoring service listens, ALLSTEP_NONCE what its ranks show
+there, and ALLSTEP_ATTEMPT_FOLDER, an absolute path, where this attempt's files are kept, if anywhere.
+
+Whoever starts workers holds a `ReservedPort` while they run and gives its number as MASTER_PORT. The supervisor, the
+ranks that `allstep.testing` starts, and tests do so.
 """
 
 from __future__ import annotations
+
+import socket
 
 
 def worker_environment(
@@ -49,3 +54,39 @@ def worker_environment(
         "ALLSTEP_CHANNEL": channel,
         "ALLSTEP_NONCE": nonce,
     }
+
+
+class ReservedPort:
+    """A bound TCP port that stays ours until rank 0 serves its store on it.
+
+    The socket is bound and never listens. So the kernel gives the number to nobody who asks for a free port, while rank
+    0's store, which sets SO_REUSEADDR as torch's always does, may bind it and listen. Choosing a port, closing the
+    socket and hoping would leave a gap in which another job takes it.
+
+    Args:
+        host: the interface; every one by default.
+        port: the port; 0 takes any that is free.
+
+    Raises:
+        OSError: the port is in use.
+    """
+
+    def __init__(self, host: str = "", port: int = 0) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind((host, port))
+        except OSError:
+            self._socket.close()
+            raise
+        self.port: int = self._socket.getsockname()[1]
+
+    def close(self) -> None:
+        """Give the port back."""
+        self._socket.close()
+
+    def __enter__(self) -> ReservedPort:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -30,7 +30,7 @@ from allstep.launch.event_loop import Loop
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.join_protocol import CODEC, Join, Over, Resigned, Start, Waiting, introduce
 from allstep.launch.machine import Machine
-from allstep.launch.nodes import Nodes
+from allstep.launch.topology import Nodes
 from allstep.launch.worker_plan import Share
 from allstep.monitor.relay import Relay
 from allstep.monitor.service import Finished

@@ -30,9 +30,10 @@ from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.attempt import Attempt
+from allstep.launch.environment import ReservedPort
 from allstep.launch.folder import AttemptFolder, create_attempt
 from allstep.launch.machine import Machine
-from allstep.launch.worker_plan import ReservedPort, Share
+from allstep.launch.worker_plan import Share
 from allstep.monitor.hub import Hub
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_nonce
 

@@ -26,7 +26,7 @@ from allstep.launch.worker_plan import Command, Share, plan_workers
 from allstep.monitor.service import Service
 
 if TYPE_CHECKING:
-    from allstep.launch.nodes import Nodes
+    from allstep.launch.topology import Nodes
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,28 @@
-"""What a person asked of a launch, as a value: the one place where the defaults are.
+"""The settings of a launch: one table that the command line, the configuration file and the documentation read.
 
-Contract: the command line, and a configuration file through `allstep.launch.config`, each give the fields that were
-set; `LaunchSettings(**file | command_line)` is what holds. Everything after reads only this. Standard library only, so
-that a run without a configuration file loads neither YAML nor pydantic.
+Contract: each field of `LaunchSettings` carries one `Option`: how its text is read, what it may be, what it is for.
+- `allstep.cli` builds its argument parser from `OPTIONS` and `COMMAND_LINE_ONLY`.
+- `allstep.launch.config_file` reads a YAML file by `OPTIONS`.
+- `options_table` is the table in the documentation.
+- `LaunchSettings(**from_file | from_command_line)` is what holds, with the defaults that stand here and nowhere else.
+Everything after this reads the `LaunchSettings` only. What can go wrong is a ConfigurationError that names the field,
+its value and what is allowed. Standard library only, so that a run without a configuration file loads no YAML.
+
+To add a setting, add a field to `LaunchSettings`; nothing else has to know of it but the code that uses it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 from allstep.errors import ConfigurationError
 from allstep.launch.environment import worker_environment
 
 Show = Literal["all", "main"] | tuple[int, ...]
+"""Whose output goes to the terminal: all ranks, rank 0, or the ranks named."""
 
 RESERVED = frozenset(
     worker_environment(
@@ -33,133 +40,144 @@ RESERVED = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class LaunchSettings:
-    """How to launch.
+class ValueType:
+    """A type of value that settings have.
 
     Args:
-        nproc: workers on this machine; "auto" is one per visible CUDA device.
-        cpu_processes: workers that "auto" means where no device is visible.
-        name: the run's name, which is its folder's name in `runs`; None makes one of script and time.
-        runs: the folder that holds run folders; None is `runs` in the current folder, done without if not writable.
-        show: whose output goes to the terminal: "all", "main" (rank 0), or the ranks named.
-        env: variables for the workers, over the inherited environment.
-        grace: seconds that workers have to leave after a signal to stop, before SIGKILL.
-        max_restarts: how often a run that failed is begun anew.
-        stop_after: restarts in a row that get no further than the attempts before, after which it is not.
-        nnodes: machines of the run; with `node_rank` and `rdzv`, or all three None for this machine alone or SLURM's.
-        node_rank: which of them this is.
-        rdzv: where node 0 waits for the others, as HOST:PORT.
-        rdzv_timeout: seconds that the machines wait for each other.
-        limits: seconds that a section of the training may last, as ALLSTEP_LIMITS has it; None is the environment's.
-        fault: faults to rehearse, as ALLSTEP_FAULT has them; None is the environment's.
-        resume: the checkpoint that scripts go on from: "auto" for the newest, a path, or "none"; None is the
-            environment's ALLSTEP_RESUME.
-        share_imports: workers that begin with the same imports, torch above all, import once and are forked then.
-
-    Raises:
-        ConfigurationError: a value cannot be meant.
+        read: turns the text of a command line or file into the value; called with the field's name and the text.
+        check: called with the field's name and a value; raises ConfigurationError where it is out of range.
+        form: how a file may write the value besides as one text: a list of texts, or names with texts.
     """
 
-    nproc: int | Literal["auto"] = "auto"
-    cpu_processes: int = 1
-    name: str | None = None
-    runs: str | None = None
-    show: Show = "all"
-    env: Mapping[str, str] = field(default_factory=dict)
-    grace: float = 30.0
-    max_restarts: int = 0
-    stop_after: int = 3
-    nnodes: int | None = None
-    node_rank: int | None = None
-    rdzv: str | None = None
-    rdzv_timeout: float = 300.0
-    limits: str | None = None
-    fault: str | None = None
-    resume: str | None = None
-    share_imports: bool = True
-
-    def __post_init__(self) -> None:
-        if self.nproc != "auto":
-            check_count("nproc", self.nproc)
-        check_count("cpu_processes", self.cpu_processes)
-        if self.name is not None:
-            check_name(self.name)
-        check_env(self.env)
-        check_seconds("grace", self.grace)
-        check_count("max_restarts", self.max_restarts, least=0)
-        check_count("stop_after", self.stop_after)
-        if self.nnodes is not None:
-            check_count("nnodes", self.nnodes)
-        if self.node_rank is not None:
-            check_count("node_rank", self.node_rank, least=0)
-        if self.rdzv is not None:
-            parse_rdzv(self.rdzv)
-        check_seconds("rdzv_timeout", self.rdzv_timeout)
-        if self.limits is not None:
-            check_limits(self.limits)
-        if self.fault is not None:
-            check_fault(self.fault)
-        if self.resume is not None:
-            check_resume(self.resume)
+    read: Callable[[str, str], Any]
+    check: Callable[[str, Any], object]
+    form: Literal["text", "list", "mapping"] = "text"
 
 
-def check_count(field_name: str, value: int, *, least: int = 1) -> int:
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One setting, as a person gives it.
+
+    Args:
+        name: the field of `LaunchSettings` and of a configuration file.
+        type: how its value is read and checked.
+        metavar: what stands for the value in the help.
+        help: what the setting is for, in one sentence without a full stop.
+        flag: the command line's option; empty where only a file can set it.
+        default: the default in words; empty where there is none.
+        constant: the value that the flag alone gives, for an option without a value; None where it takes one.
+    """
+
+    name: str
+    type: ValueType
+    metavar: str
+    help: str
+    flag: str
+    default: str = ""
+    constant: bool | None = None
+
+    def value(self, text: str) -> Any:
+        """Return the value that a text means; raises ConfigurationError."""
+        value = self.type.read(self.name, text)
+        self.type.check(self.name, value)
+        return value
+
+
+def read_integer(name: str, text: str) -> int:
+    """Read an integer in decimal digits; raises ConfigurationError."""
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
+        raise ConfigurationError(f"{name} is {text!r}; it must be an integer")
+    return int(text)
+
+
+def check_count(name: str, value: int, *, least: int = 1) -> int:
     """Give `value` back if it can be a number of things, else raise ConfigurationError."""
     if value < least:
-        raise ConfigurationError(f"{field_name} is {value}; it must be {least} or more")
+        raise ConfigurationError(f"{name} is {value}; it must be {least} or more")
     return value
 
 
-def check_name(value: str) -> str:
-    """Give `value` back if it can be a run's name, else raise ConfigurationError."""
+def read_nproc(name: str, text: str) -> int | Literal["auto"]:
+    """Read `auto` or a number of workers; raises ConfigurationError."""
+    if text == "auto":
+        return "auto"
+    if not re.fullmatch(r"[0-9]{1,6}", text):
+        raise ConfigurationError(f"{name} is {text!r}; it must be auto or a number of workers, 1 or more")
+    return int(text)
+
+
+def check_nproc(name: str, value: int | Literal["auto"]) -> None:
+    """Raise ConfigurationError unless `value` can be a number of workers."""
+    if value != "auto":
+        check_count(name, value)
+
+
+def read_seconds(name: str, text: str) -> float:
+    """Read a number of seconds; raises ConfigurationError."""
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigurationError(f"{name} is {text!r}; it must be a number of seconds") from None
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Raise ConfigurationError unless `value` can be a number of seconds to wait."""
+    if not 0 <= value < 1e6:
+        raise ConfigurationError(f"{name} is {value}; it is seconds, at least 0 and less than 1000000")
+
+
+def read_switch(name: str, text: str) -> bool:
+    """Read what YAML has for yes and no; raises ConfigurationError."""
+    if text.lower() in ("true", "yes", "on", "1"):
+        return True
+    if text.lower() in ("false", "no", "off", "0"):
+        return False
+    raise ConfigurationError(f"{name} is {text!r}; it must be true or false")
+
+
+def read_show(name: str, text: str) -> Show:
+    """Read `all`, `main`, or ranks separated by commas; raises ConfigurationError."""
+    if text == "all":
+        return "all"
+    if text == "main":
+        return "main"
+    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
+        raise ConfigurationError(f"{name} is {text!r}; it must be all, main, or ranks such as 0,3")
+    return tuple(int(rank) for rank in text.split(","))
+
+
+def read_variable(name: str, text: str) -> dict[str, str]:
+    """Read `NAME=VALUE`; raises ConfigurationError."""
+    variable, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigurationError(f"{name} is {text!r}; it must be NAME=VALUE")
+    return {variable: value}
+
+
+def check_env(name: str, value: Mapping[str, str]) -> None:
+    """Raise ConfigurationError unless `value` can be passed to the workers."""
+    for variable, content in value.items():
+        if not variable or "=" in variable or "\0" in variable + content:
+            raise ConfigurationError(f"{name} has {variable!r}: {content!r}, which cannot be an environment variable")
+        if variable in RESERVED:
+            raise ConfigurationError(
+                f"{name} sets {variable} to {content!r}; the launcher sets {variable} itself, so leave it out"
+            )
+
+
+def check_run_name(name: str, value: str) -> None:
+    """Raise ConfigurationError unless `value` can be a run's name."""
     if not re.fullmatch(r"[\w.+=@,-]+", value) or value.startswith((".", "-")):
         raise ConfigurationError(
-            f"name is {value!r}; it becomes a folder's name, so it may have letters, digits and _ . + = @ , - "
+            f"{name} is {value!r}; it becomes a folder's name, so it may have letters, digits and _ . + = @ , - "
             "and must not begin with . or -"
         )
-    return value
 
 
-def check_env(value: Mapping[str, str]) -> Mapping[str, str]:
-    """Give `value` back if it can be passed to the workers, else raise ConfigurationError."""
-    for name, content in value.items():
-        if not name or "=" in name or "\0" in name + content:
-            raise ConfigurationError(f"env has {name!r}: {content!r}, which cannot be an environment variable")
-        if name in RESERVED:
-            raise ConfigurationError(
-                f"env sets {name} to {content!r}; the launcher sets {name} itself, so leave it out"
-            )
-    return value
-
-
-def check_seconds(field_name: str, value: float) -> float:
-    """Give `value` back if it can be a number of seconds to wait, else raise ConfigurationError."""
-    if not 0 <= value < 1e6:
-        raise ConfigurationError(f"{field_name} is {value}; it is seconds, at least 0 and less than 1000000")
-    return value
-
-
-def check_resume(text: str) -> str:
-    """Give `text` back if it can say what to resume from, else raise ConfigurationError."""
-    if not text.strip():
-        raise ConfigurationError("resume is empty; it must be auto, none, or the path of a checkpoint")
-    return text
-
-
-def check_limits(text: str) -> str:
-    """Give `text` back if it says how long sections may last, else raise ConfigurationError."""
-    from allstep.diagnosis.hang import Limits
-
-    Limits.parse(text)
-    return text
-
-
-def check_fault(text: str) -> str:
-    """Give `text` back if it is a fault plan, else raise ConfigurationError."""
-    from allstep.faults import FaultPlan
-
-    FaultPlan.parse(text)
-    return text
+def check_not_empty(name: str, value: str) -> None:
+    """Raise ConfigurationError where `value` says nothing."""
+    if not value.strip():
+        raise ConfigurationError(f"{name} is {value!r}; it must not be empty")
 
 
 def parse_rdzv(text: str) -> tuple[str, int]:
@@ -177,33 +195,181 @@ def parse_rdzv(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def parse_nproc(text: str) -> int | Literal["auto"]:
-    """Read `auto` or a number of workers; raises ConfigurationError."""
-    if text == "auto":
-        return "auto"
-    if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise ConfigurationError(f"nproc is {text!r}; it must be auto or a number of workers, 1 or more")
-    return check_count("nproc", int(text))
+def check_rdzv(name: str, value: str) -> None:
+    """Raise ConfigurationError unless `value` is HOST:PORT."""
+    parse_rdzv(value)
 
 
-def parse_show(text: str) -> Show:
-    """Read `all`, `main`, or ranks separated by commas; raises ConfigurationError."""
-    if text == "all":
-        return "all"
-    if text == "main":
-        return "main"
-    if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
-        raise ConfigurationError(f"show is {text!r}; it must be all, main, or ranks such as 0,3")
-    return tuple(int(rank) for rank in text.split(","))
+def check_limits(name: str, value: str) -> None:
+    """Raise ConfigurationError unless `value` says how long sections may last."""
+    from allstep.diagnosis.hang import Limits
+
+    Limits.parse(value)
 
 
-def parse_variable(text: str) -> tuple[str, str]:
-    """Read `NAME=VALUE`; raises ConfigurationError."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigurationError(f"env is {text!r}; it must be NAME=VALUE")
-    check_env({name: value})
-    return name, value
+def check_fault(name: str, value: str) -> None:
+    """Raise ConfigurationError unless `value` is a fault plan."""
+    from allstep.faults import FaultPlan  # most runs rehearse nothing, and need not load it
+
+    FaultPlan.parse(value)
+
+
+def _read_text(name: str, text: str) -> str:
+    return text
+
+
+def _check_nothing(name: str, value: object) -> None:
+    pass
+
+
+def _check_count_from_zero(name: str, value: int) -> None:
+    check_count(name, value, least=0)
+
+
+_NPROC = ValueType(read_nproc, check_nproc)
+_COUNT = ValueType(read_integer, check_count)
+_COUNT_FROM_ZERO = ValueType(read_integer, _check_count_from_zero)
+_SECONDS = ValueType(read_seconds, check_seconds)
+_SWITCH = ValueType(read_switch, _check_nothing)
+_SHOW = ValueType(read_show, _check_nothing, form="list")
+_ENV = ValueType(read_variable, check_env, form="mapping")
+_NAME = ValueType(_read_text, check_run_name)
+_TEXT = ValueType(_read_text, check_not_empty)
+_RDZV = ValueType(_read_text, check_rdzv)
+_LIMITS = ValueType(_read_text, check_limits)
+_FAULT = ValueType(_read_text, check_fault)
+
+
+def _option(
+    value: Any,
+    value_type: ValueType,
+    metavar: str,
+    help_text: str,
+    *,
+    default: str | None = None,
+    flag: str | None = None,
+    constant: bool | None = None,
+) -> Any:
+    """A field with this value by default, and what becomes its `Option`; the value in words follows from the value."""
+    metadata = {
+        "type": value_type,
+        "metavar": metavar,
+        "help": help_text,
+        "flag": flag,
+        "default": _in_words(value) if default is None else default,
+        "constant": constant,
+    }
+    if isinstance(value, dict):
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=value, metadata=metadata)
+
+
+def _in_words(default: object) -> str:
+    match default:
+        case None | {}:
+            return ""
+        case bool():
+            return str(default).lower()
+        case float():
+            return f"{default:g}"
+    return str(default)
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchSettings:
+    """How to launch; what each field means is in its option's help, and `options_table` shows all.
+
+    Fields that are None by default leave the choice to the launcher, or to the environment of the workers.
+
+    Raises:
+        ConfigurationError: a value is out of range.
+    """
+
+    nproc: int | Literal["auto"] = _option(
+        "auto", _NPROC, "auto|N", "workers on this machine; auto is one for each visible CUDA device"
+    )
+    cpu_processes: int = _option(1, _COUNT, "N", "workers that auto means where no device is visible", flag="")
+    name: str | None = _option(
+        None, _NAME, "NAME", "name of the run and of its folder", default="from the script and the time"
+    )
+    runs: str | None = _option(None, _TEXT, "DIR", "folder that holds run folders", default="runs")
+    show: Show = _option(  # noqa: RUF009 (a field, for dataclasses)
+        "all", _SHOW, "all|main|R,R", "whose output to print: all ranks, rank 0 (main), or those named; logs keep all"
+    )
+    env: Mapping[str, str] = _option(
+        {}, _ENV, "NAME=VALUE", "an environment variable for the workers; may be given several times"
+    )
+    grace: float = _option(30.0, _SECONDS, "SECONDS", "how long workers may take to leave after a signal to stop")
+    max_restarts: int = _option(0, _COUNT_FROM_ZERO, "N", "begin a run that failed anew, at most N times")
+    stop_after: int = _option(
+        3, _COUNT, "K", "restarts in a row that got no further than those before, after which no other follows"
+    )
+    nnodes: int | None = _option(None, _COUNT, "N", "machines of the run; start the same command on each of them")
+    node_rank: int | None = _option(None, _COUNT_FROM_ZERO, "K", "which of the machines this is, from 0")
+    rdzv: str | None = _option(
+        None, _RDZV, "HOST:PORT", "where the machines meet: the host of node 0, and a port that is free there"
+    )
+    rdzv_timeout: float = _option(300.0, _SECONDS, "SECONDS", "how long the machines wait for each other")
+    limits: str | None = _option(
+        None, _LIMITS, "TEXT", "seconds that a section may last without progress, such as step=60,data=300"
+    )
+    fault: str | None = _option(None, _FAULT, "TEXT", "rehearse a fault, such as rank=1,iteration=7,kill=9")
+    resume: str | None = _option(
+        None,
+        _TEXT,
+        "auto|PATH|none",
+        "what a script's Checkpoint goes on from: its newest (auto), the one at PATH, or nothing (none)",
+        default="auto",
+    )
+    share_imports: bool = _option(
+        True,
+        _SWITCH,
+        "true|false",
+        "let each worker import torch by itself, rather than fork them from one process that has",
+        flag="--no-shared-imports",
+        constant=False,
+    )
+
+    def __post_init__(self) -> None:
+        for option in OPTIONS:
+            value = getattr(self, option.name)
+            if value is not None:
+                option.type.check(option.name, value)
+
+
+def _options() -> tuple[Option, ...]:
+    """The options of the fields; a flag that is not given follows from the field's name."""
+    flags = {each.name: each.metadata["flag"] for each in fields(LaunchSettings)}
+    flags = {name: f"--{name.replace('_', '-')}" if flag is None else flag for name, flag in flags.items()}
+    return tuple(Option(each.name, **{**each.metadata, "flag": flags[each.name]}) for each in fields(LaunchSettings))
+
+
+OPTIONS = _options()
+"""Every setting, in the order in which help and documentation show them."""
+
+COMMAND_LINE_ONLY = (
+    Option("module", _SWITCH, "", "script is the name of a module, as in python -m", "-m", constant=True),
+    Option("config", _TEXT, "FILE", "YAML file with these settings; the command line wins over it", "--config"),
+)
+"""Options of the command line that say what to run and where the other settings are."""
+
+
+def options_table() -> str:
+    """Return the table of all options as Markdown, for the documentation."""
+    rows = ["| Command line | Field in a file | Default | Meaning |", "|---|---|---|---|"]
+    for option in (*COMMAND_LINE_ONLY, *OPTIONS):
+        command_line, in_file = option.flag, "" if option in COMMAND_LINE_ONLY else option.name
+        if option.constant is None:
+            command_line += f" {option.metavar}" if option.flag else ""
+        elif in_file:
+            in_file += f": {str(option.constant).lower()}"
+        cells = (_code(command_line), _code(in_file), option.default, option.help[:1].upper() + option.help[1:])
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def shown_ranks(show: Show, world_size: int) -> frozenset[int]:

@@ -1,22 +1,84 @@
-"""The supervisor of this machine's workers: what `allstep run` does once it knows what to start.
+"""The supervisor of this machine's workers: from settings and a command to the exit status of the run.
 
-Contract: `supervise` is called from the main thread and returns the run's exit status when no worker of this machine is
-left. One loop waits for everything at once: workers' ends (pidfd), their output, the control channel, signals, other
-machines, room to write, and the next deadline; nothing is polled. On the only machine of a run, and on node 0 of
-several, `leading` begins attempts and decides; on the others `following` does what it is told.
-What can go wrong before the first worker runs is a LaunchError or ConfigurationError.
+Contract: `launch` is what `allstep run` calls, from the main thread. It works out everything that can be wrong before
+anything is started, and returns the run's exit status when no worker of this machine is left. In order:
+1. `prepare` looks at the script, the devices and the other machines, and says what is to be started.
+2. `supervise` starts it and watches it. One event loop waits for everything at once: workers' ends (pidfd), their
+   output, monitoring, signals, other machines, room to write, and the next deadline. Nothing is polled.
+3. On the only machine of a run, and on node 0 of several, `head` begins attempts and decides; on the others `follower`
+   does what it is told.
+What can go wrong before the first worker runs is a LaunchError, ConfigurationError or PlacementError.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from allstep.errors import LaunchError
+from allstep.launch.devices import probe_hardware, visible_devices
 from allstep.launch.event_loop import Signals
+from allstep.launch.folder import default_name
 from allstep.launch.head import lead
 from allstep.launch.machine import Launch, Machine
+from allstep.launch.settings import LaunchSettings, shown_ranks
+from allstep.launch.worker_plan import Command, worker_count
+
+if TYPE_CHECKING:
+    from allstep.launch.topology import Nodes
 
 
-def supervise(launch: Launch) -> int:
+def launch(settings: LaunchSettings, command: Command) -> int:
+    """Run a command on this machine's devices, as the settings say.
+
+    Returns:
+        The run's exit status.
+
+    Raises:
+        LaunchError: there is nothing to run, a worker could not be started, or machines did not come together.
+        ConfigurationError: a setting cannot be met here.
+        PlacementError: a SLURM step says inconsistently which machine this is.
+    """
+    return supervise(prepare(settings, command, os.environ))
+
+
+def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, str]) -> Launch:
+    """Say what is to be started on this machine; `inherited` is the environment that workers get.
+
+    Raises:
+        LaunchError: the script, or the checkpoint to resume from, is not there.
+        ConfigurationError: a setting cannot be met here.
+        PlacementError: a SLURM step says inconsistently which machine this is.
+    """
+    settings = _with_absolute_resume(settings)
+    if not command.module:
+        _check_script(command.target)
+    # Names this launch for scripts that want to do something once in all its attempts.
+    environ = {**inherited, "ALLSTEP_LAUNCH": secrets.token_hex(8)}
+    devices = visible_devices({**environ, **settings.env}, probe_hardware)
+    workers = worker_count(settings, devices)
+    nodes = _nodes(settings, environ)
+    if nodes is None:
+        shown_ranks(settings.show, workers)  # with several machines it is checked when all have come
+    return Launch(
+        settings=settings,
+        command=command,
+        name=settings.name or default_name(command.target, time.strftime("%Y%m%d-%H%M%S")),
+        workers=workers,
+        devices=devices,
+        cores=_cores(),
+        environ=environ,
+        nodes=nodes,
+    )
+
+
+def supervise(to_start: Launch) -> int:
     """Run this machine's part of a run to its end.
 
     Returns:
@@ -26,12 +88,52 @@ def supervise(launch: Launch) -> int:
         LaunchError: a worker could not be started, or the machines did not come together.
         ConfigurationError: output was asked for of a rank that does not exist.
     """
-    with Signals() as signals, contextlib.closing(Machine(launch, signals)) as machine:
+    with Signals() as signals, contextlib.closing(Machine(to_start, signals)) as machine:
         try:
-            if launch.nodes is None or launch.nodes.head:
+            if to_start.nodes is None or to_start.nodes.head:
                 return lead(machine)
-            from allstep.launch.follower import follow
+            from allstep.launch.follower import follow  # what only some machines need is loaded there only
 
             return follow(machine)
         finally:
             machine.write_out()
+
+
+def _with_absolute_resume(settings: LaunchSettings) -> LaunchSettings:
+    """The same settings, with a local path to resume from made absolute: a script may change its folder."""
+    if settings.resume in (None, "auto", "none") or "://" in str(settings.resume):
+        return settings
+    path = os.path.abspath(str(settings.resume))
+    if not os.path.isdir(path):
+        raise LaunchError(
+            f"resume is {settings.resume}, and there is no folder of that name (in {os.getcwd()}); give the path of a "
+            "checkpoint or of a folder of checkpoints, auto, or none"
+        )
+    return replace(settings, resume=path)
+
+
+def _check_script(path: str) -> None:
+    if not os.path.exists(path):
+        raise LaunchError(f"script {path} does not exist (in {os.getcwd()}); for a module use -m")
+    if not os.access(path, os.R_OK):
+        raise LaunchError(f"script {path} cannot be read")
+    if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):
+        raise LaunchError(f"script {path} is a folder without a __main__.py")
+
+
+def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
+    """This machine's place among several, with a warning where there are others that it does not use."""
+    if (settings.nnodes, settings.node_rank, settings.rdzv) == (None, None, None) and "SLURM_JOB_ID" not in environ:
+        return None
+    from allstep.launch.topology import find_nodes, warning
+
+    nodes = find_nodes(settings, environ)
+    if nodes is None and (text := warning(environ)):
+        print(f"allstep: warning: {text}", file=sys.stderr, flush=True)
+    return nodes
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # what a container or a batch job may use of the machine's cores
+    return os.cpu_count() or 1

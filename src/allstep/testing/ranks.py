@@ -21,8 +21,7 @@ from allstep.diagnosis.hang import Limits
 from allstep.diagnosis.report import failure_text
 from allstep.errors import RanksError
 from allstep.faults import FaultPlan
-from allstep.launch.environment import worker_environment
-from allstep.launch.worker_plan import ReservedPort
+from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.protocol.address import new_nonce
 from allstep.testing.call import Call
 from allstep.testing.pool import Pool, own_pool

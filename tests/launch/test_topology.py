@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from allstep.errors import ConfigurationError, PlacementError
-from allstep.launch.nodes import Nodes, find_nodes, warning
 from allstep.launch.settings import LaunchSettings
+from allstep.launch.topology import Nodes, find_nodes, warning
 from tests.placement.recorded import recorded
 
 STEP = {

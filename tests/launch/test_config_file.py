@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from allstep.errors import ConfigurationError
-from allstep.launch.config import LaunchConfig, load_settings
-from allstep.launch.settings import LaunchSettings
+from allstep.launch.config_file import load_settings
+from allstep.launch.settings import OPTIONS, LaunchSettings
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +37,7 @@ def load(folder: Path, text: str) -> dict[str, Any]:
         ("show: 0,1", {"show": (0, 1)}),
         ("show: [0, 3]", {"show": (0, 3)}),
         ("grace: 2.5\nname: exp\nruns: /r", {"grace": 2.5, "name": "exp", "runs": "/r"}),
+        ("share_imports: false\nresume: auto", {"share_imports": False, "resume": "auto"}),
         ("env: {A: 1e-3, B: on, C: 010, D: ''}", {"env": {"A": "1e-3", "B": "on", "C": "010", "D": ""}}),
     ],
 )
@@ -54,25 +54,27 @@ def test_a_file_gives_the_fields_that_it_sets_and_no_others(
     [
         ("nprocs: 2", "c.yaml:1: nprocs is not a field; did you mean nproc?"),
         ("\n\nspeed: 2", "c.yaml:3: speed is not a field; fields are nproc, "),
-        ("nproc: auto\ncpu_processes: two", "c.yaml:2: cpu_processes: "),
+        ("nproc: auto\ncpu_processes: two", "c.yaml:2: cpu_processes is 'two'; it must be an integer"),
         ("nproc: 0", "c.yaml:1: nproc is 0; it must be 1 or more"),
         ("nproc: many", "c.yaml:1: nproc is 'many'; it must be auto or a number"),
-        ("nproc: [1]", "c.yaml:1: nproc: "),
-        ("show: [0, x]", "c.yaml:1: show: "),
+        ("nproc: [1]", "c.yaml:1: nproc must be one value: workers on this machine"),
+        ("show: [0, x]", "c.yaml:1: show is '0,x'; it must be all, main, or ranks"),
         ("name: ../x", "c.yaml:1: name is '../x'"),
-        ("runs:", "c.yaml:1: runs: "),
+        ("runs:", "c.yaml:1: runs is ''; it must not be empty"),
         ("grace: -1", "c.yaml:1: grace is -1.0"),
         ("nproc: 1\nenv:\n  RANK: 3", "c.yaml:2: env sets RANK to '3'; the launcher sets RANK itself"),
-        ("env: [A]", "c.yaml:1: env: "),
+        ("env: [A]", "c.yaml:1: env must be names with values"),
         ("nproc: 1\nmax_restarts: -1", "c.yaml:2: max_restarts is -1; it must be 0 or more"),
         ("stop_after: 0", "c.yaml:1: stop_after is 0; it must be 1 or more"),
         ("nnodes: 0", "c.yaml:1: nnodes is 0"),
-        ("node_rank: x", "c.yaml:1: node_rank: "),
+        ("node_rank: x", "c.yaml:1: node_rank is 'x'; it must be an integer"),
         ("rdzv: host", "c.yaml:1: rdzv is 'host'; it must be HOST:PORT"),
         ("rdzv_timeout: -3", "c.yaml:1: rdzv_timeout is -3.0"),
         ("limits: speed=3", "c.yaml:1: limits: "),
         ("fault: rank=1,explode", "c.yaml:1: fault "),
-        ("env: {A: [1]}", "c.yaml:1: env: "),
+        ("env: {A: [1]}", "c.yaml:1: env has a list or mapping where one value is expected"),
+        ("share_imports: maybe", "c.yaml:1: share_imports is 'maybe'; it must be true or false"),
+        ("resume: ''", "c.yaml:1: resume is ''; it must not be empty"),
         ("nproc: 1\nnproc: 2", "c.yaml:2: nproc is set already, in line 1"),
         ("env:\n  A: 1\n  A: 2", "c.yaml:3: A is set already, in line 2"),
         ("- nproc", "c.yaml:1: expected fields"),
@@ -102,8 +104,15 @@ def test_a_file_that_is_missing_or_not_text_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "binary.yaml")
 
 
-def test_a_file_may_set_what_the_launcher_knows_and_nothing_else() -> None:
-    assert set(LaunchConfig.model_fields) == {field.name for field in fields(LaunchSettings)}
+def test_a_file_may_set_every_setting(tmp_path: Path) -> None:
+    text = {
+        "nproc": "2", "cpu_processes": "1", "name": "exp", "runs": "/r", "show": "main", "env": "{A: b}", "grace": "1",
+        "max_restarts": "1", "stop_after": "1", "nnodes": "2", "node_rank": "0", "rdzv": "h:1", "rdzv_timeout": "9",
+        "limits": "step=60", "fault": "rank=1,kill=9", "resume": "auto", "share_imports": "false",
+    }  # fmt: skip
+    loaded = load(tmp_path, "\n".join(f"{name}: {value}" for name, value in text.items()))
+    assert set(loaded) == {option.name for option in OPTIONS}
+    LaunchSettings(**loaded)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.name)

@@ -10,7 +10,7 @@ import argparse
 import importlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -137,23 +137,21 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|verify|export|rm")
-    listing = _add(actions, "ls", "a table of what is there, the newest last")
+    listing = _add(actions.add_parser, "ls", "a table of what is there, the newest last")
     listing.add_argument("--json", action="store_true", help="as JSON, with all that the manifests say")
-    verifying = _add(actions, "verify", "read every file and compare its hash")
+    verifying = _add(actions.add_parser, "verify", "read every file and compare its hash")
     verifying.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to verify (default: all)")
     verifying.add_argument("--size", action="store_true", help="compare sizes only")
-    exporting = _add(actions, "export", "write a checkpoint's state to one file")
+    exporting = _add(actions.add_parser, "export", "write a checkpoint's state to one file")
     exporting.add_argument("file", metavar="FILE", help="ends with .safetensors (tensors) or .pt (all state)")
     exporting.add_argument("--checkpoint", metavar="NAME", help="which one (default: the newest that is whole)")
     exporting.add_argument("--only", metavar="PART", help="one part of the state, such as model")
-    removing = _add(actions, "rm", "remove checkpoints")
+    removing = _add(actions.add_parser, "rm", "remove checkpoints")
     removing.add_argument("names", nargs="+", metavar="NAME", help="checkpoints to remove")
     return parser
 
 
-def _add(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str
-) -> argparse.ArgumentParser:
-    action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+def _add(add_parser: Callable[..., argparse.ArgumentParser], name: str, summary: str) -> argparse.ArgumentParser:
+    action = add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
     action.add_argument("folder", metavar="FOLDER", help="where a run saves its checkpoints")
     return action
