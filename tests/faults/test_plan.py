@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allstep.errors import ConfigurationError, DataError
-from allstep.faults import Here
+from allstep.faults import RankPosition
 from allstep.faults.fault import Raised
 from allstep.testing import FaultPlan
 
@@ -106,19 +106,28 @@ def test_an_exception_that_text_cannot_carry_is_refused_when_the_plan_is_made() 
         FaultPlan.at(1).raise_(ValueError("x", 3))
 
 
-def strikes(text: str, here: Here) -> bool:
-    return FaultPlan.parse(text).faults[0].strikes(here)
+def test_a_signal_that_there_is_not_is_refused_when_the_plan_is_made() -> None:
+    with pytest.raises(ConfigurationError, match="signal is 900"):
+        FaultPlan.at(1).kill(900)
+    with pytest.raises(ConfigurationError, match="signal is 900"):
+        FaultPlan.at(1).ignore(900)
+
+
+def strikes(text: str, position: RankPosition) -> bool:
+    return FaultPlan.parse(text).faults[0].strikes(position)
 
 
 def test_a_fault_strikes_where_everything_it_names_holds() -> None:
-    here = Here("step", rank=1, attempt=1, epoch=2, iteration=7)
-    assert strikes("kill=9", here)
-    assert strikes("rank=1,iteration=7,epoch=2,attempt=0-1,kill=9", here)
-    assert strikes("rank=all,iteration=7,kill=9", here)
+    position = RankPosition("step", rank=1, attempt=1, epoch=2, iteration=7)
+    assert strikes("kill=9", position)
+    assert strikes("rank=1,iteration=7,epoch=2,attempt=0-1,kill=9", position)
+    assert strikes("rank=all,iteration=7,kill=9", position)
     for elsewhere in ("rank=0", "iteration=6", "epoch=1", "attempt=0", "attempt=2-3", "when=data", "when=exit"):
-        assert not strikes(f"{elsewhere},kill=9", here)
+        assert not strikes(f"{elsewhere},kill=9", position)
 
 
 def test_a_fault_that_repeats_strikes_from_its_iteration_on() -> None:
-    struck = [number for number in range(1, 6) if strikes("iteration=3,slow=1", Here("step", 0, iteration=number))]
+    struck = [
+        number for number in range(1, 6) if strikes("iteration=3,slow=1", RankPosition("step", 0, iteration=number))
+    ]
     assert struck == [3, 4, 5]

@@ -165,4 +165,4 @@ def _strike(engine: Engine, when: When, batch: Any = None) -> Any:
     iteration = state.iteration + (when == "data")
     if when == "data" and world is not None:
         world.pulse.enter("data")
-    return faults.strike(faults.Here(when, rank, attempt, state.epoch, iteration), batch)
+    return faults.strike(faults.RankPosition(when, rank, attempt, state.epoch, iteration), batch)

@@ -1,12 +1,9 @@
-"""The kinds of fault: the name of each, how its argument is written, and where it can strike; pure.
+"""One fault as a value: what happens to a rank, and where in a job; pure.
 
-What each does is in `acts`.
-
-One fault as a value: what happens, and where in a job.
-
-Contract: `Fault` is frozen and checked when it is made, so that a plan that exists can be carried out. `Here` is where
-a rank stands when it asks whether anything strikes; `Fault.strikes` answers. A fault strikes once in a process, at the
-first place that fits, unless its kind repeats: then there and in every later iteration.
+Contract: `KINDS` has every kind of fault: how its argument is written, and where it can strike. What each does is in
+`inject`. `Fault` is frozen and checked when it is made, so that a plan that exists can be carried out. `RankPosition`
+is where a rank is when it asks whether a fault strikes it; `Fault.strikes` answers. A fault strikes once in a process,
+at the first position that fits, unless its kind repeats: then there and in every later iteration.
 """
 
 from __future__ import annotations
@@ -22,6 +19,13 @@ from urllib.parse import quote, unquote
 
 from allstep.errors import ConfigurationError
 
+When = Literal["start", "data", "step", "handler", "exit"]
+"""The points at which a rank asks: before the ranks meet, before a batch, in the step, after it, leaving the World."""
+
+WHENS: tuple[When, ...] = get_args(When)
+IN_A_RUN: tuple[When, ...] = ("data", "step", "handler")
+"""Those of an engine's run, where iterations and epochs are counted."""
+
 _UNITS = {"": 1, "k": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -34,7 +38,7 @@ class Raised:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class FaultKind:
     """How a kind of fault is written.
 
     `read` turns the text after `=` into the argument, and is None where there is none; `write` turns it back.
@@ -78,7 +82,7 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _code(text: str) -> int:
+def _exit_code(text: str) -> int:
     if not re.fullmatch("[0-9]{1,3}", text) or int(text) > 255:
         raise ConfigurationError("it must be an exit code from 0 to 255")
     return int(text)
@@ -99,40 +103,33 @@ def _path(text: str) -> str:
 
 def _quoted(text: str) -> str:
     """The text without what separates faults and their parts, nor spaces at its ends, which are not read."""
-    body = text.strip(" ")
+    body = text.strip(" ")  # a reader strips each part, so that spaces at the ends have to be quoted
     before, _, after = text.partition(body) if body else (text, "", "")
     return quote(before) + quote(body, safe=" !\"#$&'()*+/:<>?@[\\]^_`{|}~.-") + quote(after)
 
 
-_RUN = ("data", "step", "handler")
-
 KINDS = {
-    "raise": Kind("raise=ValueError:message", _exception, _write_exception),
-    "kill": Kind("kill=9", _signal),
-    "freeze": Kind("freeze"),
-    "hold_gil": Kind("hold_gil=60", _seconds),
-    "sleep": Kind("sleep=60", _seconds),
-    "slow": Kind("slow=0.1", _seconds, repeats=True, whens=_RUN),
-    "exit": Kind("exit=0", _code),
-    "leave": Kind("leave", whens=_RUN),
-    "segfault": Kind("segfault"),
-    "abort": Kind("abort"),
-    "fill_disk": Kind("fill_disk=/folder", _path, _quoted),
-    "allocate": Kind("allocate=64G", _bytes),
-    "ignore": Kind("ignore=SIGTERM", _signal, lambda number: signal.Signals(number).name),
-    "nan": Kind("nan", whens=("step",)),
+    "raise": FaultKind("raise=ValueError:message", _exception, _write_exception),
+    "kill": FaultKind("kill=9", _signal),
+    "freeze": FaultKind("freeze"),
+    "hold_gil": FaultKind("hold_gil=60", _seconds),
+    "sleep": FaultKind("sleep=60", _seconds),
+    "slow": FaultKind("slow=0.1", _seconds, repeats=True, whens=IN_A_RUN),
+    "exit": FaultKind("exit=0", _exit_code),
+    "leave": FaultKind("leave", whens=IN_A_RUN),
+    "segfault": FaultKind("segfault"),
+    "abort": FaultKind("abort"),
+    "fill_disk": FaultKind("fill_disk=/folder", _path, _quoted),
+    "allocate": FaultKind("allocate=64G", _bytes),
+    "ignore": FaultKind("ignore=SIGTERM", _signal, lambda number: signal.Signals(number).name),
+    "nan": FaultKind("nan", whens=("step",)),
 }
-
-
-When = Literal["start", "data", "step", "handler", "exit"]
-WHENS: tuple[When, ...] = get_args(When)
-
-IN_A_RUN: tuple[When, ...] = ("data", "step", "handler")
+"""Every kind of fault, by its name in a plan's text."""
 
 
 @dataclass(frozen=True, slots=True)
-class Here:
-    """Where a rank stands. `iteration` and `epoch` count from 1 as reports do, and are 0 outside an engine's run."""
+class RankPosition:
+    """Where a rank is. `iteration` and `epoch` count from 1 as reports do, and are 0 outside an engine's run."""
 
     when: When
     rank: int
@@ -187,14 +184,15 @@ class Fault:
         if allowed and self.when not in allowed:
             raise ConfigurationError(f"{self.kind} can strike when={' or '.join(allowed)}, not when={self.when}")
 
-    def strikes(self, here: Here) -> bool:
+    def strikes(self, position: RankPosition) -> bool:
         """Whether this is its place."""
-        first, last = self.attempts or (0, here.attempt)
-        begun = self.iteration is not None and KINDS[self.kind].repeats and here.iteration > self.iteration
+        first, last = self.attempts or (0, position.attempt)
+        # A kind that repeats strikes from its iteration on.
+        begun = self.iteration is not None and KINDS[self.kind].repeats and position.iteration > self.iteration
         return (
-            self.when == here.when
-            and self.rank in (None, here.rank)
-            and (begun or self.iteration in (None, here.iteration))
-            and self.epoch in (None, here.epoch)
-            and first <= here.attempt <= last
+            self.when == position.when
+            and self.rank in (None, position.rank)
+            and (begun or self.iteration in (None, position.iteration))
+            and self.epoch in (None, position.epoch)
+            and first <= position.attempt <= last
         )

@@ -1,13 +1,10 @@
-"""What each kind of fault does to the process that calls it.
+"""Where faults meet a running rank: it asks at a few points whether a fault strikes, and this carries it out.
 
-Contract: `carry_out(fault, batch)` is called by a rank where the fault strikes; it gives back the batch for the step,
-changed by `nan` only. Many kinds do not return.
-
-Where faults meet a running rank: it asks at a few places whether anything strikes.
-
-Contract: `allstep.init`, `World.close` and an engine's run ask, the last of them only if `active()`. The plan is read
-from ALLSTEP_FAULT each time, so that nothing is kept but which faults have struck in this process. A fault says on
-standard error that it strikes, for whoever reads the log later. `forget` lets them strike again.
+Contract: `allstep.init`, `World.close` and an engine's run call `strike`, the last of them only where there is a plan
+(`active`). The plan is read from ALLSTEP_FAULT each time, so that nothing is kept but which faults have struck in this
+process; `forget` lets them strike again. A fault says on standard error that it strikes, for whoever reads the log
+later. `carry_out` does what one fault says, and gives back the batch for the step, which only `nan` changes. Many kinds
+do not return.
 """
 
 from __future__ import annotations
@@ -25,12 +22,50 @@ from pathlib import Path
 from typing import Any
 
 from allstep.errors import ConfigurationError
-from allstep.faults.fault import KINDS, Fault, Here, Raised
+from allstep.faults.fault import KINDS, Fault, Raised, RankPosition
 from allstep.faults.plan import VARIABLE, FaultPlan, write_fault
 
-_CHUNK = 16 * 2**20
-_MOST_FREE = 2**30
+_CHUNK = 16 * 2**20  # bytes
+_MOST_FREE = 2**30  # bytes
+
 FILLER = "filled-by-a-rehearsed-fault"
+"""The file that fills a disk."""
+
+
+_struck: set[Fault] = set()  # per process: a restarted rank rehearses anew, unless its plan names the attempt
+
+
+def active() -> bool:
+    """Whether there is a plan."""
+    return bool(os.environ.get(VARIABLE))
+
+
+def strike(position: RankPosition, batch: Any = None) -> Any:
+    """Carry out what the plan has for this place; gives back the batch to go on with.
+
+    Raises:
+        ConfigurationError: the plan cannot be read or carried out.
+        BaseException: what the plan says.
+    """
+    if not active():
+        return batch
+    for fault in FaultPlan.from_environ(os.environ).faults:
+        if fault not in _struck and fault.strikes(position):
+            if not KINDS[fault.kind].repeats:
+                _struck.add(fault)
+                _announce(fault, position)
+            batch = carry_out(fault, batch)
+    return batch
+
+
+def forget() -> None:
+    """Let every fault strike again."""
+    _struck.clear()
+
+
+def _announce(fault: Fault, position: RankPosition) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"allstep: a rehearsed fault strikes {position}: {write_fault(fault)}\n".encode())
 
 
 class LeftEarly(GeneratorExit):
@@ -83,6 +118,7 @@ def _made(raised: Raised) -> BaseException:
 
 
 def _sleep_with_lock(seconds: float) -> None:
+    # PyDLL, unlike CDLL, keeps the interpreter lock during a call.
     libc, end = ctypes.PyDLL(None), time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         libc.usleep(min(int(left * 1e6) + 1, 10**9))  # a signal cuts it short
@@ -96,13 +132,14 @@ def _fill(folder: Path) -> None:
             "in case it is somebody's disk; use a small tmpfs or a disk with a quota"
         )
     with open(folder / FILLER, "ab", buffering=0) as file:
-        for size in (_CHUNK, 4096, 1):
+        for size in (_CHUNK, 4096, 1):  # ever smaller, until not a byte is free
             with contextlib.suppress(OSError):
                 while file.write(b"\1" * size):
                     pass
 
 
 def _allocate(size: int) -> None:
+    # Written to, since the kernel gives memory only when it is touched.
     held = [b"\1" * min(_CHUNK, size - start) for start in range(0, size, _CHUNK)]
     del held
 
@@ -127,39 +164,3 @@ def _with_nan(value: Any) -> tuple[Any, int]:
         made = type(value)(*values) if hasattr(value, "_fields") else type(value)(values)
         return made, sum(count for _, count in parts)
     return value, 0
-
-
-_struck: set[Fault] = set()
-
-
-def active() -> bool:
-    """Whether there is a plan."""
-    return bool(os.environ.get(VARIABLE))
-
-
-def strike(here: Here, batch: Any = None) -> Any:
-    """Carry out what the plan has for this place; gives back the batch to go on with.
-
-    Raises:
-        ConfigurationError: the plan cannot be read or carried out.
-        BaseException: what the plan says.
-    """
-    if not active():
-        return batch
-    for fault in FaultPlan.from_environ(os.environ).faults:
-        if fault not in _struck and fault.strikes(here):
-            if not KINDS[fault.kind].repeats:
-                _struck.add(fault)
-                _announce(fault, here)
-            batch = carry_out(fault, batch)
-    return batch
-
-
-def forget() -> None:
-    """Let every fault strike again."""
-    _struck.clear()
-
-
-def _announce(fault: Fault, here: Here) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"allstep: a rehearsed fault strikes {here}: {write_fault(fault)}\n".encode())

@@ -1,13 +1,11 @@
-"""A fault as text: `rank=1,iteration=7,kill=9`; pure, both ways.
+"""`FaultPlan`: what a run is to rehearse, built in Python or read from text.
 
-Contract: `read_fault(write_fault(fault)) == fault`. A text that cannot be meant raises one ConfigurationError, which
-names the part that is wrong and what is allowed there. In a message or path `,`, `;`, `=` and `%` are written `%2C`,
-`%3B`, `%3D` and `%25`.
-
-`FaultPlan`: what a run is to rehearse, built in Python or read from text.
-
-Contract: a plan is a value. `FaultPlan.parse(plan.to_text()) == plan`, so that a plan made in a test travels to every
+Contract: a plan is a value, and `FaultPlan.parse(plan.to_text()) == plan`. So a plan made in a test travels to every
 rank of a job, under any launcher, as the environment variable ALLSTEP_FAULT.
+
+One fault is written as `rank=1,iteration=7,kill=9`, and `read_fault(write_fault(fault)) == fault`; both are pure. In a
+message or path `,`, `;`, `=` and `%` are written `%2C`, `%3B`, `%3D` and `%25`. A wrong text raises one
+ConfigurationError, which names the part that is wrong and what is allowed there.
 """
 
 from __future__ import annotations
@@ -22,88 +20,10 @@ from typing import Any
 from allstep.errors import ConfigurationError
 from allstep.faults.fault import KINDS, WHENS, Fault, Raised, When
 
-_PLACES = ("rank", "iteration", "epoch", "attempt", "when")
-
-
-def read_fault(text: str) -> Fault:
-    """Read one fault.
-
-    Raises:
-        ConfigurationError: the text is no fault.
-    """
-    place: dict[str, Any] = {}
-    acts: list[tuple[str, Any]] = []
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        try:
-            if name in _PLACES:
-                if name in place:
-                    raise ConfigurationError("it is given twice")
-                place[name] = _read_place(name, value)
-            elif name in KINDS:
-                acts.append((name, _read_argument(name, bool(equals), value)))
-            else:
-                raise ConfigurationError(f"a part is one of {_forms()}")
-        except ConfigurationError as error:
-            raise ConfigurationError(f"fault {text.strip()!r}: {part.strip()!r} is wrong: {error}") from None
-    if len(acts) != 1:
-        found = " and ".join(name for name, _ in acts) or "none"
-        raise ConfigurationError(
-            f"fault {text.strip()!r} has to say one thing that happens, and says {found}; one of "
-            f"{', '.join(kind.example for kind in KINDS.values())}"
-        )
-    kind, argument = acts[0]
-    try:
-        return Fault(kind, argument, attempts=place.pop("attempt", None), **place)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"fault {text.strip()!r}: {error}") from None
-
-
-def write_fault(fault: Fault) -> str:
-    """The fault as `read_fault` reads it."""
-    parts = [] if fault.rank is None else [f"rank={fault.rank}"]
-    parts += [f"{name}={getattr(fault, name)}" for name in ("epoch", "iteration") if getattr(fault, name) is not None]
-    if fault.attempts is not None:
-        first, last = fault.attempts
-        parts.append(f"attempt={first}" + (f"-{last}" if last > first else ""))
-    if fault.when != "step":
-        parts.append(f"when={fault.when}")
-    kind = KINDS[fault.kind]
-    return ",".join([*parts, fault.kind + (f"={kind.write(fault.argument)}" if kind.read else "")])
-
-
-def _read_place(name: str, value: str) -> Any:
-    if name == "when":
-        if value not in WHENS:
-            raise ConfigurationError(f"it must be one of {', '.join(WHENS)}")
-        return value
-    if name == "rank" and value == "all":
-        return None
-    if name == "attempt" and (span := re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", value)):
-        return int(span[1]), int(span[2])
-    if not re.fullmatch(r"[0-9]{1,9}", value):
-        also = {"rank": ", or all", "attempt": ", or a span of them such as 0-2"}.get(name, "")
-        raise ConfigurationError(f"it must be a number{also}")
-    return (int(value), int(value)) if name == "attempt" else int(value)
-
-
-def _read_argument(name: str, is_given: bool, value: str) -> Any:
-    kind = KINDS[name]
-    if kind.read is None:
-        if is_given:
-            raise ConfigurationError(f"{name} takes no value")
-        return None
-    if not is_given:
-        raise ConfigurationError(f"it needs a value, as in {kind.example}")
-    return kind.read(value)
-
-
-def _forms() -> str:
-    places = "rank=N, iteration=N, epoch=N, attempt=N, when=" + "|".join(WHENS)
-    return f"{places}, {', '.join(kind.example for kind in KINDS.values())}"
-
-
 VARIABLE = "ALLSTEP_FAULT"
+"""The environment variable that carries a plan."""
+
+_SITE_PARTS = ("rank", "iteration", "epoch", "attempt", "when")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +40,7 @@ class FaultPlan:
         epoch: int | None = None,
         attempt: int | range | None = None,
         when: When = "step",
-    ) -> Place:
+    ) -> FaultSite:
         """Say where; the methods of what this gives say what happens there.
 
         Args:
@@ -134,7 +54,7 @@ class FaultPlan:
         Raises:
             ConfigurationError: a value is out of range; raised by the method that says what happens.
         """
-        return Place(rank, iteration, epoch, attempt, when)
+        return FaultSite(rank, iteration, epoch, attempt, when)
 
     @staticmethod
     def parse(text: str) -> FaultPlan:
@@ -170,7 +90,7 @@ class FaultPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FaultSite:
     """Where a fault strikes; each method says what happens there, and gives the plan."""
 
     rank: int | None
@@ -196,7 +116,7 @@ class Place:
 
     def kill(self, number: int) -> FaultPlan:
         """Send the rank's process a signal."""
-        return self._plan("kill", int(signal.Signals(number)))
+        return self._plan("kill", _signal(number))
 
     def freeze(self) -> FaultPlan:
         """Stop the rank's process with SIGSTOP, all its threads."""
@@ -240,7 +160,7 @@ class Place:
 
     def ignore(self, number: int) -> FaultPlan:
         """Ignore a signal from there on."""
-        return self._plan("ignore", int(signal.Signals(number)))
+        return self._plan("ignore", _signal(number))
 
     def nan(self) -> FaultPlan:
         """Make the floating-point numbers of the step's batch NaN, from which loss and gradients follow."""
@@ -251,9 +171,94 @@ class Place:
         return FaultPlan((read_fault(write_fault(fault)),))  # so that what a text cannot say is refused here
 
 
+def _signal(number: int) -> int:
+    try:
+        return int(signal.Signals(number))
+    except ValueError:
+        raise ConfigurationError(f"signal is {number!r}; it must be one that this system has, such as 9") from None
+
+
 def _span(attempts: int | range | None) -> tuple[int, int] | None:
     if isinstance(attempts, range):
         if not attempts or attempts.step != 1:
             raise ConfigurationError(f"attempt is {attempts}; a range must have members and a step of 1")
         return attempts[0], attempts[-1]
     return None if attempts is None else (attempts, attempts)
+
+
+def read_fault(text: str) -> Fault:
+    """Read one fault.
+
+    Raises:
+        ConfigurationError: the text is no fault.
+    """
+    site: dict[str, Any] = {}
+    effects: list[tuple[str, Any]] = []
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        try:
+            if name in _SITE_PARTS:
+                if name in site:
+                    raise ConfigurationError("it is given twice")
+                site[name] = _read_site_part(name, value)
+            elif name in KINDS:
+                effects.append((name, _read_argument(name, bool(equals), value)))
+            else:
+                raise ConfigurationError(f"a part is one of {_allowed_parts()}")
+        except ConfigurationError as error:
+            raise ConfigurationError(f"fault {text.strip()!r}: {part.strip()!r} is wrong: {error}") from None
+    if len(effects) != 1:
+        found = " and ".join(name for name, _ in effects) or "none"
+        raise ConfigurationError(
+            f"fault {text.strip()!r} has to say one thing that happens, and says {found}; one of "
+            f"{', '.join(kind.example for kind in KINDS.values())}"
+        )
+    kind, argument = effects[0]
+    try:
+        return Fault(kind, argument, attempts=site.pop("attempt", None), **site)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"fault {text.strip()!r}: {error}") from None
+
+
+def write_fault(fault: Fault) -> str:
+    """The fault as `read_fault` reads it."""
+    parts = [] if fault.rank is None else [f"rank={fault.rank}"]
+    parts += [f"{name}={getattr(fault, name)}" for name in ("epoch", "iteration") if getattr(fault, name) is not None]
+    if fault.attempts is not None:
+        first, last = fault.attempts
+        parts.append(f"attempt={first}" + (f"-{last}" if last > first else ""))
+    if fault.when != "step":
+        parts.append(f"when={fault.when}")
+    kind = KINDS[fault.kind]
+    return ",".join([*parts, fault.kind + (f"={kind.write(fault.argument)}" if kind.read else "")])
+
+
+def _read_site_part(name: str, value: str) -> Any:
+    if name == "when":
+        if value not in WHENS:
+            raise ConfigurationError(f"it must be one of {', '.join(WHENS)}")
+        return value
+    if name == "rank" and value == "all":
+        return None
+    if name == "attempt" and (span := re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", value)):
+        return int(span[1]), int(span[2])
+    if not re.fullmatch(r"[0-9]{1,9}", value):
+        also = {"rank": ", or all", "attempt": ", or a span of them such as 0-2"}.get(name, "")
+        raise ConfigurationError(f"it must be a number{also}")
+    return (int(value), int(value)) if name == "attempt" else int(value)
+
+
+def _read_argument(name: str, is_given: bool, value: str) -> Any:
+    kind = KINDS[name]
+    if kind.read is None:
+        if is_given:
+            raise ConfigurationError(f"{name} takes no value")
+        return None
+    if not is_given:
+        raise ConfigurationError(f"it needs a value, as in {kind.example}")
+    return kind.read(value)
+
+
+def _allowed_parts() -> str:
+    parts = "rank=N, iteration=N, epoch=N, attempt=N, when=" + "|".join(WHENS)
+    return f"{parts}, {', '.join(kind.example for kind in KINDS.values())}"

@@ -11,7 +11,8 @@ import ipaddress
 from collections.abc import Mapping
 
 from allstep.placement.placement import LauncherEnvironment, Placement, Rendezvous
-from allstep.placement.variables import check_nodes, fail, index, integer, port, text
+from allstep.placement.torchrun import check_nodes
+from allstep.placement.variables import fail, index, integer, port, text
 
 _REMEDY = "Set all of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or unset RANK and WORLD_SIZE and use a launcher"
 _LOCAL_REMEDY = (
@@ -59,6 +60,7 @@ class ByHand:
 
     def _place_around(self, environ: Mapping[str, str], rank: int, world_size: int) -> Placement | None:
         """The same rank of the same world as a launcher around tells it, where one does."""
+        # A launcher around compares these with its own variables, which is what this function is to do.
         own = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         without = {name: value for name, value in environ.items() if name not in own}
         for launcher in self._around:

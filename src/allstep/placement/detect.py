@@ -12,10 +12,30 @@ from collections.abc import Mapping
 
 from allstep.placement.by_hand import ByHand
 from allstep.placement.mpi import Mpi
-from allstep.placement.placement import Alone, LauncherEnvironment, Placement
+from allstep.placement.placement import LauncherEnvironment, Placement
 from allstep.placement.slurm import SlurmShell, SlurmStep
 from allstep.placement.torchrun import AllstepRun, Torchrun
 from allstep.placement.xla import Xla
+
+
+class SingleProcess:
+    """What is left when no launcher's variables are there: one process, a world of one."""
+
+    def matches(self, environ: Mapping[str, str]) -> bool:
+        """Always."""
+        return True
+
+    def place(self, environ: Mapping[str, str]) -> Placement:
+        """A world of one, with a warning on a host of a TPU pod, whose other hosts it will not meet."""
+        hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+        if environ.get("PJRT_DEVICE") != "TPU" or len(hosts) < 2:
+            return Placement(launcher="alone")
+        warning = (
+            f"this host is one of {len(hosts)} of a TPU pod (TPU_WORKER_HOSTNAMES), but this process trains alone;"
+            " start one process per device on every host with torchrun or torch_xla.launch"
+        )
+        return Placement(launcher="alone", warnings=(warning,))
+
 
 LAUNCHERS: tuple[LauncherEnvironment, ...] = (
     AllstepRun(),
@@ -25,8 +45,9 @@ LAUNCHERS: tuple[LauncherEnvironment, ...] = (
     Mpi(),
     SlurmStep(),
     SlurmShell(),
-    Alone(),
+    SingleProcess(),
 )
+"""Every way in which a process can have been started, in the order in which they are asked."""
 
 
 def detect(environ: Mapping[str, str]) -> Placement:

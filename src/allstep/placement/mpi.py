@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from allstep.placement.placement import Placement, Rendezvous
-from allstep.placement.variables import agree, derive_ports, fail, index, integer, port, text
+from allstep.placement.placement import Placement, Rendezvous, derive_ports
+from allstep.placement.variables import agree, fail, index, integer, port, text
 
 _JOB_NAMES = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID")
 _UNNAMED_JOB = (

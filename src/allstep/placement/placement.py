@@ -1,19 +1,24 @@
-"""What a process needs to know about its place in a job, as a value.
+"""What a process needs to know about its place in a job, as a value, and what answers it.
 
-Contract: `detect` (beside this file) makes a `Placement` from an environment mapping, without connecting to anything;
-`World` uses it to choose a device and to meet the other ranks. A `Placement` that exists is consistent: its numbers
-fit together, checked when it is made.
+Contract: a `Placement` that exists is consistent: its numbers fit together, checked when it is made. `detect` makes one
+from an environment mapping, without connecting to anything; `allstep.world` uses it to choose a device and to meet the
+other ranks. Each launcher is a `LauncherEnvironment` in a file of its own: it says whether a process is one of its own,
+and if so, where that is.
 
-What every launcher's file answers: is this one of yours, and if so, where is it.
-
-No launcher: one process, a world of one.
+`derive_ports` is for launchers that hand out no port: all ranks of a job can name the same candidates without having
+spoken. They are a function of the job's name alone. They stay out of the kernel's ephemeral ports (32768-60999), of
+SLURM's own (6817-6818), of torchrun's defaults (29400, 29500) and of what Kubernetes gives to services (30000-32767).
+Two jobs on one node may still derive the same one, or a service may sit on it, so there are several, tried in order.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from allstep.errors import ArgumentError
 
 Launcher = Literal["alone", "allstep", "torchrun", "slurm", "mpi", "xla"]
 
@@ -37,7 +42,10 @@ class Placement:
 
     `rendezvous` is None only in a world of one that needs none. `run_id` and `attempt` name the job and its current
     start; every rank of one start has the same two.
-    `warnings` are remarks about the environment that whoever calls `detect` should show.
+    `warnings` are about the environment; whoever calls `detect` should show them.
+
+    Raises:
+        ArgumentError: the numbers do not fit together.
     """
 
     launcher: Launcher
@@ -53,7 +61,7 @@ class Placement:
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        checks = (
+        checks = (  # name, value, and the first number that is too large
             ("rank", self.rank, self.world_size),
             ("local_rank", self.local_rank, self.local_world_size),
             ("node_rank", self.node_rank, self.nodes),
@@ -62,9 +70,9 @@ class Placement:
         )
         for name, value, end in checks:
             if not 0 <= value < end:
-                raise ValueError(f"{name} is {value}; it must be at least 0 and less than {end}, in {self!r}")
+                raise ArgumentError(f"{name} is {value}; it must be at least 0 and less than {end}, in {self!r}")
         if self.world_size > 1 and self.rendezvous is None:
-            raise ValueError(f"a world of {self.world_size} needs a place to meet, but rendezvous is None")
+            raise ArgumentError(f"a world of {self.world_size} needs a place to meet, but rendezvous is None")
 
 
 class LauncherEnvironment(Protocol):
@@ -79,20 +87,17 @@ class LauncherEnvironment(Protocol):
         ...
 
 
-class Alone:
-    """What is left when no launcher's variables are there."""
+FIRST_PORT, END_PORT = 20000, 29000
+CANDIDATES = 8
+"""How many ports are derived for a job."""
 
-    def matches(self, environ: Mapping[str, str]) -> bool:
-        """Always."""
-        return True
 
-    def place(self, environ: Mapping[str, str]) -> Placement:
-        """A world of one, with a warning on a host of a TPU pod, whose other hosts it will not meet."""
-        hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-        if environ.get("PJRT_DEVICE") != "TPU" or len(hosts) < 2:
-            return Placement(launcher="alone")
-        warning = (
-            f"this host is one of {len(hosts)} of a TPU pod (TPU_WORKER_HOSTNAMES), but this process trains alone;"
-            " start one process per device on every host with torchrun or torch_xla.launch"
-        )
-        return Placement(launcher="alone", warnings=(warning,))
+def derive_ports(job: str) -> tuple[int, ...]:
+    """`CANDIDATES` different ports in [FIRST_PORT, END_PORT) for the job of this name, the same on every rank."""
+    ports: dict[int, None] = {}
+    trial = 0
+    while len(ports) < CANDIDATES:
+        digest = hashlib.sha256(f"{job}/{trial}".encode()).digest()
+        ports[FIRST_PORT + int.from_bytes(digest[:8], "big") % (END_PORT - FIRST_PORT)] = None
+        trial += 1
+    return tuple(ports)

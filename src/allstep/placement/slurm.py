@@ -1,18 +1,16 @@
-"""A SLURM step: this process was started by `srun`, and the STEP variables say so.
+"""SLURM: a process that `srun` started, or one inside a job that it did not start.
 
-Only they can be trusted. A batch script has SLURM_PROCID, an salloc shell SLURM_NTASKS, and `srun -n1 -N1` in a job
-of two nodes still shows the job's node list and tasks per node. The STEP variables have one weakness: a batch script
-that is submitted from inside a step inherits that step's, which the checks against its own job uncover.
+- `SlurmStep`: a task of a step. Only the STEP variables can be trusted: a batch script has SLURM_PROCID, an salloc
+  shell SLURM_NTASKS, and `srun -n1 -N1` in a job of two nodes still shows the job's node list and tasks per node. The
+  STEP variables have one weakness: a batch script that is submitted from inside a step inherits that step's. The
+  checks against its own job uncover that.
+- `SlurmShell`: a batch script, or the shell that salloc gives. Either is one process, whatever the job asked for, so it
+  is a world of one.
 
-Inside a SLURM job but not in a step: a batch script, or the shell that salloc gives.
-
-Either is one process, whatever the job asked for, so it is a world of one.
-
-SLURM's two short forms, expanded without calling out: host lists and counts per node.
-
-A host list is names separated by commas; a bracket group in a name stands for several: numbers and ranges separated
-by commas, with the width of a zero-padded number kept. A name may have several groups, the first one turning slowest.
-The grammar is that of SLURM's `scontrol show hostnames`.
+SLURM writes hosts and counts in short forms, which are expanded here without calling out. A host list is names
+separated by commas. A bracket group in a name stands for several: numbers and ranges separated by commas, with the
+width of a zero-padded number kept. A name may have several groups, the first one turning slowest. The grammar is that
+of SLURM's `scontrol show hostnames`.
 """
 
 from __future__ import annotations
@@ -21,14 +19,24 @@ import itertools
 import re
 from collections.abc import Mapping
 
-from allstep.placement.placement import Placement, Rendezvous
-from allstep.placement.variables import agree, derive_ports, fail, index, integer, port, text
+from allstep.errors import ArgumentError
+from allstep.placement.placement import Placement, Rendezvous, derive_ports
+from allstep.placement.variables import agree, fail, index, integer, port, text
+
+MOST_HOSTS = 1_000_000
+"""More than any cluster has; a list that expands to more is refused before it takes the memory."""
+
+_NAME = re.compile(r"(?:[^\[\],\s]|\[[0-9,-]+\])+\Z")
+_GROUP = re.compile(r"\[([0-9,-]+)\]")
+_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?\Z")
+_REPEATED = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?\Z")
 
 # SLURM numbers the steps that nobody's srun asked for from here: interactive (salloc's shell), batch and extern.
 FIRST_SPECIAL_STEP = 4294967290
 
-_REMEDY = "srun sets it: start the script with srun, or unset the SLURM_STEP_* variables to run it alone"
-_LEAKED = (
+_STEP_REMEDY = "srun sets it: start the script with srun, or unset the SLURM_STEP_* variables to run it alone"
+_SHELL_REMEDY = "SLURM sets it: start the script with srun, or unset SLURM_JOB_ID to run outside any job"
+_INHERITED_REMEDY = (
     "The SLURM_STEP_* variables were inherited from another step: start the script with srun, or submit the job with"
     " `sbatch --export=NONE`"
 )
@@ -45,15 +53,17 @@ class SlurmStep:
 
     def place(self, environ: Mapping[str, str]) -> Placement:
         """The task's place; raises PlacementError. Several ports are derived, since srun reserves none."""
-        job = integer(environ, "SLURM_JOB_ID", _REMEDY)
-        step = integer(environ, "SLURM_STEP_ID", _REMEDY)
-        attempt = integer(environ, "SLURM_RESTART_COUNT", _REMEDY) if "SLURM_RESTART_COUNT" in environ else 0
-        world_size = integer(environ, "SLURM_STEP_NUM_TASKS", _REMEDY, least=1)
-        rank = index(environ, "SLURM_PROCID", world_size, "SLURM_STEP_NUM_TASKS", _REMEDY)
+        job = integer(environ, "SLURM_JOB_ID", _STEP_REMEDY)
+        step = integer(environ, "SLURM_STEP_ID", _STEP_REMEDY)
+        attempt = integer(environ, "SLURM_RESTART_COUNT", _STEP_REMEDY) if "SLURM_RESTART_COUNT" in environ else 0
+        world_size = integer(environ, "SLURM_STEP_NUM_TASKS", _STEP_REMEDY, least=1)
+        rank = index(environ, "SLURM_PROCID", world_size, "SLURM_STEP_NUM_TASKS", _STEP_REMEDY)
         hosts, tasks = _nodes(environ, world_size)
-        node_rank = index(environ, "SLURM_NODEID", len(hosts), "the number of nodes in SLURM_STEP_NODELIST", _REMEDY)
+        node_rank = index(
+            environ, "SLURM_NODEID", len(hosts), "the number of nodes in SLURM_STEP_NODELIST", _STEP_REMEDY
+        )
         counted = f"the tasks on node {node_rank} in SLURM_STEP_TASKS_PER_NODE"
-        local_rank = index(environ, "SLURM_LOCALID", tasks[node_rank], counted, _REMEDY)
+        local_rank = index(environ, "SLURM_LOCALID", tasks[node_rank], counted, _STEP_REMEDY)
         _check_not_inherited(environ, hosts, rank, local_rank, tasks[node_rank])
         agree(environ, "WORLD_SIZE", world_size, "SLURM_STEP_NUM_TASKS")
         agree(environ, "LOCAL_RANK", local_rank, "SLURM_LOCALID")
@@ -80,21 +90,21 @@ def is_special_step(environ: Mapping[str, str]) -> bool:
 
 def _nodes(environ: Mapping[str, str], world_size: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
     try:
-        hosts = expand_hosts(text(environ, "SLURM_STEP_NODELIST", _REMEDY))
-    except MalformedList as error:
-        fail(environ, "SLURM_STEP_NODELIST", str(error), _REMEDY)
+        hosts = expand_hosts(text(environ, "SLURM_STEP_NODELIST", _STEP_REMEDY))
+    except ArgumentError as error:
+        fail(environ, "SLURM_STEP_NODELIST", str(error), _STEP_REMEDY)
     try:
-        tasks = expand_tasks_per_node(text(environ, "SLURM_STEP_TASKS_PER_NODE", _REMEDY))
-    except MalformedList as error:
-        fail(environ, "SLURM_STEP_TASKS_PER_NODE", str(error), _REMEDY)
+        tasks = expand_tasks_per_node(text(environ, "SLURM_STEP_TASKS_PER_NODE", _STEP_REMEDY))
+    except ArgumentError as error:
+        fail(environ, "SLURM_STEP_TASKS_PER_NODE", str(error), _STEP_REMEDY)
     if len(tasks) != len(hosts):
         problem = f"it speaks of {len(tasks)} nodes, but SLURM_STEP_NODELIST of {len(hosts)}"
-        fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _REMEDY)
+        fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _STEP_REMEDY)
     if sum(tasks) != world_size:
         problem = f"that is {sum(tasks)} tasks, but SLURM_STEP_NUM_TASKS is {world_size}"
-        fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _REMEDY)
-    if "SLURM_STEP_NUM_NODES" in environ and integer(environ, "SLURM_STEP_NUM_NODES", _REMEDY) != len(hosts):
-        fail(environ, "SLURM_STEP_NUM_NODES", f"SLURM_STEP_NODELIST has {len(hosts)} nodes", _REMEDY)
+        fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _STEP_REMEDY)
+    if "SLURM_STEP_NUM_NODES" in environ and integer(environ, "SLURM_STEP_NUM_NODES", _STEP_REMEDY) != len(hosts):
+        fail(environ, "SLURM_STEP_NUM_NODES", f"SLURM_STEP_NODELIST has {len(hosts)} nodes", _STEP_REMEDY)
     return hosts, tasks
 
 
@@ -103,12 +113,12 @@ def _check_not_inherited(
 ) -> None:
     if "SLURM_JOB_NODELIST" in environ:
         try:
-            of_job = set(expand_hosts(text(environ, "SLURM_JOB_NODELIST", _REMEDY)))
-        except MalformedList as error:
-            fail(environ, "SLURM_JOB_NODELIST", str(error), _REMEDY)
+            of_job = set(expand_hosts(text(environ, "SLURM_JOB_NODELIST", _STEP_REMEDY)))
+        except ArgumentError as error:
+            fail(environ, "SLURM_JOB_NODELIST", str(error), _STEP_REMEDY)
         if not of_job.issuperset(hosts):
             problem = f"the job has only the nodes {environ['SLURM_JOB_NODELIST']}"
-            fail(environ, "SLURM_STEP_NODELIST", problem, _LEAKED)
+            fail(environ, "SLURM_STEP_NODELIST", problem, _INHERITED_REMEDY)
     if "SLURM_GTIDS" in environ:
         on_node = environ["SLURM_GTIDS"].split(",")
         if len(on_node) != local_world_size or on_node[local_rank] != str(rank):
@@ -116,7 +126,7 @@ def _check_not_inherited(
                 f"SLURM_GTIDS, the tasks on this node, is {environ['SLURM_GTIDS']!r}, where {local_world_size} are"
                 f" expected, the one at SLURM_LOCALID ({local_rank}) being SLURM_PROCID ({rank})"
             )
-            fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _LEAKED)
+            fail(environ, "SLURM_STEP_TASKS_PER_NODE", problem, _INHERITED_REMEDY)
 
 
 def _rendezvous(environ: Mapping[str, str], hosts: tuple[str, ...], job: str) -> Rendezvous:
@@ -129,9 +139,6 @@ def _rendezvous(environ: Mapping[str, str], hosts: tuple[str, ...], job: str) ->
     return Rendezvous(host=host, ports=ports)
 
 
-_slurm_shell_REMEDY = "SLURM sets it: start the script with srun, or unset SLURM_JOB_ID to run outside any job"
-
-
 class SlurmShell:
     """The one process that SLURM's job script or interactive shell starts by itself."""
 
@@ -141,10 +148,10 @@ class SlurmShell:
 
     def place(self, environ: Mapping[str, str]) -> Placement:
         """A world of one, with a warning where the job asked for more; raises PlacementError."""
-        asked = [
+        asked = [  # of processes that srun would start
             f"{variable}={count}"
             for variable in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES")
-            if variable in environ and (count := integer(environ, variable, _slurm_shell_REMEDY, least=1)) > 1
+            if variable in environ and (count := integer(environ, variable, _SHELL_REMEDY, least=1)) > 1
         ]
         warning = (
             f"the job asked for more ({', '.join(asked)}), but this process was not started by srun and trains alone;"
@@ -152,31 +159,18 @@ class SlurmShell:
         )
         return Placement(
             launcher="alone",
-            run_id=text(environ, "SLURM_JOB_ID", _slurm_shell_REMEDY),
-            attempt=integer(environ, "SLURM_RESTART_COUNT", _slurm_shell_REMEDY)
-            if "SLURM_RESTART_COUNT" in environ
-            else 0,
+            run_id=text(environ, "SLURM_JOB_ID", _SHELL_REMEDY),
+            attempt=integer(environ, "SLURM_RESTART_COUNT", _SHELL_REMEDY) if "SLURM_RESTART_COUNT" in environ else 0,
             warnings=(warning,) if asked else (),
         )
 
 
-MOST_HOSTS = 1_000_000
-_NAME = re.compile(r"(?:[^\[\],\s]|\[[0-9,-]+\])+\Z")
-_GROUP = re.compile(r"\[([0-9,-]+)\]")
-_RANGE = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?\Z")
-_REPEATED = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?\Z")
-
-
-class MalformedList(ValueError):
-    """The text is not a host list or not a list of counts; the caller knows which variable held it."""
-
-
 def expand_hosts(hosts: str) -> tuple[str, ...]:
-    """Expand such as `rack[1-2]-n[03-05,7],gpu9` to its names, in order. Raises MalformedList."""
+    """Expand such as `rack[1-2]-n[03-05,7],gpu9` to its names, in order. Raises ArgumentError."""
     expanded: list[str] = []
     for name in _split_outside_brackets(hosts):
         if not _NAME.match(name):
-            raise MalformedList(f"{name!r} in the host list {hosts!r} is not a host name with bracket groups")
+            raise ArgumentError(f"{name!r} in the host list {hosts!r} is not a host name with bracket groups")
         parts = [
             (part,) if position % 2 == 0 else _expand_group(part, hosts, MOST_HOSTS - len(expanded))
             for position, part in enumerate(_GROUP.split(name))
@@ -185,23 +179,23 @@ def expand_hosts(hosts: str) -> tuple[str, ...]:
         for part in parts:
             total *= len(part)
         if len(expanded) + total > MOST_HOSTS:
-            raise MalformedList(f"the host list {hosts!r} names more than {MOST_HOSTS} hosts")
+            raise ArgumentError(f"the host list {hosts!r} names more than {MOST_HOSTS} hosts")
         expanded += map("".join, itertools.product(*parts))
     return tuple(expanded)
 
 
 def expand_tasks_per_node(tasks: str) -> tuple[int, ...]:
-    """Expand such as `4(x2),1` to (4, 4, 1). Raises MalformedList."""
+    """Expand such as `4(x2),1` to (4, 4, 1). Raises ArgumentError."""
     expanded: list[int] = []
     for item in tasks.split(","):
         match = _REPEATED.match(item)
         if match is None:
-            raise MalformedList(f"{item!r} in {tasks!r} is not a count such as 4 or 4(x2)")
+            raise ArgumentError(f"{item!r} in {tasks!r} is not a count such as 4 or 4(x2)")
         count, times = int(match[1]), int(match[2] or 1)
         if count < 1 or times < 1:
-            raise MalformedList(f"{item!r} in {tasks!r} counts nothing")
+            raise ArgumentError(f"{item!r} in {tasks!r} counts nothing")
         if len(expanded) + times > MOST_HOSTS:
-            raise MalformedList(f"{tasks!r} counts more than {MOST_HOSTS} nodes")
+            raise ArgumentError(f"{tasks!r} counts more than {MOST_HOSTS} nodes")
         expanded += [count] * times
     return tuple(expanded)
 
@@ -217,9 +211,9 @@ def _split_outside_brackets(hosts: str) -> list[str]:
             names.append(hosts[start:position])
             start = position + 1
         if depth not in (0, 1):
-            raise MalformedList(f"the brackets of the host list {hosts!r} do not pair")
+            raise ArgumentError(f"the brackets of the host list {hosts!r} do not pair")
     if depth:
-        raise MalformedList(f"the brackets of the host list {hosts!r} do not pair")
+        raise ArgumentError(f"the brackets of the host list {hosts!r} do not pair")
     return [*names, hosts[start:]]
 
 
@@ -228,11 +222,11 @@ def _expand_group(group: str, hosts: str, most: int) -> tuple[str, ...]:
     for item in group.split(","):
         match = _RANGE.match(item)
         if match is None:
-            raise MalformedList(f"{item!r} in the host list {hosts!r} is not a number or a range such as 03-05")
+            raise ArgumentError(f"{item!r} in the host list {hosts!r} is not a number or a range such as 03-05")
         first, last = match[1], match[2] or match[1]
         if int(last) < int(first):
-            raise MalformedList(f"the range {item!r} in the host list {hosts!r} runs backwards")
+            raise ArgumentError(f"the range {item!r} in the host list {hosts!r} runs backwards")
         if len(numbers) + int(last) - int(first) >= most:
-            raise MalformedList(f"the host list {hosts!r} names more than {MOST_HOSTS} hosts")
+            raise ArgumentError(f"the host list {hosts!r} names more than {MOST_HOSTS} hosts")
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return tuple(numbers)

@@ -1,30 +1,19 @@
 """Reading one variable of an environment, or failing with its name, its value and what to do.
 
-Contract: the launchers beside this file call these; each returns a value that is what its name says, or raises
-`PlacementError`. Nothing is defaulted silently: who wants a default asks whether the variable is there.
-
-The variables that torchrun defined and `allstep run` sets too, read and checked as one consistent set.
-
-RANK of WORLD_SIZE over all nodes; LOCAL_RANK of LOCAL_WORLD_SIZE on this node; GROUP_RANK of GROUP_WORLD_SIZE says
-which node; the ranks meet at MASTER_ADDR and MASTER_PORT.
-
-Ports that all ranks of a job can name without having spoken, for launchers that hand out none.
-
-The candidates are a function of the job's name alone. They stay out of the kernel's ephemeral ports (32768-60999), of
-SLURM's own (6817-6818), of torchrun's defaults (29400, 29500) and of what Kubernetes gives to services (30000-32767).
-Two jobs on one node may still derive the same one, or a service may sit on it, so there are several, tried in order.
+Contract: the launchers beside this file call these functions. Each returns a value that is what its name says, or
+raises `PlacementError`. `remedy` is the sentence that tells a person what to do about a wrong variable. Nothing is
+defaulted silently: a launcher that wants a default asks first whether the variable is there.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from typing import NoReturn
 
 from allstep.errors import PlacementError
-from allstep.placement.placement import Launcher, Placement, Rendezvous
 
+# 18 digits: int() of a variable of any length would take as long as whoever set it likes.
 _DIGITS = re.compile(r"[0-9]{1,18}\Z")
 
 
@@ -75,75 +64,3 @@ def agree(environ: Mapping[str, str], variable: str, expected: int, said_by: str
         remedy = f"Unset {variable}: it was probably exported before the processes were started"
         if integer(environ, variable, remedy) != expected:
             fail(environ, variable, f"{said_by} says {expected}", remedy)
-
-
-def place_by_torch_variables(
-    environ: Mapping[str, str], *, launcher: Launcher, run_id: str, attempt: int, remedy: str
-) -> Placement:
-    """The place that the full set of variables says; raises PlacementError where one is missing or contradicts."""
-    world_size = integer(environ, "WORLD_SIZE", remedy, least=1)
-    rank = index(environ, "RANK", world_size, "WORLD_SIZE", remedy)
-    local_world_size = integer(environ, "LOCAL_WORLD_SIZE", remedy, least=1)
-    local_rank = index(environ, "LOCAL_RANK", local_world_size, "LOCAL_WORLD_SIZE", remedy)
-    nodes = integer(environ, "GROUP_WORLD_SIZE", remedy, least=1)
-    node_rank = index(environ, "GROUP_RANK", nodes, "GROUP_WORLD_SIZE", remedy)
-    check_nodes(environ, rank, world_size, local_rank, local_world_size, nodes, remedy)
-    rendezvous = Rendezvous(
-        host=text(environ, "MASTER_ADDR", remedy),
-        ports=(port(environ, "MASTER_PORT", remedy),),
-        agent_store=_agent_store(environ, remedy),
-    )
-    return Placement(
-        launcher=launcher,
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        local_world_size=local_world_size,
-        node_rank=node_rank,
-        nodes=nodes,
-        rendezvous=rendezvous,
-        run_id=run_id,
-        attempt=attempt,
-    )
-
-
-def check_nodes(
-    environ: Mapping[str, str],
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    local_world_size: int,
-    nodes: int,
-    remedy: str,
-) -> None:
-    """Raise PlacementError unless this node's ranks and at least one on each other node add up to the world."""
-    if nodes == 1 and local_world_size != world_size:
-        problem = f"all ranks of a single node are local, but WORLD_SIZE is {world_size}"
-        fail(environ, "LOCAL_WORLD_SIZE", problem, remedy)
-    if nodes == 1 and local_rank != rank:
-        fail(environ, "LOCAL_RANK", f"on a single node it equals RANK, which is {rank}", remedy)
-    if local_world_size + nodes - 1 > world_size:
-        problem = f"{nodes} nodes with that many on this one need more ranks than WORLD_SIZE, which is {world_size}"
-        fail(environ, "LOCAL_WORLD_SIZE", problem, remedy)
-
-
-def _agent_store(environ: Mapping[str, str], remedy: str) -> bool:
-    said = environ.get("TORCHELASTIC_USE_AGENT_STORE", "False")
-    if said not in ("True", "False"):
-        fail(environ, "TORCHELASTIC_USE_AGENT_STORE", "it must be True or False", remedy)
-    return said == "True"
-
-
-FIRST_PORT, END_PORT = 20000, 29000
-CANDIDATES = 8
-
-
-def derive_ports(job: str) -> tuple[int, ...]:
-    """`CANDIDATES` different ports in [FIRST_PORT, END_PORT) for the job of this name, the same on every rank."""
-    ports: dict[int, None] = {}
-    trial = 0
-    while len(ports) < CANDIDATES:
-        digest = hashlib.sha256(f"{job}/{trial}".encode()).digest()
-        ports[FIRST_PORT + int.from_bytes(digest[:8], "big") % (END_PORT - FIRST_PORT)] = None
-        trial += 1
-    return tuple(ports)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from allstep.errors import WorldError
-from allstep.faults import Here, strike
+from allstep.faults import RankPosition, strike
 from allstep.placement import Placement, Rendezvous, detect
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.registration import Registration
@@ -82,7 +82,7 @@ def init(
         placement = detect(os.environ)
         for text in placement.warnings:
             warnings.warn(text, stacklevel=2)
-        strike(Here("start", placement.rank, placement.attempt))
+        strike(RankPosition("start", placement.rank, placement.attempt))
         if dist.is_available() and dist.is_initialized():
             world = _adopt(placement, backend, device, limit, same)
         else:

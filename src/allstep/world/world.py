@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.exit_codes import PREEMPTED
-from allstep.faults import Here, strike
+from allstep.faults import RankPosition, strike
 from allstep.monitor.client import Client
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
@@ -297,7 +297,7 @@ class World(Exchanging):
         try:
             if not in_order and self.reporter is not None:
                 self.reporter.left_open()
-            strike(Here("exit", self.rank, self.placement.attempt))
+            strike(RankPosition("exit", self.rank, self.placement.attempt))
             if self._group is not None:
                 with self._waits("close", depth=2):
                     self._group.leave(failed=failed, patience=patience)

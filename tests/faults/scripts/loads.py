@@ -15,7 +15,7 @@ class Items(Dataset):
         return 100
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        faults.strike(faults.Here("data", self.rank, iteration=index))
+        faults.strike(faults.RankPosition("data", self.rank, iteration=index))
         return torch.ones(1)
 
 

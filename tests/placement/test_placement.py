@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from allstep.placement.variables import CANDIDATES, derive_ports
+from allstep.placement.placement import CANDIDATES, derive_ports
 
 EPHEMERAL = range(32768, 61000)
 TAKEN = {6817, 6818, 29400, 29500}

@@ -17,7 +17,7 @@ import torch
 import allstep
 from allstep import Alone, Engine, Events, faults
 from allstep.errors import ConfigurationError
-from allstep.faults import FaultPlan, Here
+from allstep.faults import FaultPlan, RankPosition
 from allstep.faults.inject import FILLER
 from allstep.testing import SimulatedRank, simulate
 
@@ -88,7 +88,7 @@ def test_an_engine_within_anothers_handler_is_not_meant(monkeypatch) -> None:
     assert trainer.state.iteration == 2
 
 
-def test_a_rank_told_to_leave_returns_from_its_run_and_the_engine_can_run_again(monkeypatch) -> None:
+def test_a_rank_told_to_leave_returns_and_its_engine_can_run_again(monkeypatch) -> None:
     rehearse(monkeypatch, FaultPlan.at(0, 3).leave())
     engine, seen = counting()
     raised: list[BaseException] = []
@@ -180,7 +180,7 @@ def test_a_fault_strikes_as_the_world_opens_or_is_left(monkeypatch, when, opens)
 
 def struck_alone(plan: FaultPlan, *, before: str = "") -> subprocess.CompletedProcess[str]:
     """A process of its own, which says "through" where the fault lets it live."""
-    asks = "faults.strike(faults.Here('step', 1, iteration=7))"
+    asks = "faults.strike(faults.RankPosition('step', 1, iteration=7))"
     text = f"from allstep import faults\n{before}\n{asks}\nprint('through')"
     return subprocess.run(
         [sys.executable, "-c", text],
@@ -231,7 +231,7 @@ def test_a_large_disk_is_never_filled(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=2**31))
     rehearse(monkeypatch, FaultPlan.at(0).fill_disk(str(tmp_path)))
     with pytest.raises(ConfigurationError, match=r"2\.0 GiB are free"):
-        faults.strike(Here("step", 0))
+        faults.strike(RankPosition("step", 0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -241,7 +241,7 @@ def test_a_small_disk_is_filled_to_the_last_byte(tmp_path: Path, monkeypatch) ->
         pytest.skip(f"a tmpfs cannot be mounted here: {os.strerror(ctypes.get_errno())}")
     try:
         rehearse(monkeypatch, FaultPlan.at(0).fill_disk(str(tmp_path)))
-        faults.strike(Here("step", 0))
+        faults.strike(RankPosition("step", 0))
         with pytest.raises(OSError, match="No space left"), open(tmp_path / "more", "wb", buffering=0) as file:
             file.write(b"x")
         assert (tmp_path / FILLER).stat().st_size == 2**20
@@ -254,7 +254,7 @@ def test_holding_the_interpreter_lock_stops_other_threads(monkeypatch) -> None:
         "import threading, time\nfrom allstep import faults\nticks = []\n"
         "def tick():\n    while True:\n        ticks.append(time.monotonic()); time.sleep(0.01)\n"
         "threading.Thread(target=tick, daemon=True).start()\ntime.sleep(0.1)\nbegan = time.monotonic()\n"
-        "faults.strike(faults.Here('step', 1, iteration=7))\nended = time.monotonic()\n"
+        "faults.strike(faults.RankPosition('step', 1, iteration=7))\nended = time.monotonic()\n"
         "print(ended - began >= 0.5, sum(began + 0.05 < tick < ended - 0.05 for tick in ticks))"
     )
     environment = {**os.environ, **HERE.hold_gil(0.5).to_environ()}
@@ -263,7 +263,7 @@ def test_holding_the_interpreter_lock_stops_other_threads(monkeypatch) -> None:
 
 
 def test_a_frozen_process_is_stopped(tmp_path: Path) -> None:
-    text = "from allstep import faults\nfaults.strike(faults.Here('step', 1, iteration=7))\nprint('through')"
+    text = "from allstep import faults\nfaults.strike(faults.RankPosition('step', 1, iteration=7))\nprint('through')"
     with subprocess.Popen(
         [sys.executable, "-c", text], env={**os.environ, **HERE.freeze().to_environ()}, stdout=subprocess.PIPE
     ) as process:

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.placement.slurm import MalformedList, expand_hosts, expand_tasks_per_node
+from allstep.errors import ArgumentError
+from allstep.placement.slurm import expand_hosts, expand_tasks_per_node
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_host_list(hosts: str, expected: list[str]) -> None:
     ],
 )
 def test_malformed_host_list(hosts: str) -> None:
-    with pytest.raises(MalformedList):
+    with pytest.raises(ArgumentError):
         expand_hosts(hosts)
 
 
@@ -62,5 +63,5 @@ def test_tasks_per_node(tasks: str, expected: tuple[int, ...]) -> None:
     "tasks", ["", ",", "4,", "x", "4(x)", "4(x2", "4x2", "(x2)", "0", "4(x0)", "-1", "4(x99999999)"]
 )
 def test_malformed_tasks_per_node(tasks: str) -> None:
-    with pytest.raises(MalformedList):
+    with pytest.raises(ArgumentError):
         expand_tasks_per_node(tasks)
