@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from allstep.launch import follower as following
-from allstep.launch.event_loop import Loop
+from allstep.launch.event_loop import EventLoop
 from allstep.launch.join_protocol import Over, Resigned, Start
 from allstep.launch.settings import LaunchSettings
 from allstep.launch.topology import Nodes
@@ -32,7 +32,7 @@ class Follower:
             environ={},
             nodes=Nodes(count=2, rank=1, host="127.0.0.1", ports=(9,)),
         )
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.said: list[str] = []
         self.stopped_by: signal.Signals | None = None
         self.resigned: list[Resigned] = []

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from allstep.launch.event_loop import Loop
+from allstep.launch.event_loop import EventLoop
 from allstep.launch.join_protocol import CODEC, Join, Waiting, token
 from allstep.launch.join_server import PULSE, JoinServer
 from allstep.protocol.connection import Connection
@@ -20,8 +20,8 @@ OTHER = Join("exp", token("exp", ""), 2, 1, 1, "h1", 11, {})
 
 
 @contextlib.contextmanager
-def door() -> Iterator[tuple[Loop, JoinServer, int]]:
-    loop = Loop()
+def door() -> Iterator[tuple[EventLoop, JoinServer, int]]:
+    loop = EventLoop()
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     with contextlib.closing(loop), contextlib.closing(JoinServer(loop, listener, HEAD, lambda text: None)) as post:
@@ -32,7 +32,7 @@ def connect(port: int) -> Connection:
     return Connection(socket.create_connection(("127.0.0.1", port), timeout=BOUND))
 
 
-def turn_once(loop: Loop, until: float) -> None:
+def turn_once(loop: EventLoop, until: float) -> None:
     assert time.monotonic() < until, f"not within {BOUND} s"
     loop.turn(until)
 

@@ -29,7 +29,7 @@ from allstep.diagnosis.report import straggler_line
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
-from allstep.launch.event_loop import PASS_ON, STOP, Loop
+from allstep.launch.event_loop import FORWARDED_SIGNALS, STOP_SIGNALS, EventLoop
 from allstep.launch.folder import AttemptFolder
 from allstep.launch.memory import MemoryWatch
 from allstep.launch.output import RankOutput, RankStreams, Terminal
@@ -77,7 +77,7 @@ class Attempt:
         plans: Sequence[WorkerPlan],
         channel: Service,
         *,
-        loop: Loop,
+        loop: EventLoop,
         terminal: Terminal,
         folder: AttemptFolder | None,
         shown: frozenset[int],
@@ -123,8 +123,8 @@ class Attempt:
 
     def heed(self, number: signal.Signals) -> None:
         """Act on a signal to the supervisor."""
-        self._interrupted = self._interrupted or number in STOP
-        if number in PASS_ON:
+        self._interrupted = self._interrupted or number in STOP_SIGNALS
+        if number in FORWARDED_SIGNALS:
             self._workers.send(number)
         elif self.stopped_by is None and self.case is None:
             self._stop(number)
@@ -147,7 +147,7 @@ class Attempt:
         try:
             return RankOutput(
                 plan.rank,
-                self._terminal.outlets if plan.rank in self._shown else {},
+                self._terminal.outputs if plan.rank in self._shown else {},
                 prefixed=plan.world_size > 1,
                 coloured=self._terminal.coloured,
                 log=self._folder.log(plan.rank) if self._folder is not None else None,

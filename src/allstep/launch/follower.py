@@ -26,7 +26,7 @@ from allstep.diagnosis.hang import Limits
 from allstep.errors import ChannelError, LaunchError
 from allstep.exit_codes import PEER_LOST
 from allstep.launch.attempt import Attempt
-from allstep.launch.event_loop import Loop
+from allstep.launch.event_loop import EventLoop
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.join_protocol import CODEC, Join, Over, Resigned, Start, Waiting, introduce
 from allstep.launch.machine import Machine
@@ -133,7 +133,7 @@ _PAUSE = 0.25
 
 
 def join(
-    loop: Loop, nodes: Nodes, introduction: Join, limit: float, stopped: Callable[[], bool]
+    loop: EventLoop, nodes: Nodes, introduction: Join, limit: float, stopped: Callable[[], bool]
 ) -> Start | Over | None:
     """Come to the head and wait there.
 
@@ -190,7 +190,7 @@ def _connect(host: str, port: int) -> Connection:
 
 
 def _messages(
-    loop: Loop, connection: Connection, stopped: Callable[[], bool]
+    loop: EventLoop, connection: Connection, stopped: Callable[[], bool]
 ) -> Generator[Start | Over | Refused | Waiting, None, None]:
     """What the head says, as it comes; ends when `stopped`; raises ConnectionError when it is silent or gone."""
     ready: list[bool] = []
@@ -218,7 +218,7 @@ def _messages(
         loop.forget(connection.sock.fileno())
 
 
-def _pause(loop: Loop, stopped: Callable[[], bool]) -> None:
+def _pause(loop: EventLoop, stopped: Callable[[], bool]) -> None:
     until = time.monotonic() + _PAUSE
     while time.monotonic() < until and not stopped():
         loop.turn(until)

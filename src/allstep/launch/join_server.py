@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 
 from allstep.errors import ConfigurationError, LaunchError
-from allstep.launch.event_loop import Loop
+from allstep.launch.event_loop import EventLoop
 from allstep.launch.join_protocol import CODEC, Join, Over, Resigned, Roster, Start, Waiting, introduce
 from allstep.launch.machine import Machine
 from allstep.launch.settings import shown_ranks
@@ -63,7 +63,7 @@ class JoinServer:
         say: called with what a person should know.
     """
 
-    def __init__(self, loop: Loop, listener: socket.socket, own: Join, say: Callable[[str], None]) -> None:
+    def __init__(self, loop: EventLoop, listener: socket.socket, own: Join, say: Callable[[str], None]) -> None:
         self.objection = ""
         self._gate = MessageServer(
             loop.selector, listener, self, codec=CODEC, admits=_a_node_that_joins, clock=time.monotonic
@@ -76,7 +76,7 @@ class JoinServer:
         self._say = say
         self._next_pulse = time.monotonic() + PULSE
         self._loop = loop
-        loop.tend(self)
+        loop.add_timer(self)
 
     def missing(self) -> tuple[int, ...]:
         """The node ranks that have not come."""
@@ -128,7 +128,7 @@ class JoinServer:
 
     def close(self) -> None:
         """Close the door and every connection."""
-        self._loop.leave(self)
+        self._loop.remove_timer(self)
         self._gate.close()
 
     def _hear(self) -> None:

@@ -1,6 +1,6 @@
 """This machine in a run: what it was asked to start, and how it carries out its share of an attempt.
 
-Contract: a `Machine` is made within `Signals`, and closed at the end. `attempt` runs one share to its end, over a
+Contract: a `Machine` is made within `SignalPipe`, and closed at the end. `attempt` runs one share to its end, over a
 channel that the caller opened; `stopped_by` is the first signal to stop that came, also between attempts. `say` and
 `write_out` speak to the person at the terminal.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from allstep.launch.attempt import Attempt
 from allstep.launch.devices import Devices
-from allstep.launch.event_loop import STOP, Loop, Signals
+from allstep.launch.event_loop import STOP_SIGNALS, EventLoop, SignalPipe
 from allstep.launch.folder import AttemptFolder
 from allstep.launch.forking import can_fork
 from allstep.launch.output import Terminal
@@ -62,9 +62,9 @@ class Machine:
         signals: entered already.
     """
 
-    def __init__(self, launch: Launch, signals: Signals) -> None:
+    def __init__(self, launch: Launch, signals: SignalPipe) -> None:
         self.launch = launch
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.terminal = Terminal(self.loop, launch.environ)
         self.say = self.terminal.say
         self.stopped_by: signal.Signals | None = None
@@ -137,7 +137,7 @@ class Machine:
         for number in self._signals.take():
             if self._attempt is not None:
                 self._attempt.heed(number)
-            if number in STOP and self.stopped_by is None:
+            if number in STOP_SIGNALS and self.stopped_by is None:
                 self.stopped_by = number
 
     def _shared(self, share: Share) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from allstep.errors import LaunchError
 from allstep.launch.devices import probe_hardware, visible_devices
-from allstep.launch.event_loop import Signals
+from allstep.launch.event_loop import SignalPipe
 from allstep.launch.folder import default_name
 from allstep.launch.head import lead
 from allstep.launch.machine import Launch, Machine
@@ -88,7 +88,7 @@ def supervise(to_start: Launch) -> int:
         LaunchError: a worker could not be started, or the machines did not come together.
         ConfigurationError: output was asked for of a rank that does not exist.
     """
-    with Signals() as signals, contextlib.closing(Machine(to_start, signals)) as machine:
+    with SignalPipe() as signals, contextlib.closing(Machine(to_start, signals)) as machine:
         try:
             if to_start.nodes is None or to_start.nodes.head:
                 return lead(machine)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from allstep.errors import LaunchError
-from allstep.launch.event_loop import STOP, Loop
+from allstep.launch.event_loop import STOP_SIGNALS, EventLoop
 from allstep.launch.forking import Template
 from allstep.launch.process import Pipes, WorkerProcess, start_worker
 from allstep.launch.worker_plan import WorkerPlan
@@ -38,7 +38,7 @@ class Workers:
     def __init__(
         self,
         plans: Sequence[WorkerPlan],
-        loop: Loop,
+        loop: EventLoop,
         on_end: Callable[[int, int], object],
         shared: Sequence[str] = (),
     ) -> None:
@@ -81,7 +81,7 @@ class Workers:
         if self._template is None:
             for process in self._running():
                 process.send(number)
-        elif number in STOP:
+        elif number in STOP_SIGNALS:
             self._end_template(number)
         elif number != signal.SIGCONT:
             self._kept.append(number)

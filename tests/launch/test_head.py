@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from allstep.launch.event_loop import Loop
+from allstep.launch.event_loop import EventLoop
 from allstep.launch.head import lead
 from allstep.launch.settings import LaunchSettings
 from allstep.monitor.hub import Hub
@@ -35,7 +35,7 @@ class Leader:
             environ={},
             nodes=None,
         )
-        self.loop = Loop()
+        self.loop = EventLoop()
         self.said: list[str] = []
         self.stopped_by: signal.Signals | None = None
         self._ends = ends
