@@ -109,7 +109,7 @@ def test_listing_and_verifying_import_no_torch(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_a_file_in_place_of_a_folder_and_a_folder_that_is_not_there_are_errors_and_not_damage(
+def test_a_file_in_place_of_a_folder_or_no_folder_is_an_error_and_no_damage(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "file"

@@ -31,7 +31,7 @@ def python(folder: Path, code: str) -> str:
 HEAVY = "[name for name in ('torch', 'numpy', 'pydantic', 'yaml') if name in sys.modules]"
 
 
-def test_the_parent_of_a_run_imports_neither_torch_nor_numpy_nor_what_configuration_needs(tmp_path: Path) -> None:
+def test_the_parent_of_a_run_imports_neither_torch_nor_numpy_nor_yaml(tmp_path: Path) -> None:
     script(tmp_path, "")
     code = f"import sys; from allstep.cli.main import main; print(main(['run', '--nproc', '2', 'script.py']), {HEAVY})"
     assert python(tmp_path, code) == "0 []\n"
@@ -100,7 +100,7 @@ def test_a_worker_that_cannot_be_started_is_one_line_and_exits_with_two(tmp_path
     ],
     ids=" ".join,
 )
-def test_a_wrong_command_line_is_explained_without_a_traceback_and_exits_with_two(
+def test_a_wrong_command_line_is_explained_without_a_traceback(
     arguments: list[str],
     message: str,
     capsys: pytest.CaptureFixture[str],

@@ -78,7 +78,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_before_training(folder: Path)
 
 
 @slow
-def test_a_place_that_the_script_names_wins_and_the_other_is_said_to_have_no_effect(folder: Path) -> None:
+def test_a_place_that_the_script_names_wins_over_the_command_line(folder: Path) -> None:
     done = train(folder, "--resume", "none", job=("at=saved/save-000002-step-4",))
     assert done.code == 0, done.err
     assert first_iteration(done) == 5

@@ -119,7 +119,7 @@ def begin(stage: Stage, monkeypatch: pytest.MonkeyPatch, workers: int = 1) -> tu
     monkeypatch.setattr(workers_module, "start_worker", lambda plan, pipes: made[plan.rank])
     loop: Any = stage
     terminal: Any = SimpleNamespace(
-        say=stage.said.append, adjust=lambda: None, outlets={}, coloured=frozenset(), congested=False
+        say=stage.said.append, adjust=lambda: None, outputs={}, coloured=frozenset(), congested=False
     )
     plans: Any = [SimpleNamespace(rank=rank, world_size=2) for rank in range(workers)]
     attempt = Attempt(
@@ -134,7 +134,7 @@ def test_a_signal_bounds_the_wait_for_other_machines_where_no_worker_is_left(
 ) -> None:
     attempt, (worker,) = begin(stage, monkeypatch)
     stage.at(1, lambda: worker.end(0))
-    stage.at(100, lambda: attempt.heed(signal.SIGTERM))
+    stage.at(100, lambda: attempt.handle_signal(signal.SIGTERM))
     attempt.run()
     assert attempt.stopped_by is signal.SIGTERM
     assert 100 + GRACE + REMOTE <= stage.passed < 102 + GRACE + REMOTE
@@ -144,8 +144,8 @@ def test_a_signal_bounds_the_wait_for_other_machines_where_no_worker_is_left(
 def test_a_second_signal_ends_the_wait_for_other_machines(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt, (worker,) = begin(stage, monkeypatch)
     stage.at(1, lambda: worker.end(0))
-    stage.at(100, lambda: attempt.heed(signal.SIGINT))
-    stage.at(101, lambda: attempt.heed(signal.SIGINT))
+    stage.at(100, lambda: attempt.handle_signal(signal.SIGINT))
+    stage.at(101, lambda: attempt.handle_signal(signal.SIGINT))
     attempt.run()
     assert stage.passed < 103
 
@@ -155,7 +155,7 @@ def test_the_wait_ends_before_where_the_other_machines_have_ended(
 ) -> None:
     attempt, (worker,) = begin(stage, monkeypatch)
     stage.at(1, lambda: worker.end(0))
-    stage.at(2, lambda: attempt.heed(signal.SIGTERM))
+    stage.at(2, lambda: attempt.handle_signal(signal.SIGTERM))
     stage.at(4, lambda: stage.events.append(AllEnded()))
     attempt.run()
     assert stage.passed < 6
@@ -165,7 +165,7 @@ def test_workers_that_do_not_leave_after_a_signal_are_killed_after_the_grace(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt, (worker,) = begin(stage, monkeypatch)
-    stage.at(1, lambda: attempt.heed(signal.SIGTERM))
+    stage.at(1, lambda: attempt.handle_signal(signal.SIGTERM))
     stage.at(1 + GRACE + 1, lambda: stage.events.append(AllEnded()))
     attempt.run()
     assert worker.sent == [signal.SIGTERM, signal.SIGCONT]
@@ -196,7 +196,7 @@ def test_a_worker_that_cannot_be_killed_is_left_behind_and_said_to_be(
     assert failed.released == [KILLED]
 
 
-def test_workers_that_an_attempt_leaves_running_have_some_seconds_together_to_end(
+def test_workers_that_an_attempt_leaves_running_share_the_time_to_end(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt, workers = begin(stage, monkeypatch, 2)

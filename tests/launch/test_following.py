@@ -48,7 +48,7 @@ class Follower:
     def attempt(self, share: object, relay: object, folder: object, *, relayed: bool) -> object:
         if self._stopped == "in the attempt":
             self.stopped_by = signal.SIGTERM
-        return SimpleNamespace(case=None, finished=self._finished)
+        return SimpleNamespace(diagnosis=None, finished=self._finished)
 
     def follow(self, monkeypatch: pytest.MonkeyPatch) -> int:
         starts = [Start("exp", 0, "n0", 9, 9, 1, 2, 0)]

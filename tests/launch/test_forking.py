@@ -89,7 +89,7 @@ def test_workers_are_children_of_the_supervisor_and_only_they(tmp_path: Path) ->
         await_end(watched)
 
 
-def test_random_numbers_are_as_different_as_those_of_processes_started_by_themselves(tmp_path: Path) -> None:
+def test_random_numbers_differ_as_those_of_separate_processes(tmp_path: Path) -> None:
     text = "import torchmetrics, numpy, random\nprint('drew', random.random(), numpy.random.rand())\n"
     env = module(tmp_path, "import numpy.random, random\n")
     job = run(tmp_path, "--nproc", "3", script(tmp_path, text), env=env)
@@ -110,9 +110,7 @@ LEAVES = {
 
 
 @pytest.mark.parametrize("left", LEAVES)
-def test_where_an_import_leaves_what_cannot_be_shared_workers_are_started_by_themselves(
-    left: str, tmp_path: Path
-) -> None:
+def test_imports_that_leave_what_cannot_be_shared_start_each_worker_by_itself(left: str, tmp_path: Path) -> None:
     env = module(tmp_path, LEAVES[left])
     script(tmp_path, "import torchmetrics\nprint('here')")
     job = run(tmp_path, "--nproc", "2", "script.py", env=env)
@@ -142,7 +140,7 @@ def test_folders_beside_the_script_that_are_no_modules_do_not_matter(tmp_path: P
     assert importers(tmp_path) == ["None"]
 
 
-def test_a_template_that_ends_between_two_forks_leaves_no_process_and_no_zombie(tmp_path: Path) -> None:
+def test_a_template_that_ends_between_two_forks_leaves_no_process(tmp_path: Path) -> None:
     kills = """
 forks = []
 def fork():
@@ -211,7 +209,7 @@ def test_a_notice_during_the_import_reaches_the_workers(tmp_path: Path) -> None:
     assert (job.code, sorted(job.out.splitlines())) == (0, ["[0] [10]", "[0] importing", "[1] [10]"]), job.err
 
 
-def test_a_peer_that_fails_on_another_attempt_is_begun_anew_from_a_new_template(tmp_path: Path) -> None:
+def test_each_attempt_is_forked_from_a_template_of_its_own(tmp_path: Path) -> None:
     text = "import torchmetrics\nif rank == 1 and os.environ['ALLSTEP_ATTEMPT'] < '3':\n    raise ValueError('bad')\n"
     env = module(tmp_path)
     job: Job = run(

@@ -1,4 +1,4 @@
-"""What the machine that decides makes of an attempt's end, with ends and signals that the test says."""
+"""What the machine that decides makes of an attempt's end, and when a run that failed is begun again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from allstep.launch.event_loop import EventLoop
-from allstep.launch.head import lead
+from allstep.launch.head import FailedAttempt, Progress, decide_restart, lead
 from allstep.launch.settings import LaunchSettings
 from allstep.monitor.hub import Hub
 from allstep.protocol.worker_exit import WorkerExit
@@ -53,7 +53,7 @@ class Leader:
             hub.worker_ended(end)
         self.stopped_by = self._machine_stopped_by
         return SimpleNamespace(
-            case=hub.case(),
+            diagnosis=hub.case(),
             stopped_by=self._attempt_stopped_by,
             ends={end.rank: end for end in self._ends},
             killed=lambda: (),
@@ -68,7 +68,7 @@ class Leader:
 @pytest.mark.parametrize(
     ("codes", "status"), [((85, 85), 85), ((85, 1), 143), ((1, 85), 143), ((85, -signal.SIGSEGV), 143), ((0, 0), 143)]
 )
-def test_a_run_that_a_signal_stopped_made_room_only_where_no_rank_failed(
+def test_a_run_that_a_signal_stopped_is_preempted_only_where_no_rank_failed(
     codes: tuple[int, int], status: int, tmp_path: Path
 ) -> None:
     ends = [WorkerExit(rank, code) for rank, code in enumerate(codes)]
@@ -85,3 +85,46 @@ def test_a_signal_after_the_verdict_is_no_reason_to_hold_back_the_report(tmp_pat
     assert "rank 1 of 2 failed first" in report
     assert last == "not begun again: stopped by SIGTERM"
     assert (tmp_path / "exp/attempt_0/failure.json").exists()
+
+
+def attempts(*progress: Progress) -> list[FailedAttempt]:
+    return [FailedAttempt(number, each, "boom") for number, each in enumerate(progress)]
+
+
+@pytest.mark.parametrize(
+    ("progress", "max_restarts", "stop_after", "again"),
+    [
+        ([None], 0, 3, False),
+        ([(1, 7)], 0, 3, False),
+        ([None], 1, 3, True),
+        ([None, None], 1, 3, False),
+        ([None] * 3, 9, 3, True),
+        ([None] * 4, 9, 3, False),  # never came through init
+        ([None, None, None, (0, 0), (0, 0), None], 9, 3, True),
+        ([(1, 7), (1, 7), (1, 7)], 9, 3, True),
+        ([(1, 7), (1, 7), (1, 7), (1, 7)], 9, 3, False),
+        ([(1, 7), (1, 6), (1, 7), (1, 8)], 9, 3, True),
+        ([(1, 7), (1, 6), (1, 7), (1, 8), (1, 8), (1, 1)], 9, 3, True),
+        ([(1, 7), (1, 6), (1, 7), (1, 8), (1, 8), (1, 1), (0, 9)], 9, 3, False),
+        ([(1, 7), (2, 1), (3, 1), (4, 1)], 9, 1, True),
+        ([(1, 7), None, None, None], 9, 3, False),  # failed before its first message: no further
+        ([None, None, None, (0, 0)], 9, 3, True),
+        ([(0, 0), (0, 0)], 9, 1, False),
+    ],
+)
+def test_another_attempt_needs_a_restart_left_and_progress_now_and_then(
+    progress: list[Progress], max_restarts: int, stop_after: int, again: bool
+) -> None:
+    assert decide_restart(attempts(*progress), max_restarts=max_restarts, stop_after=stop_after).again is again
+
+
+def test_the_reason_says_how_far_the_attempts_came_and_how_often() -> None:
+    decision = decide_restart(attempts((2, 30), (2, 5), (1, 40)), max_restarts=9, stop_after=2)
+    assert decision.reason == (
+        "2 restarts in a row got no further than epoch 2, iteration 30, so another would not either"
+    )
+    assert decide_restart(attempts((1, 1)), max_restarts=2, stop_after=2).reason == "restart 1 of at most 2"
+    decision = decide_restart(attempts(None, None, None), max_restarts=9, stop_after=2)
+    assert decision.reason.startswith("2 restarts in a row ended before all ranks had come through allstep.init")
+    assert "--stop-after" in decision.reason
+    assert decide_restart(attempts(None, None), max_restarts=1, stop_after=2).reason == "1 restart taken"

@@ -52,7 +52,7 @@ def test_a_count_that_grew_explains_a_sigkill(tmp_path: Path) -> None:
     assert watch.note(1, "ValueError: x") == ""
 
 
-def test_the_supervisors_own_sigkill_is_no_evidence_but_what_the_worker_wrote_is(tmp_path: Path) -> None:
+def test_the_supervisors_own_sigkill_is_no_evidence_but_last_words_are(tmp_path: Path) -> None:
     count = tmp_path / "memory.events"
     count.write_text("oom_kill 4\n")
     watch = MemoryWatch([count])

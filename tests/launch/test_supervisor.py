@@ -119,7 +119,7 @@ def test_the_first_failure_ends_the_run_with_its_code_and_traceback(tmp_path: Pa
     assert json.loads((tmp_path / "runs/exp/attempt_0/failure.json").read_text())["cause"]["rank"] == 1
 
 
-def test_peers_of_a_failed_worker_are_gone_when_the_command_ends_even_if_they_ignore_signals(tmp_path: Path) -> None:
+def test_peers_of_a_failed_worker_are_gone_even_if_they_ignore_signals(tmp_path: Path) -> None:
     ignore = "import signal\nfor number in (1, 2, 15):\n    signal.signal(number, signal.SIG_IGN)\n"
     wait = "sys.stdin.read()\nwhile not os.path.exists('go'):\n    pass\nsys.exit(5)\n"
     script(tmp_path, f"{ignore}if rank == 0:\n    {wait.replace(chr(10), chr(10) + '    ')}\n{STAY}")

@@ -107,7 +107,7 @@ def test_an_end_is_told_as_plain_python_tells_it(text: str, code: int, tmp_path:
     assert result.code == (code if code >= 0 else 128 - code)
 
 
-def test_an_exception_ends_the_process_after_its_threads_exit_handlers_and_output_and_not_later(tmp_path: Path) -> None:
+def test_an_exception_ends_the_process_after_threads_exit_handlers_and_output(tmp_path: Path) -> None:
     text = """
 import atexit, threading, time
 
@@ -209,7 +209,7 @@ def test_a_worker_whose_supervisor_is_gone_before_it_is_tied_leaves(tmp_path: Pa
     assert (result.returncode, result.stdout) == (-9, b"")
 
 
-def test_importing_torch_leaves_the_collector_and_the_import_system_as_they_were(tmp_path: Path) -> None:
+def test_importing_torch_leaves_collector_and_import_system_as_they_were(tmp_path: Path) -> None:
     script(
         tmp_path,
         "import gc\nfinders = len(sys.meta_path)\nimport torch, torch._dynamo\n"

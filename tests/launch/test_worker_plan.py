@@ -104,7 +104,7 @@ def test_mig_instances_are_shown_one_to_a_worker_over_what_was_inherited() -> No
     assert [worker.environment["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["MIG-a", "MIG-b"]
 
 
-def test_a_machine_among_several_numbers_its_ranks_from_where_the_ones_before_it_end(tmp_path: Path) -> None:
+def test_a_machine_numbers_its_ranks_from_where_the_ones_before_it_end(tmp_path: Path) -> None:
     part = share(2, first_rank=3, world_size=5, node_rank=1, nodes=2, master_addr="head", folder=tmp_path)
     first, second = plan_workers(LaunchSettings(), Command("x"), part, environ={}, devices=Devices(), cores=8)
     assert (first.rank, second.rank, first.world_size) == (3, 4, 5)

@@ -36,7 +36,7 @@ exit code:
   2      nothing was started: wrong command line or configuration, or machines that did not come together
   83     a worker hung: no progress for longer than its section may last
   84     the link to another machine or worker was lost
-  85     the workers made room in order; start the run again to go on
+  85     the workers were preempted; start the run again to go on
 
 examples:
   allstep run train.py --lr 0.1

@@ -1,20 +1,21 @@
 """One attempt on this machine: its workers started, watched, told to leave, ended.
 
-Contract: `run` is called once, from the main thread, and returns when no worker of this machine is left that can be
-ended, nor anything in a worker's process group, and the control channel has said that the attempt is over everywhere.
-Then `case` is the failure, or None, `stopped_by` the signal that stopped it, or None, and `ends` says how each worker
-ended. In it:
+Contract: `run` is called once, from the main thread, after `start`. It returns when no worker of this machine is left
+that can be ended, nor anything in a worker's process group, and monitoring has said that the attempt is over on all
+machines. Then `diagnosis` is the failure, or None; `stopped_by` the signal that stopped the attempt, or None; `ends`
+says how each worker ended. What happens in it:
 - All workers exit with 0: success.
-- The channel's service settles on a case (a failure or a hang): it orders the other ranks to leave; who has not after
-  `LEAVE` seconds is killed (a pending gloo collective cannot be aborted, and SIGTERM is for preemption only).
-- A worker that makes room (85) while others of this machine do not is named; the channel decides what comes of it.
-- A signal to stop (`heed`): passed on (SIGINT as such, the others as SIGTERM), then SIGCONT, so that a worker that was
-  stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. Other machines are waited for `REMOTE`
-  seconds longer, and after a second signal not at all. SIGUSR1 and SIGUSR2 are passed on.
-- A worker that SIGKILL cannot end (the kernel waits in it for a device or a file system) is left behind after `KILLED`
-  seconds, and said to be.
-- A worker's descendants that hold its output open are read for `LINGER` seconds after the last worker's end, then
-  killed.
+- Monitoring settles on a failure or a hang. It orders the other ranks to leave. A worker that has not left after
+  `LEAVE` seconds is killed, because a pending gloo collective cannot be aborted. SIGTERM is not used for this: it means
+  preemption.
+- A worker exits as preempted (85) while others of this machine go on: it is named; monitoring decides what follows.
+- A signal to stop (`handle_signal`) is passed on (SIGINT as such, the others as SIGTERM), then SIGCONT, so that a
+  worker that was stopped can act on it. After `grace` seconds, or a second signal, SIGKILL. Other machines are waited
+  for `REMOTE` seconds longer, and after a second signal not at all. SIGUSR1 and SIGUSR2 are passed on.
+- A worker does not end after SIGKILL (the kernel waits in it for a device or a file system): it is left behind after
+  `KILLED` seconds, and a line says so.
+- Descendants of workers hold their output open: it is read for `LINGER` seconds after the last worker's end, then they
+  are killed.
 What can go wrong: a worker cannot be started; `start` raises LaunchError, and `close` ends those that were.
 """
 
@@ -43,7 +44,7 @@ LEAVE = 1.0
 """Seconds that peers of a failed worker have to leave."""
 
 ALONE = 5.0
-"""Seconds after a worker made room in which the others can do so too, before it is said that it did so alone."""
+"""Seconds after a worker was preempted in which the others can be too, before it is said that it was alone."""
 
 KILLED = 10.0
 """Seconds after SIGKILL in which a worker's process has to end."""
@@ -62,20 +63,20 @@ class Attempt:
 
     Args:
         plans: the workers to start.
-        channel: the service that they report to, whose sockets the loop is to give it; it is left open.
-        loop: the run's loop.
+        monitor: the service that the ranks report to, whose sockets are in the loop; it is left open.
+        loop: the run's event loop.
         terminal: where output is shown.
         folder: where their logs go, or None for no logs.
         shown: the ranks whose output is passed on.
         grace: seconds between a signal to stop and SIGKILL.
-        relayed: another machine decides; a verdict of the channel then means that it was lost.
+        relayed: another machine decides; a verdict here then means that it was lost.
         shared: the modules that the workers can import once, before they part.
     """
 
     def __init__(
         self,
         plans: Sequence[WorkerPlan],
-        channel: Service,
+        monitor: Service,
         *,
         loop: EventLoop,
         terminal: Terminal,
@@ -86,12 +87,12 @@ class Attempt:
         shared: Sequence[str] = (),
     ) -> None:
         self.stopped_by: signal.Signals | None = None
-        self.case: Diagnosis | None = None
+        self.diagnosis: Diagnosis | None = None
         self.finished: Finished | None = None
         self.ends: dict[int, WorkerExit] = {}
         self.streams = RankStreams(loop, terminal)
         self._plans = plans
-        self._channel = channel
+        self._monitor = monitor
         self._loop = loop
         self._terminal = terminal
         self._folder = folder
@@ -103,8 +104,8 @@ class Attempt:
         self._kill_at: float | None = None
         self._leave_behind_at: float | None = None
         self._give_up_at: float | None = None
-        self._say_alone_at: float | None = None
-        self._over_everywhere = False
+        self._say_preempted_at: float | None = None
+        self._over = False  # on all machines, or no longer waited for
         self._interrupted = False
         self._memory = MemoryWatch()
 
@@ -117,16 +118,16 @@ class Attempt:
 
     def run(self) -> None:
         """Watch the workers to their end, and the attempt to its end everywhere."""
-        while self._workers.remaining or not self._over_everywhere:
+        while self._workers.remaining or not self._over:
             self._turn()
         self._linger()
 
-    def heed(self, number: signal.Signals) -> None:
+    def handle_signal(self, number: signal.Signals) -> None:
         """Act on a signal to the supervisor."""
         self._interrupted = self._interrupted or number in STOP_SIGNALS
         if number in FORWARDED_SIGNALS:
             self._workers.send(number)
-        elif self.stopped_by is None and self.case is None:
+        elif self.stopped_by is None and self.diagnosis is None:
             self._stop(number)
         else:
             self._give_up(0.0)
@@ -157,42 +158,44 @@ class Attempt:
             raise LaunchError(f"the log of rank {plan.rank} of {plan.world_size} cannot be written: {error}") from error
 
     def _turn(self, until: float | None = None) -> None:
+        """Wait for the next event or deadline, and act on what is due."""
         self._terminal.adjust()
         self.streams.adjust()
-        own = (self._kill_at, self._leave_behind_at, self._give_up_at, self._say_alone_at)
-        times = (until, *own, self._channel.deadline())
+        own = (self._kill_at, self._leave_behind_at, self._give_up_at, self._say_preempted_at)
+        times = (until, *own, self._monitor.deadline())
         self._loop.turn(min((at for at in times if at is not None), default=None))
         now = time.monotonic()
-        if (tick_at := self._channel.deadline()) is not None and now >= tick_at:
-            self._channel.tick()
-        for event in self._channel.take():
-            self._act(event)
+        if (tick_at := self._monitor.deadline()) is not None and now >= tick_at:
+            self._monitor.tick()
+        for event in self._monitor.take():
+            self._handle_event(event)
         if self._kill_at is not None and now >= self._kill_at:
             self._kill()
         if self._leave_behind_at is not None and now >= self._leave_behind_at:
             self._leave_behind()
         if self._give_up_at is not None and now >= self._give_up_at:
-            self._give_up_at, self._over_everywhere = None, True
-        if self._say_alone_at is not None and now >= self._say_alone_at:
-            self._say_who_made_room()
+            self._give_up_at, self._over = None, True
+        if self._say_preempted_at is not None and now >= self._say_preempted_at:
+            self._say_who_was_preempted()
 
-    def _act(self, event: HubEvent) -> None:
-        if isinstance(event, Verdict) and self.case is None:
-            self.case = event.case
+    def _handle_event(self, event: HubEvent) -> None:
+        if isinstance(event, Verdict) and self.diagnosis is None:
+            self.diagnosis = event.case
+            # A machine that was lost tells nothing more. Where another decides, a verdict here is that it was lost.
             lost = event.case.cause.kind is Kind.NODE_LOST
             self._give_up(0.0 if self._relayed else 2 * LEAVE if lost else REMOTE)
             if self.stopped_by is None:
-                self._channel.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
+                self._monitor.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
         elif isinstance(event, Ordered):
             self._kill_soon()
         elif isinstance(event, StragglerSeen):
             self._terminal.say(straggler_line(event.rank, event.ratio))
         elif isinstance(event, AllEnded):
-            self._over_everywhere = True
+            self._over = True
         elif isinstance(event, Finished):
             self.finished = event
-            self._over_everywhere = True
+            self._over = True
             self._kill_soon()
 
     def _stop(self, number: signal.Signals) -> None:
@@ -218,6 +221,7 @@ class Attempt:
         self._give_up_at = at if self._give_up_at is None else min(at, self._give_up_at)
 
     def _kill_soon(self) -> None:
+        """Kill after `LEAVE` seconds; a signal to stop gave the workers a time of their own."""
         if self.stopped_by is None:
             self._kill_at = min(self._kill_at or float("inf"), time.monotonic() + LEAVE)
 
@@ -241,29 +245,31 @@ class Attempt:
 
     def _note_end(self, rank: int, code: int) -> None:
         self._take_end(rank, code)
-        if code == PREEMPTED and self.case is None and self.stopped_by is None:
-            self._say_alone_at = time.monotonic() + ALONE
+        if code == PREEMPTED and self.diagnosis is None and self.stopped_by is None:
+            self._say_preempted_at = time.monotonic() + ALONE
 
     def _take_end(self, rank: int, code: int, note: str = "") -> None:
         self.streams.drain(rank)
         words = self.streams.last_words(rank)
+        # A worker that ended by itself before its SIGKILL came was not killed.
         killed = rank in self._killed and code == -signal.SIGKILL
         note = note or self._memory.note(code, words, killed=killed)
         self.ends[rank] = WorkerExit(rank, code, killed, words, note)
-        self._channel.worker_ended(self.ends[rank])
+        self._monitor.worker_ended(self.ends[rank])
 
-    def _say_who_made_room(self) -> None:
-        self._say_alone_at = None
+    def _say_who_was_preempted(self) -> None:
+        self._say_preempted_at = None
         left = [rank for rank, end in self.ends.items() if end.returncode == PREEMPTED]
         stay = self._workers.remaining
-        if stay and self.case is None:
+        if stay and self.diagnosis is None:
             go_on = "goes on" if len(stay) == 1 else "go on"
-            self._terminal.say(f"{_ranks(left)} made room (exit code {PREEMPTED}), and {_ranks(stay)} {go_on}")
+            were = "was" if len(left) == 1 else "were"
+            self._terminal.say(f"{_ranks(left)} {were} preempted (exit code {PREEMPTED}), and {_ranks(stay)} {go_on}")
 
     def _linger(self) -> None:
         """Read on until the pipes end, `LINGER` has passed, or a signal says that nobody cares."""
         until = time.monotonic() + LINGER
-        self._interrupted = False
+        self._interrupted = False  # signals until now were about the workers
         while not self.streams.ended and not self._interrupted and time.monotonic() < until:
             self._turn(until)
         self._workers.sweep()

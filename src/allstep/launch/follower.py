@@ -62,8 +62,8 @@ def follow(machine: Machine) -> int:
         begun = True
         limit = SILENCE
         attempt = _take_part(machine, nodes, answer)
-        if attempt.case is not None and attempt.finished is None:
-            machine.say(f"run {answer.run_id}: {attempt.case.cause.what}; this node's workers were ended")
+        if attempt.diagnosis is not None and attempt.finished is None:
+            machine.say(f"run {answer.run_id}: {attempt.diagnosis.cause.what}; this node's workers were ended")
             return PEER_LOST
         finished = attempt.finished
 

@@ -70,16 +70,22 @@ class Machine:
         self.stopped_by: signal.Signals | None = None
         self._signals = signals
         self._attempt: Attempt | None = None
-        self.loop.watch(signals.fd, self._heed)
+        self.loop.watch(signals.fd, self._handle_signals)
 
     def stopped(self) -> bool:
         """Whether a signal to stop has come."""
         return self.stopped_by is not None
 
     def attempt(
-        self, share: Share, channel: Service, folder: AttemptFolder | None, *, relayed: bool = False
+        self, share: Share, monitor: Service, folder: AttemptFolder | None, *, relayed: bool = False
     ) -> Attempt:
         """Run this machine's share of an attempt to its end.
+
+        Args:
+            share: this machine's part.
+            monitor: the service that the ranks report to.
+            folder: where logs go, or None for no logs.
+            relayed: another machine decides.
 
         Raises:
             LaunchError: a worker could not be started; the others are ended.
@@ -98,14 +104,14 @@ class Machine:
         self._announce(share, folder)
         attempt = Attempt(
             plans,
-            channel,
+            monitor,
             loop=self.loop,
             terminal=self.terminal,
             folder=folder,
             shown=shown,
             grace=launch.settings.grace,
             relayed=relayed,
-            shared=self._shared(share),
+            shared=self._shared_imports(share),
         )
         with contextlib.closing(attempt):
             attempt.start()
@@ -122,25 +128,25 @@ class Machine:
         self.loop.turn(until)
 
     def write_out(self) -> None:
-        """Wait until everything is written, or a signal says that nobody cares."""
+        """Wait until everything is written, or a signal ends the wait."""
         before = self.stopped_by
-        self.stopped_by = None
+        self.stopped_by = None  # a signal that came before was about the run, not about this wait
         while self.terminal.waiting and not self.stopped():
             self.turn(time.monotonic() + 3600)
         self.stopped_by = self.stopped_by or before
 
     def close(self) -> None:
-        """Let go of the loop."""
+        """Close the event loop."""
         self.loop.close()
 
-    def _heed(self) -> None:
+    def _handle_signals(self) -> None:
         for number in self._signals.take():
             if self._attempt is not None:
-                self._attempt.heed(number)
+                self._attempt.handle_signal(number)
             if number in STOP_SIGNALS and self.stopped_by is None:
                 self.stopped_by = number
 
-    def _shared(self, share: Share) -> tuple[str, ...]:
+    def _shared_imports(self, share: Share) -> tuple[str, ...]:
         """What this machine's workers import before they part."""
         if share.workers == 1 or not self.launch.settings.share_imports or not can_fork():
             return ()
