@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from allstep.testing import run_ranks
-from allstep.world import World
+from allstep.world import World, internals
 
 pytestmark = pytest.mark.slow
 
 
 def _says(world: World) -> tuple[list[int], list[Any], Any]:
-    coordinator = world.coordinator
+    coordinator = internals(world).coordinator
     pending = coordinator.vote([coordinator.rank, 1 << 40, 7])
     batch = {"x": torch.arange(3), "deep": [("text", torch.tensor(2.5, dtype=torch.bfloat16))], "rank": world.rank}
     return pending.wait(), coordinator.gather(str(world.rank)), coordinator.broadcast(batch, source=2)
@@ -32,7 +32,7 @@ def test_votes_are_summed_values_gathered_in_order_and_a_batch_broadcast_from_an
 def _shares_a_batch_on_its_device(world: World) -> tuple[bool, list[int]]:
     own = torch.device("cuda", world.rank % torch.cuda.device_count())
     torch.cuda.set_device(own)
-    shared = world.coordinator.broadcast(torch.arange(3, device=own) if world.rank == 1 else None, source=1)
+    shared = internals(world).coordinator.broadcast(torch.arange(3, device=own) if world.rank == 1 else None, source=1)
     return str(shared.device) == str(own), shared.tolist()
 
 

@@ -9,7 +9,7 @@ from allstep import Alone
 from allstep.coordination import Coordinator
 from allstep.errors import SimulationError
 from allstep.testing import run_ranks, simulate
-from allstep.world import World
+from allstep.world import World, internals
 
 
 def exchanged(coordinator: Coordinator) -> tuple[list[list[int]], list[list[float]], list[float]]:
@@ -39,7 +39,7 @@ def test_bytes_of_different_sizes_raise_in_a_simulation() -> None:
 
 
 def over_a_group(world: World) -> tuple[list[list[int]], list[list[float]], list[float]]:
-    return exchanged(world.coordinator)
+    return exchanged(internals(world).coordinator)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from allstep import Engine, Events
 from allstep.coordination import Uneven
 from allstep.engine import create_supervised_evaluator
 from allstep.testing import run_ranks
-from allstep.world import World
+from allstep.world import World, internals
 from tests.engine.agreed_worlds import Drawn, Log, drawn_worlds, run_rank
 from tests.engine.test_agreement_worlds import ACTS, check_logs, check_replaced_logs
 
@@ -34,7 +34,7 @@ def _quiet() -> None:
 
 def _run_drawn(world: World, drawn: Drawn) -> Log:
     _quiet()
-    return run_rank(world.coordinator, drawn)
+    return run_rank(internals(world).coordinator, drawn)
 
 
 @SOME

@@ -1,4 +1,4 @@
-"""What a run tells the world's pulse, and that it tells nothing where nobody watches."""
+"""What a run tells the world's activity, and that it tells nothing where nobody watches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 from allstep.engine import Engine, Events
 from allstep.placement import Placement
-from allstep.world import World, current
+from allstep.world import World, internals
+from allstep.world.world import make_current
 from tests.engine.recording import nothing
 from tests.world.watching import watched_world
 
@@ -18,47 +19,47 @@ _PLAIN = ["data", "step"]
 
 
 def test_each_iteration_is_data_and_step_and_a_handler_only_where_one_is_called():
-    with watched_world() as (_, _, pulse):
+    with watched_world() as (_, _, activity):
         engine = Engine(nothing)
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: None)
-        pulse.entered.clear()
+        activity.entered.clear()
         engine.run([1, 2, 3])
-        assert pulse.entered == ["data", *_PLAIN, *_PLAIN, "handler", *_PLAIN, "idle"]  # the first is that of iter()
-        assert pulse.begun == 3
+        assert activity.entered == ["data", *_PLAIN, *_PLAIN, "handler", *_PLAIN, "idle"]  # the first is that of iter()
+        assert activity.begun == 3
 
 
 def test_the_pulse_has_the_place_of_the_run_and_its_engines_name():
     places = []
 
     def step(engine: Engine, batch: Any) -> None:
-        places.append((pulse.engine, pulse.epoch, pulse.iteration, pulse.section_name))
+        places.append((activity.engine, activity.epoch, activity.iteration, activity.section_name))
 
-    with watched_world() as (_, _, pulse):
-        assert pulse.section_name == "startup"
+    with watched_world() as (_, _, activity):
+        assert activity.section_name == "startup"
         Engine(step, name="trainer").run([1, 2], max_epochs=2)
         assert places == [("trainer", epoch, at, "step") for epoch, at in ((1, 1), (1, 2), (2, 3), (2, 4))]
-        assert (pulse.section_name, pulse.epoch, pulse.iteration) == ("idle", 2, 4)
+        assert (activity.section_name, activity.epoch, activity.iteration) == ("idle", 2, 4)
 
 
 def test_an_engine_inside_another_is_an_evaluation_at_the_outer_ones_place():
     seen = []
 
     def evaluate(engine: Engine, batch: Any) -> None:
-        seen.append((pulse.engine, pulse.epoch, pulse.iteration, pulse.section_name))
+        seen.append((activity.engine, activity.epoch, activity.iteration, activity.section_name))
 
     def after(engine: Engine) -> None:
-        before = pulse.section_name
+        before = activity.section_name
         evaluator.run(range(2))
-        seen.append((before, pulse.engine, pulse.section_name))
+        seen.append((before, activity.engine, activity.section_name))
 
-    with watched_world() as (_, _, pulse):
+    with watched_world() as (_, _, activity):
         evaluator = Engine(evaluate, name="evaluator")
         trainer = Engine(nothing, name="trainer")
         trainer.add_event_handler(Events.EPOCH_COMPLETED, after)
         trainer.run(range(5))
     inside = ("evaluator", 1, 5, "evaluation")
     assert seen == [inside, inside, ("handler", "trainer", "handler")]
-    assert pulse.begun == 5
+    assert activity.begun == 5
 
 
 def test_an_exception_that_leaves_an_inner_engine_gives_the_outer_one_its_place_back():
@@ -68,10 +69,10 @@ def test_an_exception_that_leaves_an_inner_engine_gives_the_outer_one_its_place_
     def guarded(engine: Engine, batch: Any) -> None:
         with pytest.raises(ValueError, match="inside"):
             Engine(fail, name="inner").run([1])
-        places.append((pulse.engine, pulse.section_name))
+        places.append((activity.engine, activity.section_name))
 
     places: list[tuple[str, str]] = []
-    with watched_world() as (_, client, pulse):
+    with watched_world() as (_, client, activity):
         Engine(guarded, name="outer").run([1, 2])
     assert places == [("outer", "step")] * 2
     said = [each if isinstance(each, str) else (each.kind, each.section) for each in client.said]
@@ -85,7 +86,7 @@ def test_an_exception_is_reported_where_it_happened_before_any_handler_sees_it()
         if engine.state.iteration == 2:
             raise ValueError("the cause")
 
-    with watched_world() as (_, client, _pulse):
+    with watched_world() as (_, client, _activity):
         engine = Engine(step)
         engine.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: order.append(len(client.said)))
         with pytest.raises(ValueError, match="the cause"):
@@ -102,7 +103,7 @@ def test_what_the_data_raises_is_reported_in_the_section_data():
         yield 1
         raise OSError("a broken shard")
 
-    with watched_world() as (_, client, _pulse):
+    with watched_world() as (_, client, _activity):
         with pytest.raises(OSError, match="a broken shard"):
             Engine(nothing).run(batches(), epoch_length=3)
         assert client.said[0].section == "data"
@@ -131,13 +132,13 @@ def test_a_run_that_a_handler_ends_well_after_an_exception_is_no_failure():
 
 
 def test_a_suspended_run_is_idle_and_goes_on_where_it_was():
-    with watched_world() as (_, _, pulse):
+    with watched_world() as (_, _, activity):
         engine = Engine(nothing, name="trainer")
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.interrupt)
         engine.run(range(4))
-        assert (pulse.section_name, pulse.engine) == ("idle", "")
+        assert (activity.section_name, activity.engine) == ("idle", "")
         engine.run()
-        assert (pulse.iteration, pulse.begun) == (4, 4)
+        assert (activity.iteration, activity.begun) == (4, 4)
 
 
 def test_without_anybody_watching_the_loop_uses_the_bare_step_and_the_bare_data():
@@ -154,7 +155,7 @@ def test_without_anybody_watching_the_loop_uses_the_bare_step_and_the_bare_data(
     engine = Engine(nothing)
     engine.add_event_handler(Events.ITERATION_COMPLETED, look)
     world = World(Placement("alone"), torch.device("cpu"), None, 60.0)
-    current.install(world)
+    make_current(world)
     engine.run(batches, epoch_length=2)
     world.close()
     assert seen == [True, True]
@@ -167,8 +168,9 @@ def test_watching_costs_less_than_a_microsecond_an_iteration():
         return time.process_time() - began
 
     bare = min(run() for _ in range(5))
-    with watched_world() as (world, _, pulse):
-        world.reporter._pulse = world.pulse = type(pulse).__base__()  # the real one, which notes nothing
+    with watched_world() as (world, _, activity):
+        inner = internals(world)
+        inner.reporter._activity = inner.activity = type(activity).__base__()  # the real one, which notes nothing
         monitored = min(run() for _ in range(5))
     print(f"{(monitored - bare) / 50_000 * 1e6:.2f} µs an iteration")
     assert (monitored - bare) / 50_000 < 1.5e-6  # well under a microsecond; the bound allows for a loaded machine

@@ -13,7 +13,7 @@ from torchmetrics.image.inception import InceptionScore
 
 from allstep.metrics import FrechetDistance
 from allstep.testing import run_ranks
-from allstep.world import World
+from allstep.world import World, internals
 from tests.metrics.worlds import all_same_bits, deal, on_one, over_ranks, results
 
 FEATURES = 12
@@ -86,7 +86,7 @@ def test_the_extractor_keeps_the_mode_of_each_of_its_modules() -> None:
 
 
 def over_real_ranks(world: World, dealt: list[list[Any]]) -> dict[str, Any]:
-    return results(world.coordinator, make, dealt[world.rank], TRANSFORMS)
+    return results(internals(world).coordinator, make, dealt[world.rank], TRANSFORMS)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from allstep.errors import MetricError
 from allstep.outputs import Gather
 from allstep.outputs.gather import cuda_devices
 from allstep.testing import run_ranks, simulate
-from allstep.world import World
+from allstep.world import World, internals
 from tests.metrics.worlds import all_same_bits, same_bits
 from tests.outputs.predicting import dealt_loader, gathered, predict, ragged
 
@@ -196,7 +196,7 @@ def test_arguments_that_cannot_be_are_refused() -> None:
 
 
 def over_real_ranks(world: World) -> Any:
-    return gathered(world.coordinator, Gather("y_pred", "y"), 21, shuffle=True)
+    return gathered(internals(world).coordinator, Gather("y_pred", "y"), 21, shuffle=True)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from allstep.errors import MetricError, MetricMismatchError
 from allstep.outputs import Gather
 from allstep.outputs import gather as gathering
 from allstep.testing import run_ranks, simulate
-from allstep.world import World
+from allstep.world import World, internals
 from tests.outputs.predicting import gathered, predict
 
 
@@ -162,7 +162,7 @@ def fails_on_rank_1(world: World, folder: Path | None) -> str:
         return {} if world.rank == 1 and folder is None else predict(engine, batch)
 
     with pytest.raises(MetricError) as caught:
-        gathered(world.coordinator, Gather("y", folder=folder, limit=0), 11, shuffle=False, step=step)
+        gathered(internals(world).coordinator, Gather("y", folder=folder, limit=0), 11, shuffle=False, step=step)
     return str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""DDP that tells a pulse when it waits: what it leaves alone. That it measures is shown over real ranks, in
+"""DDP that tells a activity when it waits: what it leaves alone. That it measures is shown over real ranks, in
 tests/world/test_service.py."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from allstep.testing import run_ranks
 from allstep.world import World
 
 
-class NotingPulse(RankActivity):
+class NotingActivity(RankActivity):
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
@@ -32,10 +32,10 @@ class NotingPulse(RankActivity):
 
 @pytest.fixture
 def watched():
-    """A model of a group of one, whose pulse notes what it is told."""
+    """A model of a group of one, whose activity notes what it is told."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = TimedDDP(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
-    model.pulse = NotingPulse()
+    model.activity = NotingActivity()
     yield model
     del model
     dist.destroy_process_group()
@@ -44,14 +44,14 @@ def watched():
 def test_each_backward_pass_waits_for_gradients_once(watched):
     for _ in range(3):
         watched(torch.ones(2, 3)).sum().backward()
-    assert watched.pulse.waits == ["buffers", "gradients"] * 3
-    assert watched.pulse.waiting == ""
+    assert watched.activity.waits == ["buffers", "gradients"] * 3
+    assert watched.activity.waiting == ""
 
 
 def test_two_forward_passes_of_one_backward_pass_are_one_wait(watched):
     (watched(torch.ones(2, 3)) + watched(torch.zeros(2, 3))).sum().backward()
-    assert watched.pulse.waits == ["buffers", "buffers", "gradients"]
-    assert watched.pulse.waiting == ""
+    assert watched.activity.waits == ["buffers", "buffers", "gradients"]
+    assert watched.activity.waiting == ""
 
 
 def test_a_compiled_model_waits_alike_and_torch_warns_of_nothing_in_it(watched):
@@ -59,7 +59,7 @@ def test_a_compiled_model_waits_alike_and_torch_warns_of_nothing_in_it(watched):
     with warnings.catch_warnings(record=True) as warned:
         for _ in range(3):
             compiled(torch.ones(2, 3)).sum().backward()
-    assert watched.pulse.waits == ["buffers", "gradients"] * 3
+    assert watched.activity.waits == ["buffers", "gradients"] * 3
     assert not [each for each in warned if "Dynamo" in str(each.message)]
 
 
@@ -68,7 +68,7 @@ def test_inside_no_sync_and_without_gradients_nothing_waits_for_them(watched):
         watched(torch.ones(2, 3)).sum().backward()
     with torch.no_grad():
         watched(torch.ones(2, 3))
-    assert "gradients" not in watched.pulse.waits
+    assert "gradients" not in watched.activity.waits
 
 
 def test_a_backward_pass_that_raises_leaves_the_next_one_measured(watched):
@@ -80,21 +80,21 @@ def test_a_backward_pass_that_raises_leaves_the_next_one_measured(watched):
     output.register_hook(fail)
     with pytest.raises(ValueError, match="in backward"):
         output.sum().backward()
-    watched.pulse.waits.clear()
+    watched.activity.waits.clear()
     watched(torch.ones(2, 3)).sum().backward()
-    assert watched.pulse.waits == ["buffers", "gradients"]
-    assert watched.pulse.waiting == ""
+    assert watched.activity.waits == ["buffers", "gradients"]
+    assert watched.activity.waiting == ""
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_tells_nobody_and_computes_the_same(watched, copied):
     other = copied(watched)
-    assert other.pulse is None
+    assert other.activity is None
     batch = torch.ones(2, 3)
     assert torch.equal(other(batch), watched(batch))
     other(batch).sum().backward()
-    assert "pulse" not in watched.state_dict()
-    assert "gradients" not in watched.pulse.waits
+    assert "activity" not in watched.state_dict()
+    assert "gradients" not in watched.activity.waits
 
 
 class Nested(nn.Module):
@@ -110,10 +110,10 @@ class Nested(nn.Module):
 
 def test_outputs_may_be_nested(watched):
     model = TimedDDP(Nested())
-    model.pulse = pulse = NotingPulse()
+    model.activity = activity = NotingActivity()
     used = model(torch.ones(2, 3))["used"]
     (used[0] + used[1][0]).sum().backward()
-    assert pulse.waits == ["buffers", "gradients"]
+    assert activity.waits == ["buffers", "gradients"]
 
 
 def same_gradients(world: World) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from allstep.errors import CollectiveError
+from allstep.protocol.heartbeat import RankActivity
 from allstep.testing import run_ranks
+from allstep.world.collectives import NamedWaits, fold
 
 OPS = ("sum", "mean", "min", "max", "product")
 
@@ -213,3 +219,66 @@ def test_the_loader_gives_each_rank_its_share():
     first, second = run_ranks(loaded, 2)
     assert sorted(itertools.chain(*first, *second)) == list(range(10))
     assert [len(a) + len(b) for a, b in zip(first, second, strict=True)] == [4, 4, 2]
+
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("numbers", "op", "result"),
+    [
+        ([2**53 + 1, 2**53 + 1], "sum", 2**54 + 2),
+        ([2**62, 2**62, 2**62], "sum", 3 * 2**62),
+        ([2**40, 2**40], "product", 2**80),
+        ([1, 2], "mean", 1.5),
+        ([2**63 - 1, 2**63 - 1], "mean", float(2**63)),
+        ([3, 1.5], "sum", 4.5),
+        ([1e100, 1.0, -1e100], "sum", 1.0),
+        ([True, True], "sum", 2),
+        ([True, False], "min", False),
+        ([3, -2], "min", -2),
+        ([3, -2], "max", 3),
+        ([INF, 1.0], "sum", INF),
+        ([1.7e308, 1.7e308], "sum", INF),
+    ],
+)
+def test_fold(numbers, op, result):
+    folded = fold(numbers, op)
+    assert folded == result
+    assert type(folded) is type(result)
+
+
+@pytest.mark.parametrize(("numbers", "op"), [([INF, -INF], "sum"), ([1.0, NAN], "min"), ([NAN, 1], "max")])
+def test_what_is_no_number_stays_visible(numbers, op):
+    assert math.isnan(fold(numbers, op))
+
+
+@given(st.lists(st.floats(-1e200, 1e200), min_size=1, max_size=20))
+def test_a_sum_of_floats_is_the_exact_sum_rounded_once_in_any_order(numbers):
+    exact = float(sum(map(Fraction, numbers)))
+    assert fold(numbers, "sum") == exact
+    assert fold(numbers[::-1], "sum") == exact
+
+
+def test_a_wait_has_a_name_a_number_and_the_line_of_its_caller():
+    activity = RankActivity()
+    waits = NamedWaits(activity)
+    seen = []
+    for name in ("barrier", "all_reduce"):
+        with waits.at(name): line = inspect.currentframe().f_lineno; seen.append(activity.waiting)  # fmt: skip # noqa: E701, E702
+    assert seen == [f"barrier #1 at test_collectives.py:{line}", f"all_reduce #2 at test_collectives.py:{line}"]
+    assert activity.waiting == ""
+
+
+def test_a_wait_that_raises_is_over():
+    activity = RankActivity()
+    with pytest.raises(KeyError), NamedWaits(activity).at("gather_objects"):
+        raise KeyError("in the collective")
+    assert activity.waiting == ""
+
+
+def test_a_wait_has_no_line_where_python_keeps_no_frames(monkeypatch):
+    monkeypatch.setattr("inspect.currentframe", lambda: None)
+    activity = RankActivity()
+    with NamedWaits(activity).at("close"):
+        assert activity.waiting == "close #1"

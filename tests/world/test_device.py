@@ -7,7 +7,7 @@ import torch
 
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
-from allstep.world.device import Hardware, choose_backend, choose_device, choose_transport
+from allstep.world.device import VisibleHardware, choose_backend, choose_device, choose_transport
 
 
 def placed(local_rank: int = 0, local_world_size: int = 1, launcher="torchrun") -> Placement:
@@ -24,19 +24,19 @@ def placed(local_rank: int = 0, local_world_size: int = 1, launcher="torchrun") 
 @pytest.mark.parametrize(
     ("placement", "hardware", "asked", "device"),
     [
-        (placed(), Hardware(), None, "cpu"),
-        (placed(), Hardware(cuda=1), None, "cuda:0"),
-        (placed(), Hardware(cuda=8), None, "cuda:0"),
-        (placed(3, 4), Hardware(cuda=4), None, "cuda:3"),
-        (placed(3, 4), Hardware(cuda=1), None, "cuda:0"),  # the scheduler shows each task its own
-        (placed(1, 2), Hardware(cuda=4), "cuda", "cuda:1"),
-        (placed(1, 2), Hardware(cuda=4), "cuda:3", "cuda:3"),
-        (placed(1, 2), Hardware(cuda=4), torch.device("cuda", 2), "cuda:2"),
-        (placed(1, 2), Hardware(cuda=4), "cpu", "cpu"),
-        (placed(), Hardware(mps=True), None, "mps"),
-        (placed(1, 2), Hardware(mps=True), None, "cpu"),
-        (placed(), Hardware(cuda=1), "xla", "xla"),
-        (placed(launcher="xla"), Hardware(cuda=1), None, "xla"),
+        (placed(), VisibleHardware(), None, "cpu"),
+        (placed(), VisibleHardware(cuda=1), None, "cuda:0"),
+        (placed(), VisibleHardware(cuda=8), None, "cuda:0"),
+        (placed(3, 4), VisibleHardware(cuda=4), None, "cuda:3"),
+        (placed(3, 4), VisibleHardware(cuda=1), None, "cuda:0"),  # the scheduler shows each task its own
+        (placed(1, 2), VisibleHardware(cuda=4), "cuda", "cuda:1"),
+        (placed(1, 2), VisibleHardware(cuda=4), "cuda:3", "cuda:3"),
+        (placed(1, 2), VisibleHardware(cuda=4), torch.device("cuda", 2), "cuda:2"),
+        (placed(1, 2), VisibleHardware(cuda=4), "cpu", "cpu"),
+        (placed(), VisibleHardware(mps=True), None, "mps"),
+        (placed(1, 2), VisibleHardware(mps=True), None, "cpu"),
+        (placed(), VisibleHardware(cuda=1), "xla", "xla"),
+        (placed(launcher="xla"), VisibleHardware(cuda=1), None, "xla"),
     ],
 )
 def test_device_of_a_rank(placement, hardware, asked, device):
@@ -46,12 +46,17 @@ def test_device_of_a_rank(placement, hardware, asked, device):
 @pytest.mark.parametrize(
     ("placement", "hardware", "asked", "message"),
     [
-        (placed(2, 4), Hardware(cuda=2), None, "local rank 2 of 4 sees 2 CUDA devices; start at most 2 processes"),
-        (placed(), Hardware(), "cuda", "sees no CUDA device"),
-        (placed(), Hardware(cuda=2), "cuda:2", "'cuda:2', but this process sees 2 CUDA devices"),
-        (placed(), Hardware(), "mps", "MPS is not available"),
-        (placed(1, 2), Hardware(mps=True), "mps", "world of 2.*do not support MPS"),
-        (placed(), Hardware(), "gpu", "'gpu', which torch does not know"),
+        (
+            placed(2, 4),
+            VisibleHardware(cuda=2),
+            None,
+            "local rank 2 of 4 sees 2 CUDA devices; start at most 2 processes",
+        ),
+        (placed(), VisibleHardware(), "cuda", "sees no CUDA device"),
+        (placed(), VisibleHardware(cuda=2), "cuda:2", "'cuda:2', but this process sees 2 CUDA devices"),
+        (placed(), VisibleHardware(), "mps", "MPS is not available"),
+        (placed(1, 2), VisibleHardware(mps=True), "mps", "world of 2.*do not support MPS"),
+        (placed(), VisibleHardware(), "gpu", "'gpu', which torch does not know"),
     ],
 )
 def test_device_that_is_not_there_is_named(placement, hardware, asked, message):

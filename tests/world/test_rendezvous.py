@@ -14,7 +14,7 @@ import pytest
 from allstep.errors import WorldError
 from allstep.launch.environment import ReservedPort
 from allstep.placement import Placement, Rendezvous
-from allstep.world.rendezvous import meet
+from allstep.world.rendezvous import rendezvous
 from allstep.world.torch_private import TCPStore
 
 HOST = "127.0.0.1"
@@ -34,12 +34,12 @@ def placement(rank: int, ports: tuple[int, ...], world_size: int = 2, **options)
 
 
 def meet_all(places: list[Placement], timeout: float = 30.0, processes: list[str] | None = None):
-    """What `meet` returned or raised, for each rank; all call it at once."""
+    """What `rendezvous` returned or raised, for each rank; all call it at once."""
     names = processes or [f"process {100 + place.rank} on here" for place in places]
 
     def call(place: Placement, process: str):
         try:
-            return meet(place, process, timeout, starts_service=False)
+            return rendezvous(place, process, timeout, starts_service=False)
         except Exception as error:
             return error
 
@@ -111,7 +111,7 @@ def test_rank_zero_names_the_ports_when_all_are_taken(ports):
     strangers = [TCPStore(HOST, port, None, True, timedelta(seconds=5), wait_for_workers=False) for port in ports[:2]]
     place = placement(0, ports[:2])
     with pytest.raises(WorldError, match=f"cannot serve .* port {ports[0]}, {ports[1]} in use") as raised:
-        meet(place, "me", 5.0, starts_service=False)
+        rendezvous(place, "me", 5.0, starts_service=False)
     assert "MASTER_PORT" in str(raised.value)
     assert len(strangers) == 2
 
@@ -120,7 +120,7 @@ def test_a_rank_that_finds_nobody_says_where_it_looked(ports):
     stranger = TCPStore(HOST, ports[1], None, True, timedelta(seconds=5), wait_for_workers=False)
     place = placement(1, ports[:2])
     with pytest.raises(WorldError) as raised:
-        meet(place, "me", 0.2, starts_service=False)
+        rendezvous(place, "me", 0.2, starts_service=False)
     message = str(raised.value)
     assert f"rank 1 of 2 (run 'job-1.0', attempt 0) did not meet the others at {HOST}" in message
     assert f"port {ports[0]}: nothing answers" in message
@@ -136,7 +136,7 @@ def test_a_host_name_that_does_not_resolve_is_named(ports, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", resolve)
     place = placement(1, ports[:1], host="no-such-host.invalid")
     with pytest.raises(WorldError, match=r"no-such-host.invalid .*does not resolve"):
-        meet(place, "me", 0.1, starts_service=False)
+        rendezvous(place, "me", 0.1, starts_service=False)
 
 
 def test_two_processes_with_one_rank_are_named(ports):
@@ -153,7 +153,7 @@ def test_a_meeting_that_is_given_up_gives_its_port_back(ports):
     places = [placement(rank, ports[:1]) for rank in range(2)]
     kept = meet_all(places)
     for meeting in kept:
-        meeting.give_up(2)
+        meeting.abandon(2)
     assert_one_store(meet_all(places))
     assert len(kept) == 2
 

@@ -11,9 +11,10 @@ import torch
 from allstep.placement import Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import Failure
-from allstep.world import World, current
+from allstep.world import World
 from allstep.world.failures import Reporter
-from allstep.world.monitor_link import Service
+from allstep.world.monitor_link import MonitorService
+from allstep.world.world import make_current
 
 
 class NotingClient:
@@ -35,8 +36,8 @@ class NotingClient:
         self.said.append("bye" if closed else "left open")
 
 
-class NotingPulse(RankActivity):
-    """A pulse that keeps every section entered, and how many steps began."""
+class NotingActivity(RankActivity):
+    """A activity that keeps every section entered, and how many steps began."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,14 +55,14 @@ class NotingPulse(RankActivity):
 
 
 @contextmanager
-def watched_world(supervised: bool = True) -> Iterator[tuple[World, NotingClient, NotingPulse]]:
+def watched_world(supervised: bool = True) -> Iterator[tuple[World, NotingClient, NotingActivity]]:
     """A current World of one with such a client; closed afterwards."""
-    client, pulse = NotingClient(), NotingPulse()
-    reporter = Reporter(client, Service("", "", supervised), pulse, 0, 3, "cpu")  # type: ignore[arg-type]
+    client, activity = NotingClient(), NotingActivity()
+    reporter = Reporter(client, MonitorService("", "", supervised), activity, 0, 3, "cpu")  # type: ignore[arg-type]
     reporter.install()
-    world = World(Placement("alone"), torch.device("cpu"), None, 60.0, pulse, reporter)
-    current.install(world)
+    world = World(Placement("alone"), torch.device("cpu"), None, 60.0, activity, reporter)
+    make_current(world)
     try:
-        yield world, client, pulse
+        yield world, client, activity
     finally:
         world.close()

@@ -36,7 +36,7 @@ from allstep.engine.run import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError
 from allstep.parallel import unwrap
-from allstep.world import World
+from allstep.world import World, internals
 
 
 class Stateful(Protocol):
@@ -328,7 +328,8 @@ class KeptModule:
         world = World.current()
         inside = list(self.module.modules())
         inner = {id(each) for each in inside}
-        around = [each for each in (world.wrapped if world is not None else ()) if id(unwrap(each)) in inner]
+        known = [] if world is None else internals(world).wrapped_modules()
+        around = [each for each in known if id(unwrap(each)) in inner]
         found = [each for each in (*inside, *around) if isinstance(each, DistributedDataParallel)]
         return list(dict.fromkeys(found))
 

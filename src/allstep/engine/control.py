@@ -15,7 +15,7 @@ from allstep.engine.run import Progress
 from allstep.engine.run_plan import check_choice
 from allstep.engine.source import END
 from allstep.engine.state import State
-from allstep.world import World
+from allstep.world import World, internals
 
 
 class Steering:
@@ -47,7 +47,7 @@ class Steering:
         if self._given_coordinator is not None:
             return self._given_coordinator
         world = World.current()
-        return Alone() if world is None else world.coordinator
+        return Alone() if world is None else internals(world).coordinator
 
     @property
     def should_terminate(self) -> bool:

@@ -41,7 +41,7 @@ from allstep.engine.run_plan import (
 from allstep.engine.source import END
 from allstep.engine.state import State
 from allstep.errors import DataError, EngineError
-from allstep.world import World
+from allstep.world import World, internals
 
 
 class Engine(Listening, Resumable):
@@ -189,7 +189,7 @@ class Engine(Listening, Resumable):
     def modules_in_step(self) -> list[nn.Module]:
         """Wrapped modules whose gradients the step's backward passes reduce over ranks."""
         world = World.current()
-        known = [*(() if world is None else world.wrapped), *self.modules]
+        known = [*(() if world is None else internals(world).wrapped_modules()), *self.modules]
         return list(dict.fromkeys(known))
 
     def _meet(self, data: Any, asked: RunArguments) -> Handshake | None:

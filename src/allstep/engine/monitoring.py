@@ -27,7 +27,7 @@ from allstep.engine.state import State
 from allstep.faults.fault import When
 from allstep.faults.inject import LeftEarly
 from allstep.protocol.heartbeat import RankActivity
-from allstep.world import World
+from allstep.world import World, internals
 from allstep.world.failures import Reporter
 
 if TYPE_CHECKING:
@@ -90,14 +90,15 @@ class RunMonitor:
 def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
     """The run of an engine called `name`: what it raises is reported, if there is anybody to report to."""
     world = World.current()
-    if world is None or world.reporter is None:
+    inner = None if world is None else internals(world)
+    if inner is None or inner.reporter is None:
         yield None
         return
-    reporter = world.reporter
+    reporter = inner.reporter
     reporter.withdraw()
-    with world.pulse.run(name):
+    with inner.activity.run(name):
         try:
-            yield RunMonitor(reporter, world.pulse, state)
+            yield RunMonitor(reporter, inner.activity, state)
         except BaseException as error:
             reporter.seen(error)
             raise
@@ -164,5 +165,5 @@ def _strike(engine: Engine, when: When, batch: Any = None) -> Any:
     attempt = 0 if world is None else world.placement.attempt
     iteration = state.iteration + (when == "data")
     if when == "data" and world is not None:
-        world.pulse.enter("data")
+        internals(world).activity.enter("data")
     return faults.strike(faults.RankPosition(when, rank, attempt, state.epoch, iteration), batch)

@@ -26,40 +26,40 @@ from allstep.protocol.heartbeat import RankActivity
 
 
 class TimedDDP(DistributedDataParallel):
-    """DDP that tells `pulse` when it waits. A copy, or what was pickled and loaded, tells nobody."""
+    """DDP that tells `activity` when it waits. A copy, or what was pickled and loaded, tells nobody."""
 
-    pulse: RankActivity | None = None
+    activity: RankActivity | None = None
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As in DDP."""
         output = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        if self.pulse is not None and torch.is_grad_enabled() and self.require_backward_grad_sync:
-            _watch_backward(output, self.pulse)
+        if self.activity is not None and torch.is_grad_enabled() and self.require_backward_grad_sync:
+            _watch_backward(output, self.activity)
         return output
 
     @_disable_dynamo
     def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if self.pulse is None:
+        if self.activity is None:
             return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        with self.pulse.wait("buffers"):
+        with self.activity.wait("buffers"):
             return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state.pop("pulse", None)
+        state.pop("activity", None)
         return state
 
 
 @_disable_dynamo
-def _watch_backward(output: Any, pulse: RankActivity) -> None:
-    """Tell `pulse` of the backward passes through `output`."""
-    began = _backward_hook(pulse)
+def _watch_backward(output: Any, activity: RankActivity) -> None:
+    """Tell `activity` of the backward passes through `output`."""
+    began = _backward_hook(activity)
     for tensor in _tensors(output):
         if tensor.requires_grad:
             tensor.register_hook(began)  # type: ignore[no-untyped-call]
 
 
-def _backward_hook(pulse: RankActivity) -> Callable[[torch.Tensor], None]:
+def _backward_hook(activity: RankActivity) -> Callable[[torch.Tensor], None]:
     """The hook for all outputs of one forward pass; it acts once in a backward pass."""
     engine = torch.autograd.Variable._execution_engine
     has_begun = False
@@ -73,9 +73,9 @@ def _backward_hook(pulse: RankActivity) -> Callable[[torch.Tensor], None]:
     def gradients_are_there() -> None:
         nonlocal has_begun
         has_begun = False  # the graph may be kept for another backward pass
-        if not pulse.waiting:  # else another forward pass of this backward has said so
-            pulse.wait_began("gradients")
-            engine.queue_callback(pulse.wait_ended)
+        if not activity.waiting:  # else another forward pass of this backward has said so
+            activity.wait_began("gradients")
+            engine.queue_callback(activity.wait_ended)
 
     return began
 

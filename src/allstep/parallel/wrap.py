@@ -27,7 +27,7 @@ def wrap_module(
     *,
     sync_batchnorm: bool = False,
     deterministic: bool = True,
-    pulse: RankActivity | None = None,
+    activity: RankActivity | None = None,
     **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP.
@@ -41,7 +41,7 @@ def wrap_module(
         deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
             all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
-        pulse: told on the CPU when this rank waits for the others; see `allstep.parallel.timed_ddp`.
+        activity: told on the CPU when this rank waits for the others; see `allstep.parallel.timed_ddp`.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -67,12 +67,12 @@ def wrap_module(
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
-    watches = pulse is not None and device.type == "cpu"
+    watches = activity is not None and device.type == "cpu"
     wrapped = (TimedDDP if watches else DistributedDataParallel)(module, **(defaults | ddp_options))
     if deterministic:
         fix_buckets(wrapped)
     if isinstance(wrapped, TimedDDP):
-        wrapped.pulse = pulse
+        wrapped.activity = activity
     return wrapped
 
 

@@ -1,7 +1,16 @@
-"""World and init: devices, process groups, and the doors to parallel and data."""
+"""The world of a script: `init` opens it, and `World` is this process' rank, device and collectives.
+
+Here live the choice of device and backend, the rendezvous of the ranks, the default process group, the collectives of
+tensors, numbers and objects, the facts that all ranks must share, the reports of a rank's exceptions, and seeding.
+
+What does not live here: how a model is wrapped (`parallel`), who reads which sample (`data`), how engines vote
+(`coordination`), and the service that watches over the ranks (`monitor`). Packages above reach the inner parts of a
+World through `internals` only.
+"""
 
 from allstep.world.initialization import init
+from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
-from allstep.world.world import World
+from allstep.world.world import World, internals
 
-__all__ = ["World", "init", "to_device"]
+__all__ = ["World", "WorldInternals", "init", "internals", "to_device"]

@@ -1,4 +1,4 @@
-"""Collectives for tensors and numbers, with a meaning in a world of one.
+"""Collectives of tensors, numbers and objects, with a meaning in a world of one.
 
 Contract: every rank calls the same method at the same point. Inputs are left as they are, results are new. Nothing
 passes through a type that could round it: numbers and gathered tensors travel as their own bits. `all_gather`,
@@ -6,47 +6,38 @@ passes through a type that could round it: numbers and gathered tensors travel a
 and what one rank cannot send raises the same CollectiveError on all. `all_reduce` of a tensor is one collective with
 nothing before it: shapes and dtypes must be the same on all ranks. With one rank no process group is used.
 
-The doors of World to its collectives: open or an error, and named while this rank waits in one.
-
-Contract: `World` builds on this. Every rank calls the same method at the same point; what crosses is `collectives`'.
-
-Naming what a rank waits for its peers in, so that ranks which wait in different places can be told apart.
-
-Contract: each method of World that meets the other ranks enters what `Waits.at` gives for its name. The pulse then
-says, as long as it lasts, what it is, the how-manieth meeting of this World, and from where it was called: `all_reduce
-#3 at train.py:57`. On ranks that are together number and name are the same.
-
-Reducing one Python number from each rank: a pure function of the numbers in rank order.
-
-Integers stay integers of any size; float sums are rounded once (`math.fsum`), so the result depends neither on the
-order of the ranks nor on how a backend adds.
+`NamedWaits` says to the monitoring service in which collective a rank waits for the others, so that ranks which wait in
+different places can be told apart: `all_reduce #3 at train.py:57` is the third collective of this World, called there.
+On ranks that act alike number and name are the same.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import FrameType
-from typing import Any, Literal, TypeVar, cast, get_args, overload
+from contextlib import AbstractContextManager
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
 
-from allstep.errors import CollectiveError, WorldError
+from allstep.errors import CollectiveError
 from allstep.protocol.heartbeat import RankActivity
 from allstep.world.payload import (
     HEADER_LENGTH,
-    Kind,
-    Part,
+    Payload,
+    PayloadKind,
+    data_size,
     decode,
     encode,
     encode_object,
     from_header,
-    payload_size,
     refusal,
 )
+
+Op = Literal["sum", "mean", "min", "max", "product"]
+Number = bool | int | float
 
 _REDUCE = {"sum": "SUM", "mean": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}
 
@@ -88,9 +79,9 @@ class Collectives:
         """See `World.broadcast`."""
         if not 0 <= src < self._world_size:
             raise CollectiveError(f"src is {src}; it must be a rank, from 0 to {self._world_size - 1}")
-        part = self._broadcast_part(encode(x) if self._rank == src else None, src)
-        _raise_refused([part], "broadcast", first_rank=src)
-        return decode(part, _device_of(x, self._device))
+        payload = self._broadcast_payload(encode(x) if self._rank == src else None, src)
+        _raise_refused([payload], "broadcast", first_rank=src)
+        return decode(payload, _device_of(x, self._device))
 
     def _reduce_tensor(self, x: torch.Tensor, op: Op) -> torch.Tensor:
         carrier, result = _dtypes(x, op)
@@ -100,56 +91,58 @@ class Collectives:
             flat = torch.view_as_real(work) if work.is_complex() else work
             dist.all_reduce(flat, op=getattr(dist.ReduceOp, _REDUCE[op]))
         if op == "mean":
+            # An exact sum of integers is divided as floats; complex and float sums are divided as they are.
             work = work.to(result) if not carrier.is_floating_point and not carrier.is_complex else work
             work /= self._world_size
         return work.to(x.device, result)
 
-    def _gather_values(self, part: Part, name: str, device: torch.device | None = None) -> list[Any]:
-        parts = self._gather_parts(part)
-        _raise_refused(parts, name)
-        return [decode(each, device or self._device) for each in parts]
+    def _gather_values(self, payload: Payload, name: str, device: torch.device | None = None) -> list[Any]:
+        payloads = self._gather_payloads(payload)
+        _raise_refused(payloads, name)
+        return [decode(each, device or self._device) for each in payloads]
 
-    def _gather_parts(self, part: Part) -> list[Part]:
+    def _gather_payloads(self, payload: Payload) -> list[Payload]:
         if self._world_size == 1:
-            return [part]
-        own = torch.tensor(part.header(), dtype=torch.int64, device=self._transport)
+            return [payload]
+        own = torch.tensor(payload.header(), dtype=torch.int64, device=self._transport)
         rows = [torch.empty_like(own) for _ in range(self._world_size)]
         dist.all_gather(rows, own)
         headers = torch.stack(rows).tolist()
-        longest = max(payload_size(header) for header in headers)
+        longest = max(data_size(header) for header in headers)
         if longest == 0:
-            return [from_header(header, part.payload) for header in headers]
+            return [from_header(header, payload.data) for header in headers]
+        # Gathered tensors must have one size, so all are as long as the longest.
         padded = torch.zeros(longest, dtype=torch.uint8, device=self._transport)
-        padded[: part.payload.numel()] = part.payload.to(self._transport)
-        payloads = [torch.empty_like(padded) for _ in range(self._world_size)]
-        dist.all_gather(payloads, padded)
-        return [from_header(header, payload) for header, payload in zip(headers, payloads, strict=True)]
+        padded[: payload.data.numel()] = payload.data.to(self._transport)
+        gathered = [torch.empty_like(padded) for _ in range(self._world_size)]
+        dist.all_gather(gathered, padded)
+        return [from_header(header, data) for header, data in zip(headers, gathered, strict=True)]
 
-    def _broadcast_part(self, part: Part | None, src: int) -> Part:
+    def _broadcast_payload(self, payload: Payload | None, src: int) -> Payload:
         if self._world_size == 1:
-            assert part is not None
-            return part
-        header = [0] * HEADER_LENGTH if part is None else part.header()
+            assert payload is not None
+            return payload
+        header = [0] * HEADER_LENGTH if payload is None else payload.header()
         row = torch.tensor(header, dtype=torch.int64, device=self._transport)
         dist.broadcast(row, src)
         header = row.tolist()
-        if part is None:
-            payload = torch.empty(payload_size(header), dtype=torch.uint8, device=self._transport)
+        if payload is None:
+            data = torch.empty(data_size(header), dtype=torch.uint8, device=self._transport)
         else:
-            payload = part.payload.to(self._transport)
-        if payload.numel():
-            dist.broadcast(payload, src)
-        return from_header(header, payload)
+            data = payload.data.to(self._transport)
+        if data.numel():
+            dist.broadcast(data, src)
+        return from_header(header, data)
 
 
 def _device_of(x: object, otherwise: torch.device) -> torch.device:
     return x.device if isinstance(x, torch.Tensor) else otherwise
 
 
-def _raise_refused(parts: list[Part], name: str, first_rank: int = 0) -> None:
-    for rank, part in enumerate(parts, first_rank):
-        if part.kind is Kind.REFUSED:
-            raise CollectiveError(f"{name} on rank {rank} was given {refusal(part)}")
+def _raise_refused(payloads: list[Payload], name: str, first_rank: int = 0) -> None:
+    for rank, payload in enumerate(payloads, first_rank):
+        if payload.kind is PayloadKind.REFUSED:
+            raise CollectiveError(f"{name} on rank {rank} was given {refusal(payload)}")
 
 
 def _dtypes(x: torch.Tensor, op: Op) -> tuple[torch.dtype, torch.dtype]:
@@ -167,119 +160,26 @@ def _dtypes(x: torch.Tensor, op: Op) -> tuple[torch.dtype, torch.dtype]:
     return torch.int64, x.dtype if op in ("min", "max") else torch.int64
 
 
-T = TypeVar("T")
+class NamedWaits:
+    """The waits of one World, counted and named for its `activity`."""
 
-
-class Exchanging:
-    """What ranks exchange. `waits` names the meetings where somebody watches."""
-
-    def __init__(self, collectives: Collectives, waits: Waits | None) -> None:
-        self._collectives = collectives
-        self._meetings = waits
-        self._closed = False
-
-    @overload
-    def all_reduce(self, x: torch.Tensor, op: Op = "sum") -> torch.Tensor: ...
-    @overload
-    def all_reduce(self, x: Number, op: Op = "sum") -> Any: ...
-    def all_reduce(self, x: torch.Tensor | Number, op: Op = "sum") -> Any:
-        """Reduce a tensor or number over all ranks; every rank gets the result.
-
-        A number is reduced exactly: ints to an int of any size, floats in float64 with one rounding, ranks may mix the
-        two, and `"mean"` is a float. A tensor must have the same shape and dtype on all ranks, any dtype and device;
-        the result is a new tensor there. Integer and bool tensors add and multiply in int64 and stay int64, as in
-        torch, wrapping beyond it; their `"mean"` is float64; 16-bit floats are added in float32 and rounded once.
-
-        Args:
-            x: a tensor, int, float or bool. An int on input is at most 64 bits.
-            op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"product"`.
-
-        Raises:
-            CollectiveError: an unknown op, or what no backend carries.
-        """
-        self._check_open("all_reduce")
-        with self._waits("all_reduce"):
-            return self._collectives.all_reduce(x, op)
-
-    @overload
-    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
-    @overload
-    def all_gather(self, x: Number) -> list[Any]: ...
-    def all_gather(self, x: torch.Tensor | Number) -> list[Any]:
-        """The tensors or numbers of all ranks, in rank order, on every rank.
-
-        Shapes and dtypes may differ. Tensors come back bit for bit on the device of this rank's `x`.
-
-        Raises:
-            CollectiveError: a rank gave something else, on all ranks.
-        """
-        self._check_open("all_gather")
-        with self._waits("all_gather"):
-            return self._collectives.all_gather(x)
-
-    @overload
-    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
-    @overload
-    def broadcast(self, x: Number | None, src: int = 0) -> Any: ...
-    def broadcast(self, x: torch.Tensor | Number | None, src: int = 0) -> Any:
-        """The tensor or number of rank `src`, on every rank.
-
-        The other ranks need not know its shape or dtype; what they give counts only for its device: the result is on
-        the device of the tensor they gave, else on this rank's.
-
-        Raises:
-            CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
-        """
-        self._check_open("broadcast")
-        with self._waits("broadcast"):
-            return self._collectives.broadcast(x, src)
-
-    def gather_objects(self, value: T) -> list[T]:
-        """One object of each rank, in rank order, on every rank.
-
-        Objects are pickled: keep them small, and put tensors in them on the CPU.
-
-        Raises:
-            CollectiveError: an object cannot be pickled, on all ranks.
-        """
-        self._check_open("gather_objects")
-        with self._waits("gather_objects"):
-            return self._collectives.gather_objects(value)
-
-    def barrier(self) -> None:
-        """Return when every rank has called it."""
-        self._check_open("barrier")
-        with self._waits("barrier"):
-            self._collectives.barrier()
-
-    def _waits(self, name: str, depth: int = 1) -> AbstractContextManager[None]:
-        """To be entered around what waits for the other ranks; `depth` frames lie between the caller and the user."""
-        return nullcontext() if self._meetings is None else self._meetings.at(name, depth)
-
-    def _check_open(self, name: str) -> None:
-        if self._closed:
-            raise WorldError(f"{name} was used on a World that is closed; call allstep.init() for a new one")
-
-
-class Waits:
-    """The meetings of one World, counted."""
-
-    def __init__(self, pulse: RankActivity) -> None:
-        self._pulse = pulse
+    def __init__(self, activity: RankActivity) -> None:
+        self._activity = activity
         self._count = 0
 
-    def at(self, name: str, depth: int) -> AbstractContextManager[None]:
-        """Wait in `name` for the length of a with block; the user's line is `depth` frames above World's `_waits`."""
+    def at(self, name: str) -> AbstractContextManager[None]:
+        """Wait in the collective `name` for the length of a with block."""
         self._count += 1
-        user: FrameType | None = sys._getframe(2)
-        for _ in range(depth):
-            user = None if user is None else user.f_back
-        where = "" if user is None else f" at {user.f_code.co_filename.rpartition('/')[2]}:{user.f_lineno}"
-        return self._pulse.wait(f"{name} #{self._count}{where}")
+        return self._activity.wait(f"{name} #{self._count}{_calling_line()}")
 
 
-Op = Literal["sum", "mean", "min", "max", "product"]
-Number = bool | int | float
+def _calling_line() -> str:
+    """The line that called into this package, such as " at train.py:57"; nothing where Python does not tell."""
+    frame = inspect.currentframe()
+    # contextlib's frames lie between a `with` statement and a method that is a context manager.
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("allstep.world.", "contextlib")):
+        frame = frame.f_back
+    return "" if frame is None else f" at {frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}"
 
 
 def fold(numbers: Sequence[Number], op: Op) -> Number:

@@ -1,12 +1,11 @@
 """Which device and which backend a rank uses.
 
-Contract: `look` sees what this process can use; `choose_device` and `choose_backend` decide, as pure functions, from
-that, the `Placement` and what the caller asked for. What one process cannot see, that two ranks were given the same
-GPU, is found when the ranks introduce themselves (`service`).
+Contract: `visible_hardware` sees what this process can use. `choose_device`, `choose_backend` and `choose_transport`
+decide, as pure functions, from that, the `Placement` and what the caller asked for. One process cannot see that two
+ranks were given the same GPU: the monitoring service does, when the ranks register.
 
-XLA devices, imported only when asked for.
-
-State of it: written to torch_xla's interface; allstep's tests have no XLA device to run it on.
+torch_xla is imported only when an XLA device is asked for. That part is written to torch_xla's interface; allstep's
+tests have no XLA device to run it on, and put a stand-in in its place.
 """
 
 from __future__ import annotations
@@ -22,19 +21,21 @@ from allstep.placement import Placement
 
 
 @dataclass(frozen=True, slots=True)
-class Hardware:
+class VisibleHardware:
     """What this process can use: the number of visible CUDA devices, and whether there is Apple's MPS."""
 
     cuda: int = 0
     mps: bool = False
 
 
-def look() -> Hardware:
+def visible_hardware() -> VisibleHardware:
     """See what this process can use, without initialising CUDA."""
-    return Hardware(cuda=torch.cuda.device_count(), mps=torch.backends.mps.is_available())
+    return VisibleHardware(cuda=torch.cuda.device_count(), mps=torch.backends.mps.is_available())
 
 
-def choose_device(placement: Placement, hardware: Hardware, asked: str | torch.device | None = None) -> torch.device:
+def choose_device(
+    placement: Placement, hardware: VisibleHardware, asked: str | torch.device | None = None
+) -> torch.device:
     """The device of one rank.
 
     Unasked: CUDA where there is any, by local rank; index 0 where one device is visible, which is how schedulers give
@@ -82,7 +83,7 @@ def choose_device(placement: Placement, hardware: Hardware, asked: str | torch.d
     return device
 
 
-def _cuda_index(placement: Placement, hardware: Hardware) -> int:
+def _cuda_index(placement: Placement, hardware: VisibleHardware) -> int:
     if hardware.cuda == 1:
         return 0
     if placement.local_rank >= hardware.cuda:
@@ -122,7 +123,7 @@ def choose_transport(device: torch.device, backend: str) -> torch.device:
     return torch.device("cpu")
 
 
-def open_device() -> torch.device:
+def open_xla_device() -> torch.device:
     """This process' XLA device; also registers torch_xla's backend for process groups.
 
     Raises:

@@ -1,9 +1,10 @@
-"""A notice of the job's end that comes before the script can act on it: kept, so that it ends nothing.
+"""SIGUSR1 that comes before the script can act on it: it is noted, so that it ends nothing.
 
-Contract: `init` calls `keep` before all else, and closing the World calls `give_back`; both do nothing outside the main
-thread. In between SIGUSR1, with which schedulers announce a job's end, is noted by the handler that the script then
-finds, unless somebody handles it already: a worker of `allstep run` is born with such a handler. What comes before
-`init`, while a script is still importing, meets the default action, and that is the end of the process.
+Contract: schedulers announce a job's end with SIGUSR1, and its default action ends the process. `init` calls
+`note_early_signals` before all else, and closing the World calls `restore_default_action`; both do nothing outside the
+main thread, where Python allows no handlers. In between the signal is noted, and `StopOnSignal` finds it when the
+script attaches that. Where somebody handles SIGUSR1 already nothing changes: a worker of `allstep run` starts with such
+a handler. A signal that comes before `init`, while the script is still importing, has its default action.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import threading
 from types import FrameType
 
 
-class Notices:
-    """Notes signals in `received`, where `StopOnSignal` looks for them."""
+class EarlySignals:
+    """A signal handler that notes the signals' numbers in `received`, where `StopOnSignal` looks for them."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
@@ -24,15 +25,15 @@ class Notices:
         self.received.append(number)
 
 
-def keep() -> None:
+def note_early_signals() -> None:
     """Note SIGUSR1 from now on, if nobody handles it."""
     if _in_main_thread() and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, Notices())
+        signal.signal(signal.SIGUSR1, EarlySignals())
 
 
-def give_back() -> None:
-    """Give SIGUSR1 its default action back, if it is still ours."""
-    if _in_main_thread() and isinstance(signal.getsignal(signal.SIGUSR1), Notices):
+def restore_default_action() -> None:
+    """Give SIGUSR1 its default action again, unless the script has set a handler of its own since."""
+    if _in_main_thread() and isinstance(signal.getsignal(signal.SIGUSR1), EarlySignals):
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 

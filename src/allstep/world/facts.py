@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 
+from allstep.errors import ArgumentTypeError
+
 _LONGEST = 200
 
 
@@ -23,10 +25,10 @@ def facts_of(
         versions: of the packages that have to be the same.
 
     Raises:
-        TypeError: `given` is no mapping, or one of its keys no string.
+        ArgumentTypeError: `given` is no mapping, or one of its keys no string.
     """
     if given is not None and not isinstance(given, Mapping):
-        raise TypeError(f"facts is {given!r}; it must map names to values that are the same on all ranks")
+        raise ArgumentTypeError(f"facts is {given!r}; it must map names to values that are the same on all ranks")
     facts = {f"the version of {name}": version for name, version in versions.items()}
     if "ALLSTEP_CONFIG" in environ:
         facts["ALLSTEP_CONFIG"] = environ["ALLSTEP_CONFIG"]
@@ -37,7 +39,7 @@ def facts_of(
 def _flat(prefix: str, values: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if not isinstance(key, str):
-            raise TypeError(f"facts has the key {key!r} under {prefix or 'its top'!r}; keys must be strings")
+            raise ArgumentTypeError(f"facts has the key {key!r} under {prefix or 'its top'!r}; keys must be strings")
         if isinstance(value, Mapping) and value:
             yield from _flat(f"{prefix}{key}.", value)
         else:

@@ -1,6 +1,6 @@
 """What a rank says about an exception: a pure function of the exception.
 
-Contract: `describe` is called with an exception that is about to leave a run, a World or the script. It says whether
+Contract: `summarize` is called with an exception that is about to leave a run, a World or the script. It says whether
 the exception is *derived*: about another rank's end, such as a connection that broke or a collective whose time is up,
 so that it is never taken for the first cause while a better one exists. An exception is judged with the ones that led
 to it: clean-up in a `finally:` that fails because the peers are gone does not hide the error before it.
@@ -31,11 +31,11 @@ from allstep.monitor.client import Client
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import Failure
 from allstep.protocol.worker_exit import about_another_rank
-from allstep.world.monitor_link import Service
+from allstep.world.monitor_link import MonitorService
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class ExceptionSummary:
     """An exception as text.
 
     Attributes:
@@ -51,14 +51,14 @@ class Description:
     derived: bool
 
 
-def describe(error: BaseException) -> Description:
+def summarize(error: BaseException) -> ExceptionSummary:
     """The exception as text; a derived one that came in the wake of an ordinary one is named after that."""
     others = list(_led_to(error))
     named, derived = error, any(about_another_rank(each) for each in others)
     if about_another_rank(error):
         ordinary = next((each for each in others if not about_another_rank(each)), None)
         named, derived = ordinary or error, ordinary is None
-    return Description(_name(type(named)), _message(named), "".join(traceback.format_exception(error)), derived)
+    return ExceptionSummary(_name(type(named)), _message(named), "".join(traceback.format_exception(error)), derived)
 
 
 def _led_to(error: BaseException) -> Iterator[BaseException]:
@@ -92,12 +92,12 @@ class Reporter:
     """The reports of one rank, which `client` carries to `service`."""
 
     def __init__(
-        self, client: Client, service: Service, pulse: RankActivity, rank: int, attempt: int, device: str
+        self, client: Client, service: MonitorService, activity: RankActivity, rank: int, attempt: int, device: str
     ) -> None:
         self.client = client
         self._service = service
         self.has_seen = False
-        self._pulse = pulse
+        self._activity = activity
         self._rank = rank
         self._attempt = attempt
         self._device = device
@@ -109,7 +109,7 @@ class Reporter:
         """An exception leaves a run; KeyboardInterrupt, SystemExit and the like are no failures there."""
         if isinstance(error, Exception):
             self.has_seen = True
-            self._pulse.when_met = self.withdraw
+            self._activity.when_met = self.withdraw
             self._send(error, leaving=False)
 
     def leaving(self, error: BaseException) -> None:
@@ -124,14 +124,14 @@ class Reporter:
         """This rank goes on after what was seen."""
         if self.has_seen:
             self.has_seen = False
-            self._pulse.when_met = None
+            self._activity.when_met = None
             self.client.withdraw()
 
     def install(self) -> None:
         """Have uncaught exceptions reported before they are printed."""
         self._previous, sys.excepthook = sys.excepthook, self._hook
 
-    def give_up(self, error: BaseException) -> None:
+    def abandon(self, error: BaseException) -> None:
         """No World comes of it: this rank leaves the others."""
         self.seen(error)
         self.left_open()
@@ -161,7 +161,7 @@ class Reporter:
             return
         with contextlib.suppress(AttributeError, TypeError):  # a class may forbid attributes: then it is said twice
             setattr(error, _MARK, leaving)
-        about, pulse = describe(error), self._pulse
+        about, activity = summarize(error), self._activity
         self.client.report(
             Failure(
                 self._rank,
@@ -170,9 +170,9 @@ class Reporter:
                 kind=about.kind,
                 message=about.message,
                 traceback=about.traceback,
-                epoch=pulse.epoch,
-                iteration=pulse.iteration,
-                section=pulse.section_name,
+                epoch=activity.epoch,
+                iteration=activity.iteration,
+                section=activity.section_name,
                 derived=about.derived,
                 device=self._device,
                 leaving=leaving,
@@ -181,7 +181,7 @@ class Reporter:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a process that ends by this exception has failed; not by Ctrl-C, making room, or an exit with code 0."""
+    """Whether a process that ends by this exception has failed; not by Ctrl-C, a preemption, or an exit with code 0."""
     if isinstance(error, SystemExit):
         return error.code not in (None, 0, PREEMPTED)
     return not isinstance(error, KeyboardInterrupt | GeneratorExit)

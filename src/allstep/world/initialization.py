@@ -11,7 +11,6 @@ Durations as callers may give them.
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import time
@@ -29,18 +28,15 @@ from allstep.placement import Placement, Rendezvous, detect
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.registration import Registration
 from allstep.version import __version__
-from allstep.world import current
-from allstep.world import device as xla
-from allstep.world import early_signals as notices
+from allstep.world import current, early_signals
 from allstep.world.collectives import Collectives
-from allstep.world.device import choose_backend, choose_device, look
+from allstep.world.device import choose_backend, choose_device, open_xla_device, visible_hardware
 from allstep.world.facts import facts_of
 from allstep.world.failures import Reporter
-from allstep.world.monitor_link import Service, join, sidecar_service, supervised_service
+from allstep.world.monitor_link import MonitorService, join, sidecar_service, supervised_service
 from allstep.world.process_group import Group, adopt_group, open_group
-from allstep.world.rendezvous import meet
-from allstep.world.store import seconds
-from allstep.world.world import World
+from allstep.world.rendezvous import rendezvous
+from allstep.world.world import World, make_current, seconds
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -75,7 +71,7 @@ def init(
         raise WorldError(
             "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
         )
-    notices.keep()
+    early_signals.note_early_signals()
     try:
         limit = seconds("timeout", timeout)
         same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
@@ -88,7 +84,7 @@ def init(
         else:
             world = _open(placement, backend, device, limit, same)
     except BaseException:
-        notices.give_back()
+        early_signals.restore_default_action()
         raise
     try:
         if seed is not None:
@@ -96,8 +92,7 @@ def init(
     except BaseException:
         world.close()
         raise
-    current.install(world)
-    atexit.register(world.leave_at_exit)
+    make_current(world)
     return world
 
 
@@ -108,30 +103,30 @@ def _open(
     timeout: float,
     facts: Mapping[str, str],
 ) -> World:
-    pulse = RankActivity()
-    device = _ready(choose_device(placement, look(), asked))
+    activity = RankActivity()
+    device = _ready(choose_device(placement, visible_hardware(), asked))
     chosen = choose_backend(device, backend)
     supervised = supervised_service(placement)
     if supervised is None and placement.world_size == 1:
-        return World(placement, device, None, timeout, pulse)
+        return World(placement, device, None, timeout, activity)
     arrival = _introduce(placement, device, chosen, facts)
     # A supervisor's service judges who came before anything else is tried; a sidecar's is found through the store.
-    reporter = None if supervised is None else _join(supervised, placement, arrival, pulse, timeout)
+    reporter = None if supervised is None else _join(supervised, placement, arrival, activity, timeout)
     try:
         group = None
         if placement.world_size > 1:
-            meeting = meet(placement, arrival.process, timeout, starts_service=supervised is None)
+            info = rendezvous(placement, arrival.process, timeout, starts_service=supervised is None)
             try:
-                if meeting.service is not None:
-                    reporter = _join(meeting.service, placement, arrival, pulse, timeout)
-                group = open_group(placement, meeting, chosen, device, timeout)
+                if info.service is not None:
+                    reporter = _join(info.service, placement, arrival, activity, timeout)
+                group = open_group(placement, info, chosen, device, timeout)
             except BaseException:
-                meeting.give_up(placement.world_size)
+                info.abandon(placement.world_size)
                 raise
-        return World(placement, device, group, timeout, pulse, reporter)
+        return World(placement, device, group, timeout, activity, reporter)
     except BaseException as error:
         if reporter is not None:
-            reporter.give_up(error)
+            reporter.abandon(error)
         raise
 
 
@@ -142,7 +137,7 @@ def _adopt(
     timeout: float,
     facts: Mapping[str, str],
 ) -> World:
-    pulse = RankActivity()
+    activity = RankActivity()
     group = adopt_group()
     if backend is not None and backend.lower() != group.backend:
         raise WorldError(
@@ -153,19 +148,19 @@ def _adopt(
     collectives = Collectives(group.rank, group.world_size, meanwhile, meanwhile)
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
-    device = _ready(choose_device(placement, look(), asked))
+    device = _ready(choose_device(placement, visible_hardware(), asked))
     service = supervised_service(placement) if placement == detected else None
     if service is None and placement.world_size > 1:
-        service = sidecar_service(group.meeting.store, placement, timeout, time.monotonic() + timeout)
+        service = sidecar_service(group.rendezvous.store, placement, timeout, time.monotonic() + timeout)
     if service is None:
-        return World(placement, device, group, timeout, pulse)
+        return World(placement, device, group, timeout, activity)
     arrival = _introduce(placement, device, group.backend, facts)
     try:
-        reporter = _join(service, placement, arrival, pulse, timeout)
+        reporter = _join(service, placement, arrival, activity, timeout)
     except BaseException:
         service.release()
         raise
-    return World(placement, device, group, timeout, pulse, reporter)
+    return World(placement, device, group, timeout, activity, reporter)
 
 
 def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> Registration:
@@ -184,13 +179,13 @@ def _introduce(placement: Placement, device: torch.device, backend: str, facts: 
 
 
 def _join(
-    service: Service, placement: Placement, arrival: Registration, pulse: RankActivity, timeout: float
+    service: MonitorService, placement: Placement, arrival: Registration, activity: RankActivity, timeout: float
 ) -> Reporter:
     """Pass the roll call and begin to beat."""
     client = join(service, placement, arrival, timeout)
-    client.start(pulse)
+    client.start(activity)
     device = arrival.device_type if arrival.accelerator is None else f"cuda {arrival.accelerator}"
-    reporter = Reporter(client, service, pulse, placement.rank, placement.attempt, device)
+    reporter = Reporter(client, service, activity, placement.rank, placement.attempt, device)
     reporter.install()
     return reporter
 
@@ -218,7 +213,7 @@ def _adopted_placement(group: Group, places: list[tuple[str, Placement]]) -> Pla
 def _ready(device: torch.device) -> torch.device:
     """The device, made this process' own."""
     if device.type == "xla":
-        return xla.open_device()
+        return open_xla_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -24,13 +24,13 @@ from allstep.placement import Placement
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
 from allstep.protocol.messages import Hello
 from allstep.protocol.registration import Registration
-from allstep.world.store import AnsweringStore, poll
+from allstep.world.store import BoundedStore, poll
 
 _MARGIN_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Service:
+class MonitorService:
     """Where a rank introduces itself, and with what secret.
 
     `supervised` says that it is the supervisor that started this process; `sidecar` is what this rank started itself.
@@ -47,15 +47,15 @@ class Service:
             self.sidecar.release()
 
 
-def supervised_service(placement: Placement) -> Service | None:
+def supervised_service(placement: Placement) -> MonitorService | None:
     """The service of the supervisor that started this process; None where there is none."""
     address = os.environ.get("ALLSTEP_CHANNEL")
     if placement.launcher != "allstep" or not address:
         return None
-    return Service(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
+    return MonitorService(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
 
 
-def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float, deadline: float) -> Service:
+def sidecar_service(store: BoundedStore, placement: Placement, timeout: float, deadline: float) -> MonitorService:
     """The service of this rank's node, started by its local rank 0.
 
     Args:
@@ -82,10 +82,10 @@ def sidecar_service(store: AnsweringStore, placement: Placement, timeout: float,
             sidecar = _start(placement, nonce, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
         store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
     port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
-    return Service(join_address(HERE, int(port)), nonce, sidecar=sidecar)
+    return MonitorService(join_address(HERE, int(port)), nonce, sidecar=sidecar)
 
 
-def head_service(store: AnsweringStore, placement: Placement, deadline: float) -> Service | None:
+def head_service(store: BoundedStore, placement: Placement, deadline: float) -> MonitorService | None:
     """The head's service, seen from a process that is not to start any; None where none answers in time."""
     key = "service/0"
     if not poll(lambda: store.check([key]), deadline):
@@ -97,10 +97,10 @@ def head_service(store: AnsweringStore, placement: Placement, deadline: float) -
         socket.create_connection((host, int(port)), timeout=_MARGIN_S).close()
     except OSError:
         return None
-    return Service(join_address(host, int(port)), nonce)
+    return MonitorService(join_address(host, int(port)), nonce)
 
 
-def join(service: Service, placement: Placement, arrival: Registration, timeout: float) -> Client:
+def join(service: MonitorService, placement: Placement, arrival: Registration, timeout: float) -> Client:
     """Introduce this rank and wait for all others.
 
     Raises:
@@ -125,7 +125,7 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
     )
 
 
-def _ranks_of_node(store: AnsweringStore, placement: Placement, deadline: float) -> list[int]:
+def _ranks_of_node(store: BoundedStore, placement: Placement, deadline: float) -> list[int]:
     """The ranks of this node, by their own word: a launcher may have spread them over the nodes in any order.
 
     Where one does not come, the others are still in time to have it named.
@@ -136,7 +136,7 @@ def _ranks_of_node(store: AnsweringStore, placement: Placement, deadline: float)
 
 
 def _published(
-    store: AnsweringStore, node: int, placement: Placement, timeout: float, deadline: float
+    store: BoundedStore, node: int, placement: Placement, timeout: float, deadline: float
 ) -> tuple[str, str]:
     key = f"service/{node}"
     if not poll(lambda: store.check([key]), deadline):

@@ -2,7 +2,7 @@
 
 Contract: `Collectives` encodes a value on each rank, exchanges the headers, which have one size, then the bytes, whose
 sizes are known by then, and decodes. Tensors travel as their own bytes and numbers as 64 bits in the header, so nothing
-is rounded. A value that cannot travel becomes a part too, one that tells every rank why, so that all raise alike.
+is rounded. A value that cannot travel becomes a payload too: it tells every rank why, so that all raise the same error.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ HEADER_LENGTH = 4 + _MAX_DIMS
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 
 
-class Kind(IntEnum):
-    """What a part holds."""
+class PayloadKind(IntEnum):
+    """What a payload holds."""
 
     TENSOR = 0
     BOOL = 1
@@ -35,93 +35,93 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Payload:
     """One rank's value in transit.
 
-    `value` holds a number's 64 bits or a tensor's dtype, `payload` the bytes of a tensor, an object or a refusal.
+    `value` holds a number's 64 bits or a tensor's dtype, `data` the bytes (uint8) of a tensor, an object or a refusal.
     """
 
-    kind: Kind
+    kind: PayloadKind
     value: int
     shape: tuple[int, ...]
-    payload: torch.Tensor
+    data: torch.Tensor
 
     def header(self) -> list[int]:
         """`HEADER_LENGTH` integers of 64 bits."""
         shape = [*self.shape, *[0] * (_MAX_DIMS - len(self.shape))]
-        return [self.kind, self.value, self.payload.numel(), len(self.shape), *shape]
+        return [self.kind, self.value, self.data.numel(), len(self.shape), *shape]
 
 
-def payload_size(header: Sequence[int]) -> int:
-    """Bytes of payload that a header announces."""
+def data_size(header: Sequence[int]) -> int:
+    """Bytes of data that a header announces."""
     return header[2]
 
 
-def from_header(header: Sequence[int], payload: torch.Tensor) -> Part:
-    """The part that a header and its payload (uint8, possibly padded) make."""
+def from_header(header: Sequence[int], data: torch.Tensor) -> Payload:
+    """The payload that a header and its bytes (uint8, possibly padded) make."""
     kind, value, size, dims = header[:4]
-    return Part(Kind(kind), value, tuple(header[4 : 4 + dims]), payload[:size])
+    return Payload(PayloadKind(kind), value, tuple(header[4 : 4 + dims]), data[:size])
 
 
-def encode(value: object) -> Part:
+def encode(value: object) -> Payload:
     """A tensor or a number, ready to travel; anything else as a refusal."""
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value)
     if isinstance(value, bool):
-        return _number(Kind.BOOL, int(value))
+        return _number(PayloadKind.BOOL, int(value))
     if isinstance(value, numbers.Integral):
         integer = int(value)
         if not -(2**63) <= integer < 2**63:
             return refuse(f"{integer}, which does not fit into 64 bits; use gather_objects")
-        return _number(Kind.INT, integer)
+        return _number(PayloadKind.INT, integer)
     if isinstance(value, numbers.Real):
-        return _number(Kind.FLOAT, struct.unpack("<q", struct.pack("<d", float(value)))[0])
+        return _number(PayloadKind.FLOAT, struct.unpack("<q", struct.pack("<d", float(value)))[0])
     return refuse(f"a {type(value).__name__}; use gather_objects for anything but tensors and numbers")
 
 
-def encode_object(value: object) -> Part:
+def encode_object(value: object) -> Payload:
     """Any object that can be pickled."""
     try:
-        return Part(Kind.OBJECT, 0, (), _to_bytes(pickle.dumps(value)))
+        return Payload(PayloadKind.OBJECT, 0, (), _to_bytes(pickle.dumps(value)))
     except Exception as error:
         return refuse(f"a {type(value).__name__} that cannot be pickled: {error}")
 
 
-def refuse(reason: str) -> Part:
-    """A part that says why there is no value."""
-    return Part(Kind.REFUSED, 0, (), _to_bytes(reason.encode()))
+def refuse(reason: str) -> Payload:
+    """A payload that says why there is no value."""
+    return Payload(PayloadKind.REFUSED, 0, (), _to_bytes(reason.encode()))
 
 
-def decode(part: Part, device: torch.device) -> object:
-    """The value of a part; a tensor is put on `device`."""
-    if part.kind is Kind.TENSOR:
-        dtype = _DTYPES[part.value]
-        return part.payload.view(dtype).reshape(part.shape).to(device)
-    if part.kind is Kind.OBJECT:
-        return pickle.loads(part.payload.cpu().numpy().tobytes())
-    if part.kind is Kind.FLOAT:
-        return struct.unpack("<d", struct.pack("<q", part.value))[0]
-    return bool(part.value) if part.kind is Kind.BOOL else part.value
+def decode(payload: Payload, device: torch.device) -> object:
+    """The value of a payload; a tensor is put on `device`."""
+    if payload.kind is PayloadKind.TENSOR:
+        dtype = _DTYPES[payload.value]
+        return payload.data.view(dtype).reshape(payload.shape).to(device)
+    if payload.kind is PayloadKind.OBJECT:
+        return pickle.loads(payload.data.cpu().numpy().tobytes())
+    if payload.kind is PayloadKind.FLOAT:
+        return struct.unpack("<d", struct.pack("<q", payload.value))[0]
+    return bool(payload.value) if payload.kind is PayloadKind.BOOL else payload.value
 
 
-def refusal(part: Part) -> str:
-    """Why a refused part has no value."""
-    return part.payload.cpu().numpy().tobytes().decode()
+def refusal(payload: Payload) -> str:
+    """Why a refused payload has no value."""
+    return payload.data.cpu().numpy().tobytes().decode()
 
 
-def _encode_tensor(tensor: torch.Tensor) -> Part:
+def _encode_tensor(tensor: torch.Tensor) -> Payload:
     if tensor.dim() > _MAX_DIMS:
         return refuse(f"a tensor of {tensor.dim()} dimensions; at most {_MAX_DIMS} travel, so reshape it")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return refuse(f"a tensor of layout {tensor.layout} and dtype {tensor.dtype}; make it dense and not quantized")
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     # A copy in any case, so that what is received never shares memory with what was given.
-    payload = flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-    return Part(Kind.TENSOR, _DTYPES.index(tensor.dtype), tuple(tensor.shape), payload)
+    data = flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return Payload(PayloadKind.TENSOR, _DTYPES.index(tensor.dtype), tuple(tensor.shape), data)
 
 
-def _number(kind: Kind, bits: int) -> Part:
-    return Part(kind, bits, (), torch.empty(0, dtype=torch.uint8))
+def _number(kind: PayloadKind, bits: int) -> Payload:
+    return Payload(kind, bits, (), torch.empty(0, dtype=torch.uint8))
 
 
 def _to_bytes(data: bytes) -> torch.Tensor:

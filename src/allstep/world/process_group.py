@@ -4,11 +4,11 @@ Contract: `open_group` initialises torch.distributed among ranks that have met; 
 there already. `Group.leave` undoes what `open_group` did, and for an adopted group nothing. If opening fails, nothing
 is left initialised.
 
-Leaving well: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store, waits
-until all have said so, since a rank still at work may need it. A store that does not answer is waited for once, for
-`answering.ANSWER_S` seconds; then the rank warns and goes. Leaving after an error: nothing is waited for. A gloo group
-with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process ends;
-nccl's communicators are aborted.
+Leaving in order: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store,
+waits until all have said so, since a rank still at work may need it. A store that does not answer is waited for once,
+for `store.PATIENCE_S` seconds; then the rank warns and goes. Leaving after an error: nothing is waited for. A gloo
+group with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process
+ends; nccl's communicators are aborted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -25,9 +26,9 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement
-from allstep.world.rendezvous import Meeting
-from allstep.world.store import AnsweringStore, poll
-from allstep.world.torch_private import PrefixStore
+from allstep.world.rendezvous import RendezvousInfo
+from allstep.world.store import BoundedStore, poll
+from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_store, open_groups
 
 _GOODBYE_S = 2.0
 _LETTING_GO_S = 0.05
@@ -38,15 +39,17 @@ class Group:
     """A process group in use. `owned` says that allstep made it and ends it."""
 
     backend: str
-    meeting: Meeting
+    rendezvous: RendezvousInfo
     rank: int
     world_size: int
-    owned: bool = field(default=True)
+    owned: bool = True
+    _made: list[dist.ProcessGroup] = field(default_factory=list)
 
     def for_agreement(self, timeout: float) -> dist.ProcessGroup:
         """A gloo group of all ranks for what engines agree on, so that it never waits behind gradients."""
         made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         assert isinstance(made, dist.ProcessGroup)
+        self._made.append(made)
         return made
 
     def leave(self, *, failed: bool, patience: float) -> None:
@@ -58,36 +61,36 @@ class Group:
         """
         if not self.owned:
             return
-        server, self.meeting.server = self.meeting.server, None
+        server, self.rendezvous.server = self.rendezvous.server, None
         if failed:
-            forget_groups(abort=True)
+            forget_groups(abort=True, known=self._made)
             self._say_goodbye()
             return
         deadline = time.monotonic() + patience
         try:
             # A rank that is through with init may be done before a peer has seen its end of their connection.
-            poll(lambda: self.meeting.store.add("connected", 0) >= self.world_size, deadline)
-        except WorldError as silence:
-            _warn(f"{silence}. This rank closes its World without it")
+            poll(lambda: self.rendezvous.store.add("connected", 0) >= self.world_size, deadline)
+        except WorldError as error:
+            _warn(f"{error}. This rank closes its World without it")
             forget_groups(abort=False)
             return
         forget_groups(abort=False)
         self._say_goodbye()
         if server is not None and not poll(self._all_left, deadline):
-            present = [rank for rank in range(self.world_size) if not self.meeting.store.check([f"left/{rank}"])]
+            present = [rank for rank in range(self.world_size) if not self.rendezvous.store.check([f"left/{rank}"])]
             _warn(f"rank 0 waited {patience:g} s for ranks {present} to close their World and now leaves without them")
 
     def _all_left(self) -> bool:
-        return self.meeting.store.add("left", 0) >= self.world_size
+        return self.rendezvous.store.add("left", 0) >= self.world_size
 
     def _say_goodbye(self) -> None:
-        store = self.meeting.store.hurried(_GOODBYE_S)
+        store = self.rendezvous.store.with_patience(_GOODBYE_S)
         with contextlib.suppress(dist.DistError, WorldError):
             store.set(f"left/{self.rank}", "")
             store.add("left", 1)
 
 
-def open_group(placement: Placement, meeting: Meeting, backend: str, device: torch.device, timeout: float) -> Group:
+def open_group(placement: Placement, info: RendezvousInfo, backend: str, device: torch.device, timeout: float) -> Group:
     """Initialise torch.distributed among ranks that have met and fit together.
 
     Raises:
@@ -96,7 +99,7 @@ def open_group(placement: Placement, meeting: Meeting, backend: str, device: tor
     try:
         dist.init_process_group(
             backend,
-            store=PrefixStore("group", meeting.store.raw),
+            store=PrefixStore("group", info.store.raw),
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=timedelta(seconds=timeout),
@@ -109,23 +112,25 @@ def open_group(placement: Placement, meeting: Meeting, backend: str, device: tor
             f"rank {placement.rank} of {placement.world_size}: {backend} could not connect the ranks, which "
             f"had met at {placement.rendezvous}: {error}"
         ) from error
-    meeting.store.add("connected", 1)
-    return Group(backend, meeting, placement.rank, placement.world_size)
+    info.store.add("connected", 1)
+    return Group(backend, info, placement.rank, placement.world_size)
 
 
 def adopt_group() -> Group:
     """The process group that the user's own code initialised."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    base = AnsweringStore(PrefixStore("allstep", dist.distributed_c10d._get_default_store()))
-    store = base.space(f"generation/{base.add(f'generation/{rank}', 1)}")
-    return Group(dist.get_backend(), Meeting(store), rank, size, owned=False)
+    base = BoundedStore(PrefixStore("allstep", default_store()))
+    # The group may outlive several Worlds: each has keys of its own, by how often this rank has been here.
+    store = base.with_prefix(f"generation/{base.add(f'generation/{rank}', 1)}")
+    return Group(dist.get_backend(), RendezvousInfo(store), rank, size, owned=False)
 
 
-def forget_groups(*, abort: bool) -> None:
+def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> None:
     """Take torch.distributed's groups down.
 
     Args:
         abort: wait for no rank and for no pending work.
+        known: groups that allstep made beside the default one.
     """
     if not dist.is_initialized():
         return
@@ -136,15 +141,14 @@ def forget_groups(*, abort: bool) -> None:
         time.sleep(_LETTING_GO_S)
         dist.destroy_process_group()
         return
-    c10d = dist.distributed_c10d
-    backends = {group: c10d._world.pg_map[group][0] for group in c10d._world.pg_map}
+    backends = open_groups(known)
     for group, backend in backends.items():
         # One reference too many: the destructor of a gloo group, which waits for pending collectives, never runs.
         if "gloo" in backend:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     with contextlib.suppress(RuntimeError):
         if any("nccl" in backend for backend in backends.values()):
-            c10d._abort_process_group()
+            abort_nccl_groups(list(backends))
         else:
             dist.destroy_process_group()
 

@@ -1,12 +1,12 @@
 """Where ranks find each other: one TCPStore, agreed to be theirs.
 
-Contract: `meet` is called by every rank of a world of several, once per start. Rank 0 serves a store on the first
+Contract: `rendezvous` is called by every rank of a world of several, once per start. Rank 0 serves a store on the first
 candidate port that is free (unless the launcher's agent serves one) and writes the name of the run into it; the others
 try the candidates in turn and accept only a store that holds this name, so a stranger's store or service on a port is
 passed over. After: the rank holds a store of its start's own name space, and knows the service at which all ranks
-introduce themselves (`service`), which judges whether they are all there and fit together. A second process of a rank
-is taken there as well, so that all ranks hear of it. What can go wrong: ports taken, a host that does not answer, rank
-0 missing, a rank doubled whose first process is through; each is a WorldError that says which.
+register, which judges whether they are all there and fit together. A second process of a rank registers there as
+well, so that all ranks hear of it. What can go wrong: ports taken, a host that does not answer, rank
+0 missing, a second process of a rank whose first one has finished; each is a WorldError that says which.
 
 The name space carries run, attempt and, where one store outlives several Worlds (an agent's), the generation: how
 many times this rank has met there.
@@ -26,8 +26,8 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.protocol.registration import doubled
-from allstep.world.monitor_link import Service, head_service, sidecar_service
-from allstep.world.store import AnsweringStore, leave_behind, poll
+from allstep.world.monitor_link import MonitorService, head_service, sidecar_service
+from allstep.world.store import BoundedStore, abandon_thread, poll
 from allstep.world.torch_private import PrefixStore, TCPStore
 
 _CONNECT_S = 2.0
@@ -38,17 +38,17 @@ _MET = "met"  # counts, in the store, the ranks that need it no more to find the
 
 
 @dataclass(slots=True)
-class Meeting:
+class RendezvousInfo:
     """What a rank holds after it has met the others: the store, and on rank 0 its server, which lives while it is held.
 
     `service` is where the ranks introduce themselves, where a sidecar was started for that.
     """
 
-    store: AnsweringStore
+    store: BoundedStore
     server: TCPStore | None = None
-    service: Service | None = None
+    service: MonitorService | None = None
 
-    def give_up(self, world_size: int) -> None:
+    def abandon(self, world_size: int) -> None:
         """No group comes of it: let the server go, once the others have found what they look for in it."""
         if self.server is not None:
             with contextlib.suppress(dist.DistError, WorldError):
@@ -58,7 +58,7 @@ class Meeting:
             self.service.release()
 
 
-def meet(placement: Placement, process: str, timeout: float, *, starts_service: bool = True) -> Meeting:
+def rendezvous(placement: Placement, process: str, timeout: float, *, starts_service: bool = True) -> RendezvousInfo:
     """Find the other ranks.
 
     Args:
@@ -75,15 +75,15 @@ def meet(placement: Placement, process: str, timeout: float, *, starts_service: 
     deadline = time.monotonic() + timeout
     name = f"allstep/{placement.run_id}/{placement.attempt}"
 
-    def enter(client: TCPStore, server: TCPStore | None = None) -> Meeting:
+    def enter(client: TCPStore, server: TCPStore | None = None) -> RendezvousInfo:
         store, rival = _own_space(client, name, placement.rank, process, deadline)
         if rival:
             text = doubled(placement.rank, rival, process)
-            return Meeting(store, service=_to_be_judged(store, placement, deadline, text, starts_service))
+            return RendezvousInfo(store, service=_service_for_rival(store, placement, deadline, text, starts_service))
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
         with contextlib.suppress(dist.DistError, WorldError):  # a server that waits for just this may go first
             store.add(_MET, 1)
-        return Meeting(store, server, service)
+        return RendezvousInfo(store, server, service)
 
     if placement.rank == 0 and not place.agent_store:
         try:
@@ -159,7 +159,7 @@ def _try_port(host: str, port: int, name: str | None, patience: float, timeout: 
         return f"nothing answers ({error.strerror or error})"
     try:
         store = _client(host, port, patience, timeout)
-        asked = AnsweringStore(store, patience)
+        asked = BoundedStore(store, patience)
         if name is None or poll(lambda: asked.check([name]), time.monotonic() + _IDENTIFY_S):
             return store
     except (TimeoutError, WorldError, dist.DistError):
@@ -182,7 +182,7 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
     thread.start()
     thread.join(patience * 2)
     if not made:
-        leave_behind(thread)
+        abandon_thread(thread)
         raise TimeoutError(f"{host}:{port} accepted and did not answer in {patience * 2:g} s")
     if isinstance(made[0], BaseException):
         raise made[0]
@@ -190,19 +190,19 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
     return made[0]
 
 
-def _own_space(client: TCPStore, name: str, rank: int, process: str, deadline: float) -> tuple[AnsweringStore, str]:
+def _own_space(client: TCPStore, name: str, rank: int, process: str, deadline: float) -> tuple[BoundedStore, str]:
     """The name space of this start of the ranks in a store that may have seen others, and who else is this rank."""
-    base = AnsweringStore(PrefixStore(name, client))
+    base = BoundedStore(PrefixStore(name, client))
     owner = base.compare_set(f"owner/{rank}", "", process).decode()
     if owner == process:
-        return base.space(f"generation/{base.add(f'generation/{rank}', 1)}"), ""
+        return base.with_prefix(f"generation/{base.add(f'generation/{rank}', 1)}"), ""
     poll(lambda: base.add(f"generation/{rank}", 0) > 0, deadline)
-    return base.space(f"generation/{base.add(f'generation/{rank}', 0)}"), owner
+    return base.with_prefix(f"generation/{base.add(f'generation/{rank}', 0)}"), owner
 
 
-def _to_be_judged(
-    store: AnsweringStore, placement: Placement, deadline: float, text: str, starts_service: bool
-) -> Service:
+def _service_for_rival(
+    store: BoundedStore, placement: Placement, deadline: float, text: str, starts_service: bool
+) -> MonitorService:
     """Where a second process of a rank says that it is here, so that the service can tell all ranks; else `text`."""
     service = head_service(store, placement, deadline) if starts_service else None
     if service is None:

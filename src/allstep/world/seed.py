@@ -7,6 +7,8 @@ import random
 import numpy as np
 import torch
 
+from allstep.errors import ArgumentError, ArgumentTypeError
+
 _END = 2**63
 
 
@@ -21,13 +23,13 @@ def seed_generators(seed: int, rank: int | None = None) -> int:
     Returns the seed that torch was given.
 
     Raises:
-        ValueError: the seed is out of range.
-        TypeError: the seed is not an integer.
+        ArgumentError: the seed is out of range.
+        ArgumentTypeError: the seed is not an integer.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}; it must be an integer")
+        raise ArgumentTypeError(f"seed is {seed!r}; it must be an integer")
     if not 0 <= seed < _END:
-        raise ValueError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
+        raise ArgumentError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
     if rank is not None:
         seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]) % _END
     random.seed(seed)

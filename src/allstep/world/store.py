@@ -1,27 +1,22 @@
-"""A store whose calls come back: torch's own outlive their time limits when the process that serves them is frozen.
+"""The ranks' store, with calls that come back, and what is built on it: polling, and `World.main_first`.
 
-Contract: `AnsweringStore` has the calls of torch's store that World makes. Each returns what the store answers, or
-raises what the store raises, or, where nothing comes within `patience` seconds, a WorldError that says so. The call
-itself then stays behind in a daemon thread, and as long as it does the next ones raise at once.
+torch's own store calls can outlive their time limits when the process that serves the store is frozen. Contract of
+`BoundedStore`: it has the calls of torch's store that World makes. Each returns what the store answers, or raises what
+the store raises, or, where nothing comes within `patience` seconds, a WorldError that says so. The call itself then
+goes on in a daemon thread, and as long as it does the next ones raise at once.
 
-Waiting for a condition with a deadline.
+`poll` waits for a condition with a deadline. A store is polled, not waited on: its blocking calls print to stderr when
+their time is up, keep Ctrl-C from arriving, and can outlive their limit when the server is frozen.
 
-A store is polled, not waited on: its blocking calls print to stderr when their time is up, keep Ctrl-C from
-arriving, and can outlive their limit when the server is frozen.
+`abandon_thread` is for whoever gives up on a call that a daemon thread makes in native code: a store that does not
+answer, a save that does not end. The process then still ends with its own exit status. What would go wrong otherwise:
+a call that returns while the interpreter ends asks for Python's lock. Until Python 3.14 the thread is then unwound by
+force, through frames of C++ that must not be, and the C++ runtime aborts the process: status 134 in place of the
+script's. So the thread is stopped where C++ would abort.
 
-Threads that are left waiting in native code, and the end of the interpreter.
-
-Contract: who gives up on a call that it had a daemon thread make (a store that does not answer, a save that does not
-end) says so with `leave_behind`. The process then ends with its own exit status, whatever becomes of the call.
-
-What would go wrong: a call that comes back while the interpreter ends, because its peer is just being closed, asks for
-Python's lock. Until Python 3.14 the thread is then unwound by force, through frames of C++ that must not be, and the
-runtime aborts the process: status 134 in place of the script's. So the thread is held where C++ would abort.
-
-One rank first, the others after it: the protocol under `World.main_first`.
-
-Contract: all ranks of a turn enter with the same key of the same store, exactly one of them as `first`. The first runs
-its body at once; the others run theirs when it has left its own, by return or by exception.
+`first_then_rest` is the protocol under `World.main_first`: all ranks enter with the same key of the same store, exactly
+one of them as `first`. The first runs its body at once; the others run theirs when it has left its own, by return or by
+exception.
 """
 
 from __future__ import annotations
@@ -33,38 +28,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from typing import TypeVar
 
 from allstep.errors import WorldError
 from allstep.world.torch_private import PrefixStore, Store
 
-ANSWER_S = 15.0
+PATIENCE_S = 15.0
 """Seconds that a store has to answer; its server answers in microseconds, also while its process is busy."""
 
 T = TypeVar("T")
 
 
-class AnsweringStore:
-    """A store that is asked from threads.
+class BoundedStore:
+    """A store whose every call is made in a thread, so that it can be given up.
 
     Args:
         raw: torch's store, for those who need that.
-        patience: seconds that an answer may take; `ANSWER_S` unless given.
+        patience: seconds that an answer may take; `PATIENCE_S` unless given.
     """
 
     def __init__(self, raw: Store, patience: float | None = None) -> None:
         self.raw = raw
-        self._patience = ANSWER_S if patience is None else patience
+        self._patience = PATIENCE_S if patience is None else patience
         self._asking: threading.Thread | None = None
 
-    def space(self, prefix: str) -> AnsweringStore:
+    def with_prefix(self, prefix: str) -> BoundedStore:
         """The part of the store whose keys begin with `prefix`."""
-        return AnsweringStore(PrefixStore(prefix, self.raw), self._patience)
+        return BoundedStore(PrefixStore(prefix, self.raw), self._patience)
 
-    def hurried(self, patience: float) -> AnsweringStore:
-        """The same store, with less time to answer."""
-        return AnsweringStore(self.raw, patience)
+    def with_patience(self, patience: float) -> BoundedStore:
+        """The same store, with another time to answer."""
+        return BoundedStore(self.raw, patience)
 
     def set(self, key: str, value: str) -> None:
         """Set a key."""
@@ -106,7 +100,7 @@ class AnsweringStore:
             else:
                 self._asking.join(self._patience)
                 if self._asking.is_alive():
-                    leave_behind(self._asking)
+                    abandon_thread(self._asking)
         if errors:
             raise errors[0]
         if not answers:
@@ -135,39 +129,40 @@ def poll(condition: Callable[[], bool], deadline: float) -> bool:
     return True
 
 
-_left: list[threading.Thread] = []
+_abandoned: list[threading.Thread] = []
 
 
-def leave_behind(thread: threading.Thread) -> None:
+def abandon_thread(thread: threading.Thread) -> None:
     """Take note of a daemon thread that waits in native code and may do so for ever."""
-    if not _left:
-        atexit.register(_hold_what_is_left)
-    _left.append(thread)
+    if not _abandoned:
+        atexit.register(_stop_abandoned_threads)
+    _abandoned.append(thread)
 
 
-def _hold_what_is_left() -> None:
-    if not any(thread.is_alive() for thread in _left) or not sys.platform.startswith("linux"):
+def _stop_abandoned_threads() -> None:
+    if not any(thread.is_alive() for thread in _abandoned) or not sys.platform.startswith("linux"):
         return
     try:
         set_terminate = ctypes.CDLL("libstdc++.so.6")._ZSt13set_terminatePFvvE
         pause = ctypes.CDLL(None).pause
     except (OSError, AttributeError):  # another C++ runtime: the exit status may be that of an abort
         return
+    # What C++ calls instead of aborting: a wait for ever, in a daemon thread that the process does not wait for.
     set_terminate(ctypes.cast(pause, ctypes.c_void_p))
 
 
 @contextmanager
 def first_then_rest(
-    store: AnsweringStore, key: str, *, first: bool, timeout: float, waits: AbstractContextManager[None]
+    store: BoundedStore, key: str, *, first: bool, timeout: float, waits: AbstractContextManager[None]
 ) -> Iterator[None]:
     """Run the body on the first rank, then on the others.
 
     Args:
         store: shared by the ranks.
-        key: names this turn; never used twice in the store.
+        key: names this call; never used twice in the store.
         first: whether this rank is the first.
         timeout: seconds that the others wait.
-        waits: what the others are in meanwhile.
+        waits: entered by the others while they wait.
 
     Raises:
         WorldError: the first rank did not finish in time, or the store was lost, on the others.
@@ -182,21 +177,10 @@ def first_then_rest(
         with waits:
             done = poll(lambda: store.check([key]), time.monotonic() + timeout)
     except RuntimeError as error:
-        raise WorldError(f"the store was lost while waiting for the first rank's turn: {error}") from error
+        raise WorldError(f"the store was lost while waiting for the rank that goes first: {error}") from error
     if not done:
         raise WorldError(
             f"waited {timeout:g} s for the rank that goes first; if its work takes longer, give main_first a longer "
             "timeout, and check that every rank enters main_first equally often"
         )
     yield
-
-
-def seconds(name: str, value: float | timedelta) -> float:
-    """A duration in seconds; raises ValueError, naming the argument, unless it is positive."""
-    try:
-        result = value.total_seconds() if isinstance(value, timedelta) else float(value)
-    except (TypeError, ValueError):
-        result = 0.0
-    if not result > 0:
-        raise ValueError(f"{name} is {value!r}; it must be a positive number of seconds or timedelta")
-    return result

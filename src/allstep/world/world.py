@@ -1,24 +1,23 @@
-"""World: this process' place among the ranks, and the doors to what they do together.
+"""World: this process' place among the ranks, and what they do together.
 
 Contract: `allstep.init` makes one and makes it the current World; `close`, or the end of its `with` block, ends it. In
 between, each method that crosses ranks is called by every rank at the same point. With one rank every method has its
 single-process meaning and no process group exists. Used after `close`, methods raise WorldError; attributes stay
 readable. When an exception leaves the `with` block nothing waits for the other ranks.
 
-It is thin on purpose: devices are chosen in `device`, ranks meet in `rendezvous`, and the doors to the collectives are
-`Exchanging`'s.
+This file is the face that a script sees. The work is done in the modules beside it: collectives in `collectives`, the
+end of a process group in `process_group`, reports of exceptions in `failures`.
 """
 
 from __future__ import annotations
 
 import atexit
 import sys
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import nn
@@ -26,29 +25,30 @@ from torch.utils.data import Dataset
 
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.data import Loader, SampleSeeding, make_loader
+from allstep.errors import ArgumentError, WorldError
 from allstep.exit_codes import PREEMPTED
 from allstep.faults import RankPosition, strike
-from allstep.monitor.client import Client
 from allstep.parallel import unwrap, wrap_module
 from allstep.placement import Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
-from allstep.world import current
-from allstep.world import early_signals as notices
-from allstep.world.collectives import Collectives, Exchanging, Waits
+from allstep.world import current, early_signals
+from allstep.world.collectives import Collectives, NamedWaits, Number, Op
 from allstep.world.device import choose_transport, seed_device
 from allstep.world.failures import Reporter
+from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
 from allstep.world.process_group import Group
 from allstep.world.seed import seed_generators
-from allstep.world.store import first_then_rest, seconds
+from allstep.world.store import first_then_rest
 
 T = TypeVar("T")
 
-_TURN = timedelta(hours=12)
+_MAIN_FIRST_LIMIT = timedelta(hours=12)
+_AT_EXIT_S = 5.0  # an interpreter that ends with its World open does not wait longer than this for the other ranks
 
 
-class World(Exchanging):
+class World:
     """This process' rank, device and peers; made by `allstep.init`.
 
     Attributes:
@@ -56,9 +56,6 @@ class World(Exchanging):
         device: this rank's device.
         backend: of the process group; None in a world of one, which has none.
         seed: what `seed_everything` was given last, or None.
-        coordinator: how engines of this world agree.
-        pulse: where this rank is; what a service that watches over the ranks is told.
-        reporter: how exceptions are told to that service; None where there is none.
     """
 
     def __init__(
@@ -67,37 +64,32 @@ class World(Exchanging):
         device: torch.device,
         group: Group | None,
         timeout: float,
-        pulse: RankActivity | None = None,
+        activity: RankActivity | None = None,
         reporter: Reporter | None = None,
     ) -> None:
         self.placement = placement
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self.pulse = RankActivity() if pulse is None else pulse
-        self.reporter = reporter
         self._group = group
         self._timeout = timeout
-        self._turns = 0
-        self._wrapped: list[weakref.ref[nn.Module]] = []
+        self._main_first_count = 0
+        self._closed = False
+        activity = RankActivity() if activity is None else activity
         transport = choose_transport(device, group.backend) if group is not None else device
-        self.coordinator: Coordinator = (
+        coordinator: Coordinator = (
             Alone()
             if group is None
-            else GroupCoordinator(group.for_agreement(timeout), self.pulse, carries=transport.type)
+            else GroupCoordinator(group.for_agreement(timeout), activity, carries=transport.type)
         )
-        collectives = Collectives(self.rank, self.world_size, device, transport)
-        super().__init__(collectives, None if group is None or reporter is None else Waits(self.pulse))
+        self._internals = WorldInternals(coordinator, activity, reporter)
+        self._collectives = Collectives(self.rank, self.world_size, device, transport)
+        self._named_waits = None if group is None or reporter is None else NamedWaits(activity)
 
     @staticmethod
     def current() -> World | None:
         """The World that is open in this process, or None."""
-        return current.current()
-
-    @property
-    def client(self) -> Client | None:
-        """The connection to the service that watches over the ranks, if there is one."""
-        return None if self.reporter is None else self.reporter.client
+        return cast("World | None", current.current())
 
     @property
     def rank(self) -> int:
@@ -129,24 +121,22 @@ class World(Exchanging):
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
+    # Models and data
+
     def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **options: Any) -> nn.Module:
         """Move a module to this rank's device and, when there are peers, wrap it in DDP.
 
         Args and errors as in `allstep.parallel.wrap_module`.
         """
         self._check_open("wrap")
-        pulse = None if self.reporter is None else self.pulse
+        inner = self._internals
+        activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
         with self._waits("wrap"):
             wrapped = wrap_module(
-                module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, pulse=pulse, **options
+                module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, activity=activity, **options
             )
-        self._wrapped.append(weakref.ref(wrapped))
+        inner.add_wrapped(wrapped)
         return wrapped
-
-    @property
-    def wrapped(self) -> list[nn.Module]:
-        """What `wrap` gave, in order, as far as it is still in use."""
-        return [module for ref in self._wrapped if (module := ref()) is not None]
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank."""
@@ -154,7 +144,7 @@ class World(Exchanging):
         return unwrap(module)
 
     def to_device(self, value: T) -> T:
-        """Move all tensors of a nested structure to this rank's device; see `allstep.world.move.to_device`."""
+        """Move all tensors of a nested structure to this rank's device; see `allstep.world.to_device`."""
         self._check_open("to_device")
         return to_device(value, self.device)
 
@@ -194,8 +184,79 @@ class World(Exchanging):
             **dataloader_options,
         )
 
+    # Collectives
+
+    @overload
+    def all_reduce(self, x: torch.Tensor, op: Op = "sum") -> torch.Tensor: ...
+    @overload
+    def all_reduce(self, x: Number, op: Op = "sum") -> Any: ...
+    def all_reduce(self, x: torch.Tensor | Number, op: Op = "sum") -> Any:
+        """Reduce a tensor or number over all ranks; every rank gets the result.
+
+        A number is reduced exactly: ints to an int of any size, floats in float64 with one rounding, ranks may mix the
+        two, and `"mean"` is a float. A tensor must have the same shape and dtype on all ranks, any dtype and device;
+        the result is a new tensor there. Integer and bool tensors add and multiply in int64 and stay int64, as in
+        torch, wrapping beyond it; their `"mean"` is float64; 16-bit floats are added in float32 and rounded once.
+
+        Args:
+            x: a tensor, int, float or bool. An int on input is at most 64 bits.
+            op: `"sum"`, `"mean"`, `"min"`, `"max"` or `"product"`.
+
+        Raises:
+            CollectiveError: an unknown op, or what no backend carries.
+        """
+        with self._collective("all_reduce"):
+            return self._collectives.all_reduce(x, op)
+
+    @overload
+    def all_gather(self, x: torch.Tensor) -> list[torch.Tensor]: ...
+    @overload
+    def all_gather(self, x: Number) -> list[Any]: ...
+    def all_gather(self, x: torch.Tensor | Number) -> list[Any]:
+        """The tensors or numbers of all ranks, in rank order, on every rank.
+
+        Shapes and dtypes may differ. Tensors come back bit for bit on the device of this rank's `x`.
+
+        Raises:
+            CollectiveError: a rank gave something else, on all ranks.
+        """
+        with self._collective("all_gather"):
+            return self._collectives.all_gather(x)
+
+    @overload
+    def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor: ...
+    @overload
+    def broadcast(self, x: Number | None, src: int = 0) -> Any: ...
+    def broadcast(self, x: torch.Tensor | Number | None, src: int = 0) -> Any:
+        """The tensor or number of rank `src`, on every rank.
+
+        The other ranks need not know its shape or dtype; what they give counts only for its device: the result is on
+        the device of the tensor they gave, else on this rank's.
+
+        Raises:
+            CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
+        """
+        with self._collective("broadcast"):
+            return self._collectives.broadcast(x, src)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """One object of each rank, in rank order, on every rank.
+
+        Objects are pickled: keep them small, and put tensors in them on the CPU.
+
+        Raises:
+            CollectiveError: an object cannot be pickled, on all ranks.
+        """
+        with self._collective("gather_objects"):
+            return self._collectives.gather_objects(value)
+
+    def barrier(self) -> None:
+        """Return when every rank has called it."""
+        with self._collective("barrier"):
+            self._collectives.barrier()
+
     @contextmanager
-    def main_first(self, *, local: bool = False, timeout: float | timedelta = _TURN) -> Iterator[None]:
+    def main_first(self, *, local: bool = False, timeout: float | timedelta = _MAIN_FIRST_LIMIT) -> Iterator[None]:
         """Run the body on the main rank, then on all others: a download, a preprocessing step that leaves a cache.
 
         If the body raises on the main rank, the others run theirs all the same and the exception goes on there.
@@ -205,20 +266,24 @@ class World(Exchanging):
             timeout: seconds, or a timedelta, that the others wait; 12 hours by default.
 
         Raises:
+            ArgumentError: the timeout is no positive duration.
             WorldError: the first rank did not finish in time or is gone, on the others.
         """
         self._check_open("main_first")
         limit = seconds("timeout", timeout)
-        self._turns += 1
+        self._main_first_count += 1
         if self._group is None:
             yield
             return
-        key = f"turn/{self._turns}/{self.node_rank if local else 'all'}"
+        key = f"main_first/{self._main_first_count}/{self.node_rank if local else 'all'}"
         first = self.local_rank == 0 if local else self.is_main
-        waits = nullcontext() if first else self._waits("main_first", depth=2)
-        turn = first_then_rest(self._group.meeting.store, key, first=first, timeout=limit, waits=waits)
-        with self.pulse.section("idle"), turn:  # `timeout` is its limit, and not a section's
+        waits = nullcontext() if first else self._waits("main_first")
+        turn = first_then_rest(self._group.rendezvous.store, key, first=first, timeout=limit, waits=waits)
+        # "idle" has no limit of its own: how long this may take is what `timeout` says.
+        with self._internals.activity.section("idle"), turn:
             yield
+
+    # The rest of a script
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -231,12 +296,12 @@ class World(Exchanging):
             name: "data", "step", "evaluation", "checkpoint" or "handler".
 
         Raises:
-            ValueError: there is no such section.
+            ArgumentError: there is no such section.
         """
         self._check_open("section")
         if name not in SECTIONS:
-            raise ValueError(f"section is {name!r}; it must be one of {', '.join(map(repr, SECTIONS))}")
-        with self.pulse.section(name):
+            raise ArgumentError(f"section is {name!r}; it must be one of {', '.join(map(repr, SECTIONS))}")
+        with self._internals.activity.section(name):
             yield
 
     def print(self, *values: object, **options: Any) -> None:
@@ -258,7 +323,7 @@ class World(Exchanging):
             The seed.
 
         Raises:
-            ValueError, TypeError: the seed is out of range or no integer.
+            ArgumentError, ArgumentTypeError: the seed is out of range or no integer.
         """
         self._check_open("seed_everything")
         used = seed_generators(seed, self.rank if per_rank else None)
@@ -266,6 +331,8 @@ class World(Exchanging):
             seed_device(used)
         self.seed = seed
         return seed
+
+    # The end
 
     def close(self) -> None:
         """End the World and its process group (an adopted group stays). Rank 0 waits for the others; twice is once."""
@@ -278,35 +345,79 @@ class World(Exchanging):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self.reporter is not None:
-            self.reporter.leaving(error)
+        if error is not None and self._internals.reporter is not None:
+            self._internals.reporter.leaving(error)
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED))
         self._leave(failed=failed, patience=self._timeout)
 
-    def leave_at_exit(self) -> None:
-        """What `init` registers for a World that nobody closed before the interpreter ends."""
+    def _leave_at_exit(self) -> None:
+        """End a World that is still open when the interpreter ends."""
         failed = getattr(sys, "last_value", None) is not None
-        self._leave(failed=failed, patience=min(self._timeout, 5.0), in_order=False)
+        self._leave(failed=failed, patience=min(self._timeout, _AT_EXIT_S), in_order=False)
 
     def _leave(self, *, failed: bool, patience: float, in_order: bool = True) -> None:
         if self._closed:
             return
         self._closed = True
         current.remove(self)
-        atexit.unregister(self.leave_at_exit)
+        atexit.unregister(self._leave_at_exit)
+        reporter = self._internals.reporter
         try:
-            if not in_order and self.reporter is not None:
-                self.reporter.left_open()
+            if not in_order and reporter is not None:
+                reporter.left_open()
             strike(RankPosition("exit", self.rank, self.placement.attempt))
             if self._group is not None:
-                with self._waits("close", depth=2):
+                with self._waits("close"):
                     self._group.leave(failed=failed, patience=patience)
-            if self.reporter is not None:
-                self.reporter.end(failed=failed)
+            if reporter is not None:
+                reporter.end(failed=failed)
         finally:
-            notices.give_back()
+            early_signals.restore_default_action()
+
+    def _check_open(self, name: str) -> None:
+        if self._closed:
+            raise WorldError(f"{name} was used on a World that is closed; call allstep.init() for a new one")
+
+    def _waits(self, name: str) -> AbstractContextManager[None]:
+        """To be entered around what waits for the other ranks."""
+        return nullcontext() if self._named_waits is None else self._named_waits.at(name)
+
+    def _collective(self, name: str) -> AbstractContextManager[None]:
+        """To be entered around a collective of this name."""
+        self._check_open(name)
+        return self._waits(name)
 
     def __repr__(self) -> str:
         state = ", closed" if self._closed else ""
         place = f"rank={self.rank}, world_size={self.world_size}"
         return f"World({place}, device={self.device}, backend={self.backend}{state})"
+
+
+def internals(world: World) -> WorldInternals:
+    """The inner parts of a World, for the packages above this one; scripts do not need them."""
+    return world._internals
+
+
+def make_current(world: World) -> None:
+    """Make a World the current one, and have it closed when the interpreter ends with it open."""
+    current.install(world)
+    atexit.register(world._leave_at_exit)
+
+
+def seconds(name: str, value: float | timedelta) -> float:
+    """A duration in seconds.
+
+    Args:
+        name: of the argument, for the message.
+        value: seconds, or a timedelta.
+
+    Raises:
+        ArgumentError: it is no positive duration.
+    """
+    try:
+        result = value.total_seconds() if isinstance(value, timedelta) else float(value)
+    except (TypeError, ValueError):
+        result = 0.0
+    if not result > 0:
+        raise ArgumentError(f"{name} is {value!r}; it must be a positive number of seconds or timedelta")
+    return result

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import allstep
-from allstep.world.early_signals import Notices
+from allstep.world.early_signals import EarlySignals
 from tests.jobs.running import run
 
 SCRIPT = """
@@ -49,7 +49,7 @@ def test_a_notice_ends_a_process_only_before_init_and_after_the_world(
 def test_the_handler_is_there_while_the_world_is_open_and_when_it_fails_to_open_it_is_not() -> None:
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     with allstep.init():
-        assert isinstance(signal.getsignal(signal.SIGUSR1), Notices)
+        assert isinstance(signal.getsignal(signal.SIGUSR1), EarlySignals)
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     with pytest.raises(allstep.AllstepError):
         allstep.init(device="nowhere")

@@ -15,6 +15,7 @@ import allstep
 from allstep.coordination import Alone
 from allstep.errors import CollectiveError, WorldError
 from allstep.placement import Placement
+from allstep.world import internals
 
 
 def test_a_world_of_one_has_no_process_group(one):
@@ -28,7 +29,7 @@ def test_it_is_rank_zero_of_one(one):
     place = (one.rank, one.world_size, one.local_rank, one.local_world_size, one.node_rank, one.is_main)
     assert place == (0, 1, 0, 1, 0, True)
     assert one.device == torch.device("cpu")
-    assert isinstance(one.coordinator, Alone)
+    assert isinstance(internals(one).coordinator, Alone)
     assert one.placement.launcher == "alone"
 
 
@@ -163,6 +164,17 @@ def test_closing_an_old_world_again_leaves_the_new_one_current(bare_environment)
     with allstep.init(device="cpu") as new:
         old.close()
         assert allstep.World.current() is new
+
+
+def test_a_world_shows_only_what_a_script_uses():
+    place = {"rank", "world_size", "local_rank", "local_world_size", "node_rank", "is_main"}
+    attributes = {"placement", "device", "backend", "seed"}
+    models_and_data = {"wrap", "unwrap", "to_device", "loader"}
+    collectives = {"all_reduce", "all_gather", "broadcast", "gather_objects", "barrier", "main_first"}
+    other = {"current", "section", "print", "seed_everything", "close"}
+    with allstep.init(device="cpu") as world:
+        shown = {name for name in dir(world) if not name.startswith("_")}
+    assert shown == place | attributes | models_and_data | collectives | other
 
 
 USES = {

@@ -17,8 +17,8 @@ from allstep.errors import WorldError
 from allstep.monitor.service import AllArrived
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.testing import run_ranks
-from allstep.world import World
-from tests.world.service import Served, serving
+from allstep.world import World, internals
+from tests.world.monitor_service import Served, serving
 
 T = TypeVar("T")
 
@@ -132,7 +132,7 @@ def one_is_slow(world: World) -> list[str]:
     seen = []
 
     def look(engine: Engine) -> None:
-        seen.append(world.pulse.waiting)
+        seen.append(internals(world).activity.waiting)
 
     if world.rank == 1:
         time.sleep(2.5)  # rank 0 has beaten meanwhile
@@ -150,7 +150,7 @@ def test_the_service_hears_in_which_meeting_and_at_which_line_a_rank_waits():
         assert run_at(served, one_is_slow, 2) == [["", ""]] * 2
         waits = {beat.waiting for beat in served.beats[0].values()}
     line = one_is_slow.__code__.co_firstlineno + 8
-    assert f"barrier #1 at test_service.py:{line}" in waits
+    assert f"barrier #1 at test_monitor_link.py:{line}" in waits
 
 
 def votes_late(world: World) -> None:
@@ -186,7 +186,7 @@ def one_sleeps_in_its_step(world: World) -> tuple[float, float, str]:
     began = time.monotonic()
     trainer.run([torch.randn(4, 16) for _ in range(30)])
     wall = (time.monotonic() - began) / 30
-    beat = world.pulse.beat(world.rank, 0, 1)
+    beat = internals(world).activity.beat(world.rank, 0, 1)
     return beat.own_step, wall, beat.waiting
 
 
@@ -203,10 +203,10 @@ def test_the_wait_for_gradients_is_not_a_ranks_own_time():
 def watched_alone(world: World) -> tuple[bool, bool]:
     world.close()
     with allstep.init() as with_service:
-        watched = with_service.client is not None
+        watched = internals(with_service).reporter is not None
     del os.environ["ALLSTEP_CHANNEL"]
     with allstep.init() as without:
-        return watched, without.client is None
+        return watched, internals(without).reporter is None
 
 
 def test_a_world_of_one_is_watched_by_the_supervisor_that_started_it_and_else_by_nobody():
@@ -220,7 +220,7 @@ def sidecar_in_a_row(world: World) -> list[bool]:
     seen = []
     for _ in range(3):
         world.all_reduce(1)
-        seen.append(world.client is not None)
+        seen.append(internals(world).reporter is not None)
         world.close()
         world = allstep.init()
     world.close()

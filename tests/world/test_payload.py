@@ -11,15 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.world.payload import HEADER_LENGTH, Kind, decode, encode, encode_object, from_header, refusal
+from allstep.world.payload import HEADER_LENGTH, PayloadKind, decode, encode, encode_object, from_header, refusal
 
 CPU = torch.device("cpu")
 
 
-def travelled(part):
-    header = part.header()
+def travelled(payload):
+    header = payload.header()
     assert len(header) == HEADER_LENGTH
-    padded = torch.cat([part.payload, torch.full((5,), 255, dtype=torch.uint8)])
+    padded = torch.cat([payload.data, torch.full((5,), 255, dtype=torch.uint8)])
     return from_header(header, padded)
 
 
@@ -77,7 +77,7 @@ def test_objects_arrive():
 
 
 @pytest.mark.parametrize(
-    ("part", "reason"),
+    ("payload", "reason"),
     [
         (encode(2**63), "9223372036854775808, which does not fit into 64 bits"),
         (encode("text"), "a str; use gather_objects"),
@@ -86,7 +86,7 @@ def test_objects_arrive():
         (encode_object(lambda: None), "a function that cannot be pickled"),
     ],
 )
-def test_what_cannot_travel_says_why(part, reason):
-    arrived = travelled(part)
-    assert arrived.kind is Kind.REFUSED
+def test_what_cannot_travel_says_why(payload, reason):
+    arrived = travelled(payload)
+    assert arrived.kind is PayloadKind.REFUSED
     assert reason in refusal(arrived)

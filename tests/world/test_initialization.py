@@ -14,7 +14,7 @@ import allstep
 from allstep.errors import WorldError
 from allstep.testing import RanksError, run_ranks
 from allstep.world.store import poll
-from tests.world.test_main_first import take_turns
+from tests.world.test_world_main_first import take_turns
 
 PLACE = re.compile("RANK|WORLD_SIZE|MASTER|TORCHELASTIC|ALLSTEP|GROUP|ROLE|LOCAL")
 
