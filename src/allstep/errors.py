@@ -27,7 +27,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | CheckpointError | a checkpoint cannot be saved, found, read or removed | RuntimeError |
 | DamagedCheckpointError | a checkpoint does not hold what it says it holds | CheckpointError |
 | NewerCheckpointError | a checkpoint has a later format than this version reads | DamagedCheckpointError |
-| UnkeepableError | state to be saved holds a value that a checkpoint cannot keep | CheckpointError, TypeError |
+| UnsupportedStateError | state to be saved holds a value that a checkpoint cannot keep | CheckpointError, TypeError |
 | RanksError | a rank of `allstep.testing.run_ranks` failed | RuntimeError |
 | SimulationError | simulated ranks do not act alike, or one of them raised | RuntimeError |
 | Preempted | a preempted run has saved its state and its process is to end with status 85; not an error | SystemExit |
@@ -158,7 +158,7 @@ class NewerCheckpointError(DamagedCheckpointError):
     """A checkpoint of a later format than this version reads; it may well be whole."""
 
 
-class UnkeepableError(CheckpointError, TypeError):
+class UnsupportedStateError(CheckpointError, TypeError):
     """State that was to be saved has a value that a checkpoint cannot keep; the message names its key and type."""
 
 

@@ -15,7 +15,7 @@ import pytest
 from allstep.checkpoint import Store, entries, verify
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World
-from tests.checkpoint.folders import Deadly, same, some_state
+from tests.checkpoint.storages import Deadly, same, some_state
 
 pytestmark = pytest.mark.slow
 

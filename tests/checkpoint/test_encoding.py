@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allstep.checkpoint.encoding import decode, encode
-from allstep.errors import DamagedCheckpointError, UnkeepableError
+from allstep.errors import DamagedCheckpointError, UnsupportedStateError
 
 leaves = (
     st.none()
@@ -114,7 +114,7 @@ def test_the_states_of_all_random_generators_come_back() -> None:
     assert torch.equal(back["torch"], torch.get_rng_state())
 
 
-def test_an_optimizers_state_keeps_its_integer_keys_and_the_keys_that_only_look_like_them_apart() -> None:
+def test_integer_keys_and_texts_that_look_like_them_stay_apart() -> None:
     state = {"state": {0: torch.ones(1), "0": torch.zeros(1), -1: torch.full((1,), 2.0)}}
     back = there_and_back(state)["state"]
     assert {key: tensor.item() for key, tensor in back.items()} == {0: 1.0, "0": 0.0, -1: 2.0}
@@ -175,15 +175,15 @@ class MadeOfTwo(torch.Tensor):
         ({"a": OSError()}, r"part\['a'\] is a OSError"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_with_its_key_and_type(value: Any, said: str) -> None:
-    with pytest.raises(UnkeepableError, match=said):
+def test_what_cannot_be_saved_is_refused_with_its_key_and_type(value: Any, said: str) -> None:
+    with pytest.raises(UnsupportedStateError, match=said):
         encode(value, "part")
 
 
 def test_a_value_that_holds_itself_is_refused() -> None:
     value: list[Any] = []
     value.append(value)
-    with pytest.raises(UnkeepableError, match="part is nested more than"):
+    with pytest.raises(UnsupportedStateError, match="part is nested more than"):
         encode(value, "part")
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from allstep import Engine
 from allstep.checkpoint import Checkpoint, Store, export, find_entry
-from allstep.errors import CheckpointError, DamagedCheckpointError
-from tests.checkpoint.folders import flip, same, some_state
+from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
+from tests.checkpoint.storages import flip, same, some_state
 
 
 @pytest.fixture
@@ -100,7 +100,6 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "only", "said"),
     [
-        ("x.bin", None, "safetensors or .pt"),
         ("x.pt", "modle", "it has extra, model"),
         ("x.safetensors", "trainer", ".pt"),
     ],
@@ -109,6 +108,12 @@ def test_what_cannot_be_exported_is_refused(file: str, only: str, said: str, fol
     with pytest.raises(CheckpointError, match=said):
         export(find_entry(str(folder), None), str(tmp_path / file), only)
     assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize(("file", "said"), [("x.bin", "safetensors or .pt"), ("no/x.pt", "there is no folder")])
+def test_a_path_that_cannot_be_exported_to_is_refused(file: str, said: str, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        export(find_entry(str(folder), None), str(tmp_path / file))
 
 
 def test_a_damaged_checkpoint_is_not_exported(folder: Path, tmp_path: Path) -> None:

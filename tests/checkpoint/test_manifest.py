@@ -1,4 +1,4 @@
-"""A manifest is believed only when every byte of it is as it was written and every field is of its kind."""
+"""A manifest is believed only when every byte of it is as it was written; names are read back."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from allstep.checkpoint.manifest import FileRecord, Manifest, read_manifest, write_manifest
-from allstep.checkpoint.storage import ALGORITHM, Hashed, hash_bytes
+from allstep.checkpoint.manifest import (
+    CheckpointName,
+    FileRecord,
+    Manifest,
+    is_temporary,
+    next_order,
+    read_manifest,
+    read_name,
+    write_manifest,
+)
+from allstep.checkpoint.storage import HASH_ALGORITHM, hash_bytes
 from allstep.errors import DamagedCheckpointError
 
 MANIFEST = Manifest(
@@ -29,7 +38,7 @@ def forged(**changes: Any) -> bytes:
     """A manifest with other fields, and the hash that belongs to them."""
     body = json.loads(write_manifest(MANIFEST))["manifest"] | changes
     text = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-    return json.dumps({"manifest": body, ALGORITHM: hash_bytes(text)}).encode()
+    return json.dumps({"manifest": body, HASH_ALGORITHM: hash_bytes(text)}).encode()
 
 
 def test_what_is_written_is_read() -> None:
@@ -95,8 +104,20 @@ def test_text_of_no_manifest_is_refused() -> None:
             read_manifest(text)
 
 
-def test_bytes_that_are_passed_on_in_blocks_have_the_hash_of_the_whole() -> None:
-    data = bytes(range(256)) * 50_000
-    hashed = Hashed()
-    assert b"".join(map(bytes, hashed.blocks(data[:1000], data[1000:]))) == data
-    assert (hashed.size, hashed.hexdigest) == (len(data), hash_bytes(data))
+def test_names_are_read_back_and_others_are_left_alone() -> None:
+    name = CheckpointName(7, 1234)
+    assert read_name(str(name)) == name
+    assert is_temporary(name.temporary("0af"))
+    for other in (name.temporary("0af"), "save-7-step-1", "save-0000007-step-1", "models", "save-000007-step-1.bak"):
+        assert read_name(other) is None
+    assert not is_temporary(str(name))
+    assert not is_temporary("tmp-of-mine")
+
+
+def test_an_order_is_never_given_twice() -> None:
+    assert next_order([]) == 1
+    assert next_order(["save-000002-step-50", "tmp-save-000009-step-5-0af", "other"]) == 10
+
+
+def test_the_newest_is_the_last_saved_and_not_the_one_of_the_highest_step() -> None:
+    assert max(CheckpointName(1, 1000), CheckpointName(2, 600)) == CheckpointName(2, 600)

@@ -6,23 +6,24 @@ from datetime import timedelta
 
 import pytest
 
-from allstep.checkpoint.schedule import Schedule, Times, read_every
+from allstep.checkpoint.schedule import SaveTimes, Schedule, read_every
 from allstep.coordination import Alone
+from allstep.errors import ArgumentError
 from allstep.testing import SimulatedRank, simulate
 
 
 @pytest.mark.parametrize(
     ("every", "times"),
     [
-        (None, Times()),
-        (500, Times(iterations=500)),
-        ("500 iterations", Times(iterations=500)),
-        ("epoch", Times(epochs=1)),
-        ("2 epochs", Times(epochs=2)),
-        ("10 minutes", Times(seconds=600)),
-        ("1.5 hours", Times(seconds=5400)),
-        (timedelta(seconds=5), Times(seconds=5)),
-        (("epoch", 100, "1 minute"), Times(100, 1, 60)),
+        (None, SaveTimes()),
+        (500, SaveTimes(iterations=500)),
+        ("500 iterations", SaveTimes(iterations=500)),
+        ("epoch", SaveTimes(epochs=1)),
+        ("2 epochs", SaveTimes(epochs=2)),
+        ("10 minutes", SaveTimes(seconds=600)),
+        ("1.5 hours", SaveTimes(seconds=5400)),
+        (timedelta(seconds=5), SaveTimes(seconds=5)),
+        (("epoch", 100, "1 minute"), SaveTimes(100, 1, 60)),
     ],
 )
 def test_every_is_read(every, times):
@@ -33,12 +34,12 @@ def test_every_is_read(every, times):
     "every", [0, -1, True, "", "often", "0 minutes", "1.5 epochs", timedelta(0), 2.5, ("epoch", 0)]
 )
 def test_what_cannot_be_meant_is_an_error(every):
-    with pytest.raises(ValueError, match="every is"):
+    with pytest.raises(ArgumentError, match="every is"):
         read_every(every)
 
 
 def test_iterations_are_due_at_the_first_group_after_each_multiple():
-    schedule, due = Schedule(Times(iterations=5), Alone(), 0), []
+    schedule, due = Schedule(SaveTimes(iterations=5), Alone(), 0), []
     for iteration in range(3, 30, 3):
         if schedule.iteration_is_due(iteration):
             due.append(iteration)
@@ -47,18 +48,18 @@ def test_iterations_are_due_at_the_first_group_after_each_multiple():
 
 
 def test_a_resumed_run_counts_on():
-    assert not Schedule(Times(iterations=5), Alone(), 7).iteration_is_due(9)
-    assert Schedule(Times(iterations=5), Alone(), 7).iteration_is_due(10)
+    assert not Schedule(SaveTimes(iterations=5), Alone(), 7).iteration_is_due(9)
+    assert Schedule(SaveTimes(iterations=5), Alone(), 7).iteration_is_due(10)
 
 
 def test_epochs_are_due():
-    schedule = Schedule(Times(epochs=2), Alone(), 0)
+    schedule = Schedule(SaveTimes(epochs=2), Alone(), 0)
     assert [schedule.epoch_is_due(epoch, 10 * epoch) for epoch in range(1, 5)] == [False, True, False, True]
 
 
 def due_by_its_clock(coordinator: SimulatedRank, paces: list[float]) -> tuple[list[int], int]:
     now = 0.0
-    schedule, due = Schedule(Times(seconds=60), coordinator, 0, clock=lambda: now), []
+    schedule, due = Schedule(SaveTimes(seconds=60), coordinator, 0, clock=lambda: now), []
     for iteration in range(1, 2001):
         now += paces[coordinator.rank]
         if schedule.iteration_is_due(iteration):

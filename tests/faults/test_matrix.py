@@ -26,17 +26,17 @@ ELSEWHERE: dict[int, list[str]] = {
         f"{FAULTS}test_divergence.py::test_an_engine_that_runs_on_one_rank_only_is_named_with_the_remedy",
     ],
     38: [
-        f"{CHECKPOINT}test_store.py::test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before",
-        f"{CHECKPOINT}test_store_ranks.py::test_a_rank_that_cannot_write_fails_the_save_on_all_and_the_checkpoint_before",
+        f"{CHECKPOINT}test_commit.py::test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before",
+        f"{CHECKPOINT}test_commit_ranks.py::test_a_rank_that_cannot_write_fails_the_save_on_all",
     ],
     39: [
         f"{CHECKPOINT}test_crash.py::test_killed_among_two_ranks_the_newest_committed_checkpoint_is_whole",
-        f"{CHECKPOINT}test_store_ranks.py::test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before",
+        f"{CHECKPOINT}test_commit_ranks.py::test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before",
     ],
-    40: [f"{CHECKPOINT}test_store.py::test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used"],
+    40: [f"{CHECKPOINT}test_selection.py::test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_used"],
     41: [
-        f"{CHECKPOINT}test_store_ranks.py::test_a_file_or_folder_that_appears_late_on_one_rank_is_waited_for",
-        f"{CHECKPOINT}test_store_ranks.py::test_a_file_that_one_rank_never_sees_leads_all_to_the_checkpoint_before",
+        f"{CHECKPOINT}test_selection_ranks.py::test_a_file_or_folder_that_appears_late_on_one_rank_is_waited_for",
+        f"{CHECKPOINT}test_selection_ranks.py::test_a_file_that_one_rank_never_sees_leads_all_to_the_one_before",
     ],
     42: [f"{FAULTS}test_world_sizes.py::test_global_batches_are_those_of_the_unbroken_run"],
     43: [f"{FAULTS}test_saving_meanwhile.py::test_one_save_is_under_way_and_training_goes_on_to_the_same_end"],

@@ -1,6 +1,16 @@
-"""Checkpoints: how they are written, committed, kept, chosen, verified and read.
+"""Checkpoints: what is saved of a run, how it is written, committed, verified, chosen, removed and read.
 
-Names are imported when first used: listing and verifying a folder needs no torch.
+From a training script down to the disk: `checkpoint` (what attaches to an engine) asks `schedule` when, `objects` and
+`rng` what; `store` takes a `snapshot` (`encoding`, `sharding`, `safetensors_file`) and has `commit` write it through
+`storage`. On the way back `selection` chooses, `reading` reads. `manifest` and `catalog` say what is in a folder.
+`torch_private` holds the names that torch does not promise to keep.
+
+Not here: where an engine stands and how it goes on (`allstep.engine`), what metrics save of themselves
+(`allstep.metrics`), and the command line (`allstep.cli`).
+
+Training scripts use `allstep.Checkpoint`. `Store` and `PendingSave` are for loops without an engine; `entries`,
+`find_entry`, `verify`, `remove` and `export` are for looking at a folder. Names are imported when first used: listing
+and verifying a folder needs no torch.
 """
 
 from __future__ import annotations
@@ -15,16 +25,16 @@ if TYPE_CHECKING:
     from allstep.checkpoint.manifest import Manifest
     from allstep.checkpoint.objects import PerRank
     from allstep.checkpoint.selection import Found
-    from allstep.checkpoint.store import Loaded, Pending, Store
+    from allstep.checkpoint.store import Loaded, PendingSave, Store
 
 _HOMES = {
     "Checkpoint": "checkpoint",
     "Entry": "catalog",
     "Found": "selection",
     "Loaded": "store",
-    "PerRank": "objects",
     "Manifest": "manifest",
-    "Pending": "store",
+    "PendingSave": "store",
+    "PerRank": "objects",
     "Store": "store",
     "entries": "catalog",
     "export": "exporting",
@@ -39,7 +49,7 @@ __all__ = [
     "Found",
     "Loaded",
     "Manifest",
-    "Pending",
+    "PendingSave",
     "PerRank",
     "Store",
     "entries",

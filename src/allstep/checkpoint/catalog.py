@@ -1,51 +1,53 @@
-"""What lies in a folder of checkpoints, as a person or the command line asks for it.
+"""What is in a folder of checkpoints: listing, verification, quarantine, retention and removal.
 
-Contract: for any process at any time, while a run writes there too; imports no torch. Nothing is changed but by
-`remove`.
+Contract: for any process at any time, while a run writes there too. The command line uses it, so it imports no torch.
+Only `remove`, `remove_checkpoint`, `remove_unfinished`, `remove_expendable` and `quarantine` change anything.
 
-Removing checkpoints and what dead attempts left.
+Verification compares a checkpoint with its manifest. "size" looks at the list of files; "full" reads every file and
+compares hashes. A file that was read and is wrong is damage. A file that cannot be read, as while a server is away, may
+be whole, and is reported apart.
 
-Contract: a checkpoint whose removal was cut short is none any more, and is swept away at the next start: it is renamed
-to an unfinished save first or, where there is no rename, loses its manifest first. A folder of checkpoints belongs to
-one run at a time: `sweep` takes every save that is not committed for dead. Where there is rename, a checkpoint without
-a manifest has lost it by no doing of allstep's, and is not dead but damaged.
-
-Whether a checkpoint is whole: its manifest read, and its files compared with what that says.
-
-Contract: nothing is changed here. `size` looks at the list of files, `full` reads them all and compares hashes. What
-was read and is wrong is damage; what cannot be read, as while a server is away, may be whole, and is told apart.
+A removal that is cut short never leaves half a checkpoint: the folder is renamed to an unfinished save first or, where
+there is no rename, loses its manifest first. The next start removes the rest. A folder of checkpoints belongs to one
+run at a time, so `remove_unfinished` takes every save that is not committed for one whose process has ended. Where
+there is rename, a checkpoint without its manifest was committed once, so it counts as damaged and not as unfinished.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from allstep.checkpoint.manifest import (
     LARGEST_MANIFEST,
     MANIFEST,
-    SET_ASIDE,
+    QUARANTINE,
+    CheckpointName,
     Manifest,
-    Name,
     is_temporary,
     read_manifest,
     read_name,
 )
 from allstep.checkpoint.storage import Storage, hash_file, open_storage
-from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
+from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError, NewerCheckpointError
 
-State = Literal["whole", "damaged", "set aside", "unfinished", "unreadable", "later format"]
+EntryState = Literal["whole", "damaged", "quarantined", "unfinished", "unreadable", "later format"]
+Verify = Literal["full", "size"]
+KeepBest = tuple[int, str, Literal["max", "min"]]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A checkpoint, or what a save left.
+    """A checkpoint, or what an unfinished save left.
 
     Attributes:
         folder: where all checkpoints of the run are.
         name: of this one's folder.
-        state: "whole" by the sizes of its files; "set aside" by a run that found it damaged; "unfinished" while it is
+        state: "whole" by the sizes of its files; "quarantined" by a run that found it damaged; "unfinished" while it is
             being written, or for ever; "unreadable" now, be it whole or not; of a "later format" than this version's.
         manifest: where it can be read.
         problems: why it is not whole.
@@ -53,7 +55,7 @@ class Entry:
 
     folder: str
     name: str
-    state: State
+    state: EntryState
     manifest: Manifest | None = None
     problems: list[str] = field(default_factory=list)
 
@@ -69,18 +71,8 @@ def entries(folder: str) -> list[Entry]:
         names = [name for name in storage.folders() if read_name(name) or is_temporary(name)]
     except Exception as error:  # file systems behind fsspec have errors of their own
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    names.sort(key=lambda name: (is_temporary(name), read_name(name) or Name(0, 0)))
+    names.sort(key=lambda name: (is_temporary(name), read_name(name) or CheckpointName(0, 0)))
     return [_entry(storage, name) for name in names]
-
-
-def verify(entry: Entry, how: Verify = "full") -> list[str]:
-    """Everything that is wrong with a checkpoint; nothing where it is whole."""
-    return examine(open_storage(entry.folder), entry.name, how)
-
-
-def remove(entry: Entry) -> None:
-    """Remove a checkpoint, or what a save left."""
-    remove_checkpoint(open_storage(entry.folder), entry.name)
 
 
 def find_entry(folder: str, name: str | None) -> Entry:
@@ -99,18 +91,14 @@ def find_entry(folder: str, name: str | None) -> Entry:
     raise CheckpointError(f"{folder} has no checkpoint {name}; there is {there}")
 
 
-def committed(storage: Storage) -> list[tuple[Name, Manifest]]:
-    """All checkpoints whose manifest can be read and that are not set aside, the oldest first."""
-    found = []
-    for folder in storage.folders():
-        name = read_name(folder)
-        if name is None or SET_ASIDE in storage.files(folder):
-            continue
-        try:
-            found.append((name, load_manifest(storage, folder)))
-        except CheckpointError:
-            continue
-    return sorted(found, key=lambda entry: entry[0])
+def verify(entry: Entry, how: Verify = "full") -> list[str]:
+    """Everything that is wrong with a checkpoint; nothing where it is whole."""
+    return find_problems(open_storage(entry.folder), entry.name, how)
+
+
+def remove(entry: Entry) -> None:
+    """Remove a checkpoint, or what an unfinished save left."""
+    remove_checkpoint(open_storage(entry.folder), entry.name)
 
 
 def _entry(storage: Storage, name: str) -> Entry:
@@ -125,58 +113,23 @@ def _entry(storage: Storage, name: str) -> Entry:
 
 
 def _read_entry(storage: Storage, name: str) -> Entry:
-    if is_dead(storage, name):
+    if is_unfinished(storage, name):
         return Entry(storage.root, name, "unfinished", problems=["the save was never finished"])
     manifest = load_manifest(storage, name)
-    if SET_ASIDE in storage.files(name):
-        return Entry(storage.root, name, "set aside", manifest, [f"a run found it damaged; {SET_ASIDE} says why"])
+    if QUARANTINE in storage.files(name):
+        return Entry(storage.root, name, "quarantined", manifest, [f"a run found it damaged; {QUARANTINE} says why"])
     problems = wrong_sizes(storage, name, manifest)
     return Entry(storage.root, name, "damaged" if problems else "whole", manifest, problems)
 
 
-_TOKEN = "dead"
-
-
-def remove_checkpoint(storage: Storage, folder: str) -> None:
-    """Remove a checkpoint, committed or not."""
-    name = read_name(folder)
-    if not storage.has_rename:
-        storage.remove_file(folder, MANIFEST)
-    elif name is not None:
-        storage.rename(folder, name.temporary(_TOKEN))
-        folder = name.temporary(_TOKEN)
-    storage.remove(folder)
-
-
-def sweep(storage: Storage) -> dict[str, str | None]:
-    """Remove the folders of saves that were never committed; their names, with the reason where one could not be."""
-    swept: dict[str, str | None] = {}
-    for folder in storage.folders():
-        if not is_dead(storage, folder):
-            continue
-        try:
-            storage.remove(folder)
-            swept[folder] = None
-        except Exception as error:  # file systems behind fsspec have errors of their own
-            swept[folder] = f"{type(error).__name__}: {error}"
-    return swept
-
-
-def is_dead(storage: Storage, folder: str) -> bool:
-    """Whether a folder is a save's that was never committed, or what is left of a checkpoint that was removed."""
-    if is_temporary(folder):
-        return True
-    return not storage.has_rename and read_name(folder) is not None and MANIFEST not in storage.files(folder)
-
-
-Verify = Literal["full", "size"]
+# Verification
 
 
 def load_manifest(storage: Storage, folder: str) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        DamagedCheckpointError: there is none, or it is none by what it holds.
+        DamagedCheckpointError: there is none, or its contents are no manifest.
         CheckpointError: it cannot be read.
     """
     try:
@@ -194,7 +147,7 @@ def load_manifest(storage: Storage, folder: str) -> Manifest:
 
 
 def wrong_sizes(storage: Storage, folder: str, manifest: Manifest) -> list[str]:
-    """What is wrong with the list of files."""
+    """Files that are missing or have another size than the manifest says."""
     present = storage.files(folder)
     problems = []
     for name, record in manifest.files.items():
@@ -208,12 +161,12 @@ def wrong_sizes(storage: Storage, folder: str, manifest: Manifest) -> list[str]:
 def wrong_hashes(
     storage: Storage, folder: str, manifest: Manifest, names: Iterable[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """What is wrong with the contents of the named files of a checkpoint, and, by name, why some cannot be read."""
+    """Which of the named files have changed, and, by name, why some cannot be read."""
     problems, unread = [], {}
     for name in names:
         try:
             with storage.open(folder, name) as file:
-                _, digest = hash_file(file)
+                digest = hash_file(file)
         except Exception as error:
             unread[name] = f"{name} cannot be read: {error}"
             continue
@@ -222,14 +175,129 @@ def wrong_hashes(
     return problems, unread
 
 
-def examine(storage: Storage, folder: str, verify: Verify) -> list[str]:
+def find_problems(storage: Storage, folder: str, how: Verify) -> list[str]:
     """Everything that is wrong with a checkpoint, or keeps it from being read."""
     try:
         manifest = load_manifest(storage, folder)
     except CheckpointError as error:
         return [str(error)]
     problems = wrong_sizes(storage, folder, manifest)
-    if problems or verify == "size":
+    if problems or how == "size":
         return problems
     wrong, unread = wrong_hashes(storage, folder, manifest, manifest.files)
     return [*wrong, *unread.values()]
+
+
+def quarantine(storage: Storage, folder: str, problem: str) -> None:
+    """Mark a checkpoint as damaged, with the reason, so that no run considers it again."""
+    note = json.dumps({"problem": problem, "found": time.time()}).encode()
+    storage.write(folder, QUARANTINE, [note])
+
+
+# Retention
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """How many checkpoints stay: the newest, and the best by a metric. `keep_last=None` keeps all.
+
+    Raises:
+        ArgumentError: a number is less than 1, or `keep_best` is not (count, name of a metric, "max" or "min").
+    """
+
+    keep_last: int | None = 3
+    keep_best: KeepBest | None = None
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and not _is_count(self.keep_last):
+            raise ArgumentError(f"keep_last is {self.keep_last!r}; it must be 1 or more, or None to keep all")
+        if self.keep_best is not None and not _is_keep_best(self.keep_best):
+            raise ArgumentError(
+                f'keep_best is {self.keep_best!r}; give (1 or more, the name of a metric, "max" or "min")'
+            )
+
+    def expendable(self, committed: Sequence[tuple[CheckpointName, Manifest]]) -> list[CheckpointName]:
+        """Those to remove, oldest first. A missing or NaN metric is never among the best; a tie goes to the older."""
+        if self.keep_last is None:
+            return []
+        ordered = sorted(committed, key=lambda entry: entry[0])
+        kept = {name for name, _ in ordered[-self.keep_last :]}
+        if self.keep_best is not None:
+            count, metric, direction = self.keep_best
+            sign = 1 if direction == "max" else -1
+            # From the newest to the oldest: the sort is stable, so of equal ones the oldest comes last and stays.
+            rated = [
+                (sign * manifest.metrics[metric], name)
+                for name, manifest in reversed(ordered)
+                if not math.isnan(manifest.metrics.get(metric, math.nan))
+            ]
+            kept.update(name for _, name in sorted(rated, key=lambda entry: entry[0])[-count:])
+        return [name for name, _ in ordered if name not in kept]
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_keep_best(value: object) -> bool:
+    if not isinstance(value, Sequence) or len(value) != 3:
+        return False
+    count, metric, direction = value
+    return _is_count(count) and isinstance(metric, str) and direction in ("max", "min")
+
+
+def remove_expendable(storage: Storage, retention: Retention) -> None:
+    """Remove the checkpoints that retention does not keep. Asked after a commit and at no other time."""
+    for name in retention.expendable(_committed(storage)):
+        remove_checkpoint(storage, str(name))
+
+
+def _committed(storage: Storage) -> list[tuple[CheckpointName, Manifest]]:
+    """All checkpoints whose manifest can be read and that are not quarantined."""
+    found = []
+    for folder in storage.folders():
+        name = read_name(folder)
+        if name is None or QUARANTINE in storage.files(folder):
+            continue
+        try:
+            found.append((name, load_manifest(storage, folder)))
+        except CheckpointError:
+            continue  # one that may be whole another time is neither counted nor removed
+    return found
+
+
+# Removal
+
+_REMOVED_TOKEN = "dead"  # hexadecimal, as `CheckpointName.temporary` asks
+
+
+def remove_checkpoint(storage: Storage, folder: str) -> None:
+    """Remove a checkpoint, committed or not."""
+    name = read_name(folder)
+    if not storage.has_rename:
+        storage.remove_file(folder, MANIFEST)
+    elif name is not None:
+        storage.rename(folder, name.temporary(_REMOVED_TOKEN))
+        folder = name.temporary(_REMOVED_TOKEN)
+    storage.remove_folder(folder)
+
+
+def remove_unfinished(storage: Storage) -> dict[str, str | None]:
+    """Remove the folders of saves that were never committed; their names, with the reason where one could not be."""
+    removed: dict[str, str | None] = {}
+    for folder in storage.folders():
+        if not is_unfinished(storage, folder):
+            continue
+        try:
+            storage.remove_folder(folder)
+            removed[folder] = None
+        except Exception as error:  # file systems behind fsspec have errors of their own
+            removed[folder] = f"{type(error).__name__}: {error}"
+    return removed
+
+
+def is_unfinished(storage: Storage, folder: str) -> bool:
+    """Whether a folder is of a save that was never committed, or is left of a checkpoint that was removed."""
+    if is_temporary(folder):
+        return True
+    return not storage.has_rename and read_name(folder) is not None and MANIFEST not in storage.files(folder)

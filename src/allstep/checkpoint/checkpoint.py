@@ -1,24 +1,20 @@
 """`Checkpoint`: saves everything that a run needs to go on, and brings it back.
 
-Contract: every rank makes one with the same objects and attaches it to the engine that trains; `resume`, before the
-run, finds the newest whole checkpoint, or the one it is told to, and loads it into the objects. During the run it saves
-on the boundaries of accumulation groups only, after all other handlers of the same event: when one is due, when the run
-is terminated, preemption included, and at its end. A run that was terminated as failed is not saved. What decides that
-one is due is the same on every rank. Saving copies the state and goes on training; the store writes in the background.
-An exception saves nothing, but a save under way is given a moment to end before the exception goes on: other ranks,
-which are waiting for this one somewhere, still take part in it.
+Contract: every rank makes one with the same objects and attaches it to the engine that trains. `resume`, before the
+run, finds the newest whole checkpoint, or the one that was asked for, and loads it into the objects. What is decided
+here is decided alike on every rank. All methods are called from the main thread.
 
-The random generators are put back last, when the resumed run begins, so that what is done between `resume` and the run
-does not count; inside an epoch they are put back once more when its first batch is about to be taken, so that nothing
-that begins a pass counts twice.
+When a run saves: on the last iteration of an accumulation group only, after all other handlers of the same event. It
+saves when a checkpoint is due, when the run is terminated, preemption included, and at its end. A run that was
+terminated as failed is not saved there. An exception saves nothing, but a save under way is given a moment to end
+before the exception goes on, since other ranks still take part in it.
 
-What a `Checkpoint` asks of the World that is open, if any: without one it is alone.
+How a save goes: `collect_states` asks the objects for their states, the store copies them, and training goes on while a
+thread writes. Nothing below calls back into a `Checkpoint`.
 
-Contract: called from the main thread; `as_rank_0_says` on every rank at the same point.
-
-The numbers that a checkpoint is rated by, out of an engine's metrics, and back.
-
-Contract: pure functions, asked by `Checkpoint`. Metrics are numbers of any library; everything else is left out.
+The random generators are put back last, when the resumed run begins, so that what is drawn between `resume` and the run
+does not count. Inside an epoch they are put back once more before its first batch is taken, so that what begins a pass
+over the data does not count twice.
 """
 
 from __future__ import annotations
@@ -27,37 +23,64 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from allstep.checkpoint import rng
-from allstep.checkpoint.catalog import Verify
-from allstep.checkpoint.objects import Kept, collect, kept_objects
-from allstep.checkpoint.schedule import Every, Schedule, asked_for, launches_of, overruled, read_every, restarts_of
-from allstep.checkpoint.selection import Found, KeepBest
+from allstep.checkpoint.catalog import KeepBest, Verify
+from allstep.checkpoint.objects import ObjectAdapter, adapters_for, collect_states
+from allstep.checkpoint.schedule import SaveEvery, Schedule, read_every
+from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
 from allstep.checkpoint.store import Busy, Loaded, Store
 from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
-from allstep.errors import CheckpointError
+from allstep.errors import ArgumentError, CheckpointError
 from allstep.world import World
+
+T = TypeVar("T")
 
 log = logging.getLogger("allstep.checkpoint")
 
-_AT_EXCEPTION_S = 5.0
+AT_EXCEPTION_S = 5.0
+"""Seconds for which an exception waits for a save under way."""
+
 _OWN_FACTS = frozenset({"epoch", "iteration", "stop_reason", "seed", "launches"})
 
 
 @dataclass(slots=True)
-class _Run:
-    """The latest run of an attached engine: when a save is due, and where the last one that was begun was taken."""
+class _RunSaves:
+    """The saves of an attached engine's latest run.
+
+    Attributes:
+        schedule: when the next is due.
+        handles: of the handlers that the run was given.
+        saved_at: where the last one that was begun was taken; see `_place`.
+        lacks_rating: whether that one was left unrated though there were metrics.
+    """
 
     schedule: Schedule
     handles: list[RemovableEventHandle]
     saved_at: tuple[int, int, str | None] | None = None
     lacks_rating: bool = False
+
+
+@dataclass(slots=True)
+class _Resumption:
+    """What `resume` leaves to be done when the run begins.
+
+    Attributes:
+        restore_generators: puts this rank's random generators back.
+        inside_epoch: whether an engine goes on inside an epoch, so that it is done again before the first batch.
+        handles: of the handlers that do so.
+    """
+
+    restore_generators: Callable[[], None]
+    inside_epoch: bool
+    handles: list[RemovableEventHandle] = field(default_factory=list)
 
 
 class Checkpoint:
@@ -79,8 +102,10 @@ class Checkpoint:
         verify, strict, busy: see `Store`.
 
     Raises:
-        CheckpointError: an object has no state, the folder cannot be used, or a fact has a name that is taken.
-        ValueError: `every` cannot be meant.
+        ArgumentError: `every`, keep_last, keep_best, verify or busy has no such value, or a fact has a name that is
+            taken.
+        UnsupportedStateError: an object has no state that can be saved.
+        CheckpointError: the folder cannot be used.
     """
 
     def __init__(
@@ -88,7 +113,7 @@ class Checkpoint:
         folder: str | os.PathLike[str] | Store,
         objects: Mapping[str, Any],
         *,
-        every: Every | Sequence[Every] | None = "epoch",
+        every: SaveEvery | Sequence[SaveEvery] | None = "epoch",
         keep_last: int | None = 3,
         keep_best: KeepBest | None = None,
         metrics: Callable[[Engine], Mapping[str, Any]] | None = None,
@@ -98,26 +123,24 @@ class Checkpoint:
         busy: Busy = "wait",
     ) -> None:
         if taken := sorted(_OWN_FACTS & dict(facts or {}).keys()):
-            raise CheckpointError(
+            raise ArgumentError(
                 f"facts has {', '.join(taken)}, which the checkpoint says of itself and resumes by; give your own "
                 "another name, such as config"
             )
         self._times = read_every(every)
         self.objects = dict(objects)
-        self._engines: list[Engine] = []
-        self._kept: dict[str, Kept] = kept_objects(self.objects)
         self.metrics = metrics
         self.facts = dict(facts or {})
+        self._engines: list[Engine] = []
+        self._adapters: dict[str, ObjectAdapter] = adapters_for(self.objects)
         if isinstance(folder, Store):
             self.store = folder
         else:
             self.store = Store(
                 os.fspath(folder), keep_last=keep_last, keep_best=keep_best, verify=verify, strict=strict, busy=busy
             )
-        self._runs: dict[Engine, _Run] = {}
-        self._inside: list[RemovableEventHandle] = []
-        self._generators: Callable[[], None] | None = None
-        self._resumed_inside = False
+        self._runs: dict[Engine, _RunSaves] = {}
+        self._resumption: _Resumption | None = None
         self._has_loaded_engines = False
 
     def attach(self, engine: Engine) -> Checkpoint:
@@ -132,7 +155,7 @@ class Checkpoint:
                 "attached to as those that train, others as evaluators that begin anew"
             )
         self._engines.append(engine)
-        self._kept = kept_objects(self.objects, self._engines)
+        self._adapters = adapters_for(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
         return self
 
@@ -152,14 +175,20 @@ class Checkpoint:
         Raises:
             CheckpointError: the path that was asked for has none, or objects are missing in it, on every rank.
         """
-        with section():
-            templates = {name: each for name, kept in self._kept.items() if (each := kept.template()) is not None}
-            resumed = self.store.resume(templates, lambda: self._find(os.fspath(at)))
+        script_at = os.fspath(at)
+        with _checkpoint_section():
+            overruled = overruled_resume(script_at, os.environ)
+            if overruled is not None and _rank() == 0:
+                log.warning("the script resumes from %r, so --resume %s has no effect", script_at, overruled)
+            asked, launches = _as_on_rank_zero((resume_from(script_at, os.environ), restarted_launches(os.environ)))
+            is_from_command_line = script_at == "auto" and asked != "auto"
+            templates = {name: each for name, of in self._adapters.items() if (each := of.template()) is not None}
+            resumed = self.store.resume(templates, asked, launches=launches if is_from_command_line else ())
             if resumed is None:
                 return None
             found, loaded = resumed
             self._load(loaded, partial=partial)
-        if current_rank() == 0:
+        if _rank() == 0:
             facts = loaded.manifest.facts
             log.warning(
                 "resumed from %s: iteration %d, epoch %s, saved by %d ranks",
@@ -167,101 +196,65 @@ class Checkpoint:
             )
         return loaded
 
-    def _find(self, at: str) -> Found | None:
-        """The checkpoint that rank 0 is told to go on from."""
-        ignored = overruled(at, os.environ)
-        if ignored is not None and current_rank() == 0:
-            log.warning("the script resumes from %r, so --resume %s has no effect", at, ignored)
-        chosen, restarts = as_rank_0_says((asked_for(at, os.environ), restarts_of(os.environ)))
-        if chosen != "auto" and at == "auto" and restarts:
-            found = self.store.choose("auto")
-            if found is not None and not set(restarts).isdisjoint(found.manifest.facts.get("launches", ())):
-                return found
-        return None if chosen == "none" else self.store.choose(chosen)
-
     def save(self, engine: Engine, *, wait: bool = False) -> None:
         """Save now, on every rank at the same point, between accumulation groups.
 
         Args:
             wait: return when it is committed.
         """
-        with section():
+        with _checkpoint_section():
             self._save(engine)
             if wait:
                 self.store.wait()
-
-    def _save(self, engine: Engine, *, is_run_over: bool = False) -> None:
-        place = engine.state_dict()
-        step = place["iteration"]
-        facts = {
-            "epoch": place["epochs_completed"],
-            "iteration": step,
-            "stop_reason": engine.state.stop_reason,
-            "seed": current_seed(),
-            "launches": launches_of(os.environ),
-            **self.facts,
-        }
-        found = collect(self._kept)
-        metrics, failure = self._metrics(engine)
-        is_rated = self.metrics is not None or is_run_over or not engine.extension.epoch_is_open
-        own = {"objects": found.of_rank, "generators": rng.capture(), "metrics": metrics}
-        pending = self.store.save(
-            step, found.common, own, metrics if is_rated else None, facts, refused=found.failure or failure
-        )
-        run = self._runs.get(engine)
-        if run is not None:
-            run.schedule.saved(engine.state.iteration)
-            if not pending.skipped:
-                run.saved_at, run.lacks_rating = _where(place), bool(metrics) and not is_rated
 
     def close(self) -> None:
         """Wait for the save under way."""
         self.store.close()
 
-    def _load(self, loaded: Loaded, *, partial: bool) -> None:
-        mine = [each.get("objects", {}) if isinstance(each, Mapping) else {} for each in loaded.per_rank]
-        known = loaded.state.keys() | (mine[0].keys() if mine else set())
-        missing = sorted(self._kept.keys() - known)
-        if missing and not partial:
-            raise CheckpointError(
-                f"the checkpoint lacks {', '.join(missing)}; it has {', '.join(sorted(known))}. Give what it was saved "
-                "with, or resume(partial=True) to leave them as they are"
-            )
-        rank, epoch = current_rank(), 0
-        metrics = metrics_of(loaded, rank)
-        for name, kept in self._kept.items():
-            if name in known:
-                kept.load(loaded.state.get(name), [each.get(name) for each in mine], rank)
-        for name, value in self.objects.items():
-            if isinstance(value, Engine):
-                self._has_loaded_engines |= name in known
-                epoch = max(epoch, value.state.epoch)
-                value.state.metrics = {**metrics, **value.state.metrics}
-        self._resumed_inside = any(
-            isinstance(value, Engine) and value.state.iteration > value.extension.epoch_began_at
-            for value in self.objects.values()
+    # Saving
+
+    def _save(self, engine: Engine, *, is_run_over: bool = False) -> None:
+        engine_state = engine.state_dict()
+        step = engine_state["iteration"]
+        facts = {
+            "epoch": engine_state["epochs_completed"],
+            "iteration": step,
+            "stop_reason": engine.state.stop_reason,
+            "seed": _seed(),
+            "launches": launches_of(os.environ),
+            **self.facts,
+        }
+        states = collect_states(self._adapters)
+        metrics, failure = self._current_metrics(engine)
+        is_rated = self.metrics is not None or is_run_over or not engine.extension.epoch_is_open
+        # What is not rated is kept beside the generators, for state.metrics of the resumed run.
+        per_rank = {"objects": states.per_rank, "generators": rng.capture(), "metrics": metrics}
+        pending = self.store.save(
+            step,
+            states.common,
+            per_rank,
+            metrics if is_rated else None,
+            facts,
+            refusal=states.failure or failure,
         )
-        self._generators = _generators(loaded, rank, epoch)
-        self._forget_inside()
-        if self._resumed_inside:
-            first = Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED
-            self._inside = [engine.add_event_handler(first, self._go_on_inside) for engine in self._engines]
+        run = self._runs.get(engine)
+        if run is not None:
+            run.schedule.saved(engine.state.iteration)
+            if not pending.skipped:
+                run.saved_at, run.lacks_rating = _place(engine_state), bool(metrics) and not is_rated
 
-    def _forget_inside(self) -> None:
-        for handle in self._inside:
-            handle.remove()
-        self._inside = []
-
-    def _metrics(self, engine: Engine) -> tuple[dict[str, float], str | None]:
+    def _current_metrics(self, engine: Engine) -> tuple[dict[str, float], str | None]:
         """The numbers among the metrics, or why they cannot be had."""
         try:
             given = engine.state.metrics if self.metrics is None else self.metrics(engine)
-            return numbers(given), None
-        except Exception as error:
+            return {name: float(value) for name, value in given.items() if _is_number(value)}, None
+        except Exception as error:  # a user's function; a save that fails does not stop training
             return {}, f"the metrics cannot be had: {type(error).__name__}: {error}"
 
+    # Handlers of an attached engine
+
     def _start(self, engine: Engine) -> None:
-        """Come after all handlers that were added before the run, and go on with the generators."""
+        # Added when the run begins, and so called after all handlers that were added before it.
         before = self._runs.get(engine)
         for handle in before.handles if before is not None else ():
             handle.remove()
@@ -272,17 +265,16 @@ class Checkpoint:
             engine.add_event_handler(Events.EXCEPTION_RAISED, self._at_exception),
         ]
         schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
-        self._runs[engine] = _Run(schedule, handles, None if before is None else before.saved_at)
-        if self._generators is not None:
-            self._generators()
-        if not self._resumed_inside:
-            self._generators = None
+        self._runs[engine] = _RunSaves(schedule, handles, None if before is None else before.saved_at)
+        if self._resumption is not None:
+            self._resumption.restore_generators()
+            if not self._resumption.inside_epoch:
+                self._resumption = None
 
-    def _go_on_inside(self, engine: Engine) -> None:
-        if self._generators is not None and engine in self._runs:
-            self._generators()
-            self._generators, self._resumed_inside = None, False
-            self._forget_inside()
+    def _before_first_batch(self, engine: Engine) -> None:
+        if self._resumption is not None and engine in self._runs:
+            self._resumption.restore_generators()
+            self._end_resumption()
 
     def _after_iteration(self, engine: Engine) -> None:
         state, schedule = engine.state, self._runs[engine].schedule
@@ -297,80 +289,111 @@ class Checkpoint:
         if is_due and engine.state.outcome != "failed":
             self.save(engine)
 
-    def _at_exception(self, engine: Engine) -> None:
-        # The engine has told the service of the exception before it fires this event, so nobody learns of it later.
-        with section(), suppress(CheckpointError):  # which the log has told
-            self.store.wait(_AT_EXCEPTION_S)
-
     def _at_end(self, engine: Engine) -> None:
-        with section():
-            committed = self.store.wait()  # before the last save, which is never left out
+        with _checkpoint_section():
+            committed = self.store.wait()  # before the last save, so that it is never left out as one too many
         if engine.state.outcome == "failed":
-            if current_rank() == 0 and engine.last_event_name == Events.TERMINATE:
+            if _rank() == 0 and engine.last_event_name == Events.TERMINATE:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
             return
         is_run_over = engine.state.outcome != "left"
         run = self._runs[engine]
-        is_saved = committed and run.saved_at == _where(engine.state_dict())
+        is_saved = committed and run.saved_at == _place(engine.state_dict())
         if not is_saved or (is_run_over and run.lacks_rating):
-            with section():
+            with _checkpoint_section():
                 self._save(engine, is_run_over=is_run_over)
                 self.store.wait()
 
+    def _at_exception(self, engine: Engine) -> None:
+        # The engine has reported the exception before it fires this event, so nobody learns of it later for the wait.
+        with _checkpoint_section(), suppress(CheckpointError):  # the log has it
+            self.store.wait(AT_EXCEPTION_S)
 
-def _where(place: Mapping[str, Any]) -> tuple[int, int, str | None]:
-    """What tells whether a save would say anything new."""
-    return place["iteration"], place["epochs_completed"], place.get("finished")
+    # Loading
+
+    def _load(self, loaded: Loaded, *, partial: bool) -> None:
+        per_rank = [each.get("objects", {}) if isinstance(each, Mapping) else {} for each in loaded.per_rank]
+        known = loaded.state.keys() | (per_rank[0].keys() if per_rank else set())
+        missing = sorted(self._adapters.keys() - known)
+        if missing and not partial:
+            raise CheckpointError(
+                f"the checkpoint lacks {', '.join(missing)}; it has {', '.join(sorted(known))}. Give what it was saved "
+                "with, or resume(partial=True) to leave them as they are"
+            )
+        rank, epoch = _rank(), 0
+        for name, adapter in self._adapters.items():
+            if name in known:
+                adapter.load(loaded.state.get(name), [each.get(name) for each in per_rank], rank)
+        metrics = _saved_metrics(loaded, rank)
+        engines = {name: each for name, each in self.objects.items() if isinstance(each, Engine)}
+        for name, engine in engines.items():
+            self._has_loaded_engines |= name in known
+            epoch = max(epoch, engine.state.epoch)
+            engine.state.metrics = {**metrics, **engine.state.metrics}
+        self._end_resumption()
+        self._resumption = _Resumption(
+            _restore_generators(loaded, rank, epoch),
+            any(each.state.iteration > each.extension.epoch_began_at for each in engines.values()),
+        )
+        if self._resumption.inside_epoch:
+            # Whichever comes first, as the loop takes a batch, or finds that the data has none left.
+            first = Events.GET_BATCH_STARTED | Events.ITERATION_STARTED | Events.EPOCH_COMPLETED
+            self._resumption.handles = [
+                engine.add_event_handler(first, self._before_first_batch) for engine in self._engines
+            ]
+
+    def _end_resumption(self) -> None:
+        for handle in self._resumption.handles if self._resumption is not None else ():
+            handle.remove()
+        self._resumption = None
 
 
-def _generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
-    own = loaded.per_rank[rank] if rank < len(loaded.per_rank) else None
-    if isinstance(own, Mapping) and "generators" in own:
-        return lambda: rng.restore(own["generators"])
-    return lambda: rng.seed_for_rank(int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
-
-
-T = TypeVar("T")
-
-
-def current_rank() -> int:
-    """This process among all."""
-    world = World.current()
-    return 0 if world is None else world.rank
-
-
-def current_seed() -> int | None:
-    """What the World was seeded with."""
-    world = World.current()
-    return None if world is None else world.seed
-
-
-def as_rank_0_says(value: T) -> T:
-    """Rank 0's value, on every rank."""
-    world = World.current()
-    return value if world is None else world.gather_objects(value)[0]
-
-
-def section() -> AbstractContextManager[None]:
-    """For the watchdog: a save may last longer than a handler."""
-    world = World.current()
-    return nullcontext() if world is None else world.section("checkpoint")
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among metrics."""
-    return {name: float(value) for name, value in metrics.items() if _is_number(value)}
-
-
-def metrics_of(loaded: Loaded, rank: int) -> dict[str, float]:
-    """What a rank had measured at a save, be it of that place or of the epoch before; rank 0's for a rank more."""
-    states = loaded.per_rank
-    own = states[rank if rank < len(states) else 0] if states else None
-    before = dict(own.get("metrics", {})) if isinstance(own, Mapping) else {}
-    return {**before, **loaded.manifest.metrics}
+def _place(engine_state: Mapping[str, Any]) -> tuple[int, int, str | None]:
+    """What tells whether a save would say anything new: iteration, epochs completed, and why the run has finished."""
+    return engine_state["iteration"], engine_state["epochs_completed"], engine_state.get("finished")
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
+
+
+def _saved_metrics(loaded: Loaded, rank: int) -> dict[str, float]:
+    """The metrics that a rank had at a save, rated or not; rank 0's for a rank beyond those that saved."""
+    states = loaded.per_rank
+    own = states[rank if rank < len(states) else 0] if states else None
+    before = dict(own.get("metrics", {})) if isinstance(own, Mapping) else {}
+    return {**before, **loaded.manifest.metrics}
+
+
+def _restore_generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
+    own = loaded.per_rank[rank] if rank < len(loaded.per_rank) else None
+    if isinstance(own, Mapping) and "generators" in own:
+        return partial(rng.restore, own["generators"])
+    return partial(rng.seed_for_rank, int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
+
+
+# The open World. Without one a checkpoint is of a single process.
+
+
+def _rank() -> int:
+    world = World.current()
+    return 0 if world is None else world.rank
+
+
+def _seed() -> int | None:
+    world = World.current()
+    return None if world is None else world.seed
+
+
+def _as_on_rank_zero(value: T) -> T:
+    """Rank 0's value, on every rank."""
+    world = World.current()
+    return value if world is None else world.gather_objects(value)[0]
+
+
+def _checkpoint_section() -> AbstractContextManager[None]:
+    """Tells the watchdog that this is a save or a load, which may last longer than a handler."""
+    world = World.current()
+    return nullcontext() if world is None else world.section("checkpoint")

@@ -1,23 +1,21 @@
 """How a save becomes a checkpoint, or leaves no trace.
 
-Contract: every rank calls `commit` with its snapshot, in a thread of its own, over a coordinator that nothing else
-uses. The ranks meet three times.
+A `Save` is the one record of a save on a rank. The store makes it, puts the rank's snapshot in, and hands it to
+`write_save` in a thread of its own, which notes in it how the save ended.
 
-1. Before anything is written: do all save the same step, has every rank a snapshot, of the same tensors, and has the
-   disk room for all? Rank 0 has made a fresh folder. One rank's no is everyone's.
+Contract: every rank calls `write_save` with its `Save`, over a coordinator that nothing else uses. The ranks meet
+three times.
+
+1. Before anything is written. Do all save the same step, has every rank a snapshot, of the same tensors, and is there
+   space for all on the disk? Rank 0 has made a new folder. One rank's no is everyone's.
 2. Each rank writes its files, hashes them on the way, synchronises them, and reports their sizes, hashes and pieces.
    One rank's failure is everyone's.
-3. Rank 0 looks whether it sees all files at their sizes, writes the shared document, then the manifest, synchronises
-   the folder and renames it; where there is no rename, the manifest's arrival has committed. All learn how it went.
+3. Rank 0 checks that it sees all files at their sizes, writes `state.json`, then the manifest, synchronises the folder
+   and renames it. Where there is no rename, the manifest's arrival has committed. All are told the outcome.
 
-Whenever it fails, rank 0 removes the folder and every rank raises the same CheckpointError. A rank that dies leaves the
-folder to the next start. No other checkpoint is touched.
-
-What happens to a save once its state is copied: it is committed, and what is no longer needed is removed.
-
-Contract: a `Store` has one `Writer` and lets one save at a time through it, on every rank, in the thread of that save.
-`write` raises nothing: it returns why the save failed, the same fact on every rank, and says so in the log. That an old
-checkpoint cannot be removed is said and fails nothing.
+Where it fails, rank 0 removes the folder, and `Save.error` is the same on every rank. A rank that dies leaves the
+folder to the next start. No other checkpoint is touched before the commit. After it, rank 0 removes the checkpoints
+that retention does not keep; a failure there is logged and fails nothing.
 """
 
 from __future__ import annotations
@@ -31,190 +29,252 @@ from typing import Any
 
 import torch
 
-from allstep.checkpoint.catalog import committed, remove_checkpoint
-from allstep.checkpoint.index import Chunk, Saved, TensorRecord, write_saved
+from allstep.checkpoint.catalog import Retention, remove_checkpoint, remove_expendable
+from allstep.checkpoint.encoding import Chunk, StateFile, TensorRecord, write_state_file
 from allstep.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
     STATE,
+    CheckpointName,
     FileRecord,
     Manifest,
-    Name,
     tensor_file,
     value_file,
     write_manifest,
 )
-from allstep.checkpoint.selection import Retention
-from allstep.checkpoint.sharding import Piece
-from allstep.checkpoint.snapshot import Snapshot, Spec
-from allstep.checkpoint.storage import Buffer, Hashed, Storage
+from allstep.checkpoint.sharding import Box, Piece, whole_box
+from allstep.checkpoint.snapshot import Snapshot, TensorSpec
+from allstep.checkpoint.storage import BlockHasher, Buffer, Storage, hash_bytes
 from allstep.coordination import Coordinator
 from allstep.errors import CheckpointError
 from allstep.version import __version__
 
-_ROOM = 1 << 20  # for the documents and the folder itself
-_LARGEST_GAP = 3  # names of tensors in a message
+log = logging.getLogger("allstep.checkpoint")
+
+_DISK_MARGIN = 1 << 20  # bytes, for the JSON files and the folder itself
+_NAMES_SHOWN = 3  # names of tensors in a message
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
-    """What is to be saved, the same on all ranks but for the snapshot; `refused` is why there is none."""
+@dataclass(slots=True)
+class Save:
+    """One save, on one rank: what is to be written, and how it ended.
 
-    name: Name
+    Attributes:
+        name: of the checkpoint, the same on all ranks.
+        folder: what is written to: the checkpoint's own or, where there is rename, a temporary one.
+        metrics: numbers by name, for the manifest.
+        facts: what else the manifest says.
+        snapshot: this rank's part of the state.
+        refusal: why this rank has no snapshot, which fails the save on all.
+        manifest: of the checkpoint, once it is committed; rank 0's on every rank.
+        error: why the save failed, once it has; the same on every rank.
+    """
+
+    name: CheckpointName
     folder: str
-    snapshot: Snapshot | None
-    refused: str | None
-    metrics: Mapping[str, float]
-    facts: Mapping[str, Any]
+    metrics: dict[str, float]
+    facts: dict[str, Any]
+    snapshot: Snapshot | None = None
+    refusal: str | None = None
+    manifest: Manifest | None = None
+    error: CheckpointError | None = None
+
+    def failure(self, why: object) -> CheckpointError:
+        """The error that says that this save failed, and why."""
+        return CheckpointError(f"step {self.name.step} was not saved: {why}")
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    name: Name
-    refused: str | None
+class _ReadyReport:
+    """What a rank says before anything is written."""
+
+    name: CheckpointName
+    refusal: str | None
     size: int
     free: int | None
-    tensors: int  # a hash of names, dtypes and shapes
+    specs_hash: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Written:
+class _WriteReport:
+    """What a rank says of its files."""
+
     failure: str | None
     files: dict[str, FileRecord]
     pieces: tuple[Piece, ...]
 
 
-def commit(order: Order, storage: Storage, coordinator: Coordinator) -> Manifest:
-    """Write a checkpoint together with the other ranks and return its manifest, on every rank.
+def write_save(save: Save, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
+    """Write a save together with the other ranks, note in it how it ended, and remove what is no longer kept."""
+    try:
+        save.manifest = _commit(save, storage, coordinator)
+    except CheckpointError as error:
+        save.error = error
+    except Exception as error:
+        save.error = save.failure(f"{type(error).__name__}: {error}")
+        save.error.__cause__ = error
+    if save.error is not None:
+        log.error("%s (rank %d)", save.error, coordinator.rank)
+    elif coordinator.rank == 0:
+        try:
+            remove_expendable(storage, retention)
+        except Exception as error:
+            log.warning("old checkpoints in %s could not be removed: %s", storage.root, error)
+
+
+def _commit(save: Save, storage: Storage, coordinator: Coordinator) -> Manifest:
+    """Write a checkpoint and return its manifest, on every rank.
 
     Raises:
         CheckpointError: it was not committed; on every rank alike.
     """
-    made = False
+    has_folder = False
     committed = False
     try:
-        refused, made = _prepare(order, storage, coordinator.rank)
-        _agree_to_write(order, refused, storage, coordinator)
-        written = coordinator.gather(_write_own(order, storage, coordinator.rank))
-        _raise_first([report.failure for report in written], order)
+        refusal = save.refusal
+        if refusal is None and coordinator.rank == 0:
+            refusal = _make_folder(save, storage)
+            has_folder = refusal is None
+        _agree_to_write(save, refusal, storage, coordinator)
+        reports: list[_WriteReport] = coordinator.gather(_write_own_files(save, storage, coordinator.rank))
+        _raise_first([report.failure for report in reports], save)
         outcome: Manifest | str = "rank 0 has not committed it"
         if coordinator.rank == 0:
-            outcome = _seal(order, storage, written)
+            outcome = _finish(save, storage, reports)
         committed = isinstance(outcome, Manifest)
         outcome = coordinator.broadcast(outcome, 0)
         if isinstance(outcome, str):
-            raise CheckpointError(f"step {order.name.step} was not saved: {outcome}")
+            raise save.failure(outcome)
         return outcome
     except (RuntimeError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"step {order.name.step} was not saved: the ranks lost each other: {error}") from error
+        raise save.failure(f"the ranks lost each other: {error}") from error
     finally:
-        if made and not committed:
-            _discard(order, storage)
+        if has_folder and not committed:
+            _discard(save, storage)
 
 
-def _prepare(order: Order, storage: Storage, rank: int) -> tuple[str | None, bool]:
-    """Make the folder, on rank 0; return why this rank cannot save, and whether a folder was made."""
-    if order.refused is not None or rank != 0:
-        return order.refused, False
+# 1. Before anything is written
+
+
+def _make_folder(save: Save, storage: Storage) -> str | None:
+    """Make the folder; return why it cannot be."""
     try:
-        storage.make(order.folder)
+        storage.make_folder(save.folder)
     except Exception as error:  # file systems behind fsspec have errors of their own, here and below
-        return f"no folder can be made in {storage.root}: {error}", False
-    return None, True
+        return f"no folder can be made in {storage.root}: {error}"
+    return None
 
 
-def _agree_to_write(order: Order, refused: str | None, storage: Storage, coordinator: Coordinator) -> None:
-    snapshot = order.snapshot
+def _agree_to_write(save: Save, refusal: str | None, storage: Storage, coordinator: Coordinator) -> None:
     free: int | None = None
     if coordinator.rank == 0:  # which alone knows that what it removed of earlier saves is gone
         try:
-            free = storage.free()
+            free = storage.free_bytes()
         except Exception as error:
-            refused = refused or f"the disk's free space is unknown: {error}"
-    specs = snapshot.specs if snapshot is not None else {}
-    size = snapshot.staged.size if snapshot is not None else 0
-    ready: list[_Ready] = coordinator.gather(_Ready(order.name, refused, size, free, _digest(specs)))
-    _raise_first([_other_save(each.name, ready[0].name) or each.refused for each in ready], order)
-    if len({each.tensors for each in ready}) > 1:
-        raise CheckpointError(f"step {order.name.step} was not saved: {_difference(coordinator.gather(specs))}")
-    need = sum(each.size for each in ready) + _ROOM
-    room = ready[0].free
-    if room is not None and room < need:
-        raise CheckpointError(
-            f"step {order.name.step} was not saved: it needs {need / 1e6:,.1f} MB and {storage.root} has "
-            f"{room / 1e6:,.1f} MB left; make room, or keep fewer checkpoints"
+            refusal = refusal or f"the disk's free space is unknown: {error}"
+    specs = save.snapshot.specs if save.snapshot is not None else {}
+    size = save.snapshot.file.size if save.snapshot is not None else 0
+    # Only a hash of the specs is sent at first, for they may be many and are nearly always the same.
+    specs_hash = hash_bytes(repr(sorted(specs.items())).encode())
+    reports: list[_ReadyReport] = coordinator.gather(_ReadyReport(save.name, refusal, size, free, specs_hash))
+    _raise_first([_other_save(each.name, reports[0].name) or each.refusal for each in reports], save)
+    if len({each.specs_hash for each in reports}) > 1:
+        raise save.failure(_difference(coordinator.gather(specs)))
+    need = sum(each.size for each in reports) + _DISK_MARGIN
+    free = reports[0].free
+    if free is not None and free < need:
+        raise save.failure(
+            f"it needs {need / 1e6:,.1f} MB and {storage.root} has {free / 1e6:,.1f} MB left; free some space, or keep "
+            "fewer checkpoints"
         )
 
 
-def _write_own(order: Order, storage: Storage, rank: int) -> _Written:
-    snapshot = order.snapshot
-    assert snapshot is not None
+def _other_save(name: CheckpointName, of_rank_zero: CheckpointName) -> str | None:
+    if name == of_rank_zero:
+        return None
+    return f"it saves {name}, and rank 0 {of_rank_zero}; call save on every rank, at the same point"
+
+
+def _difference(all_specs: Sequence[Mapping[str, TensorSpec]]) -> str:
+    first = all_specs[0].items()
+    for rank, specs in enumerate(all_specs):
+        names = sorted({name for name, _ in first ^ specs.items()})
+        if names:
+            shown = ", ".join(names[:_NAMES_SHOWN]) + (", ..." if len(names) > _NAMES_SHOWN else "")
+            return f"rank {rank} has other tensors to save than rank 0 ({shown}); give the same state on all ranks"
+    return "ranks have different tensors to save"
+
+
+def _raise_first(failures: Sequence[str | None], save: Save) -> None:
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise save.failure(f"rank {rank}: {failure}")
+
+
+# 2. Each rank writes its files
+
+
+def _write_own_files(save: Save, storage: Storage, rank: int) -> _WriteReport:
+    snapshot = save.snapshot
+    assert snapshot is not None  # a rank without one refused, and no rank writes then
     files: dict[str, FileRecord] = {}
     try:
-        values = Saved(tensors=_own_records(snapshot.per_rank_specs, tensor_file(rank)), value=snapshot.per_rank)
-        _write(order, storage, files, tensor_file(rank), snapshot.staged.header, snapshot.staged.data)
-        _write(order, storage, files, value_file(rank), write_saved(values))
+        own_values = StateFile(
+            tensors={
+                name: TensorRecord(dtype=dtype, shape=shape, chunks=(_chunk(tensor_file(rank), whole_box(shape)),))
+                for name, (dtype, shape) in snapshot.per_rank_specs.items()
+            },
+            value=snapshot.per_rank,
+        )
+        files[tensor_file(rank)] = _write(save, storage, tensor_file(rank), snapshot.file.header, snapshot.file.data)
+        files[value_file(rank)] = _write(save, storage, value_file(rank), write_state_file(own_values))
     except Exception as error:
-        return _Written(f"{type(error).__name__}: {error}", {}, ())
-    return _Written(None, files, snapshot.pieces)
+        return _WriteReport(f"{type(error).__name__}: {error}", {}, ())
+    return _WriteReport(None, files, snapshot.pieces)
 
 
-def _seal(order: Order, storage: Storage, written: Sequence[_Written]) -> Manifest | str:
-    """Write the document and the manifest and commit; return why not."""
-    assert order.snapshot is not None
+def _write(save: Save, storage: Storage, name: str, *parts: Buffer) -> FileRecord:
+    hasher = BlockHasher()
+    storage.write(save.folder, name, hasher.blocks(*parts))
+    return FileRecord(size=hasher.size, hash=hasher.hexdigest)
+
+
+def _chunk(file: str, box: Box) -> Chunk:
+    return Chunk(file=file, offsets=box.offsets, sizes=box.sizes)
+
+
+# 3. Rank 0 commits
+
+
+def _finish(save: Save, storage: Storage, reports: Sequence[_WriteReport]) -> Manifest | str:
+    """Write `state.json` and the manifest and commit; return why not."""
+    assert save.snapshot is not None
     try:
-        files = {name: record for report in written for name, record in report.files.items()}
-        saved = Saved(tensors=_records(order.snapshot.specs, written), value=order.snapshot.state)
-        if (problem := saved.problem() or _unseen(storage, order.folder, files)) is not None:
+        files = {name: record for report in reports for name, record in report.files.items()}
+        common = StateFile(tensors=_tensor_records(save.snapshot.specs, reports), value=save.snapshot.state)
+        if (problem := common.problem() or _unseen(storage, save.folder, files)) is not None:
             return problem
-        _write(order, storage, files, STATE, write_saved(saved))
-        manifest = _manifest(order, len(written), files)
-        storage.settle(order.folder)  # before the manifest: it is the last to arrive
-        storage.write(order.folder, MANIFEST, [write_manifest(manifest)])
-        storage.settle(order.folder)
+        files[STATE] = _write(save, storage, STATE, write_state_file(common))
+        manifest = _manifest(save, len(reports), files)
+        storage.sync_folder(save.folder)  # before the manifest, which must not survive a loss of power without the rest
+        storage.write(save.folder, MANIFEST, [write_manifest(manifest)])
+        storage.sync_folder(save.folder)
         if storage.has_rename:
-            storage.rename(order.folder, str(order.name))
+            storage.rename(save.folder, str(save.name))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return manifest
 
 
-def _write(order: Order, storage: Storage, files: dict[str, FileRecord], name: str, *parts: Buffer) -> None:
-    hashed = Hashed()
-    storage.write(order.folder, name, hashed.blocks(*parts))
-    files[name] = FileRecord(size=hashed.size, hash=hashed.hexdigest)
-
-
-def _manifest(order: Order, world_size: int, files: Mapping[str, FileRecord]) -> Manifest:
-    return Manifest(
-        format=FORMAT,
-        order=order.name.order,
-        step=order.name.step,
-        world_size=world_size,
-        created=time.time(),
-        versions={"allstep": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        metrics=dict(order.metrics),
-        facts=dict(order.facts),
-        files=dict(files),
-    )
-
-
-def _records(specs: Mapping[str, Spec], written: Sequence[_Written]) -> dict[str, TensorRecord]:
+def _tensor_records(specs: Mapping[str, TensorSpec], reports: Sequence[_WriteReport]) -> dict[str, TensorRecord]:
     chunks: dict[str, list[Chunk]] = {name: [] for name in specs}
-    for rank, report in enumerate(written):
+    for rank, report in enumerate(reports):
         for piece in report.pieces:
-            chunks[piece.name].append(Chunk(file=tensor_file(rank), offsets=piece.offsets, sizes=piece.sizes))
+            chunks[piece.name].append(_chunk(tensor_file(rank), piece.box))
     return {
         name: TensorRecord(dtype=dtype, shape=shape, chunks=tuple(chunks[name]))
-        for name, (dtype, shape) in specs.items()
-    }
-
-
-def _own_records(specs: Mapping[str, Spec], file: str) -> dict[str, TensorRecord]:
-    return {
-        name: TensorRecord(dtype=dtype, shape=shape, chunks=(Chunk(file=file, offsets=(0,) * len(shape), sizes=shape),))
         for name, (dtype, shape) in specs.items()
     }
 
@@ -230,85 +290,22 @@ def _unseen(storage: Storage, folder: str, files: Mapping[str, FileRecord]) -> s
     return None
 
 
-def _other_save(name: Name, of_first: Name) -> str | None:
-    if name == of_first:
-        return None
-    return f"it saves {name}, and rank 0 {of_first}; call save on every rank, at the same point"
+def _manifest(save: Save, world_size: int, files: Mapping[str, FileRecord]) -> Manifest:
+    return Manifest(
+        format=FORMAT,
+        order=save.name.order,
+        step=save.name.step,
+        world_size=world_size,
+        created=time.time(),
+        versions={"allstep": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        metrics=dict(save.metrics),
+        facts=dict(save.facts),
+        files=dict(files),
+    )
 
 
-def _discard(order: Order, storage: Storage) -> None:
+def _discard(save: Save, storage: Storage) -> None:
     try:
-        remove_checkpoint(storage, order.folder)
+        remove_checkpoint(storage, save.folder)
     except Exception:
-        return  # the next start sweeps it away
-
-
-def _digest(specs: Mapping[str, Spec]) -> int:
-    hashed = Hashed()
-    for _ in hashed.blocks(repr(sorted(specs.items())).encode()):
-        pass
-    return int(hashed.hexdigest, 16)
-
-
-def _difference(all_specs: Sequence[Mapping[str, Spec]]) -> str:
-    first = all_specs[0].items()
-    for rank, specs in enumerate(all_specs):
-        names = sorted({name for name, _ in first ^ specs.items()})
-        if names:
-            shown = ", ".join(names[:_LARGEST_GAP]) + (", ..." if len(names) > _LARGEST_GAP else "")
-            return f"rank {rank} has other tensors to save than rank 0 ({shown}); give the same state on all ranks"
-    return "ranks have different tensors to save"
-
-
-def _raise_first(failures: Sequence[str | None], order: Order) -> None:
-    for rank, failure in enumerate(failures):
-        if failure is not None:
-            raise CheckpointError(f"step {order.name.step} was not saved: rank {rank}: {failure}")
-
-
-log = logging.getLogger("allstep.checkpoint")
-
-
-class Writer:
-    """Commits saves to `storage` with the other ranks, which it meets through `coordinator`."""
-
-    def __init__(self, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
-        self._storage = storage
-        self._coordinator = coordinator
-        self._retention = retention
-        self._lacked_metric = False
-
-    def write(self, order: Order) -> CheckpointError | None:
-        """Write this rank's part of a save and commit it with the others; returns why that failed."""
-        error: CheckpointError | None = None
-        try:
-            commit(order, self._storage, self._coordinator)
-        except CheckpointError as failure:
-            error = failure
-        except Exception as failure:
-            error = CheckpointError(f"step {order.name.step} was not saved: {type(failure).__name__}: {failure}")
-            error.__cause__ = failure
-        if error is not None:
-            log.error("%s (rank %d)", error, self._coordinator.rank)
-        elif self._coordinator.rank == 0:
-            self._retire()
-        return error
-
-    def check_metric(self, metrics: Mapping[str, float]) -> None:
-        """Warn once when the metric that the best are kept by is not among those that are saved."""
-        best = self._retention.keep_best
-        if best is None or best[1] in metrics or self._lacked_metric or self._coordinator.rank:
-            return
-        self._lacked_metric = True
-        log.warning(
-            "metric %r is not among those that are saved (%s): checkpoints without it are never among the best",
-            best[1],
-            ", ".join(sorted(metrics)) or "none",
-        )
-
-    def _retire(self) -> None:
-        try:
-            for name in self._retention.expendable(committed(self._storage)):
-                remove_checkpoint(self._storage, str(name))
-        except Exception as error:
-            log.warning("old checkpoints in %s could not be removed: %s", self._storage.root, error)
+        return  # the next start removes it

@@ -1,52 +1,60 @@
-"""Nested state as JSON and tensors, and back: nothing in a checkpoint is ever executed.
+"""Nested state as JSON and named tensors, and the JSON files that hold it. Nothing in a checkpoint is ever executed.
 
-Contract: `encode` takes what a `state_dict` is made of and gives a JSON document, in which tensors are named, and the
-tensors by name. `decode` gives the same value with the same types. JSON's own types stand for themselves; everything
-else is an object with one key that begins with "$". What cannot be kept is refused with its key and its type. Two keys
-with one tensor (tied weights) name it once. A tensor's name is made of the keys that lead to it and of nothing else, so
-that all ranks, and a run that loads into its own tensors, find the same.
+Contract: `encode` takes what a `state_dict` is made of. It gives a JSON document in which tensors are named, and the
+tensors by name. `decode` gives the same value back with the same types. JSON's own types stand for themselves;
+everything else is an object with one key that begins with "$". A value that cannot be saved is refused with its key and
+its type. Two keys with one tensor (tied weights) share a name. The name of a tensor is made of the keys that lead to it
+and of nothing else. So all ranks find the same names, and so does a run that loads into tensors of its own.
+
+`state.json` and each `rank_N.json` hold a `StateFile`: a document, and for each tensor that it names the dtype, the
+shape and the pieces it is stored in. `read_state_file` takes bytes from anywhere. It gives a `StateFile` in which the
+pieces of every tensor cover it exactly, or raises DamagedCheckpointError.
 """
 
 from __future__ import annotations
 
 import base64
 import collections
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from allstep.checkpoint.manifest import Count, FileName
 from allstep.checkpoint.safetensors_file import dtype_name, find_dtype, is_storable
-from allstep.errors import DamagedCheckpointError, UnkeepableError
+from allstep.checkpoint.sharding import Box, covers
+from allstep.checkpoint.torch_private import module_versions, set_module_versions, wraps_tensors
+from allstep.errors import DamagedCheckpointError, UnsupportedStateError
 
-_DEEPEST = 100
-_INLINE_ARRAY = 16 << 10
+_DEEPEST = 100  # levels; far more than any state has, and far fewer than Python's recursion limit
+_INLINE_ARRAY = 16 << 10  # bytes; a larger numpy array is stored as a tensor instead of as text
 _NUMBER = re.compile(r"-?\d+")
-_ARRAY_KINDS = "biufcSUmM"
+_ARRAY_KINDS = "biufcSUmM"  # numpy's kinds of plain elements: no objects, no records
 
 Fetch = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class OfFirst:
-    """Stands for a tensor that differs by rank and is to be rank 0's; it comes back as a tensor."""
+class FromRankZero:
+    """Marks a tensor that differs by rank and of which rank 0's values are saved; it comes back as a tensor."""
 
     tensor: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A JSON document and the tensors that it names, with the names of those that are rank 0's."""
+    """A JSON document and the tensors that it names, with the names of those marked as `FromRankZero`."""
 
     document: Any
     tensors: dict[str, torch.Tensor]
-    of_first: frozenset[str] = frozenset()
+    from_rank_zero: frozenset[str] = frozenset()
 
 
 def encode(value: Any, prefix: str) -> Encoded:
@@ -57,17 +65,17 @@ def encode(value: Any, prefix: str) -> Encoded:
         prefix: what the tensors' names begin with, and the errors' keys.
 
     Raises:
-        UnkeepableError: something else is in it.
+        UnsupportedStateError: something else is in it.
     """
     encoder = _Encoder()
-    return Encoded(encoder.encode(value, (prefix,)), encoder.tensors, frozenset(encoder.of_first))
+    return Encoded(encoder.encode(value, (prefix,)), encoder.tensors, frozenset(encoder.from_rank_zero))
 
 
 def decode(document: Any, fetch: Fetch) -> Any:
-    """Put a value together again; `fetch` gives the tensor of a name.
+    """Put a value together again; `fetch` reads the tensor of a name.
 
     Raises:
-        DamagedCheckpointError: the document is none that `encode` gives.
+        DamagedCheckpointError: `encode` gives no such document.
     """
     try:
         return _decode(document, fetch)
@@ -78,7 +86,7 @@ def decode(document: Any, fetch: Fetch) -> Any:
 @dataclass(slots=True)
 class _Encoder:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    of_first: set[str] = field(default_factory=set)
+    from_rank_zero: set[str] = field(default_factory=set)
     _seen: dict[tuple[Any, ...], str] = field(default_factory=dict)
 
     def encode(self, value: Any, path: tuple[str, ...]) -> Any:
@@ -88,15 +96,15 @@ class _Encoder:
         if kind is float:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if isinstance(value, torch.Tensor):
-            return {"$tensor": self._keep(value, path)}
-        if kind is OfFirst:
-            name = self._keep(value.tensor, path)
-            self.of_first.add(name)
+            return {"$tensor": self._name_tensor(value, path)}
+        if kind is FromRankZero:
+            name = self._name_tensor(value.tensor, path)
+            self.from_rank_zero.add(name)
             return {"$tensor": name}
         if isinstance(value, np.generic | np.ndarray):
             return self._encode_array(value, path)
         if len(path) > _DEEPEST:
-            raise UnkeepableError(f"{path[0]} is nested more than {_DEEPEST} deep, or holds itself")
+            raise UnsupportedStateError(f"{path[0]} is nested more than {_DEEPEST} deep, or holds itself")
         if kind in _SEQUENCES:
             items = [self.encode(item, (*path, str(at))) for at, item in enumerate(_in_order(value))]
             return items if kind is list else {_SEQUENCES[kind]: items}
@@ -110,32 +118,32 @@ class _Encoder:
         if kind is dict and all(type(key) is str and not key.startswith("$") for key, _ in items):
             return dict(items)
         pairs = [[self._encode_key(key, path), item] for key, item in items]
-        versions = getattr(value, "_metadata", None)  # of a module's state_dict: the version of each submodule
+        versions = module_versions(value)
         if kind is collections.OrderedDict and versions is not None:
             return {"$ordered": pairs, "$versions": self.encode(versions, (*path, "_metadata"))}
         return {_MAPPINGS[kind]: pairs}
 
     def _encode_key(self, key: Any, path: tuple[str, ...]) -> Any:
         if isinstance(key, torch.Tensor | np.ndarray):
-            raise UnkeepableError(f"{_spell(path)} has a key of type {_type_name(key)}; use str or int keys")
+            raise UnsupportedStateError(f"{_key_path(path)} has a key of type {_type_name(key)}; use str or int keys")
         return self.encode(key, (*path, repr(key)))
 
     def _encode_array(self, value: np.generic | np.ndarray[Any, Any], path: tuple[str, ...]) -> Any:
         if value.dtype.kind not in _ARRAY_KINDS or value.dtype.names is not None:
-            raise _refusal(value, path, f"its elements are {value.dtype}; keep numbers")
+            raise _unsupported(value, path, f"its elements are {value.dtype}; keep numbers")
         if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
-            raise _refusal(value, path, "only its numbers would come back; give them as plain numpy arrays")
+            raise _unsupported(value, path, "only its numbers would come back; give them as plain numpy arrays")
         array = np.asarray(value)
         if isinstance(value, np.ndarray) and array.nbytes > _INLINE_ARRAY and array.dtype.isnative:
             try:
-                return {"$array": {"tensor": self._keep(torch.from_numpy(array.copy()), path)}}
+                return {"$array": {"tensor": self._name_tensor(torch.from_numpy(array.copy()), path)}}
             except TypeError:
-                pass  # a dtype that torch has not
+                pass  # torch has no such dtype: stored as text below, whatever its size
         data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
         tag = "$array" if isinstance(value, np.ndarray) else "$scalar"
         return {tag: {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}}
 
-    def _keep(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
+    def _name_tensor(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
         _check_tensor(tensor, path)
         identity = _identity(tensor)
         if identity in self._seen:
@@ -165,7 +173,7 @@ def _encode_leaf(value: Any, path: tuple[str, ...]) -> Any:
         return {"$dtype": dtype_name(value)}
     if isinstance(value, torch.device):
         return {"$device": str(value)}
-    raise _refusal(value, path, "give it as dicts, lists, tuples, numbers, strings, bytes, tensors or numpy arrays")
+    raise _unsupported(value, path, "give it as dicts, lists, tuples, numbers, strings, bytes, tensors or numpy arrays")
 
 
 def _decode(node: Any, fetch: Fetch) -> Any:
@@ -186,7 +194,7 @@ def _decode(node: Any, fetch: Fetch) -> Any:
 def _decode_ordered(node: dict[str, Any], fetch: Fetch) -> Any:
     ordered: Any = collections.OrderedDict(_pairs(node["$ordered"], fetch))
     if "$versions" in node:
-        ordered._metadata = _decode(node["$versions"], fetch)
+        set_module_versions(ordered, _decode(node["$versions"], fetch))
     return ordered
 
 
@@ -228,6 +236,7 @@ def tensor_name(path: Iterable[str]) -> str:
 
 def name_part(key: Any) -> str:
     """A key as a part of a name; different keys of one dict are different parts."""
+    # 1 and "1" are different keys, and "a/b" is one key and not two: "~" marks what would be read wrongly.
     if type(key) is int:
         return str(key)
     if type(key) is not str:
@@ -237,36 +246,112 @@ def name_part(key: Any) -> str:
 
 
 def _in_order(value: Any) -> list[Any]:
+    # A set of strings has another order in each process, and names of tensors must not.
     return sorted(value, key=repr) if isinstance(value, set | frozenset) else list(value)
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
-    """What two names of one tensor have in common; None where it cannot be told alike on all ranks."""
+    """What two names of one tensor have in common; None where ranks could judge it differently.
+
+    Shards of two parameters may share memory on one rank and not on another, and empty tensors have no address.
+    """
     if isinstance(tensor, DTensor) or tensor.numel() == 0:
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
 
 
 def _check_tensor(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
-    made_of_others: bool = is_traceable_wrapper_subclass(tensor)
-    if made_of_others and not isinstance(tensor, DTensor):
-        raise _refusal(tensor, path, "it is made of other tensors; give those, or what they stand for")
+    if wraps_tensors(tensor) and not isinstance(tensor, DTensor):
+        raise _unsupported(tensor, path, "it is made of other tensors; give those, or what they stand for")
     if tensor.layout is not torch.strided or tensor.is_quantized:
-        raise _refusal(tensor, path, f"its layout is {tensor.layout}; make it dense and not quantized")
+        raise _unsupported(tensor, path, f"its layout is {tensor.layout}; make it dense and not quantized")
     if tensor.device.type == "meta":
-        raise _refusal(tensor, path, "it is on the meta device and has no values")
+        raise _unsupported(tensor, path, "it is on the meta device and has no values")
     if not is_storable(tensor.dtype):
-        raise _refusal(tensor, path, f"its dtype is {tensor.dtype}; convert it")
+        raise _unsupported(tensor, path, f"its dtype is {tensor.dtype}; convert it")
 
 
-def _refusal(value: Any, path: tuple[str, ...], why: str) -> UnkeepableError:
-    return UnkeepableError(f"{_spell(path)} is a {_type_name(value)}, which a checkpoint cannot keep: {why}")
+def _unsupported(value: Any, path: tuple[str, ...], why: str) -> UnsupportedStateError:
+    return UnsupportedStateError(f"{_key_path(path)} is a {_type_name(value)}, which a checkpoint cannot keep: {why}")
 
 
-def _spell(path: tuple[str, ...]) -> str:
+def _key_path(path: tuple[str, ...]) -> str:
     return path[0] + "".join(f"[{part!r}]" for part in path[1:])
 
 
 def _type_name(value: Any) -> str:
     kind = type(value)
     return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+# The files
+
+
+class Chunk(BaseModel):
+    """A piece of a tensor, and the file that has it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    file: FileName
+    offsets: tuple[Count, ...]
+    sizes: tuple[Count, ...]
+
+    @property
+    def box(self) -> Box:
+        """Where in its tensor it belongs."""
+        return Box(self.offsets, self.sizes)
+
+
+class TensorRecord(BaseModel):
+    """A tensor's dtype, shape and pieces."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Field(max_length=64)]
+    chunks: tuple[Chunk, ...]
+
+    def problem(self, name: str) -> str | None:
+        """What is wrong with it."""
+        try:
+            if not is_storable(find_dtype(self.dtype)):
+                return f"tensor {name} has dtype {self.dtype}"
+        except KeyError:
+            return f"tensor {name} has dtype {self.dtype}, which torch does not know"
+        if not covers(self.shape, [chunk.box for chunk in self.chunks]):
+            return f"the pieces of tensor {name} do not cover its shape {list(self.shape)} exactly"
+        return None
+
+
+class StateFile(BaseModel):
+    """A document, and where the tensors that it names are stored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensors: dict[str, TensorRecord]
+    value: Any
+
+    def problem(self) -> str | None:
+        """What is wrong with the first tensor that is wrong."""
+        return next((found for name, record in self.tensors.items() if (found := record.problem(name))), None)
+
+
+def write_state_file(contents: StateFile) -> bytes:
+    """The text of the file."""
+    tensors = {name: record.model_dump() for name, record in contents.tensors.items()}
+    return json.dumps({"tensors": tensors, "value": contents.value}, separators=(",", ":")).encode() + b"\n"
+
+
+def read_state_file(text: bytes) -> StateFile:
+    """What a file's bytes hold.
+
+    Raises:
+        DamagedCheckpointError: it cannot be read, or its pieces do not make up its tensors.
+    """
+    try:
+        contents = StateFile.model_validate(json.loads(text))
+    except (ValidationError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(f"the saved state cannot be read: {error}") from error
+    if (problem := contents.problem()) is not None:
+        raise DamagedCheckpointError(problem)
+    return contents

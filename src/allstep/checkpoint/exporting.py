@@ -1,9 +1,9 @@
-"""One file out of a checkpoint, which needs no allstep to be read.
+"""One file out of a checkpoint, which can be read without allstep.
 
-Contract: in any process, alone. A `.safetensors` file holds tensors by name, under every name that they have: tied
-weights come once for each. A name is made of the keys that lead to the tensor, as they are, with "/" between. A `.pt`
-file holds the nested state, with numpy values as tensors and numbers, so that `torch.load` reads it as it is. The file
-appears under its name when it is whole.
+Contract: in any process, alone. A `.safetensors` file holds tensors by name, under every name that they have; tied
+weights are written once for each. A name is made of the keys that lead to the tensor, as they are, with "/" between. A
+`.pt` file holds the nested state, with numpy values as tensors and numbers, so that `torch.load` reads it with
+`weights_only=True`. The file appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from allstep.checkpoint.catalog import Entry, examine
-from allstep.checkpoint.encoding import decode
-from allstep.checkpoint.index import TensorRecord
+from allstep.checkpoint.catalog import Entry, find_problems
+from allstep.checkpoint.encoding import TensorRecord, decode
 from allstep.checkpoint.manifest import STATE
-from allstep.checkpoint.reading import Reader
+from allstep.checkpoint.reading import CheckpointReader
 from allstep.checkpoint.safetensors_file import find_dtype, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.storage import open_storage
-from allstep.errors import CheckpointError, DamagedCheckpointError
+from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
 
 
 def export(entry: Entry, path: str, only: str | None = None) -> None:
@@ -35,24 +34,25 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
         only: a part of the state, such as "model"; the tensors' names then lack it, as `load_state_dict` expects.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, has no such part, or the path ends otherwise or is in no folder; or
-            there is no tensor for a .safetensors file, or two would have one name.
+        ArgumentError: the path ends otherwise, or there is no such folder.
+        DamagedCheckpointError: the checkpoint is damaged.
+        CheckpointError: it has no such part, or no tensor for a .safetensors file, or two would have one name.
     """
     suffix = os.path.splitext(path)[1]
     if suffix not in (".safetensors", ".pt"):
-        raise CheckpointError(f"cannot export to {path}: a file's name must end with .safetensors or .pt")
+        raise ArgumentError(f"cannot export to {path}: a file's name must end with .safetensors or .pt")
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
-        raise CheckpointError(f"cannot export to {path}: there is no folder {folder}")
+        raise ArgumentError(f"cannot export to {path}: there is no folder {folder}")
     storage = open_storage(entry.folder)
-    problems = examine(storage, entry.name, "full")
+    problems = find_problems(storage, entry.name, "full")
     if entry.manifest is None or problems:
         raise DamagedCheckpointError(f"checkpoint {entry.folder}/{entry.name} is damaged: {'; '.join(problems)}")
-    with Reader(storage, entry.name, entry.manifest) as reader:
-        parts = reader.saved(STATE).value
+    with CheckpointReader(storage, entry.name, entry.manifest) as reader:
+        parts = reader.state_file(STATE).value
         if only is not None and only not in parts:
             raise CheckpointError(f"checkpoint {entry.name} has no part {only!r}; it has {', '.join(sorted(parts))}")
-        temporary = f"{path}.tmp-{os.getpid()}"
+        temporary = f"{path}.tmp-{os.getpid()}"  # in the same folder, so that the rename is atomic
         try:
             if suffix == ".pt":
                 state = _portable(reader.read_state({}))
@@ -66,61 +66,59 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Unread:
-    """Stands for a tensor where only its place matters."""
+class _TensorPlace:
+    """Stands for a tensor in a decoded state before its values are read."""
 
     name: str
     record: TensorRecord
 
-    def numpy(self) -> _Unread:
-        """As an array's content it is the same."""
+    def numpy(self) -> _TensorPlace:
+        """What `decode` asks of the tensor behind a numpy array: the values are the same."""
         return self
 
 
-def _write_safetensors(reader: Reader, path: str, only: str | None, metadata: dict[str, str]) -> None:
-    """Tensor by tensor, so that never more than one is in memory."""
-    saved = reader.saved(STATE)
+def _write_safetensors(reader: CheckpointReader, path: str, only: str | None, metadata: dict[str, str]) -> None:
+    """Write tensor by tensor, so that never more than one is in memory."""
+    contents = reader.state_file(STATE)
 
     def fetch(name: str) -> Any:
-        return _Unread(name, saved.tensors[name])
+        return _TensorPlace(name, contents.tensors[name])
 
-    records: dict[str, _Unread] = {}
-    for keys, unread in _unread_in(decode(saved.value if only is None else saved.value[only], fetch)):
+    places: dict[str, _TensorPlace] = {}
+    for keys, place in _places_in(decode(contents.value if only is None else contents.value[only], fetch)):
         key = "/".join(keys) or str(only)
-        if key in records:
+        if key in places:
             raise CheckpointError(f"two tensors would have the name {key!r}; choose a .pt file")
-        records[key] = unread
-    if not records:
+        places[key] = place
+    if not places:
         raise CheckpointError("there are no tensors to export; choose a .pt file")
-    dtypes = {key: find_dtype(unread.record.dtype) for key, unread in records.items()}
+    dtypes = {key: find_dtype(place.record.dtype) for key, place in places.items()}
     layout = lay_out(
-        (
-            (key, stored_as(dtypes[key]), stored_shape(dtypes[key], unread.record.shape))
-            for key, unread in records.items()
-        ),
+        ((key, stored_as(dtypes[key]), stored_shape(dtypes[key], place.record.shape)) for key, place in places.items()),
         metadata,
     )
     with open(path, "wb") as file:
         file.write(layout.header)
         for slot in layout.slots:
-            unread = records[slot.key]
-            tensor = to_stored(reader.read_tensor(unread.name, unread.record))
+            place = places[slot.key]
+            tensor = to_stored(reader.read_tensor(place.name, place.record))
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _unread_in(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], _Unread]]:
+def _places_in(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], _TensorPlace]]:
     """The tensors of a nested state, each with the keys that lead to it."""
-    if isinstance(value, _Unread):
+    if isinstance(value, _TensorPlace):
         yield keys, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _unread_in(item, (*keys, str(key)))
+            yield from _places_in(item, (*keys, str(key)))
     elif isinstance(value, list | tuple | set | frozenset):
         for at, item in enumerate(value):
-            yield from _unread_in(item, (*keys, str(at)))
+            yield from _places_in(item, (*keys, str(at)))
 
 
 def _portable(value: Any) -> Any:
+    # torch.load(weights_only=True) refuses numpy objects.
     if isinstance(value, np.ndarray):
         return torch.from_numpy(value)
     if isinstance(value, np.generic):

@@ -1,20 +1,18 @@
-"""The manifest: what makes a folder of files a checkpoint.
+"""The names in a folder of checkpoints, and the manifest that makes a folder of files a checkpoint.
 
-Contract: `write_manifest` gives the bytes of the file that is written last; `read_manifest` takes bytes that anybody
-may have written or damaged, and gives either a `Manifest` in which every field has its type and every file name is a
-plain name, or DamagedCheckpointError. The text carries its own hash.
-
-What a folder of checkpoints looks like: the names in it, as pure functions.
-
-Contract: everything that writes, lists or removes checkpoints takes names from here. A checkpoint is a folder
-`save-ORDER-step-STEP`; ORDER counts the saves begun in the parent folder, so that the newest has the highest and no
-name is used twice, whatever steps a run goes back to. In it:
+A checkpoint is a folder `save-ORDER-step-STEP`. ORDER counts the saves that were begun in the parent folder. The newest
+has the highest, and no name is used twice, whatever step a run goes back to. In it:
 
     manifest.json            written last; a folder without it is no checkpoint
-    state.json               the state's own values, and where its tensors lie
+    state.json               the values of the state, and where its tensors lie
     rank_00000.safetensors   the tensors that rank 0 wrote
-    rank_00000.json          what rank 0 alone knows, such as its random generators
-    set_aside.json           only where somebody found the checkpoint damaged: why
+    rank_00000.json          what rank 0 has for itself, such as its random generators
+    set_aside.json           only in a checkpoint that is quarantined: what was found wrong
+
+Contract: whatever writes, lists or removes checkpoints takes names from here. `write_manifest` gives the bytes of
+`manifest.json`, which carry their own hash. `read_manifest` takes bytes from anywhere. It gives a `Manifest` whose
+fields all have their types and whose file names are plain names, or raises DamagedCheckpointError. Pure functions;
+imports no torch.
 """
 
 from __future__ import annotations
@@ -26,12 +24,66 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from allstep.checkpoint.storage import ALGORITHM, hash_bytes
+from allstep.checkpoint.storage import HASH_ALGORITHM, hash_bytes
 from allstep.errors import DamagedCheckpointError, NewerCheckpointError
 
-FORMAT = 1
-LARGEST_MANIFEST = 64 << 20
+MANIFEST = "manifest.json"
+STATE = "state.json"
+QUARANTINE = "set_aside.json"  # the file's name belongs to format 1
 
+# Six digits or more, so that a listing by name is in order up to a million saves.
+_NAME = re.compile(r"save-(\d{6,})-step-(\d+)")
+_TEMPORARY = re.compile(r"tmp-save-(\d{6,})-step-\d+-[0-9a-f]+")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CheckpointName:
+    """A checkpoint's place in its folder; the greatest is the newest."""
+
+    order: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"save-{self.order:06d}-step-{self.step}"
+
+    def temporary(self, token: str) -> str:
+        """The folder that is written before it is renamed; `token` is hexadecimal and new in each process."""
+        return f"tmp-{self}-{token}"
+
+
+def read_name(folder: str) -> CheckpointName | None:
+    """The `CheckpointName` behind a folder's name; None where it is something else."""
+    match = _NAME.fullmatch(folder)
+    name = CheckpointName(int(match[1]), int(match[2])) if match else None
+    # Written back and compared: "save-0000007-step-1" reads as 7 too, and is no name of ours.
+    return name if str(name) == folder else None
+
+
+def is_temporary(folder: str) -> bool:
+    """Whether a folder's name is that of a save that has not been committed."""
+    return _TEMPORARY.fullmatch(folder) is not None
+
+
+def next_order(folders: list[str]) -> int:
+    """The first order that no folder's name, finished or not, has taken."""
+    taken = [int(match[1]) for name in folders if (match := _NAME.fullmatch(name) or _TEMPORARY.fullmatch(name))]
+    return max(taken, default=0) + 1
+
+
+def tensor_file(rank: int) -> str:
+    """Where a rank writes tensors."""
+    return f"rank_{rank:05d}.safetensors"
+
+
+def value_file(rank: int) -> str:
+    """Where a rank writes what it has for itself."""
+    return f"rank_{rank:05d}.json"
+
+
+FORMAT = 1
+LARGEST_MANIFEST = 64 << 20  # bytes; a larger file is not read at all
+
+# No slash and no leading dot: a manifest from elsewhere cannot name a file outside its folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -50,7 +102,7 @@ class Manifest(BaseModel):
 
     Attributes:
         format: of the files; this version reads 1.
-        order: how many saves were begun in the folder before this one, and one.
+        order: the number of this save in its folder, from 1.
         step: the iteration after which it was taken.
         world_size: of the run that saved it.
         created: seconds since 1970.
@@ -79,9 +131,9 @@ class Manifest(BaseModel):
 
 
 def write_manifest(manifest: Manifest) -> bytes:
-    """The manifest as the text of its file."""
+    """The bytes of the manifest's file."""
     body = json.loads(manifest.model_dump_json())
-    return json.dumps({"manifest": body, ALGORITHM: hash_bytes(_canonical(body))}, indent=1).encode() + b"\n"
+    return json.dumps({"manifest": body, HASH_ALGORITHM: hash_bytes(_canonical(body))}, indent=1).encode() + b"\n"
 
 
 def read_manifest(text: bytes) -> Manifest:
@@ -94,7 +146,7 @@ def read_manifest(text: bytes) -> Manifest:
     try:
         outer = json.loads(text)
         body = outer["manifest"]
-        if outer[ALGORITHM] != hash_bytes(_canonical(body)):
+        if outer[HASH_ALGORITHM] != hash_bytes(_canonical(body)):
             raise DamagedCheckpointError("the manifest's text does not have the hash that it states")
         if isinstance(body.get("format"), int) and body["format"] > FORMAT:
             raise NewerCheckpointError(
@@ -110,55 +162,5 @@ def read_manifest(text: bytes) -> Manifest:
 
 
 def _canonical(body: Any) -> bytes:
+    # The hash is of the values and not of the file's bytes, so that it does not depend on white space.
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
-
-
-MANIFEST = "manifest.json"
-STATE = "state.json"
-SET_ASIDE = "set_aside.json"
-
-_NAME = re.compile(r"save-(\d{6,})-step-(\d+)")
-_TEMPORARY = re.compile(r"tmp-save-(\d{6,})-step-\d+-[0-9a-f]+")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Name:
-    """A checkpoint's place in its folder; the greatest is the newest."""
-
-    order: int
-    step: int
-
-    def __str__(self) -> str:
-        return f"save-{self.order:06d}-step-{self.step}"
-
-    def temporary(self, token: str) -> str:
-        """The folder that is written before it is renamed; `token` is hexadecimal and new in each process."""
-        return f"tmp-{self}-{token}"
-
-
-def read_name(folder: str) -> Name | None:
-    """The `Name` behind a folder's name; None where it is something else."""
-    match = _NAME.fullmatch(folder)
-    name = Name(int(match[1]), int(match[2])) if match else None
-    return name if str(name) == folder else None
-
-
-def is_temporary(folder: str) -> bool:
-    """Whether a folder's name is that of a save that has not been committed."""
-    return _TEMPORARY.fullmatch(folder) is not None
-
-
-def next_order(folders: list[str]) -> int:
-    """The first order that no folder's name, finished or not, has taken."""
-    taken = [int(match[1]) for name in folders if (match := _NAME.fullmatch(name) or _TEMPORARY.fullmatch(name))]
-    return max(taken, default=0) + 1
-
-
-def tensor_file(rank: int) -> str:
-    """Where a rank writes tensors."""
-    return f"rank_{rank:05d}.safetensors"
-
-
-def value_file(rank: int) -> str:
-    """Where a rank writes what it alone knows."""
-    return f"rank_{rank:05d}.json"

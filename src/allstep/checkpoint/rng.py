@@ -1,9 +1,9 @@
-"""Random generators of one rank: their state, and a fresh one for a rank that has none saved.
+"""The random generators of one rank: their state, and a seed for a rank that has none saved.
 
-Contract: each rank saves what `capture` gives under its own number and gives it to `restore` when it goes on: Python's
-`random`, numpy's global generator, torch's on the CPU, and those of the accelerators that are in use. A rank that did
-not exist when the state was saved calls `seed_for_rank`: its generators are a function of (seed, epoch, rank).
-Restoring draws nothing and starts no device.
+Contract: each rank saves what `capture` gives under its own number, and gives it to `restore` when it goes on. It holds
+Python's `random`, numpy's global generator, torch's on the CPU, and those of the accelerators that are in use. A rank
+beyond those that saved calls `seed_for_rank`: its generators are a function of (seed, epoch, rank). Restoring draws
+nothing and starts no device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from allstep.data.keys import key_of
 from allstep.errors import CheckpointError
 
-_RANKS = 5
+_PURPOSE = 5  # keeps these keys apart from those that other parts make of the same seed and epoch
 
 
 def capture() -> dict[str, Any]:
@@ -28,6 +28,7 @@ def capture() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
     }
+    # Asking for a generator of CUDA would start the device on a process that does not use it.
     if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available():
@@ -56,7 +57,7 @@ def restore(state: Mapping[str, Any]) -> None:
 
 def seed_for_rank(seed: int, epoch: int, rank: int) -> None:
     """Seed this process' generators for a rank that has no saved state, from (seed, epoch, rank)."""
-    key = key_of(seed, epoch, _RANKS, rank)
+    key = key_of(seed, epoch, _PURPOSE, rank)
     random.seed(key)
     np.random.seed([key & 0xFFFFFFFF, key >> 32])
     torch.manual_seed(key >> 1)

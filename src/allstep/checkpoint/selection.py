@@ -1,29 +1,34 @@
-"""Which checkpoint all ranks load.
+"""Which checkpoint a run resumes from: what was asked for, and the choice that all ranks make together.
 
-Contract: every rank calls `choose` at the same point. What any rank lists is a candidate, newest first. Rank 0 reads
-manifests; each rank looks whether it sees the files, and reads and hashes its share of them; all hear what all found.
-So all return the same, and none returns a checkpoint that was not verified. Where ranks disagree about what they see,
-those that see less wait for it, up to a limit; where all see the same damage nobody waits. What cannot be read is tried
-again within the same limit. A damaged checkpoint, one in which something was read and is wrong, is set aside, with the
-reason in a file, and the one before it is tried. One that some ranks do not see, or cannot read, is passed over and
-left as it is. Everything passed over is reported on every rank.
+What was asked for is decided by pure functions over an environment. The command line's `--resume`, which comes in
+ALLSTEP_RESUME, holds for scripts that name nothing themselves. It is about a launch, not about each start of its
+processes. A restart by the supervisor, or a requeued SLURM job, has the same ALLSTEP_RESUME and goes on from what the
+launch itself has saved, if anything. So every checkpoint says which launch saved it.
 
-Which checkpoints are no longer needed: a pure function, asked after a commit and at no other time.
+Contract of the choice: every rank calls `choose` at the same point. What any rank lists is a candidate, newest first.
+Rank 0 reads manifests. Each rank checks whether it sees the files, then reads and hashes its share of them; all hear
+what all found. So all return the same, and none returns a checkpoint that was not verified.
+
+- Where ranks disagree about what they see, those that see less wait for it, up to a limit.
+- What cannot be read is tried again within the same limit. Where all see the same damage nobody waits.
+- A damaged checkpoint, one in which something was read and is wrong, is quarantined: the reason is put into a file in
+  it, and the one before it is tried.
+- One that some ranks do not see, or cannot read, is passed over and left as it is.
+
+Everything that is passed over is reported on every rank.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
-from allstep.checkpoint.catalog import Verify, load_manifest, wrong_hashes, wrong_sizes
-from allstep.checkpoint.manifest import MANIFEST, SET_ASIDE, Manifest, Name, read_name
+from allstep.checkpoint.catalog import Verify, load_manifest, quarantine, wrong_hashes, wrong_sizes
+from allstep.checkpoint.manifest import MANIFEST, QUARANTINE, CheckpointName, Manifest, read_name
 from allstep.checkpoint.storage import Storage
 from allstep.coordination import Coordinator
 from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
@@ -32,6 +37,48 @@ from allstep.world.store import poll
 T = TypeVar("T")
 
 log = logging.getLogger("allstep.checkpoint")
+
+RESUME_VARIABLE = "ALLSTEP_RESUME"
+LAUNCH_VARIABLE = "ALLSTEP_LAUNCH"
+
+
+def resume_from(at: str, environ: Mapping[str, str]) -> str:
+    """What to resume from, given what the script says: "auto", "none", or a path."""
+    return at if at != "auto" else environ.get(RESUME_VARIABLE) or "auto"
+
+
+def overruled_resume(at: str, environ: Mapping[str, str]) -> str | None:
+    """What the command line asks for where the script says something else, or None."""
+    asked = environ.get(RESUME_VARIABLE) or "auto"
+    return asked if asked not in ("auto", resume_from(at, environ)) else None
+
+
+def launches_of(environ: Mapping[str, str]) -> list[str]:
+    """Names of what launched this process, for its checkpoints: each is the same in all restarts of that launch."""
+    job, launch = environ.get("SLURM_JOB_ID"), environ.get(LAUNCH_VARIABLE)
+    elastic = environ.get("TORCHELASTIC_RUN_ID", "none")
+    names = [f"allstep-{launch}"] if launch else [] if elastic in ("", "none") else [f"torchrun-{elastic}"]
+    return [*names, *([f"slurm-{job}"] if job else [])]
+
+
+def restarted_launches(environ: Mapping[str, str]) -> list[str]:
+    """Those of `launches_of` that may have run before this start, so that their checkpoints are this run's own.
+
+    A SLURM job and a run id of torchrun's may have other runs in them; only their restarts are the same run. (An
+    attempt of `allstep run` has a number that grows over several uses of its name, and no other launch has its name.)
+    """
+    requeued = environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    restarted = environ.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    may_have_run = {"allstep": True, "torchrun": restarted, "slurm": requeued}
+    return [name for name in launches_of(environ) if may_have_run[name.partition("-")[0]]]
+
+
+def was_saved_by(manifest: Manifest, launches: Sequence[str]) -> bool:
+    """Whether one of these launches saved the checkpoint of a manifest."""
+    return not set(launches).isdisjoint(manifest.facts.get("launches", ()))
+
+
+# The choice of all ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +99,17 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
-    """What a rank sees in the list of files."""
+class _Listing:
+    """What a rank finds wrong in the list of a checkpoint's files."""
 
     problems: list[str]
     was_listed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Finding:
+    """What all ranks found: why a checkpoint cannot be used, and whether that is damage."""
+
     problem: str | None
     damaged: bool = False
 
@@ -75,7 +124,7 @@ def choose(
         coordinator: of the ranks that choose.
         verify: read and hash every file ("full"), or look at sizes ("size").
         patience: seconds for which files are waited for that some ranks see and others do not, or that cannot be read.
-        only: the name of the one checkpoint that will do; it is not set aside.
+        only: the name of the one checkpoint that will do; it is not quarantined.
 
     Raises:
         CheckpointError: `only` is not there or does not verify, on every rank.
@@ -84,23 +133,23 @@ def choose(
     passed_over: list[tuple[str, str]] = []
     for folder in folders:
         manifest = _read_manifest(storage, coordinator, folder, patience)
-        if isinstance(manifest, _Verdict):
-            verdict = manifest
+        if isinstance(manifest, _Finding):
+            finding = manifest
         else:
-            verdict = _judge(storage, coordinator, folder, manifest, verify, patience)
-            if verdict.problem is None:
+            finding = _verify_files(storage, coordinator, folder, manifest, verify, patience)
+            if finding.problem is None:
                 return Found(storage.root, folder, manifest, tuple(passed_over))
-        assert verdict.problem is not None
+        assert finding.problem is not None
         if only:
-            raise CheckpointError(f"checkpoint {storage.root}/{only} cannot be used: {verdict.problem}")
-        passed_over.append((folder, verdict.problem))
-        log.warning("checkpoint %s/%s is passed over: %s", storage.root, folder, verdict.problem)
-        if verdict.damaged and coordinator.rank == 0:
-            _set_aside(storage, folder, verdict.problem)
+            raise CheckpointError(f"checkpoint {storage.root}/{only} cannot be used: {finding.problem}")
+        passed_over.append((folder, finding.problem))
+        log.warning("checkpoint %s/%s is passed over: %s", storage.root, folder, finding.problem)
+        if finding.damaged and coordinator.rank == 0:
+            _try_to_quarantine(storage, folder, finding.problem)
     return None
 
 
-def from_first(coordinator: Coordinator, ask: Callable[[], T]) -> T:
+def ask_rank_zero(coordinator: Coordinator, ask: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank.
 
     Raises:
@@ -121,33 +170,34 @@ def from_first(coordinator: Coordinator, ask: Callable[[], T]) -> T:
 
 def _candidates(storage: Storage, coordinator: Coordinator) -> list[str]:
     """What any rank sees: a folder that rank 0 does not see yet is waited for as a file is."""
-    seen, set_aside = from_first(coordinator, lambda: (_names(storage), _set_aside_names(storage)))
+    seen, quarantined = ask_rank_zero(coordinator, lambda: (_names(storage), _quarantined_names(storage)))
     for names in coordinator.gather(_names_seen(storage)):
         seen = seen | names
-    return [str(name) for name in sorted(seen - set_aside, reverse=True)]
+    return [str(name) for name in sorted(seen - quarantined, reverse=True)]
 
 
-def _names(storage: Storage) -> frozenset[Name]:
+def _names(storage: Storage) -> frozenset[CheckpointName]:
     return frozenset(name for folder in storage.folders() if (name := read_name(folder)))
 
 
-def _names_seen(storage: Storage) -> frozenset[Name]:
+def _names_seen(storage: Storage) -> frozenset[CheckpointName]:
     try:
         return _names(storage)
     except Exception:  # a rank that sees nothing is asked about each of the others' candidates
         return frozenset()
 
 
-def _set_aside_names(storage: Storage) -> frozenset[Name]:
-    return frozenset(name for name in _names(storage) if SET_ASIDE in storage.files(str(name)))
+def _quarantined_names(storage: Storage) -> frozenset[CheckpointName]:
+    return frozenset(name for name in _names(storage) if QUARANTINE in storage.files(str(name)))
 
 
-def _read_manifest(storage: Storage, coordinator: Coordinator, folder: str, patience: float) -> Manifest | _Verdict:
+def _read_manifest(storage: Storage, coordinator: Coordinator, folder: str, patience: float) -> Manifest | _Finding:
+    """Rank 0's reading of the manifest, after a wait where some ranks see one and others do not."""
     seen = coordinator.gather(_sees_manifest(storage, folder))
     if any(seen) and not all(seen):
         poll(lambda: _sees_manifest(storage, folder), time.monotonic() + patience)
-    found = from_first(coordinator, partial(_manifest, storage, folder, patience))
-    if isinstance(found, _Verdict) and not seen[0]:
+    found = ask_rank_zero(coordinator, partial(_load_manifest, storage, folder, patience))
+    if isinstance(found, _Finding) and not seen[0]:
         # Without rename, one that has no manifest may be a save that another run has under way.
         return replace(found, damaged=found.damaged and storage.has_rename and not any(seen))
     return found
@@ -160,67 +210,70 @@ def _sees_manifest(storage: Storage, folder: str) -> bool:
         return False
 
 
-def _manifest(storage: Storage, folder: str, patience: float) -> Manifest | _Verdict:
-    found: Manifest | _Verdict = _Verdict(None)
+def _load_manifest(storage: Storage, folder: str, patience: float) -> Manifest | _Finding:
+    """The manifest, tried again for a while where it cannot be read; damage is not tried again."""
+    found: Manifest | _Finding = _Finding(None)
 
-    def settled() -> bool:
+    def is_settled() -> bool:
         nonlocal found
         try:
             found = load_manifest(storage, folder)
         except NewerCheckpointError:
-            raise  # it is no damage, and training anew beside it would not be what anybody wants
+            raise  # not damage; and nobody wants to train anew beside a checkpoint of a newer version
         except CheckpointError as error:
-            found = _Verdict(str(error), damaged=isinstance(error, DamagedCheckpointError))
+            found = _Finding(str(error), damaged=isinstance(error, DamagedCheckpointError))
             return found.damaged
         return True
 
-    poll(settled, time.monotonic() + patience)
+    poll(is_settled, time.monotonic() + patience)
     return found
 
 
-def _judge(
+def _verify_files(
     storage: Storage, coordinator: Coordinator, folder: str, manifest: Manifest, verify: Verify, patience: float
-) -> _Verdict:
-    looks: list[_Look] = coordinator.gather(_look(storage, folder, manifest))
-    if len({bool(each.problems) for each in looks}) > 1 or not all(each.was_listed for each in looks):
-        poll(lambda: not _look(storage, folder, manifest).problems, time.monotonic() + patience)
-        looks = coordinator.gather(_look(storage, folder, manifest))
-    if any(each.problems for each in looks):
-        damaged = all(each.problems and each.was_listed for each in looks)
-        return _Verdict(_spell([each.problems for each in looks]), damaged)
+) -> _Finding:
+    listings: list[_Listing] = coordinator.gather(_list_files(storage, folder, manifest))
+    if len({bool(each.problems) for each in listings}) > 1 or not all(each.was_listed for each in listings):
+        poll(lambda: not _list_files(storage, folder, manifest).problems, time.monotonic() + patience)
+        listings = coordinator.gather(_list_files(storage, folder, manifest))
+    if any(each.problems for each in listings):
+        # Damage is what all see. What one rank alone misses may be its view of the file system.
+        damaged = all(each.problems and each.was_listed for each in listings)
+        return _Finding(_summary([each.problems for each in listings]), damaged)
     if verify == "size":
-        return _Verdict(None)
+        return _Finding(None)
     share = list(manifest.files)[coordinator.rank :: coordinator.world_size]
-    found = coordinator.gather(_read(storage, folder, manifest, share, patience))
+    found = coordinator.gather(_hash_files(storage, folder, manifest, share, patience))
     wrong, unread = [each for each, _ in found], [each for _, each in found]
-    return _Verdict(_spell(wrong) or _spell(unread) or None, damaged=any(wrong))
+    return _Finding(_summary(wrong) or _summary(unread) or None, damaged=any(wrong))
 
 
-def _read(
+def _hash_files(
     storage: Storage, folder: str, manifest: Manifest, share: list[str], patience: float
 ) -> tuple[list[str], list[str]]:
     """What a rank finds wrong in its share of the files, and what of it cannot be read, after a while of trying."""
     wrong: list[str] = []
     unread = dict.fromkeys(share, "")
 
-    def settled() -> bool:
+    def is_settled() -> bool:
         nonlocal wrong, unread
         found, unread = wrong_hashes(storage, folder, manifest, unread)
         wrong += found
         return bool(wrong) or not unread
 
-    poll(settled, time.monotonic() + patience)
+    poll(is_settled, time.monotonic() + patience)
     return wrong, list(unread.values())
 
 
-def _look(storage: Storage, folder: str, manifest: Manifest) -> _Look:
+def _list_files(storage: Storage, folder: str, manifest: Manifest) -> _Listing:
     try:
-        return _Look(wrong_sizes(storage, folder, manifest))
+        return _Listing(wrong_sizes(storage, folder, manifest))
     except Exception as error:
-        return _Look([f"its files cannot be listed: {error}"], was_listed=False)
+        return _Listing([f"its files cannot be listed: {error}"], was_listed=False)
 
 
-def _spell(problems: list[list[str]]) -> str:
+def _summary(problems: list[list[str]]) -> str:
+    """The problems of the first rank that has any, and how many others have some."""
     for rank, found in enumerate(problems):
         if found:
             others = sum(map(bool, problems)) - 1
@@ -228,56 +281,8 @@ def _spell(problems: list[list[str]]) -> str:
     return ""
 
 
-def _set_aside(storage: Storage, folder: str, problem: str) -> None:
-    note = json.dumps({"problem": problem, "found": time.time()}).encode()
+def _try_to_quarantine(storage: Storage, folder: str, problem: str) -> None:
     try:
-        storage.write(folder, SET_ASIDE, [note])
-    except Exception as error:
-        log.warning("checkpoint %s/%s cannot be set aside: %s", storage.root, folder, error)
-
-
-KeepBest = tuple[int, str, Literal["max", "min"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """How many checkpoints stay: the newest, and the best by a metric. None keeps all."""
-
-    keep_last: int | None = 3
-    keep_best: KeepBest | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep_last is not None and not _is_count(self.keep_last):
-            raise CheckpointError(f"keep_last is {self.keep_last!r}; it must be 1 or more, or None to keep all")
-        if self.keep_best is not None and not _can_be_meant(self.keep_best):
-            raise CheckpointError(
-                f'keep_best is {self.keep_best!r}; give (1 or more, the name of a metric, "max" or "min")'
-            )
-
-    def expendable(self, committed: Sequence[tuple[Name, Manifest]]) -> list[Name]:
-        """Those to remove, oldest first. A missing or NaN metric is never among the best; a tie is the older's."""
-        if self.keep_last is None:
-            return []
-        ordered = sorted(committed, key=lambda entry: entry[0])
-        kept = {name for name, _ in ordered[-self.keep_last :]}
-        if self.keep_best is not None:
-            count, metric, direction = self.keep_best
-            sign = 1 if direction == "max" else -1
-            rated = [
-                (sign * manifest.metrics[metric], name)
-                for name, manifest in reversed(ordered)
-                if not math.isnan(manifest.metrics.get(metric, math.nan))
-            ]
-            kept.update(name for _, name in sorted(rated, key=lambda entry: entry[0])[-count:])
-        return [name for name, _ in ordered if name not in kept]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _can_be_meant(best: object) -> bool:
-    if not isinstance(best, Sequence) or len(best) != 3:
-        return False
-    count, metric, direction = best
-    return _is_count(count) and isinstance(metric, str) and direction in ("max", "min")
+        quarantine(storage, folder, problem)
+    except Exception as error:  # as in a folder that is mounted for reading; the next start finds the damage again
+        log.warning("checkpoint %s/%s cannot be quarantined: %s", storage.root, folder, error)

@@ -1,9 +1,12 @@
-"""Who writes which piece of which tensor.
+"""Which rank writes which piece of which tensor, and the arithmetic of boxes behind it.
 
-Contract: a replicated tensor is the same on all ranks, and is written once: every rank computes the same division from
-names, dtypes and shapes, without a word to the others. Large ones are cut along their first dimension, so that ranks
-write about equally much. Of a sharded tensor (DTensor) each rank writes its own shard, and of shards that several ranks
-hold one rank does. Together the pieces cover each tensor exactly; whether they do is checked when a save is committed.
+Contract: a replicated tensor is the same on all ranks and is written once. Every rank computes the same assignment from
+names, dtypes and shapes, without communication. Large tensors are cut along their first dimension, so that ranks write
+about equally much. Of a sharded tensor (DTensor) each rank writes its own shard; a shard that several ranks hold is
+written by one of them. Together the pieces cover each tensor exactly. A commit checks that with `covers`.
+
+A box is a part of a tensor: where it begins in each dimension and how long it is there. Offsets of an empty box mean
+nothing.
 """
 
 from __future__ import annotations
@@ -13,20 +16,19 @@ import zlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-_LARGE = 4 << 20
+from allstep.checkpoint.torch_private import shard_boxes
 
-Region = tuple[tuple[int, ...], tuple[int, ...]]
+_SMALLEST_CUT = 4 << 20  # bytes; a smaller tensor is cheaper to write whole than to read from several files
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a tensor: where it begins in each dimension and how long it is there."""
+class Box(NamedTuple):
+    """A part of a tensor; both tuples have one number for each dimension, in elements."""
 
-    name: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
@@ -35,125 +37,150 @@ class Piece:
         """Elements in it."""
         return math.prod(self.sizes)
 
+    def overlap(self, other: Box) -> Box | None:
+        """The box that two boxes have in common; None where they have none."""
+        begin = tuple(map(max, self.offsets, other.offsets))
+        ends = map(min, self.ends, other.ends)
+        sizes = tuple(end - at for end, at in zip(ends, begin, strict=True))
+        return Box(begin, sizes) if all(size > 0 for size in sizes) else None
 
-def piece_key(piece: Piece, shape: Sequence[int]) -> str:
-    """What a file calls a piece of a tensor of this shape: the tensor's name where it is whole."""
-    if piece.sizes == tuple(shape):
-        return piece.name
-    return f"{piece.name}@{','.join(map(str, piece.offsets))}"
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The first position behind it in each dimension."""
+        return tuple(at + size for at, size in zip(self.offsets, self.sizes, strict=True))
+
+
+def whole_box(shape: Sequence[int]) -> Box:
+    """The box that is all of a tensor of this shape."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a named tensor."""
+
+    name: str
+    box: Box
+
+    def key(self, shape: Sequence[int]) -> str:
+        """What a file calls it, given the shape of its tensor: the tensor's name alone where the piece is all of it."""
+        if self.box.sizes == tuple(shape):
+            return self.name
+        return f"{self.name}@{','.join(map(str, self.box.offsets))}"
 
 
 def own_pieces(
-    tensors: Mapping[str, torch.Tensor], rank: int, world_size: int, of_first: Container[str] = ()
+    tensors: Mapping[str, torch.Tensor], rank: int, world_size: int, from_rank_zero: Container[str] = ()
 ) -> list[tuple[Piece, torch.Tensor]]:
-    """The pieces that a rank writes, each with its values; rank 0 writes the tensors in `of_first`."""
+    """The pieces that a rank writes, each with its values.
+
+    Args:
+        tensors: by name; those that are no DTensors are the same on all ranks, or are in `from_rank_zero`.
+        rank, world_size: this rank among those that save.
+        from_rank_zero: names of tensors that differ by rank, of which rank 0 writes its own.
+    """
     replicated = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
-    shared = {name: tensor for name, tensor in replicated.items() if name not in of_first}
+    shared = {name: tensor for name, tensor in replicated.items() if name not in from_rank_zero}
     shapes = [(name, tensor.dtype.itemsize, tuple(tensor.shape)) for name, tensor in shared.items()]
-    pieces = [(piece, _values(shared[piece.name], piece)) for piece in divide(shapes, world_size)[rank]]
+    pieces = [(piece, _values(shared[piece.name], piece)) for piece in assign(shapes, world_size)[rank]]
     if rank == 0:
-        pieces.extend((_whole(name, tensor.shape), tensor) for name, tensor in replicated.items() if name in of_first)
+        pieces.extend(
+            (Piece(name, whole_box(tensor.shape)), tensor)
+            for name, tensor in replicated.items()
+            if name in from_rank_zero
+        )
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and _writes(name, tensor):
-            pieces.extend((piece, tensor.to_local().detach()) for piece in _shards(name, tensor) if piece.numel)
+        if isinstance(tensor, DTensor) and _writes_its_shard(name, tensor):
+            shards = [Piece(name, box) for box in local_boxes(tensor) if box.numel]
+            pieces.extend((piece, tensor.to_local().detach()) for piece in shards)
     return pieces
 
 
-def local_regions(tensor: torch.Tensor) -> list[Region]:
+def local_boxes(tensor: torch.Tensor) -> list[Box]:
     """The boxes of a tensor that this rank holds: of a DTensor its shard, of any other the whole."""
     if isinstance(tensor, DTensor):
-        return [(piece.offsets, piece.sizes) for piece in _shards("", tensor)]
-    return [((0,) * tensor.dim(), tuple(tensor.shape))]
+        return [Box(*each) for each in shard_boxes(tensor)]
+    return [whole_box(tensor.shape)]
 
 
-def divide(tensors: Sequence[tuple[str, int, tuple[int, ...]]], world_size: int) -> list[list[Piece]]:
-    """Divide replicated tensors, given as (name, bytes of an element, shape), among ranks.
+def assign(tensors: Sequence[tuple[str, int, tuple[int, ...]]], world_size: int) -> list[list[Piece]]:
+    """Which pieces each rank writes of replicated tensors, given as (name, bytes of an element, shape).
 
-    The largest pieces are given out first, each to the rank that has least.
+    The largest pieces are assigned first, each to the rank that has least: greedy scheduling, longest job first.
     """
     pieces = [
-        (piece, piece.numel * itemsize)
+        (piece, piece.box.numel * itemsize)
         for name, itemsize, shape in tensors
         for piece in _cut(name, itemsize, shape, world_size)
     ]
-    pieces.sort(key=lambda entry: (-entry[1], entry[0].name, entry[0].offsets))
-    shares: list[list[Piece]] = [[] for _ in range(world_size)]
+    # Names and offsets break ties, so that the order in which a rank knows its tensors makes no difference.
+    pieces.sort(key=lambda entry: (-entry[1], entry[0].name, entry[0].box.offsets))
+    assigned: list[list[Piece]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for piece, size in pieces:
         least = loads.index(min(loads))
-        shares[least].append(piece)
+        assigned[least].append(piece)
         loads[least] += size
-    return shares
+    return assigned
 
 
-def covers(shape: Sequence[int], pieces: Sequence[Piece]) -> bool:
-    """Whether pieces lie within a tensor of this shape, do not overlap, and leave nothing out."""
-    if any(len(piece.sizes) != len(shape) or len(piece.offsets) != len(shape) for piece in pieces):
+def covers(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
+    """Whether boxes lie within a tensor of this shape, do not overlap, and leave nothing out."""
+    if any(len(box.sizes) != len(shape) or len(box.offsets) != len(shape) for box in boxes):
         return False
-    for piece in pieces:
+    for box in boxes:
         if any(
             at < 0 or length < 0 or at + length > whole
-            for at, length, whole in zip(piece.offsets, piece.sizes, shape, strict=True)
+            for at, length, whole in zip(box.offsets, box.sizes, shape, strict=True)
         ):
             return False
-    if sum(piece.numel for piece in pieces) != math.prod(shape):
+    # Boxes that lie inside and hold as many elements as the tensor leave nothing out unless two overlap.
+    if sum(box.numel for box in boxes) != math.prod(shape):
         return False
-    ordered = sorted((piece for piece in pieces if piece.numel), key=lambda piece: piece.offsets)
+    ordered = sorted((box for box in boxes if box.numel), key=lambda box: box.offsets)
     return not any(
-        overlap((first.offsets, first.sizes), (second.offsets, second.sizes)) is not None
+        first.overlap(second) is not None
         for at, first in enumerate(ordered)
-        for second in _until_beyond(first, ordered[at + 1 :])
+        for second in _beginning_within(first, ordered[at + 1 :])
     )
 
 
-def overlap(first: Region, second: Region) -> Region | None:
-    """The box that two boxes have in common; None where they have none."""
-    begin = tuple(max(a, b) for a, b in zip(first[0], second[0], strict=True))
-    ends = zip(*first, *second, strict=True)
-    sizes = tuple(min(a + m, b + n) - at for (a, m, b, n), at in zip(ends, begin, strict=True))
-    return (begin, sizes) if all(size > 0 for size in sizes) else None
+def _beginning_within(first: Box, later: Sequence[Box]) -> list[Box]:
+    """Those of `later`, which is in order, that begin before `first` ends in the first dimension.
 
-
-def _until_beyond(first: Piece, later: Sequence[Piece]) -> list[Piece]:
-    """Those of `later`, which is in order, that begin before `first` ends in the first dimension."""
+    No other can overlap it, which keeps the check of thousands of row blocks from being quadratic.
+    """
     if not first.sizes:
         return list(later)
-    end = first.offsets[0] + first.sizes[0]
     found = []
-    for piece in later:
-        if piece.offsets[0] >= end:
+    for box in later:
+        if box.offsets[0] >= first.ends[0]:
             break
-        found.append(piece)
+        found.append(box)
     return found
 
 
 def _cut(name: str, itemsize: int, shape: tuple[int, ...], world_size: int) -> list[Piece]:
-    whole = _whole(name, shape)
-    if world_size == 1 or not shape or whole.numel * itemsize < _LARGE or shape[0] < 2:
-        return [whole]
+    whole = whole_box(shape)
+    if world_size == 1 or not shape or whole.numel * itemsize < _SMALLEST_CUT or shape[0] < 2:
+        return [Piece(name, whole)]
     count = min(world_size, shape[0])
     edges = [shape[0] * at // count for at in range(count + 1)]
     rest = shape[1:]
-    return [Piece(name, (begin, *(0,) * len(rest)), (end - begin, *rest)) for begin, end in pairwise(edges)]
-
-
-def _whole(name: str, shape: Sequence[int]) -> Piece:
-    return Piece(name, (0,) * len(shape), tuple(shape))
+    return [Piece(name, Box((begin, *(0,) * len(rest)), (end - begin, *rest))) for begin, end in pairwise(edges)]
 
 
 def _values(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    if piece.sizes == tuple(tensor.shape):
+    if piece.box.sizes == tuple(tensor.shape):
         return tensor
-    return tensor.narrow(0, piece.offsets[0], piece.sizes[0])
+    return tensor.narrow(0, piece.box.offsets[0], piece.box.sizes[0])
 
 
-def _shards(name: str, tensor: DTensor) -> list[Piece]:
-    # The protocol by which DTensor tells torch's own checkpoints where its shard lies.
-    chunks = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
-    return [Piece(name, tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+def _writes_its_shard(name: str, tensor: DTensor) -> bool:
+    """Whether this rank is the one that writes the shard that it holds, of those that hold the same.
 
-
-def _writes(name: str, tensor: DTensor) -> bool:
+    A hash of the name picks the replica, so that the tensors of a model are spread over all replicas.
+    """
     place = tensor.device_mesh.get_coordinate()
     if place is None:
         return False

@@ -1,20 +1,17 @@
-"""Where checkpoints lie: the few things that are asked of a file system, for a local one.
+"""Where checkpoints lie: the few things that are asked of a file system, and the hash of what is written.
 
-Contract: a `Storage` is rooted at the folder that holds checkpoints and is asked only for folders directly in it and
-files directly in those. What `write` has returned from, and what `rename` has, survives the machine's end: files and
-folders are synchronised. `FsspecStorage`, beside this file, does the same for object stores, which have no rename;
-there the manifest's arrival makes the checkpoint. What can go wrong: OSError, as the operating system gives it.
+Contract: `open_storage` gives the `Storage` of a path or an address. A `Storage` is rooted at the folder that holds
+all checkpoints of a run. It is asked only for folders directly in that root and for files directly in those.
 
-The hash of a checkpoint's files, taken while they are written or read.
+`LocalStorage` is durable: what `write` and `rename` have returned from survives a loss of power, because files and
+folders are synchronised. `FsspecStorage` reaches `s3://`, `gs://`, `memory://` and what else fsspec knows. It has no
+rename; an object is there, whole, once its writing has ended, and the arrival of the manifest commits a checkpoint.
 
-Contract: XXH3 with 128 bits, which notices truncation and flipped bits at the speed of memory. It is no defence against
-somebody who forges a checkpoint: that nothing in one is ever executed is.
+Files are hashed while they are written and read, with XXH3 of 128 bits. That finds truncation and flipped bits at the
+speed of memory. It is no defence against forgery; against that stands that nothing in a checkpoint is executed.
 
-Checkpoints in any place that fsspec reaches: `s3://`, `gs://`, `memory://` and the like.
-
-Contract: as `Storage`, without rename: an object is there, whole, once its writing has ended. Lists are always asked
-for anew. `open_storage` chooses: a path, or `file://`, is local; any other address is fsspec's. What can go wrong:
-CheckpointError where the address' protocol needs a package that is not installed.
+What can go wrong: OSError as the operating system gives it, errors of the file systems behind fsspec, and
+CheckpointError where an address needs a package that is not installed. Imports no torch.
 """
 
 from __future__ import annotations
@@ -28,7 +25,36 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import xxhash
 
-from allstep.errors import CheckpointError
+from allstep.errors import ArgumentError, CheckpointError
+
+HASH_ALGORITHM = "xxh3_128"
+BLOCK_SIZE = 4 << 20  # bytes: small enough to stay in a processor's cache between the hash and the write
+
+Buffer = bytes | memoryview
+
+
+def open_storage(root: str) -> Storage:
+    """The storage at a path or an address. A path and `file://` are local; any other address is fsspec's.
+
+    Raises:
+        ArgumentError: the address has lost a slash in a `Path`.
+        CheckpointError: fsspec does not know the address, or lacks the package for it.
+    """
+    protocol, _, rest = root.partition(":/")
+    if rest and not rest.startswith("/") and _is_protocol(protocol):
+        # Path("s3://bucket") is "s3:/bucket", which would otherwise become a local folder of that name.
+        raise ArgumentError(f"{root} has lost a slash, as addresses in a Path do; give {protocol}://{rest} as a str")
+    if root.startswith("file://"):
+        return LocalStorage(root.removeprefix("file://"))
+    return FsspecStorage(root) if "://" in root else LocalStorage(root)
+
+
+def _is_protocol(name: str) -> bool:
+    if not name.isalnum():
+        return False
+    import fsspec  # type: ignore[import-untyped]
+
+    return name in fsspec.available_protocols()
 
 
 class Storage(Protocol):
@@ -41,9 +67,9 @@ class Storage(Protocol):
         """Names of the folders here; none where the root does not exist."""
 
     def files(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files in a folder; none where it does not exist."""
+        """Names of the files in a folder, with their sizes in bytes; none where the folder does not exist."""
 
-    def make(self, folder: str) -> None:
+    def make_folder(self, folder: str) -> None:
         """Make a new folder. Raises FileExistsError where one is there."""
 
     def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
@@ -52,7 +78,7 @@ class Storage(Protocol):
     def open(self, folder: str, name: str) -> BinaryIO:
         """Open a file for reading."""
 
-    def settle(self, folder: str) -> None:
+    def sync_folder(self, folder: str) -> None:
         """Make the list of a folder's files durable."""
 
     def rename(self, folder: str, final: str) -> None:
@@ -61,11 +87,47 @@ class Storage(Protocol):
     def remove_file(self, folder: str, name: str) -> None:
         """Remove a file, where it exists."""
 
-    def remove(self, folder: str) -> None:
+    def remove_folder(self, folder: str) -> None:
         """Remove a folder with what is in it."""
 
-    def free(self) -> int | None:
-        """Bytes that can still be written; None where nobody knows."""
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written; None where that is unknown."""
+
+
+class BlockHasher:
+    """Hashes blocks of bytes on their way to a file, and counts them."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_128()
+        self.size = 0
+
+    def blocks(self, *parts: Buffer) -> Iterator[Buffer]:
+        """The bytes of all parts, in blocks; each is counted and hashed before it is given out."""
+        for part in parts:
+            view = memoryview(part)
+            for start in range(0, view.nbytes, BLOCK_SIZE):
+                block = view[start : start + BLOCK_SIZE]
+                self._hash.update(block)
+                self.size += block.nbytes
+                yield block
+
+    @property
+    def hexdigest(self) -> str:
+        """The hash of the blocks so far."""
+        return str(self._hash.hexdigest())
+
+
+def hash_bytes(data: bytes) -> str:
+    """The hash of bytes in memory."""
+    return str(xxhash.xxh3_128(data).hexdigest())
+
+
+def hash_file(file: BinaryIO) -> str:
+    """The hash of an open file, from its position to its end."""
+    digest = xxhash.xxh3_128()
+    while block := file.read(BLOCK_SIZE):
+        digest.update(block)
+    return str(digest.hexdigest())
 
 
 class LocalStorage:
@@ -93,8 +155,9 @@ class LocalStorage:
         except FileNotFoundError:
             return {}
 
-    def make(self, folder: str) -> None:
+    def make_folder(self, folder: str) -> None:
         """See `Storage`. The root is made too."""
+        # A new folder survives a loss of power only once its parent is synchronised, so each new level is.
         missing = [path for path in (self._path, *self._path.parents) if not path.is_dir()]
         self._path.mkdir(parents=True, exist_ok=True)
         for path in missing:
@@ -103,6 +166,7 @@ class LocalStorage:
 
     def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
         """See `Storage`."""
+        # Unbuffered: the blocks are large, and a buffer would copy each once more. "x": a file is written once.
         with open(self._path / folder / name, "xb", buffering=0) as file:
             for block in blocks:
                 _write_all(file.fileno(), block)
@@ -112,7 +176,7 @@ class LocalStorage:
         """See `Storage`."""
         return open(self._path / folder / name, "rb")
 
-    def settle(self, folder: str) -> None:
+    def sync_folder(self, folder: str) -> None:
         """See `Storage`."""
         _sync(self._path / folder)
 
@@ -128,11 +192,11 @@ class LocalStorage:
         (self._path / folder / name).unlink(missing_ok=True)
         _sync(self._path / folder)
 
-    def remove(self, folder: str) -> None:
+    def remove_folder(self, folder: str) -> None:
         """See `Storage`."""
         shutil.rmtree(self._path / folder)
 
-    def free(self) -> int | None:
+    def free_bytes(self) -> int | None:
         """See `Storage`; asked of the nearest folder that exists."""
         path = self._path
         while not path.exists():
@@ -142,7 +206,7 @@ class LocalStorage:
 
 def _write_all(descriptor: int, block: Buffer) -> None:
     view = memoryview(block)
-    while view:
+    while view:  # os.write may take a part of it only
         view = view[os.write(descriptor, view) :]
 
 
@@ -157,70 +221,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-ALGORITHM = "xxh3_128"
-BLOCK = 4 << 20
-
-Buffer = bytes | memoryview
-
-
-class Hashed:
-    """Passes blocks of bytes on and knows the size and the hash of those that it passed."""
-
-    def __init__(self) -> None:
-        self._hash = xxhash.xxh3_128()
-        self.size = 0
-
-    def blocks(self, *parts: Buffer) -> Iterator[Buffer]:
-        """The bytes of all parts, in blocks."""
-        for part in parts:
-            view = memoryview(part)
-            for start in range(0, view.nbytes, BLOCK):
-                block = view[start : start + BLOCK]
-                self._hash.update(block)
-                self.size += block.nbytes
-                yield block
-
-    @property
-    def hexdigest(self) -> str:
-        """The hash of what was passed on so far."""
-        return str(self._hash.hexdigest())
-
-
-def hash_bytes(data: bytes) -> str:
-    """The hash of bytes at hand."""
-    return str(xxhash.xxh3_128(data).hexdigest())
-
-
-def hash_file(file: BinaryIO) -> tuple[int, str]:
-    """Size and hash of an open file, from where it stands to its end."""
-    digest, size = xxhash.xxh3_128(), 0
-    while block := file.read(BLOCK):
-        digest.update(block)
-        size += len(block)
-    return size, str(digest.hexdigest())
-
-
-def open_storage(root: str) -> Storage:
-    """The storage at a path or an address.
-
-    Raises:
-        CheckpointError: the address is one that fsspec does not know, or has lost a slash in a `Path`.
-    """
-    protocol, _, rest = root.partition(":/")
-    if rest and not rest.startswith("/") and _is_protocol(protocol):
-        raise CheckpointError(f"{root} has lost a slash, as addresses in a Path do; give {protocol}://{rest} as a str")
-    if root.startswith("file://"):
-        return LocalStorage(root.removeprefix("file://"))
-    return FsspecStorage(root) if "://" in root else LocalStorage(root)
-
-
 class FsspecStorage:
     """A folder in an fsspec file system."""
 
     has_rename = False
 
     def __init__(self, root: str) -> None:
-        import fsspec  # type: ignore[import-untyped]
+        import fsspec
 
         self.root = root.rstrip("/")
         try:
@@ -240,8 +247,8 @@ class FsspecStorage:
         infos = self._list(f"{self._path}/{folder}")
         return {_last(info): int(info["size"]) for info in infos if info["type"] == "file"}
 
-    def make(self, folder: str) -> None:
-        """See `Storage`. Nothing is made where folders are but the beginnings of names."""
+    def make_folder(self, folder: str) -> None:
+        """See `Storage`. In an object store a folder is only the beginning of names, and nothing is made."""
         if self.files(folder):
             raise FileExistsError(errno.EEXIST, "a checkpoint of this name exists", f"{self.root}/{folder}")
         if _has_folders(self._fs):
@@ -257,11 +264,11 @@ class FsspecStorage:
         """See `Storage`."""
         return cast(BinaryIO, self._fs.open(f"{self._path}/{folder}/{name}", "rb"))
 
-    def settle(self, folder: str) -> None:
+    def sync_folder(self, folder: str) -> None:
         """See `Storage`. An object is durable when it is there."""
 
     def rename(self, folder: str, final: str) -> None:
-        """Not to be called."""
+        """Not to be called: `has_rename` is false."""
         raise NotImplementedError("object stores have no rename; the manifest's arrival commits")
 
     def remove_file(self, folder: str, name: str) -> None:
@@ -269,15 +276,16 @@ class FsspecStorage:
         if name in self.files(folder):
             self._fs.rm_file(f"{self._path}/{folder}/{name}")
 
-    def remove(self, folder: str) -> None:
+    def remove_folder(self, folder: str) -> None:
         """See `Storage`."""
         self._fs.rm(f"{self._path}/{folder}", recursive=True)
 
-    def free(self) -> int | None:
-        """See `Storage`. Object stores do not say."""
+    def free_bytes(self) -> int | None:
+        """See `Storage`. Unknown for object stores."""
         return None
 
     def _list(self, path: str) -> list[dict[str, Any]]:
+        # fsspec keeps listings; other processes write here, so each list is asked for anew.
         self._fs.invalidate_cache()
         try:
             return [info for info in self._fs.ls(path, detail=True) if _last(info) and info["name"] != path]
@@ -285,15 +293,8 @@ class FsspecStorage:
             return []
 
 
-def _is_protocol(name: str) -> bool:
-    if not name.isalnum():
-        return False
-    import fsspec
-
-    return name in fsspec.available_protocols()
-
-
 def _last(info: dict[str, Any]) -> str:
+    # Some file systems end the names of folders with a slash.
     return str(info["name"]).rstrip("/").rsplit("/", 1)[-1]
 
 

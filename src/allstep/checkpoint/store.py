@@ -1,18 +1,17 @@
 """`Store`: a folder of checkpoints that a run saves to and resumes from.
 
 Contract: every rank makes one and calls the same methods at the same points, from its main thread. `save` returns when
-this rank's part of the state is copied; the rest happens in a thread, over a process group of its own, with one save
+this rank's part of the state is copied. The rest happens in a thread, over a process group of its own, with one save
 under way at a time. A save that fails is reported on every rank and leaves the other checkpoints as they are; it stops
 training only where the store is strict. A folder belongs to one run at a time: opening a store removes what earlier
 attempts left unfinished.
 
-It knows nothing of engines, modules and random generators: it is handed plain nested state, and gives it back.
+A save is one `Save` record. The store makes it and puts the snapshot in; the thread of its `PendingSave` writes it
+(`allstep.checkpoint.commit`). What a rank reads from a `PendingSave` after `wait` is the same on all ranks. Its thread
+has ended when `wait` returns. Where the interpreter ends before, the thread is waited for, within bounds: one that
+still runs then can abort the process.
 
-A save under way: what `Store.save` gives back.
-
-Contract: made by `Store` on every rank, which hands it what writes; that runs in a thread of its own and says why it
-failed. What a rank reads from it after `wait` is the same on all ranks. The thread has ended when `wait` returns, and
-is waited for, within bounds, when the interpreter ends before: one that still runs then can abort the process.
+A store knows nothing of engines, modules and random generators: it is given plain nested state, and gives it back.
 """
 
 from __future__ import annotations
@@ -21,27 +20,28 @@ import atexit
 import logging
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
-from allstep.checkpoint.catalog import Verify, sweep
-from allstep.checkpoint.commit import Order, Writer
-from allstep.checkpoint.manifest import Manifest, Name, next_order, read_name
-from allstep.checkpoint.reading import Reader
-from allstep.checkpoint.selection import Found, KeepBest, Retention, choose, from_first
-from allstep.checkpoint.snapshot import Snapshot, Stager, take_snapshot
+from allstep.checkpoint.catalog import KeepBest, Retention, Verify, remove_unfinished
+from allstep.checkpoint.commit import Save, write_save
+from allstep.checkpoint.manifest import CheckpointName, Manifest, next_order, read_name
+from allstep.checkpoint.reading import CheckpointReader
+from allstep.checkpoint.selection import Found, ask_rank_zero, choose, was_saved_by
+from allstep.checkpoint.snapshot import SnapshotBuffer, take_snapshot
 from allstep.checkpoint.storage import Storage, open_storage
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
-from allstep.errors import CheckpointError, DamagedCheckpointError
+from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
 
 Busy = Literal["wait", "skip"]
 
 log = logging.getLogger("allstep.checkpoint")
+
+_AT_EXIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,72 @@ class Loaded:
     state: dict[str, Any]
     per_rank: list[Any]
     manifest: Manifest
+
+
+class PendingSave:
+    """A save that was begun, or left out because another was under way."""
+
+    def __init__(self, step: int, save: Save | None, *, strict: bool) -> None:
+        """Args: step and strict as in `Store`; save is None where it was left out."""
+        self.step = step
+        self._save = save
+        self._strict = strict
+        self._thread: threading.Thread | None = None
+
+    @property
+    def name(self) -> str | None:
+        """Of the checkpoint's folder; None where the save was left out."""
+        return None if self._save is None else str(self._save.name)
+
+    @property
+    def error(self) -> CheckpointError | None:
+        """Why it failed, once it has."""
+        return None if self._save is None else self._save.error
+
+    @property
+    def skipped(self) -> bool:
+        """Whether it was left out."""
+        return self._save is None
+
+    def start(self, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
+        """Write the save in a thread; the arguments are those of `write_save`."""
+        self._thread = threading.Thread(
+            target=self._write, args=(storage, coordinator, retention), daemon=True, name=f"allstep-{self.name}"
+        )
+        atexit.register(self._thread.join, _AT_EXIT_S)
+        self._thread.start()
+
+    def done(self) -> bool:
+        """Whether it has ended here, well or not; other ranks may be a moment behind."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end and say whether the checkpoint is committed.
+
+        Args:
+            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
+
+        Raises:
+            CheckpointError: it failed, and the store is strict.
+        """
+        if self._thread is not None:
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                return False
+            atexit.unregister(self._thread.join)
+            self._thread = None
+        if self.error is not None and self._strict:
+            raise self.error
+        return self.error is None and not self.skipped
+
+    def _write(self, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
+        save = self._save
+        assert save is not None
+        try:
+            write_save(save, storage, coordinator, retention)
+        finally:
+            if save.manifest is None and save.error is None:  # SystemExit and the like, which end the thread
+                save.error = save.failure("its thread did not finish")
 
 
 class Store:
@@ -86,20 +152,21 @@ class Store:
             keep_last: how many of the newest checkpoints stay after a commit; None keeps all.
             keep_best: how many of the best stay besides: (count, name of a metric, "max" or "min").
             verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
-            strict: a failed save raises, in `Pending.wait`, the next `save`, or `wait`.
+            strict: a failed save raises, in `PendingSave.wait`, the next `save`, or `wait`.
             busy: what `save` does while another is under way: wait for it, or leave the new one out.
             patience: seconds for which `choose` waits for files that some ranks do not see, or that cannot be read.
             timeout: seconds that ranks wait for each other in a save.
             storage: in place of `folder`'s own.
 
         Raises:
-            CheckpointError: an argument is wrong, or rank 0 cannot read the folder; on every rank.
+            ArgumentError: verify, busy, keep_last or keep_best has no such value.
+            CheckpointError: rank 0 cannot read the folder; on every rank.
         """
         if verify not in get_args(Verify) or busy not in get_args(Busy):
-            raise CheckpointError(
+            raise ArgumentError(
                 f'verify is {verify!r} and busy is {busy!r}; give "full" or "size", and "wait" or "skip"'
             )
-        retention = Retention(keep_last, keep_best)
+        self._retention = Retention(keep_last, keep_best)
         self._storage = storage if storage is not None else open_storage(str(folder))
         self._coordinator = coordinator if coordinator is not None else _own_coordinator(timeout)
         self._background = background if background is not None else _own_coordinator(timeout)
@@ -107,10 +174,10 @@ class Store:
         self._strict = strict
         self._busy: Busy = busy
         self._patience = patience
-        self._stager = Stager()
-        self._last: Pending | None = None
-        self._writer = Writer(self._storage, self._background, retention)
-        self._next, self._token = from_first(self._coordinator, self._begin)
+        self._buffer = SnapshotBuffer()
+        self._last: PendingSave | None = None
+        self._has_warned = False
+        self._next_order, self._token = ask_rank_zero(self._coordinator, self._clean_up)
 
     @property
     def folder(self) -> str:
@@ -125,8 +192,8 @@ class Store:
         metrics: Mapping[str, float] | None = None,
         facts: Mapping[str, Any] | None = None,
         *,
-        refused: str | None = None,
-    ) -> Pending:
+        refusal: str | None = None,
+    ) -> PendingSave:
         """Copy the state and begin to write it.
 
         Args:
@@ -136,25 +203,33 @@ class Store:
             per_rank: a nested value of this rank alone.
             metrics: numbers by name, for `keep_best` and for people; None where nothing was measured.
             facts: what else the manifest should say, as JSON takes it.
-            refused: why this rank has no state to save, which fails the save on every rank.
+            refusal: why this rank has no state to save, which fails the save on every rank.
 
         Raises:
             CheckpointError: the save before failed, and the store is strict.
         """
         if self._busy == "skip" and self._is_busy_anywhere():
-            return Pending(step, None, strict=self._strict)
-        self.wait()
+            return PendingSave(step, None, strict=self._strict)
+        self.wait()  # also for the memory: the snapshot before is written from the same buffer
         if metrics is not None:
-            self._writer.check_metric(metrics)
-        name = Name(self._next, step)
-        self._next += 1
-        snapshot = None
-        if refused is None:
-            snapshot, refused = self._take_snapshot(state, per_rank)
-        folder = name.temporary(self._token) if self._storage.has_rename else str(name)
-        order = Order(name, folder, snapshot, refused, dict(metrics or {}), dict(facts or {}))
-        self._last = Pending(step, name, strict=self._strict)
-        self._last.begin(partial(self._writer.write, order))
+            self._warn_unless_rated(metrics)
+        name = CheckpointName(self._next_order, step)
+        self._next_order += 1
+        save = Save(
+            name,
+            name.temporary(self._token) if self._storage.has_rename else str(name),
+            dict(metrics or {}),
+            dict(facts or {}),
+            refusal=refusal,
+        )
+        if save.refusal is None:
+            try:
+                rank, world_size = self._background.rank, self._background.world_size
+                save.snapshot = take_snapshot(state, per_rank, self._buffer, rank, world_size)
+            except Exception as error:  # the other ranks hear of it in the commit, and must not wait for this one
+                save.refusal = f"{type(error).__name__}: {error}"
+        self._last = PendingSave(step, save, strict=self._strict)
+        self._last.start(self._storage, self._background, self._retention)
         return self._last
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -179,7 +254,7 @@ class Store:
         try:
             self.wait()
         finally:
-            self._stager = Stager()
+            self._buffer = SnapshotBuffer()
 
     def choose(self, at: str = "auto") -> Found | None:
         """The checkpoint to resume from, verified, the same on every rank.
@@ -217,19 +292,22 @@ class Store:
         loaded: Loaded | None = None
         failure: tuple[bool, str] | None = None
         try:
-            loaded = self._read(found, template or {})
+            storage = self._storage if found.root == self._storage.root else open_storage(found.root)
+            with CheckpointReader(storage, found.name, found.manifest) as reader:
+                loaded = Loaded(reader.read_state(template or {}), reader.read_per_rank(), found.manifest)
         except Exception as error:
             failure = isinstance(error, DamagedCheckpointError), f"{type(error).__name__}: {error}"
         failures = self._coordinator.gather(failure)
         for rank, each in enumerate(failures):
             if each is not None:
+                # Damage that one rank met is damage for all, so that all take the same way from here.
                 kind = DamagedCheckpointError if any(other and other[0] for other in failures) else CheckpointError
                 raise kind(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {each[1]}")
         assert loaded is not None
         return loaded
 
     def resume(
-        self, template: Mapping[str, Any] | None = None, find: Callable[[], Found | None] | None = None
+        self, template: Mapping[str, Any] | None = None, at: str = "auto", *, launches: Sequence[str] = ()
     ) -> tuple[Found, Loaded] | None:
         """Choose a checkpoint and load it.
 
@@ -238,13 +316,16 @@ class Store:
 
         Args:
             template: see `load`.
-            find: calls `choose` on every rank; by default just that.
+            at: see `choose`; or "none" for no checkpoint.
+            launches: names of launches (`selection.launches_of`). What one of them saved here goes before `at`.
+
+        Returns:
+            None where there is nothing to resume from.
 
         Raises:
             CheckpointError: as in `choose` and `load`.
         """
-        find = find or self.choose
-        found = find()
+        found = self._find(at, launches)
         if found is None:
             return None
         try:
@@ -253,17 +334,20 @@ class Store:
             if self._verify == "full":
                 raise
             self._verify = "full"
-        found = find()
+        found = self._find(at, launches)
         return None if found is None else (found, self.load(found, template))
 
-    def _read(self, found: Found, template: Mapping[str, Any]) -> Loaded:
-        storage = self._storage if found.root == self._storage.root else open_storage(found.root)
-        with Reader(storage, found.name, found.manifest) as reader:
-            return Loaded(reader.read_state(template), reader.read_per_rank(), found.manifest)
+    def _find(self, at: str, launches: Sequence[str]) -> Found | None:
+        if launches:
+            found = self.choose("auto")
+            if found is not None and was_saved_by(found.manifest, launches):
+                return found
+        return None if at == "none" else self.choose(at)
 
-    def _begin(self) -> tuple[int, str]:
-        folders = self._storage.folders()
-        for folder, problem in sweep(self._storage).items():
+    def _clean_up(self) -> tuple[int, str]:
+        """On rank 0: remove what is unfinished; the order of the first save, and a name for its temporary folders."""
+        folders = self._storage.folders()  # before the removal: their orders are not used again
+        for folder, problem in remove_unfinished(self._storage).items():
             if problem is None:
                 log.warning("removed %s/%s, which an earlier attempt left unfinished", self._storage.root, folder)
             else:
@@ -274,13 +358,17 @@ class Store:
         busy = self._last is not None and not self._last.done()
         return self._coordinator.vote([int(busy)]).wait()[0] > 0
 
-    def _take_snapshot(self, state: Mapping[str, Any], per_rank: Any) -> tuple[Snapshot | None, str | None]:
-        """This rank's part, or why there is none; the ranks hear of that when they meet."""
-        try:
-            rank, world_size = self._background.rank, self._background.world_size
-            return take_snapshot(state, per_rank, self._stager, rank, world_size), None
-        except Exception as error:
-            return None, f"{type(error).__name__}: {error}"
+    def _warn_unless_rated(self, metrics: Mapping[str, float]) -> None:
+        """Warn once when the metric that the best are kept by is not among those that are saved."""
+        best = self._retention.keep_best
+        if best is None or best[1] in metrics or self._has_warned or self._coordinator.rank:
+            return
+        self._has_warned = True
+        log.warning(
+            "metric %r is not among those that are saved (%s): checkpoints without it are never among the best",
+            best[1],
+            ", ".join(sorted(metrics)) or "none",
+        )
 
 
 def _own_coordinator(timeout: float) -> Coordinator:
@@ -289,64 +377,3 @@ def _own_coordinator(timeout: float) -> Coordinator:
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)
     return GroupCoordinator(group)
-
-
-_AT_EXIT_S = 10.0
-
-
-class Pending:
-    """A save that was begun, or left out because another was under way.
-
-    Attributes:
-        step: of the save.
-        name: of the checkpoint's folder; None where the save was left out.
-        error: why it failed, once it has.
-    """
-
-    def __init__(self, step: int, name: Name | None, *, strict: bool) -> None:
-        self.step = step
-        self.name = str(name) if name is not None else None
-        self.error: CheckpointError | None = None
-        self._strict = strict
-        self._thread: threading.Thread | None = None
-
-    def begin(self, write: Callable[[], CheckpointError | None]) -> None:
-        """Have `write` called in a thread; it returns why it failed."""
-        self._thread = threading.Thread(target=self._write, args=(write,), daemon=True, name=f"allstep-{self.name}")
-        atexit.register(self._thread.join, _AT_EXIT_S)
-        self._thread.start()
-
-    @property
-    def skipped(self) -> bool:
-        """Whether it was left out."""
-        return self.name is None
-
-    def done(self) -> bool:
-        """Whether it has ended here, well or not; other ranks may be a moment behind."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end and say whether the checkpoint is committed.
-
-        Args:
-            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
-
-        Raises:
-            CheckpointError: it failed, and the store is strict.
-        """
-        if self._thread is not None:
-            self._thread.join(timeout)
-            if self._thread.is_alive():
-                return False
-            atexit.unregister(self._thread.join)
-            self._thread = None
-        if self.error is not None and self._strict:
-            raise self.error
-        return self.error is None and not self.skipped
-
-    def _write(self, write: Callable[[], CheckpointError | None]) -> None:
-        error: CheckpointError | None = CheckpointError(f"step {self.step} was not saved: its thread did not finish")
-        try:
-            error = write()
-        finally:
-            self.error = error

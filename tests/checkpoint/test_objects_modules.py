@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from allstep import Engine
 from allstep.checkpoint import Checkpoint
-from allstep.checkpoint.objects import KeptModule
+from allstep.checkpoint.objects import ModuleAdapter
 from allstep.testing import run_ranks
 
 
@@ -62,11 +62,11 @@ def test_wrapped_parts_load_at_a_world_size_that_does_not_wrap_them(kind, tmp_pa
 def test_compiled_parts_have_the_names_of_their_modules():
     part = nn.Linear(2, 2)
     module = nn.Sequential(torch.compile(part), nn.Linear(2, 2))
-    state = KeptModule(module).state()
+    state = ModuleAdapter(module).state()
     assert list(state) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert set(state._metadata) == {"", "0", "1"}
     other = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2)))
-    KeptModule(other).load(state, [None], 0)
+    ModuleAdapter(other).load(state, [None], 0)
     assert torch.equal(other[0].weight, part.weight)
 
 
@@ -114,6 +114,6 @@ def save_without_wrapper(world, folder):
 
 
 @pytest.mark.slow
-def test_buffers_that_ddp_broadcasts_are_rank_0s_where_the_module_was_given_without_its_wrapper(tmp_path):
+def test_buffers_that_ddp_broadcasts_are_rank_0s_without_the_wrapper_too(tmp_path):
     assert run_ranks(save_without_wrapper, 2, str(tmp_path)) == [{}, {}]
     assert run_ranks(load_buffers, 2, str(tmp_path)) == [({20.0}, {20.0})] * 2

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from allstep.checkpoint import Store, entries
 from allstep.checkpoint.storage import Buffer, LocalStorage
 
 
@@ -36,6 +37,19 @@ def same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
+def states(folder: Path) -> dict[str, str]:
+    """The state of each checkpoint in a folder, by name."""
+    return {entry.name: entry.state for entry in entries(str(folder))}
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """The state in the newest checkpoint."""
+    store = Store(str(folder))
+    found = store.choose()
+    assert found is not None
+    return store.load(found).state
+
+
 def flip(path: Path, at: int) -> None:
     """Flip a bit of a file's byte `at`, which may count from the end."""
     content = bytearray(path.read_bytes())
@@ -54,25 +68,25 @@ class Recording(LocalStorage):
         super().__init__(root)
         self.calls: list[str] = []
 
-    def make(self, folder: str) -> None:
-        self.calls.append("make")
-        super().make(folder)
+    def make_folder(self, folder: str) -> None:
+        self.calls.append("make_folder")
+        super().make_folder(folder)
 
     def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
         self.calls.append(f"write {name}")
         super().write(folder, name, blocks)
 
-    def settle(self, folder: str) -> None:
-        self.calls.append("settle")
-        super().settle(folder)
+    def sync_folder(self, folder: str) -> None:
+        self.calls.append("sync_folder")
+        super().sync_folder(folder)
 
     def rename(self, folder: str, final: str) -> None:
         self.calls.append("rename")
         super().rename(folder, final)
 
-    def remove(self, folder: str) -> None:
+    def remove_folder(self, folder: str) -> None:
         self.calls.append(f"remove {folder}")
-        super().remove(folder)
+        super().remove_folder(folder)
 
 
 class Gated(LocalStorage):
@@ -138,9 +152,9 @@ class Deadly(LocalStorage):
         """Whether there are fewer moments than that."""
         return self._left >= 0
 
-    def make(self, folder: str) -> None:
+    def make_folder(self, folder: str) -> None:
         self._pass()
-        super().make(folder)
+        super().make_folder(folder)
         self._pass()
 
     def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
@@ -155,23 +169,23 @@ class Deadly(LocalStorage):
             self._pass()
             yield block[middle:]
 
-    def settle(self, folder: str) -> None:
+    def sync_folder(self, folder: str) -> None:
         self._pass()
-        super().settle(folder)
+        super().sync_folder(folder)
 
     def rename(self, folder: str, final: str) -> None:
         self._pass()
         os.rename(os.path.join(self.root, folder), os.path.join(self.root, final))
         self._pass()  # after the rename and before the folder is synchronised
-        super().settle(".")
+        super().sync_folder(".")
 
     def remove_file(self, folder: str, name: str) -> None:
         self._pass()
         super().remove_file(folder, name)
         self._pass()
 
-    def remove(self, folder: str) -> None:
+    def remove_folder(self, folder: str) -> None:
         for name in sorted(self.files(folder)):
             self._pass()
             os.unlink(os.path.join(self.root, folder, name))
-        super().remove(folder)
+        super().remove_folder(folder)

@@ -1,0 +1,164 @@
+"""How one rank commits a save: in which order it writes, and what a failure leaves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allstep.checkpoint import Store, entries
+from allstep.checkpoint.storage import LocalStorage
+from tests.checkpoint.storages import (
+    Failing,
+    Recording,
+    newest,
+    some_state,
+    states,
+)
+
+
+def test_the_manifest_is_written_last_and_a_rename_commits(tmp_path: Path) -> None:
+    storage = Recording(str(tmp_path))
+    assert Store("", storage=storage).save(1, some_state()).wait()
+    writes = ["write rank_00000.safetensors", "write rank_00000.json", "write state.json"]
+    assert storage.calls == ["make_folder", *writes, "sync_folder", "write manifest.json", "sync_folder", "rename"]
+
+
+def test_files_and_folders_are_synchronised_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted(descriptor: int) -> None:
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def noted_rename(old: Any, new: Any) -> None:
+        synced.append("the rename")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    assert Store(str(tmp_path)).save(1, some_state()).wait()
+    temporary = next(name for name in synced if name.startswith("tmp-"))
+    files = ["rank_00000.safetensors", "rank_00000.json", "state.json"]
+    assert synced == [*files, temporary, "manifest.json", temporary, "the rename", tmp_path.name]
+
+
+@pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00000.json", "state.json", "manifest.json"])
+def test_a_failed_save_is_reported_leaves_no_trace_and_the_next_one_works(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = Failing(str(tmp_path), name)
+    storage.failing = False
+    store = Store("", storage=storage)
+    assert store.save(1, some_state(1)).wait()
+    storage.failing = True
+    with caplog.at_level(logging.ERROR):
+        pending = store.save(2, some_state(2))
+        assert not pending.wait()
+    assert "step 2 was not saved" in caplog.text
+    assert "the disk is on fire" in str(pending.error)
+    assert os.listdir(tmp_path) == ["save-000001-step-1"]
+    storage.failing = False
+    assert store.save(3, some_state(3)).wait()
+    assert newest(tmp_path)["trainer"] == {"iteration": 3}
+
+
+def test_what_cannot_be_saved_fails_the_save_and_is_named(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    pending = store.save(1, {"model": {}, "scheduler": {"fn": lambda: None}})
+    assert not pending.wait()
+    assert "scheduler['fn'] is a function" in str(pending.error)
+    assert os.listdir(tmp_path) == []
+    assert not store.save(2, {"a/b": 1}).wait()
+    assert store.save(3, {"model": {"w": torch.ones(1)}}).wait()
+
+
+def test_facts_that_json_cannot_hold_fail_the_save(tmp_path: Path) -> None:
+    assert not Store(str(tmp_path)).save(1, some_state(), facts={"model": torch.nn.Linear(1, 1)}).wait()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_without_room_fails_the_save_before_anything_is_written(tmp_path: Path) -> None:
+    class Full(Recording):
+        def free_bytes(self) -> int:
+            return 1000
+
+    storage = Full(str(tmp_path))
+    pending = Store("", storage=storage).save(1, some_state())
+    assert not pending.wait()
+    assert "free some space" in str(pending.error)
+    assert not [call for call in storage.calls if call.startswith("write")]
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {made.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small_disk: Path) -> None:
+    class Optimistic(LocalStorage):
+        def free_bytes(self) -> None:
+            return None
+
+    store = Store("", storage=Optimistic(str(small_disk)))
+    assert store.save(1, {"model": {"w": torch.ones(1 << 18)}}).wait()
+    pending = store.save(2, {"model": {"w": torch.ones(1 << 20)}})
+    assert not pending.wait()
+    assert "No space left" in str(pending.error)
+    assert os.listdir(small_disk) == ["save-000001-step-1"]
+    assert torch.equal(newest(small_disk)["model"]["w"], torch.ones(1 << 18))
+    checked = Store(str(small_disk)).save(2, {"model": {"w": torch.ones(1 << 20)}})
+    assert not checked.wait()
+    assert "free some space" in str(checked.error)
+
+
+def test_retention_deletes_only_after_a_commit(tmp_path: Path) -> None:
+    storage = Recording(str(tmp_path))
+    store = Store("", storage=storage, keep_last=1)
+    assert store.save(1, some_state()).wait()
+    storage.calls.clear()
+    assert store.save(2, some_state()).wait()
+    assert storage.calls[-4:] == ["sync_folder", "rename", "rename", "remove tmp-save-000001-step-1-dead"]
+    assert list(states(tmp_path)) == ["save-000002-step-2"]
+
+
+def test_a_failed_save_deletes_nothing(tmp_path: Path) -> None:
+    storage = Failing(str(tmp_path), "manifest.json")
+    storage.failing = False
+    store = Store("", storage=storage, keep_last=1)
+    store.save(1, some_state())
+    store.wait()
+    storage.failing = True
+    assert not store.save(2, some_state()).wait()
+    assert list(states(tmp_path)) == ["save-000001-step-1"]
+
+
+def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), keep_last=1, keep_best=(1, "accuracy", "max"))
+    for step, accuracy in enumerate([0.5, 0.9, 0.6, 0.7], 1):
+        assert store.save(step, some_state(), metrics={"accuracy": accuracy}).wait()
+    assert [entry.manifest.step for entry in entries(str(tmp_path)) if entry.manifest] == [2, 4]
+
+
+def test_a_checkpoint_of_that_name_is_never_written_over(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    (tmp_path / "save-000001-step-1").mkdir()
+    pending = store.save(1, some_state())
+    assert not pending.wait()
+    assert os.listdir(tmp_path) == ["save-000001-step-1"]
