@@ -15,7 +15,7 @@ import pytest
 
 from allstep import Alone, Engine, Events, StopOnSignal
 from allstep.errors import EngineError
-from allstep.launch.worker import Notices
+from allstep.launch.worker import EarlySignals
 from allstep.testing import run_ranks
 from allstep.world import World
 
@@ -230,7 +230,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_iteration(
 
 
 def test_a_signal_that_an_earlier_handler_noted_counts_once() -> None:
-    noted = Notices()
+    noted = EarlySignals()
     before = signal.signal(signal.SIGUSR1, noted)
     try:
         signal.raise_signal(signal.SIGUSR1)

@@ -1,22 +1,22 @@
 """What runs in a worker's process before the script: tie its life to the supervisor's, then be `python SCRIPT`.
 
 Contract: the supervisor starts this file by its path, as
-`python worker.py SUPERVISOR_PID LIFELINE_FD script|module TARGET [ARGUMENT...]`, in a session of its own. It holds the
-write end of the pipe LIFELINE_FD and never writes. (A worker that was forked from a `template` calls the two halves of
-`main` itself.) Afterwards:
+`python worker.py SUPERVISOR_PID LIFELINE_FD script|module TARGET [ARGUMENT...]`, in a session of its own. LIFELINE_FD
+is the read end of a pipe, the lifeline: the supervisor holds the write end and never writes, so the pipe ends with it.
+(A worker that was forked from a `template` calls the two halves of `main` itself.) Afterwards:
 - the kernel kills this process when the supervisor's main thread ends, however it ends (PDEATHSIG), and everything in
   its process group when the last write end of the pipe closes (asynchronous I/O with SIGKILL as its signal). Neither
   needs a thread, so nothing in this process can hold it up, and forking stays free of a second thread. Where the
   kernel has no such means, a thread waits on the pipe instead.
-- a notice that comes before the script handles it (SIGUSR1, with which schedulers announce a job's end) is noted by the
-  handler that the script then finds, and does not end the process.
+- SIGUSR1, with which schedulers announce a job's end, does not end the process where it comes before the script
+  handles it. It is noted by the handler that the script then finds.
 - `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so
   that processes which the script spawns find its `__main__` too.
-- a script that ends by an exception is ended once threads, exit handlers and output are done with, without the
-  interpreter's taking itself apart.
-- while torch is imported the garbage collector rests: the import makes hundreds of thousands of objects, nearly all of
+- a script that ends by an exception is ended once threads, exit handlers and output are done with; modules are not
+  taken apart one by one.
+- while torch is imported the garbage collector is off: the import makes hundreds of thousands of objects, nearly all of
   which stay, and looking through them again and again took a tenth of its time.
-Standard library only, and nothing of allstep: the script decides what is imported.
+Standard library only, and nothing of allstep but `interpreter.py` beside it: the script decides what is imported.
 """
 
 import sys
@@ -24,7 +24,6 @@ import sys
 if __name__ == "__main__" and not sys.flags.safe_path:
     del sys.path[0]  # this file's folder; until the script runs, nothing but the library and site-packages is found
 
-import atexit
 import contextlib
 import faulthandler
 import fcntl
@@ -38,148 +37,18 @@ import threading
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import FrameType, ModuleType, TracebackType
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-# typeshed shows only the public part of runpy; this is what `python -m` itself calls, and what debuggers use.
-from runpy import _run_module_as_main  # type: ignore[attr-defined]  # isort: skip
+_INTERPRETER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "interpreter.py")
 
-_PR_SET_PDEATHSIG = 1
+if TYPE_CHECKING:
+    from allstep.launch import interpreter
+else:
+    # By its path, since allstep's own __init__ is not to run, and under no name that a script could meet.
+    interpreter = ModuleType("_allstep_interpreter")
+    SourceFileLoader(interpreter.__name__, _INTERPRETER).exec_module(interpreter)
 
-
-def tie_to_supervisor(supervisor: int, lifeline: int) -> None:
-    """Make sure that this process and its group do not outlive the supervisor; leave at once if they already have."""
-    os.set_inheritable(lifeline, False)
-    if not (_die_with_parent() and _kill_group_on_close(lifeline)):
-        threading.Thread(target=_await_close, args=(lifeline,), daemon=True, name="allstep lifeline").start()
-    if os.getppid() != supervisor or select.select([lifeline], [], [], 0)[0]:
-        _kill_own_group()
-
-
-def _die_with_parent() -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        import ctypes
-
-        return bool(ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0)
-    except (ImportError, OSError, AttributeError):
-        return False
-
-
-def _kill_group_on_close(lifeline: int) -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
-        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
-        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    except OSError:
-        return False
-    return True
-
-
-def _await_close(lifeline: int) -> None:
-    with contextlib.suppress(OSError):
-        os.read(lifeline, 1)
-    _kill_own_group()
-
-
-def _kill_own_group() -> None:
-    if os.getpgrp() == os.getpid():
-        os.killpg(os.getpid(), signal.SIGKILL)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _QuietImport:
-    """On `sys.meta_path`: finds modules where they are anyway, and has the collector rest while they are executed."""
-
-    def __init__(self, *names: str) -> None:
-        self._names = set(names)
-
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
-        if name not in self._names:
-            return None
-        self._names.discard(name)
-        if not self._names:
-            sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(name, path)
-        if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            _execute_quietly(spec.loader)
-        return spec
-
-
-def _execute_quietly(loader: SourceFileLoader) -> None:
-    execute = loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
-        del vars(loader)["exec_module"]
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            execute(module)
-        finally:
-            if collecting:
-                gc.enable()
-
-    vars(loader)["exec_module"] = exec_module
-
-
-class Notices:
-    """What handles a notice before the script does: it is noted in `received`, and ends nothing."""
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note the signal."""
-        self.received.append(number)
-
-
-def note_early_notices() -> None:
-    """Note SIGUSR1 until the script has a handler of its own, and let it come: the supervisor blocked it till now."""
-    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
-        signal.signal(signal.SIGUSR1, Notices())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
-
-
-def run_script(path: str, arguments: list[str]) -> None:
-    """Run a file, or a folder or zip archive with a `__main__.py`, as `python PATH ARGUMENT...` does."""
-    sys.argv = [path, *arguments]
-    sys.orig_argv = [sys.executable, path, *arguments]
-    if pkgutil.get_importer(os.path.abspath(path)) is not None:
-        sys.path.insert(0, os.path.abspath(path))
-        _new_main()
-        _run_module_as_main("__main__", alter_argv=False)
-        return
-    if not sys.flags.safe_path:
-        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    absolute = os.path.abspath(path)
-    with io.open_code(absolute) as file:
-        code = compile(file.read(), absolute, "exec", dont_inherit=True)
-    main = _new_main()
-    main.__file__ = absolute
-    main.__loader__ = SourceFileLoader("__main__", absolute)
-    vars(main)["__cached__"] = None
-    exec(code, main.__dict__)
-
-
-def run_module(name: str, arguments: list[str]) -> None:
-    """Run a module as `python -m NAME ARGUMENT...` does."""
-    sys.argv = ["-m", *arguments]
-    sys.orig_argv = [sys.executable, "-m", name, *arguments]
-    if not sys.flags.safe_path:
-        sys.path.insert(0, os.getcwd())
-    _new_main()
-    _run_module_as_main(name)
-
-
-def _new_main() -> ModuleType:
-    main = ModuleType("__main__")
-    vars(main)["__builtins__"] = sys.modules["builtins"]
-    if sys.version_info < (3, 14):
-        main.__annotations__ = {}
-    sys.modules["__main__"] = main
-    return main
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def main(argv: list[str]) -> None:
@@ -191,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 def run(kind: str, target: str, arguments: list[str]) -> None:
     """Be the script, in a process that is tied to its supervisor; an exception leaves as it would without allstep."""
-    note_early_notices()
+    note_early_signals()
     faulthandler.enable()
     sys.meta_path.insert(0, _QuietImport("torch", "torch._dynamo"))
     try:
@@ -199,40 +68,183 @@ def run(kind: str, target: str, arguments: list[str]) -> None:
     except SystemExit:
         raise
     except BaseException as error:
-        error.__traceback__ = _without_this_file(error.__traceback__)
+        error.__traceback__ = _without_own_frames(error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
         if isinstance(error, Exception):
             _end_at_once(error)
-        sys.excepthook = _say_nothing  # said already; what the interpreter does besides must still happen
+        sys.excepthook = _print_nothing  # it is printed already; what the interpreter does besides must still happen
         raise
 
 
-def _end_at_once(error: Exception) -> NoReturn:
+def tie_to_supervisor(supervisor: int, lifeline: int) -> None:
+    """Make sure that this process and its group do not outlive the supervisor; leave at once if they already have."""
+    os.set_inheritable(lifeline, False)
+    if not (_die_with_parent() and _kill_group_on_close(lifeline)):
+        threading.Thread(target=_await_close, args=(lifeline,), daemon=True, name="allstep lifeline").start()
+    if os.getppid() != supervisor or _has_ended(lifeline):  # it ended before it could be tied to
+        _kill_own_group()
+
+
+def _die_with_parent() -> bool:
+    """Have the kernel kill this process when its parent's thread ends; return whether it will."""
+    if sys.platform != "linux":
+        return False
+    try:
+        import ctypes
+
+        return bool(ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0)
+    except (ImportError, OSError, AttributeError):
+        return False
+
+
+def _kill_group_on_close(lifeline: int) -> bool:
+    """Have the kernel kill this process group when the pipe ends, by asynchronous I/O; return whether it will."""
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    except OSError:
+        return False
+    return True
+
+
+def _has_ended(lifeline: int) -> bool:
+    ready = select.poll()
+    ready.register(lifeline, select.POLLIN)
+    return bool(ready.poll(0))
+
+
+def _await_close(lifeline: int) -> None:
+    with contextlib.suppress(OSError):
+        os.read(lifeline, 1)
+    _kill_own_group()
+
+
+def _kill_own_group() -> None:
+    # Only a group of this process's own: in another's are processes that are none of allstep's.
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class EarlySignals:
+    """Handles a signal before the script does: it is noted in `received`, where `StopOnSignal` looks for it."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Note the signal."""
+        self.received.append(number)
+
+
+def note_early_signals() -> None:
+    """Note SIGUSR1 until the script has a handler of its own, and let it come: the supervisor blocked it till now."""
+    if signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
+        signal.signal(signal.SIGUSR1, EarlySignals())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+class _QuietImport:
+    """On `sys.meta_path`: finds modules where they are anyway, and turns the collector off while they are executed."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = set(names)
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        if name not in self._names:
+            return None
+        self._names.discard(name)
+        if not self._names:
+            sys.meta_path.remove(self)  # nothing is left to do, and every later import would come by here
+        spec = PathFinder.find_spec(name, path)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            _execute_quietly(spec.loader)
+        return spec
+
+
+def _execute_quietly(loader: SourceFileLoader) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        del vars(loader)["exec_module"]  # the script finds the loader as the interpreter would have left it
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            execute(module)
+        finally:
+            if collecting:
+                gc.enable()
+
+    vars(loader)["exec_module"] = exec_module
+
+
+def run_script(path: str, arguments: list[str]) -> None:
+    """Run a file, or a folder or zip archive with a `__main__.py`, as `python PATH ARGUMENT...` does."""
+    sys.argv = [path, *arguments]
+    sys.orig_argv = [sys.executable, path, *arguments]
+    if pkgutil.get_importer(os.path.abspath(path)) is not None:
+        sys.path.insert(0, os.path.abspath(path))
+        _new_main()
+        interpreter.run_folder_as_main(path)
+        return
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
+    absolute = os.path.abspath(path)
+    with io.open_code(absolute) as file:
+        code = compile(file.read(), absolute, "exec", dont_inherit=True)
+    main = _new_main()
+    main.__file__ = absolute
+    main.__loader__ = SourceFileLoader("__main__", absolute)
+    vars(main)["__cached__"] = None  # as the interpreter has it for a script
+    exec(code, main.__dict__)
+
+
+def run_module(name: str, arguments: list[str]) -> None:
+    """Run a module as `python -m NAME ARGUMENT...` does."""
+    sys.argv = ["-m", *arguments]
+    sys.orig_argv = [sys.executable, "-m", name, *arguments]
+    if not sys.flags.safe_path:
+        sys.path.insert(0, os.getcwd())
+    _new_main()
+    interpreter.run_module_as_main(name)
+
+
+def _new_main() -> ModuleType:
+    main = ModuleType("__main__")
+    vars(main)["__builtins__"] = sys.modules["builtins"]
+    if sys.version_info < (3, 14):
+        main.__annotations__ = {}
+    sys.modules["__main__"] = main
+    return main
+
+
+def _end_at_once(error: Exception) -> None:
     """End with status 1, as the interpreter does after an exception, but do not take every module apart before.
 
     With torch that takes the better part of a second, in which the others wait for a process that has nothing to do;
-    and a thread in C++ that comes back meanwhile aborts it, with another status.
+    and a thread in C++ that comes back meanwhile aborts it, with another status. Returns where that is not possible.
     """
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
     sys.last_exc = error  # type: ignore[attr-defined]  # where the interpreter leaves it, from Python 3.12 on, for those that look at the end
-    with contextlib.suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are not daemons
-    with contextlib.suppress(BaseException):
-        atexit._run_exitfuncs()
+    if not interpreter.finish_threads_and_handlers():
+        return
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BaseException):
             stream.flush()
     os._exit(1)
 
 
-def _without_this_file(traceback: TracebackType | None) -> TracebackType | None:
-    """Leave out this file's frames, and those of the import system that lead to them."""
+def _without_own_frames(traceback: TracebackType | None) -> TracebackType | None:
+    """Leave out the frames of this file and of `interpreter`, and those of the import system that lead to them."""
     kept: list[TracebackType] = []
     while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename != __file__:
+        if traceback.tb_frame.f_code.co_filename not in (__file__, _INTERPRETER):
             kept.append(traceback)
         else:
-            while kept and kept[-1].tb_frame.f_code.co_filename.startswith("<frozen importlib"):
+            while kept and interpreter.is_import_system(kept[-1].tb_frame.f_code):
                 kept.pop()
         traceback = traceback.tb_next
     following: TracebackType | None = None
@@ -242,7 +254,7 @@ def _without_this_file(traceback: TracebackType | None) -> TracebackType | None:
     return following
 
 
-def _say_nothing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+def _print_nothing(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     pass
 
 
