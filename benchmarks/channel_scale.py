@@ -24,12 +24,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.monitor.hub import Hub
 from allstep.monitor.service import AllArrived, Verdict
 from allstep.protocol.connection import Connection
-from allstep.protocol.messages import Beat, Failure, Hello, Leave, Message, NodeBeat, NodeHello, Welcome, decode, encode
-from allstep.protocol.registration import Registration
+from allstep.protocol.messages import (
+    Failure,
+    Heartbeat,
+    Leave,
+    Message,
+    NodeHeartbeat,
+    NodeHello,
+    RankHello,
+    Welcome,
+    decode,
+    encode,
+)
+from allstep.protocol.registration import RankRegistration
 from allstep.protocol.server import Peer
 
 NONCE = "benchmark"
@@ -43,7 +54,7 @@ class MeasuredHub(Hub):
 
     def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
         super()._say(peer, rank, message)
-        if isinstance(message, Beat):
+        if isinstance(message, Heartbeat):
             self.latencies.append(time.monotonic() - message.longest["idle"])  # where the sender put the time
 
 
@@ -53,7 +64,7 @@ def serve(world_size: int) -> None:
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)
     selector = selectors.DefaultSelector()
-    hub = MeasuredHub(selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=Limits())
+    hub = MeasuredHub(selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=HangLimits())
     hub.latencies = []
     print(listener.getsockname()[1], flush=True)
     os.set_blocking(0, False)
@@ -86,7 +97,7 @@ def serve(world_size: int) -> None:
             if isinstance(event, AllArrived):
                 print("arrived", flush=True)
             elif isinstance(event, Verdict):
-                print(json.dumps({"verdict": time.monotonic(), "rank": event.case.cause.rank}), flush=True)
+                print(json.dumps({"verdict": time.monotonic(), "rank": event.diagnosis.cause.rank}), flush=True)
                 hub.order_leave("the benchmark is over", 84, printer=0, report="x" * 4096)
 
 
@@ -100,17 +111,17 @@ class Node:
         self.left = False
         lines = [encode(NodeHello(NONCE, 0, number, f"node{number}", tuple(ranks)))]
         for rank in ranks:
-            arrival = Registration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
-            lines.append(encode(Hello(NONCE, 0, arrival)))
+            arrival = RankRegistration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
+            lines.append(encode(RankHello(NONCE, 0, arrival)))
         self.connection.send(b"".join(lines))
         self.template = json.loads(
-            encode(Beat(0, 0, 0, 1, 1, "step", 0.01, "", "trainer", {"data": 0.1, "step": 0.5}, 0.012))
+            encode(Heartbeat(0, 0, 0, 1, 1, "step", 0.01, "", "trainer", {"data": 0.1, "step": 0.5}, 0.012))
         )
 
     def beat(self) -> None:
         self.number += 1
         now = time.monotonic()
-        lines = [encode(NodeBeat())]
+        lines = [encode(NodeHeartbeat())]
         for rank in self.ranks:
             self.template.update(
                 rank=rank, number=self.number, iteration=self.number, longest={"idle": now, "step": 0.5}

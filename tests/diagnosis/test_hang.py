@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from allstep.diagnosis.hang import Limits, RankProgress, diagnose, longest_stays, overdue, stragglers
+from allstep.diagnosis.hang import HangLimits, RankProgress, diagnose, longest_stays, overdue, stragglers
 from allstep.errors import ConfigurationError
-from allstep.protocol.messages import Beat
+from allstep.protocol.messages import Heartbeat
 
-LIMITS = Limits.parse("step=10,data=20,handler=100,checkpoint=100,silence=5")
+LIMITS = HangLimits.parse("step=10,data=20,handler=100,checkpoint=100,silence=5")
 
 
 def at(
     rank: int, seconds: float = 0.0, *, section: str = "step", iteration: int = 7, waits: str = "", **more: Any
 ) -> RankProgress:
-    beat = Beat(rank, 0, 1, 1, iteration, section, seconds, waits, more.get("engine", "trainer"))
+    beat = Heartbeat(rank, 0, 1, 1, iteration, section, seconds, waits, more.get("engine", "trainer"))
     return RankProgress(beat, more.get("age", 0.0), more.get("away", False), "", waits)
 
 
-def hangs(*standings: RankProgress) -> bool:
-    return overdue(standings, LIMITS, {})
+def hangs(*ranks: RankProgress) -> bool:
+    return overdue(ranks, LIMITS, {})
 
 
 def test_progress_is_no_hang():
@@ -55,7 +55,7 @@ def test_being_idle_together_is_none():
 
 def test_a_loop_of_ones_own_may_take_its_time():
     assert not hangs(at(0, 99_999, section="startup"), at(1, 99_999, section="startup"))
-    given = Limits.parse("startup=60")
+    given = HangLimits.parse("startup=60")
     assert overdue([at(0, 61, section="startup")], given, {})
     assert not overdue([at(0, 59, section="startup")], given, {})
 
@@ -75,7 +75,7 @@ def test_the_silence_of_a_node_is_not_its_ranks():
 
 
 def test_limits_are_learnt_between_their_bounds():
-    limits = Limits.parse("step=5:100,data=50")
+    limits = HangLimits.parse("step=5:100,data=50")
     assert limits.of("step", None) == 100
     assert limits.of("step", 0.1) == 5
     assert limits.of("step", 2.0) == 20
@@ -84,9 +84,9 @@ def test_limits_are_learnt_between_their_bounds():
 
 
 def test_limits_can_be_turned_off():
-    assert Limits.parse("step=off,silence=off").of("step", None) == math.inf
-    assert Limits.parse("silence=off").silence == math.inf
-    assert Limits.parse("") == Limits()
+    assert HangLimits.parse("step=off,silence=off").of("step", None) == math.inf
+    assert HangLimits.parse("silence=off").silence == math.inf
+    assert HangLimits.parse("") == HangLimits()
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,19 @@ def test_limits_can_be_turned_off():
 )
 def test_limits_that_make_no_sense_are_named(text):
     with pytest.raises(ConfigurationError, match="limits"):
-        Limits.parse(text)
+        HangLimits.parse(text)
 
 
 def test_the_longest_stay_of_any_rank_counts():
     beats = [
-        Beat(0, 0, 1, 1, 1, "step", 0, longest={"step": 1, "data": 5}),
-        Beat(1, 0, 1, 1, 1, "step", 0, longest={"step": 3}),
+        Heartbeat(0, 0, 1, 1, 1, "step", 0, longest={"step": 1, "data": 5}),
+        Heartbeat(1, 0, 1, 1, 1, "step", 0, longest={"step": 3}),
     ]
     assert longest_stays(beats) == {"step": 3, "data": 5}
 
 
-def behind(*standings: RankProgress) -> set[int]:
-    return set(diagnose(standings, LIMITS).behind)
+def behind(*ranks: RankProgress) -> set[int]:
+    return set(diagnose(ranks, LIMITS).behind)
 
 
 def test_the_silent_are_behind():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.diagnosis.rank_outcome import Kind, RankOutcome
+from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
 from allstep.diagnosis.report import failure_json, failure_text, last_lines, write_report
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.diagnosis.stacks import set_off
@@ -28,16 +28,16 @@ TRACEBACK = """Traceback (most recent call last):
 ValueError: bad batch
 """
 CAUSE = RankOutcome(
-    1, Kind.ERROR, "ValueError: bad batch", 1, 1, "node7", 4711, "cuda:1", 2, 7, "step", traceback=TRACEBACK
+    1, OutcomeKind.ERROR, "ValueError: bad batch", 1, 1, "node7", 4711, "cuda:1", 2, 7, "step", traceback=TRACEBACK
 )
 PEER = RankOutcome(
-    0, Kind.DERIVED, "RuntimeError: Connection closed by peer", 1, 2, "node7", 4710, traceback="Traceback..."
+    0, OutcomeKind.DERIVED, "RuntimeError: Connection closed by peer", 1, 2, "node7", 4710, traceback="Traceback..."
 )
-CASE = Diagnosis(CAUSE, (PEER, RankOutcome(2, Kind.ORDERED, "left when it was told to", 84)), 3, 0)
+CASE = Diagnosis(CAUSE, (PEER, RankOutcome(2, OutcomeKind.ORDERED, "left when it was told to", 84)), 3, 0)
 
 
 def test_a_rank_that_was_killed_and_whose_process_does_not_end_is_said_to_be():
-    stuck = RankOutcome(2, Kind.KILLED, "was killed by allstep", 84, note="its process does not end")
+    stuck = RankOutcome(2, OutcomeKind.KILLED, "was killed by allstep", 84, note="its process does not end")
     assert "  rank 2: was killed by allstep; its process does not end\n" in failure_text(replace(CASE, others=(stuck,)))
 
 
@@ -99,7 +99,7 @@ def test_thousands_of_different_failures_are_a_short_report():
 
 
 def test_a_death_by_signal_shows_the_last_output_and_what_the_supervisor_noticed():
-    killed = RankOutcome(1, Kind.SIGNAL, "killed by SIGKILL (exit code 137)", 137, note="likely out of memory")
+    killed = RankOutcome(1, OutcomeKind.SIGNAL, "killed by SIGKILL (exit code 137)", 137, note="likely out of memory")
     text = failure_text(
         Diagnosis(killed, (PEER,), 2, 0), tails={1: "loading\nstep 7\n"}, logs={1: Path("/runs/r1.log")}
     )
@@ -153,9 +153,15 @@ def test_beside_a_traceback_few_lines_are_shown():
 def test_a_hang_names_who_is_behind_with_stacks_and_collectives():
     stack = 'Thread 0x1 (most recent call first):\n  File "/home/me/data.py", line 3 in read\n'
     hung = RankOutcome(
-        1, Kind.HANG, "hangs in section data", 83, section="data", stacks=stack, trace="all_reduce #12: scheduled"
+        1,
+        OutcomeKind.HANG,
+        "hangs in section data",
+        83,
+        section="data",
+        stacks=stack,
+        trace="all_reduce #12: scheduled",
     )
-    waits = RankOutcome(0, Kind.RUNNING, "had not failed", 0, waiting="gradients")
+    waits = RankOutcome(0, OutcomeKind.RUNNING, "had not failed", 0, waiting="gradients")
     text = failure_text(Diagnosis(hung, (waits,), 2, 0, explanation="rank 0 waits in gradients"))
     assert "rank 1 of 2 made no progress" in text
     assert '>   File "/home/me/data.py", line 3 in read' in text
@@ -169,10 +175,12 @@ def test_slow_ranks_are_named():
 
 
 def test_a_hang_of_thousands_of_ranks_is_a_short_report():
-    others = tuple(RankOutcome(rank, Kind.RUNNING, "had not failed", 0, waiting="gradients") for rank in range(4095))
+    others = tuple(
+        RankOutcome(rank, OutcomeKind.RUNNING, "had not failed", 0, waiting="gradients") for rank in range(4095)
+    )
     hung = RankOutcome(
         4095,
-        Kind.HANG,
+        OutcomeKind.HANG,
         "hangs",
         83,
         stacks="Thread 0x1 (most recent call first):\n" + '  File "a", line 1 in f\n' * 500,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from tests.hosts.hosts import Hosts
 from tests.jobs.launchers import script
 from tests.jobs.processes import await_end, pids, watch
@@ -52,7 +52,7 @@ def test_a_run_trains_over_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
 
 
 def test_row_22_a_link_that_is_cut_ends_both_sides_within_the_limit(hosts: Hosts, tmp_path: Path) -> None:
-    limit, default = 4.0, Limits().link
+    limit, default = 4.0, HangLimits().link
     target = script(tmp_path, TRAIN.replace("STEPS", "10_000_000"))
     options = ["--limits", f"link={limit:g}"]
     with hosts.started(0, tmp_path, *options, target) as head, hosts.started(1, tmp_path, *options, target) as other:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from allstep.diagnosis.rank_outcome import Kind, RankOutcome
+from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.launch import attempt as module
 from allstep.launch import workers as workers_module
 from allstep.launch.attempt import KILLED, LEAVE, REMOTE, Attempt
-from allstep.monitor.service import AllEnded, HubEvent, Verdict
+from allstep.monitor.service import AllEnded, MonitorEvent, Verdict
 from allstep.protocol.worker_exit import WorkerExit
 
 GRACE = 15.0
@@ -27,7 +27,7 @@ class Stage:
         self.now = 1000.0
         self.script: list[tuple[float, Callable[[], object]]] = []
         self.watched: dict[int, Callable[[], object]] = {}
-        self.events: list[HubEvent] = []
+        self.events: list[MonitorEvent] = []
         self.told: list[WorkerExit] = []
         self.orders: list[int] = []
         self.said: list[str] = []
@@ -61,7 +61,7 @@ class Stage:
     def deadline(self) -> None:
         return None
 
-    def take(self) -> list[HubEvent]:
+    def take(self) -> list[MonitorEvent]:
         events, self.events = self.events, []
         return events
 
@@ -182,7 +182,7 @@ def test_a_worker_that_cannot_be_killed_is_left_behind_and_said_to_be(
 ) -> None:
     attempt, (failed, stuck) = begin(stage, monkeypatch, 2)
     stuck.on_kill = never
-    cause = RankOutcome(0, Kind.EXIT, "exit code 3", 3)
+    cause = RankOutcome(0, OutcomeKind.EXIT, "exit code 3", 3)
     stage.at(1, lambda: failed.end(3))
     stage.at(2, lambda: stage.events.append(Verdict(Diagnosis(cause, (), 2, 0))))
     stage.at(2 + LEAVE + KILLED + 0.5, lambda: stage.events.append(AllEnded()))

@@ -53,7 +53,7 @@ class Leader:
             hub.worker_ended(end)
         self.stopped_by = self._machine_stopped_by
         return SimpleNamespace(
-            diagnosis=hub.case(),
+            diagnosis=hub.diagnosis(),
             stopped_by=self._attempt_stopped_by,
             ends={end.rank: end for end in self._ends},
             killed=lambda: (),

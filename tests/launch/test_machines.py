@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.join_protocol import CODEC, Join, token
+from allstep.launch.join_protocol import token
+from allstep.protocol.messages import JoinRequest, encode
 from allstep.version import __version__
 from tests.jobs.launchers import script
 from tests.jobs.ports import free_port
@@ -31,7 +32,7 @@ def node(
     host: str = "127.0.0.1",
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Running]:
-    """Start one machine's `allstep run` in a folder of its own, as on a disk that is not shared."""
+    """AttemptStart one machine's `allstep run` in a folder of its own, as on a disk that is not shared."""
     place = ["--nnodes", str(nodes), "--node-rank", str(rank), "--rdzv", f"{host}:{port}"]
     own = folder / f"host_{rank}_{os.urandom(3).hex()}"
     own.mkdir()
@@ -310,7 +311,7 @@ def test_a_machine_that_joins_and_then_is_never_heard_of_is_lost(tmp_path: Path)
     with node(tmp_path, 0, port, "--name", "exp", "--limits", "link=1", str(target)) as head:
         await_connection(port)
         with socket.create_connection(("127.0.0.1", port)) as silent:
-            silent.sendall(CODEC.encode(Join("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
+            silent.sendall(encode(JoinRequest("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
             code, _, said = end(head)
     assert code == 84, said
     assert "node 1, which did not connect" in said

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.monitor.hub import Hub
-from allstep.monitor.service import HubEvent, Verdict
+from allstep.monitor.service import MonitorEvent, Verdict
 from allstep.protocol.connection import Connection
-from allstep.protocol.messages import Beat, Failure, Hello, Message, decode, encode
-from allstep.protocol.registration import Registration
+from allstep.protocol.messages import Failure, Heartbeat, Message, RankHello, decode, encode
+from allstep.protocol.registration import RankRegistration
 
 NONCE = "5ec4e7"
 RANK = Path(__file__).with_name("rank_process.py")
@@ -35,8 +35,8 @@ def listening() -> socket.socket:
     return sock
 
 
-def arrival(rank: int, world_size: int = 2, **other: Any) -> Registration:
-    return Registration(
+def registration(rank: int, world_size: int = 2, **other: Any) -> RankRegistration:
+    return RankRegistration(
         **{"host": "a", "pid": 100 + rank, "device_type": "cpu", "backend": "gloo", **other},
         rank=rank,
         world_size=world_size,
@@ -72,7 +72,7 @@ class Driven:
         self.port = listener.getsockname()[1]
         self.address = f"127.0.0.1:{self.port}"
         self.service = make(self.selector, listener, clock)
-        self.events: list[HubEvent] = []
+        self.events: list[MonitorEvent] = []
         self.others: list[Driven] = []
 
     def turn(self, seconds: float = 0.02) -> None:
@@ -104,7 +104,7 @@ class Driven:
         return self.until(lambda: next((each for each in self.events if isinstance(each, kind)), None))
 
     def verdict(self) -> Any:
-        return self.event(Verdict).case
+        return self.event(Verdict).diagnosis
 
     def close(self) -> None:
         self.service.close()
@@ -129,7 +129,7 @@ def serving(
             nonce=nonce,
             attempt=attempt,
             world_size=world_size,
-            limits=Limits.parse(limits),
+            limits=HangLimits.parse(limits),
             supervised=supervised,
             clock=clock,
         ),
@@ -148,8 +148,8 @@ class Caller:
         self.rank = rank
         self.heard: list[Message] = []
         self.number = 0
-        self.arrival = hello.pop("arrival", None) or arrival(rank, world_size)
-        self.hello = Hello(**{"nonce": NONCE, "attempt": 0, "arrival": self.arrival, **hello})
+        self.registration = hello.pop("registration", None) or registration(rank, world_size)
+        self.hello = RankHello(**{"nonce": NONCE, "attempt": 0, "registration": self.registration, **hello})
 
     def say(self, message: Message) -> None:
         self.connection.send(encode(message))
@@ -161,7 +161,7 @@ class Caller:
     def beat(self, **values: Any) -> None:
         self.number += 1
         given = {"epoch": 1, "iteration": 1, "section": "step", "seconds": 0.0, **values}
-        self.say(Beat(rank=self.rank, attempt=0, number=self.number, **given))
+        self.say(Heartbeat(rank=self.rank, attempt=0, number=self.number, **given))
 
     def fail(self, kind: str = "ValueError", message: str = "bad batch", *, derived: bool = False) -> None:
         text = f"Traceback (most recent call last):\n{kind}: {message}\n"

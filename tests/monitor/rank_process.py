@@ -14,18 +14,18 @@ import traceback
 from allstep.errors import WorldError
 from allstep.monitor.client import Client
 from allstep.protocol.heartbeat import RankActivity
-from allstep.protocol.messages import Failure, Hello
-from allstep.protocol.registration import Registration
+from allstep.protocol.messages import Failure, RankHello
+from allstep.protocol.registration import RankRegistration
 
 
-def train(pulse: RankActivity, iteration: int) -> None:
-    with pulse.run("trainer"):
-        pulse.epoch, pulse.iteration = 1, iteration
-        pulse.enter("step")
+def train(activity: RankActivity, iteration: int) -> None:
+    with activity.run("trainer"):
+        activity.epoch, activity.iteration = 1, iteration
+        activity.enter("step")
 
 
-def failure(pulse: RankActivity, error: BaseException, **options: bool) -> Failure:
-    place = {"epoch": pulse.epoch, "iteration": pulse.iteration, "section": pulse.section_name}
+def failure(activity: RankActivity, error: BaseException, **options: bool) -> Failure:
+    place = {"epoch": activity.epoch, "iteration": activity.iteration, "section": activity.section_name}
     text = "".join(traceback.format_exception(error))
     return Failure(0, 0, 0, type(error).__name__, str(error), text, **place, **options)
 
@@ -37,20 +37,20 @@ def fail_in_step() -> None:
 def main() -> None:
     address, nonce, rank, world_size, *what = sys.argv[1:]
     action = what[0] if what else "wait"
-    pulse = RankActivity()
-    arrival = Registration(int(rank), int(world_size), socket.gethostname(), os.getpid(), "cpu", "gloo")
+    activity = RankActivity()
+    registration = RankRegistration(int(rank), int(world_size), socket.gethostname(), os.getpid(), "cpu", "gloo")
     try:
-        client = Client.connect(address, Hello(nonce, 0, arrival), timeout=20)
+        client = Client.connect(address, RankHello(nonce, 0, registration), timeout=20)
     except WorldError as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    client.start(pulse)
+    client.start(activity)
     print("welcome", flush=True)
-    with pulse.run("trainer"):
-        pulse.epoch, pulse.iteration = 1, 7
-        pulse.enter("step")
+    with activity.run("trainer"):
+        activity.epoch, activity.iteration = 1, 7
+        activity.enter("step")
         if action == "wait":
-            pulse.wait_began("gradients")
+            activity.wait_began("gradients")
             time.sleep(600)  # the wait itself
         elif action == "sleep":
             time.sleep(600)  # what it was told to do
@@ -58,7 +58,7 @@ def main() -> None:
             try:
                 fail_in_step()
             except ValueError as error:
-                client.report(failure(pulse, error))
+                client.report(failure(activity, error))
                 if action == "raise_slowly":
                     time.sleep(600)  # its slow clean-up
                 client.linger(10)
@@ -67,7 +67,7 @@ def main() -> None:
             try:
                 raise ConnectionError("Connection closed by peer")
             except ConnectionError as error:
-                client.report(failure(pulse, error, derived=True))
+                client.report(failure(activity, error, derived=True))
                 raise
         elif action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

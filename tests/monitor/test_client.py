@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.errors import WorldError
 from allstep.monitor.client import Client
 from allstep.monitor.own_stacks import StacksTimer
 from allstep.monitor.service import AllArrived, Verdict
 from allstep.protocol.heartbeat import RankActivity
-from allstep.protocol.messages import Failure, Hello, Notice, Stacks, Welcome, encode
+from allstep.protocol.messages import Failure, Notice, RankHello, Stacks, Welcome, encode
 from allstep.protocol.server import FIRST_LINE
-from tests.monitor.driving import NONCE, arrival, listening, rank_processes, serving
+from tests.monitor.driving import NONCE, listening, rank_processes, registration, serving
 
 pytestmark = pytest.mark.slow
 
@@ -41,9 +41,9 @@ def test_ranks_meet_beat_and_say_goodbye():
 
 def test_a_failure_is_reported_before_the_rank_cleans_up_and_the_others_leave_at_once():
     with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("raise_slowly",)) as ranks:
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind, case.cause.iteration) == (1, Kind.ERROR, 7)
-        assert "in fail_in_step" in case.cause.traceback
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.cause.iteration) == (1, OutcomeKind.ERROR, 7)
+        assert "in fail_in_step" in diagnosis.cause.traceback
         hub.service.order_leave("rank 1 failed", 84, printer=0, report="THE REPORT\n")
         hub.until(ranks[0].ended)
         assert ranks[0].process.returncode == 84
@@ -67,9 +67,9 @@ def test_a_failing_rank_lingers_to_print_the_report():
 
 def test_a_frozen_rank_is_found():
     with serving(limits="silence=2", clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("stop",)):
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
-        assert "in main" in case.others[0].stacks
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.HANG)
+        assert "in main" in diagnosis.others[0].stacks
 
 
 def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks_and_no_file(tmp_path, monkeypatch):
@@ -78,18 +78,18 @@ def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks_and_no_file(tm
         serving(limits="silence=4", clock=time.monotonic) as hub,
         rank_processes(hub.address, ("wait",), ("hold_gil",)),
     ):
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
-        assert "in main" in case.cause.stacks
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.HANG)
+        assert "in main" in diagnosis.cause.stacks
     assert not list(tmp_path.iterdir())  # though both were killed
 
 
 def test_a_rank_that_sleeps_is_named_with_its_stack_and_not_the_one_that_waits():
     with serving(limits="step=1.5", clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("sleep",)):
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
-        assert "rank_process.py" in case.cause.stacks
-        assert case.others[0].waiting == "gradients"
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.HANG)
+        assert "rank_process.py" in diagnosis.cause.stacks
+        assert diagnosis.others[0].waiting == "gradients"
 
 
 def test_a_forked_child_does_not_keep_a_dead_ranks_connection_open():
@@ -100,7 +100,7 @@ def test_a_forked_child_does_not_keep_a_dead_ranks_connection_open():
         hub.event(AllArrived)
         ranks[1].process.stdin.write("\n")
         ranks[1].process.stdin.flush()
-        assert hub.verdict().cause.kind is Kind.LOST
+        assert hub.verdict().cause.kind is OutcomeKind.LOST
 
 
 def test_a_stranger_gets_the_reason_as_an_error():
@@ -124,7 +124,7 @@ def test_nothing_at_the_address_is_an_error_in_bounded_time():
     port = sock.getsockname()[1]
     sock.close()
     with pytest.raises(WorldError, match=f"nothing answers at 127.0.0.1:{port}"):
-        Client.connect(f"127.0.0.1:{port}", Hello("n", 0, arrival(0)), timeout=0.5)
+        Client.connect(f"127.0.0.1:{port}", RankHello("n", 0, registration(0)), timeout=0.5)
 
 
 def test_facts_that_are_too_long_are_named_with_their_size_and_the_remedy():
@@ -133,16 +133,16 @@ def test_facts_that_are_too_long_are_named_with_their_size_and_the_remedy():
         serving(1, clock=time.monotonic) as hub,
         pytest.raises(WorldError, match=r"rank 0: facts .* 'config', with 262144 .*digest"),
     ):
-        Client.connect(hub.address, Hello(NONCE, 0, arrival(0, 1, facts=facts)), timeout=5)
+        Client.connect(hub.address, RankHello(NONCE, 0, registration(0, 1, facts=facts)), timeout=5)
 
 
 def test_facts_of_the_greatest_length_are_taken():
-    hello = Hello(NONCE, 0, arrival(0, 1, facts={"config": ""}), patience=30.0, stacks_file="")
+    hello = RankHello(NONCE, 0, registration(0, 1, facts={"config": ""}), patience=30.0, stacks_file="")
     with serving(1, clock=time.monotonic) as hub:
         timer = StacksTimer()
         room = FIRST_LINE + 1 - len(encode(replace(hello, stacks_file=timer.address)))
         timer.close()
-        hello = replace(hello, arrival=replace(hello.arrival, facts={"config": "x" * room}))
+        hello = replace(hello, registration=replace(hello.registration, facts={"config": "x" * room}))
         connected: list[Client] = []
         thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
         thread.start()
@@ -155,7 +155,7 @@ def test_a_frozen_service_is_an_error_in_bounded_time(monkeypatch):
     with listening() as sock:
         began = time.monotonic()
         with pytest.raises(WorldError, match="may be frozen"):
-            Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=0.5)
+            Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", RankHello("n", 0, registration(0)), timeout=0.5)
         assert time.monotonic() - began < 10
 
 
@@ -169,7 +169,7 @@ def test_a_report_to_a_frozen_service_returns_in_bounded_time():
         accepted: list[object] = []
         thread = threading.Thread(target=welcome)
         thread.start()
-        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=30)
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", RankHello("n", 0, registration(0)), timeout=30)
         thread.join()
         began = time.monotonic()
         for _ in range(3):
@@ -189,10 +189,10 @@ def test_what_comes_right_behind_the_welcome_is_heard(behind, capfd):
         accepted: list[Any] = []
         thread = threading.Thread(target=welcome)
         thread.start()
-        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", Hello("n", 0, arrival(0)), timeout=30)
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", RankHello("n", 0, registration(0)), timeout=30)
         client.start(RankActivity())
         thread.join()
-        assert b'"Beat"' in receive_until(accepted[0], b"Beat")
+        assert b'"Heartbeat"' in receive_until(accepted[0], b"Heartbeat")
         client.close()
         accepted[0].close()
     assert ("slow down" in capfd.readouterr().err) == bool(behind)
@@ -205,7 +205,7 @@ def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
     monkeypatch.setattr("allstep.monitor.client.own_stacks", full)
     with serving(1, clock=time.monotonic) as hub, contextlib.ExitStack() as stack:
         connected: list[Client] = []
-        hello = Hello(NONCE, 0, arrival(0, 1))
+        hello = RankHello(NONCE, 0, registration(0, 1))
         thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
         thread.start()
         hub.until(lambda: connected)
@@ -214,7 +214,7 @@ def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
         client.start(RankActivity())
         hub.until(lambda: hub.service.status(0))
         answered: list[Stacks] = []
-        monkeypatch.setattr(hub.service._inquiry, "answered", answered.append)
+        monkeypatch.setattr(hub.service._detector, "answered", answered.append)
         hub.service._ask_stacks()
         hub.until(lambda: answered)
         assert answered[0].text == ""

@@ -9,18 +9,18 @@ import time
 
 import pytest
 
-from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.monitor.own_stacks import make_stacks_file
 from allstep.monitor.service import AllArrived, AllEnded, StragglerSeen, Verdict
 from allstep.protocol.connection import Connection
-from allstep.protocol.messages import AskStacks, Bye, Leave, Refused, Stacks, Welcome
+from allstep.protocol.messages import AskStacks, Goodbye, Leave, Refused, Stacks, Welcome
 from allstep.protocol.worker_exit import WorkerExit
-from tests.monitor.driving import Caller, Driven, arrival, serving, world
+from tests.monitor.driving import Caller, Driven, registration, serving, world
 
 
-def the_cause(driven: Driven) -> tuple[int, Kind]:
-    case = driven.verdict()
-    return case.cause.rank, case.cause.kind
+def the_cause(driven: Driven) -> tuple[int, OutcomeKind]:
+    diagnosis = driven.verdict()
+    return diagnosis.cause.rank, diagnosis.cause.kind
 
 
 def test_ranks_go_on_when_all_are_there():
@@ -49,8 +49,8 @@ def test_a_rank_that_comes_after_the_verdict_hears_the_same():
 
 def test_both_processes_of_a_doubled_rank_are_named_and_nobody_waits():
     with serving() as hub:
-        first = Caller(hub, arrival=arrival(1, pid=11)).come()
-        second = Caller(hub, arrival=arrival(1, pid=12, host="b")).come()
+        first = Caller(hub, registration=registration(1, pid=11)).come()
+        second = Caller(hub, registration=registration(1, pid=12, host="b")).come()
         for caller in (first, second):
             reason = caller.hears(Refused).reason
             assert "two processes are rank 1" in reason
@@ -67,14 +67,17 @@ def test_differing_world_sizes_are_found_before_all_are_there():
 
 def test_a_differing_configuration_is_named_with_each_ranks_value():
     with serving() as hub:
-        callers = [Caller(hub, arrival=arrival(n, facts={"config.yaml": value})).come() for n, value in enumerate("ab")]
+        callers = [
+            Caller(hub, registration=registration(n, facts={"config.yaml": value})).come()
+            for n, value in enumerate("ab")
+        ]
         for caller in callers:
             assert "disagree about config.yaml (rank 0: 'a'; rank 1: 'b')" in caller.hears(Refused).reason
 
 
 def test_a_process_that_takes_a_running_ranks_place_is_turned_away_and_the_run_goes_on():
     with serving() as hub, world(hub) as ranks:
-        stranger = Caller(hub, arrival=arrival(1, pid=999)).come()
+        stranger = Caller(hub, registration=registration(1, pid=999)).come()
         assert "two processes are rank 1" in stranger.hears(Refused).reason
         stranger.hears_no_more()
         ranks[1].beat(iteration=4)
@@ -117,7 +120,7 @@ def test_garbage_is_closed_on_and_disturbs_nobody(garbage):
 def test_another_version_is_named():
     with serving() as hub:
         caller = Caller(hub)
-        caller.connection.send(b'{"v":99,"type":"Hello"}\n')
+        caller.connection.send(b'{"v":99,"type":"RankHello"}\n')
         assert "version 99" in caller.hears(Refused).reason
 
 
@@ -126,7 +129,7 @@ def test_an_exception_is_the_cause_and_the_others_leave_on_order():
         ranks[0].fail("ConnectionError", "closed by peer", derived=True)
         hub.pass_time(0.1)
         ranks[1].fail()
-        assert the_cause(hub) == (1, Kind.ERROR)
+        assert the_cause(hub) == (1, OutcomeKind.ERROR)
         hub.service.order_leave("rank 1 failed", 84, printer=0, report="the report")
         order = ranks[0].hears(Leave)
         assert (order.code, order.report) == (84, "the report")
@@ -138,8 +141,8 @@ def test_two_failures_are_both_listed_in_the_order_in_which_they_came():
         ranks[2].fail("KeyError", "two")
         hub.pass_time(0.05)
         ranks[1].fail("ValueError", "one")
-        case = hub.verdict()
-        assert (case.cause.rank, case.others[0].rank, case.others[0].what) == (2, 1, "ValueError: one")
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.others[0].rank, diagnosis.others[0].what) == (2, 1, "ValueError: one")
 
 
 def test_a_death_by_signal_outranks_an_exception_that_came_a_little_before():
@@ -148,7 +151,7 @@ def test_a_death_by_signal_outranks_an_exception_that_came_a_little_before():
         hub.pass_time(0.1)
         ranks[1].close()
         hub.service.worker_ended(WorkerExit(1, -9))
-        assert the_cause(hub) == (1, Kind.SIGNAL)
+        assert the_cause(hub) == (1, OutcomeKind.SIGNAL)
         assert hub.verdict().exit_code == 137
 
 
@@ -159,7 +162,7 @@ def test_a_derived_error_waits_for_the_end_that_it_is_about():
         assert not hub.events[1:]
         ranks[1].close()
         hub.service.worker_ended(WorkerExit(1, -11))
-        assert the_cause(hub) == (1, Kind.SIGNAL)
+        assert the_cause(hub) == (1, OutcomeKind.SIGNAL)
 
 
 def test_a_closed_connection_waits_for_the_supervisors_word():
@@ -168,15 +171,19 @@ def test_a_closed_connection_waits_for_the_supervisors_word():
         hub.pass_time(0.8)
         assert not hub.events[1:]
         hub.service.worker_ended(WorkerExit(1, 3, stderr="lost my way"))
-        case = hub.verdict()
-        assert (case.cause.kind, case.exit_code, case.cause.output) == (Kind.EXIT, 3, "lost my way")
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.kind, diagnosis.exit_code, diagnosis.cause.output) == (
+            OutcomeKind.EXIT,
+            3,
+            "lost my way",
+        )
 
 
 def test_without_a_supervisor_a_closed_connection_is_the_end():
     with serving(supervised=False) as hub, world(hub) as ranks:
         ranks[1].close()
         ranks[0].fail("RuntimeError", "Connection closed by peer", derived=True)
-        assert the_cause(hub) == (1, Kind.LOST)
+        assert the_cause(hub) == (1, OutcomeKind.LOST)
 
 
 def test_a_launcher_that_ends_the_others_does_not_hide_the_exception():
@@ -185,14 +192,14 @@ def test_a_launcher_that_ends_the_others_does_not_hide_the_exception():
         hub.pass_time(0.05)
         ranks[1].close()
         ranks[0].close()
-        assert the_cause(hub) == (1, Kind.ERROR)
+        assert the_cause(hub) == (1, OutcomeKind.ERROR)
 
 
 def test_ending_with_0_while_the_world_is_open_is_leaving_early():
     with serving() as hub, world(hub) as ranks:
         ranks[1].close()
         hub.service.worker_ended(WorkerExit(1, 0))
-        assert the_cause(hub) == (1, Kind.EARLY)
+        assert the_cause(hub) == (1, OutcomeKind.EARLY)
         assert hub.verdict().exit_code == 1
 
 
@@ -208,20 +215,20 @@ def test_ranks_that_all_end_with_0_have_not_failed():
 def test_a_rank_that_closed_its_world_is_the_cause_when_others_fail_for_want_of_it():
     with serving() as hub, world(hub) as ranks:
         ranks[1].beat(iteration=3)
-        ranks[1].say(Bye(1))
+        ranks[1].say(Goodbye(1))
         ranks[1].close()
         hub.pass_time(0.5)
         assert not hub.events[1:]
         ranks[0].fail("RuntimeError", "Connection closed by peer", derived=True)
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.EARLY)
-        assert "epoch 1, iteration 3" in case.cause.what
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.EARLY)
+        assert "epoch 1, iteration 3" in diagnosis.cause.what
 
 
 def test_ranks_may_leave_in_order_at_different_times():
     with serving() as hub, world(hub) as ranks:
         for caller in ranks:
-            caller.say(Bye(caller.rank))
+            caller.say(Goodbye(caller.rank))
             caller.close()
             hub.pass_time(0.5)
             hub.service.worker_ended(WorkerExit(caller.rank, 0))
@@ -231,10 +238,10 @@ def test_ranks_may_leave_in_order_at_different_times():
 
 def test_a_world_may_be_opened_again_by_the_same_processes():
     with serving() as hub, world(hub) as ranks:
-        ranks[0].say(Bye(0))
+        ranks[0].say(Goodbye(0))
         again = Caller(hub, 0).come()
         hub.pass_time(0.1)
-        ranks[1].say(Bye(1))
+        ranks[1].say(Goodbye(1))
         Caller(hub, 1).come().hears(Welcome)
         again.hears(Welcome)
         assert len([event for event in hub.events if isinstance(event, AllArrived)]) == 2
@@ -245,7 +252,7 @@ def test_scripts_that_never_connect_are_judged_by_their_ends():
     with serving() as hub:
         hub.service.worker_ended(WorkerExit(0, 1, stderr=lost))
         hub.service.worker_ended(WorkerExit(1, 1, stderr="ValueError: bad\n"))
-        assert the_cause(hub) == (1, Kind.EXIT)
+        assert the_cause(hub) == (1, OutcomeKind.EXIT)
 
 
 def test_a_rank_that_ends_before_the_others_could_meet_it_is_named_at_once():
@@ -253,16 +260,16 @@ def test_a_rank_that_ends_before_the_others_could_meet_it_is_named_at_once():
         waits = Caller(hub, 0).come()
         hub.pass_time(0.1)
         hub.service.worker_ended(WorkerExit(1, 0))
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.EARLY)
-        assert "did not call init" in case.cause.what
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.EARLY)
+        assert "did not call init" in diagnosis.cause.what
         assert not waits.listen()
 
 
 def test_a_rank_that_made_room_has_not_failed():
     with serving() as hub, world(hub) as ranks:
         for caller in ranks:
-            caller.say(Bye(caller.rank))
+            caller.say(Goodbye(caller.rank))
             hub.service.worker_ended(WorkerExit(caller.rank, 85))
         hub.event(AllEnded)
         assert not [event for event in hub.events if isinstance(event, Verdict)]
@@ -285,9 +292,9 @@ def test_a_silent_rank_is_found_and_named():
     with serving(limits="silence=1.5") as hub, world(hub) as ranks:
         ranks[1].beat()
         beat_all(hub, ranks[:1], 20)
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind, case.exit_code) == (1, Kind.HANG, 83)
-        assert "frozen" in case.cause.what
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.exit_code) == (1, OutcomeKind.HANG, 83)
+        assert "frozen" in diagnosis.cause.what
 
 
 def test_a_silent_ranks_stacks_come_from_its_file():
@@ -310,10 +317,10 @@ def test_a_rank_that_stays_in_a_section_too_long_is_named_and_those_that_wait_fo
             return any(isinstance(event, Verdict) for event in hub.events)
 
         hub.until(turn)
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.HANG)
-        assert case.others[0].kind is Kind.RUNNING
-        assert case.others[0].waiting == "gradients"
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.HANG)
+        assert diagnosis.others[0].kind is OutcomeKind.RUNNING
+        assert diagnosis.others[0].waiting == "gradients"
 
 
 def test_who_gave_up_on_a_rank_that_hangs_is_not_the_cause():
@@ -326,7 +333,7 @@ def test_who_gave_up_on_a_rank_that_hangs_is_not_the_cause():
             return any(isinstance(event, Verdict) for event in hub.events)
 
         hub.until(turn)
-        assert the_cause(hub) == (1, Kind.HANG)
+        assert the_cause(hub) == (1, OutcomeKind.HANG)
 
 
 def test_who_gave_up_may_have_ended_by_the_time_the_rank_that_hangs_is_looked_for():
@@ -341,14 +348,14 @@ def test_who_gave_up_may_have_ended_by_the_time_the_rank_that_hangs_is_looked_fo
             return any(isinstance(event, Verdict) for event in hub.events)
 
         hub.until(turn)
-        assert the_cause(hub) == (1, Kind.HANG)
+        assert the_cause(hub) == (1, OutcomeKind.HANG)
         assert "iteration 7" in hub.verdict().cause.what
 
 
 def test_a_rank_that_freezes_before_its_first_heartbeat_is_found():
     with serving(limits="silence=1.5") as hub, world(hub) as ranks:
         beat_all(hub, ranks[:1], 20)
-        assert the_cause(hub) == (1, Kind.HANG)
+        assert the_cause(hub) == (1, OutcomeKind.HANG)
 
 
 def test_a_rank_that_moves_again_while_stacks_are_gathered_has_not_hung():
@@ -386,7 +393,7 @@ def test_the_last_word_of_a_rank_that_closes_at_once_is_heard():
     with serving(supervised=False) as hub, world(hub) as ranks:
         ranks[1].fail()
         ranks[1].close()
-        assert the_cause(hub) == (1, Kind.ERROR)
+        assert the_cause(hub) == (1, OutcomeKind.ERROR)
 
 
 def test_a_shifted_wall_clock_changes_nothing(monkeypatch):
@@ -407,9 +414,9 @@ def test_the_case_tells_later_what_became_of_the_others():
         ranks[0].hears(Leave)
         hub.service.worker_ended(WorkerExit(0, 84))
         hub.service.worker_ended(WorkerExit(1, 3))
-        case = hub.service.case()
-        assert (case.cause.rank, case.exit_code) == (1, 3)
-        assert case.others[0].kind is Kind.ORDERED
+        diagnosis = hub.service.diagnosis()
+        assert (diagnosis.cause.rank, diagnosis.exit_code) == (1, 3)
+        assert diagnosis.others[0].kind is OutcomeKind.ORDERED
 
 
 def test_a_rank_cannot_speak_for_another():

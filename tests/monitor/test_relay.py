@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from allstep.diagnosis.hang import Limits
-from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.hang import HangLimits
+from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.monitor.relay import Relay
 from allstep.monitor.service import AllEnded, Finished, Ordered, Verdict
 from allstep.protocol.messages import Leave, Refused, Welcome
 from allstep.protocol.worker_exit import WorkerExit
-from tests.monitor.driving import NONCE, Caller, Clock, Driven, arrival, listening, serving
+from tests.monitor.driving import NONCE, Caller, Clock, Driven, listening, registration, serving
 
 
 @contextlib.contextmanager
@@ -39,7 +39,7 @@ def relaying(
             node_rank=1,
             ranks=ranks,
             world_size=world_size,
-            limits=Limits.parse(limits),
+            limits=HangLimits.parse(limits),
             supervised=supervised,
             clock=clock,
         )
@@ -76,8 +76,8 @@ def test_what_ranks_say_reaches_the_head_through_a_relay():
 def test_a_failure_behind_a_relay_is_judged_at_the_head_and_all_nodes_are_ordered_out():
     with two_nodes() as (hub, relay, ranks):
         ranks[2].fail()
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (2, Kind.ERROR)
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (2, OutcomeKind.ERROR)
         hub.service.order_leave("rank 2 failed", 84, printer=1, report="THE REPORT")
         assert ranks[0].hears(Leave) == Leave("rank 2 failed", 84)
         assert ranks[1].hears(Leave) == Leave("rank 2 failed", 84, "THE REPORT")
@@ -91,8 +91,12 @@ def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():
     with two_nodes() as (hub, relay, ranks):
         ranks[1].close()
         relay.service.worker_ended(WorkerExit(1, -9, note="memory ran out"))
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind, case.cause.note) == (1, Kind.SIGNAL, "memory ran out")
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.cause.note) == (
+            1,
+            OutcomeKind.SIGNAL,
+            "memory ran out",
+        )
         for rank, end in ((0, hub), (2, relay)):
             end.service.worker_ended(WorkerExit(rank, 84))
         hub.event(AllEnded)
@@ -101,18 +105,18 @@ def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():
 def test_a_rank_that_is_gone_behind_a_relay_is_known_at_the_head_without_a_supervisor():
     with two_nodes(supervised=False) as (hub, _, ranks):
         ranks[2].close()
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (2, Kind.LOST)
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (2, OutcomeKind.LOST)
 
 
 def test_losing_a_node_is_named_at_the_head():
     with two_nodes() as (hub, relay, _):
         hub.others.clear()
         relay.close()
-        case = hub.verdict()
-        assert (case.cause.kind, case.exit_code) == (Kind.NODE_LOST, 84)
-        assert "node 1" in case.cause.what
-        assert case.others[0].kind is Kind.NODE_LOST
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.kind, diagnosis.exit_code) == (OutcomeKind.NODE_LOST, 84)
+        assert "node 1" in diagnosis.cause.what
+        assert diagnosis.others[0].kind is OutcomeKind.NODE_LOST
 
 
 def test_a_node_that_is_not_heard_from_is_lost_at_the_limit_and_not_before():
@@ -127,23 +131,23 @@ def test_a_node_that_is_not_heard_from_is_lost_at_the_limit_and_not_before():
         hub.pass_time(1.5)
         assert not [event for event in hub.events if isinstance(event, Verdict)]
         hub.until(turn)
-        assert hub.verdict().cause.kind is Kind.NODE_LOST
+        assert hub.verdict().cause.kind is OutcomeKind.NODE_LOST
 
 
 def test_a_node_that_never_connects_is_lost():
     with serving(2, limits="link=0.5") as hub, contextlib.closing(Caller(hub, 0).come()):
         hub.service.expect_node(1, [1])
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind) == (1, Kind.NODE_LOST)
-        assert "did not connect" in case.cause.what
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.NODE_LOST)
+        assert "did not connect" in diagnosis.cause.what
 
 
 def test_losing_the_head_is_a_verdict_at_the_relay():
     with two_nodes("link=2") as (hub, relay, ranks):
         ranks[1].driven = ranks[2].driven = relay
-        case = relay.verdict()  # the head is not driven meanwhile
-        assert (case.cause.kind, case.exit_code) == (Kind.SERVICE_LOST, 84)
-        assert "not heard from" in case.cause.what
+        diagnosis = relay.verdict()  # the head is not driven meanwhile
+        assert (diagnosis.cause.kind, diagnosis.exit_code) == (OutcomeKind.SERVICE_LOST, 84)
+        assert "not heard from" in diagnosis.cause.what
         relay.service.order_leave("the head is lost", 84)
         assert ranks[1].hears(Leave).code == 84
         assert hub.service.deadline() is not None
@@ -176,7 +180,7 @@ def test_a_head_that_never_answers_is_a_verdict_in_bounded_time(monkeypatch):
 @pytest.mark.parametrize("first", ["127.0.0.9", "192.0.2.1"], ids=["refuses", "is silent"])
 def test_a_head_is_reached_at_another_of_its_addresses(monkeypatch, first):
     """192.0.2.0/24 is for documentation: no machine has such an address."""
-    monkeypatch.setattr("allstep.monitor.uplink.ADDRESS_S", 0.5)
+    monkeypatch.setattr("allstep.monitor.uplink.ANSWER_S", 0.5)
     stream = (socket.AF_INET, socket.SOCK_STREAM, 6, "")
     with serving(2) as hub:
         found = [(*stream, (first, hub.port)), (*stream, ("127.0.0.1", hub.port))]
@@ -197,7 +201,7 @@ def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
 def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
     with serving(2, supervised=False) as hub, relaying(hub.port, (1,), 2, supervised=False, clock=hub.clock) as relay:
         hub.others.append(relay)
-        callers = [Caller(hub, 1, arrival=arrival(1, pid=1)).come(), Caller(relay, 1, 2).come()]
+        callers = [Caller(hub, 1, registration=registration(1, pid=1)).come(), Caller(relay, 1, 2).come()]
         for caller in callers:
             caller.driven = hub
             caller.hears(Refused)
@@ -215,7 +219,7 @@ def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wai
     with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised, clock=hub.clock) as relay:
         relay.others.append(hub)
         if supervised:
-            assert relay.verdict().cause.kind is Kind.SERVICE_LOST
+            assert relay.verdict().cause.kind is OutcomeKind.SERVICE_LOST
         else:
             relay.until(lambda: len(relay.selector.get_map()) == 1)  # it only listens
             relay.pass_time(0.1)
@@ -225,8 +229,8 @@ def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wai
 def test_a_doubled_rank_on_another_node_is_named():
     with serving(2) as hub, relaying(hub.port, (1,), 2, clock=hub.clock) as relay:
         hub.others.append(relay)
-        here = Caller(hub, arrival=arrival(1, host="head", pid=1)).come()
-        there = Caller(relay, arrival=arrival(1, host="node", pid=2)).come()
+        here = Caller(hub, registration=registration(1, host="head", pid=1)).come()
+        there = Caller(relay, registration=registration(1, host="node", pid=2)).come()
         there.driven = hub
         for caller in (here, there):
             reason = caller.hears(Refused).reason
@@ -246,4 +250,4 @@ def test_a_silent_rank_behind_a_relay_is_found_by_its_own_silence():
             return any(isinstance(event, Verdict) for event in hub.events)
 
         hub.until(turn)
-        assert (hub.verdict().cause.rank, hub.verdict().cause.kind) == (2, Kind.HANG)
+        assert (hub.verdict().cause.rank, hub.verdict().cause.kind) == (2, OutcomeKind.HANG)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from allstep.diagnosis.rank_outcome import Kind
-from allstep.diagnosis.root_cause import PATIENCE, SETTLE
+from allstep.diagnosis.rank_outcome import OutcomeKind
+from allstep.diagnosis.root_cause import CAUSE_WINDOW_S, DERIVED_WAIT_S
 from allstep.monitor.service import Verdict
-from allstep.protocol.messages import Bye, Failure, Withdraw
+from allstep.protocol.messages import Failure, FailureCaught, Goodbye
 from allstep.protocol.worker_exit import WorkerExit
 from tests.monitor.driving import BOUND, Caller, serving, world
 
@@ -22,7 +22,7 @@ def fails(caller: Caller, *, leaving: bool, message: str = "bad batch", iteratio
 
 
 def no_verdict(hub: Any) -> bool:
-    hub.pass_time(4 * SETTLE)
+    hub.pass_time(4 * CAUSE_WINDOW_S)
     return not [event for event in hub.events if isinstance(event, Verdict)]
 
 
@@ -44,7 +44,7 @@ def test_it_is_the_cause_at_the_place_where_it_was_seen_once_it_leaves_the_scrip
         fails(second, leaving=False)
         fails(second, leaving=True, iteration=0)
         cause = hub.verdict().cause
-        assert (cause.rank, cause.kind, cause.iteration) == (1, Kind.ERROR, 7)
+        assert (cause.rank, cause.kind, cause.iteration) == (1, OutcomeKind.ERROR, 7)
 
 
 @pytest.mark.parametrize("supervised", [True, False])
@@ -61,17 +61,17 @@ def test_it_is_the_cause_when_the_process_ends_after_it():
         fails(second, leaving=False)
         hub.pass_time(0.1)
         hub.service.worker_ended(WorkerExit(1, 1))
-        assert hub.verdict().cause.kind is Kind.ERROR
+        assert hub.verdict().cause.kind is OutcomeKind.ERROR
 
 
 def test_one_that_was_taken_back_is_no_cause_of_what_comes_later():
     with serving() as hub, world(hub) as (first, second):
         fails(second, leaving=False, message="out of memory")
-        second.say(Withdraw(1))
+        second.say(FailureCaught(1))
         hub.pass_time(0.1)
         fails(first, leaving=True, message="the true cause")
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.what) == (0, "ValueError: the true cause")
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.what) == (0, "ValueError: the true cause")
 
 
 def test_one_that_may_have_been_caught_does_not_stand_before_a_failure_of_another_rank():
@@ -79,9 +79,9 @@ def test_one_that_may_have_been_caught_does_not_stand_before_a_failure_of_anothe
         fails(second, leaving=False, message="out of memory")
         hub.pass_time(0.1)
         fails(first, leaving=True, message="the true cause")
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.what) == (0, "ValueError: the true cause")
-        assert (case.others[0].kind, case.others[0].what) == (Kind.SEEN, "ValueError: out of memory")
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.what) == (0, "ValueError: the true cause")
+        assert (diagnosis.others[0].kind, diagnosis.others[0].what) == (OutcomeKind.SEEN, "ValueError: out of memory")
 
 
 def test_a_rank_that_caught_one_is_still_watched():
@@ -90,7 +90,7 @@ def test_a_rank_that_caught_one_is_still_watched():
         fails(second, leaving=False, message="out of memory")
         beat_until_verdict(hub, first)
         cause = hub.verdict().cause
-        assert (cause.rank, cause.kind) == (1, Kind.HANG)
+        assert (cause.rank, cause.kind) == (1, OutcomeKind.HANG)
         assert "before that, ValueError: out of memory" in cause.note
 
 
@@ -101,23 +101,23 @@ def test_a_cause_that_comes_while_errors_about_it_wait_for_it_is_judged_at_once(
         fails(second, leaving=True)
         began = hub.clock()
         assert hub.verdict().cause.rank == 1
-        assert hub.clock() - began < PATIENCE / 2
+        assert hub.clock() - began < DERIVED_WAIT_S / 2
 
 
 def test_a_rank_that_makes_room_while_another_trains_on_is_the_cause():
     with serving() as hub, world(hub) as (first, second):
-        second.say(Bye(1))
+        second.say(Goodbye(1))
         second.close()
         hub.service.worker_ended(WorkerExit(1, 85))
         beat_until_verdict(hub, first)
-        case = hub.verdict()
-        assert (case.cause.rank, case.cause.kind, case.exit_code) == (1, Kind.EARLY, 85)
+        diagnosis = hub.verdict()
+        assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.exit_code) == (1, OutcomeKind.EARLY, 85)
 
 
 def test_ranks_that_make_room_one_after_the_other_have_not_failed():
     with serving() as hub, world(hub) as (first, second):
         for rank in (second, first):
-            rank.say(Bye(rank.rank))
+            rank.say(Goodbye(rank.rank))
             rank.close()
             hub.service.worker_ended(WorkerExit(rank.rank, 85))
             assert no_verdict(hub)
@@ -126,8 +126,8 @@ def test_ranks_that_make_room_one_after_the_other_have_not_failed():
 def test_closing_the_world_takes_it_back():
     with serving() as hub, world(hub) as (first, second):
         fails(second, leaving=False)
-        second.say(Bye(1))
-        first.say(Bye(0))
+        second.say(Goodbye(1))
+        first.say(Goodbye(0))
         hub.pass_time(0.1)
         for rank in range(2):
             hub.service.worker_ended(WorkerExit(rank, 0))
@@ -138,11 +138,11 @@ def test_ranks_that_gave_init_up_alike_may_open_a_world_again():
     with serving() as hub, world(hub) as ranks:
         for rank in ranks:
             fails(rank, leaving=False)
-            rank.say(Bye(rank.rank, closed=False))
+            rank.say(Goodbye(rank.rank, closed=False))
         assert no_verdict(hub)
         with world(hub) as again:
             for rank in again:
-                rank.say(Bye(rank.rank))
+                rank.say(Goodbye(rank.rank))
         assert no_verdict(hub)
 
 
@@ -156,22 +156,22 @@ def test_a_second_exception_that_leaves_is_told_apart_from_the_first_that_was_se
 
 def test_a_rank_that_ends_with_its_world_open_is_the_cause_when_others_fail_for_want_of_it():
     with serving() as hub, world(hub) as (first, second):
-        second.say(Bye(1, closed=False))
+        second.say(Goodbye(1, closed=False))
         second.close()
         hub.service.worker_ended(WorkerExit(1, 0))
         hub.pass_time(0.1)
         first.fail("RuntimeError", "Connection closed by peer", derived=True)
         cause = hub.verdict().cause
-        assert (cause.rank, cause.kind) == (1, Kind.EARLY)
+        assert (cause.rank, cause.kind) == (1, OutcomeKind.EARLY)
         assert "with its World open" in cause.what
 
 
 def test_ranks_that_end_with_their_worlds_open_at_different_times_have_not_failed():
     with serving() as hub, world(hub) as (first, second):
-        second.say(Bye(1, closed=False))
+        second.say(Goodbye(1, closed=False))
         second.close()
         hub.service.worker_ended(WorkerExit(1, 0))
         assert no_verdict(hub)
-        first.say(Bye(0, closed=False))
+        first.say(Goodbye(0, closed=False))
         hub.service.worker_ended(WorkerExit(0, 0))
         assert no_verdict(hub)

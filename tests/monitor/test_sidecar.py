@@ -24,7 +24,7 @@ from allstep.monitor.hub import Hub
 from allstep.monitor.sidecar import Setup, Sidecar, start_sidecar
 from allstep.protocol.address import HERE, new_nonce
 from allstep.protocol.messages import Welcome
-from tests.monitor.driving import BOUND, Caller, RankProcess, arrival, gone, listening, rank_processes, wait_for
+from tests.monitor.driving import BOUND, Caller, RankProcess, gone, listening, rank_processes, registration, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -177,8 +177,8 @@ def test_only_the_ranks_of_its_own_node_are_killed_though_another_node_has_the_s
             places = [(0, first.pid), (0, here.pid), (1, elsewhere.pid)]
             callers = []
             for rank, (node, pid) in enumerate(places):
-                arrived = arrival(rank, 3, host=host, node_rank=node, pid=pid)
-                callers.append(Caller(at, arrival=arrived, nonce=nonce).come())
+                arrived = registration(rank, 3, host=host, node_rank=node, pid=pid)
+                callers.append(Caller(at, registration=arrived, nonce=nonce).come())
             wait_for(lambda: all(Welcome() in caller.listen() for caller in callers))
             callers[0].fail()
             wait_for(lambda: here.poll() is not None)

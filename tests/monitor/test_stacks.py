@@ -84,7 +84,7 @@ def test_the_timer_writes_when_it_is_not_wound_up(monkeypatch):
     monkeypatch.setattr("allstep.monitor.own_stacks.WITHOUT_BEAT_S", 0.1)
     timer = StacksTimer()
     timer.wind_up()
-    wait_for(lambda: read_stacks(timer.address).endswith("in <module>\n"))  # the outermost frame of the last thread
+    wait_for(lambda: "test_the_timer_writes_when" in main_thread(read_stacks(timer.address)))
     monkeypatch.setattr("allstep.monitor.own_stacks.WITHOUT_BEAT_S", 60)
     timer.wind_up()
     assert read_stacks(timer.address) == ""

@@ -23,114 +23,114 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def pulse(clock: Clock) -> RankActivity:
+def activity(clock: Clock) -> RankActivity:
     return RankActivity(clock)
 
 
-def test_a_beat_says_section_and_how_long_ago_it_made_progress(pulse: RankActivity, clock: Clock):
-    pulse.enter("data")
+def test_a_beat_says_section_and_how_long_ago_it_made_progress(activity: RankActivity, clock: Clock):
+    activity.enter("data")
     clock.now += 3
-    beat = pulse.beat(1, 2, 3)
+    beat = activity.heartbeat(1, 2, 3)
     assert (beat.rank, beat.attempt, beat.number, beat.section, beat.seconds) == (1, 2, 3, "data", 3.0)
 
 
-def test_entering_the_same_section_again_is_progress(pulse: RankActivity, clock: Clock):
-    pulse.enter("step")
+def test_entering_the_same_section_again_is_progress(activity: RankActivity, clock: Clock):
+    activity.enter("step")
     clock.now += 3
-    pulse.enter("step")
+    activity.enter("step")
     clock.now += 1
-    beat = pulse.beat(0, 0, 1)
+    beat = activity.heartbeat(0, 0, 1)
     assert beat.seconds == 1.0
     assert beat.longest["step"] == 3.0
 
 
-def test_the_longest_stay_in_each_section_is_kept(pulse: RankActivity, clock: Clock):
+def test_the_longest_stay_in_each_section_is_kept(activity: RankActivity, clock: Clock):
     for seconds in (1, 5, 2):
-        pulse.enter("step")
+        activity.enter("step")
         clock.now += seconds
-        pulse.enter("data")
-    assert pulse.beat(0, 0, 1).longest["step"] == 5.0
+        activity.enter("data")
+    assert activity.heartbeat(0, 0, 1).longest["step"] == 5.0
 
 
-def test_a_section_as_a_with_block_gives_the_place_back(pulse: RankActivity):
-    pulse.enter("handler")
-    with pulse.section("checkpoint"):
-        assert pulse.beat(0, 0, 1).section == "checkpoint"
-    assert pulse.beat(0, 0, 2).section == "handler"
+def test_a_section_as_a_with_block_gives_the_place_back(activity: RankActivity):
+    activity.enter("handler")
+    with activity.section("checkpoint"):
+        assert activity.heartbeat(0, 0, 1).section == "checkpoint"
+    assert activity.heartbeat(0, 0, 2).section == "handler"
 
 
-def test_an_engine_inside_another_gives_the_outer_ones_place_back(pulse: RankActivity):
-    with pulse.run("trainer"):
-        pulse.epoch, pulse.iteration = 2, 30
-        pulse.enter("handler")
-        with pulse.run("evaluator"):
-            assert pulse.nested
-            pulse.epoch, pulse.iteration = 1, 4
-            pulse.enter("evaluation")
-            assert pulse.beat(0, 0, 1).engine == "evaluator"
-        beat = pulse.beat(0, 0, 2)
+def test_an_engine_inside_another_gives_the_outer_ones_place_back(activity: RankActivity):
+    with activity.run("trainer"):
+        activity.epoch, activity.iteration = 2, 30
+        activity.enter("handler")
+        with activity.run("evaluator"):
+            assert activity.nested
+            activity.epoch, activity.iteration = 1, 4
+            activity.enter("evaluation")
+            assert activity.heartbeat(0, 0, 1).engine == "evaluator"
+        beat = activity.heartbeat(0, 0, 2)
         assert (beat.engine, beat.epoch, beat.iteration, beat.section) == ("trainer", 2, 30, "handler")
-    assert pulse.beat(0, 0, 3).section == "idle"
+    assert activity.heartbeat(0, 0, 3).section == "idle"
 
 
-def test_a_rank_says_what_it_waits_in(pulse: RankActivity):
-    pulse.wait_began("all_reduce #3")
-    assert pulse.beat(0, 0, 1).waiting == "all_reduce #3"
-    pulse.wait_ended()
-    assert pulse.beat(0, 0, 2).waiting == ""
+def test_a_rank_says_what_it_waits_in(activity: RankActivity):
+    activity.wait_began("all_reduce #3")
+    assert activity.heartbeat(0, 0, 1).waiting == "all_reduce #3"
+    activity.wait_ended()
+    assert activity.heartbeat(0, 0, 2).waiting == ""
 
 
-def test_meeting_the_peers_is_progress_in_a_section_that_does_not_change(pulse: RankActivity, clock: Clock):
+def test_meeting_the_peers_is_progress_in_a_section_that_does_not_change(activity: RankActivity, clock: Clock):
     clock.now += 50
-    pulse.wait_began("all_reduce #1")
-    assert pulse.beat(0, 0, 1).seconds == 0.0
+    activity.wait_began("all_reduce #1")
+    assert activity.heartbeat(0, 0, 1).seconds == 0.0
     clock.now += 7
-    assert pulse.beat(0, 0, 2).seconds == 7.0
-    pulse.wait_ended()
+    assert activity.heartbeat(0, 0, 2).seconds == 7.0
+    activity.wait_ended()
     clock.now += 2
-    beat = pulse.beat(0, 0, 3)
+    beat = activity.heartbeat(0, 0, 3)
     assert (beat.section, beat.seconds, beat.waiting) == ("startup", 2.0, "")
 
 
-def test_who_asked_hears_that_the_peers_were_met_and_not_that_they_were_not(pulse: RankActivity):
+def test_who_asked_hears_that_the_peers_were_met_and_not_that_they_were_not(activity: RankActivity):
     met: list[str] = []
-    pulse.when_met = lambda: met.append(pulse.waiting or "not waiting any more")
-    with pytest.raises(RuntimeError), pulse.wait("all_reduce #1"):
+    activity.when_met = lambda: met.append(activity.waiting or "not waiting any more")
+    with pytest.raises(RuntimeError), activity.wait("all_reduce #1"):
         raise RuntimeError("Connection closed by peer")
-    assert (met, pulse.waiting) == ([], "")
-    with pulse.wait("all_reduce #2"):
+    assert (met, activity.waiting) == ([], "")
+    with activity.wait("all_reduce #2"):
         pass
     assert met == ["not waiting any more"]
 
 
-def test_its_own_time_for_a_step_has_no_waiting_in_it(pulse: RankActivity, clock: Clock):
-    with pulse.run("trainer"):
+def test_its_own_time_for_a_step_has_no_waiting_in_it(activity: RankActivity, clock: Clock):
+    with activity.run("trainer"):
         for iteration in range(RECENT + 1):
-            assert pulse.beat(0, 0, 1).own_step == 0.0  # not enough steps yet
-            pulse.step_begins(1, iteration)
+            assert activity.heartbeat(0, 0, 1).own_step == 0.0  # not enough steps yet
+            activity.step_begins(1, iteration)
             clock.now += 0.25
-            pulse.wait_began("gradients")
+            activity.wait_began("gradients")
             clock.now += 10
-            pulse.wait_ended()
-        assert pulse.beat(0, 0, 1).own_step == 0.25
+            activity.wait_ended()
+        assert activity.heartbeat(0, 0, 1).own_step == 0.25
 
 
-def test_only_recent_steps_count(pulse: RankActivity, clock: Clock):
-    with pulse.run("trainer"):
+def test_only_recent_steps_count(activity: RankActivity, clock: Clock):
+    with activity.run("trainer"):
         for seconds in [9.0] * 30 + [0.5] * (RECENT + 1):
-            pulse.step_begins(1, 1)
+            activity.step_begins(1, 1)
             clock.now += seconds
-        assert pulse.beat(0, 0, 1).own_step == 0.5
+        assert activity.heartbeat(0, 0, 1).own_step == 0.5
 
 
-def test_it_may_be_read_from_another_thread_at_any_moment(pulse: RankActivity):
+def test_it_may_be_read_from_another_thread_at_any_moment(activity: RankActivity):
     stop = threading.Event()
     problems: list[BaseException] = []
 
     def read() -> None:
         while not stop.is_set():
             try:
-                pulse.beat(0, 0, 1)
+                activity.heartbeat(0, 0, 1)
             except BaseException as error:
                 problems.append(error)
                 return
@@ -138,8 +138,8 @@ def test_it_may_be_read_from_another_thread_at_any_moment(pulse: RankActivity):
     thread = threading.Thread(target=read)
     thread.start()
     for number in range(20_000):
-        with pulse.run("trainer"), pulse.section(f"section {number % 500}"):
-            pulse.step_begins(1, number)
+        with activity.run("trainer"), activity.section(f"section {number % 500}"):
+            activity.step_begins(1, number)
     stop.set()
     thread.join()
     assert not problems

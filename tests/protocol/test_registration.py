@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from allstep.protocol.registration import Registration, absent, objection, spans
+from allstep.protocol.registration import RankRegistration, absent, objection, spans
 
-FIRST = Registration(0, 2, "a", 10, "cuda", "nccl", "GPU-1", facts={"seed": "1"})
-SECOND = Registration(1, 2, "b", 11, "cuda", "nccl", "GPU-2", facts={"seed": "1"})
+FIRST = RankRegistration(0, 2, "a", 10, "cuda", "nccl", "GPU-1", facts={"seed": "1"})
+SECOND = RankRegistration(1, 2, "b", 11, "cuda", "nccl", "GPU-2", facts={"seed": "1"})
 
 
 def test_ranks_that_fit_are_let_through():

@@ -12,11 +12,11 @@ import threading
 import time
 from collections.abc import Iterator
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.hub import Hub
-from allstep.monitor.service import HubEvent, Verdict
-from allstep.protocol.messages import Beat
+from allstep.monitor.service import MonitorEvent, Verdict
+from allstep.protocol.messages import Heartbeat
 
 NONCE = "5ec4e7"
 
@@ -25,14 +25,14 @@ class Served:
     """The hub of a world. `env` is for its ranks, `events` what happened, `beats` every heartbeat that was seen."""
 
     def __init__(self, world_size: int, limits: str = "") -> None:
-        self.events: list[HubEvent] = []
-        self.beats: dict[int, dict[int, Beat]] = {rank: {} for rank in range(world_size)}
+        self.events: list[MonitorEvent] = []
+        self.beats: dict[int, dict[int, Heartbeat]] = {rank: {} for rank in range(world_size)}
         self._selector = selectors.DefaultSelector()
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
         self.env = {"ALLSTEP_CHANNEL": f"127.0.0.1:{port}", "ALLSTEP_NONCE": NONCE}
         self._hub = Hub(
-            self._selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=Limits.parse(limits)
+            self._selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=HangLimits.parse(limits)
         )
         self._over = False
         self._thread = threading.Thread(target=self._drive, daemon=True)

@@ -1,16 +1,13 @@
-"""When ranks make no progress, which of them the others wait for, and which are slow: pure functions.
+"""When the ranks make no progress, which of them the others wait for, and which are slow: pure functions.
 
-Contract: the hub makes a `RankProgress` of each rank that is present and asks `overdue`, once a second, whether the run
-hangs. It does when a rank is silent, or when it has been in a section for longer than the section may last and no other
-rank explains it: one that is elsewhere, or further back, and within its own limit. Then the hub gathers stacks and asks
-`diagnose` who is behind. `stragglers` are named and never ended.
+`HangLimits` say how long each section of a rank's work may last without progress. A limit is learnt: `MULTIPLE` times
+the longest stay in the section that any rank has had so far, but no less than the section's lower bound and no more
+than its upper one. The upper one also holds while nothing was seen. Being idle, between engines, has no limit unless
+one is given, and neither has startup: a script that trains in a loop of its own is in startup to its end.
 
-How long each section of a rank's work may last without progress: a value, and how it is written.
-
-Contract: a limit is learnt: `multiple` times the longest stay in the section that any rank has had so far, but no less
-than the section's lower bound and no more than its upper one, which also holds while nothing was seen. Being idle,
-between engines, has no limit unless one is given, and neither has startup: a script that trains in a loop of its own is
-in startup to its end.
+`overdue` is asked once a second whether the run hangs. It does when a rank is silent, or when one has been in a section
+for longer than allowed and no other rank explains that: one that is elsewhere, or further back, and within its own
+limit. Then stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
 """
 
 from __future__ import annotations
@@ -21,185 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from allstep.errors import ConfigurationError
-from allstep.protocol.messages import Beat
+from allstep.protocol.messages import Heartbeat
 from allstep.protocol.registration import spans
 
-SLOW = 1.5
-"""How many times the others' median of its own step time makes a rank a straggler."""
-
-_FREE = ("startup", "idle")  # where a rank may be for ever, but not while others wait for it
-_NOTICEABLE = 0.002  # seconds a step; below it, differences are the machine's
-
-
-@dataclass(frozen=True, slots=True)
-class RankProgress:
-    """A rank that is present: its last heartbeat, and the seconds since that came.
-
-    `away` is true where its node is not heard from, so that its silence says nothing of itself. `stacks` is what is
-    known of its threads, and `waits` what it waits for its peers in, by its own word or by its stack.
-    """
-
-    beat: Beat
-    age: float
-    away: bool = False
-    stacks: str = ""
-    waits: str = ""
-
-    @property
-    def rank(self) -> int:
-        """Whose it is."""
-        return self.beat.rank
-
-    @property
-    def still(self) -> float:
-        """Seconds since its last known progress."""
-        return self.beat.seconds + self.age
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """How far it has come."""
-        return self.beat.epoch, self.beat.iteration
-
-
-@dataclass(frozen=True, slots=True)
-class Hang:
-    """Ranks that the others wait for, with a clause about each, and what that means."""
-
-    behind: Mapping[int, str]
-    explanation: str
-
-
-def longest_stays(beats: Sequence[Beat]) -> dict[str, float]:
-    """The longest stay in each section on any rank."""
-    longest: dict[str, float] = {}
-    for beat in beats:
-        for section, lasted in beat.longest.items():
-            if lasted > longest.get(section, 0.0):
-                longest[section] = lasted
-    return longest
-
-
-def overdue(standings: Sequence[RankProgress], limits: Limits, longest: Mapping[str, float]) -> bool:
-    """Whether the run hangs."""
-    if silent(standings, limits):
-        return True
-    over: list[RankProgress] = []
-    within: list[RankProgress] = []
-    allowed = {section: limits.of(section, longest.get(section)) for section in limits.bounds}
-    for each in standings:
-        (over if each.still > allowed[each.beat.section] else within).append(each)
-    if not over:
-        return False
-    patience = {section: allowed["handler"] for section in _FREE if allowed[section] == math.inf}
-    within = [each for each in within if not each.waits and each.still <= patience.get(each.beat.section, math.inf)]
-    return any(not any(_explains(other, each) for other in within) for each in over)
-
-
-def silent(standings: Sequence[RankProgress], limits: Limits) -> list[RankProgress]:
-    """Those that stopped beating, though their node is heard from."""
-    return [each for each in standings if each.age > limits.silence and not each.away]
-
-
-def _explains(other: RankProgress, stuck: RankProgress) -> bool:
-    """Whether a rank that is within its limit may be what another one waits for."""
-    return (
-        other.beat.section != stuck.beat.section or other.beat.engine != stuck.beat.engine or other.place < stuck.place
-    )
-
-
-def diagnose(standings: Sequence[RankProgress], limits: Limits) -> Hang:
-    """Who is behind, once the run hangs: the silent; else who waits for nobody; else who waits for something else.
-
-    Ranks of which nothing of the kind is known are told apart by their progress.
-    """
-    quiet = silent(standings, limits)
-    if quiet:
-        why = "it is frozen (as by SIGSTOP), or in a call that holds the interpreter lock"
-        return Hang({each.rank: f"no heartbeat for {each.age:.0f} s: {why}" for each in quiet}, "")
-    waiting = [each for each in standings if each.waits]
-    working = [each for each in standings if not each.waits]
-    if waiting and working:
-        found = {each.rank: f"hangs in {_where(each)}, and waits for no other rank" for each in _least(working)}
-        return Hang(found, f"{_ranks(waiting)} in {_named(waiting)}")
-    groups = _groups(standings)
-    if len(groups) > 1:
-        odd = min(groups.values(), key=lambda group: (len(group), min(each.place for each in group)))
-        return Hang({each.rank: f"hangs in {_where(each)}, alone there" for each in odd}, _divergence(groups))
-    behind = _least(standings)
-    if len(behind) < len(standings):
-        return Hang({each.rank: f"hangs in {_where(each)}, behind the others" for each in behind}, "")
-    return Hang(
-        {each.rank: f"hangs in {_where(each)}, as all ranks do" for each in standings},
-        "no rank is behind: all are at the same place, so look at what the stacks share, and at the network",
-    )
-
-
-def stragglers(own_steps: Mapping[int, float]) -> dict[int, float]:
-    """Ranks whose own time for a step is at least `SLOW` times the median of the others, and how many times.
-
-    Args:
-        own_steps: by rank, seconds of a step without waiting; 0 where it is not known yet.
-    """
-    known = {rank: own for rank, own in own_steps.items() if own > 0}
-    if len(known) < 2:
-        return {}
-    ordered = sorted(known.values())
-    found = {}
-    half = statistics.median_low(ordered)
-    for rank, own in known.items():
-        if own < SLOW * half:
-            continue
-        others = ordered.copy()
-        others.remove(own)
-        median = statistics.median(others)
-        if own >= SLOW * median and own - median >= _NOTICEABLE:
-            found[rank] = own / median
-    return found
-
-
-def _least(standings: Sequence[RankProgress]) -> list[RankProgress]:
-    least = min(each.place for each in standings)
-    return [each for each in standings if each.place == least]
-
-
-def _groups(standings: Sequence[RankProgress]) -> dict[tuple[str, str], list[RankProgress]]:
-    groups: dict[tuple[str, str], list[RankProgress]] = {}
-    for each in standings:
-        groups.setdefault((each.beat.engine, each.waits), []).append(each)
-    return groups
-
-
-def _divergence(groups: Mapping[tuple[str, str], Sequence[RankProgress]]) -> str:
-    places = "; ".join(
-        f"{_ranks(group)} in {waits or 'nothing known'}" + (f" (engine {engine!r})" if engine else "")
-        for (engine, waits), group in groups.items()
-    )
-    return (
-        f"the ranks came apart: {places}. A collective in a step or handler must be called by all ranks; an engine "
-        "that runs on some ranks only needs Engine(step, coordinator=Alone())"
-    )
-
-
-def _ranks(group: Sequence[RankProgress]) -> str:
-    one = len(group) == 1
-    return f"{'rank' if one else 'ranks'} {spans(each.rank for each in group)} wait{'s' if one else ''}"
-
-
-def _named(group: Sequence[RankProgress]) -> str:
-    return ", ".join(sorted({each.waits for each in group})[:8])
-
-
-def _where(each: RankProgress) -> str:
-    beat = each.beat
-    place = f"section {beat.section}"
-    if beat.engine:
-        place += f" of engine {beat.engine!r}"
-    if beat.epoch or beat.iteration:
-        place += f" at epoch {beat.epoch}, iteration {beat.iteration}"
-    return f"{place}, without progress for {each.still:.0f} s" + (f", waiting in {each.waits}" if each.waits else "")
-
-
 MULTIPLE = 10.0
+"""How many times the longest stay that was seen a section may last."""
 
 # A run that is ended by mistake costs more than minutes of one that hangs: compiling again, a slow file system.
 _BOUNDS: Mapping[str, tuple[float, float]] = {
@@ -212,9 +35,15 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
     "idle": (math.inf, math.inf),
 }
 
+SLOW = 1.5
+"""How many times the others' median of its own step time makes a rank a straggler."""
+
+_FREE = ("startup", "idle")  # where a rank may stay for ever, but not while others wait for it
+_NOTICEABLE = 0.002  # seconds a step; below it, differences are the machine's
+
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class HangLimits:
     """Seconds. `silence` is how long a rank may go without a heartbeat, `link` two nodes without a word."""
 
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=lambda: _BOUNDS)
@@ -222,10 +51,11 @@ class Limits:
     link: float = 15.0
 
     @classmethod
-    def parse(cls, text: str) -> Limits:
+    def parse(cls, text: str) -> HangLimits:
         """Limits from text like `step=60,data=5:300,silence=15,link=15`; what is not named keeps its default.
 
-        One number bounds a section from above, two bound what is learnt from both sides, and `off` ends the watch.
+        One number bounds a section from above, two bound what is learnt from both sides, and `off` takes the limit
+        away.
 
         Raises:
             ConfigurationError: an unknown name, or not seconds.
@@ -271,3 +101,176 @@ def _seconds(name: str, value: str) -> float:
     if not seconds > 0:
         raise ConfigurationError(f"limits: {name}={value!r} must be seconds above 0, two of them as LOW:HIGH, or off")
     return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class RankProgress:
+    """A rank that is present: its last heartbeat, and the seconds since that came.
+
+    `away` is true where nothing comes from its whole node, so that its silence says nothing about the rank. `stacks` is
+    what is known of its threads, and `waits` what it waits for its peers in, by its own word or by its stack.
+    """
+
+    heartbeat: Heartbeat
+    age: float
+    away: bool = False
+    stacks: str = ""
+    waits: str = ""
+
+    @property
+    def rank(self) -> int:
+        """Whose it is."""
+        return self.heartbeat.rank
+
+    @property
+    def still(self) -> float:
+        """Seconds since its last known progress."""
+        return self.heartbeat.seconds + self.age
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """How far it has come."""
+        return self.heartbeat.epoch, self.heartbeat.iteration
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Ranks that the others wait for, with a clause about each, and what that means."""
+
+    behind: Mapping[int, str]
+    explanation: str
+
+
+def longest_stays(heartbeats: Sequence[Heartbeat]) -> dict[str, float]:
+    """The longest stay in each section on any rank."""
+    longest: dict[str, float] = {}
+    for each in heartbeats:
+        for section, lasted in each.longest.items():
+            if lasted > longest.get(section, 0.0):
+                longest[section] = lasted
+    return longest
+
+
+def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[str, float]) -> bool:
+    """Whether the run hangs."""
+    if silent(ranks, limits):
+        return True
+    over: list[RankProgress] = []
+    within: list[RankProgress] = []
+    allowed = {section: limits.of(section, longest.get(section)) for section in limits.bounds}
+    for each in ranks:
+        (over if each.still > allowed[each.heartbeat.section] else within).append(each)
+    if not over:
+        return False
+    patience = {section: allowed["handler"] for section in _FREE if allowed[section] == math.inf}
+    within = [
+        each for each in within if not each.waits and each.still <= patience.get(each.heartbeat.section, math.inf)
+    ]
+    return any(not any(_explains(other, each) for other in within) for each in over)
+
+
+def silent(ranks: Sequence[RankProgress], limits: HangLimits) -> list[RankProgress]:
+    """The ranks whose heartbeats stopped, though their node is heard from."""
+    return [each for each in ranks if each.age > limits.silence and not each.away]
+
+
+def _explains(other: RankProgress, stuck: RankProgress) -> bool:
+    """Whether a rank that is within its limit may be what another one waits for."""
+    return (
+        other.heartbeat.section != stuck.heartbeat.section
+        or other.heartbeat.engine != stuck.heartbeat.engine
+        or other.place < stuck.place
+    )
+
+
+def diagnose(ranks: Sequence[RankProgress], limits: HangLimits) -> Hang:
+    """Who is behind, once the run hangs.
+
+    That is the ranks that are silent; else those that wait for no other; else the few that wait for something else than
+    the rest do; else those that have come least far.
+    """
+    quiet = silent(ranks, limits)
+    if quiet:
+        why = "it is frozen (as by SIGSTOP), or in a call that holds the interpreter lock"
+        return Hang({each.rank: f"no heartbeat for {each.age:.0f} s: {why}" for each in quiet}, "")
+    waiting = [each for each in ranks if each.waits]
+    working = [each for each in ranks if not each.waits]
+    if waiting and working:
+        found = {each.rank: f"hangs in {_where(each)}, and waits for no other rank" for each in _least(working)}
+        return Hang(found, f"{_ranks(waiting)} in {_named(waiting)}")
+    groups = _groups(ranks)
+    if len(groups) > 1:
+        odd = min(groups.values(), key=lambda group: (len(group), min(each.place for each in group)))
+        return Hang({each.rank: f"hangs in {_where(each)}, alone there" for each in odd}, _divergence(groups))
+    behind = _least(ranks)
+    if len(behind) < len(ranks):
+        return Hang({each.rank: f"hangs in {_where(each)}, behind the others" for each in behind}, "")
+    return Hang(
+        {each.rank: f"hangs in {_where(each)}, as all ranks do" for each in ranks},
+        "no rank is behind: all are at the same place, so look at what the stacks share, and at the network",
+    )
+
+
+def stragglers(own_steps: Mapping[int, float]) -> dict[int, float]:
+    """Ranks whose own time for a step is at least `SLOW` times the median of the others, and how many times.
+
+    Args:
+        own_steps: by rank, seconds of a step without waiting; 0 where it is not known yet.
+    """
+    known = {rank: own for rank, own in own_steps.items() if own > 0}
+    if len(known) < 2:
+        return {}
+    ordered = sorted(known.values())
+    found = {}
+    half = statistics.median_low(ordered)
+    for rank, own in known.items():
+        if own < SLOW * half:
+            continue
+        others = ordered.copy()
+        others.remove(own)
+        median = statistics.median(others)
+        if own >= SLOW * median and own - median >= _NOTICEABLE:
+            found[rank] = own / median
+    return found
+
+
+def _least(ranks: Sequence[RankProgress]) -> list[RankProgress]:
+    least = min(each.place for each in ranks)
+    return [each for each in ranks if each.place == least]
+
+
+def _groups(ranks: Sequence[RankProgress]) -> dict[tuple[str, str], list[RankProgress]]:
+    groups: dict[tuple[str, str], list[RankProgress]] = {}
+    for each in ranks:
+        groups.setdefault((each.heartbeat.engine, each.waits), []).append(each)
+    return groups
+
+
+def _divergence(groups: Mapping[tuple[str, str], Sequence[RankProgress]]) -> str:
+    places = "; ".join(
+        f"{_ranks(group)} in {waits or 'nothing known'}" + (f" (engine {engine!r})" if engine else "")
+        for (engine, waits), group in groups.items()
+    )
+    return (
+        f"the ranks came apart: {places}. A collective in a step or handler must be called by all ranks; an engine "
+        "that runs on some ranks only needs Engine(step, coordinator=Alone())"
+    )
+
+
+def _ranks(group: Sequence[RankProgress]) -> str:
+    one = len(group) == 1
+    return f"{'rank' if one else 'ranks'} {spans(each.rank for each in group)} wait{'s' if one else ''}"
+
+
+def _named(group: Sequence[RankProgress]) -> str:
+    return ", ".join(sorted({each.waits for each in group})[:8])
+
+
+def _where(each: RankProgress) -> str:
+    last = each.heartbeat
+    place = f"section {last.section}"
+    if last.engine:
+        place += f" of engine {last.engine!r}"
+    if last.epoch or last.iteration:
+        place += f" at epoch {last.epoch}, iteration {last.iteration}"
+    return f"{place}, without progress for {each.still:.0f} s" + (f", waiting in {each.waits}" if each.waits else "")

@@ -1,7 +1,7 @@
-"""From what is known of one rank to what became of it; pure.
+"""From what is known of one rank to what became of it: pure functions.
 
-Contract: the inquiry and a relay ask for the `RankOutcome` of a `RankRecord` at any moment, and again when more is
-known; `causes` ranks accounts and `report` says them in words.
+A monitor asks for the `RankOutcome` of a `RankRecord` at any moment, and again when more is known. `root_cause` ranks
+outcomes, and `report` says them in words.
 """
 
 from __future__ import annotations
@@ -16,8 +16,15 @@ from allstep.protocol.messages import Failure
 from allstep.protocol.worker_exit import WorkerExit, after_another, describe, exit_status
 
 
-class Kind(StrEnum):
-    """What became of a rank."""
+class OutcomeKind(StrEnum):
+    """What became of a rank.
+
+    SIGNAL: killed by a signal. ERROR: an exception of its own. EXIT: a non-zero exit code. LOST, NODE_LOST: its
+    connection, or its node, is gone. SERVICE_LOST: its node lost the head. EARLY: it left while others needed it. HANG:
+    it made no progress. SEEN: an exception that it may have caught. DERIVED: an error about another rank's end.
+    ORDERED: it left when it was told to. KILLED: by allstep. PREEMPTED: it saved and left with exit code 85. FINISHED:
+    without error. RUNNING: it had not ended.
+    """
 
     SIGNAL = "signal"
     ERROR = "error"
@@ -40,11 +47,11 @@ class Kind(StrEnum):
 class RankOutcome:
     """What became of one rank. `what` is a clause about it, `status` the exit status that it stands for.
 
-    `order` is the place of the news in the order of arrival. `output` is the last text on its standard error.
+    `order` is the place of the news in the order of registration. `output` is the last text on its standard error.
     """
 
     rank: int
-    kind: Kind
+    kind: OutcomeKind
     what: str
     status: int
     order: int = 0
@@ -62,7 +69,7 @@ class RankOutcome:
     trace: str = ""
 
 
-def account(record: RankRecord, *, supervised: bool) -> RankOutcome:
+def outcome_of(record: RankRecord, *, supervised: bool) -> RankOutcome:
     """What became of a rank, as far as is known now.
 
     Args:
@@ -70,9 +77,13 @@ def account(record: RankRecord, *, supervised: bool) -> RankOutcome:
         supervised: the end of its process will be known, so a closed connection alone says little.
     """
     kind, what, status, moment = judgement(record, supervised=supervised)
-    arrival, beat, failure = record.arrival, record.beat, record.failure
-    explains = kind in (Kind.ERROR, Kind.SEEN, Kind.DERIVED)  # else its exception, if any, is a note
-    place = failure if failure and explains else beat
+    registration, heartbeat, failure = record.registration, record.heartbeat, record.failure
+    explains = kind in (
+        OutcomeKind.ERROR,
+        OutcomeKind.SEEN,
+        OutcomeKind.DERIVED,
+    )  # else its exception, if any, is a note
+    place = failure if failure and explains else heartbeat
     return RankOutcome(
         rank=record.rank,
         kind=kind,
@@ -80,12 +91,12 @@ def account(record: RankRecord, *, supervised: bool) -> RankOutcome:
         status=status,
         order=moment.order if moment else 0,
         host=record.host,
-        pid=arrival.pid if arrival else 0,
-        device=(failure.device if failure else "") or (arrival.device_type if arrival else ""),
+        pid=registration.pid if registration else 0,
+        device=(failure.device if failure else "") or (registration.device_type if registration else ""),
         epoch=place.epoch if place else 0,
         iteration=place.iteration if place else 0,
         section=place.section if place else "",
-        waiting=beat.waiting if beat and place is beat else "",
+        waiting=heartbeat.waiting if heartbeat and place is heartbeat else "",
         traceback=failure.traceback if failure else "",
         output=record.end.stderr if record.end else "",
         note="; ".join(filter(None, (record.end.note if record.end else "", "" if explains else _note(failure)))),
@@ -94,47 +105,61 @@ def account(record: RankRecord, *, supervised: bool) -> RankOutcome:
     )
 
 
-Judgement = tuple[Kind, str, int, Moment | None]
+Judgement = tuple[OutcomeKind, str, int, Moment | None]
 """What became of a rank: its kind, a clause, the exit status that it stands for, and when that was heard of."""
 
 
 def judgement(record: RankRecord, *, supervised: bool) -> Judgement:
-    """What became of a rank, as far as is known now; as `account`, without the rest."""
+    """What became of a rank, as far as is known now: the heart of `outcome_of`.
+
+    The order of the questions matters. A rank's own exception says more than how its process ended; its end after an
+    order to leave says nothing of it; and an exception that it may have caught counts only where nothing better does.
+    """
     failure, end, left = record.failure, record.end, record.left
     if failure is not None and (failure.leaving or _ended_of_it(record, supervised)):
-        return _by_failure(record, failure, Kind.ERROR)
+        return _by_failure(record, failure, OutcomeKind.ERROR)
     if record.ordered is not None and left is not None and record.ordered.order < left.order:
         return _by_order(end, left)
     if record.hung is not None:
-        return Kind.HANG, record.hung_why, HANG, record.hung
+        return OutcomeKind.HANG, record.hung_why, HANG, record.hung
     if end is not None and not (end.killed and failure):
         return _by_end(record, end, record.ended)
     if record.node_lost:
-        return Kind.NODE_LOST, record.lost_why, PEER_LOST, record.lost
+        return OutcomeKind.NODE_LOST, record.lost_why, PEER_LOST, record.lost
     if record.lost is not None and end is None:
         return _by_loss(record, supervised)
     if failure is not None:
-        return _by_failure(record, failure, Kind.SEEN)
-    if record.bye is not None and record.left_open and record.awaited:
-        return Kind.EARLY, f"left early: it ended with its World open {record.awaited}", USER_ERROR, record.bye
-    if record.bye is not None:
-        return Kind.FINISHED, "ended with its World open" if record.left_open else "closed its World", 0, record.bye
-    return Kind.RUNNING, "had not failed" if record.arrival else "had not come to init", 0, None
+        return _by_failure(record, failure, OutcomeKind.SEEN)
+    if record.goodbye is not None and record.left_open and record.awaited:
+        return (
+            OutcomeKind.EARLY,
+            f"left early: it ended with its World open {record.awaited}",
+            USER_ERROR,
+            record.goodbye,
+        )
+    if record.goodbye is not None:
+        return (
+            OutcomeKind.FINISHED,
+            "ended with its World open" if record.left_open else "closed its World",
+            0,
+            record.goodbye,
+        )
+    return OutcomeKind.RUNNING, "had not failed" if record.registration else "had not come to init", 0, None
 
 
 def _ended_of_it(record: RankRecord, supervised: bool) -> bool:
-    """Whether an exception that was only seen is the best account of how the rank ended."""
+    """Whether an exception that was only seen is the best outcome_of of how the rank ended."""
     end = record.end
     if end is not None:
         return end.returncode > 0 and end.returncode not in (HANG, PEER_LOST, PREEMPTED)
     return bool(record.awaited or (record.lost and not supervised and not record.node_lost))
 
 
-def _by_failure(record: RankRecord, failure: Failure, kind: Kind) -> Judgement:
+def _by_failure(record: RankRecord, failure: Failure, kind: OutcomeKind) -> Judgement:
     status = USER_ERROR
     if record.end is not None and record.end.returncode and not record.end.killed:
         status = exit_status(record.end.returncode)
-    return (Kind.DERIVED if failure.derived else kind), _in_a_line(failure), status, record.failed
+    return (OutcomeKind.DERIVED if failure.derived else kind), _in_a_line(failure), status, record.failed
 
 
 def _in_a_line(failure: Failure) -> str:
@@ -143,14 +168,15 @@ def _in_a_line(failure: Failure) -> str:
 
 
 def _by_order(end: WorkerExit | None, left: Moment) -> Judgement:
-    """The end of a rank that had been told to leave: it may have ended in a way that nobody is told to."""
+    """The end of a rank that had been ordered to leave, which it may have done in another way than it was told."""
     if end is not None and end.killed:
-        return Kind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
+        return OutcomeKind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
     if end is not None and end.returncode == PREEMPTED:
-        return Kind.PREEMPTED, f"made room ({describe(PREEMPTED)})", PREEMPTED, left
+        return OutcomeKind.PREEMPTED, f"made room ({describe(PREEMPTED)})", PREEMPTED, left
+    # SIGABRT is how a communication library ends a process whose peers are gone; other signals are its own crash.
     if end is not None and end.returncode < 0 and end.returncode != -signal.SIGABRT:
-        return Kind.SIGNAL, describe(end.returncode), exit_status(end.returncode), left
-    return Kind.ORDERED, "left when it was told to", PEER_LOST, left
+        return OutcomeKind.SIGNAL, describe(end.returncode), exit_status(end.returncode), left
+    return OutcomeKind.ORDERED, "left when it was told to", PEER_LOST, left
 
 
 def _by_loss(record: RankRecord, supervised: bool) -> Judgement:
@@ -159,28 +185,28 @@ def _by_loss(record: RankRecord, supervised: bool) -> Judgement:
         if supervised
         else "is gone: its process was killed, or ended without closing its World"
     )
-    return Kind.LOST, what, PEER_LOST, record.lost
+    return OutcomeKind.LOST, what, PEER_LOST, record.lost
 
 
 def _by_end(record: RankRecord, end: WorkerExit, moment: Moment | None) -> Judgement:
     code = end.returncode
     if end.killed:
-        return Kind.KILLED, "was killed by allstep", PEER_LOST, moment
+        return OutcomeKind.KILLED, "was killed by allstep", PEER_LOST, moment
     if code == PREEMPTED:
-        return Kind.PREEMPTED, f"made room ({describe(code)})", code, moment
+        return OutcomeKind.PREEMPTED, f"made room ({describe(code)})", code, moment
     if code in (HANG, PEER_LOST):
-        return Kind.DERIVED, f"{describe(code)}, with which ranks leave when another one failed", code, moment
+        return OutcomeKind.DERIVED, f"{describe(code)}, with which ranks leave when another one failed", code, moment
     if code == 0:
         if record.awaited:
-            return Kind.EARLY, f"left early: it ended with exit code 0 {record.awaited}", USER_ERROR, moment
-        if record.arrival is not None and record.bye is None:
+            return OutcomeKind.EARLY, f"left early: it ended with exit code 0 {record.awaited}", USER_ERROR, moment
+        if record.registration is not None and record.goodbye is None:
             what = "left early: its process ended with exit code 0 while its World was open"
-            return Kind.EARLY, what, USER_ERROR, moment
+            return OutcomeKind.EARLY, what, USER_ERROR, moment
         what = "ended with its World open" if record.left_open else "finished without error"
-        return Kind.FINISHED, what, 0, record.bye or moment
+        return OutcomeKind.FINISHED, what, 0, record.goodbye or moment
     if after_another(end):
-        return Kind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
-    return (Kind.SIGNAL if code < 0 else Kind.EXIT), describe(code), exit_status(code), moment
+        return OutcomeKind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
+    return (OutcomeKind.SIGNAL if code < 0 else OutcomeKind.EXIT), describe(code), exit_status(code), moment
 
 
 def _note(failure: Failure | None) -> str:

@@ -1,18 +1,19 @@
-"""What a service knows of one rank.
+"""What a monitor knows of one rank.
 
-Contract: a hub's inquiry and a relay keep one `RankRecord` per rank and note in it what comes, each with the order and
-the time (on the service's own clock) at which it came. `allstep.diagnosis.rank_outcome` says what became of the rank.
+A hub and a relay keep one `RankRecord` per rank. They note in it what comes, each with its place in the order of
+arrival and the time on the monitor's own clock. `rank_outcome` says what became of the rank.
 
-An exception that was only *seen* left a run, and the script may have caught it: it explains an end for which nothing
-better is known, of this rank or another, and otherwise is a note. It is forgotten when the rank is known to go on.
+An exception is *only seen* while it has left a run, or `init`, and nothing more is known: the script may have caught
+it. It explains an end for which nothing better is known, of this rank or another. Otherwise it is a note in the report.
+It is forgotten when the rank is known to go on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from allstep.protocol.messages import Beat, Failure
-from allstep.protocol.registration import Registration
+from allstep.protocol.messages import Failure, Heartbeat
+from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
 
@@ -26,16 +27,25 @@ class Moment:
 
 @dataclass(slots=True)
 class RankRecord:
-    """One rank. `failed`, `ended`, ... say when what stands beside them came.
+    """One rank. A `Moment` says when the field beside it came, and is None where that has not come.
 
-    `failed` is when its exception was first seen, which is its place among causes; `failing` when it was known to leave
-    the World or the script.
+    Attributes:
+        heard: when its last heartbeat came, on the monitor's clock.
+        failed: when its exception was first seen, which is its place among causes.
+        failing: when that exception was known to leave the World or the script.
+        node_lost: whether `lost` is about its whole node.
+        left_open: whether its goodbye said that the interpreter ends while the World is open.
+        ordered: when it was ordered to leave.
+        hung: when it was found to be behind, with a clause about it in `hung_why`.
+        awaited: a clause about what others wait for it in, once it is known that it will not come.
+        stacks: of its threads, as faulthandler writes them.
+        trace: torch's record of its last collectives.
     """
 
     rank: int
-    arrival: Registration | None = None
-    beat: Beat | None = None
-    beaten: float = 0.0
+    registration: RankRegistration | None = None
+    heartbeat: Heartbeat | None = None
+    heard: float = 0.0
     failure: Failure | None = None
     failed: Moment | None = None
     failing: Moment | None = None
@@ -44,7 +54,7 @@ class RankRecord:
     lost: Moment | None = None
     lost_why: str = ""
     node_lost: bool = False
-    bye: Moment | None = None
+    goodbye: Moment | None = None
     left_open: bool = False
     ordered: Moment | None = None
     hung: Moment | None = None
@@ -56,39 +66,42 @@ class RankRecord:
     @property
     def present(self) -> bool:
         """Whether its World is open, as far as is known."""
-        return self.arrival is not None and not (self.bye or self.ended or self.lost)
+        return self.registration is not None and not (self.goodbye or self.ended or self.lost)
 
     @property
     def leaves_by_itself(self) -> bool:
         """Whether it is on its way out with an exception of its own, so that it needs no order."""
         return self.failure is not None and not self.failure.derived
 
-    def note_beat(self, beat: Beat, at: float) -> None:
+    def note_heartbeat(self, heartbeat: Heartbeat, at: float) -> None:
         """A heartbeat came."""
-        self.beat, self.beaten = beat, at
+        self.heartbeat, self.heard = heartbeat, at
 
-    def note_bye(self, moment: Moment, *, closed: bool) -> None:
+    def note_goodbye(self, moment: Moment, *, closed: bool) -> None:
         """It closed its World in order, or (`closed` false) its interpreter ends with the World open."""
-        self.bye, self.left_open = moment, not closed
+        self.goodbye, self.left_open = moment, not closed
         if closed:
             self.forget_seen()
 
     def note_lost(self, why: str, moment: Moment) -> bool:
-        """Its connection is over; whether that says anything: not after a goodbye."""
-        says = self.lost is None and self.bye is None
-        if says:
+        """Its connection is over; return whether that is news, which it is not after a goodbye."""
+        is_news = self.lost is None and self.goodbye is None
+        if is_news:
             self.lost, self.lost_why = moment, why
-        return says
+        return is_news
 
     def note_end(self, end: WorkerExit, moment: Moment) -> bool:
-        """Its process ended; whether that is news."""
+        """Its process ended; return whether that is news."""
         is_news = self.end is None
         if is_news:
             self.end, self.ended = end, moment
         return is_news
 
     def note_failure(self, failure: Failure, moment: Moment) -> None:
-        """An exception was reported. The first that is leaving stays; where it was seen before, so does its place."""
+        """An exception was reported. The first that leaves the World or the script stays.
+
+        Where the same one was seen before, the place where that was stays too: it is closer to the cause.
+        """
         known = self.failure
         if known is not None and (known.leaving or not failure.leaving):
             return
@@ -112,7 +125,7 @@ class RankRecord:
     @property
     def opened(self) -> Moment | None:
         """When something came that may be a failure, or follow from one; None where nothing did."""
-        return self.failing or self.left or (self.bye if self.awaited else None)
+        return self.failing or self.left or (self.goodbye if self.awaited else None)
 
     @property
     def left(self) -> Moment | None:
@@ -122,4 +135,4 @@ class RankRecord:
     @property
     def host(self) -> str:
         """Where it runs, if that is known."""
-        return self.arrival.host if self.arrival else ""
+        return self.registration.host if self.registration else ""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from allstep.diagnosis.rank_outcome import Kind, RankOutcome
+from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.diagnosis.stacks import main_thread, set_off
 from allstep.protocol.registration import spans
@@ -31,12 +31,23 @@ _STACKS = 4  # ranks behind whose stacks are shown; the file has all
 _TRACEBACKS = ("Traceback (most recent call last)", "  + Exception Group Traceback")
 _DUMPS = (*_TRACEBACKS, "Fatal Python error")
 _TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
-_SILENT = (Kind.SIGNAL, Kind.EXIT, Kind.LOST, Kind.NODE_LOST, Kind.EARLY, Kind.HANG)  # said nothing at their end
-_FAILED_TOO = (Kind.SIGNAL, Kind.ERROR, Kind.EXIT, Kind.LOST, Kind.NODE_LOST)
+_SILENT = (
+    OutcomeKind.SIGNAL,
+    OutcomeKind.EXIT,
+    OutcomeKind.LOST,
+    OutcomeKind.NODE_LOST,
+    OutcomeKind.EARLY,
+    OutcomeKind.HANG,
+)  # said nothing at their end
+_FAILED_TOO = (OutcomeKind.SIGNAL, OutcomeKind.ERROR, OutcomeKind.EXIT, OutcomeKind.LOST, OutcomeKind.NODE_LOST)
 
 
 def failure_text(
-    case: Diagnosis, *, name: str = "", tails: Mapping[int, str] | None = None, logs: Mapping[int, Path] | None = None
+    diagnosis: Diagnosis,
+    *,
+    name: str = "",
+    tails: Mapping[int, str] | None = None,
+    logs: Mapping[int, Path] | None = None,
 ) -> str:
     """The block that ends a failed run: first cause first, then each further cause, then the others, one line each.
 
@@ -46,29 +57,33 @@ def failure_text(
         tails: the last text of ranks' output, where the caller has it; else what came with their ends.
         logs: where each rank's whole output is.
     """
-    cause = case.cause
-    lines = [f"{f'run {name}' if name else 'the run'} failed: {_headline(case)}", f"  {cause.what}"]
-    lines += [f"  {line}" for line in filter(None, (_place(cause), case.explanation, cause.note))]
+    cause = diagnosis.cause
+    lines = [f"{f'run {name}' if name else 'the run'} failed: {_headline(diagnosis)}", f"  {cause.what}"]
+    lines += [f"  {line}" for line in filter(None, (_place(cause), diagnosis.explanation, cause.note))]
     if cause.traceback:
         lines += [f"  {line}" for line in set_off(_cut(cause.traceback))]
-    lines += _stacks(case)
+    lines += _stacks(diagnosis)
     last = _output(cause, tails)
     if last:
         lines += ["  its last lines of output:", *(f"    {line}".rstrip() for line in last)]
-    elif cause.kind in (Kind.SIGNAL, Kind.EXIT) and not cause.traceback:
+    elif cause.kind in (OutcomeKind.SIGNAL, OutcomeKind.EXIT) and not cause.traceback:
         lines.append("  it wrote nothing to standard error")
     if logs and cause.rank in logs:
         lines.append(f"  its whole output: {logs[cause.rank]}")
-    for also in _further(case):
+    for also in _further(diagnosis):
         lines.append(f"  rank {also.rank} failed too: {also.what}")
         lines += [f"    {line}" for line in (_place(also), *set_off(_cut(also.traceback))[-12:])]
-    lines += [f"  {line}" for line in _others(case)]
-    lines += [f"  {straggler_line(rank, ratio)}" for rank, ratio in case.slow]
+    lines += [f"  {line}" for line in _others(diagnosis)]
+    lines += [f"  {straggler_line(rank, ratio)}" for rank, ratio in diagnosis.slow]
     return "\n".join(lines) + "\n"
 
 
 def failure_json(
-    case: Diagnosis, *, name: str = "", tails: Mapping[int, str] | None = None, logs: Mapping[int, Path] | None = None
+    diagnosis: Diagnosis,
+    *,
+    name: str = "",
+    tails: Mapping[int, str] | None = None,
+    logs: Mapping[int, Path] | None = None,
 ) -> dict[str, object]:
     """The same as values that JSON can carry."""
 
@@ -82,13 +97,13 @@ def failure_json(
     return {
         "version": 1,
         "run": name,
-        "attempt": case.attempt,
-        "world_size": case.world_size,
-        "exit_code": case.exit_code,
-        "cause": one(case.cause),
-        "others": [one(each) for each in case.others],
-        "explanation": case.explanation,
-        "stragglers": [{"rank": rank, "ratio": round(ratio, 3)} for rank, ratio in case.slow],
+        "attempt": diagnosis.attempt,
+        "world_size": diagnosis.world_size,
+        "exit_code": diagnosis.exit_code,
+        "cause": one(diagnosis.cause),
+        "others": [one(each) for each in diagnosis.others],
+        "explanation": diagnosis.explanation,
+        "stragglers": [{"rank": rank, "ratio": round(ratio, 3)} for rank, ratio in diagnosis.slow],
     }
 
 
@@ -159,21 +174,21 @@ def _without(traceback: str, lines: list[str]) -> list[str]:
 
 
 def _output(each: RankOutcome, tails: Mapping[int, str] | None) -> list[str]:
-    ended_of_it = each.kind in (Kind.ERROR, Kind.DERIVED)  # else its traceback is of something before
+    ended_of_it = each.kind in (OutcomeKind.ERROR, OutcomeKind.DERIVED)  # else its traceback is of something before
     return last_lines((tails or {}).get(each.rank) or each.output, each.traceback if ended_of_it else "")
 
 
-def _headline(case: Diagnosis) -> str:
-    cause = case.cause
-    if cause.kind is Kind.NODE_LOST:
-        return f"a node of its {case.world_size} ranks was lost"
-    if cause.kind is Kind.SERVICE_LOST:
+def _headline(diagnosis: Diagnosis) -> str:
+    cause = diagnosis.cause
+    if cause.kind is OutcomeKind.NODE_LOST:
+        return f"a node of its {diagnosis.world_size} ranks was lost"
+    if cause.kind is OutcomeKind.SERVICE_LOST:
         return "the link to the head was lost"
-    if cause.kind is Kind.HANG:
-        behind = [cause.rank, *(each.rank for each in case.others if each.kind is Kind.HANG)]
-        return f"{_ranks(behind)} of {case.world_size} made no progress"
-    first = "left first" if cause.kind is Kind.EARLY else "failed first"
-    return f"rank {cause.rank} of {case.world_size} {first}"
+    if cause.kind is OutcomeKind.HANG:
+        behind = [cause.rank, *(each.rank for each in diagnosis.others if each.kind is OutcomeKind.HANG)]
+        return f"{_ranks(behind)} of {diagnosis.world_size} made no progress"
+    first = "left first" if cause.kind is OutcomeKind.EARLY else "failed first"
+    return f"rank {cause.rank} of {diagnosis.world_size} {first}"
 
 
 def _place(each: RankOutcome) -> str:
@@ -188,12 +203,16 @@ def _place(each: RankOutcome) -> str:
     return ", ".join(who + where)
 
 
-def _stacks(case: Diagnosis) -> list[str]:
+def _stacks(diagnosis: Diagnosis) -> list[str]:
     lines: list[str] = []
-    hanging = [each for each in (case.cause, *case.others) if each.kind is Kind.HANG and (each.stacks or each.trace)]
-    waiting = [each for each in case.others if each.kind is not Kind.HANG and each.stacks][:1]
+    hanging = [
+        each
+        for each in (diagnosis.cause, *diagnosis.others)
+        if each.kind is OutcomeKind.HANG and (each.stacks or each.trace)
+    ]
+    waiting = [each for each in diagnosis.others if each.kind is not OutcomeKind.HANG and each.stacks][:1]
     for each in (*hanging[:_STACKS], *(waiting if hanging else ())):
-        role = "stack" if each.kind is Kind.HANG else "stack, as one that waits"
+        role = "stack" if each.kind is OutcomeKind.HANG else "stack, as one that waits"
         if each.stacks:
             lines.append(f"  rank {each.rank}'s {role} (most recent call first):")
             lines += [f"  {line}" for line in set_off(_without_heading(main_thread(each.stacks)))[:_FRAMES]]
@@ -206,25 +225,25 @@ def _without_heading(stack: str) -> str:
     return frames if "most recent call first" in heading else stack
 
 
-def _further(case: Diagnosis) -> list[RankOutcome]:
+def _further(diagnosis: Diagnosis) -> list[RankOutcome]:
     """The first exceptions that say something else than the cause does."""
-    different: dict[str, RankOutcome] = {case.cause.what: case.cause}
-    for each in case.others:
-        if each.kind is Kind.ERROR and len(different) <= _ALSO:
+    different: dict[str, RankOutcome] = {diagnosis.cause.what: diagnosis.cause}
+    for each in diagnosis.others:
+        if each.kind is OutcomeKind.ERROR and len(different) <= _ALSO:
             different.setdefault(each.what, each)
     return list(different.values())[1:]
 
 
-def _others(case: Diagnosis) -> list[str]:
+def _others(diagnosis: Diagnosis) -> list[str]:
     alike: dict[str, list[int]] = {}
-    for each in sorted(case.others, key=lambda each: each.rank):
-        if each.kind in _FAILED_TOO or each.kind is Kind.DERIVED:
-            how = f"failed {'because of that' if each.kind is Kind.DERIVED else 'too'}, {each.what}"
-        elif each.kind is Kind.SEEN:
+    for each in sorted(diagnosis.others, key=lambda each: each.rank):
+        if each.kind in _FAILED_TOO or each.kind is OutcomeKind.DERIVED:
+            how = f"failed {'because of that' if each.kind is OutcomeKind.DERIVED else 'too'}, {each.what}"
+        elif each.kind is OutcomeKind.SEEN:
             how = f"had seen {each.what} leave a run, and had not ended of it"
-        elif each.kind is Kind.RUNNING and each.waiting:
+        elif each.kind is OutcomeKind.RUNNING and each.waiting:
             how = f"waited in {each.waiting}"
-        elif each.kind is Kind.KILLED and each.note:
+        elif each.kind is OutcomeKind.KILLED and each.note:
             how = f"{each.what}; {each.note}"
         else:
             how = each.what

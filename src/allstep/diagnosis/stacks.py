@@ -1,14 +1,23 @@
-"""Reading what `faulthandler` wrote: whether a rank's main thread is in a call that waits for its peers. Pure.
+"""Reading stacks and tracebacks: what a rank waits in, and which frames are the user's. Pure.
 
-Setting a user's frames off from a library's, in the text of a traceback or of faulthandler's stacks. Pure.
+`waits_in` reads what `faulthandler` wrote of a rank's threads, and says whether the main thread is in a call that waits
+for its peers. `set_off` marks a user's frames in the text of a traceback or of such stacks.
 """
 
 from __future__ import annotations
 
 import re
 
+from allstep.diagnosis.torch_private import BACKWARD_FRAME, LOGGING_FILE
+
 _THREAD = re.compile(r"^(Current thread|Thread) 0x[0-9a-fA-F]+.*\(most recent call first\):", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line \d+ in (?P<name>.+)$', re.MULTILINE)
+_ANY_FRAME = re.compile(r'^\s*(?:\|\s*)*File "(?P<file>[^"]*)", line \d+')
+_LIBRARY = re.compile(
+    r"/(site|dist)-packages/|/lib(64)?/python3(\.\d+)?/|^<frozen |^<string>$|/torch/_?[a-z]"
+    r"|/allstep/(checkpoint|cli|coordination|data|diagnosis|engine|faults|handlers|launch|metrics|monitor|outputs|parallel"
+    r"|placement|protocol|testing|world)/"
+)
 _TIMER = re.compile(r"^Timeout \(.*\)!$", re.MULTILINE)
 _NEAR = 6  # frames from the innermost among which a waiting call shows
 
@@ -30,11 +39,11 @@ def without_current_thread(text: str) -> str:
 def waits_in(text: str) -> str:
     """What the main thread waits for its peers in: a collective's name, "gradients", or empty where it does neither."""
     frames = [(match["file"], match["name"]) for match in _FRAME.finditer(main_thread(text))][:_NEAR]
-    if frames and frames[0][1] == "_engine_run_backward":
+    if frames and frames[0][1] == BACKWARD_FRAME:
         return "gradients"
     if not frames or not _waits(frames[0][0]):
         return ""
-    inside = [name for file, name in frames if _waits(file) and not file.endswith("c10d_logger.py")]
+    inside = [name for file, name in frames if _waits(file) and not file.endswith(LOGGING_FILE)]
     return inside[0] if inside else frames[0][1]
 
 
@@ -42,20 +51,12 @@ def _waits(file: str) -> bool:
     return "/torch/distributed/" in file or re.search(r"/allstep/(coordination|world)/", file) is not None
 
 
-_frames_FRAME = re.compile(r'^\s*(?:\|\s*)*File "(?P<file>[^"]*)", line \d+')
-_LIBRARY = re.compile(
-    r"/(site|dist)-packages/|/lib(64)?/python3(\.\d+)?/|^<frozen |^<string>$|/torch/_?[a-z]"
-    r"|/allstep/(checkpoint|cli|coordination|data|diagnosis|engine|faults|handlers|launch|metrics|monitor|outputs|parallel"
-    r"|placement|protocol|testing|world)/"
-)
-
-
 def set_off(text: str) -> list[str]:
     """The lines of a traceback, the user's frames marked with `>`, everything else indented alike."""
     lines = []
     users = False
     for line in text.rstrip().splitlines():
-        frame = _frames_FRAME.match(line)
+        frame = _ANY_FRAME.match(line)
         if frame:
             users = not _LIBRARY.search(frame["file"])
         elif not line.startswith("    "):

@@ -25,7 +25,7 @@ import signal
 import time
 from collections.abc import Sequence
 
-from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.diagnosis.report import straggler_line
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
@@ -36,7 +36,7 @@ from allstep.launch.memory import MemoryWatch
 from allstep.launch.output import RankOutput, RankStreams, Terminal
 from allstep.launch.worker_plan import WorkerPlan
 from allstep.launch.workers import Workers
-from allstep.monitor.service import AllEnded, Finished, HubEvent, Ordered, Service, StragglerSeen, Verdict
+from allstep.monitor.service import AllEnded, Finished, MonitorEvent, Ordered, Service, StragglerSeen, Verdict
 from allstep.protocol.registration import spans
 from allstep.protocol.worker_exit import WorkerExit
 
@@ -178,14 +178,14 @@ class Attempt:
         if self._say_preempted_at is not None and now >= self._say_preempted_at:
             self._say_who_was_preempted()
 
-    def _handle_event(self, event: HubEvent) -> None:
+    def _handle_event(self, event: MonitorEvent) -> None:
         if isinstance(event, Verdict) and self.diagnosis is None:
-            self.diagnosis = event.case
+            self.diagnosis = event.diagnosis
             # A machine that was lost tells nothing more. Where another decides, a verdict here is that it was lost.
-            lost = event.case.cause.kind is Kind.NODE_LOST
+            lost = event.diagnosis.cause.kind is OutcomeKind.NODE_LOST
             self._give_up(0.0 if self._relayed else 2 * LEAVE if lost else REMOTE)
             if self.stopped_by is None:
-                self._monitor.order_leave(f"rank {event.case.cause.rank} failed first", PEER_LOST)
+                self._monitor.order_leave(f"rank {event.diagnosis.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
         elif isinstance(event, Ordered):
             self._kill_soon()

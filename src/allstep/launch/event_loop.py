@@ -22,7 +22,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol
 
-from allstep.protocol.server import HubKey
+from allstep.protocol.server import SocketKey
 
 STOP_SIGNALS = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 """Signals that end a run."""
@@ -78,7 +78,7 @@ class EventLoop:
             now = self.selector.get_map().get(key.fd)
             if now is None or now.data is not key.data:
                 continue  # what was called before it has closed this one
-            if isinstance(key.data, HubKey):
+            if isinstance(key.data, SocketKey):
                 key.data.owner.ready(key)
             else:
                 key.data()

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from allstep.diagnosis.hang import Limits
-from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.hang import HangLimits
+from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.diagnosis.report import failure_json, failure_text, without_torchs_prefix, write_report
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
@@ -55,7 +55,7 @@ class _Head:
         launch = machine.launch
         self._machine = machine
         self._settings = launch.settings
-        self._limits = Limits.parse(launch.settings.limits or launch.environ.get("ALLSTEP_LIMITS", ""))
+        self._limits = HangLimits.parse(launch.settings.limits or launch.environ.get("ALLSTEP_LIMITS", ""))
         self._failed: list[FailedAttempt] = []
         self._assembly = _open_assembly(machine) if launch.nodes is not None else None
         self._name = launch.name
@@ -158,11 +158,11 @@ class _Head:
 
     def _conclude(self, attempt: Attempt, hub: Hub, share: Share) -> int | None:
         """Report how an attempt ended; return the run's exit status, or None where another attempt is to follow."""
-        diagnosis = hub.case() or attempt.diagnosis
+        diagnosis = hub.diagnosis() or attempt.diagnosis
         if attempt.stopped_by is not None:
             # A rank that answers Ctrl-C with KeyboardInterrupt did as it was told; any other error is news.
             cause = diagnosis.cause if diagnosis is not None else None
-            if diagnosis and cause and cause.kind is Kind.ERROR and "KeyboardInterrupt" not in cause.what:
+            if diagnosis and cause and cause.kind is OutcomeKind.ERROR and "KeyboardInterrupt" not in cause.what:
                 self._report(diagnosis, attempt, hub)
             return self._stopped(attempt, diagnosis)
         if diagnosis is None:
@@ -257,7 +257,7 @@ def _in_short(diagnosis: Diagnosis) -> str:
     place = f", epoch {cause.epoch}, iteration {cause.iteration}" if cause.epoch else ""
     what = cause.what.strip().splitlines()[0] if cause.what.strip() else cause.kind.value
     last = (cause.traceback or cause.output).strip().splitlines()[-1:]
-    words = f" ({without_torchs_prefix(last[0].strip())[:200]})" if last and cause.kind is Kind.EXIT else ""
+    words = f" ({without_torchs_prefix(last[0].strip())[:200]})" if last and cause.kind is OutcomeKind.EXIT else ""
     return f"rank {cause.rank}: {what[:200]}{words}{place}"
 
 

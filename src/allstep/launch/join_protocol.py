@@ -1,13 +1,9 @@
-"""How the supervisors of several machines come together before an attempt: what they say, and who is welcome. Pure.
+"""Who may join a run of several machines, and how a machine introduces itself. Pure, but for its host name and pid.
 
-Contract: node 0's supervisor, the head, listens on the rendezvous port for the whole run. Every other node connects
-before each attempt and says `Join`; the head answers `Waiting` every few seconds, and, when all nodes are there,
-`Start`, with what the node needs to start its workers, or `Over` when there will be no further attempt. Who cannot take
-part gets `Refused`; a node that will not come again says `Resigned`. They are written as the control channel's messages
-are. `Roster` decides who is welcome: a wrong token is a stranger's run, which is turned away alone; two nodes of one
-rank, or settings that differ, end the run for all.
-
-What a machine says of itself to the others of its run: a pure function but for host name and pid.
+Node 0's supervisor, the head, listens on the rendezvous port for the whole run (`join_server`). Every other machine
+connects before each attempt and sends a `JoinRequest` (`follower`); `allstep.protocol.messages` has what the two say to
+each other. `JoinedNodes` decides who may join. A wrong token means another run, whose machine is turned away alone. Two
+machines of one rank, or settings that differ, end the run for all.
 """
 
 from __future__ import annotations
@@ -16,77 +12,11 @@ import hashlib
 import hmac
 import os
 import socket
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from allstep.launch.machine import Launch
-from allstep.protocol.codec import Codec
-from allstep.protocol.messages import Refused
+from allstep.protocol.messages import JoinRequest, NodeResigned
 from allstep.version import __version__
-
-VERSION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Join:
-    """A node's introduction. `facts` are the settings that have to be the same on all nodes, as text."""
-
-    run: str
-    token: str
-    nodes: int
-    node_rank: int
-    workers: int
-    host: str
-    pid: int
-    facts: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def process(self) -> str:
-        """Which process it is, for comparing and for errors."""
-        return f"pid {self.pid} on {self.host}"
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """The head is there and waits for other nodes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """An attempt begins: its names, where its services are (on the head's host), and which ranks are this node's."""
-
-    run_id: str
-    attempt: int
-    nonce: str
-    channel_port: int
-    master_port: int
-    first_rank: int
-    world_size: int
-    max_restarts: int
-
-
-@dataclass(frozen=True, slots=True)
-class Over:
-    """The run has ended with this exit status; `text` is one line for this node's terminal."""
-
-    status: int
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Resigned:
-    """A node of the run will not come again, for this reason."""
-
-    token: str
-    node_rank: int
-    reason: str
-
-
-Message = Join | Waiting | Start | Over | Refused | Resigned
-
-CODEC = Codec("joining", VERSION, typing.get_args(Message))
-"""How they are written."""
 
 
 def token(run: str, secret: str) -> str:
@@ -94,53 +24,53 @@ def token(run: str, secret: str) -> str:
     return hmac.new(secret.encode(), f"allstep join {run}".encode(), hashlib.sha256).hexdigest()
 
 
-class Roster:
-    """The nodes that have come for the next attempt, the head's own included."""
+class JoinedNodes:
+    """The machines that have come for the next attempt, the head included: their `requests` by node rank."""
 
-    def __init__(self, own: Join) -> None:
+    def __init__(self, own: JoinRequest) -> None:
         self.own = own
-        self.joined: dict[int, Join] = {own.node_rank: own}
+        self.requests: dict[int, JoinRequest] = {own.node_rank: own}
 
-    def is_stranger(self, join: Join | Resigned) -> bool:
+    def is_stranger(self, request: JoinRequest | NodeResigned) -> bool:
         """Whether it belongs to another run."""
-        return not hmac.compare_digest(join.token.encode(), self.own.token.encode())
+        return not hmac.compare_digest(request.token.encode(), self.own.token.encode())
 
-    def turned_away(self, join: Join) -> str:
+    def turned_away(self, request: JoinRequest) -> str:
         """Why a stranger cannot join, in words for it."""
         return (
-            f"the port is that of run {self.own.run!r} ({self.own.process}), and this is run {join.run!r} or has "
+            f"the port is that of run {self.own.run!r} ({self.own.process}), and this is run {request.run!r} or has "
             "another ALLSTEP_SECRET; give each run a port of its own, and all its nodes the same --name and secret"
         )
 
-    def objection(self, join: Join) -> str:
+    def objection(self, request: JoinRequest) -> str:
         """Why the run cannot go on with this node; empty where it can."""
-        if join.nodes != self.own.nodes:
+        if request.nodes != self.own.nodes:
             return (
-                f"node {join.node_rank} ({join.process}) was started with --nnodes {join.nodes}, "
+                f"node {request.node_rank} ({request.process}) was started with --nnodes {request.nodes}, "
                 f"node 0 ({self.own.process}) with --nnodes {self.own.nodes}; give all the same"
             )
-        if not 0 <= join.node_rank < self.own.nodes:
-            return f"{join.process} says node rank {join.node_rank}, but there are {self.own.nodes} nodes"
-        if join.workers < 1:
-            return f"node {join.node_rank} ({join.process}) says that it has {join.workers} workers"
-        there = self.joined.get(join.node_rank)
-        if there is not None and there.process != join.process:
+        if not 0 <= request.node_rank < self.own.nodes:
+            return f"{request.process} says node rank {request.node_rank}, but there are {self.own.nodes} nodes"
+        if request.workers < 1:
+            return f"node {request.node_rank} ({request.process}) says that it has {request.workers} workers"
+        there = self.requests.get(request.node_rank)
+        if there is not None and there.process != request.process:
             return (
-                f"two supervisors are node {join.node_rank}: {there.process} and {join.process}; "
+                f"two supervisors are node {request.node_rank}: {there.process} and {request.process}; "
                 "give each machine its own --node-rank"
             )
-        for key in sorted(self.own.facts.keys() | join.facts.keys()):
-            ours, theirs = self.own.facts.get(key, "not set"), join.facts.get(key, "not set")
+        for key in sorted(self.own.facts.keys() | request.facts.keys()):
+            ours, theirs = self.own.facts.get(key, "not set"), request.facts.get(key, "not set")
             if ours != theirs:
                 return (
                     f"nodes disagree about {key}: {ours} on node 0 ({self.own.host}), {theirs} on node "
-                    f"{join.node_rank} ({join.host}); start all nodes with the same"
+                    f"{request.node_rank} ({request.host}); start all nodes with the same"
                 )
         return ""
 
     def missing(self) -> tuple[int, ...]:
         """The node ranks that have not come."""
-        return tuple(rank for rank in range(self.own.nodes) if rank not in self.joined)
+        return tuple(rank for rank in range(self.own.nodes) if rank not in self.requests)
 
     def first_ranks(self) -> Mapping[int, int]:
         """Each node's first rank, once all have come: in the order of node ranks, however many workers each has."""
@@ -148,19 +78,19 @@ class Roster:
         total = 0
         for node in range(self.own.nodes):
             firsts[node] = total
-            total += self.joined[node].workers
+            total += self.requests[node].workers
         return firsts
 
     def world_size(self) -> int:
         """The workers of all nodes together."""
-        return sum(join.workers for join in self.joined.values())
+        return sum(request.workers for request in self.requests.values())
 
 
-def introduce(launch: Launch) -> Join:
+def introduce(launch: Launch) -> JoinRequest:
     """Return this machine's introduction; its run is known by name, or by its SLURM step, or by its script's name."""
     assert launch.nodes is not None
     run = launch.settings.name or launch.nodes.job or os.path.basename(launch.command.target)
-    return Join(
+    return JoinRequest(
         run=run,
         token=token(run, launch.environ.get("ALLSTEP_SECRET", "")),
         nodes=launch.nodes.count,

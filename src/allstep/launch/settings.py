@@ -202,9 +202,9 @@ def check_rdzv(name: str, value: str) -> None:
 
 def check_limits(name: str, value: str) -> None:
     """Raise ConfigurationError unless `value` says how long sections may last."""
-    from allstep.diagnosis.hang import Limits
+    from allstep.diagnosis.hang import HangLimits
 
-    Limits.parse(value)
+    HangLimits.parse(value)
 
 
 def check_fault(name: str, value: str) -> None:

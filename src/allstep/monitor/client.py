@@ -1,16 +1,16 @@
-"""A rank's end of the control channel.
+"""A rank's connection to its monitor: it introduces the rank, sends heartbeats and failures, and obeys orders.
 
-Contract: `Client.connect` is called once per World, before the process group is opened; it returns when all ranks have
-arrived and fit, and raises with the verdict otherwise. `start` begins to beat once a second in a daemon thread, which
-also obeys the service: `Leave` writes the report (if it carries one) to standard error and ends the process,
-`AskStacks` is answered with the stacks of all threads. `report` says at once that an exception is on its way, before
-anything is torn down; `close` says goodbye in order. No call blocks for longer than its stated bound, and a service
-that is gone or frozen costs a rank nothing but its watch.
+`Client.connect` is called once per World, before the process group is opened. It returns when all ranks have come and
+fit, and raises with the reason otherwise. `start` begins to send a heartbeat once a second from a daemon thread, which
+also obeys the monitor: `Leave` writes the report (if it has one) to standard error and ends the process, `AskStacks` is
+answered with the stacks of all threads. `report` says at once that an exception is on its way, before anything is torn
+down. `close` says goodbye in order. No call blocks for longer than its stated bound, and a monitor that is gone or
+frozen costs a rank nothing but being watched.
 
-With each beat the thread winds up `faulthandler`'s timer, so that a rank whose interpreter lock is held, which cannot
-beat nor answer, leaves its stacks in the file whose address its `Hello` gave.
+With each heartbeat the thread winds up `faulthandler`'s timer (`own_stacks`). A rank whose interpreter lock is held can
+neither send nor answer; the timer then leaves its stacks in the file whose address its `RankHello` gave.
 
-Ending this process on order, from a thread, whatever the main thread is in.
+`leave` ends this process from any thread, whatever the main thread is in.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import os
 import selectors
-import socket
 import sys
 import threading
 import time
@@ -31,20 +30,20 @@ from allstep.errors import ChannelError, WorldError
 from allstep.monitor.own_stacks import StacksTimer, own_stacks
 from allstep.monitor.torch_private import active_collectives
 from allstep.protocol.address import split_address
-from allstep.protocol.connection import Connection
+from allstep.protocol.connection import Connection, connect, is_ready
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import (
     AskStacks,
-    Bye,
     Failure,
-    Hello,
+    FailureCaught,
+    Goodbye,
     Leave,
     Message,
     Notice,
+    RankHello,
     Refused,
     Stacks,
     Welcome,
-    Withdraw,
     decode,
     encode,
 )
@@ -53,27 +52,27 @@ from allstep.protocol.server import FIRST_LINE
 REPORT_S = 1.0
 """Seconds that `Client.report` and `Client.close` take at most."""
 
-PERIOD = 1.0
+PERIOD_S = 1.0
 """Seconds between two heartbeats."""
 
-_ANSWER_S = 10.0  # in which something must answer at the service's address
-_GRACE_S = 5.0  # for the service's own verdict to come after the time is over
+_CONNECT_S = 10.0  # in which something must answer at the monitor's address
+_ANSWER_S = 2.0  # that one attempt to connect may take
+_GRACE_S = 5.0  # for the monitor's own refusal to come after the ranks' time is over
 _LONGEST_TEXT = 64 << 10  # characters of a message or a traceback; its ends are what matters
 
 
 class Client:
     """The connection of one rank."""
 
-    def __init__(self, connection: Connection, hello: Hello) -> None:
+    def __init__(self, connection: Connection, hello: RankHello) -> None:
         self._connection = connection
-        self._rank = hello.arrival.rank
+        self._rank = hello.registration.rank
         self._attempt = hello.attempt
         self._timer = StacksTimer()
         self._lock = threading.Lock()
         self._wake = os.pipe()
         self._closing = False
         self._judged = threading.Event()
-        self._pulse: RankActivity | None = None
         self._thread: threading.Thread | None = None
         self._number = 0
         self._early: list[bytes] = []  # what came right behind the welcome
@@ -81,16 +80,16 @@ class Client:
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
 
     @classmethod
-    def connect(cls, address: str, hello: Hello, timeout: float) -> Client:
-        """Introduce this rank and wait for all others.
+    def connect(cls, address: str, hello: RankHello, timeout: float) -> Client:
+        """Introduce this rank, and wait until all ranks have come.
 
         Args:
-            address: HOST:PORT of the service.
+            address: HOST:PORT of the monitor.
             hello: who this rank is; its `patience` and `stacks_file` are filled in here.
             timeout: seconds that the ranks have to arrive.
 
         Raises:
-            WorldError: nothing answers there, the service turned this rank away, the facts are too long, or ranks are
+            WorldError: nothing answers there, the monitor refused this rank, the facts are too long, or ranks are
                 missing or do not fit.
         """
         deadline = time.monotonic() + timeout + _GRACE_S
@@ -101,22 +100,21 @@ class Client:
             client._send(hello, REPORT_S)
             client._await_welcome(address, deadline, timeout)
         except BaseException:
-            client._let_go()
+            client._release()
             raise
         return client
 
-    def start(self, pulse: RankActivity) -> None:
-        """Begin to beat, and to obey the service, in a daemon thread.
+    def start(self, activity: RankActivity) -> None:
+        """Begin to send heartbeats, and to obey the monitor, in a daemon thread.
 
         Call it right after `connect`, before anything that could wait for other ranks.
         """
-        self._pulse = pulse
-        self._thread = threading.Thread(target=self._serve, args=(pulse,), daemon=True, name="allstep channel")
+        self._thread = threading.Thread(target=self._serve, args=(activity,), daemon=True, name="allstep channel")
         self._thread.start()
 
     @property
     def lost(self) -> bool:
-        """Whether the service is gone."""
+        """Whether the monitor is gone."""
         return bool(self._connection.ended)
 
     def report(self, failure: Failure) -> None:
@@ -133,7 +131,7 @@ class Client:
         self._send(sent, REPORT_S)
 
     def linger(self, timeout: float) -> None:
-        """After a report, let the service finish its judgement, and write the report if it asks for that.
+        """After a report, wait until the monitor has judged, and write the report of the failure if it asks for that.
 
         For ranks without a supervisor: their launcher ends the others as soon as this process has ended.
         """
@@ -142,14 +140,14 @@ class Client:
 
     def withdraw(self) -> None:
         """Take back what was reported as only seen: the exception was caught, and the rank goes on."""
-        self._send(Withdraw(self._rank), REPORT_S)
+        self._send(FailureCaught(self._rank), REPORT_S)
 
     def close(self, *, closed: bool = True) -> None:
         """Say goodbye: this World was closed in order, or (`closed` false) the interpreter ends while it is open."""
-        self._send(Bye(self._rank, closed), REPORT_S)
-        self._let_go()
+        self._send(Goodbye(self._rank, closed), REPORT_S)
+        self._release()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         self._closing = True
         with contextlib.suppress(OSError):
             os.write(self._wake[1], b"x")
@@ -171,7 +169,7 @@ class Client:
             connection = self._connection
             connection.send(encode(message))
             while connection.backlog and not connection.ended and (left := deadline - time.monotonic()) > 0:
-                _wait(connection, left, writing=True)
+                is_ready(connection.sock.fileno(), left, writing=True)
                 connection.flush()
         finally:
             self._lock.release()
@@ -185,7 +183,7 @@ class Client:
                     f"rank {self._rank}: the service at {address} did not say within {timeout + _GRACE_S:g} s whether "
                     "all ranks arrived; its process may be frozen"
                 )
-            _wait(connection, left, writing=connection.backlog > 0)
+            is_ready(connection.sock.fileno(), left, writing=connection.backlog > 0)
             connection.flush()
             lines = connection.receive()
             for index, line in enumerate(lines, 1):
@@ -202,21 +200,21 @@ class Client:
             "ranks had arrived; what it printed may say why"
         )
 
-    def _serve(self, pulse: RankActivity) -> None:
+    def _serve(self, activity: RankActivity) -> None:
         number, beat_at = 0, time.monotonic()
         connection = self._connection
         with contextlib.closing(self._timer) as timer, selectors.PollSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
             selector.register(connection.sock, selectors.EVENT_READ)
             for line in self._early:
-                self._heed(line)
+                self._handle(line)
             while not self._closing and not connection.ended:
                 if time.monotonic() >= beat_at:
                     timer.wind_up()
                     number += 1
-                    beat_at = time.monotonic() + PERIOD
+                    beat_at = time.monotonic() + PERIOD_S
                     with self._lock:
-                        connection.send(encode(pulse.beat(self._rank, self._attempt, number)))
+                        connection.send(encode(activity.heartbeat(self._rank, self._attempt, number)))
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.backlog else 0)
                 selector.modify(connection.sock, events)
                 selector.select(max(0.0, beat_at - time.monotonic()))
@@ -224,9 +222,9 @@ class Client:
                     connection.flush()
                     lines = connection.receive()
                 for line in lines:
-                    self._heed(line)
+                    self._handle(line)
 
-    def _heed(self, line: bytes) -> None:
+    def _handle(self, line: bytes) -> None:
         with contextlib.suppress(ChannelError):
             match decode(line):
                 case Leave() as order:
@@ -258,37 +256,27 @@ def _forget_in_child(reference: weakref.ref[Client]) -> None:
         client._connection.close()
 
 
-def _check_length(hello: Hello) -> None:
+def _check_length(hello: RankHello) -> None:
     """The service closes on a longer line without a word, since a stranger could send it."""
-    length, facts = len(encode(hello)) - 1, hello.arrival.facts
+    length, facts = len(encode(hello)) - 1, hello.registration.facts
     if length <= FIRST_LINE:
         return
     largest = max(facts, key=lambda name: len(facts[name]), default="")
     raise WorldError(
-        f"rank {hello.arrival.rank}: facts are too long: with them a rank's introduction has {length} bytes, of at "
-        f"most {FIRST_LINE}; the longest of {len(facts)} is {largest!r}, with {len(facts.get(largest, ''))} "
+        f"rank {hello.registration.rank}: facts are too long: with them a rank's introduction has {length} bytes, "
+        f"of at most {FIRST_LINE}; the longest of {len(facts)} is {largest!r}, with {len(facts.get(largest, ''))} "
         "characters. Give init a digest instead, such as hashlib.sha256(repr(config).encode()).hexdigest()"
     )
 
 
 def _reach(address: str, timeout: float) -> Connection:
-    deadline = time.monotonic() + min(timeout, _ANSWER_S)
-    while True:
-        try:
-            return Connection(socket.create_connection(split_address(address), timeout=2.0))
-        except OSError as error:
-            if time.monotonic() >= deadline:
-                raise WorldError(
-                    f"nothing answers at {address}, where this run's control channel should be "
-                    f"({error.strerror or error}); check that the node can be reached and that no firewall is between"
-                ) from error
-            time.sleep(0.1)  # nothing tells when a service begins to listen
-
-
-def _wait(connection: Connection, seconds: float, *, writing: bool) -> None:
-    with selectors.PollSelector() as selector:
-        selector.register(connection.sock, selectors.EVENT_WRITE if writing else selectors.EVENT_READ)
-        selector.select(seconds)
+    try:
+        return connect([split_address(address)], within=min(timeout, _CONNECT_S), answer=_ANSWER_S)
+    except ConnectionError as error:
+        raise WorldError(
+            f"nothing answers at {address}, where this run's control channel should be "
+            f"({error}); check that the node can be reached and that no firewall is between"
+        ) from error
 
 
 def _decoded(line: bytes, address: str) -> Message:

@@ -1,31 +1,37 @@
-"""From what is heard of all ranks to at most one verdict; no sockets.
+"""From what is heard of all ranks to at most one verdict; it has no sockets.
 
-Contract: the hub says what came, in the order in which it came, and calls `tick` when `deadline` has passed. The
-inquiry puts `Verdict`, `StragglerSeen` and `AllEnded` into the events that it was given, and calls `ask_stacks` when it
-wants the stacks of all ranks: for a hang, or where ranks failed because of one that has said nothing. It waits for them
-for `GATHER_S`, takes the stacks files of those that do not answer, and judges.
+The hub reports what came, in the order in which it came, and calls `tick` when `deadline` has passed. The detector
+keeps a `RankRecord` of each rank, has `allstep.diagnosis` judge them, and puts `Verdict`, `StragglerSeen` and
+`AllEnded` into the events that it was given.
+
+A *verdict* is the one decision that the run has failed, with a `Diagnosis` that names the first cause. It is final:
+what comes later may change the diagnosis (`diagnosis`), but not that the ranks are ordered to leave.
+
+The detector calls `ask_stacks` when it wants the stacks of all ranks: for a hang, or where ranks failed because of one
+that has said nothing. It waits for them for `GATHER_S`, reads the stacks files of those that do not answer, and judges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from allstep.diagnosis.hang import Limits
-from allstep.diagnosis.hang_detector import Watch
-from allstep.diagnosis.rank_outcome import Kind, judgement
+from allstep.diagnosis.hang import HangLimits
+from allstep.diagnosis.hang_detector import HangDetector
+from allstep.diagnosis.rank_outcome import OutcomeKind, judgement
 from allstep.diagnosis.record import Moment, RankRecord
-from allstep.diagnosis.root_cause import CAUSES, Diagnosis, due, judge, made_room_alone, revised
+from allstep.diagnosis.root_cause import CAUSES, Diagnosis, due, judge, preempted_alone, revised
+from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.own_stacks import read_stacks
-from allstep.monitor.service import AllEnded, HubEvent, StragglerSeen, Verdict
-from allstep.protocol.messages import Beat, Failure, Stacks
-from allstep.protocol.registration import Registration
+from allstep.monitor.service import AllEnded, MonitorEvent, StragglerSeen, Verdict
+from allstep.protocol.messages import Failure, Heartbeat, Stacks
+from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
 GATHER_S = 2.0
 """Seconds that ranks have to answer with their stacks."""
 
-_EXPLAIN = (*CAUSES, Kind.SEEN)
-_SOON = 0.01  # evidence is looked at this much later, so that a thousand ends are not judged a thousand times
+_EXPLAIN = (*CAUSES, OutcomeKind.SEEN)
+_SOON = 0.01  # seconds after which news is looked at, so that a thousand ends are not judged a thousand times
 
 
 class FailureDetector:
@@ -37,31 +43,31 @@ class FailureDetector:
         *,
         attempt: int,
         supervised: bool,
-        limits: Limits,
-        clock: Callable[[], float],
-        events: list[HubEvent],
+        limits: HangLimits,
+        clock: DrivenClock,
+        events: list[MonitorEvent],
         ask_stacks: Callable[[], None],
     ) -> None:
         self.records = {rank: RankRecord(rank) for rank in range(world_size)}
-        self.watch = Watch(limits, clock)
         self.furthest = (0, 0)
         self._attempt = attempt
         self._supervised = supervised
+        self._hangs = HangDetector(limits)
         self._clock = clock
         self._events = events
-        self._ask = ask_stacks
+        self._ask_stacks = ask_stacks
         self._stacks_files: dict[int, str] = {}
         self._order = 0
         self._look_at: float | None = None
         self._gather_until: float | None = None
         self._unanswered: set[int] = set()
-        self._verdict: Diagnosis | None = None
+        self._diagnosis: Diagnosis | None = None
         self._all_ended = False
 
     @property
-    def settling(self) -> bool:
+    def undecided(self) -> bool:
         """Whether something is known that may still become a verdict."""
-        return self._verdict is None and (self._look_at is not None or self._gather_until is not None)
+        return self._diagnosis is None and (self._look_at is not None or self._gather_until is not None)
 
     def deadline(self) -> float | None:
         """When `tick` is due."""
@@ -69,29 +75,31 @@ class FailureDetector:
 
     def tick(self) -> None:
         """Judge what is due."""
-        now = self._clock()
+        now = self._clock.now()
         if self._gather_until is not None and now >= self._gather_until:
-            self._gathered()
+            self._judge_by_stacks()
         if self._look_at is not None and now >= self._look_at:
             self._look(now)
 
-    def came(self, arrival: Registration, stacks_file: str) -> None:
-        """A rank was let in: a new World of its begins."""
-        self.records[arrival.rank] = RankRecord(arrival.rank, arrival, beaten=self._clock())
-        self._stacks_files[arrival.rank] = stacks_file
+    # What the hub reports.
 
-    def beat(self, beat: Beat) -> None:
+    def admitted(self, registration: RankRegistration, stacks_file: str) -> None:
+        """A rank was let in: a new World of its begins."""
+        self.records[registration.rank] = RankRecord(registration.rank, registration, heard=self._clock.now())
+        self._stacks_files[registration.rank] = stacks_file
+
+    def beat(self, heartbeat: Heartbeat) -> None:
         """A heartbeat came."""
-        self.records[beat.rank].note_beat(beat, self._clock())
-        self.furthest = max(self.furthest, (beat.epoch, beat.iteration))
+        self.records[heartbeat.rank].note_heartbeat(heartbeat, self._clock.now())
+        self.furthest = max(self.furthest, (heartbeat.epoch, heartbeat.iteration))
 
     def failed(self, failure: Failure) -> None:
-        """A rank reported an exception; its first one that is leaving counts."""
+        """A rank reported an exception; its first one that leaves the World or the script counts."""
         self.records[failure.rank].note_failure(failure, self._moment())
         self.furthest = max(self.furthest, (failure.epoch, failure.iteration))
-        self._evidence()
+        self._look_soon()
 
-    def withdrew(self, rank: int) -> None:
+    def caught(self, rank: int) -> None:
         """A rank caught what it had reported, and goes on."""
         self.records[rank].forget_seen()
 
@@ -101,50 +109,50 @@ class FailureDetector:
         record.stacks, record.trace = stacks.text, stacks.trace
         self._unanswered.discard(stacks.rank)
         if self._gather_until is not None and not self._unanswered:
-            self._gather_until = self._clock()
+            self._gather_until = self._clock.now()
 
     def said_goodbye(self, rank: int, *, closed: bool = True) -> None:
         """A rank closed its World in order, or (`closed` false) its interpreter ends with the World open."""
-        self.records[rank].note_bye(self._moment(), closed=closed)
-        self._evidence()
+        self.records[rank].note_goodbye(self._moment(), closed=closed)
+        self._look_soon()
 
-    def lost(self, rank: int, why: str, arrival: Registration | None = None) -> None:
-        """A rank's connection closed; with its arrival, where it had not been let in yet."""
+    def lost(self, rank: int, why: str, registration: RankRegistration | None = None) -> None:
+        """A rank's connection closed; with its registration, where it had not been let in yet."""
         record = self.records[rank]
-        if arrival is not None:
-            record.arrival = arrival
+        if registration is not None:
+            record.registration = registration
         if record.note_lost(why, self._moment()):
-            self._evidence()
+            self._look_soon()
 
     def node_lost(self, ranks: Collection[int], why: str) -> None:
         """A node is gone, with those of its ranks that had not ended.
 
-        A rank that had closed its World is gone with it too where the end of its process was to be told.
+        A rank that had closed its World is gone with it too where the end of its process was to be reported.
         """
         moment = self._moment()
         for rank in ranks:
             record = self.records.get(rank)
-            if record is not None and not record.end and not (record.bye and not self._supervised):
+            if record is not None and not record.end and not (record.goodbye and not self._supervised):
                 record.lost, record.node_lost, record.lost_why = record.lost or moment, True, why
-        self._evidence()
+        self._look_soon()
 
     def ended(self, end: WorkerExit) -> None:
         """A worker's process ended."""
         if self.records[end.rank].note_end(end, self._moment()):
-            self._evidence()
+            self._look_soon()
             if all(each.end is not None for each in self.records.values()):
                 self._conclude()
 
     def awaited(self, ranks: Collection[int]) -> None:
-        """Ranks wait in init for these: note those that will not come."""
+        """Ranks wait in `init` for these: note those that will not come."""
         for rank in ranks:
             record = self.records[rank]
             if (record.end is not None or record.left_open) and not record.awaited:
                 record.awaited = "and did not call init, where others wait for it"
-                self._evidence()
+                self._look_soon()
 
     def order_leave(self) -> tuple[int, ...]:
-        """Ranks are ordered to leave now; return those that are not, being on their way out by themselves."""
+        """Ranks are ordered to leave now; return those that are not, since an exception of their own ends them."""
         spared = tuple(record.rank for record in self.records.values() if record.leaves_by_itself)
         now = self._moment()
         for rank, record in self.records.items():
@@ -154,22 +162,25 @@ class FailureDetector:
 
     def watch_progress(self, away: Collection[int]) -> None:
         """Look for slow ranks and for a hang; `away` are the ranks of nodes that are not heard from."""
-        if self._verdict is not None:
+        if self._diagnosis is not None:
             return
-        records = self.records.values()
-        for rank, ratio in self.watch.new_stragglers(records):
+        records = self._all()
+        for rank, ratio in self._hangs.new_stragglers(records):
             self._events.append(StragglerSeen(rank, ratio))
-        quiet = self._gather_until is None and due(self._all(), supervised=self._supervised) is None
-        if quiet and made_room_alone(self._all(), self._clock(), supervised=self._supervised):
+        if self._gather_until is not None or due(records, supervised=self._supervised) is not None:
+            return  # a failure is being judged already
+        if preempted_alone(records, self._clock.now(), supervised=self._supervised):
             self._judge("")
-        elif quiet and self.watch.hangs(records, away):
-            self._gather()
+        elif self._hangs.hangs(records, self._clock.age, away):
+            self._gather_stacks()
 
-    def case(self) -> Diagnosis | None:
-        """The case as it stands now, with what has become of the ranks since the verdict."""
-        if self._verdict is None:
+    # What is known.
+
+    def diagnosis(self) -> Diagnosis | None:
+        """The diagnosis as it stands now, with what has become of the ranks since the verdict."""
+        if self._diagnosis is None:
             return None
-        return revised(self._verdict, self._all(), supervised=self._supervised)
+        return revised(self._diagnosis, self._all(), supervised=self._supervised)
 
     def ends(self) -> Mapping[int, WorkerExit]:
         """How workers ended, by rank."""
@@ -184,17 +195,19 @@ class FailureDetector:
 
     def _moment(self) -> Moment:
         self._order += 1
-        return Moment(self._order, self._clock())
+        return Moment(self._order, self._clock.now())
 
-    def _evidence(self) -> None:
-        if self._verdict is None:
-            soon = self._clock() + _SOON
+    # The way to a verdict.
+
+    def _look_soon(self) -> None:
+        if self._diagnosis is None:
+            soon = self._clock.now() + _SOON
             self._look_at = soon if self._look_at is None else min(self._look_at, soon)
 
     def _look(self, now: float) -> None:
         """Judge if there is enough to judge by."""
         self._look_at = None
-        if self._verdict is not None or self._gather_until is not None:
+        if self._diagnosis is not None or self._gather_until is not None:
             return
         records = self._all()
         at = due(records, supervised=self._supervised)
@@ -205,27 +218,29 @@ class FailureDetector:
             return
         kinds = {judgement(record, supervised=self._supervised)[0] for record in records}
         if kinds.isdisjoint(_EXPLAIN) and any(record.present and not record.failed for record in records):
-            self._gather()  # others gave up on somebody who has not said a word: see what those do
+            self._gather_stacks()  # others gave up on a rank that has not said a word: see what it does
             return
         self._judge("")
 
-    def _gather(self) -> None:
-        self._gather_until = self._clock() + GATHER_S
+    def _gather_stacks(self) -> None:
+        self._gather_until = self._clock.now() + GATHER_S
         self._unanswered = set(self.present())
         for record in self.records.values():
             record.stacks = record.trace = ""
-        self._ask()
+        self._ask_stacks()
 
-    def _gathered(self) -> None:
-        """The stacks are in, or will not come: say who is behind, and judge."""
+    def _judge_by_stacks(self) -> None:
+        """The stacks are in, or will not come: find who is behind, and judge."""
         self._gather_until = None
         for rank, record in self.records.items():
             if record.present and not record.stacks:
                 record.stacks = read_stacks(self._stacks_files.get(rank, ""))
-        failed = due(self._all(), supervised=self._supervised) is not None
-        if not failed and not self.watch.hangs(self.records.values(), ()):
+        records = self._all()
+        failed = due(records, supervised=self._supervised) is not None
+        if not failed and not self._hangs.hangs(records, self._clock.age):
             return  # it moves again
-        hang = (self.watch.suspects if failed else self.watch.diagnose)(self.records.values())
+        find = self._hangs.suspects if failed else self._hangs.diagnose
+        hang = find(records, self._clock.age)
         moment = self._moment()
         for rank, why in hang.behind.items():
             self.records[rank].hung, self.records[rank].hung_why = moment, why
@@ -233,7 +248,7 @@ class FailureDetector:
 
     def _conclude(self) -> None:
         """Every worker has ended."""
-        if self._verdict is None and due(self._all(), supervised=self._supervised) is not None:
+        if self._diagnosis is None and due(self._all(), supervised=self._supervised) is not None:
             self._judge("")
         if not self._all_ended:
             self._all_ended = True
@@ -241,12 +256,12 @@ class FailureDetector:
 
     def _judge(self, explanation: str) -> None:
         self._look_at = None
-        if self._verdict is None:
-            self._verdict = judge(
+        if self._diagnosis is None:
+            self._diagnosis = judge(
                 self._all(),
                 supervised=self._supervised,
                 attempt=self._attempt,
                 explanation=explanation,
-                slow=self.watch.slow,
+                slow=self._hangs.slow,
             )
-            self._events.append(Verdict(self._verdict))
+            self._events.append(Verdict(self._diagnosis))

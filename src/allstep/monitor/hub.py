@@ -1,9 +1,9 @@
-"""The service that a world's ranks report to, as an object that any loop drives.
+"""The monitor of a whole world: all ranks report to it, each by itself or through the relay of its node.
 
-Contract: that of `service.Service`. It turns away who does not belong here (`gate`), lets the ranks go on when all have
-arrived and fit (`admission`), keeps the relays of other nodes (`links`), and passes what ranks report to its
-`FailureDetector`, which comes to at most one `Verdict`. A world that was closed in order may be opened again by the
-same processes.
+Contract: that of `service.Service`. Any loop drives it: the launcher's, a sidecar's, a test's. What comes in
+goes three ways. `Admission` lets the ranks go on when all have come and fit. `NodeLinks` keeps the relays of other
+nodes. `FailureDetector` is told what ranks report, and comes to at most one `Verdict`. A world that was closed in order
+may be opened again by the same processes.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.admission import Admission
+from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.failure_detector import FailureDetector
-from allstep.monitor.node_links import Links, Node
-from allstep.monitor.service import HubEvent
+from allstep.monitor.service import MonitorEvent
 from allstep.protocol.messages import (
-    CODEC,
     AskStacks,
-    Beat,
-    Bye,
     Failure,
+    FailureCaught,
     Finish,
-    Hello,
+    Goodbye,
+    Heartbeat,
     Leave,
     Message,
-    NodeBeat,
+    NodeHeartbeat,
     NodeHello,
     Notice,
+    RankHello,
     RankLost,
     Stacks,
-    Withdraw,
     WorkerEnded,
     encode,
 )
-from allstep.protocol.registration import Registration
-from allstep.protocol.server import Came, Gone, MessageServer, Peer, Said, who_knows
+from allstep.protocol.registration import RankRegistration
+from allstep.protocol.server import MessageServer, Peer, PeerConnected, PeerGone, PeerMessage, same_run
 from allstep.protocol.worker_exit import WorkerExit
 
-_PERIOD = 1.0
+_PERIOD = 1.0  # between two looks at progress, and two heartbeats to relays
+_UNHEARD_S = 3.0  # of a relay's silence, after which its ranks are not judged by their heartbeats
 
 
 class Hub:
-    """The service of a whole world."""
+    """The monitor of a whole world."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Hub:
         nonce: str,
         attempt: int,
         world_size: int,
-        limits: Limits,
+        limits: HangLimits,
         supervised: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -74,23 +74,25 @@ class Hub:
                 an end; false where a closed connection is the only news there will be.
             clock: seconds, never turned back.
         """
-        self._clock = clock
-        self._events: list[HubEvent] = []
-        self._gate = MessageServer(selector, listener, self, codec=CODEC, admits=who_knows(nonce, attempt), clock=clock)
-        self._inquiry = FailureDetector(
+        self._clock = DrivenClock(clock)
+        self._events: list[MonitorEvent] = []
+        self._server = MessageServer(selector, listener, self, admits=same_run(nonce, attempt), clock=clock)
+        self._detector = FailureDetector(
             world_size,
             attempt=attempt,
             supervised=supervised,
             limits=limits,
-            clock=clock,
+            clock=self._clock,
             events=self._events,
             ask_stacks=self._ask_stacks,
         )
-        self._links = Links(world_size, limits.link, clock, self._inquiry.watch.age)
-        self._admission = Admission(self._gate, self._inquiry, world_size, clock, self._events)
-        self._told: Leave | None = None
+        self._links = NodeLinks(world_size, limits.link, self._clock)
+        self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
+        self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
         self._finished = False
+
+    # What the driver does.
 
     def expect_node(self, node_rank: int, ranks: Collection[int]) -> None:
         """A node with these ranks will connect; if it does not within twice the limit for links, it is lost."""
@@ -98,67 +100,73 @@ class Hub:
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
-        self._inquiry.watch.driven()
-        self._gate.ready(key)
-        self._hear()
+        self._clock.driven()
+        self._server.ready(key)
+        self._handle()
 
     def deadline(self) -> float:
         """When `tick` is due, on the clock."""
-        times = (self._gate.deadline(), self._admission.deadline(), self._inquiry.deadline(), self._tick_at)
+        times = (self._server.deadline(), self._admission.deadline(), self._detector.deadline(), self._tick_at)
         return min(at for at in times if at is not None)
 
     def tick(self) -> None:
         """Act on the time that has passed."""
-        self._inquiry.watch.driven()
-        now = self._clock()
-        self._gate.tick()
+        self._clock.driven()
+        now = self._clock.now()
+        self._server.tick()
         if now >= self._tick_at:
             self._tick_at = now + _PERIOD
             self._keep_links()
-            self._inquiry.awaited(self._admission.missing)
-            self._inquiry.watch_progress(self._links.away())
-        self._inquiry.tick()
-        self._hear()
+            self._detector.awaited(self._admission.missing)
+            self._detector.watch_progress(self._links.unheard())
+        self._detector.tick()
+        self._handle()
 
     def worker_ended(self, end: WorkerExit) -> None:
         """Take note of how a worker ended."""
-        self._inquiry.ended(end)
-        self._inquiry.awaited(self._admission.missing)
+        self._detector.ended(end)
+        self._detector.awaited(self._admission.missing)
 
-    def take(self) -> list[HubEvent]:
+    def take(self) -> list[MonitorEvent]:
         """What happened since the last call, in order."""
         events = self._events.copy()
-        self._events.clear()
+        self._events.clear()  # the list itself is shared with those that add to it
         return events
 
     def order_leave(self, reason: str, code: int, *, printer: int | None = None, report: str | None = None) -> None:
         """Order all ranks to leave, but for those that are on their way out with an exception of their own."""
-        spared = self._inquiry.order_leave()
-        self._told = Leave(reason, code, printer=-1 if printer is None else printer, spared=spared)
-        for door in self._admission.everybody() - set(self._links):
-            text = report if report and door.name == printer else ""
-            self._gate.send(door, encode(Leave(reason, None if door.name in spared else code, text)))
-        for door in self._links:
-            text = report if report and printer in self._links.ranks(door) else ""
-            self._gate.send(door, encode(replace(self._told, report=text)))
-        self._hear()
+        spared = self._detector.order_leave()
+        self._order = Leave(reason, code, printer=-1 if printer is None else printer, spared=spared)
+        for peer in self._admission.everybody() - set(self._links):
+            text = report if report and peer.rank == printer else ""
+            self._server.send(peer, encode(Leave(reason, None if peer.rank in spared else code, text)))
+        for peer in self._links:
+            text = report if report and printer in self._links.ranks(peer) else ""
+            self._server.send(peer, encode(replace(self._order, report=text)))
+        self._handle()
 
     def notify(self, text: str, printer: int) -> None:
         """Have a rank write a line to standard error."""
-        door = self._admission.doors.get(printer)
-        if door is not None:
-            self._gate.send(door, encode(Notice(text, printer)))
+        peer = self._admission.peers.get(printer)
+        if peer is not None:
+            self._server.send(peer, encode(Notice(text, printer)))
 
     def finish(self, text: str, code: int) -> None:
         """Tell every relay that the attempt is over."""
         self._finished = True
-        for door in self._links:
-            self._gate.send(door, encode(Finish(text, code)))
+        for peer in self._links:
+            self._server.send(peer, encode(Finish(text, code)))
+
+    def close(self) -> None:
+        """Let go of all sockets."""
+        self._server.close()
+
+    # What is known.
 
     @property
     def backlog(self) -> int:
         """Bytes that wait to be sent; a driver that ends may give them a moment."""
-        return sum(door.connection.backlog for door in {*self._admission.doors.values(), *self._links})
+        return sum(peer.connection.backlog for peer in {*self._admission.peers.values(), *self._links})
 
     @property
     def connected(self) -> int:
@@ -166,109 +174,178 @@ class Hub:
         return len(self._admission.everybody().union(self._links))
 
     @property
-    def settling(self) -> bool:
+    def undecided(self) -> bool:
         """Whether something is known that may still become a verdict."""
-        return self._inquiry.settling
+        return self._detector.undecided
 
     def progress(self) -> tuple[int, int]:
         """The furthest (epoch, iteration) that any rank reached."""
-        return self._inquiry.furthest
+        return self._detector.furthest
 
-    def status(self, rank: int) -> Beat | None:
+    def status(self, rank: int) -> Heartbeat | None:
         """The last heartbeat of a rank."""
-        return self._inquiry.records[rank].beat
+        return self._detector.records[rank].heartbeat
 
     def ends(self) -> Mapping[int, WorkerExit]:
         """How workers ended, by rank."""
-        return self._inquiry.ends()
+        return self._detector.ends()
 
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""
-        return self._inquiry.present()
+        return self._detector.present()
 
-    def arrivals(self) -> dict[int, Registration]:
+    def registrations(self) -> dict[int, RankRegistration]:
         """How each rank that came introduced itself."""
-        return {rank: record.arrival for rank, record in self._inquiry.records.items() if record.arrival}
+        return {rank: record.registration for rank, record in self._detector.records.items() if record.registration}
 
-    def case(self) -> Diagnosis | None:
-        """The case as it stands now: the cause of the verdict, and what has become of the others since."""
-        return self._inquiry.case()
+    def diagnosis(self) -> Diagnosis | None:
+        """The diagnosis as it stands now: the cause of the verdict, and what has become of the others since."""
+        return self._detector.diagnosis()
 
-    def close(self) -> None:
-        """Let go of all sockets."""
-        self._gate.close()
+    # What peers send.
 
-    def _hear(self) -> None:
-        """Act on what came through the gate, and on what that leads to."""
-        while happened := self._gate.take():
+    def _handle(self) -> None:
+        """Act on what came in, and on what that leads to."""
+        while happened := self._server.take():
             for each in happened:
                 match each:
-                    case Came(peer, Hello() as hello):
-                        peer.name = hello.arrival.rank
+                    case PeerConnected(peer, RankHello() as hello):
+                        peer.rank = hello.registration.rank
                         self._arrive(hello, peer)
-                    case Came(peer, NodeHello() as hello):
-                        self._links.came(peer, hello)
-                    case Said(peer, message) if peer in self._links:
-                        self._say_node(peer, self._links.heard(peer), message)
-                    case Said(peer, message):
-                        self._say(peer, peer.name, message)
-                    case Gone(peer, why) if peer in self._links:
-                        self._lose_node(peer, why)
-                    case Gone(peer, why):
-                        self._admission.close_door(peer, why)
+                    case PeerConnected(peer, NodeHello() as hello):
+                        self._links.connected(peer, hello)
+                    case PeerMessage(peer, message) if peer in self._links:
+                        self._from_relay(peer, self._links.heard(peer), message)
+                    case PeerMessage(peer, message):
+                        self._from_rank(peer, peer.rank, message)
+                    case PeerGone(peer, why) if peer in self._links:
+                        self._lose_relay(peer, why)
+                    case PeerGone(peer, why):
+                        self._admission.close_peer(peer, why)
         self._admission.decide()
 
-    def _arrive(self, hello: Hello, peer: Peer) -> None:
-        if self._told is not None:
-            self._gate.send(peer, encode(self._told))
+    def _arrive(self, hello: RankHello, peer: Peer) -> None:
+        if self._order is not None:
+            self._server.send(peer, encode(self._order))
         else:
             self._admission.arrive(hello, peer)
 
-    def _say_node(self, peer: Peer, node: Node, message: Message) -> None:
+    def _from_relay(self, peer: Peer, ranks: Collection[int], message: Message) -> None:
         match message:
-            case Hello():
+            case RankHello():
                 self._arrive(message, peer)
-            case WorkerEnded(end) if end.rank in node.ranks:
+            case WorkerEnded(end) if end.rank in ranks:
                 self.worker_ended(end)
-            case RankLost(rank, why) if rank in node.ranks:
+            case RankLost(rank, why) if rank in ranks:
                 self._admission.lose_rank(rank, peer, why)
-            case Beat() | Failure() | Stacks() | Bye() | Withdraw() if message.rank in node.ranks:
-                self._say(peer, message.rank, message)
+            case Heartbeat() | Failure() | Stacks() | Goodbye() | FailureCaught() if message.rank in ranks:
+                self._from_rank(peer, message.rank, message)
 
-    def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
-        """Something from a rank, which may speak only for itself, and only once it was let in."""
-        if rank is None or self._admission.doors.get(rank) is not peer or getattr(message, "rank", None) != rank:
+    def _from_rank(self, peer: Peer, rank: int | None, message: Message) -> None:
+        """Something from a rank, which may report only of itself, and only once it was let in."""
+        if rank is None or self._admission.peers.get(rank) is not peer or getattr(message, "rank", None) != rank:
             return
         match message:
-            case Beat():
-                self._inquiry.beat(message)
+            case Heartbeat():
+                self._detector.beat(message)
             case Failure():
-                self._inquiry.failed(message)
+                self._detector.failed(message)
             case Stacks():
-                self._inquiry.answered(message)
-            case Bye(_, closed):
-                self._inquiry.said_goodbye(rank, closed=closed)
-            case Withdraw():
-                self._inquiry.withdrew(rank)
+                self._detector.answered(message)
+            case Goodbye(_, closed):
+                self._detector.said_goodbye(rank, closed=closed)
+            case FailureCaught():
+                self._detector.caught(rank)
 
-    def _lose_node(self, peer: Peer, why: str) -> None:
+    def _lose_relay(self, peer: Peer, why: str) -> None:
         ranks, what = self._links.lose(peer, why)
         self._admission.lose_relay(peer)
-        self._node_lost(ranks, what)
+        self._lose_node(ranks, what)
 
-    def _node_lost(self, ranks: Collection[int], what: str) -> None:
+    def _lose_node(self, ranks: Collection[int], what: str) -> None:
+        # A relay also goes when the attempt is over, or when its ranks were refused: that is no failure.
         if not self._finished and not self._admission.refusal:
-            self._inquiry.node_lost(ranks, what)
+            self._detector.node_lost(ranks, what)
 
     def _keep_links(self) -> None:
         for peer in self._links:
-            self._gate.send(peer, encode(NodeBeat()))
+            self._server.send(peer, encode(NodeHeartbeat()))
         if not self._finished:
             for peer, why in self._links.silent():
-                self._lose_node(peer, why)
+                self._lose_relay(peer, why)
             for ranks, what in self._links.absent():
-                self._node_lost(ranks, what)
+                self._lose_node(ranks, what)
 
     def _ask_stacks(self) -> None:
-        for door in dict.fromkeys(self._admission.doors.values()):
-            self._gate.send(door, encode(AskStacks()))
+        for peer in dict.fromkeys(self._admission.peers.values()):  # a relay asks all of its ranks
+            self._server.send(peer, encode(AskStacks()))
+
+
+class NodeLinks:
+    """The relays that are connected to a hub, and those that are still expected.
+
+    The hub reports which relay connected, and that something was heard from one. Each end sends something once a
+    second, so a relay from which nothing came for longer than the limit is lost.
+
+    Args:
+        world_size: ranks of all nodes.
+        link: seconds of silence after which a relay is lost.
+        clock: the hub's.
+    """
+
+    def __init__(self, world_size: int, link: float, clock: DrivenClock) -> None:
+        self._world_size = world_size
+        self._link = link
+        self._clock = clock
+        self._hellos: dict[Peer, NodeHello] = {}
+        self._heard: dict[Peer, float] = {}
+        self._expected: dict[int, tuple[Collection[int], float]] = {}
+
+    def __contains__(self, peer: Peer) -> bool:
+        return peer in self._hellos
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(list(self._hellos))
+
+    def expect(self, node_rank: int, ranks: Collection[int]) -> None:
+        """A node with these ranks will connect, within twice the limit."""
+        self._expected[node_rank] = ranks, self._clock.now() + 2 * self._link
+
+    def connected(self, peer: Peer, hello: NodeHello) -> None:
+        """A relay introduced itself."""
+        ranks = tuple(rank for rank in hello.ranks if 0 <= rank < self._world_size)
+        self._hellos[peer], self._heard[peer] = replace(hello, ranks=ranks), self._clock.now()
+        self._expected.pop(hello.node_rank, None)
+
+    def heard(self, peer: Peer) -> Collection[int]:
+        """Something came from a relay; return the ranks that it stands for."""
+        self._heard[peer] = self._clock.now()
+        return self._hellos[peer].ranks
+
+    def ranks(self, peer: Peer) -> Collection[int]:
+        """The ranks that a relay stands for."""
+        return self._hellos[peer].ranks
+
+    def lose(self, peer: Peer, why: str) -> tuple[Collection[int], str]:
+        """A relay is gone; return its ranks, and what became of them in words."""
+        hello = self._hellos.pop(peer)
+        del self._heard[peer]
+        return hello.ranks, f"was lost with node {hello.node_rank} ({hello.host}): {why}"
+
+    def silent(self) -> list[tuple[Peer, str]]:
+        """The relays that are lost, and why."""
+        ages = [(peer, self._clock.age(heard)) for peer, heard in self._heard.items()]
+        return [(peer, f"nothing was heard from it for {age:.0f} s") for peer, age in ages if age > self._link]
+
+    def absent(self) -> list[tuple[Collection[int], str]]:
+        """The ranks of nodes that did not connect in time, each told once, and what became of them in words."""
+        late = [node for node, (_, until) in self._expected.items() if self._clock.now() > until]
+        return [
+            (self._expected.pop(node)[0], f"was lost with node {node}, which did not connect to this one")
+            for node in late
+        ]
+
+    def unheard(self) -> set[int]:
+        """The ranks of nodes from which nothing has come for a moment."""
+        quiet = [peer for peer, heard in self._heard.items() if self._clock.age(heard) > _UNHEARD_S]
+        return {rank for peer in quiet for rank in self._hellos[peer].ranks}

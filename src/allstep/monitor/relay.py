@@ -1,10 +1,11 @@
-"""The service of a node that is not the head: its ranks connect to it, and it speaks for them in one connection.
+"""The monitor of a node that is not the head: its ranks connect to it, and it to the head's hub.
 
-Contract: that of `service.Service`. What its ranks say goes to the head in the order in which they said it: heartbeats
-collected for a moment, everything else at once. What the head says goes to the ranks that it concerns (`node_ranks`).
-Both ends of the connection (`uplink`) beat once a second. When the head cannot be reached, closes the connection before
-the attempt is over, or is not heard from for longer than `limits.link`, that is a `Verdict` here, and the driver orders
-the ranks to leave. No call blocks, but for resolving the head's name when the relay is made.
+Contract: that of `service.Service`. What its ranks send goes on to the head in the order in which they sent it:
+heartbeats collected for a moment, everything else at once. What the head sends goes to the ranks that it concerns
+(`node_ranks`). Both ends of the connection (`uplink`) send a heartbeat once a second. Losing the head is a `Verdict`
+here: it could not be reached, closed the connection before the attempt was over, or was silent for longer than
+`limits.link`. The driver then orders the ranks to leave. No call blocks, but for resolving the head's name when the
+relay is made.
 """
 
 from __future__ import annotations
@@ -15,34 +16,33 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from allstep.diagnosis.hang import Limits
-from allstep.diagnosis.hang_detector import Watch
-from allstep.diagnosis.rank_outcome import Kind, RankOutcome
+from allstep.diagnosis.hang import HangLimits
+from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
 from allstep.diagnosis.root_cause import Diagnosis, diagnosis_of
 from allstep.errors import ChannelError
 from allstep.exit_codes import PEER_LOST
+from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.node_ranks import NodeRanks
-from allstep.monitor.service import AllArrived, Finished, HubEvent, Ordered, Verdict
+from allstep.monitor.service import AllArrived, Finished, MonitorEvent, Ordered, Verdict
 from allstep.monitor.uplink import Uplink
 from allstep.protocol.messages import (
-    CODEC,
     AskStacks,
     Finish,
-    Hello,
     Leave,
     NodeHello,
     Notice,
+    RankHello,
     Refused,
     Welcome,
     decode,
 )
-from allstep.protocol.registration import Registration
-from allstep.protocol.server import Came, Gone, MessageServer, Said, who_knows
+from allstep.protocol.registration import RankRegistration
+from allstep.protocol.server import MessageServer, PeerConnected, PeerGone, PeerMessage, same_run
 from allstep.protocol.worker_exit import WorkerExit
 
 
 class Relay:
-    """The service of one node's ranks."""
+    """The monitor of one node's ranks, on behalf of the hub."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Relay:
         node_rank: int,
         ranks: Sequence[int],
         world_size: int,
-        limits: Limits,
+        limits: HangLimits,
         supervised: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,44 +80,44 @@ class Relay:
         self._attempt = attempt
         self._supervised = supervised
         self._world_size = world_size
-        self._gate = MessageServer(selector, listener, self, codec=CODEC, admits=who_knows(nonce, attempt), clock=clock)
+        self._server = MessageServer(selector, listener, self, admits=same_run(nonce, attempt), clock=clock)
         self._head_name = f"{upstream[0]}:{upstream[1]}"
         self._hello = NodeHello(nonce, attempt, node_rank, socket.gethostname(), tuple(ranks))
-        self._watch = Watch(limits, clock)
-        self._uplink = Uplink(selector, self, upstream, self._hello, link=limits.link, watch=self._watch)
-        self._ranks = NodeRanks(self._gate, ranks, clock, lambda line, now: self._uplink.send(line, at_once=now))
-        self._events: list[HubEvent] = []
+        self._clock = DrivenClock(clock)
+        self._uplink = Uplink(selector, self, upstream, self._hello, link=limits.link, clock=self._clock)
+        self._ranks = NodeRanks(self._server, ranks, clock, lambda line, now: self._uplink.send(line, at_once=now))
+        self._events: list[MonitorEvent] = []
         self._finished = False
-        self._refused = False
-        self._verdict: RankOutcome | None = None
+        self._ranks_refused = False
+        self._head_loss: RankOutcome | None = None
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
-        self._watch.driven()
+        self._clock.driven()
         if self._uplink.owns(key.fileobj):
             self._uplink.ready()
         else:
-            self._gate.ready(key)
-        self._hear()
+            self._server.ready(key)
+        self._handle()
 
     def deadline(self) -> float:
         """When `tick` is due, on the clock."""
-        times = (self._gate.deadline(), self._uplink.deadline(), self._ranks.deadline())
+        times = (self._server.deadline(), self._uplink.deadline(), self._ranks.deadline())
         return min(at for at in times if at is not None)
 
     def tick(self) -> None:
         """Act on the time that has passed."""
-        self._watch.driven()
-        self._gate.tick()
+        self._clock.driven()
+        self._server.tick()
         self._uplink.tick()
         self._ranks.tick()
-        self._hear()
+        self._handle()
 
     def worker_ended(self, end: WorkerExit) -> None:
-        """Pass the end of a worker of this node to the head."""
+        """Send the end of a worker of this node to the head."""
         self._ranks.ended(end)
 
-    def take(self) -> list[HubEvent]:
+    def take(self) -> list[MonitorEvent]:
         """What happened since the last call, in order."""
         events, self._events = self._events, []
         return events
@@ -132,7 +132,7 @@ class Relay:
         self._ranks.notify(text, printer)
 
     def finish(self, text: str, code: int) -> None:
-        """Nobody connects through a relay's relay: nothing to do."""
+        """Do nothing: no relay connects to a relay."""
 
     @property
     def backlog(self) -> int:
@@ -145,42 +145,48 @@ class Relay:
         return self._ranks.connected
 
     @property
-    def settling(self) -> bool:
-        """Whether something is still to be judged here: never, the head judges."""
+    def undecided(self) -> bool:
+        """Whether something is known that may still become a verdict: never, the head judges."""
         return False
 
     def present(self) -> list[int]:
         """The ranks of this node whose World is open."""
         return self._ranks.present()
 
-    def arrivals(self) -> dict[int, Registration]:
+    def registrations(self) -> dict[int, RankRegistration]:
         """How each rank that came introduced itself."""
-        return {rank: record.arrival for rank, record in self._ranks.records.items() if record.arrival}
+        return {rank: record.registration for rank, record in self._ranks.records.items() if record.registration}
 
-    def case(self) -> Diagnosis | None:
+    def diagnosis(self) -> Diagnosis | None:
         """The loss of the head, as this node sees it."""
-        if self._verdict is None:
+        if self._head_loss is None:
             return None
-        case = diagnosis_of(self._verdict, self._ranks.accounts(supervised=self._supervised), attempt=self._attempt)
-        return replace(case, world_size=self._world_size)
+        diagnosis = diagnosis_of(
+            self._head_loss, self._ranks.outcomes(supervised=self._supervised), attempt=self._attempt
+        )
+        return replace(diagnosis, world_size=self._world_size)
 
     def close(self) -> None:
         """Let go of all sockets, after what waits was offered to the head once more."""
         self._uplink.flush()
         self._uplink.close()
-        self._gate.close()
+        self._server.close()
 
     def _lose_head(self, how: str) -> None:
         self._uplink.give_up(how)
-        over = self._finished or (self._refused and not self._supervised)  # a supervisor waits to hear that it is over
-        if over or self._verdict is not None:
+        # The head also closes when the attempt is over, or after it has refused all ranks. A supervisor is told of the
+        # second too: it waits for the head's last word, which will not come.
+        over = self._finished or (self._ranks_refused and not self._supervised)
+        if over or self._head_loss is not None:
             return
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
         lowest, order = min(self._hello.ranks, default=0), self._ranks.moment().order
-        self._verdict = RankOutcome(lowest, Kind.SERVICE_LOST, what, PEER_LOST, order=order, host=self._hello.host)
-        case = self.case()
-        assert case is not None
-        self._events.append(Verdict(case))
+        self._head_loss = RankOutcome(
+            lowest, OutcomeKind.SERVICE_LOST, what, PEER_LOST, order=order, host=self._hello.host
+        )
+        diagnosis = self.diagnosis()
+        assert diagnosis is not None
+        self._events.append(Verdict(diagnosis))
 
     def _from_head(self, line: bytes) -> None:
         try:
@@ -194,7 +200,7 @@ class Relay:
                 self._events.append(AllArrived())
             case Refused(reason):
                 self._ranks.refuse(reason)
-                self._refused = not self._ranks.present()
+                self._ranks_refused = not self._ranks.present()
             case Leave():
                 self._ranks.order_out(message)
                 if message.code is not None:
@@ -207,20 +213,20 @@ class Relay:
                 self._finished = True
                 self._events.append(Finished(text, code))
 
-    def _hear(self) -> None:
-        """Act on what came from the head and through the gate."""
+    def _handle(self) -> None:
+        """Act on what came from the head and from the ranks."""
         for line in self._uplink.take():
             self._from_head(line)
-        while happened := self._gate.take():
+        while happened := self._server.take():
             for each in happened:
                 match each:
-                    case Came(peer, Hello() as hello, line):
+                    case PeerConnected(peer, RankHello() as hello, line):
                         self._ranks.arrive(peer, hello, line)
-                    case Came(peer):
-                        self._gate.refuse(peer, "this is a relay, and takes no other relays")
-                    case Said(peer, message, line):
-                        self._ranks.said(peer, message, line)
-                    case Gone(peer, why):
+                    case PeerConnected(peer):
+                        self._server.refuse(peer, "this is a relay, and takes no other relays")
+                    case PeerMessage(peer, message, line):
+                        self._ranks.received(peer, message, line)
+                    case PeerGone(peer, why):
                         self._ranks.gone(peer, why)
         if self._uplink.lost:
             self._lose_head(self._uplink.lost)

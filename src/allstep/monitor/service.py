@@ -1,11 +1,10 @@
-"""What a hub or relay tells its driver has happened.
+"""What monitors the ranks of a node, as those see it that drive it: the hub of the world, or the relay to it.
 
-What serves a node's ranks, as those that drive it see it: the hub of the world, or the relay to it.
-
-Contract: its sockets are in the selector that it was given; `key.data` is then a `HubKey` whose owner it is. The driver
-calls `ready(key)` for those, `tick()` at the latest when `deadline()` has passed, `worker_ended` for each worker whose
-end it learns of, and then `take()`, which gives what happened. No call blocks. Orders to leave are the driver's to
-give. Drivers are an attempt of the launcher, a sidecar's process, and a round of the pool of warm processes.
+Contract: the sockets of a `Service` are in the selector that it was given; `key.data` is then a `SocketKey`
+whose owner it is. The driver calls `ready(key)` for those, `tick()` at the latest when `deadline()` has passed,
+`worker_ended` for each worker whose end it learns of, and then `take()`, which gives what happened. No call blocks.
+Only the driver gives orders to leave. Drivers are an attempt of the launcher, a sidecar's process, and a call of
+`allstep.testing`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from allstep.diagnosis.root_cause import Diagnosis
-from allstep.protocol.registration import Registration
+from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
 
@@ -27,9 +26,9 @@ class AllArrived:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The run has failed, and it is clear how. The driver orders the ranks to leave."""
+    """The run has failed, and `diagnosis` says how. There is at most one; the driver orders the ranks to leave."""
 
-    case: Diagnosis
+    diagnosis: Diagnosis
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +66,12 @@ class Finished:
     code: int
 
 
-HubEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Ordered | Finished
-"""Any of them."""
+MonitorEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Ordered | Finished
+"""What `Service.take` gives."""
 
 
 class Service(Protocol):
-    """A hub or a relay."""
+    """A `Hub` or a `Relay`."""
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
@@ -86,7 +85,7 @@ class Service(Protocol):
     def worker_ended(self, end: WorkerExit) -> None:
         """Take note of how a worker of this node ended."""
 
-    def take(self) -> list[HubEvent]:
+    def take(self) -> list[MonitorEvent]:
         """What happened since the last call, in order."""
 
     def order_leave(self, reason: str, code: int, *, printer: int | None = None, report: str | None = None) -> None:
@@ -114,17 +113,17 @@ class Service(Protocol):
         """How many ranks and relays are connected."""
 
     @property
-    def settling(self) -> bool:
+    def undecided(self) -> bool:
         """Whether something is known that may still become a verdict."""
 
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""
 
-    def arrivals(self) -> Mapping[int, Registration]:
+    def registrations(self) -> Mapping[int, RankRegistration]:
         """How each rank that came introduced itself."""
 
-    def case(self) -> Diagnosis | None:
-        """The case as it stands now, once there was a verdict."""
+    def diagnosis(self) -> Diagnosis | None:
+        """What the verdict says, and what has become of the ranks since; None before there is one."""
 
     def close(self) -> None:
         """Let go of all sockets."""

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.errors import WorldError
 from allstep.protocol.address import EVERYWHERE, HERE, join_address
 
@@ -96,7 +96,7 @@ def start_sidecar(
         ConfigurationError: the limits are not as they must be.
         WorldError: it did not start.
     """
-    Limits.parse(limits)
+    HangLimits.parse(limits)
     setup = Setup(nonce, attempt, world_size, host, limits, attempt_folder, upstream, node_rank, tuple(ranks), run)
     theirs, lifeline = os.pipe()
     answer, answer_theirs = os.pipe()

@@ -1,9 +1,9 @@
-"""The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE ANSWER [OUTLET]`; see `sidecar`.
+"""The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE ANSWER [STDERR]`; see `sidecar`.
 
 Contract: the arguments are file descriptors. Its setup comes as a line on the lifeline, and its port, or why it cannot
 serve, goes to the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to
 judge, or until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the
-ranks have. The outlet is the standard error of the rank that started it. The report is written there, since a launcher
+ranks have. The stderr is the standard error of the rank that started it. The report is written there, since a launcher
 may end all ranks within a tenth of a second; where there is none, a rank writes it.
 """
 
@@ -26,8 +26,8 @@ import threading
 import time
 from pathlib import Path
 
-from allstep.diagnosis.hang import Limits
-from allstep.diagnosis.rank_outcome import Kind
+from allstep.diagnosis.hang import HangLimits
+from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.diagnosis.report import failure_json, failure_text, straggler_line, write_report
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.exit_codes import PEER_LOST
@@ -50,14 +50,14 @@ _WRITE_S = 1.0
 class _Service:
     """The loop of the sidecar's process."""
 
-    def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, outlet: int | None) -> None:
+    def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, stderr: int | None) -> None:
         self._setup = setup
-        self._outlet = outlet
+        self._stderr = stderr
         self._selector = selectors.DefaultSelector()
         self._lifeline_open = True
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
-        limits = Limits.parse(setup.limits)
+        limits = HangLimits.parse(setup.limits)
         self._service: Service = (
             Relay(
                 self._selector,
@@ -110,7 +110,7 @@ class _Service:
             return False
         if self._end_at is not None and time.monotonic() >= self._end_at:
             return True
-        needed = self._kill or self._service.settling or self._service.connected or self._service.backlog
+        needed = self._kill or self._service.undecided or self._service.connected or self._service.backlog
         return not needed
 
     def _read_lifeline(self) -> None:
@@ -123,8 +123,8 @@ class _Service:
             match event:
                 case AllArrived():
                     self._hold_processes()
-                case Verdict(case):
-                    self._conclude(case)
+                case Verdict(diagnosis):
+                    self._conclude(diagnosis)
                 case StragglerSeen(rank, ratio):
                     printer = min(self._service.present(), default=0)
                     self._service.notify(f"allstep: {straggler_line(rank, ratio)}\n", printer)
@@ -139,35 +139,37 @@ class _Service:
             os.close(fd)
         self._processes.clear()
         here = self._setup.node_rank, socket.gethostname()
-        for rank, arrival in self._service.arrivals().items():
-            if (arrival.node_rank, arrival.host) == here:
+        for rank, registration in self._service.registrations().items():
+            if (registration.node_rank, registration.host) == here:
                 with contextlib.suppress(OSError, AttributeError):
-                    self._processes[rank] = os.pidfd_open(arrival.pid)
+                    self._processes[rank] = os.pidfd_open(registration.pid)
 
-    def _conclude(self, case: Diagnosis) -> None:
-        cause = case.cause
-        own = frozenset(each.rank for each in (cause, *case.others) if each.kind in (Kind.ERROR, Kind.SEEN))
-        report = failure_text(case, name=self._setup.run)
-        hung = {each.rank for each in (cause, *case.others) if each.kind is Kind.HANG}
+    def _conclude(self, diagnosis: Diagnosis) -> None:
+        cause = diagnosis.cause
+        own = frozenset(
+            each.rank for each in (cause, *diagnosis.others) if each.kind in (OutcomeKind.ERROR, OutcomeKind.SEEN)
+        )
+        report = failure_text(diagnosis, name=self._setup.run)
+        hung = {each.rank for each in (cause, *diagnosis.others) if each.kind is OutcomeKind.HANG}
         living = [rank for rank in self._service.present() if rank not in hung] or self._service.present()
         printer = cause.rank if cause.rank in own and cause.rank in living else min(living, default=None)
         report = f"allstep: {report}"
-        if self._outlet is not None and _write(self._outlet, report):
+        if self._stderr is not None and _write(self._stderr, report):
             printer, report = None, ""
         self._service.order_leave(
             f"rank {cause.rank}: {cause.what}",
-            case.exit_code if hung else PEER_LOST,
+            diagnosis.exit_code if hung else PEER_LOST,
             printer=printer,
             report=report,
         )
-        self._write(case)
-        self._expect_end(case.exit_code, own)
+        self._write(diagnosis)
+        self._expect_end(diagnosis.exit_code, own)
 
-    def _write(self, case: Diagnosis) -> None:
+    def _write(self, diagnosis: Diagnosis) -> None:
         if self._setup.attempt_folder:
             name = f"failure_node_{self._setup.node_rank}.json" if self._setup.upstream else "failure.json"
             with contextlib.suppress(OSError):  # the report is printed all the same
-                write_report(Path(self._setup.attempt_folder) / name, failure_json(case, name=self._setup.run))
+                write_report(Path(self._setup.attempt_folder) / name, failure_json(diagnosis, name=self._setup.run))
 
     def _expect_end(self, code: int, own: frozenset[int]) -> None:
         now = time.monotonic()
@@ -210,7 +212,7 @@ def _ended(pidfd: int) -> bool:
     return is_ready(pidfd, 0.0)
 
 
-def main(lifeline: int, answer: int, outlet: int | None = None) -> None:
+def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
     """Serve until nobody needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -224,7 +226,7 @@ def main(lifeline: int, answer: int, outlet: int | None = None) -> None:
     setup = Setup(**{**values, "ranks": tuple(values["ranks"])})
     try:
         listener = listen(setup.host)
-        service = _Service(setup, lifeline, listener, outlet)
+        service = _Service(setup, lifeline, listener, stderr)
     except Exception as error:
         os.write(answer, f"{type(error).__name__}: {error}".encode())
         return

@@ -1,34 +1,30 @@
-"""A relay's connection to the head: made without blocking, and given up only for a reason.
+"""A relay's connection to the head's hub: made without blocking, and given up only for a reason.
 
-Contract: driven by the relay: `ready` for its socket, `tick` at the latest at `deadline`. `send` takes encoded messages
-before the connection stands, too. `take` gives the lines that came. Once the head could not be reached in `CONNECT_S`
-at any of the addresses that its name has, closed the connection, or was silent for longer than `link`, `lost` says how,
-and the uplink is closed. Each end says something once a second, so silence means that the other end, or the network, is
-gone.
+The relay drives it: `ready` for its socket, `tick` at the latest at `deadline`. `send` takes encoded messages before
+the connection stands, too. `take` gives the lines that came. `lost` says how the head was lost, and the uplink is then
+closed: it could not be reached within `CONNECT_S` at any address of its name, it closed the connection, or it was
+silent for longer than `link`. Each end sends something once a second, so silence means that the other end, or the
+network, is gone.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import selectors
 import socket
-from typing import Any
 
-from allstep.diagnosis.hang_detector import Watch
-from allstep.protocol.connection import Connection
-from allstep.protocol.messages import NodeBeat, NodeHello, encode
-from allstep.protocol.server import HubKey, Owner
+from allstep.monitor.driven_clock import DrivenClock
+from allstep.protocol.connection import Connection, Connector, resolve
+from allstep.protocol.messages import NodeHeartbeat, NodeHello, encode
+from allstep.protocol.server import SocketKey, SocketOwner
 
 CONNECT_S = 30.0
 """Seconds in which the head must be reached."""
 
-ADDRESS_S = 5.0
-"""Seconds that one of several addresses has to answer, before the next is tried."""
+ANSWER_S = 5.0
+"""Seconds that one of the head's addresses has to answer before the next is tried."""
 
-_PERIOD = 1.0
-_COLLECT_S = 0.1
-_RETRY_S = 0.5
+_PERIOD = 1.0  # between two heartbeats
+_COLLECT_S = 0.1  # for which heartbeats of ranks wait for others, to be sent with them
 
 
 class Uplink:
@@ -37,14 +33,22 @@ class Uplink:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        owner: Owner,
+        owner: SocketOwner,
         head: tuple[str, int],
         hello: NodeHello,
         *,
         link: float,
-        watch: Watch,
+        clock: DrivenClock,
     ) -> None:
         """Begin to connect.
+
+        Args:
+            selector: the driver's.
+            owner: whom the socket, once ready, is given to.
+            head: the host and port of the hub.
+            hello: how this node introduces itself.
+            link: seconds of silence after which the head is lost.
+            clock: the relay's.
 
         Raises:
             OSError: the head's name does not resolve.
@@ -54,60 +58,56 @@ class Uplink:
         self._owner = owner
         self._hello = hello
         self._link = link
-        self._watch = watch
-        self._addresses: list[tuple[int, tuple[Any, ...]]] = [
-            (found[0], found[4]) for found in socket.getaddrinfo(*head, type=socket.SOCK_STREAM)
-        ]
-        self._tried = 0
-        self._connecting: socket.socket | None = None
-        self._up: Connection | None = None
+        self._clock = clock
+        addresses = resolve(*head)  # once: a resolver that hangs must not keep the relay from its ranks later
+        self._connector = Connector(
+            [head], within=CONNECT_S, answer=ANSWER_S, clock=clock.now, addresses=lambda host, port: addresses
+        )
+        self._connection: Connection | None = None
+        self._watched: socket.socket | None = None
         self._outgoing: list[bytes] = []
         self._lines: list[bytes] = []
-        now = watch.now()
-        self._heard = now
-        self._connect_by = now + CONNECT_S
-        self._connect_at: float | None = None
-        self._next_at: float | None = None
+        self._heard = clock.now()
         self._send_at: float | None = None
-        self._tick_at = now + _PERIOD
+        self._tick_at = clock.now() + _PERIOD
         self._connect()
 
     @property
     def backlog(self) -> int:
         """Bytes that wait to be sent."""
-        return (self._up.backlog if self._up else 0) + sum(map(len, self._outgoing))
+        return (self._connection.backlog if self._connection else 0) + sum(map(len, self._outgoing))
 
     def owns(self, fileobj: object) -> bool:
         """Whether a ready socket is this connection's."""
-        return fileobj is self._connecting or (self._up is not None and fileobj is self._up.sock)
+        return fileobj is self._watched
 
     def ready(self) -> None:
         """Act on the socket."""
-        if self._connecting is not None:
-            self._connected(self._connecting)
-        elif self._up is not None:
-            self._up.flush()
-            lines = self._up.receive()
-            if lines:
-                self._heard = self._watch.now()
-                self._lines += lines
-            self._settle()
+        if self._connection is None:
+            self._connect()
+            return
+        self._connection.flush()
+        lines = self._connection.receive()
+        if lines:
+            self._heard = self._clock.now()
+            self._lines += lines
+        self._update()
 
     def deadline(self) -> float:
         """When `tick` is due."""
-        return min(at for at in (self._connect_at, self._next_at, self._send_at, self._tick_at) if at is not None)
+        connecting = None if self._connection or self.lost else self._connector.deadline()
+        return min(at for at in (connecting, self._send_at, self._tick_at) if at is not None)
 
     def tick(self) -> None:
         """Act on the time that has passed."""
-        now = self._watch.now()
-        if self._connect_at is not None and now >= self._connect_at:
+        now = self._clock.now()
+        if self._connection is None and not self.lost and now >= self._connector.deadline():
             self._connect()
-        if self._next_at is not None and now >= self._next_at:
-            self._try_another("it does not answer")
         if now >= self._tick_at:
             self._tick_at = now + _PERIOD
-            self._check(now)
-            self.send(encode(NodeBeat()), at_once=True)
+            if self._connection is not None and (silence := self._clock.age(self._heard)) > self._link:
+                self.give_up(f"was not heard from for {silence:.0f} s")
+            self.send(encode(NodeHeartbeat()), at_once=True)
         if self._send_at is not None and now >= self._send_at:
             self.flush()
 
@@ -124,87 +124,64 @@ class Uplink:
         if at_once:
             self.flush()
         elif self._send_at is None:
-            self._send_at = self._watch.now() + _COLLECT_S
+            self._send_at = self._clock.now() + _COLLECT_S
 
     def flush(self) -> None:
         """Send what was collected, as far as the connection stands."""
         self._send_at = None
-        if self._up is not None and self._outgoing:
+        if self._connection is not None and self._outgoing:
             lines, self._outgoing = b"".join(self._outgoing), []
-            self._up.send(lines)
-            self._settle()
+            self._connection.send(lines)
+            self._update()
 
     def give_up(self, how: str) -> None:
-        """Close, and say how the head was lost."""
+        """Close, and keep how the head was lost; the first reason counts."""
         self.lost = self.lost or how
         self.close()
 
     def close(self) -> None:
         """Let go of the socket."""
-        for sock in (self._connecting, self._up.sock if self._up else None):
-            if sock is not None:
-                self._selector.unregister(sock)
-                sock.close()
-        self._up = self._connecting = self._connect_at = self._next_at = None
+        self._watch(None)
+        self._connector.close()
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
     def _connect(self) -> None:
-        self._connect_at = None
-        family, address = self._addresses[self._tried % len(self._addresses)]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        error = sock.connect_ex(address)
-        if error in (0, errno.EINPROGRESS):
-            self._connecting = sock
-            self._selector.register(sock, selectors.EVENT_WRITE, HubKey(self._owner))
-            self._next_at = self._watch.now() + ADDRESS_S if len(self._addresses) > 1 else None
+        """Go on connecting, and introduce this node once the connection stands."""
+        connector = self._connector
+        # Each attempt has a socket of its own, which may take the number of the last one's: it is let go of first.
+        self._watch(None)
+        connector.advance()
+        if connector.failed:
+            self.give_up(f"could not be reached within {CONNECT_S:g} s ({connector.failed})")
+        elif connector.connection is None:
+            self._watch(connector.sock, selectors.EVENT_WRITE)
         else:
-            sock.close()
-            self._retry(os.strerror(error))
+            self._connection, self._heard = connector.connection, self._clock.now()
+            self._connection.send(encode(self._hello))
+            self._update()
+            self.flush()
 
-    def _try_another(self, why: str) -> None:
-        """Give up a connection that is not coming about."""
-        if self._connecting is not None:
-            self._selector.unregister(self._connecting)
-            self._connecting.close()
-        self._connecting = None
-        self._retry(why)
-
-    def _connected(self, sock: socket.socket) -> None:
-        self._connecting = self._next_at = None
-        self._selector.unregister(sock)
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:
-            sock.close()
-            self._retry(os.strerror(error))
+    def _update(self) -> None:
+        """Notice the end of the connection; else watch for room to write exactly while something waits to be sent."""
+        if self._connection is None:
             return
-        self._up, self._heard = Connection(sock), self._watch.now()
-        self._selector.register(sock, selectors.EVENT_READ, HubKey(self._owner))
-        self._up.send(encode(self._hello))
-        self._settle()
-        self.flush()
-
-    def _retry(self, why: str) -> None:
-        """Go on to the next address, at once, or in a moment where all have been tried."""
-        now = self._watch.now()
-        self._next_at = None
-        self._tried += 1
-        if now < self._connect_by:
-            self._connect_at = now + (_RETRY_S if self._tried % len(self._addresses) == 0 else 0.0)
+        if self._connection.ended:
+            self.give_up(f"closed the connection ({self._connection.ended})")
         else:
-            self.give_up(f"could not be reached within {CONNECT_S:g} s ({why})")
+            writing = selectors.EVENT_WRITE if self._connection.backlog else 0
+            self._watch(self._connection.sock, selectors.EVENT_READ | writing)
 
-    def _check(self, now: float) -> None:
-        if self._up is not None and (silence := self._watch.age(self._heard)) > self._link:
-            self.give_up(f"was not heard from for {silence:.0f} s")
-        elif self._connecting is not None and now > self._connect_by:
-            self.give_up(f"could not be reached within {CONNECT_S:g} s")
-
-    def _settle(self) -> None:
-        if self._up is None:
+    def _watch(self, sock: socket.socket | None, events: int = 0) -> None:
+        """Have the selector watch this socket, and no other of this uplink."""
+        if self._watched is not None and self._watched is not sock:
+            self._selector.unregister(self._watched)
+            self._watched = None
+        if sock is None:
             return
-        if self._up.ended:
-            self.give_up(f"closed the connection ({self._up.ended})")
-            return
-        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._up.backlog else 0)
-        if self._selector.get_key(self._up.sock).events != events:
-            self._selector.modify(self._up.sock, events, HubKey(self._owner))
+        if self._watched is None:
+            self._selector.register(sock, events, SocketKey(self._owner))
+        elif self._selector.get_key(sock).events != events:
+            self._selector.modify(sock, events, SocketKey(self._owner))
+        self._watched = sock

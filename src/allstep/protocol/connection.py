@@ -1,20 +1,39 @@
-"""One non-blocking socket that carries lines.
+"""A socket that carries lines, and the one way in which every client of this package comes to have one.
 
-Contract: `receive` gives the whole lines that have come, `send` takes bytes and passes on what the peer has room for;
-the rest waits in `backlog` for `flush`. Neither blocks and neither raises: once the connection is over, `ended` says
-why. Lines, and what waits for a slow reader, are bounded.
+`Connection` holds a connected socket. `receive` gives the whole lines that have come. `send` takes bytes and passes on
+what the other side has room for; the rest waits in `backlog` for `flush`. Neither blocks and neither raises: once the
+connection is over, `ended` says why. The length of a line, and what waits for a slow reader, are bounded.
+
+`Connector` makes the connection: it tries one address after another, again and again, until one answers or the time is
+over. It never blocks, but for resolving a name. An event loop drives it (a relay's, a machine's that joins a run), or
+`connect` does, for a rank that has nothing else to do. What can go wrong is in `failed`, for the caller's own error.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
+import select
 import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+Target = tuple[str, int]
+"""A host and a port to connect to."""
+
+SocketAddress = tuple[int, tuple[Any, ...]]
+"""One of a target's addresses: its family, and what a socket of that family takes."""
 
 LONGEST_LINE = 4 << 20
 """Bytes of a line, at most: the stacks of a rank with many threads take some tens of thousands."""
 
 LARGEST_BACKLOG = 16 << 20
-"""Bytes that wait for a peer that does not read, at most; then it is let go."""
+"""Bytes that wait for a peer that does not read, at most; then its connection ends."""
+
+PAUSE_S = 0.25
+"""Seconds between two rounds through all addresses."""
 
 _CHUNK = 1 << 16
 _CHUNKS = 16  # read at a time, so that one busy peer does not keep the others waiting
@@ -25,6 +44,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, longest: int = LONGEST_LINE) -> None:
         sock.setblocking(False)
+        # Messages are small and somebody waits for each: without this, one can wait for the last one's acknowledgement.
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock
@@ -92,4 +112,162 @@ class Connection:
         return [bytes(line) for line in lines if line]
 
     def _end(self, why: str) -> None:
-        self.ended = self.ended or why
+        self.ended = self.ended or why  # the first reason is the cause
+
+
+def resolve(host: str, port: int) -> list[SocketAddress]:
+    """All addresses of a host.
+
+    Raises:
+        OSError: the name does not resolve.
+    """
+    return [(found[0], found[4]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+
+
+class Connector:
+    """A connection in the making.
+
+    The driver waits until `sock` can be written to, or until `deadline`, and then calls `advance`. Afterwards either
+    `connection` is there, or `failed` says why there will be none, or it waits on. `sock` changes with each attempt,
+    and is None in the pause between two rounds through all addresses.
+
+    Attributes:
+        target: the host and port of the last attempt.
+        problems: why the last attempt at each target failed.
+        until: the time on the clock at which to give up; may be moved.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        *,
+        within: float,
+        clock: Callable[[], float] = time.monotonic,
+        answer: float,
+        retry: bool = True,
+        addresses: Callable[[str, int], Sequence[SocketAddress]] = resolve,
+    ) -> None:
+        """Begin to connect.
+
+        Args:
+            targets: hosts and ports, each with all of its addresses, in the order in which to try them.
+            within: seconds in which one must have answered.
+            clock: seconds, never turned back.
+            answer: seconds that each address has to answer.
+            retry: begin again when all have been tried; else that is the end.
+            addresses: resolves a target, anew in each round, since a name may come to resolve only later.
+        """
+        self.sock: socket.socket | None = None
+        self.connection: Connection | None = None
+        self.failed = ""
+        self.target = targets[0]
+        self.problems: dict[Target, str] = {}
+        self.until = clock() + within
+        self._targets = targets
+        self._resolve = addresses
+        self._clock = clock
+        self._answer = answer
+        self._retry = retry
+        self._attempts = self._round()
+        self._next_at = clock()
+        self.advance()
+
+    def deadline(self) -> float:
+        """When `advance` is due, on the clock, though the socket did not become ready."""
+        return min(self._next_at, self.until)
+
+    def advance(self) -> None:
+        """Act on a socket that is ready, or on the time that has passed."""
+        if self.connection is not None or self.failed:
+            return
+        now = self._clock()
+        if self.sock is not None and is_ready(self.sock.fileno(), writing=True):
+            self._conclude(self.sock, self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        elif self.sock is not None and now >= self._next_at:
+            self._fail("it does not answer")
+        if self.sock is None and self.connection is None and now >= self._next_at:
+            self._try_next(now)
+        if self.connection is None and now >= self.until:
+            self._give_up()
+
+    def reject(self, why: str) -> None:
+        """What answered is of no use: close the connection, and go on with the next address."""
+        if self.connection is not None:
+            self.connection.close()
+            self.connection = None
+        self._fail(why)
+
+    def close(self) -> None:
+        """Close the socket of an attempt that is on its way; a connection that was made is its taker's."""
+        if self.sock is not None:
+            self.sock.close()
+            self.sock = None
+
+    def _round(self) -> Iterator[tuple[Target, SocketAddress]]:
+        for target in self._targets:
+            try:
+                found = self._resolve(*target)
+            except OSError as error:
+                self.problems[target] = error.strerror or str(error)
+                continue
+            for address in found:
+                yield target, address
+
+    def _try_next(self, now: float) -> None:
+        attempt = next(self._attempts, None)
+        if attempt is None:
+            if not self._retry:
+                self._give_up()
+            self._attempts = self._round()
+            self._next_at = now + PAUSE_S  # at once again would only keep both sides busy
+            return
+        self.target, (family, address) = attempt
+        self._next_at = now + self._answer
+        self.sock = sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        error = sock.connect_ex(address)
+        if error != errno.EINPROGRESS:
+            self._conclude(sock, error)
+
+    def _conclude(self, sock: socket.socket, error: int) -> None:
+        """The system has said what came of an attempt."""
+        if error:
+            self._fail(os.strerror(error))
+        else:
+            self.connection, self.sock = Connection(sock), None
+
+    def _give_up(self) -> None:
+        self.close()
+        self.failed = "; ".join(dict.fromkeys(self.problems.values())) or "it does not answer"
+
+    def _fail(self, why: str) -> None:
+        self.close()
+        self.problems[self.target] = why
+        self._next_at = self._clock()
+
+
+def connect(targets: Sequence[Target], *, within: float, answer: float, retry: bool = True) -> Connection:
+    """Connect to the first target that answers, and wait for that; the arguments are those of `Connector`.
+
+    Raises:
+        ConnectionError: none did; the text says why.
+    """
+    with contextlib.closing(Connector(targets, within=within, answer=answer, retry=retry)) as connector:
+        while connector.connection is None:
+            if connector.failed:
+                raise ConnectionError(connector.failed)
+            descriptor = None if connector.sock is None else connector.sock.fileno()
+            is_ready(descriptor, connector.deadline() - time.monotonic(), writing=True)
+            connector.advance()
+        return connector.connection
+
+
+def is_ready(descriptor: int | None, seconds: float = 0.0, *, writing: bool = False) -> bool:
+    """Wait until something can be read, or written, for `seconds` at most; with no descriptor only that long.
+
+    A pidfd can be read once its process has ended. Unlike `select.select`, this takes descriptors of any number.
+    """
+    poll = select.poll()
+    if descriptor is not None:
+        poll.register(descriptor, select.POLLOUT if writing else select.POLLIN)
+    return bool(poll.poll(max(0.0, seconds) * 1000))

@@ -1,10 +1,10 @@
-"""Where this rank is: written by the thread that trains, read by the thread that beats.
+"""Where this rank is: written by the thread that trains, read by the thread that sends heartbeats.
 
 Contract: one `RankActivity` per World. The training thread says when it enters a section, begins and ends to wait for
 its peers, and has done a step; that is attribute stores and, once per section, one reading of the clock. It takes no
-lock. The beating thread calls `beat`, which may see a store of the moment before; nothing depends on more. Any change
-of section is progress, and so are the beginning and the end of a wait: `Beat.seconds` counts from there. So a loop of
-the user's own, which enters no section, is seen to go on.
+lock. The other thread calls `heartbeat`, which may see a store of the moment before; nothing depends on more. Any
+change of section is progress, and so are the beginning and the end of a wait: `Heartbeat.seconds` counts from there. So
+a loop of the user's own, which enters no section, is seen to go on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from allstep.protocol.messages import SECTIONS, Beat
+from allstep.protocol.messages import SECTIONS, Heartbeat
 
 RECENT = 20
 """Steps over which a rank's own time is taken."""
@@ -133,10 +133,10 @@ class RankActivity:
             self._longest[self.section_name] = lasted
         self._since = now
 
-    def beat(self, rank: int, attempt: int, number: int) -> Beat:
+    def heartbeat(self, rank: int, attempt: int, number: int) -> Heartbeat:
         """What to say of this moment; called from another thread."""
         section = self.section_name
-        return Beat(
+        return Heartbeat(
             rank=rank,
             attempt=attempt,
             number=number,

@@ -1,11 +1,14 @@
-"""What crosses the control channel: frozen dataclasses, each one line of JSON with a version.
+"""Every message that crosses a socket of this package: frozen dataclasses, each one line of JSON with a version.
 
-Who says what:
-- rank to service: `Hello` first, with the run's nonce; then `Beat` once a second, `Failure` when an exception is first
-  seen, `Stacks` when asked, and `Bye` before it closes.
-- service to rank: `Welcome` when all ranks are there and fit, or `Refused`; then `AskStacks`, `Notice` and `Leave`.
-- relay to head: `NodeHello` first; then the lines of its ranks as they are, besides `WorkerEnded`, `RankLost` and
-  `NodeBeat`. Head to relay: what it would tell the ranks, `NodeBeat`, and `Finish` when the attempt is over.
+Who sends what:
+
+- A rank to its monitor: `RankHello` first, with the run's nonce. Then `Heartbeat` once a second, `Failure` when an
+  exception is first seen and `FailureCaught` when that was caught, `Stacks` when asked, and `Goodbye` before it closes.
+- The monitor to a rank: `Welcome` when all ranks have come and fit, or `Refused`. Then `AskStacks`, `Notice`, `Leave`.
+- A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `WorkerEnded`, `RankLost`
+  and `NodeHeartbeat`. The hub to a relay: what it would tell the ranks, `NodeHeartbeat`, and `Finish` at the end.
+- A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
+  `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
 `codec` has how they are written, read and checked.
 """
@@ -17,28 +20,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from allstep.protocol.codec import Codec
-from allstep.protocol.registration import Registration
+from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 1
+VERSION = 3
+"""Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
 """Where a rank can be; see `RankActivity`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class RankHello:
     """A rank introduces itself. `patience` is how many seconds it gives the others to arrive."""
 
     nonce: str
     attempt: int
-    arrival: Registration
+    registration: RankRegistration
     stacks_file: str = ""
     patience: float = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """Where a rank is.
 
     `seconds` is the age of its last progress, `waiting` what it waits for its peers in (empty where it does not),
@@ -92,7 +96,7 @@ class Stacks:
 
 
 @dataclass(frozen=True, slots=True)
-class Bye:
+class Goodbye:
     """A rank closed its World, in order, or (`closed` false) its interpreter ends with the World open."""
 
     rank: int
@@ -100,7 +104,7 @@ class Bye:
 
 
 @dataclass(frozen=True, slots=True)
-class Withdraw:
+class FailureCaught:
     """A rank goes on after failures that were not leaving: they were caught."""
 
     rank: int
@@ -159,7 +163,7 @@ class NodeHello:
 
 
 @dataclass(frozen=True, slots=True)
-class NodeBeat:
+class NodeHeartbeat:
     """The other end of a relay's connection is alive."""
 
 
@@ -172,7 +176,7 @@ class WorkerEnded:
 
 @dataclass(frozen=True, slots=True)
 class RankLost:
-    """The connection of a rank closed without `Bye`."""
+    """The connection of a rank closed without `Goodbye`."""
 
     rank: int
     why: str
@@ -180,38 +184,97 @@ class RankLost:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The attempt is over; `text` and `code` as in `events.Finished`."""
+    """The attempt is over; `text` and `code` as in `monitor.service.Finished`."""
 
     text: str
     code: int
 
 
+@dataclass(frozen=True, slots=True)
+class JoinRequest:
+    """A machine wants to take part in a run. `facts` are settings that must be the same on all machines, as text."""
+
+    run: str
+    token: str
+    nodes: int
+    node_rank: int
+    workers: int
+    host: str
+    pid: int
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def process(self) -> str:
+        """Which process it is, for comparing and for errors."""
+        return f"pid {self.pid} on {self.host}"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinPending:
+    """Node 0 is there and waits for other machines."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptStart:
+    """An attempt begins: its names, the ports of its services on node 0, and which ranks are this machine's."""
+
+    run_id: str
+    attempt: int
+    nonce: str
+    channel_port: int
+    master_port: int
+    first_rank: int
+    world_size: int
+    max_restarts: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunOver:
+    """The run has ended with this exit status; `text` is one line for this machine's terminal."""
+
+    status: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeResigned:
+    """A machine of the run will not come again, for this reason."""
+
+    token: str
+    node_rank: int
+    reason: str
+
+
 Message = (
-    Hello
-    | Beat
+    RankHello
+    | Heartbeat
     | Failure
     | Stacks
-    | Bye
-    | Withdraw
+    | Goodbye
+    | FailureCaught
     | Welcome
     | Refused
     | Leave
     | Notice
     | AskStacks
     | NodeHello
-    | NodeBeat
+    | NodeHeartbeat
     | WorkerEnded
     | RankLost
     | Finish
+    | JoinRequest
+    | JoinPending
+    | AttemptStart
+    | RunOver
+    | NodeResigned
 )
 
-CODEC = Codec("the control channel", VERSION, typing.get_args(Message))
-"""How they are written."""
+_CODEC = Codec("the control channel", VERSION, typing.get_args(Message))
 
 
 def encode(message: Message) -> bytes:
     """A message as one line, its end included."""
-    return CODEC.encode(message)
+    return _CODEC.encode(message)
 
 
 def decode(line: bytes) -> Message:
@@ -220,5 +283,5 @@ def decode(line: bytes) -> Message:
     Raises:
         ChannelError: it is not a message of this version.
     """
-    message: Message = CODEC.decode(line)
+    message: Message = _CODEC.decode(line)
     return message

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.report import failure_text
 from allstep.errors import RanksError
 from allstep.faults import FaultPlan
@@ -83,7 +83,7 @@ def run_ranks(
 
 def _play(function: bytes, world_size: int, given: Mapping[str, str], pool: Pool, timeout: float) -> Played:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **given}
-    limits = Limits.parse(variables.get("ALLSTEP_LIMITS", ""))
+    limits = HangLimits.parse(variables.get("ALLSTEP_LIMITS", ""))
     nonce, run_id = new_nonce(), f"test-{uuid.uuid4().hex[:8]}"
     listener = socket.create_server(("127.0.0.1", 0))  # the round's to close
     channel: dict[str, str] = {}

@@ -16,11 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from allstep.diagnosis.hang import Limits
+from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.hub import Hub
 from allstep.monitor.service import Verdict
-from allstep.protocol.server import HubKey
+from allstep.protocol.server import SocketKey
 from allstep.protocol.worker_exit import WorkerExit, signal_name
 from allstep.testing.call import Call, Outcome
 from allstep.testing.pool import Pool, WarmProcess
@@ -71,7 +71,9 @@ class Played:
 class Round:
     """A call in the making."""
 
-    def __init__(self, calls: Sequence[Call], pool: Pool, listener: socket.socket, nonce: str, limits: Limits) -> None:
+    def __init__(
+        self, calls: Sequence[Call], pool: Pool, listener: socket.socket, nonce: str, limits: HangLimits
+    ) -> None:
         self._calls = calls
         self._pool = pool
         self._selector = selectors.DefaultSelector()
@@ -128,7 +130,7 @@ class Round:
             seconds = max(0.0, min(seconds, due - time.monotonic()))
         ready = [key for key, _ in self._selector.select(seconds)]
         for key in ready:  # before ends: a rank says goodbye before it ends
-            if isinstance(key.data, HubKey):
+            if isinstance(key.data, SocketKey):
                 self._hub.ready(key)
         for key in ready:
             if isinstance(key.data, int):
@@ -137,7 +139,7 @@ class Round:
             self._hub.tick()
         for event in self._hub.take():
             if isinstance(event, Verdict):
-                self._played.case = event.case
+                self._played.case = event.diagnosis
 
     def _end(self, rank: int) -> None:
         """Take what a rank's process has to say; a fresh process takes the call over where this one cannot load it."""

@@ -26,7 +26,7 @@ from allstep.errors import WorldError
 from allstep.faults import RankPosition, strike
 from allstep.placement import Placement, Rendezvous, detect
 from allstep.protocol.heartbeat import RankActivity
-from allstep.protocol.registration import Registration
+from allstep.protocol.registration import RankRegistration
 from allstep.version import __version__
 from allstep.world import current, early_signals
 from allstep.world.collectives import Collectives
@@ -163,8 +163,8 @@ def _adopt(
     return World(placement, device, group, timeout, activity, reporter)
 
 
-def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> Registration:
-    return Registration(
+def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> RankRegistration:
+    return RankRegistration(
         rank=placement.rank,
         world_size=placement.world_size,
         host=socket.gethostname(),
@@ -179,7 +179,7 @@ def _introduce(placement: Placement, device: torch.device, backend: str, facts: 
 
 
 def _join(
-    service: MonitorService, placement: Placement, arrival: Registration, activity: RankActivity, timeout: float
+    service: MonitorService, placement: Placement, arrival: RankRegistration, activity: RankActivity, timeout: float
 ) -> Reporter:
     """Pass the roll call and begin to beat."""
     client = join(service, placement, arrival, timeout)

@@ -22,8 +22,8 @@ from allstep.monitor.client import Client
 from allstep.monitor.sidecar import Sidecar, start_sidecar
 from allstep.placement import Placement
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
-from allstep.protocol.messages import Hello
-from allstep.protocol.registration import Registration
+from allstep.protocol.messages import RankHello
+from allstep.protocol.registration import RankRegistration
 from allstep.world.store import BoundedStore, poll
 
 _MARGIN_S = 2.0
@@ -100,13 +100,13 @@ def head_service(store: BoundedStore, placement: Placement, deadline: float) -> 
     return MonitorService(join_address(host, int(port)), nonce)
 
 
-def join(service: MonitorService, placement: Placement, arrival: Registration, timeout: float) -> Client:
+def join(service: MonitorService, placement: Placement, arrival: RankRegistration, timeout: float) -> Client:
     """Introduce this rank and wait for all others.
 
     Raises:
         WorldError: the ranks did not all come, or do not fit together.
     """
-    hello = Hello(nonce=service.nonce, attempt=placement.attempt, arrival=arrival)
+    hello = RankHello(nonce=service.nonce, attempt=placement.attempt, registration=arrival)
     return Client.connect(service.address, hello, timeout)
 
 

@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
-from allstep.protocol.registration import doubled
+from allstep.protocol.registration import two_processes
 from allstep.world.monitor_link import MonitorService, head_service, sidecar_service
 from allstep.world.store import BoundedStore, abandon_thread, poll
 from allstep.world.torch_private import PrefixStore, TCPStore
@@ -78,7 +78,7 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
     def enter(client: TCPStore, server: TCPStore | None = None) -> RendezvousInfo:
         store, rival = _own_space(client, name, placement.rank, process, deadline)
         if rival:
-            text = doubled(placement.rank, rival, process)
+            text = two_processes(placement.rank, rival, process)
             return RendezvousInfo(store, service=_service_for_rival(store, placement, deadline, text, starts_service))
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
         with contextlib.suppress(dist.DistError, WorldError):  # a server that waits for just this may go first

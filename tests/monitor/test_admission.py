@@ -1,4 +1,4 @@
-"""Who waits to go on, and how long: decisions on a clock that the test sets."""
+"""Which ranks wait to begin, and for how long: decisions on a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from allstep.protocol.registration import GATHER_S, RollCall
-from tests.monitor.driving import arrival
+from allstep.monitor.admission import GATHER_S, RollCall
+from tests.monitor.driving import registration
 
 PATIENCE = 60.0
 
@@ -17,14 +17,14 @@ class Called:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.roll: RollCall[int] = RollCall(3, lambda: self.now)
+        self.roll: RollCall = RollCall(3, lambda: self.now)
 
-    def comes(self, rank: int, door: int | None = None, **other: Any) -> None:
-        self.roll.add(arrival(rank, other.pop("world_size", 3), **other), rank if door is None else door, PATIENCE)
+    def comes(self, rank: int, peer: int | None = None, **other: Any) -> None:
+        self.roll.add(registration(rank, other.pop("world_size", 3), **other), rank if peer is None else peer, PATIENCE)
 
     def at(self, now: float) -> str | None:
         self.now = now
-        return self.roll.verdict()
+        return self.roll.decision()
 
 
 @pytest.fixture
@@ -56,12 +56,12 @@ def test_an_objection_waits_a_moment_for_more_ranks(called: Called):
     assert "disagree about world_size" in str(called.at(GATHER_S))
 
 
-@pytest.mark.parametrize("how", ["its door closes", "a relay loses it"])
+@pytest.mark.parametrize("how", ["its peer closes", "a relay loses it"])
 def test_when_the_one_that_does_not_fit_has_gone_the_others_have_all_their_time(called: Called, how: str):
     called.comes(0)
     called.comes(1, world_size=4)
     called.now = GATHER_S / 2
-    gone = called.roll.remove(1) if how == "its door closes" else called.roll.remove_rank(1)
+    gone = called.roll.remove(1) if how == "its peer closes" else called.roll.remove_rank(1)
     assert [each.rank for each in gone] == [1]
     assert called.roll.deadline() == PATIENCE
     assert called.at(2 * GATHER_S) is None
@@ -90,4 +90,4 @@ def test_nobody_waits_for_anybody_once_all_have_gone(called: Called):
     called.comes(0)
     called.roll.remove(0)
     assert called.roll.deadline() is None
-    assert called.roll.verdict() is None
+    assert called.roll.decision() is None

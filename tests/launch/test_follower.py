@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from allstep.launch import follower as following
+from allstep.launch import follower as follower_module
 from allstep.launch.event_loop import EventLoop
-from allstep.launch.join_protocol import Over, Resigned, Start
 from allstep.launch.settings import LaunchSettings
 from allstep.launch.topology import Nodes
 from allstep.launch.worker_plan import Command
 from allstep.monitor.service import Finished
+from allstep.protocol.messages import AttemptStart, NodeResigned, RunOver
 
 LAST = Finished("run exp made room (exit code 85) on all nodes", 85)
 NEXT = Finished("", 0)
@@ -35,7 +35,7 @@ class Follower:
         self.loop = EventLoop()
         self.said: list[str] = []
         self.stopped_by: signal.Signals | None = None
-        self.resigned: list[Resigned] = []
+        self.resigned: list[NodeResigned] = []
         self._finished = finished
         self._stopped = stopped
 
@@ -51,19 +51,19 @@ class Follower:
         return SimpleNamespace(diagnosis=None, finished=self._finished)
 
     def follow(self, monkeypatch: pytest.MonkeyPatch) -> int:
-        starts = [Start("exp", 0, "n0", 9, 9, 1, 2, 0)]
+        starts = [AttemptStart("exp", 0, "n0", 9, 9, 1, 2, 0)]
 
-        def join(*given: object) -> Start | Over | None:
+        def join(*given: object) -> AttemptStart | RunOver | None:
             if starts:
                 return starts.pop()
             if self._stopped == "after it":
                 self.stopped_by = signal.SIGTERM
-            return None if self.stopped() else Over(85, LAST.text)
+            return None if self.stopped() else RunOver(85, LAST.text)
 
-        monkeypatch.setattr(following, "join", join)
-        monkeypatch.setattr(following, "leave", lambda nodes, message: self.resigned.append(message))
+        monkeypatch.setattr(follower_module, "join", join)
+        monkeypatch.setattr(follower_module, "resign", lambda nodes, message: self.resigned.append(message))
         machine: Any = self
-        return following.follow(machine)
+        return follower_module.follow(machine)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ class Follower:
         (None, "in the attempt", 143, "stopped by SIGTERM"),
     ],
 )
-def test_a_machine_that_is_stopped_ends_as_the_run_did_where_it_has_heard_how(
+def test_a_stopped_machine_ends_as_the_run_did_where_it_heard_how(
     finished: Finished | None, stopped: str, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     follower = Follower(tmp_path, finished=finished, stopped=stopped)
