@@ -15,7 +15,7 @@ from allstep.coordination import Coordinator
 from allstep.errors import MetricError, MetricMismatchError
 from allstep.metrics import Max, Mean, Metrics, Sum
 from allstep.metrics.exchange import FIRST_FRAME, Exchange
-from allstep.metrics.nodes import nodes
+from allstep.metrics.nodes import metric_set
 from allstep.metrics.states import make_plan
 from allstep.testing import simulate
 from tests.metrics.worlds import all_same_bits, same_bits, take
@@ -210,7 +210,7 @@ def calls_of(make: Any, world_size: int, times: int = 1) -> list[int]:
     """Meetings that each reduction takes."""
 
     def rank(coordinator: Any) -> list[int]:
-        plan = make_plan("event", nodes({"it": make(coordinator.rank)}), {})
+        plan = make_plan("event", metric_set({"it": make(coordinator.rank)}).nodes, {})
         exchange, counts = Exchange(), []
         for _ in range(times):
             before = coordinator.calls
@@ -276,7 +276,7 @@ def test_states_too_large_to_gather_are_reduced_once_for_each_operation_and_type
 
     def rank(coordinator: Any) -> tuple[list[torch.Tensor], int]:
         states = {f"{op}{i}": (values[coordinator.rank, op, dtype], op) for i, (op, dtype) in enumerate(forms)}
-        plan = make_plan("event", nodes({"it": States(states)}), {})
+        plan = make_plan("event", metric_set({"it": States(states)}).nodes, {})
         small = Exchange().gather(coordinator, plan, {}).blocks
         before = coordinator.calls
         large = Exchange(largest=3).gather(coordinator, plan, {}).blocks
@@ -291,7 +291,7 @@ def mismatched(make: Any, world_size: int = 3) -> list[str]:
     """The error of each rank."""
 
     def rank(coordinator: Coordinator) -> str:
-        plan = make_plan("EPOCH_COMPLETED", nodes({"it": make(coordinator.rank)}), {})
+        plan = make_plan("EPOCH_COMPLETED", metric_set({"it": make(coordinator.rank)}).nodes, {})
         with pytest.raises(MetricMismatchError) as caught:
             Exchange().gather(coordinator, plan, {})
         return str(caught.value)
@@ -344,7 +344,7 @@ def test_concatenations_that_do_not_fit_together_name_metric_state_and_ranks() -
 def test_a_rank_that_cannot_pack_its_states_is_an_error_on_all() -> None:
     def rank(coordinator: Coordinator) -> str:
         ragged = [torch.zeros(2, 3), torch.zeros(2, 4)] if coordinator.rank == 1 else [torch.zeros(2, 3)]
-        plan = make_plan("event", nodes({"it": States({"s": (ragged, "cat")})}), {})
+        plan = make_plan("event", metric_set({"it": States({"s": (ragged, "cat")})}).nodes, {})
         with pytest.raises(MetricError) as caught:
             Exchange().gather(coordinator, plan, {})
         return str(caught.value)
@@ -355,7 +355,7 @@ def test_a_rank_that_cannot_pack_its_states_is_an_error_on_all() -> None:
     assert "rank 0" not in errors[0]
 
 
-def test_on_an_accelerator_the_payload_travels_apart_from_what_the_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_an_accelerator_the_payloadtravels_apart_from_what_the_host_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(rank: int) -> States:
         return States(
             {
@@ -368,7 +368,7 @@ def test_on_an_accelerator_the_payload_travels_apart_from_what_the_host_reads(mo
         )
 
     on_host = reduced(make, 3)[0]
-    monkeypatch.setattr("allstep.metrics.exchange._travels_apart", lambda device: True)
+    monkeypatch.setattr("allstep.metrics.exchange.travels_apart", lambda device: True)
     assert same_bits(reduced(make, 3)[0], on_host)
     assert calls_of(make, 3, times=2) == [2, 2]
     assert calls_of(lambda rank: States({"words": (["a"], None)}), 3) == [1]

@@ -8,9 +8,9 @@ functions the name. What a rank may well have of its own is left out: devices, p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from enum import Enum
-from functools import lru_cache, partial
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 
-from allstep.metrics.nodes import Entry, named_metrics, plain_attributes
-from allstep.metrics.torchmetrics_private import is_known
+from allstep.metrics.nodes import Entry, init_arguments, named_metrics, plain_attributes
+from allstep.metrics.torchmetrics_private import is_library_class, is_library_module, state_defaults
 
 _MISSING = object()
 _LONGEST = 200  # characters of a text
@@ -27,18 +27,9 @@ _LONGEST = 200  # characters of a text
 # How a metric computes, and not what: a rank may have these for itself.
 _LEFT_OUT = frozenset(
     {
-        *(
-            "validate_args",
-            "verbose",
-            "num_threads",
-            "batch_size",
-            "num_workers",
-            "progress_bar",
-            "rank",
-            "process_group",
-        ),
-        *("warn_on_many_detections", "model_name_or_path", "sync_on_compute", "compute_on_cpu", "dist_sync_on_step"),
-        "compute_with_cache",
+        *("validate_args", "verbose", "num_threads", "batch_size", "num_workers", "progress_bar", "rank"),
+        *("process_group", "sync_on_compute", "compute_on_cpu", "dist_sync_on_step", "compute_with_cache"),
+        *("warn_on_many_detections", "model_name_or_path"),
     }
 )
 
@@ -47,12 +38,13 @@ def descriptions(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
     """Of each collection and metric inside of named entries, the name and how it was made."""
     metrics = named_metrics(entries)
     names = {id(metric): name for name, metric in metrics}
-    found = [
-        (name, f"a collection, prefix {entry.prefix!r}, postfix {entry.postfix!r}, of {', '.join(entry._modules)}")
-        for name, entry in entries.items()
-        if isinstance(entry, MetricCollection)
-    ]
+    found = [(name, _collection(entry)) for name, entry in entries.items() if isinstance(entry, MetricCollection)]
     return [*found, *((name, _description(metric, names)) for name, metric in metrics)]
+
+
+def _collection(collection: MetricCollection) -> str:
+    members = ", ".join(map(str, collection.keys(keep_base=True)))
+    return f"a collection, prefix {collection.prefix!r}, postfix {collection.postfix!r}, of {members}"
 
 
 def _description(metric: Metric, names: Mapping[int, str]) -> str:
@@ -83,7 +75,7 @@ def _operand(operand: Any, names: Mapping[int, str]) -> str:
 def _operator(function: Any) -> str:
     """A function's name, with what torchmetrics bound to it: the index of `metric[2]`."""
     name = str(getattr(function, "__name__", type(function).__name__))
-    if not str(getattr(function, "__module__", "")).startswith("torchmetrics"):
+    if not is_library_module(str(getattr(function, "__module__", ""))):
         return name
     bound = [_text(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
     return " ".join([name, *(text for text in bound if text is not None)])
@@ -91,25 +83,11 @@ def _operator(function: Any) -> str:
 
 def _compared(metric: Metric) -> list[str]:
     """The arguments of torchmetrics' and allstep's own classes that a metric is made of, as attributes."""
-    names = list(_arguments_of(type(metric)))
+    kinds = [kind for kind in type(metric).__mro__ if is_library_class(kind)]
+    names = list(dict.fromkeys(name for kind in kinds for name in init_arguments(kind)))
     if type(metric).__module__.partition(".")[0] == "allstep":  # some are kept under other names
-        names += [name for name in sorted(plain_attributes(metric)) if name not in names]
+        names += [name for name in sorted(plain_attributes(metric, state_defaults(metric))) if name not in names]
     return [name for name in names if name not in _LEFT_OUT and not name.startswith("_") and "device" not in name]
-
-
-@lru_cache
-def _arguments_of(kind: type[Metric]) -> tuple[str, ...]:
-    names: dict[str, None] = {}
-    for each in kind.__mro__:
-        if is_known(each.__module__) and "__init__" in vars(each):
-            names.update(dict.fromkeys(_named_parameters(each)))
-    return tuple(names)
-
-
-def _named_parameters(kind: type) -> Iterator[str]:
-    for each in list(inspect.signature(vars(kind)["__init__"]).parameters.values())[1:]:
-        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-            yield each.name
 
 
 def _text(value: Any) -> str | None:

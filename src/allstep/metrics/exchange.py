@@ -10,35 +10,40 @@ then the payload on the device. Blocks so large that all ranks' would fill memor
 operation and type.
 
 After: every rank has all ranks' states, or all raise the same error: MetricMismatchError where schemas differ by more
-than the shapes of what a rank has not seen, which `adopt` mends and all gather again; MetricError where a rank
+than the shapes of what a rank has not seen, which `adopt_shapes` mends and all gather again; MetricError where a rank
 could not pack its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 
 import torch
 
-from allstep.coordination import Coordinator, check_schemas
+from allstep.coordination import Coordinator, Schema, check_schemas
 from allstep.errors import MetricError
-from allstep.metrics.folding import fold, from_carrier, to_carrier
-from allstep.metrics.packing import ALIGNMENT, Carried, Packed, Unpacked, adopt, block_values, pack, padded, unpack
-from allstep.metrics.states import Block, Plan
+from allstep.metrics.folding import fold, from_accumulator, to_accumulator
+from allstep.metrics.packing import ALIGNMENT, Packed, Unmerged, Unpacked, block_values, pack, padded, unpack
+from allstep.metrics.states import Form, ReductionPlan, StateBlock, form_of
 
 FIRST_FRAME = 4096
 LARGEST_GATHER = 256 * 2**20
-_GROWTH = 1.25
+_GROWTH = 1.25  # lists grow from one event to the next; a frame with some room saves their second collective
 
 _HEAD = 5
 _HEAD_BYTES = padded(_HEAD * 8)
+assert _HEAD_BYTES % ALIGNMENT == 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Head:
-    """What a frame begins with. `failed` says that this rank could not pack its states."""
+    """What a frame begins with; lengths are in bytes, the manifest's in integers.
+
+    `failed` says that this rank could not pack its states.
+    """
 
     fingerprint: int
     frame: int
@@ -73,87 +78,99 @@ class Exchange:
         """What the next frame's length comes from; it differs where metrics were attached anew on some ranks only."""
         return "gathered for the first time" if self._frame is None else f"gathered in frames of {self._frame} bytes"
 
-    def _expected(self, world_size: int) -> int:
-        """The length of the next frame, in bytes, which has to be the same on all ranks."""
-        if self._frame is not None:
-            return self._frame
-        return FIRST_FRAME + (padded(self._fixed) if self._fixed * world_size <= self._largest else 0)
-
     def gather(
-        self, coordinator: Coordinator, plan: Plan, carried: Carried, replan: Callable[[], Plan] | None = None
+        self,
+        coordinator: Coordinator,
+        plan: ReductionPlan,
+        unmerged: Unmerged,
+        replan: Callable[[], ReductionPlan] | None = None,
     ) -> Gathered:
         """Give all ranks this rank's states and be given theirs.
 
         Args:
             coordinator: what the ranks meet through.
             plan: of this rank's states.
-            carried: what loaded states brought along.
+            unmerged: what loaded states brought along.
             replan: gives the plan anew after a rank has taken on shapes of others; by default that is not done.
         """
-        device = plan.device
         apart = self._are_large(plan, coordinator.world_size)
         failure: Exception | None = None
         try:
-            packed = pack(plan, device, carried, blocks_apart=apart)
+            packed = pack(plan, unmerged, blocks_apart=apart)
         except Exception as error:  # whatever it is, the others have to hear of it
             packed, failure = Packed([], []), error
-        on_host = not _travels_apart(device)
-        manifest = torch.tensor(packed.manifest, dtype=torch.int64).view(torch.uint8)
-        within = packed.size if on_host else 0
-        size = _HEAD_BYTES + padded(manifest.numel()) + within
-        head = _Head(plan.fingerprint, size, len(packed.manifest), packed.size, failure is not None)
-
-        def frame(length: int) -> torch.Tensor:
-            return _frame(length, head, manifest, packed if on_host else None)
-
-        rows, heads = self._gather_frames(coordinator, frame)
-        if any(each.fingerprint != heads[0].fingerprint for each in heads):
+        on_host = not travels_apart(plan.device)
+        frame = _Frame.of(plan, packed, on_host=on_host, failed=failure is not None)
+        rows = coordinator.gather_bytes(frame.padded_to(self._expected(coordinator.world_size)))
+        heads = [_Head(*numbers) for numbers in rows[:, : _HEAD * 8].contiguous().view(torch.int64).tolist()]
+        if any(head.fingerprint != plan.fingerprint for head in heads):
             if replan is not None:
-                adopt(coordinator, plan)
-                return self.gather(coordinator, replan(), carried)
+                adopt_shapes(coordinator, plan)
+                return self.gather(coordinator, replan(), unmerged)
             check_schemas(coordinator.gather(plan.schema))
-        if any(each.failed for each in heads):
-            _say_failed(coordinator, failure)
-        longest = max(each.frame for each in heads)
+        if any(head.failed for head in heads):
+            _raise_failures(coordinator, failure)
+        longest = max(head.frame for head in heads)
         if longest > rows.shape[1]:
-            rows = coordinator.gather_bytes(frame(longest))
-        self._frame = padded(ceil(longest * _GROWTH)) if plan.listed else longest
-        payloads = _payloads_in(rows, heads) if on_host else _gather_payloads(coordinator, packed, heads, device)
+            rows = coordinator.gather_bytes(frame.padded_to(longest))
+        self._frame = padded(ceil(longest * _GROWTH)) if plan.gathered else longest
+        payloads = _payloads_in(rows, heads) if on_host else _gather_payloads(coordinator, packed, heads, plan.device)
         ranks = [
-            unpack(plan, _manifest_in(row, each), payload, blocks_apart=apart)
-            for row, each, payload in zip(rows, heads, payloads, strict=True)
+            unpack(plan, _manifest_in(row, head), payload, blocks_apart=apart)
+            for row, head, payload in zip(rows, heads, payloads, strict=True)
         ]
         if apart:
             return Gathered(_reduce_blocks(coordinator, plan), ranks)
         return Gathered(_fold_blocks(plan, ranks), ranks)
 
-    def _gather_frames(
-        self, coordinator: Coordinator, frame: Callable[[int], torch.Tensor]
-    ) -> tuple[torch.Tensor, list[_Head]]:
-        rows = coordinator.gather_bytes(frame(self._expected(coordinator.world_size)))
-        numbers = rows[:, : _HEAD * 8].contiguous().view(torch.int64).tolist()
-        return rows, [_Head(*each) for each in numbers]
+    def _expected(self, world_size: int) -> int:
+        """The length of the next frame, in bytes, which has to be the same on all ranks."""
+        if self._frame is not None:
+            return self._frame
+        return FIRST_FRAME + (padded(self._fixed) if self._fixed * world_size <= self._largest else 0)
 
-    def _are_large(self, plan: Plan, world_size: int) -> bool:
+    def _are_large(self, plan: ReductionPlan, world_size: int) -> bool:
         size = sum(block.length * block.dtype.itemsize for block in plan.blocks)
         return size * world_size > self._largest
 
 
-def _travels_apart(device: torch.device) -> bool:
-    """Whether the payload is gathered on its device, so that the host does not wait for it."""
+def travels_apart(device: torch.device) -> bool:
+    """Whether the payload is gathered on its device and not in the frame, so that the host does not wait for it."""
     return device.type != "cpu"
 
 
-def _frame(length: int, head: _Head, manifest: torch.Tensor, packed: Packed | None) -> torch.Tensor:
-    """A frame of `length` bytes: all of it, or, where it does not fit, its head alone."""
-    buffer = torch.zeros(length, dtype=torch.uint8) if length <= FIRST_FRAME else torch.empty(length, dtype=torch.uint8)
-    numbers = (head.fingerprint, head.frame, head.manifest, head.payload, head.failed)
-    buffer[: _HEAD * 8] = torch.tensor(numbers, dtype=torch.int64).view(torch.uint8)
-    if head.frame <= length:
-        buffer[_HEAD_BYTES : _HEAD_BYTES + manifest.numel()] = manifest
-        if packed is not None:
-            packed.write(buffer[_HEAD_BYTES + padded(manifest.numel()) :])
-    return buffer
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What a rank sends: integers, then the payload where it travels with them; `size` bytes in all."""
+
+    numbers: torch.Tensor
+    packed: Packed | None
+    size: int
+
+    @staticmethod
+    def of(plan: ReductionPlan, packed: Packed, *, on_host: bool, failed: bool) -> _Frame:
+        begin = _HEAD_BYTES + padded(len(packed.manifest) * 8)
+        payload = packed.size
+        size = begin + (payload if on_host else 0)
+        head = [plan.fingerprint, size, len(packed.manifest), payload, int(failed)]
+        numbers = [*head, *[0] * (_HEAD_BYTES // 8 - _HEAD), *packed.manifest]
+        numbers += [0] * (begin // 8 - len(numbers))
+        return _Frame(torch.tensor(numbers, dtype=torch.int64).view(torch.uint8), packed if on_host else None, size)
+
+    def padded_to(self, length: int) -> torch.Tensor:
+        """The frame as uint8 (length,): all of it, or, where it does not fit, its head alone."""
+        # Short frames are cleared, so that no bytes of this process' memory travel beside them.
+        buffer = (
+            torch.zeros(length, dtype=torch.uint8) if length <= FIRST_FRAME else torch.empty(length, dtype=torch.uint8)
+        )
+        if self.size > length:
+            buffer[:_HEAD_BYTES] = self.numbers[:_HEAD_BYTES]
+            return buffer
+        begin = self.numbers.numel()
+        buffer[:begin] = self.numbers
+        if self.packed is not None:
+            self.packed.write(buffer[begin:])
+        return buffer
 
 
 def _manifest_in(row: torch.Tensor, head: _Head) -> Sequence[int]:
@@ -177,11 +194,11 @@ def _gather_payloads(
     return list(coordinator.gather_bytes(buffer))
 
 
-def _fold_blocks(plan: Plan, ranks: Sequence[Unpacked]) -> list[torch.Tensor]:
+def _fold_blocks(plan: ReductionPlan, ranks: Sequence[Unpacked]) -> list[torch.Tensor]:
     return [_fold_block(plan, block, [rank.blocks[at] for rank in ranks]) for at, block in enumerate(plan.blocks)]
 
 
-def _fold_block(plan: Plan, block: Block, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+def _fold_block(plan: ReductionPlan, block: StateBlock, rows: Sequence[torch.Tensor]) -> torch.Tensor:
     try:
         return fold(rows, block.op)
     except RuntimeError as error:  # an operation that there is not for the type
@@ -191,21 +208,74 @@ def _fold_block(plan: Plan, block: Block, rows: Sequence[torch.Tensor]) -> torch
         ) from error
 
 
-def _reduce_blocks(coordinator: Coordinator, plan: Plan) -> list[torch.Tensor]:
+def _reduce_blocks(coordinator: Coordinator, plan: ReductionPlan) -> list[torch.Tensor]:
     reduced = []
     for block, values in zip(plan.blocks, block_values(plan), strict=True):
-        carried = to_carrier(values, block.op)
-        flat = torch.view_as_real(carried) if carried.is_complex() else carried
-        total = coordinator.reduce_tensor(flat, block.op)
-        total = torch.view_as_complex(total) if carried.is_complex() else total
-        reduced.append(from_carrier(total, block.dtype, block.op))
+        total = to_accumulator(values, block.op)
+        flat = torch.view_as_real(total) if total.is_complex() else total
+        summed = coordinator.reduce_tensor(flat, block.op)
+        summed = torch.view_as_complex(summed) if total.is_complex() else summed
+        reduced.append(from_accumulator(summed, block.dtype, block.op))
     return reduced
 
 
-def _say_failed(coordinator: Coordinator, failure: Exception | None) -> None:
-    said = coordinator.gather(None if failure is None else repr(failure))
-    ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None)
+def _raise_failures(coordinator: Coordinator, failure: Exception | None) -> None:
+    texts = coordinator.gather(None if failure is None else repr(failure))
+    ranks = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None)
     raise MetricError(f"states of metrics could not be sent: {ranks}") from failure
 
 
-assert _HEAD_BYTES % ALIGNMENT == 0
+# States of a rank that has seen nothing, in the shapes and types that updates gave them on other ranks. Some metrics
+# begin with a number and make it a row at the first update (torchmetrics' `R2Score` of several outputs), so that ranks
+# that have taken batches differ from those that have not.
+
+
+@dataclass(frozen=True, slots=True)
+class _RankForms:
+    """What one rank says: its schema, and for each line of a state whether a batch entered it, its shape and type."""
+
+    schema: Schema
+    seen: tuple[bool, ...]
+    forms: tuple[Form, ...]
+
+
+def adopt_shapes(coordinator: Coordinator, plan: ReductionPlan) -> None:
+    """Give the states of this rank's metrics that have seen nothing the shapes of other ranks.
+
+    Called on all ranks when their schemas differ. What a metric without a batch holds is its default, which is as well
+    spread over the shape of the others. A default that cannot be spread so is left, and shows in the next comparison.
+
+    Raises:
+        MetricMismatchError: ranks differ in more than that.
+    """
+    states = [(node, name) for node in plan.nodes for name in node.defaults]
+    own = _RankForms(
+        plan.schema,
+        tuple(node.updates > 0 for node, _ in states),
+        tuple(form_of(getattr(node.metric, name)) for node, name in states),
+    )
+    by_rank: list[_RankForms] = coordinator.gather(own)
+    models = _models(by_rank)
+    check_schemas([_as_models(each, by_rank, models) for each in by_rank])
+    for at, (node, name) in enumerate(states):
+        form, default = by_rank[models[at]].forms[at], node.defaults[name]
+        if not own.seen[at] and form is not None and isinstance(default, torch.Tensor):
+            shape, dtype = form
+            device = getattr(node.metric, name).device
+            with suppress(RuntimeError):
+                setattr(node.metric, name, default.to(device, dtype).expand(shape).clone())
+
+
+def _models(by_rank: Sequence[_RankForms]) -> list[int]:
+    """For each state the first rank that a batch entered it on, rank 0 where there is none."""
+    count = min(len(each.seen) for each in by_rank)
+    return [next((rank for rank, each in enumerate(by_rank) if each.seen[at]), 0) for at in range(count)]
+
+
+def _as_models(own: _RankForms, by_rank: Sequence[_RankForms], models: Sequence[int]) -> Schema:
+    """A rank's schema if it took the shapes of others for what it has not seen."""
+    taken = [
+        by_rank[model].schema[at] if not seen and by_rank[model].schema[at][:3] == line[:3] else line
+        for at, (line, seen, model) in enumerate(zip(own.schema, own.seen, models, strict=False))
+    ]
+    return (*taken, *own.schema[len(taken) :])

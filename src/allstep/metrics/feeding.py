@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from inspect import Parameter
+from inspect import Parameter, signature
 from numbers import Real
 from typing import Any
 
@@ -23,10 +23,10 @@ from torchmetrics.metric import CompositionalMetric
 from torchmetrics.wrappers import ClasswiseWrapper, MinMaxMetric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from allstep.errors import MetricError
-from allstep.metrics.nodes import Entry, wrapped
+from allstep.errors import ArgumentError, ArgumentTypeError, MetricError
+from allstep.metrics.nodes import Entry, wrapped_metrics
 from allstep.metrics.running import Weighted
-from allstep.metrics.updating import Update, update_of
+from allstep.metrics.torchmetrics_private import set_update_count, sorts_keywords_itself
 
 Transform = Callable[[Any], Any]
 
@@ -35,64 +35,58 @@ _VARIABLE = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fed:
-    """Something that is fed.
+class FedMetric:
+    """Something whose `update` is called with each batch.
 
     Attributes:
-        name: of the metric that it is, or is part of.
-        update: what, and how it is updated.
-        keys: the keyword arguments that it knows; None when it sorts them out for itself.
+        name: of the entry that it is, or is part of.
+        entry: what is fed.
+        keywords: the keyword arguments that it knows; None when it sorts them out for itself.
         weighted: whether it is told how many samples a batch has.
+        is_counted_here: whether its batches are counted here, since torchmetrics does not count those of wrappers.
     """
 
     name: str
-    update: Update
-    keys: frozenset[str] | None
+    entry: Entry
+    keywords: frozenset[str] | None
     weighted: bool
+    is_counted_here: bool
 
-    @property
-    def entry(self) -> Entry:
-        """What is fed."""
-        return self.update.entry
-
-    def take(self, given: Sequence[Any], named: Mapping[str, Any], samples: Callable[[], int], gradients: bool) -> None:
-        """Update it with a step's output, while gradients are off.
+    def known(
+        self, arguments: Sequence[Any], named: Mapping[str, Any], samples: Callable[[], int]
+    ) -> Mapping[str, Any]:
+        """Of keyword arguments those that it takes, and how many samples the batch has, where it is weighted.
 
         Args:
-            given: positional arguments.
-            named: keyword arguments, of which it takes those that it knows.
+            arguments: positional arguments.
+            named: keyword arguments.
             samples: what counts the batch's samples.
-            gradients: whether gradients were on before.
 
         Raises:
-            Exception: what `update` raises, with a note of which metric it was and what it was given.
+            ArgumentTypeError: the second of two arguments for a weighted value is no number of samples.
         """
         known = named
-        if named and self.keys is not None:
-            known = {key: value for key, value in named.items() if key in self.keys}
-        if self.weighted and not self._is_told_samples(given, known):
+        if named and self.keywords is not None:
+            known = {key: value for key, value in named.items() if key in self.keywords}
+        if self.weighted and not self._is_told_samples(arguments, known):
             known = {**known, "samples": samples()}
-        try:
-            self.update(given, known, gradients)
-        except Exception as error:
-            error.add_note(f"(metric {self.name!r}, {self._shown(given, known, named)})")
-            raise
+        return known
 
-    def _shown(self, given: Sequence[Any], known: Mapping[str, Any], named: Mapping[str, Any]) -> str:
-        """Which metric this is and what it was given, for errors."""
-        kinds = [*map(_kind, given), *(f"{key}={_kind(value)}" for key, value in known.items())]
-        left = [key for key in named if key not in known]
-        beside = f"; the output has {', '.join(left)} too, which it does not know" if left else ""
-        return f"{type(self.entry).__name__}, was given ({', '.join(kinds)}){beside}"
+    def note(self, arguments: Sequence[Any], known: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+        """Which metric this is and what it was given, for an error that its update raised."""
+        kinds = [*map(_kind, arguments), *(f"{key}={_kind(value)}" for key, value in known.items())]
+        left_out = [key for key in named if key not in known]
+        beside = f"; the output has {', '.join(left_out)} too, which it does not know" if left_out else ""
+        return f"(metric {self.name!r}, {type(self.entry).__name__}, was given ({', '.join(kinds)}){beside})"
 
-    def _is_told_samples(self, given: Sequence[Any], known: Mapping[str, Any]) -> bool:
+    def _is_told_samples(self, arguments: Sequence[Any], known: Mapping[str, Any]) -> bool:
         """Whether the output itself says how many samples its value stands for."""
-        if len(given) > 1:
-            if not _is_count(given[1]):
-                raise TypeError(
+        if len(arguments) > 1:
+            if not _is_count(arguments[1]):
+                raise ArgumentTypeError(
                     f"metric {self.name!r}: {type(self.entry).__name__} takes one value, and the number of samples "
-                    f"that it stands for; it was given {len(given)} arguments, the second a {type(given[1]).__name__}. "
-                    "Give it an output_transform of its own"
+                    f"that it stands for; it was given {len(arguments)} arguments, the second a "
+                    f"{type(arguments[1]).__name__}. Give it an output_transform of its own"
                 )
             return True
         return "samples" in known and _is_count(known["samples"])
@@ -104,10 +98,10 @@ class Feeding:
     Args:
         entries: metrics and collections by name.
         transforms: from a step's output to what a metric takes, for all of them or by name; None gives the output.
-        following: metrics whose states another one holds too, and that one, by id.
+        leaders: for metrics whose states another one holds too, that one, by id.
 
     Raises:
-        ValueError: a transform is for a name that there is not.
+        ArgumentError: a transform is for a name that there is not.
         MetricError: a metric would be fed twice, or differently under two names.
     """
 
@@ -115,17 +109,18 @@ class Feeding:
         self,
         entries: Mapping[str, Entry],
         transforms: Transform | Mapping[str, Transform] | None,
-        following: Mapping[int, Metric],
+        leaders: Mapping[int, Metric],
     ) -> None:
         by_name = transforms if isinstance(transforms, Mapping) else {}
         common = None if isinstance(transforms, Mapping) else transforms
         unknown = sorted(by_name.keys() - entries.keys())
         if unknown:
-            raise ValueError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(entries)}")
-        fed = _fed_by_name(entries, following)
-        _check_fed_once(fed)
-        feeds: dict[int, tuple[Transform | None, list[Fed]]] = {}
-        for names, entry in fed.values():
+            raise ArgumentError(f"output_transform names {', '.join(unknown)}; the metrics are {', '.join(entries)}")
+        to_feed = _entries_to_feed(entries, leaders)
+        _check_fed_once(to_feed)
+        # Metrics with one transform are fed together, so that it is called once a batch.
+        groups: dict[int, tuple[Transform | None, list[FedMetric]]] = {}
+        for names, entry in to_feed.values():
             own = {id(by_name[name]): by_name[name] for name in names if name in by_name}
             if len(own) > 1:
                 raise MetricError(
@@ -134,41 +129,54 @@ class Feeding:
                 )
             transform = next(iter(own.values()), common)
             weighted = any(isinstance(module, Weighted) for module in entry.modules())
-            keys = _keywords(entry)
-            each = Fed(names[0], update_of(entry), keys, weighted and (keys is None or "samples" in keys))
-            feeds.setdefault(id(transform), (transform, []))[1].append(each)
-        self._feeds = tuple(feeds.values())
-        self._weighs = any(each.weighted for _, fed in self._feeds for each in fed)
-
-    def wrappers(self) -> Iterator[WrapperMetric]:
-        """Wrappers among what is fed, whose batches are counted here."""
-        for _, fed in self._feeds:
-            yield from (each.entry for each in fed if isinstance(each.entry, WrapperMetric))
+            keywords = _keywords(entry)
+            takes_samples = weighted and (keywords is None or "samples" in keywords)
+            fed = FedMetric(names[0], entry, keywords, takes_samples, isinstance(entry, WrapperMetric))
+            groups.setdefault(id(transform), (transform, []))[1].append(fed)
+        self._groups = tuple(groups.values())
+        self._weighs = any(fed.weighted for _, group in self._groups for fed in group)
 
     def take(self, output: Any, samples: Callable[[], int]) -> None:
         """Update all with a step's output, without its graph; a transform that gives None leaves it out.
 
-        `samples` counts the batch's samples; it is called at most once, and only for what is weighed.
+        Args:
+            output: what the step returned.
+            samples: counts the batch's samples; it is called at most once, and only for what is weighed.
+
+        Raises:
+            Exception: what an `update` raises, with a note of which metric it was and what it was given.
         """
         if self._weighs:
             samples = cache(samples)
-        for transform, fed in self._feeds:
+        for transform, group in self._groups:
             result = output if transform is None else transform(output)
             if result is None:
                 continue
-            given, named = _arguments(result)
-            gradients = torch.is_grad_enabled()
-            with torch.set_grad_enabled(False):
-                for each in fed:
-                    each.take(given, named, samples, gradients)
+            arguments, named = _arguments(result)
+            for fed in group:
+                known = fed.known(arguments, named, samples) if named or fed.weighted else named
+                try:
+                    fed.entry.update(*arguments, **known)
+                except Exception as error:
+                    error.add_note(fed.note(arguments, known, named))
+                    raise
+                if fed.is_counted_here and isinstance(fed.entry, WrapperMetric):
+                    set_update_count(fed.entry, fed.entry.update_count + 1)
+
+    def reset_wrapper_counts(self) -> None:
+        """Have wrappers, whose own `reset` may leave it, say that they took no batch."""
+        for _, group in self._groups:
+            for fed in group:
+                if isinstance(fed.entry, WrapperMetric):
+                    set_update_count(fed.entry, 0)
 
 
-def _fed_by_name(entries: Mapping[str, Entry], following: Mapping[int, Metric]) -> dict[int, tuple[list[str], Entry]]:
+def _entries_to_feed(entries: Mapping[str, Entry], leaders: Mapping[int, Metric]) -> dict[int, tuple[list[str], Entry]]:
     """What is fed, by its id, with the names of the entries that it is part of."""
     found: dict[int, tuple[list[str], Entry]] = {}
     for name, entry in entries.items():
         for part in _parts(entry):
-            leader: Entry = following.get(id(part), part)
+            leader: Entry = leaders.get(id(part), part)
             names = found.setdefault(id(leader), ([], leader))[0]
             if name not in names:
                 names.append(name)
@@ -178,7 +186,7 @@ def _fed_by_name(entries: Mapping[str, Entry], following: Mapping[int, Metric]) 
 def _parts(entry: Entry) -> Iterator[Entry]:
     """What of an entry is fed for itself."""
     if getattr(type(entry), "update", None) in _PASS_ON:
-        for inner in wrapped(entry):
+        for inner in wrapped_metrics(entry):
             yield from _parts(inner)
     else:
         yield entry
@@ -201,13 +209,13 @@ def _check_fed_once(fed: Mapping[int, tuple[Sequence[str], Entry]]) -> None:
 
 def _keywords(entry: Entry) -> frozenset[str] | None:
     """Keyword arguments that an update knows; those of a wrapper that takes any are those of what it wraps."""
-    if not isinstance(entry, Metric) or type(entry)._filter_kwargs is not Metric._filter_kwargs:
+    if not isinstance(entry, Metric) or sorts_keywords_itself(entry):
         return None
-    parameters = entry._update_signature.parameters.values()
+    parameters = signature(entry.update).parameters.values()
     named = frozenset(each.name for each in parameters if each.kind not in _VARIABLE)
     if all(each.kind is not Parameter.VAR_KEYWORD for each in parameters):
         return named
-    inner = [_keywords(each) for each in wrapped(entry)] if isinstance(entry, WrapperMetric) else []
+    inner = [_keywords(each) for each in wrapped_metrics(entry)] if isinstance(entry, WrapperMetric) else []
     if not inner:
         return None
     return named.union(*(keys for keys in inner if keys is not None)) if None not in inner else None

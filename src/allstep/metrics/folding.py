@@ -15,18 +15,18 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_mean
 
 from allstep.coordination import ReduceOp
 from allstep.errors import MetricError, MetricMismatchError
-from allstep.metrics.states import ListedState, describe
+from allstep.metrics.states import GatheredState, reduction_name
 
 _LOWEST = -(2**63)
 
 
-def to_carrier(values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
+def to_accumulator(values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
     """A copy of values in the type in which they are reduced: integers add up in int64, small floats in float32."""
-    carried = values.to(_carrier(values.dtype), copy=True)
-    return carried ^ _LOWEST if _is_shifted(values.dtype, op) else carried
+    widened = values.to(_accumulator_type(values.dtype), copy=True)
+    return widened ^ _LOWEST if _is_shifted(values.dtype, op) else widened
 
 
-def from_carrier(total: torch.Tensor, dtype: torch.dtype, op: ReduceOp) -> torch.Tensor:
+def from_accumulator(total: torch.Tensor, dtype: torch.dtype, op: ReduceOp) -> torch.Tensor:
     """What was reduced, of values of `dtype`, in the type of the result."""
     return (total ^ _LOWEST if _is_shifted(dtype, op) else total).to(_result_type(dtype, op))
 
@@ -36,7 +36,7 @@ def _is_shifted(dtype: torch.dtype, op: ReduceOp) -> bool:
     return dtype == torch.uint64 and op != "sum"
 
 
-def _carrier(dtype: torch.dtype) -> torch.dtype:
+def _accumulator_type(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize >= 4):
         return dtype
     if dtype.is_floating_point:
@@ -53,36 +53,36 @@ def _result_type(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
 def fold(rows: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
     """Reduce the tensors of all ranks, of one shape and type, element by element, one rank after the other."""
     dtype = rows[0].dtype
-    total = to_carrier(rows[0], op)
+    total = to_accumulator(rows[0], op)
     for row in rows[1:]:
         if op == "sum":
             total += row.to(total.dtype)
         else:
-            total = (torch.maximum if op == "max" else torch.minimum)(total, to_carrier(row, op))
-    return from_carrier(total, dtype, op)
+            total = (torch.maximum if op == "max" else torch.minimum)(total, to_accumulator(row, op))
+    return from_accumulator(total, dtype, op)
 
 
-def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]]) -> Any:
-    """Reduce what each rank gave of a listed state; None where nobody gave anything, so that it keeps its beginning.
+def fold_gathered(state: GatheredState, metric: str, by_rank: Sequence[Sequence[Any]]) -> Any:
+    """Reduce what each rank gave of a gathered state; None where nobody gave anything, so that it keeps its default.
 
     Args:
         state: which.
         metric: its metric's name, for errors.
-        given: the tensors of each rank, in rank order.
+        by_rank: the tensors of each rank, in rank order.
 
     Raises:
         MetricMismatchError: tensors of different ranks do not fit together.
         MetricError: the reduction fails.
     """
-    every = [tensor for of_rank in given for tensor in of_rank]
-    if not every:
+    tensors = [tensor for of_rank in by_rank for tensor in of_rank]
+    if not tensors:
         return None
     try:
         if state.concatenates:
-            return dim_zero_cat(every)
-        stacked = every if state.is_list else torch.stack(every)
+            return dim_zero_cat(tensors)
+        stacked = tensors if state.is_list else torch.stack(tensors)
     except RuntimeError as error:
-        shapes = "; ".join(f"rank {rank}: {_shapes(of_rank)}" for rank, of_rank in enumerate(given))
+        shapes = "; ".join(f"rank {rank}: {_shapes(of_rank)}" for rank, of_rank in enumerate(by_rank))
         raise MetricMismatchError(
             f"metric {metric!r}, state {state.name!r}: what ranks hold does not fit together ({error}). {shapes}"
         ) from error
@@ -94,15 +94,16 @@ def fold_listed(state: ListedState, metric: str, given: Sequence[Sequence[Any]])
         return state.reduction(stacked)
     except RuntimeError as error:
         raise MetricError(
-            f"metric {metric!r}, state {state.name!r}: {describe(state.reduction)} failed on what all ranks hold, "
-            f"{_shown(stacked)}: {error}"
+            f"metric {metric!r}, state {state.name!r}: {reduction_name(state.reduction)} failed on what all ranks "
+            f"hold, {_shown(stacked)}: {error}"
         ) from error
 
 
 def _mean(stacked: torch.Tensor) -> torch.Tensor:
     """The mean over the first dimension; that of integers is a float."""
     dtype = stacked.dtype if stacked.is_floating_point() else torch.get_default_dtype()
-    total = fold(stacked.to(_carrier(dtype)).unbind(), "sum")
+    # Not `stacked.mean(0)`: how that adds up depends on the shape, and small floats would add up in themselves.
+    total = fold(stacked.to(_accumulator_type(dtype)).unbind(), "sum")
     return (total / len(stacked)).to(dtype)
 
 

@@ -15,15 +15,14 @@ import torch
 from torchmetrics import Metric, MetricCollection, MetricTracker
 
 from allstep.engine import Engine, Events, RemovableEventHandle
-from allstep.errors import MetricError
+from allstep.errors import ArgumentError, ArgumentTypeError, MetricError
 from allstep.metrics.describe import descriptions
 from allstep.metrics.feeding import Feeding, Transform
-from allstep.metrics.nodes import Entry, collections, followers, named_metrics, nodes, stateless
+from allstep.metrics.nodes import Entry, MetricSet, apply_compute_groups, collections_in, metric_set, named_metrics
 from allstep.metrics.reduction import EventReduction
 from allstep.metrics.running import Weighted
 from allstep.metrics.saving import load_states, saved_states
-from allstep.metrics.sharing import fix_groups
-from allstep.metrics.torchmetrics_private import syncs_itself
+from allstep.metrics.torchmetrics_private import overrides_sync, prepare_to_compute
 from allstep.metrics.usage import Event, Usage, UsageName, as_usage, base_event, each_event, event_name
 from allstep.world import World
 
@@ -37,8 +36,8 @@ class Metrics:
             "name/key"; one that is given alone, "key".
 
     Raises:
-        TypeError: something given is no metric.
-        ValueError: two metrics, one inside of a collection or wrapper, have one name.
+        ArgumentTypeError: something given is no metric.
+        ArgumentError: two metrics, one inside of a collection or wrapper, have one name.
     """
 
     state_differs_by_rank = True  # a checkpoint keeps each rank's
@@ -49,19 +48,20 @@ class Metrics:
         for name, entry in entries.items():
             _check_is_metric(name, entry)
         _check_names(entries)
-        self.entries: dict[str, Entry] = dict(entries)
-        self.names_results = not alone
-        self.following = followers(self.entries.values())
-        self.nodes = nodes(self.entries)
-        self.stateless = stateless(self.entries)
-        self.carried: dict[tuple[int, str], list[Any]] = {}
-        self.described: list[tuple[str, str]] = []
-        self._made = descriptions(self.entries)
+        self._set: MetricSet = metric_set(entries, names_results=not alone)
+        self._descriptions = descriptions(entries)
         self._feeding: Feeding | None = None
-        self._loaded: list[Mapping[str, Any]] | None = None
+        self._saved: list[Mapping[str, Any]] | None = (
+            None  # given before `attach`, which says which share is this rank's
+        )
         self._engine: Engine | None = None
         self._handles: list[RemovableEventHandle] = []
         self._reductions: list[EventReduction] = []
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What was given, by name."""
+        return self._set.entries
 
     def attach(
         self,
@@ -86,26 +86,30 @@ class Metrics:
             This object.
 
         Raises:
-            MetricError: these metrics, or one inside, are attached already; one would be fed twice; or the engine is
-                running.
-            ValueError: an unknown usage or name, or a name that is taken.
-            TypeError: what a usage names is no event.
+            MetricError: these metrics, or one inside, are attached already; one would be fed twice; one overrides how
+                torchmetrics synchronises, over several ranks; or the engine is running.
+            ArgumentError: an unknown usage or name, or a name that is taken.
+            ArgumentTypeError: what a usage names is no event.
         """
-        chosen = as_usage(usage)
+        chosen, entries = as_usage(usage), self.entries
         if self._engine is not None:
             raise MetricError("these metrics are attached already; make other ones for another engine or usage")
         if engine.is_running:
             raise MetricError("the engine is running; attach metrics before run(), on every rank alike")
-        feeding = Feeding(self.entries, output_transform, self.following)
+        if engine.coordinator.world_size > 1:
+            _check_reducible(self._set)
+        feeding = Feeding(entries, output_transform, self._set.leaders)
         known = [each for each in engine.extension.reductions if isinstance(each, EventReduction)]
         self._check_fed_by_nobody_else(known)
         joined = [_reduction_at(event, known) for event in each_event(chosen.computes)]
         for reduction in joined:
-            reduction.check_joins(self)
-        for collection in collections(self.entries.values()):
-            fix_groups(collection, self.following)
+            reduction.check_joins(self._set)
+        for collection in collections_in(entries.values()):
+            apply_compute_groups(collection, self._set.leaders)
+        for _, metric in named_metrics(entries):
+            prepare_to_compute(metric)
         self._move(device)
-        self.described = [*self._made, (", ".join(self.entries), _times(chosen))]
+        self._set.compared = [*self._descriptions, (", ".join(entries), _times(chosen))]
         self._engine, self._feeding, self._reductions = engine, feeding, joined
         self._handles = [
             *(engine.add_event_handler(event, self._begin, base_event(event)) for event in each_event(chosen.resets)),
@@ -113,9 +117,9 @@ class Metrics:
         ]
         for reduction in joined:
             self._join(reduction, chosen.updates)
-        if self._loaded is not None:  # before it was known which rank this is
-            self.load_state_dict(self._loaded)
-        self._note_own_ways()
+        if self._saved is not None:
+            self.load_state_dict(self._saved)
+        self._log_unused_options()
         return self
 
     def detach(self) -> None:
@@ -128,7 +132,7 @@ class Metrics:
         for handle in self._handles:
             handle.remove()
         for reduction in self._reductions:
-            reduction.leave(self)
+            reduction.leave(self._set)
             if not reduction.members:
                 engine.extension.reductions.remove(reduction)
                 engine.remove_event_handler(reduction, reduction.event)
@@ -136,15 +140,15 @@ class Metrics:
 
     def reset(self) -> None:
         """Forget what was counted on this rank."""
-        self.carried.clear()
+        self._set.unmerged.clear()
         for entry in self.entries.values():
             entry.reset()
-        for wrapper in self._feeding.wrappers() if self._feeding is not None else ():
-            wrapper._update_count = 0
+        if self._feeding is not None:
+            self._feeding.reset_wrapper_counts()
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has counted; no other rank is asked. To be saved by each rank for itself."""
-        return saved_states((*self.nodes, *self.stateless), self.carried, self.following)
+        return saved_states(self._set)
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Go on from what `state_dict` gave, before or after `attach`; no other rank is asked.
@@ -155,24 +159,25 @@ class Metrics:
                 there are, the share is that of the current world's rank, and is taken anew then.
 
         Raises:
-            ValueError: the state is of other metrics; nothing was changed.
+            ArgumentError: the state is of other metrics; nothing was changed.
         """
         every = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        mine = every if isinstance(state_dict, Mapping) else every[slice(*self._share())]
-        load_states(self.nodes, self.stateless, mine, every, self.carried)
+        share = every if isinstance(state_dict, Mapping) else every[slice(*self._share())]
+        load_states(self._set, share, every)
         deferred = self._engine is None and not isinstance(state_dict, Mapping)
-        self._loaded = every if deferred else None
-
-    def _share(self) -> tuple[int, None, int]:
-        """The first of the saved ranks that this one goes on for, and how many on the next is."""
-        place = World.current() if self._engine is None else self._engine.coordinator
-        return (0, None, 1) if place is None else (place.rank, None, place.world_size)
+        self._saved = every if deferred else None
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take this rank's share of what all ranks of a checkpoint saved; see `load_state_dict`."""
         self.load_state_dict(list(states))
 
+    def _share(self) -> tuple[int, None, int]:
+        """Of the saved ranks every how many, from which on, this rank goes on for, as the arguments of a slice."""
+        ranks = World.current() if self._engine is None else self._engine.coordinator
+        return (0, None, 1) if ranks is None else (ranks.rank, None, ranks.world_size)
+
     def _begin(self, engine: Engine, event: Event) -> None:
+        # A run that goes on in the middle of an epoch fires its beginning too, and keeps what was counted.
         beginnings: dict[Event, int] = {Events.STARTED: 0, Events.EPOCH_STARTED: engine.extension.epoch_began_at}
         goes_on_from = beginnings.get(event)
         if goes_on_from is None or engine.state.iteration <= goes_on_from:
@@ -191,11 +196,12 @@ class Metrics:
     def _join(self, reduction: EventReduction, updates: Event) -> None:
         assert self._engine is not None
         is_new = not reduction.members
-        reduction.join(self)
+        reduction.join(self._set)
         if is_new:
             self._engine.extension.reductions.append(reduction)
         elif any(base_event(each) is base_event(reduction.event) for each in each_event(updates)):
-            self._engine.remove_event_handler(reduction, reduction.event)  # it comes after all that it reduces
+            # Handlers run in the order in which they were added: the reduction comes after all that feeds it.
+            self._engine.remove_event_handler(reduction, reduction.event)
         else:
             return
         self._engine.add_event_handler(reduction.event, reduction)
@@ -223,17 +229,21 @@ class Metrics:
                         module.set_dtype(torch.float32)
             entry.to(target)
 
-    def _note_own_ways(self) -> None:
+    def _log_unused_options(self) -> None:
+        """Say which of torchmetrics' own options of synchronisation have no effect."""
         assert self._engine is not None
+        if self._engine.coordinator.world_size == 1:
+            return
         log = self._engine.logger
         for name, metric in named_metrics(self.entries):
             kind = type(metric).__name__
-            if metric._defaults and syncs_itself(metric):
-                log.info(
-                    "metric %s (%s) reduces its states in a way of its own, with collectives of its own", name, kind
+            if metric.dist_sync_fn is not None:
+                log.warning(
+                    "metric %s (%s) has a dist_sync_fn, which is not called; all ranks' states are reduced as "
+                    "those of other metrics are",
+                    name,
+                    kind,
                 )
-            if self._engine.coordinator.world_size == 1:
-                continue
             if metric.process_group is not None:
                 log.warning("metric %s (%s) has a process_group; it is reduced over all ranks all the same", name, kind)
             if not metric.sync_on_compute:
@@ -244,12 +254,12 @@ class Metrics:
 
 def _check_is_metric(name: str, entry: Any) -> None:
     if isinstance(entry, MetricTracker):
-        raise TypeError(
+        raise ArgumentTypeError(
             f"metric {name!r} is a MetricTracker, which keeps results of its own over epochs. Give the metric inside "
             "of it, and keep engine.state.metrics at each epoch's end"
         )
     if not isinstance(entry, Metric | MetricCollection):
-        raise TypeError(f"metric {name!r} is {entry!r}; it must be a torchmetrics Metric or MetricCollection")
+        raise ArgumentTypeError(f"metric {name!r} is {entry!r}; it must be a torchmetrics Metric or MetricCollection")
 
 
 def _check_names(entries: Mapping[str, Entry]) -> None:
@@ -258,9 +268,21 @@ def _check_names(entries: Mapping[str, Entry]) -> None:
     for name, metric in named_metrics(entries):
         other = known.setdefault(name, metric)
         if other is not metric:
-            raise ValueError(
+            raise ArgumentError(
                 f"two metrics are named {name!r}, a {type(other).__name__} and a {type(metric).__name__}: a dot in a "
                 "name stands for what is inside. Choose another name"
+            )
+
+
+def _check_reducible(metrics: MetricSet) -> None:
+    for node in metrics.nodes:
+        if overrides_sync(node.metric):
+            raise MetricError(
+                f"metric {node.name!r} ({type(node.metric).__name__}) overrides _sync_dist, by which torchmetrics "
+                "reduces states over ranks. allstep reduces all metrics in one collective and does not call it, so the "
+                "result could be another one. Leave the method out and say with add_state(..., dist_reduce_fx=...) "
+                "how each state reduces: lists may have any lengths on each rank and hold any objects. Or compute the "
+                "metric on the main rank only, with Engine(step, coordinator=Alone())"
             )
 
 

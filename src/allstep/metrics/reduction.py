@@ -3,22 +3,17 @@
 Contract: an engine has one `EventReduction` for each event at which something is computed; `Metrics.attach` joins it.
 At the event every rank exchanges its states, folds those of all ranks, and computes all results from them; these are in
 `engine.state.metrics` afterwards, the same bits on all ranks, as tensors on the metrics' device. The metrics' own
-states stay. What can go wrong is raised on all ranks alike: metrics that differ, a metric that has seen nothing
-anywhere, a `compute` that raises.
+states stay, so that counting goes on, also when a `compute` raised. What can go wrong is raised on all ranks alike:
+metrics that differ, a metric that has seen nothing anywhere, a `compute` that raises.
 
-Computing results from what all ranks have, and leaving each metric as it was.
-
-Contract: inside `installed` the metrics hold the states that are given, know how many batches all ranks have taken, and
-compute without reducing anything themselves. Afterwards they hold what they held before, also when `compute` raised, so
-that counting goes on. `same_draws` makes a `compute` that draws random numbers (inception score permutes features) draw
-the same on every rank, and leaves the generators as they were.
+The flow is that of `EventReduction.__call__`: plan, exchange, fold, hand states to members that share them, compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torchmetrics import Metric, MetricCollection
@@ -27,20 +22,16 @@ from allstep.coordination import Schema, StateLine
 from allstep.data.keys import key_of
 from allstep.data.seeding import generators_kept, seed_cpu_generators
 from allstep.engine import Engine, EventEnum, FilteredEvent
-from allstep.errors import MetricError, NotComputableError
+from allstep.errors import ArgumentError, MetricError, NotComputableError
 from allstep.metrics.exchange import Exchange, Gathered
-from allstep.metrics.folding import fold_listed
-from allstep.metrics.nodes import Entry, Node, collections, named_metrics
-from allstep.metrics.own_sync import sync_by_itself
-from allstep.metrics.packing import Carried, given
-from allstep.metrics.states import Plan, bytes_as_made, make_plan, schema_as_made
-from allstep.metrics.torchmetrics_private import COMPUTING
+from allstep.metrics.folding import fold_gathered
+from allstep.metrics.nodes import Entry, MetricNode, MetricSet, collections_in, named_metrics
+from allstep.metrics.packing import Unmerged, own_elements
+from allstep.metrics.states import ReductionPlan, bytes_as_made, make_plan, schema_as_made
+from allstep.metrics.torchmetrics_private import bookkeeping, forget_result, keep_states_apart, set_update_count
 from allstep.metrics.usage import event_name
 
-if TYPE_CHECKING:
-    from allstep.metrics.metrics import Metrics
-
-
+# By a metric's id: its states, by name.
 States = dict[int, dict[str, Any]]
 
 
@@ -49,18 +40,18 @@ class EventReduction:
 
     def __init__(self, event: EventEnum | FilteredEvent) -> None:
         self.event = event
-        self.members: list[Metrics] = []
-        self._found: list[Node] = []
-        self._following: dict[int, Metric] = {}
+        self.members: list[MetricSet] = []
+        self._nodes: list[MetricNode] = []
+        self._leaders: dict[int, Metric] = {}
         self._metrics: list[Metric] = []
         self._collections: list[MetricCollection] = []
-        self._parts: list[tuple[str, list[int]]] = []
-        self._plan: Plan | None = None
+        self._ids_by_result: list[tuple[str, list[int]]] = []
+        self._plan: ReductionPlan | None = None
         self._exchange = Exchange()
-        self._looked_at: set[int] = set()
+        self._checked_counts: set[int] = set()
 
-    def check_joins(self, member: Metrics) -> None:
-        """Raise ValueError when two results would have one name."""
+    def check_joins(self, member: MetricSet) -> None:
+        """Raise ArgumentError when two results would have one name."""
         owners: dict[str, str] = {}
         for each in [*self.members, member]:
             for name, entry in each.entries.items():
@@ -70,57 +61,51 @@ class EventReduction:
                 )
                 for result in _known_results(name if each.names_results else "", entry):
                     if result in owners:
-                        raise ValueError(
+                        raise ArgumentError(
                             f"two results named {result} are computed at {event_name(self.event)}: of {owners[result]} "
                             f"and of {owner}. Choose other names, or a prefix for a collection"
                         )
                     owners[result] = owner
 
-    def join(self, member: Metrics) -> None:
+    def join(self, member: MetricSet) -> None:
         """Compute these metrics too."""
-        self._become([*self.members, member])
+        self._set_members([*self.members, member])
 
-    def leave(self, member: Metrics) -> None:
+    def leave(self, member: MetricSet) -> None:
         """Compute these metrics no more."""
-        self._become([each for each in self.members if each is not member])
+        self._set_members([each for each in self.members if each is not member])
 
     def schema(self) -> Schema:
         """What is reduced, for ranks to compare when a run begins."""
         event = event_name(self.event)
-        further = [*self._further(), StateLine(event, "all", "", self._exchange.history)]
-        return schema_as_made(event, self._found, self._following, further)
+        further = [*self._compared_lines(), StateLine(event, "all", "", self._exchange.history)]
+        return schema_as_made(event, self._nodes, self._leaders, further)
 
     def __call__(self, engine: Engine) -> None:
         """Reduce, compute, and set the results."""
-        plan, coordinator = self._present_plan(), engine.coordinator
-        carried = self._carried(plan)
+        plan, coordinator = self._current_plan(), engine.coordinator
+        unmerged = self._unmerged(plan)
         if coordinator.world_size == 1:
-            states, updates = _of_one_rank(plan, carried)
+            states, updates = _of_one_rank(plan, unmerged)
         else:
             self._warn_of_counts(engine)
-            gathered = self._exchange.gather(coordinator, plan, carried, self._present_plan)
-            plan = self._present_plan()
+            gathered = self._exchange.gather(coordinator, plan, unmerged, self._current_plan)
+            plan = self._current_plan()
             states, updates = _of_all_ranks(plan, gathered)
-        for node in plan.alone:
-            if coordinator.world_size > 1:
-                states[id(node.metric)] = sync_by_itself(coordinator, node)
-                updates[id(node.metric)] = sum(coordinator.gather(node.updates))
-            else:
-                updates[id(node.metric)] = node.updates
-        for follower, place in plan.followers:
+        for node, place in plan.sharing:
             leader = plan.nodes[place].metric
-            states[id(follower.metric)] = {name: copied(value) for name, value in states[id(leader)].items()}
-            updates[id(follower.metric)] = updates[id(leader)]
+            states[id(node.metric)] = {name: copied(value) for name, value in states[id(leader)].items()}
+            updates[id(node.metric)] = updates[id(leader)]
         self._check_seen(updates)
         self._compute(engine, plan, states, updates)
 
-    def _compute(self, engine: Engine, plan: Plan, states: States, updates: Mapping[int, int]) -> None:
+    def _compute(self, engine: Engine, plan: ReductionPlan, states: States, updates: Mapping[int, int]) -> None:
         state = engine.state
         key = key_of(state.seed or 0, state.epoch, state.iteration)
         results: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for collection in self._collections:
-            collection._state_is_copy = True  # else it would have its members compute from one and the same tensors
+            keep_states_apart(collection)
         with torch.no_grad(), same_draws(key, plan.device), installed(self._metrics, states, updates):
             for member in self.members:
                 for name, entry in member.entries.items():
@@ -134,8 +119,8 @@ class EventReduction:
 
     def _check_seen(self, updates: Mapping[int, int]) -> None:
         unseen = []
-        for name, parts in self._parts:
-            counts = [updates[part] for part in parts if part in updates]
+        for name, ids in self._ids_by_result:
+            counts = [updates[metric] for metric in ids if metric in updates]
             if counts and not any(counts):
                 unseen.append(name)
         if unseen:
@@ -147,13 +132,13 @@ class EventReduction:
             )
 
     def _warn_of_counts(self, engine: Engine) -> None:
-        """Say once which attributes no rank adds up."""
+        """Say once, after its first batch, which attributes of a metric no rank adds up."""
         for member in self.members:
             for node in (*member.nodes, *member.stateless):
-                if not node.updates or id(node.metric) in self._looked_at:
+                if id(node.metric) in self._checked_counts or not node.updates:
                     continue
-                self._looked_at.add(id(node.metric))
-                names = node.counted()
+                self._checked_counts.add(id(node.metric))
+                names = node.counts_outside_states()
                 if names:
                     engine.logger.warning(
                         "metric %s (%s): its update changes %s, which is no state, so that results are not those of "
@@ -163,73 +148,75 @@ class EventReduction:
                         ", ".join(names),
                     )
 
-    def _become(self, members: Sequence[Metrics]) -> None:
+    def _set_members(self, members: Sequence[MetricSet]) -> None:
         self.members = list(members)
-        self._collections = [each for member in members for each in collections(member.entries.values())]
-        self._found = [node for member in members for node in member.nodes]
-        self._following = {follower: leader for member in members for follower, leader in member.following.items()}
-        self._exchange = Exchange(fixed=bytes_as_made(self._found, self._following))
+        self._collections = [each for member in members for each in collections_in(member.entries.values())]
+        self._nodes = [node for member in members for node in member.nodes]
+        self._leaders = {metric: leader for member in members for metric, leader in member.leaders.items()}
+        self._exchange = Exchange(fixed=bytes_as_made(self._nodes, self._leaders))
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
-        self._parts = [
-            (name, [id(part) for _, part in named_metrics({name: entry})])
+        self._ids_by_result = [
+            (name, [id(metric) for _, metric in named_metrics({name: entry})])
             for member in members
             for name, entry in member.entries.items()
         ]
         self._plan = None
 
-    def _present_plan(self) -> Plan:
+    def _current_plan(self) -> ReductionPlan:
         if self._plan is None or not self._plan.is_current():
-            self._plan = make_plan(event_name(self.event), self._found, self._following, self._further())
+            self._plan = make_plan(event_name(self.event), self._nodes, self._leaders, self._compared_lines())
         return self._plan
 
-    def _further(self) -> list[StateLine]:
+    def _compared_lines(self) -> list[StateLine]:
         event = event_name(self.event)
-        return [StateLine(event, name, "", text) for member in self.members for name, text in member.described]
+        return [StateLine(event, name, "", text) for member in self.members for name, text in member.compared]
 
-    def _carried(self, plan: Plan) -> Carried:
-        held = {key: value for member in self.members for key, value in member.carried.items()}
+    def _unmerged(self, plan: ReductionPlan) -> Unmerged:
+        held = {key: values for member in self.members for key, values in member.unmerged.items()}
         if not held:
             return {}
         places = {id(node.metric): place for place, node in enumerate(plan.nodes)}
-        return {(places[metric], name): value for (metric, name), value in held.items() if metric in places}
+        return {(places[metric], name): values for (metric, name), values in held.items() if metric in places}
 
 
-def _of_all_ranks(plan: Plan, gathered: Gathered) -> tuple[States, dict[int, int]]:
+# The states of all ranks together
+
+
+def _of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict[int, int]]:
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
-        for state, part in zip(block.states, torch.split(values, [s.shape.numel() for s in block.states]), strict=True):
+        parts = torch.split(values, [state.shape.numel() for state in block.states])
+        for state, part in zip(block.states, parts, strict=True):
             states[id(plan.nodes[state.node].metric)][state.name] = part.reshape(state.shape)
-    for at, listed in enumerate(plan.listed):
+    for at, listed in enumerate(plan.gathered):
         node = plan.nodes[listed.node]
-        folded = fold_listed(listed, node.name, [rank.listed[at] for rank in gathered.ranks])
+        folded = fold_gathered(listed, node.name, [rank.gathered[at] for rank in gathered.ranks])
         if folded is None:
-            folded = [] if listed.is_list else getattr(node.metric, listed.name).clone()
+            folded = [] if listed.is_list else plan.value(listed).clone()
         elif listed.is_list and node.metric.compute_on_cpu:
             folded = _on_cpu(folded)
         states[id(node.metric)][listed.name] = folded
-    for rank in reversed(gathered.ranks):  # so that the first that has learnt something is heard
-        for place, learnt in rank.learnt.items():
-            states[id(plan.nodes[place].metric)].update(learnt)
+    for rank in reversed(gathered.ranks):  # the first rank that has set an attribute comes last, and holds
+        for place, attributes in rank.values.items():
+            states[id(plan.nodes[place].metric)].update(attributes)
     counts = [sum(counts) for counts in zip(*(rank.updates for rank in gathered.ranks), strict=True)]
     return states, {id(node.metric): count for node, count in zip(plan.nodes, counts, strict=True)}
 
 
-def _of_one_rank(plan: Plan, carried: Carried) -> tuple[States, dict[int, int]]:
+def _of_one_rank(plan: ReductionPlan, unmerged: Unmerged) -> tuple[States, dict[int, int]]:
     plan.check_tensors()
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block in plan.blocks:
         for state in block.states:
-            node = plan.nodes[state.node]
-            states[id(node.metric)][state.name] = copied(state.value(node))
-    for listed in plan.listed:
-        node = plan.nodes[listed.node]
-        brought = carried.get((listed.node, listed.name), ())
-        value = getattr(node.metric, listed.name)
+            states[id(plan.nodes[state.node].metric)][state.name] = copied(plan.value(state))
+    for listed in plan.gathered:
+        node, value = plan.nodes[listed.node], plan.value(listed)
+        brought = unmerged.get((listed.node, listed.name), ())
         if brought:
-            value = fold_listed(listed, node.name, [given(node, listed, brought)])
+            value = fold_gathered(listed, node.name, [own_elements(node, listed, brought)])
         states[id(node.metric)][listed.name] = copied(value)
-    for _, place in plan.followers:  # what its leader has learnt, it lacks
-        states[id(plan.nodes[place].metric)].update(plan.nodes[place].learnt())
+    for _, place in plan.sharing:  # a member that is not fed lacks what its leader has set beside the states
+        states[id(plan.nodes[place].metric)].update(plan.nodes[place].changed_values())
     return states, {id(node.metric): node.updates for node in plan.nodes}
 
 
@@ -239,24 +226,21 @@ def _on_cpu(value: Any) -> Any:
     return [_on_cpu(each) for each in value] if isinstance(value, list) else value
 
 
-def _known_results(name: str, entry: Entry) -> list[str]:
-    """Names of results as far as they are known before anything is computed."""
-    if not isinstance(entry, MetricCollection):
-        return [name]
-    return [f"{name}/{key}" if name else str(key) for key in entry.keys(keep_base=False)]
+def copied(value: Any) -> Any:
+    """A state of its own memory, so that a `compute` that writes to it spoils no other: tensors, and those of lists."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [copied(each) for each in value] if isinstance(value, list) else value
 
 
-def _named_results(name: str, entry: Entry, value: Any) -> dict[str, Any]:
-    if not isinstance(entry, MetricCollection):
-        return {name: value}
-    return {f"{name}/{key}" if name else str(key): each for key, each in value.items()}
+# Computing from them
 
 
 @contextmanager
 def installed(
     metrics: Iterable[Metric], states: Mapping[int, Mapping[str, Any]], updates: Mapping[int, int]
 ) -> Iterator[None]:
-    """Have metrics hold other states for a while.
+    """Have metrics hold other states for a while, and compute from them without asking other ranks.
 
     Args:
         metrics: all that take part, those inside of others too.
@@ -266,13 +250,15 @@ def installed(
     before: list[tuple[Metric, dict[str, Any], list[str]]] = []
     try:
         for metric in metrics:
-            held = vars(metric)
-            new = states.get(id(metric), {})
-            names = [*new, *COMPUTING]
-            before.append((metric, {n: held[n] for n in names if n in held}, [n for n in names if n not in held]))
-            held.update(new)
-            count = updates.get(id(metric), metric._update_count)
-            held.update(_update_count=count, _computed=None, _to_sync=False, _is_synced=False, _should_unsync=True)
+            attributes, new = vars(metric), states.get(id(metric), {})
+            names = bookkeeping().union(new)
+            kept = {name: attributes[name] for name in names if name in attributes}
+            before.append((metric, kept, [name for name in new if name not in attributes]))
+            count = updates.get(id(metric), metric.update_count)
+            attributes.update(new)
+            attributes["distributed_available_fn"] = _nowhere  # so that `compute` does not synchronise by itself
+            set_update_count(metric, count)
+            forget_result(metric)
         yield
     finally:
         for metric, kept, absent in reversed(before):
@@ -281,9 +267,16 @@ def installed(
                 vars(metric).pop(name, None)
 
 
+def _nowhere() -> bool:
+    return False
+
+
 @contextmanager
 def same_draws(key: int, device: torch.device) -> Iterator[None]:
-    """Seed all generators from a key for a while."""
+    """Seed all generators from a key for a while, and leave them as they were.
+
+    Some metrics draw random numbers in `compute` (inception score permutes features); each rank has to draw the same.
+    """
     with generators_kept():
         seed_cpu_generators(key)
         if device.type != "cuda":
@@ -298,8 +291,17 @@ def same_draws(key: int, device: torch.device) -> Iterator[None]:
             torch.cuda.set_rng_state(drawn, device)
 
 
-def copied(value: Any) -> Any:
-    """A state of its own memory, so that a `compute` that writes to it spoils no other: tensors, and those of lists."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    return [copied(each) for each in value] if isinstance(value, list) else value
+# The results' names
+
+
+def _known_results(name: str, entry: Entry) -> list[str]:
+    """Names of results as far as they are known before anything is computed."""
+    if not isinstance(entry, MetricCollection):
+        return [name]
+    return [f"{name}/{key}" if name else str(key) for key in entry.keys(keep_base=False)]
+
+
+def _named_results(name: str, entry: Entry, value: Any) -> dict[str, Any]:
+    if not isinstance(entry, MetricCollection):
+        return {name: value}
+    return {f"{name}/{key}" if name else str(key): each for key, each in value.items()}

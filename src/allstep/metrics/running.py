@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torchmetrics import Metric
 
+from allstep.errors import ArgumentError, ArgumentTypeError
+
 Value: TypeAlias = torch.Tensor | float | np.ndarray[Any, Any] | Sequence[float]
 
 
@@ -68,7 +70,7 @@ class Mean(_Total):
             samples: samples in the batch, an int; of no effect where `value` has one value a sample.
 
         Raises:
-            TypeError: value is no number and no tensor, or samples no integer.
+            ArgumentTypeError: value is no number and no tensor, or samples no integer.
         """
         number, value = _count(samples), _value(value)
         if not isinstance(value, torch.Tensor):
@@ -98,7 +100,7 @@ class Sum(_Total):
     def __init__(self, *, weighted: bool = True, dtype: torch.dtype = torch.float64, **options: Any) -> None:
         super().__init__(**options)
         if dtype not in (torch.float64, torch.int64):
-            raise ValueError(f"dtype is {dtype}; a Sum is kept in torch.float64 or torch.int64")
+            raise ArgumentError(f"dtype is {dtype}; a Sum is kept in torch.float64 or torch.int64")
         self.weighted = weighted
         self.integer = dtype == torch.int64
         self.add_state("whole", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -116,7 +118,7 @@ class Sum(_Total):
 
     def _add_integer(self, value: torch.Tensor | float, number: int | torch.Tensor) -> None:
         if isinstance(value, float) or (isinstance(value, torch.Tensor) and value.is_floating_point()):
-            raise TypeError(
+            raise ArgumentTypeError(
                 f"value is {value!r}; a Sum of integers takes integers, or make it Sum(dtype=torch.float64)"
             )
         per_sample = isinstance(value, torch.Tensor) and value.ndim > 0
@@ -182,7 +184,9 @@ def _value(value: Value) -> torch.Tensor | float:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"value is a {type(value).__name__}, {value!r}; it must be a number or a tensor") from error
+        raise ArgumentTypeError(
+            f"value is a {type(value).__name__}, {value!r}; it must be a number or a tensor"
+        ) from error
 
 
 def _count(samples: Any) -> int | torch.Tensor:
@@ -191,5 +195,5 @@ def _count(samples: Any) -> int | torch.Tensor:
     if isinstance(samples, torch.Tensor) and not samples.is_floating_point():
         return samples
     if not isinstance(samples, Integral):
-        raise TypeError(f"samples is {samples!r}; it must be an integer number of samples")
+        raise ArgumentTypeError(f"samples is {samples!r}; it must be an integer number of samples")
     return int(samples)

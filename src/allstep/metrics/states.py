@@ -1,9 +1,10 @@
 """Which states there are, how each is reduced, and in which order they are packed.
 
-Contract: made from the metrics of one event, on each rank for itself; ranks whose plans have equal `schema` lines lay
-their states out alike. States that add up element by element (sum, max, min) are laid in blocks, one for each operation
-and element type, so that a block is reduced at once. All others travel as a list of tensors: those of list states, and
-a tensor state whose reduction must see what each rank had ("mean", None, a function of the user's).
+Contract: `make_plan` is called on each rank for itself, with the metrics of one event; ranks whose plans have equal
+`schema` lines lay their states out alike. States that are reduced element by element (sum, max, min) are laid in
+blocks, one for each operation and element type, so that a block is reduced at once. All others travel as a list of
+tensors: those of list states, and a tensor state whose reduction must see what each rank had ("mean", None, a function
+of the user's). A plan holds for as long as `is_current` says, since an update may change a state's shape.
 """
 
 from __future__ import annotations
@@ -18,21 +19,18 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mea
 
 from allstep.coordination import ReduceOp, Schema, StateLine, fingerprint
 from allstep.errors import MetricError
-from allstep.metrics.nodes import Node
-from allstep.metrics.torchmetrics_private import syncs_itself
+from allstep.metrics.nodes import MetricNode
 
-Reduction = Callable[[Any], Any] | None
 Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
 
 _OPS: dict[Any, ReduceOp] = {dim_zero_sum: "sum", dim_zero_max: "max", dim_zero_min: "min"}
 _NAMES: dict[Any, str] = {dim_zero_mean: "mean", dim_zero_cat: "cat", **_OPS, None: "None"}
 
-
-_SURROUNDING = 64  # bytes that go with a state or metric: its manifest, and what rounding up adds
+_BYTES_BESIDE = 64  # that go with a state or metric: its manifest, and what rounding up adds
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class FixedState:
+class ElementwiseState:
     """A tensor that is reduced element by element. `node` is its metric's index in the plan."""
 
     node: int
@@ -40,23 +38,23 @@ class FixedState:
     shape: torch.Size
     dtype: torch.dtype
 
-    def value(self, node: Node) -> torch.Tensor:
-        """What this rank has."""
-        found: torch.Tensor = getattr(node.metric, self.name)
-        return found
-
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ListedState:
-    """A state that travels as a list of tensors. `is_list` says that it is one, else a tensor that each rank gives.
+class GatheredState:
+    """A state of which each rank gives a list of tensors.
 
-    `form` is the shape and type of such a tensor when the plan was made.
+    Attributes:
+        node: its metric's index in the plan.
+        name: the state's.
+        is_list: whether it is a list; else a tensor, which each rank gives as a list of one.
+        reduction: from all ranks' tensors to one value; None leaves them as they are.
+        form: the shape and type of a tensor when the plan was made; None for lists.
     """
 
     node: int
     name: str
     is_list: bool
-    reduction: Reduction
+    reduction: Callable[[Any], Any] | None
     form: Form = None
 
     @property
@@ -66,61 +64,58 @@ class ListedState:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """Fixed states of one operation and element type, side by side."""
+class StateBlock:
+    """Elementwise states of one operation and element type, side by side; `length` counts elements."""
 
     op: ReduceOp
     dtype: torch.dtype
-    states: tuple[FixedState, ...]
-
-    @property
-    def length(self) -> int:
-        """Elements in all of them."""
-        return sum(state.shape.numel() for state in self.states)
+    states: tuple[ElementwiseState, ...]
+    length: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
+class ReductionPlan:
     """All states of an event's metrics.
 
     Attributes:
         nodes: metrics whose states are packed.
-        blocks: the fixed states.
-        listed: all others.
-        alone: metrics that reduce their states in a way of their own.
-        followers: for metrics whose states another one holds too, the index of that one in `nodes`.
+        blocks: the elementwise states.
+        gathered: all others.
+        sharing: metrics whose states another one holds too, each with that one's index in `nodes`.
+        device: where the payload is packed: the accelerator, if any state is on one.
         schema: one line a state, then what else ranks compare; ranks with equal ones pack alike.
+        fingerprint: of the schema.
     """
 
-    nodes: tuple[Node, ...]
-    blocks: tuple[Block, ...]
-    listed: tuple[ListedState, ...]
-    alone: tuple[Node, ...]
-    followers: tuple[tuple[Node, int], ...]
+    nodes: tuple[MetricNode, ...]
+    blocks: tuple[StateBlock, ...]
+    gathered: tuple[GatheredState, ...]
+    sharing: tuple[tuple[MetricNode, int], ...]
+    device: torch.device
     schema: Schema
     fingerprint: int
 
+    def value(self, state: ElementwiseState | GatheredState) -> Any:
+        """What this rank holds of a state."""
+        return getattr(self.nodes[state.node].metric, state.name)
+
     def is_current(self) -> bool:
         """Whether tensors still have the types and shapes that the plan was made for."""
-        fixed = all(
-            form_of(state.value(self.nodes[state.node])) == (state.shape, state.dtype)
-            for block in self.blocks
-            for state in block.states
-        )
-        return fixed and all(
-            form_of(getattr(self.nodes[state.node].metric, state.name)) == state.form
-            for state in self.listed
-            if not state.is_list
-        )
+        for block in self.blocks:
+            for state in block.states:
+                value = self.value(state)
+                # A tensor of the right kind is the usual case, and this runs at every event.
+                if not isinstance(value, torch.Tensor) or value.shape != state.shape or value.dtype != state.dtype:
+                    return False
+        return all(form_of(self.value(state)) == state.form for state in self.gathered if not state.is_list)
 
     def check_tensors(self) -> None:
         """Raise MetricError where an update has put something else in the place of a tensor.
 
         Where ranks differ in that, their schemas do.
         """
-        for state in self.listed:
-            node = self.nodes[state.node]
-            value = getattr(node.metric, state.name)
+        for state in self.gathered:
+            node, value = self.nodes[state.node], self.value(state)
             if not state.is_list and not isinstance(value, torch.Tensor):
                 raise MetricError(
                     f"metric {node.name!r} ({type(node.metric).__name__}), state {state.name!r}, was declared as a "
@@ -128,62 +123,58 @@ class Plan:
                     "does"
                 )
 
-    @property
-    def device(self) -> torch.device:
-        """Where the states are: the accelerator, if any of them is on one."""
-        devices = [torch.device(node.metric.device) for node in self.nodes]
-        return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
-
 
 def make_plan(
-    event: str, found: Iterable[Node], following: Mapping[int, Metric], further: Sequence[StateLine] = ()
-) -> Plan:
+    event: str, nodes: Iterable[MetricNode], leaders: Mapping[int, Metric], further: Sequence[StateLine] = ()
+) -> ReductionPlan:
     """The plan for metrics that are reduced together at `event`.
 
     Args:
         event: its name, for errors.
-        found: all metrics with states.
-        following: those of them whose states another one holds too, and that one, by id.
+        nodes: all metrics with states.
+        leaders: for those whose states another one holds too, that one, by id.
         further: lines for ranks to compare beside those of the states.
     """
-    leading, alone, behind = _divided(found, following)
-    fixed: dict[tuple[ReduceOp, torch.dtype], list[FixedState]] = {}
-    listed: list[ListedState] = []
-    for place, node in enumerate(leading):
-        for name, default in node.metric._defaults.items():
-            reduction: Any = node.metric._reductions[name]
-            value = getattr(node.metric, name)
-            op = _OPS.get(reduction)
+    packed, sharing = _divided(nodes, leaders)
+    blocks: dict[tuple[ReduceOp, torch.dtype], list[ElementwiseState]] = {}
+    gathered: list[GatheredState] = []
+    for place, node in enumerate(packed):
+        for name, default in node.defaults.items():
+            value, op = getattr(node.metric, name), elementwise_op(node.reductions[name])
             if isinstance(default, torch.Tensor) and isinstance(value, torch.Tensor) and op is not None:
-                state = FixedState(place, name, value.shape, value.dtype)
-                fixed.setdefault((op, value.dtype), []).append(state)
+                state = ElementwiseState(place, name, value.shape, value.dtype)
+                blocks.setdefault((op, value.dtype), []).append(state)
             else:
-                listed.append(ListedState(place, name, isinstance(default, list), reduction, form_of(value)))
-    schema = (*_lines(event, leading, alone, behind, as_made=False), *further)
-    return Plan(
-        tuple(leading),
-        tuple(Block(op, dtype, tuple(states)) for (op, dtype), states in fixed.items()),
-        tuple(listed),
-        tuple(alone),
-        tuple(behind),
+                is_list = isinstance(default, list)
+                gathered.append(GatheredState(place, name, is_list, node.reductions[name], form_of(value)))
+    schema = (*_lines(event, packed, sharing, as_made=False), *further)
+    return ReductionPlan(
+        tuple(packed),
+        tuple(
+            StateBlock(op, dtype, tuple(states), sum(state.shape.numel() for state in states))
+            for (op, dtype), states in blocks.items()
+        ),
+        tuple(gathered),
+        tuple(sharing),
+        _device_of(packed),
         schema,
         fingerprint(schema),
     )
 
 
 def schema_as_made(
-    event: str, found: Iterable[Node], following: Mapping[int, Metric], further: Sequence[StateLine] = ()
+    event: str, nodes: Iterable[MetricNode], leaders: Mapping[int, Metric], further: Sequence[StateLine] = ()
 ) -> Schema:
     """The schema of these metrics before any took a batch in, whatever shapes their states have by now."""
-    return (*_lines(event, *_divided(found, following), as_made=True), *further)
+    return (*_lines(event, *_divided(nodes, leaders), as_made=True), *further)
 
 
-def bytes_as_made(found: Iterable[Node], following: Mapping[int, Metric]) -> int:
+def bytes_as_made(nodes: Iterable[MetricNode], leaders: Mapping[int, Metric]) -> int:
     """At most how many bytes the tensor states of these metrics take before any took a batch in, on all ranks alike."""
-    leading, _, _ = _divided(found, following)
-    values = [default for node in leading for default in node.metric._defaults.values()]
+    packed, _ = _divided(nodes, leaders)
+    values = [default for node in packed for default in node.defaults.values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    return sum(value.numel() * value.itemsize for value in tensors) + _SURROUNDING * (len(values) + len(leading))
+    return sum(value.numel() * value.itemsize for value in tensors) + _BYTES_BESIDE * (len(values) + len(packed))
 
 
 def form_of(value: Any) -> Form:
@@ -191,54 +182,49 @@ def form_of(value: Any) -> Form:
     return (value.shape, value.dtype) if isinstance(value, torch.Tensor) else None
 
 
-def element_wise(reduction: Any) -> ReduceOp | None:
-    """The operation of a reduction that adds up element by element, None for any other."""
+def elementwise_op(reduction: Any) -> ReduceOp | None:
+    """The operation of a reduction that works element by element, None for any other."""
     return _OPS.get(reduction)
 
 
-def describe(reduction: Any) -> str:
+def reduction_name(reduction: Any) -> str:
     """What a state's reduction is called where ranks compare, and in errors."""
     return _NAMES.get(reduction) or f"reduced by {getattr(reduction, '__name__', type(reduction).__name__)}"
 
 
-Behind: TypeAlias = list[tuple[Node, int]]
+Sharing: TypeAlias = list[tuple[MetricNode, int]]
 
 
-def _divided(found: Iterable[Node], following: Mapping[int, Metric]) -> tuple[list[Node], list[Node], Behind]:
-    """Metrics whose states are packed, those with a way of their own, and those behind the first with its place."""
-    every = list(found)
-    alone = [node for node in every if syncs_itself(node.metric)]
-    leading = [node for node in every if not syncs_itself(node.metric) and id(node.metric) not in following]
-    places = {id(node.metric): place for place, node in enumerate(leading)}
-    behind = [(node, places[id(following[id(node.metric)])]) for node in every if id(node.metric) in following]
-    return leading, alone, behind
+def _divided(nodes: Iterable[MetricNode], leaders: Mapping[int, Metric]) -> tuple[list[MetricNode], Sharing]:
+    """Metrics whose states are packed, and those that share the states of one of them, with its place."""
+    every = list(nodes)
+    packed = [node for node in every if id(node.metric) not in leaders]
+    places = {id(node.metric): place for place, node in enumerate(packed)}
+    sharing = [(node, places[id(leaders[id(node.metric)])]) for node in every if id(node.metric) in leaders]
+    return packed, sharing
 
 
-def _lines(
-    event: str, leading: Sequence[Node], alone: Sequence[Node], behind: Behind, *, as_made: bool
-) -> list[StateLine]:
-    return [
-        *(
-            StateLine(
-                event,
-                _named(node),
-                name,
-                _form(default, default if as_made else getattr(node.metric, name), node.metric._reductions[name]),
-            )
-            for node in leading
-            for name, default in node.metric._defaults.items()
-        ),
-        *(StateLine(event, _named(node), "", "reduced in a way of its own") for node in alone),
-        *(StateLine(event, _named(node), "", f"with the states of {_named(leading[at])}") for node, at in behind),
-    ]
+def _device_of(nodes: Iterable[MetricNode]) -> torch.device:
+    devices = [torch.device(node.metric.device) for node in nodes]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def _named(node: Node) -> str:
+def _lines(event: str, packed: Sequence[MetricNode], sharing: Sharing, *, as_made: bool) -> list[StateLine]:
+    lines = []
+    for node in packed:
+        for name, default in node.defaults.items():
+            value = default if as_made else getattr(node.metric, name)
+            lines.append(StateLine(event, _named(node), name, _form_text(default, value, node.reductions[name])))
+    shared = [StateLine(event, _named(node), "", f"with the states of {_named(packed[at])}") for node, at in sharing]
+    return [*lines, *shared]
+
+
+def _named(node: MetricNode) -> str:
     return f"{node.name} ({type(node.metric).__name__})"
 
 
-def _form(default: Any, value: Any, reduction: Any) -> str:
-    how = describe(reduction)
+def _form_text(default: Any, value: Any, reduction: Any) -> str:
+    how = reduction_name(reduction)
     if isinstance(default, list):
         return f"a list, {how}"
     if not isinstance(value, torch.Tensor):

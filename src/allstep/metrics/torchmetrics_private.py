@@ -1,67 +1,218 @@
-"""What is known here of how torchmetrics keeps a metric: its private attributes, and which code is its own.
+"""The private names of torchmetrics that metrics over ranks need, and one of torch, each behind one function.
 
-Contract: facts about torchmetrics' `Metric`, in one place, since a release of it may change them.
+Contract: no other module of this package uses a name of torchmetrics or torch that begins with an underscore. Each
+function says what it is for, in which releases the name is, and what happens where a release lacks it: a public
+way that costs more or shares less, with one warning a process, or a `MetricError` that names the release. An
+AttributeError never leaves this module. Names are looked for on the object at hand, at each use that is not in a loop
+over batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import CodeType, FunctionType
-from typing import Any, cast
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from typing import Any
 
-from torchmetrics import Metric
+import torch
+import torchmetrics
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 
-# Of a computation: what `compute` and the synchronisation in it change.
-COMPUTING = ("_update_count", "_computed", "_to_sync", "_is_synced", "_cache", "_forward_cache", "_should_unsync")
+from allstep.errors import MetricError
 
-# What torchmetrics keeps of a metric beside its states; an update changes it on every rank for itself.
-BOOKKEEPING = frozenset({*COMPUTING, "_enable_grad", "_device", "_dtype", "training", "compute_on_cpu"})
+_LOG = logging.getLogger("allstep.metrics")
+_LIBRARY_PACKAGES = ("torchmetrics", "allstep")
 
-# What it puts around a metric's methods when the metric is made.
-WRAPPED = frozenset({"update", "compute", "_update_signature"})
+# torchmetrics' detection metrics override `_sync_dist` only because their lists may hold tuples, which travel here as
+# any other object does.
+_KNOWN_SYNCS = frozenset({"torchmetrics.detection.mean_ap", "torchmetrics.detection._mean_ap"})
 
-# All that the function which it puts around an `update` reads, calls and sets, as `updating` does in its place.
-_AROUND_UPDATE = frozenset(
-    {
-        *("_computed", "_update_count", "torch", "set_grad_enabled", "_enable_grad"),
-        *("RuntimeError", "str", "__class__", "__name__", "compute_on_cpu", "_move_list_states_to_cpu"),
-    }
-)
-
-_KNOWN_PACKAGES = ("torchmetrics", "allstep")
-
-# torchmetrics' detection metrics override `_sync_dist` only because their lists hold tuples too.
-_PLAIN_LISTS = frozenset({"torchmetrics.detection.mean_ap", "torchmetrics.detection._mean_ap"})
+# Methods that torchmetrics' classes call from `compute` alone: retrieval metrics compute each query with `_metric`.
+COMPUTE_ONLY_METHODS = frozenset({"_metric"})
 
 
-def is_known(module: str) -> bool:
-    """Whether code of this module is torchmetrics' or allstep's own, and not a user's."""
-    return module.partition(".")[0] in _KNOWN_PACKAGES
+def is_library_class(kind: type) -> bool:
+    """Whether a class is torchmetrics' or allstep's own, so that how it keeps what it counts is known."""
+    return is_library_module(kind.__module__)
 
 
-def syncs_itself(metric: Metric) -> bool:
-    """Whether a metric brings a way of its own to reduce its states over ranks."""
-    own = type(metric)._sync_dist
-    needed = own is not Metric._sync_dist and own.__module__ not in _PLAIN_LISTS
-    return (needed and not isinstance(metric, CompositionalMetric)) or metric.dist_sync_fn is not None
+def is_library_module(name: str) -> bool:
+    """Whether a module is part of torchmetrics or allstep."""
+    return name.partition(".")[0] in _LIBRARY_PACKAGES
 
 
-def inside_update(metric: Metric) -> Callable[..., Any] | None:
-    """A metric's `update` as its class has it, inside of the function that torchmetrics put around it.
+def state_defaults(metric: Metric) -> Mapping[str, torch.Tensor | list[Any]]:
+    """A metric's states by name, with the values that `reset` gives them.
 
-    None where something else is around it: a user's function, nothing at all as in wrappers, or what another release
-    of torchmetrics does there.
+    `_defaults`, in torchmetrics 1.6 to 1.9. Without it a copy of the metric is reset, and its public `metric_state`
+    read, which costs the memory of the copy.
     """
-    around, kind = vars(metric).get("update"), cast(Any, type(metric))
-    if not isinstance(around, FunctionType) or around.__code__ not in _known_around(Metric._wrap_update.__code__):
-        return None
-    inside: Callable[..., Any] | None = getattr(around, "__wrapped__", None)
-    is_its_own = getattr(inside, "__self__", None) is metric and kind.__setattr__ is Metric.__setattr__
-    return inside if is_its_own else None
+    found = getattr(metric, "_defaults", None)
+    if isinstance(found, dict):
+        return found
+    warn_once("Metric._defaults", "each metric is copied once to learn how its states begin")
+    copy = deepcopy(metric)
+    copy.reset()
+    return copy.metric_state
 
 
-def _known_around(making: CodeType) -> list[CodeType]:
-    """Functions that `making` defines and that do no more than is known."""
-    inner = [constant for constant in making.co_consts if isinstance(constant, CodeType)]
-    return [code for code in inner if _AROUND_UPDATE.issuperset(code.co_names)]
+def state_reductions(metric: Metric) -> Mapping[str, Any]:
+    """How each state of a metric is reduced over ranks: a function, or None.
+
+    `_reductions`, in torchmetrics 1.6 to 1.9. Nothing public says it, so that without it metrics cannot be reduced.
+
+    Raises:
+        MetricError: this torchmetrics does not have it.
+    """
+    found = getattr(metric, "_reductions", None)
+    if not isinstance(found, dict):
+        raise _lacking("Metric._reductions", "how states are reduced over ranks is not known")
+    return found
+
+
+def set_update_count(metric: Metric, count: int) -> None:
+    """Have a metric say, by its public `update_count`, that it took `count` batches.
+
+    `_update_count`, in torchmetrics 1.6 to 1.9. A metric that says 0 counts as one that saw nothing, so that a wrong
+    number would lose data; without the name nothing can be set.
+
+    Raises:
+        MetricError: this torchmetrics does not have it.
+    """
+    if "_update_count" not in vars(metric):
+        raise _lacking("Metric._update_count", "the number of batches of a metric cannot be set")
+    vars(metric)["_update_count"] = count
+
+
+def forget_result(metric: Metric) -> None:
+    """Have a metric compute again though it has computed since its last batch.
+
+    `_computed`, in torchmetrics 1.6 to 1.9. Without it see `prepare_to_compute`.
+    """
+    if "_computed" in vars(metric):
+        vars(metric)["_computed"] = None
+
+
+def prepare_to_compute(metric: Metric) -> None:
+    """See to it that `forget_result` will hold; to be called before the metric computes anything.
+
+    Where there is no `_computed` the metric keeps no result at all, by torchmetrics' public `compute_with_cache`.
+    """
+    if "_computed" not in vars(metric):
+        warn_once("Metric._computed", "metrics keep no result, so that each compute() of yours computes anew")
+        metric.compute_with_cache = False
+
+
+class _BareMetric(Metric):
+    """A metric with nothing of its own, to see what torchmetrics keeps in each."""
+
+    def update(self) -> None:
+        """Take nothing in."""
+
+    def compute(self) -> None:
+        """Give nothing."""
+
+
+@cache
+def bookkeeping() -> frozenset[str]:
+    """Attributes that torchmetrics itself keeps in each metric, in whatever release: the options, counts and caches.
+
+    They are read off a metric that has nothing else, so that no private name has to be known here.
+    """
+    return frozenset(vars(_BareMetric()))
+
+
+def overrides_sync(metric: Metric) -> bool:
+    """Whether a metric's class has code of its own for states over ranks that is not known here.
+
+    `_sync_dist`, in torchmetrics 1.6 to 1.9. Where a release lacks it no class can override it, and the answer is no.
+    """
+    plain = getattr(Metric, "_sync_dist", None)
+    own = getattr(type(metric), "_sync_dist", plain)
+    return own is not plain and own.__module__ not in _KNOWN_SYNCS and not isinstance(metric, CompositionalMetric)
+
+
+def sorts_keywords_itself(metric: Metric) -> bool:
+    """Whether a metric's class decides for itself which keyword arguments its `update` takes.
+
+    `_filter_kwargs`, in torchmetrics 1.6 to 1.9. Without it the signature of `update` decides for all.
+    """
+    plain = getattr(Metric, "_filter_kwargs", None)
+    return getattr(type(metric), "_filter_kwargs", plain) is not plain
+
+
+_GROUP_NAMES = ("_enable_compute_groups", "_groups", "_groups_checked", "_state_is_copy")
+
+
+def asked_groups(collection: MetricCollection) -> bool | Sequence[Sequence[str]]:
+    """What a collection was made with as `compute_groups`: whether members may share states, or which do.
+
+    `_enable_compute_groups`, `_groups`, `_groups_checked`, `_state_is_copy` and `_compute_groups_create_state_ref`,
+    in torchmetrics 1.6 to 1.9. Where one is missing no members share states: each is fed and travels for itself.
+    """
+    if all(hasattr(collection, name) for name in (*_GROUP_NAMES, "_compute_groups_create_state_ref")):
+        asked: bool | list[list[str]] = collection._enable_compute_groups
+        return asked
+    warn_once("MetricCollection._groups", "members of a collection do not share states, and each is fed for itself")
+    return False
+
+
+def set_compute_groups(collection: MetricCollection, groups: Sequence[Sequence[str]]) -> None:
+    """Put groups of member names in the place of a collection's compute groups; what its members hold stays.
+
+    Only for collections for which `asked_groups` said that members may share.
+    """
+    collection._compute_groups_create_state_ref(copy=True)  # members of the groups so far hold the same tensors
+    collection._groups = {at: list(names) for at, names in enumerate(groups)}
+    collection._groups_checked = True
+    collection._state_is_copy = False
+
+
+def keep_states_apart(collection: MetricCollection) -> None:
+    """Have the members of a collection compute from what each holds, and not from what the first of its group holds.
+
+    `_state_is_copy`, in torchmetrics 1.6 to 1.9; without it no members share, and there is nothing to do.
+    """
+    if hasattr(collection, "_state_is_copy"):
+        collection._state_is_copy = True
+
+
+def write_count(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to in place, so that a change shows without a copy to compare with.
+
+    torch's `Tensor._version`, in torch 2.9 to 2.13. Tensors made in inference mode have none. Without it only a tensor
+    that is put in the place of another is seen.
+    """
+    if tensor.is_inference():
+        return 0
+    count = getattr(tensor, "_version", None)
+    if count is None:
+        warn_once("Tensor._version", "tensors that an update writes to in place are not seen to change")
+        return 0
+    return int(count)
+
+
+def _lacking(name: str, consequence: str) -> MetricError:
+    return MetricError(
+        f"torchmetrics {torchmetrics.__version__} has no {name}, so that {consequence}. Install a release that allstep "
+        "was tested with: 1.6 to 1.9"
+    )
+
+
+@cache
+def warn_once(name: str, consequence: str) -> None:
+    _LOG.warning(
+        "%s is missing in torch %s with torchmetrics %s: %s",
+        name,
+        torch.__version__,
+        torchmetrics.__version__,
+        consequence,
+    )
+
+
+def library_callable(value: Callable[..., Any]) -> bool:
+    """Whether a function or object that can be called comes from torchmetrics, allstep or torch."""
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return is_library_module(module) or module.partition(".")[0] == "torch"

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from allstep.engine import EventEnum, Events, EventsList, FilteredEvent
 from allstep.engine.events import EveryFilter, Filter, FunctionFilter, OnceFilter
+from allstep.errors import ArgumentError, ArgumentTypeError
 
 Event: TypeAlias = EventEnum | FilteredEvent | EventsList
 UsageName = Literal["epoch", "running", "run", "iteration"]
@@ -64,14 +65,14 @@ def as_usage(usage: Usage | UsageName) -> Usage:
     """The usage that a name stands for.
 
     Raises:
-        ValueError: an unknown name, or several events to be fed at.
-        TypeError: a usage's event is none.
+        ArgumentError: an unknown name, or several events to be fed at.
+        ArgumentTypeError: a usage's event is none.
     """
     if isinstance(usage, Usage):
         _check(usage)
         return usage
     if usage not in USAGES:
-        raise ValueError(f"usage is {usage!r}; it must be a Usage or one of {', '.join(map(repr, USAGES))}")
+        raise ArgumentError(f"usage is {usage!r}; it must be a Usage or one of {', '.join(map(repr, USAGES))}")
     return USAGES[usage]
 
 
@@ -79,9 +80,9 @@ def _check(usage: Usage) -> None:
     for name in ("resets", "updates", "computes"):
         event = getattr(usage, name)
         if not isinstance(event, EventEnum | FilteredEvent | EventsList) or event == EventsList():
-            raise TypeError(f"{name} is {event!r}; it must be an event, such as Events.EPOCH_COMPLETED")
+            raise ArgumentTypeError(f"{name} is {event!r}; it must be an event, such as Events.EPOCH_COMPLETED")
     if isinstance(usage.updates, EventsList):
-        raise ValueError(
+        raise ArgumentError(
             f"updates is {event_name(usage.updates)}; it must be one event, since a batch that two of them are due at "
             "would be counted twice. Use one event with an event_filter"
         )

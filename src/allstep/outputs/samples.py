@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from allstep.coordination import Coordinator
-from allstep.metrics.packing import Packed, element_parts, elements_of, padded
+from allstep.metrics.packing import Packed, element_parts, padded, read_elements
 
 PLACES = 2  # integers that say where a sample stands: its index in the dataset, where known, and the iteration
 
@@ -118,7 +118,7 @@ def samples_packed(samples: Samples, names: Sequence[str]) -> Packed:
 def samples_unpacked(manifest: Sequence[int], payload: torch.Tensor, names: Sequence[str]) -> Samples:
     """What another rank's `samples_packed` gave. Tensors are views of the payload."""
     numbers = iter(manifest)
-    elements = elements_of(numbers, payload, 0)
+    elements = read_elements(numbers, payload, 0)
     places = next(elements)
     columns: dict[str, Column] = {}
     for name in names:

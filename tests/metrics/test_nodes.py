@@ -1,4 +1,4 @@
-"""Which metrics of a collection travel once."""
+"""Which metrics of a collection hold the same states, so that one is fed and its states travel once."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassConfusionMatrix,
     MulticlassF1Score,
+    MulticlassFBetaScore,
     MulticlassPrecision,
     MulticlassRecall,
 )
+from torchmetrics.retrieval import RetrievalMRR, RetrievalPrecision
 
 from allstep import Alone, Engine
-from allstep.coordination import Coordinator
 from allstep.metrics import Metrics
-from allstep.metrics.nodes import followers, nodes
-from allstep.metrics.sharing import fix_groups, shared_states, update_alike
+from allstep.metrics.nodes import apply_compute_groups, leaders_of, metric_set, update_alike
 from allstep.metrics.states import make_plan
-from allstep.testing import simulate
-from tests.metrics.worlds import on_one, over_ranks, results, take
+from tests.metrics.worlds import on_one, over_ranks, take
 
 
 def states_of(*members: Metric, groups: Any = True) -> list[tuple[str, str]]:
     """Metrics and states that are packed of a collection."""
-    entries = {"c": MetricCollection(list(members), compute_groups=groups)}
-    plan = make_plan("event", nodes(entries), followers(entries.values()))
+    made = metric_set({"c": MetricCollection(list(members), compute_groups=groups)})
+    plan = make_plan("event", made.nodes, made.leaders)
     return [(line.metric, line.state) for line in plan.schema if line.state]
 
 
@@ -42,6 +41,12 @@ def test_metrics_that_update_alike_are_packed_once() -> None:
 
 def test_curves_share_their_scores() -> None:
     assert len(states_of(BinaryAUROC(), BinaryAveragePrecision())) == 2
+
+
+def test_what_only_a_subclass_is_given_does_not_keep_members_apart() -> None:
+    assert update_alike(MulticlassFBetaScore(beta=2.0, num_classes=5), MulticlassPrecision(5))
+    assert update_alike(BinaryAUROC(max_fpr=0.5), BinaryAveragePrecision())
+    assert update_alike(RetrievalPrecision(top_k=2), RetrievalMRR())
 
 
 def test_other_arguments_or_another_update_do_not_share() -> None:
@@ -89,11 +94,11 @@ class Upwards(Counting):
         super().update()
 
 
-def test_what_a_method_of_update_reads_is_compared_and_what_cannot_be_known_is_not_shared() -> None:
-    assert update_alike(Counting(1), Counting(1))
-    assert not update_alike(Counting(1), Counting(2))
-    assert not update_alike(Looking(1), Looking(1))
-    assert not update_alike(Upwards(1), Upwards(1))
+def test_metrics_of_a_users_own_share_only_where_all_they_are_made_of_is_equal() -> None:
+    for kind in (Counting, Looking, Upwards):
+        assert update_alike(kind(1), kind(1))
+        assert not update_alike(kind(1), kind(2))
+    assert not update_alike(Counting(1), Looking(1))
 
 
 class Above(Metric):
@@ -124,19 +129,19 @@ def test_members_that_agree_on_one_ranks_first_batch_by_chance_stay_apart() -> N
     assert [(int(rank["c/low"]), int(rank["c/high"])) for rank in found] == [(6, 2)] * 2
 
 
-def test_a_collection_that_was_used_before_is_regrouped_and_keeps_what_it_counted() -> None:
+def test_a_collection_used_before_is_grouped_anew_and_keeps_what_it_counted() -> None:
     collection = low_and_high()
-    following = shared_states(collection)
+    leaders = leaders_of([collection])
     collection.update(torch.tensor([0.95]))
     assert len(collection.compute_groups) == 1
-    fix_groups(collection, following)
+    apply_compute_groups(collection, leaders)
     collection.update(torch.tensor([0.5]))
     assert {name: int(value) for name, value in collection.compute().items()} == {"low": 2, "high": 1}
 
 
 def test_a_collection_over_ranks_is_fed_in_the_groups_that_travel() -> None:
     collection = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3), MulticlassConfusionMatrix(3)])
-    fix_groups(collection, shared_states(collection))
+    apply_compute_groups(collection, leaders_of([collection]))
     assert list(collection.compute_groups.values()) == [
         ["MulticlassPrecision", "MulticlassRecall"],
         ["MulticlassConfusionMatrix"],
@@ -152,7 +157,7 @@ def test_one_member_under_two_names_holds_its_states_once() -> None:
 def test_groups_given_with_a_later_member_first_are_led_by_it() -> None:
     names = [["MulticlassRecall", "MulticlassPrecision"]]
     collection = MetricCollection([MulticlassPrecision(3), MulticlassRecall(3)], compute_groups=names)
-    fix_groups(collection, shared_states(collection))
+    apply_compute_groups(collection, leaders_of([collection]))
     assert list(collection.compute_groups.values()) == names
 
 
@@ -216,7 +221,7 @@ class High(Handing):
 
 
 @pytest.mark.parametrize("kind", [Decorated, Handing])
-def test_an_update_whose_code_does_not_show_what_it_reads_shares_only_between_equal_metrics(kind: type[Above]) -> None:
+def test_an_update_that_hands_its_metric_on_shares_only_between_equal_metrics(kind: type[Above]) -> None:
     def make() -> dict[str, MetricCollection]:
         return {"c": MetricCollection({"low": kind(0.1), "high": kind(0.9)})}
 
@@ -226,7 +231,7 @@ def test_an_update_whose_code_does_not_show_what_it_reads_shares_only_between_eq
     assert update_alike(kind(0.1), kind(0.1))
 
 
-def test_classes_that_differ_in_more_than_how_they_compute_do_not_share() -> None:
+def test_classes_that_differ_in_more_than_their_compute_do_not_share() -> None:
     assert not update_alike(Low(0.1), High(0.1))
     assert update_alike(Learning(), LearningToo())
 
@@ -243,24 +248,6 @@ def test_what_updates_learnt_does_not_change_who_shares() -> None:
     assert [float(value) for value in engine.state.metrics.values()] == [3.0, -3.0]
 
 
-@pytest.mark.parametrize("groups", [True, [["MulticlassPrecision", "MulticlassRecall"]]])
-def test_members_that_reduce_themselves_share_with_none(groups: Any) -> None:
-    data = [(torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])), (torch.tensor([2, 1]), torch.tensor([0, 1]))]
-
-    def make(gather: Any) -> MetricCollection:
-        members = [MulticlassPrecision(3, dist_sync_fn=gather), MulticlassRecall(3, dist_sync_fn=gather)]
-        return MetricCollection(members, compute_groups=groups)
-
-    def rank(coordinator: Coordinator) -> dict[str, Any]:
-        own = make(lambda tensor, group: coordinator.gather(tensor))
-        return results(coordinator, lambda: {"c": own}, [data[coordinator.rank]])
-
-    assert shared_states(make(None)) != shared_states(make(print)) == {}
-    single = on_one(lambda: {"c": make(None)}, data)
-    for found in simulate(rank, 2):
-        assert found == single
-
-
 def test_members_of_several_collections_share_with_all_of_these() -> None:
     one, other, third = Counting(1), Counting(1), Counting(1)
     made = {
@@ -268,6 +255,6 @@ def test_members_of_several_collections_share_with_all_of_these() -> None:
         "b": MetricCollection({"x": other, "y": one}),
         "c": MetricCollection({"x": third, "y": other}),
     }
-    assert len(followers(made.values())) == 2
+    assert len(leaders_of(made.values())) == 2
     found = on_one(lambda: made, [(), ()])
     assert [int(value) for value in found.values()] == [2] * 6

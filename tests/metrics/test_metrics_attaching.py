@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
 )
 from torchmetrics.wrappers import ClasswiseWrapper
 
 from allstep import Alone, Engine, Events
+from allstep.coordination import Coordinator
 from allstep.errors import MetricError
 from allstep.metrics import Metrics
 from allstep.testing import simulate
 from tests.metrics.noting import Noting, alone, batches
-from tests.metrics.worlds import over_ranks, take
+from tests.metrics.worlds import on_one, over_ranks, take
 
 
 def test_several_metrics_objects_at_one_event_are_reduced_together() -> None:
@@ -95,6 +100,7 @@ def test_a_tracker_says_what_to_do_instead() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        ({"dist_sync_fn": print}, "metric it (MulticlassAccuracy) has a dist_sync_fn, which is not called"),
         ({"process_group": object()}, "metric it (MulticlassAccuracy) has a process_group"),
         ({"sync_on_compute": False}, "metric it (MulticlassAccuracy) has sync_on_compute=False"),
         ({"dist_sync_on_step": True}, "metric it (MulticlassAccuracy) has dist_sync_on_step=True"),
@@ -139,3 +145,44 @@ def test_detached_metrics_are_left_alone() -> None:
     metrics.attach(engine)
     engine.run([1])
     assert int(engine.state.metrics["n"]) == 1
+
+
+class SyncsItself(Noting):
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        self.count = torch.stack(dist_sync_fn(self.count, process_group)).amax(0)
+
+
+def test_a_metric_that_overrides_torchmetrics_reduction_is_refused_over_ranks() -> None:
+    def rank(coordinator: Coordinator) -> str:
+        engine = Engine(take, coordinator=coordinator)
+        with pytest.raises(MetricError) as caught:
+            Metrics({"n": Noting(), "own": 2 * SyncsItself()}).attach(engine)
+        Metrics({"n": Noting()}).attach(engine)
+        engine.run([1])
+        assert int(engine.state.metrics["n"]) == 2
+        return str(caught.value)
+
+    errors = simulate(rank, 2)
+    assert errors == [errors[0]] * 2
+    assert errors[0].startswith("metric 'own.metric_b' (SyncsItself) overrides _sync_dist")
+    assert "dist_reduce_fx" in errors[0]
+
+
+def test_a_metric_that_overrides_torchmetrics_reduction_is_computed_by_one_rank() -> None:
+    engine = alone(Metrics({"own": SyncsItself()}), [1, 2])
+    assert int(engine.state.metrics["own"]) == 2
+
+
+def test_a_gathering_function_of_a_users_is_not_called_and_the_result_is_that_of_all() -> None:
+    def fail(tensor: torch.Tensor, group: Any = None) -> Any:
+        raise AssertionError("it is not called")
+
+    for groups in (True, [["MulticlassPrecision", "MulticlassRecall"]]):
+
+        def make(groups: Any = groups, **options: Any) -> dict[str, MetricCollection]:
+            members = [MulticlassPrecision(4, **options), MulticlassRecall(4, **options)]
+            return {"c": MetricCollection(members, compute_groups=groups)}
+
+        single = on_one(make, [*batches(3), *batches(2)])
+        found = over_ranks(partial(make, dist_sync_fn=fail), [batches(3), batches(2)])
+        assert found == [single, single]
