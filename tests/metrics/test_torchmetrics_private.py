@@ -30,6 +30,17 @@ def _each_test_warns_anew() -> Iterator[None]:
     warn_once.cache_clear()
 
 
+class Without(dict[str, Any]):
+    """Attributes but those of some names; what is set is set on the object."""
+
+    def __init__(self, attributes: dict[str, Any], names: tuple[str, ...]) -> None:
+        super().__init__({name: value for name, value in attributes.items() if name not in names})
+        self.attributes = attributes
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.attributes[name] = value
+
+
 def lacking(kind: Any, *names: str) -> Any:
     """A class whose objects do not show the names to allstep, though torchmetrics itself goes on using them."""
 
@@ -40,7 +51,7 @@ def lacking(kind: Any, *names: str) -> Any:
                 if name in names:
                     raise AttributeError(name)
                 if name == "__dict__":
-                    return {key: value for key, value in found.items() if key not in names}
+                    return Without(found, names)
             return super().__getattribute__(name)
 
     Lacking.__name__, Lacking.__module__ = kind.__name__, kind.__module__

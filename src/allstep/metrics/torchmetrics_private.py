@@ -203,6 +203,7 @@ def _lacking(name: str, consequence: str) -> MetricError:
 
 @cache
 def warn_once(name: str, consequence: str) -> None:
+    """Log, once a process, that a private name is missing and what that means."""
     _LOG.warning(
         "%s is missing in torch %s with torchmetrics %s: %s",
         name,
