@@ -349,8 +349,7 @@ def main() -> None:
         print(f"{world_size} gloo ranks\n\n| metrics | | collectives | bytes a rank gives | ms | / allstep |")
         print("|---:|---|---:|---:|---:|---:|")
         for count in COUNTS:
-            # In new processes: Ignite remembers the world that it has first seen.
-            found = run_ranks(measure, world_size, count, repetitions, timeout=1800, fresh=True)[0]
+            found = run_ranks(measure, world_size, count, repetitions, timeout=1800)[0]
             own = found["allstep"][1]
             for name, (traffic, seconds) in found.items():
                 ratio = f"{seconds / own:.1f}"

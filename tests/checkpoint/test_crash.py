@@ -54,7 +54,7 @@ MOMENTS = range(RENAMED + 1 + 1 + 2 + 4)
 
 def killed_at(folder: Path, moment: int) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["allstep.testing.preload"])
+    context.set_forkserver_preload(["torch", "allstep.checkpoint"])
     process = context.Process(target=save_until_dead, args=(str(folder), moment))
     process.start()
     try:

@@ -32,9 +32,9 @@ def sharded(world, folder, steps, resumes):
 
 @pytest.mark.slow
 def test_sharded_modules_and_optimizers_resume_at_any_world_size(tmp_path):
-    whole = run_ranks(sharded, 2, str(tmp_path / "whole"), (0, 4), False, fresh=True)[0]
-    run_ranks(sharded, 2, str(tmp_path / "parts"), (0, 2), False, fresh=True)
-    three = run_ranks(sharded, 3, str(tmp_path / "parts"), (2, 4), True, fresh=True)[0]
+    whole = run_ranks(sharded, 2, str(tmp_path / "whole"), (0, 4), False)[0]
+    run_ranks(sharded, 2, str(tmp_path / "parts"), (0, 2), False)
+    three = run_ranks(sharded, 3, str(tmp_path / "parts"), (2, 4), True)[0]
     for mine, expected in zip(three, whole, strict=True):
         torch.testing.assert_close(mine, expected)
 
@@ -72,19 +72,19 @@ def partly_used(world, folder, steps, shards):
 @pytest.mark.slow
 def test_a_sharded_optimizer_has_the_states_that_were_saved(tmp_path):
     folder = str(tmp_path)
-    saved = run_ranks(partly_used, 2, folder, 2, True, fresh=True)[0]
+    saved = run_ranks(partly_used, 2, folder, 2, True)[0]
     assert set(saved[1]) == {0, 1, 2}
-    assert run_ranks(partly_used, 3, folder, 0, True, fresh=True) == [saved] * 3
-    assert run_ranks(partly_used, 1, folder, 0, True, fresh=True) == [saved]
+    assert run_ranks(partly_used, 3, folder, 0, True) == [saved] * 3
+    assert run_ranks(partly_used, 1, folder, 0, True) == [saved]
 
 
 @pytest.mark.slow
 def test_what_was_saved_sharded_loads_whole_and_the_other_way_round(tmp_path):
     folder = str(tmp_path)
-    saved = run_ranks(partly_used, 2, folder, 1, True, fresh=True)[0]
+    saved = run_ranks(partly_used, 2, folder, 1, True)[0]
     assert run_ranks(partly_used, 1, folder, 0, False) == [saved]
     whole = run_ranks(partly_used, 1, folder, 1, False)[0]
-    assert run_ranks(partly_used, 2, folder, 0, True, fresh=True) == [whole] * 2
+    assert run_ranks(partly_used, 2, folder, 0, True) == [whole] * 2
 
 
 def save_sharded_by_rank(world, folder):
@@ -99,7 +99,7 @@ def save_sharded_by_rank(world, folder):
 
 @pytest.mark.slow
 def test_sharded_tensors_are_not_one_ranks_own(tmp_path):
-    run_ranks(save_sharded_by_rank, 2, str(tmp_path), fresh=True)
+    run_ranks(save_sharded_by_rank, 2, str(tmp_path))
 
 
 def keep_flat_shards(world, folder):
@@ -114,4 +114,4 @@ def keep_flat_shards(world, folder):
 
 @pytest.mark.slow
 def test_modules_sharded_by_fsdp1_are_refused_with_what_to_use_instead(tmp_path):
-    run_ranks(keep_flat_shards, 2, str(tmp_path), fresh=True)
+    run_ranks(keep_flat_shards, 2, str(tmp_path))

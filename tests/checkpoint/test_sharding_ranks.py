@@ -116,17 +116,17 @@ def load_sharded(world: World, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_sizes", [(1, 4), pytest.param((2, 3), marks=pytest.mark.nightly)])
 def test_fsdp_shards_are_read_at_any_world_size(tmp_path: Path, world_sizes: tuple[int, ...]) -> None:
-    saved = run_ranks(save_sharded, 2, tmp_path, fresh=True)[0]
+    saved = run_ranks(save_sharded, 2, tmp_path)[0]
     rows = json.loads((tmp_path / "save-000001-step-1" / "state.json").read_text())["tensors"]["model/first.weight"]
     assert [chunk["sizes"] for chunk in rows["chunks"]] == [[7, 7], [6, 7]]
     for world_size in world_sizes:
-        for loaded in run_ranks(load_sharded, world_size, tmp_path, fresh=True):
+        for loaded in run_ranks(load_sharded, world_size, tmp_path):
             assert same(loaded["model"], saved["model"])
             assert same(loaded["optimizer"]["state"], saved["optimizer"]["state"])
 
 
 def test_sharded_state_is_whole_where_nothing_is_sharded(tmp_path: Path) -> None:
-    saved = run_ranks(save_sharded, 3, tmp_path, fresh=True)[0]
+    saved = run_ranks(save_sharded, 3, tmp_path)[0]
     store = Store(str(tmp_path))
     found = store.choose()
     assert found is not None
@@ -159,10 +159,10 @@ def load_columns(world: World, folder: Path) -> list[bool]:
 
 
 def test_each_box_of_a_mesh_is_written_once_and_read_in_another_cut(tmp_path: Path) -> None:
-    run_ranks(save_mesh, 4, tmp_path, fresh=True)
+    run_ranks(save_mesh, 4, tmp_path)
     index = json.loads((tmp_path / "save-000001-step-1" / "state.json").read_text())["tensors"]
     assert [len(record["chunks"]) for record in index.values()] == [2, 4, 4, 1]
-    assert run_ranks(load_columns, 3, tmp_path, fresh=True) == [[True] * 4] * 3
+    assert run_ranks(load_columns, 3, tmp_path) == [[True] * 4] * 3
 
 
 def load_wrong_shape(world: World, folder: Path) -> str:
@@ -182,7 +182,7 @@ def load_wrong_shape(world: World, folder: Path) -> str:
 
 
 def test_one_rank_that_cannot_load_is_an_error_on_all(tmp_path: Path) -> None:
-    run_ranks(save_sharded, 2, tmp_path, fresh=True)
-    for said in run_ranks(load_wrong_shape, 2, tmp_path, fresh=True):
+    run_ranks(save_sharded, 2, tmp_path)
+    for said in run_ranks(load_wrong_shape, 2, tmp_path):
         assert "rank 1" in said
         assert "shape [13, 7]" in said

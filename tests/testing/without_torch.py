@@ -12,9 +12,12 @@ def rank_of(world: Any) -> int:
 
 def tell(world: Any, folder: str) -> None:
     (Path(folder) / str(os.getpid())).touch()
+    (Path(folder) / str(os.getppid())).touch()
 
 
 def tell_and_stay(world: Any, folder: str) -> None:
+    tell(world, folder)
+    world.barrier()  # both have told their pids
     if world.rank == 1:
         (Path(folder) / "in a collective").touch()
         signal.pause()

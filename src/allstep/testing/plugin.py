@@ -1,7 +1,7 @@
 """The pytest plugin: the fixture `world_of`. Loaded by pytest in every project that has allstep installed.
 
-Contract: loading it imports no torch and starts nothing; the first use of the fixture starts warm processes, which the
-whole session keeps. A test fails with the first cause and that rank's traceback.
+Contract: loading it imports no torch and starts nothing. The first use of the fixture starts the server that the ranks
+of the whole session are forked from. A test fails with the first cause and that rank's traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import pytest
 
 from allstep.faults import FaultPlan
-from allstep.testing.pool import close_pool
 from allstep.testing.ranks import run_ranks
 
 
@@ -26,7 +25,6 @@ class WorldOf(Protocol):
         timeout: float = 60.0,
         env: Mapping[str, str] | None = None,
         fault: FaultPlan | None = None,
-        fresh: bool = False,
     ) -> Callable[..., list[Any]]:
         """A function that calls `fn(world, *args)` on each rank; see `allstep.testing.run_ranks` for the options."""
 
@@ -46,8 +44,3 @@ def world_of() -> WorldOf:
         return call
 
     return choose
-
-
-def pytest_unconfigure() -> None:
-    """End the warm processes with the session."""
-    close_pool()

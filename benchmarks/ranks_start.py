@@ -1,12 +1,11 @@
-"""How long a test waits for its ranks: warm processes of the pool, against starting processes for each call.
+"""How long a test waits for its ranks: processes forked from the warm server, against starting interpreters.
 
-Three ways to have N ranks open a World, reduce one number and close it, interleaved, so that a busy machine is busy for
-all of them:
-- pool: `run_ranks`, whose processes are warm after the first call;
-- forked: `run_ranks(..., fresh=True)`, processes forked for the call from a server that has imported torch;
+Two ways to have N ranks open a World, reduce one number and close it, interleaved, so that a busy machine is busy for
+both of them:
+- forked: `run_ranks`, whose server has imported torch by the first call;
 - started: new interpreters, as a test does that starts its ranks with multiprocessing's "spawn".
 
-    python benchmarks/ranks_pool.py [--worlds 2 4] [--trials 10]
+    python benchmarks/ranks_start.py [--worlds 2 4] [--trials 10] [--ways forked started]
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ def start_all(world_size: int) -> None:
 
 
 WAYS: dict[str, Callable[[int], object]] = {
-    "pool": lambda world_size: run_ranks(reduce_once, world_size),
-    "forked": lambda world_size: run_ranks(reduce_once, world_size, fresh=True),
+    "forked": lambda world_size: run_ranks(reduce_once, world_size),
     "started": start_all,
 }
 
@@ -80,18 +78,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     print(machine_line())
     print(f"\nseconds for a call, median (least to most) of {arguments.trials}\n")
-    print(f"| ranks | {' | '.join(WAYS)} |\n|---|{'---|' * len(WAYS)}")
+    print(f"| ranks | {' | '.join(arguments.ways)} |\n|---|{'---|' * len(arguments.ways)}")
     for world_size in arguments.worlds:
-        taken: dict[str, list[float]] = {name: [] for name in WAYS}
+        taken: dict[str, list[float]] = {name: [] for name in arguments.ways}
         for trial in range(arguments.trials + 1):
-            for name, call in WAYS.items():
+            for name in taken:
                 began = time.perf_counter()
-                call(world_size)
-                if trial:  # the first starts the server and the pool
+                WAYS[name](world_size)
+                if trial:  # the first starts the server
                     taken[name].append(time.perf_counter() - began)
         cells = [f"{statistics.median(times):.3f} ({min(times):.3f} to {max(times):.3f})" for times in taken.values()]
         print(f"| {world_size} | {' | '.join(cells)} |")
