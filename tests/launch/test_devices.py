@@ -7,12 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.devices import Devices, Hardware, device_environment, parse_listing, probe_hardware, visible_devices
+from allstep.launch.devices import (
+    CudaHardware,
+    Devices,
+    device_environment,
+    parse_listing,
+    probe_hardware,
+    visible_devices,
+)
 
-NONE = Hardware()
-FOUR = Hardware(("GPU-aa01", "GPU-aa02", "GPU-bb03", "GPU-cc04"))
-FOUR_UNNAMED = Hardware(("",) * 4)
-SLICED = Hardware(("GPU-aa01",), ("MIG-1", "MIG-2", "MIG-3"))
+NONE = CudaHardware()
+FOUR = CudaHardware(("GPU-aa01", "GPU-aa02", "GPU-bb03", "GPU-cc04"))
+FOUR_UNNAMED = CudaHardware(("",) * 4)
+SLICED = CudaHardware(("GPU-aa01",), ("MIG-1", "MIG-2", "MIG-3"))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +43,7 @@ SLICED = Hardware(("GPU-aa01",), ("MIG-1", "MIG-2", "MIG-3"))
     ],
 )
 def test_visible_devices_are_those_that_cuda_would_show(
-    listed: str | None, hardware: Hardware, names: tuple[str, ...]
+    listed: str | None, hardware: CudaHardware, names: tuple[str, ...]
 ) -> None:
     environ = {} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}
     assert visible_devices(environ, lambda: hardware).names == names
@@ -44,7 +51,7 @@ def test_visible_devices_are_those_that_cuda_would_show(
 
 @pytest.mark.parametrize("listed", ["", " ", "-1", "NoDevFiles", "none", "all"])
 def test_the_hardware_is_not_asked_where_the_environment_hides_it(listed: str) -> None:
-    def probe() -> Hardware:
+    def probe() -> CudaHardware:
         raise AssertionError("asked")
 
     assert visible_devices({"CUDA_VISIBLE_DEVICES": listed}, probe) == Devices()
@@ -64,7 +71,7 @@ def test_the_listing_of_nvidia_smi_gives_gpus_and_mig_instances() -> None:
         "  MIG 2g.10gb     Device  1: (UUID: MIG-GPU-5d5ba0d6/5/0)\n"
         "GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-7b1a0000-d33d-2b2c-524d-9e3d8d2b8a77)\n"
     )
-    assert parse_listing(text) == Hardware(
+    assert parse_listing(text) == CudaHardware(
         ("GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77", "GPU-7b1a0000-d33d-2b2c-524d-9e3d8d2b8a77"),
         ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", "MIG-GPU-5d5ba0d6/5/0"),
     )
@@ -81,4 +88,4 @@ def test_the_probe_believes_nvidia_smi_unless_it_fails(
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert probe_hardware() == Hardware(gpus)
+    assert probe_hardware() == CudaHardware(gpus)

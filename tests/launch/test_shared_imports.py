@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.shared_imports import named, shared_imports
+from allstep.launch.shared_imports import imports_of, shared_imports
 from allstep.launch.worker_plan import Command
 
 DYNAMO = "torch._dynamo"
@@ -57,11 +57,11 @@ DYNAMO = "torch._dynamo"
     ],
 )
 def test_they_are_the_imports_that_a_script_begins_with(text: str, expected: list[str]) -> None:
-    assert named(text.encode()) == tuple(expected)
+    assert imports_of(text.encode()) == tuple(expected)
 
 
 def test_a_script_in_another_encoding_is_read_as_python_reads_it() -> None:
-    assert named("# coding: latin-1\nimport torch\nname = 'é'".encode("latin-1")) == ("torch",)
+    assert imports_of("# coding: latin-1\nimport torch\nname = 'é'".encode("latin-1")) == ("torch",)
 
 
 def test_a_folder_or_absent_file_has_none(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_folder_or_absent_file_has_none(tmp_path: Path) -> None:
 )
 def test_nothing_comes_earlier_in_a_script_that_sets_variables(text: str) -> None:
     script = f"import os, torch, allstep\nallstep.init()\ntorch.optim.SGD\n{text}"
-    assert named(script.encode()) == ("torch", "allstep")
+    assert imports_of(script.encode()) == ("torch", "allstep")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_nothing_comes_earlier_in_a_script_that_sets_variables(text: str) -> Non
 )
 def test_a_script_may_look_at_variables(text: str) -> None:
     script = f"import os, torch, allstep\nallstep.init()\ntorch.optim.SGD\n{text}"
-    assert named(script.encode()) == ("torch", "allstep", "allstep:init", DYNAMO)
+    assert imports_of(script.encode()) == ("torch", "allstep", "allstep:init", DYNAMO)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,15 @@
-"""Starting the ranks of a job on this machine and answering for them: what `allstep run` does. Imports no torch.
+"""Starting the ranks of a job on this machine and supervising them: what `allstep run` does. Imports no torch.
 
-The parts, in the order a run meets them: `settings` (what was asked for, from the command line and `config`),
-`devices` (how many workers), `nodes` (which of several machines this is), `supervisor` with `machine` (loop,
-terminal, signals), `leading` (attempts, `restarts`, the report) or `following`, `gathering` with `post` and `joiner`
-(machines coming together as `joining` says), `folder` (where logs go), `plan` (each worker's command line and
-environment), `attempt` with `process` and `streams` (start, watch, end), `memory` (why the kernel killed), and
-`worker` (what runs inside each process before the script). Who failed first, and in which words, is decided in
-`allstep.channel`.
+In the order in which a run meets them:
+- what is asked for: `settings` (the table of all options), `config_file` (YAML);
+- what is to be started: `supervisor`, with `devices` (how many workers) and `topology` (which of several machines);
+- the run on this machine: `machine`, with `event_loop`, `output` and `folder` (where logs go);
+- the run over all its attempts: `head` on the machine that decides, `follower` on the others, which come together by
+  `join_server` and `join_protocol`;
+- one attempt: `attempt`, with `worker_plan` and `environment` (what each worker gets), `workers`, `process` and
+  `forking` (how they are started, watched and ended), `shared_imports` and `memory`;
+- inside the workers' processes, before the script: `worker` and `template`, run by path, and `interpreter`.
+
+Not here: how ranks report and who failed first (`allstep.monitor`, `allstep.diagnosis`), and how a process finds out
+which rank it is (`allstep.placement`).
 """

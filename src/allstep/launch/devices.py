@@ -20,7 +20,7 @@ _MIG = re.compile(r"^\s+MIG .*\(UUID: (MIG-[^)\s]+)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
-class Hardware:
+class CudaHardware:
     """What a probe found: the GPUs in order (their UUIDs, or "" where only their number is known) and MIG instances."""
 
     gpus: tuple[str, ...] = ()
@@ -38,10 +38,11 @@ class Devices:
     apart: bool = False
 
 
-def visible_devices(environ: Mapping[str, str], probe: Callable[[], Hardware]) -> Devices:
+def visible_devices(environ: Mapping[str, str], probe: Callable[[], CudaHardware]) -> Devices:
     """Return the devices that a CUDA process started with `environ` could use."""
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     entries = None if listed is None else [entry.strip() for entry in listed.split(",")]
+    # The probe takes a tenth of a second or more, so it is not made where the answer is known.
     if entries is not None and not _could_name_a_device(entries[0]):
         return Devices()
     hardware = probe()
@@ -65,7 +66,7 @@ def _could_name_a_device(entry: str) -> bool:
     return entry.isdecimal() or entry.startswith(("GPU-", "MIG-"))
 
 
-def _resolved(entries: list[str], hardware: Hardware) -> tuple[str, ...]:
+def _resolved(entries: list[str], hardware: CudaHardware) -> tuple[str, ...]:
     names: list[str] = []
     for entry in entries:
         if entry.isdecimal():
@@ -73,30 +74,31 @@ def _resolved(entries: list[str], hardware: Hardware) -> tuple[str, ...]:
         elif entry.startswith("GPU-"):
             exists = "" in hardware.gpus or any(uuid.startswith(entry) for uuid in hardware.gpus)
         else:
-            exists = entry.startswith("MIG-")
+            exists = entry.startswith("MIG-")  # its name in the variable may be of an older form than the listing's
         if not exists:
             break
         names.append(entry)
     return tuple(names) if len(set(names)) == len(names) else ()
 
 
-def parse_listing(text: str) -> Hardware:
+def parse_listing(text: str) -> CudaHardware:
     """Read what `nvidia-smi -L` prints."""
-    return Hardware(tuple(_GPU.findall(text)), tuple(_MIG.findall(text)))
+    return CudaHardware(tuple(_GPU.findall(text)), tuple(_MIG.findall(text)))
 
 
-def probe_hardware() -> Hardware:
+def probe_hardware() -> CudaHardware:
     """Ask the driver's own tool, and where that is missing look at what the driver shows of itself."""
     try:
         listing = subprocess.run(
             ["nvidia-smi", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
-        return Hardware(("",) * _devices_shown())
-    return parse_listing(listing.stdout) if listing.returncode == 0 else Hardware()
+        return CudaHardware(("",) * _devices_shown())
+    return parse_listing(listing.stdout) if listing.returncode == 0 else CudaHardware()
 
 
 def _devices_shown() -> int:
+    """How many devices the driver shows in its file system, where the driver's tool is not installed (a container)."""
     try:
         return len(os.listdir("/proc/driver/nvidia/gpus"))
     except OSError:

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+_ATTEMPT = re.compile(r"attempt_([0-9]{1,9})")
+
 
 @dataclass(frozen=True, slots=True)
 class AttemptFolder:
@@ -43,7 +45,7 @@ def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
     Args:
         runs: the folder that holds run folders; made if it is not there.
         name: the run's name.
-        named: a person chose the name, so an existing folder is that run's; otherwise a free name is sought.
+        named: a person chose the name, so an existing folder is that run's; otherwise a free name is taken.
 
     Raises:
         OSError: a folder could not be made or written.
@@ -77,12 +79,9 @@ def join_attempt(runs: Path, name: str, attempt: int) -> AttemptFolder:
     return AttemptFolder(path, name, attempt)
 
 
-_ATTEMPT = re.compile(r"attempt_([0-9]{1,9})")
-
-
 def _make_free(runs: Path, name: str) -> str:
     free, number = name, 1
-    while True:
+    while True:  # making the folder is the only test that no other launch can come between
         try:
             (runs / free).mkdir()
         except FileExistsError:

@@ -1,11 +1,15 @@
 """Workers that are forked from one process of this machine, the template, so that they import torch once.
 
+This is the supervisor's side; what the template itself does is in `template.py`.
+
 Contract: `can_fork` says whether this system has what is needed. A `Template` is started from the main thread, with the
-plans of this machine's workers and their pipes, which stay open. `process.exit_fd` becomes readable when the template
-has ended; then `adopt` is called once: it gives the workers, which have become children of this process and start
-running their script, or None where there are none (then they are to be started one by one, with the same pipes).
-Before, `process.kill_group` ends the template and what it has forked; `abandon` does so instead of `adopt`, and reaps.
-In between this process is the nearest subreaper of all that it starts.
+plans of this machine's workers and their pipes, which stay open. While it runs, this process is the nearest subreaper
+of all that it starts, so that workers whose parent has ended become its children.
+- `process.exit_fd` becomes readable when the template has ended. Then `adopt` is called once: it gives the workers,
+  which have become children of this process and start running their script, or None where there are none. In that case
+  they are to be started one by one, with the same pipes.
+- Before, `process.kill_group` ends the template and what it has forked. `abandon` does so instead of `adopt`, and
+  reaps.
 What can go wrong: the template cannot be started (OSError), ends early, or is killed; then `adopt` gives None.
 """
 
@@ -24,14 +28,14 @@ from allstep.launch.process import Pipes, WorkerProcess, spawn, watched
 from allstep.launch.worker_plan import WorkerPlan
 
 _TEMPLATE = str(Path(__file__).with_name("template.py"))
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_CHILD_SUBREAPER = 36  # of prctl(2)
 _PR_GET_CHILD_SUBREAPER = 37
-_ROOM = 1 << 20  # bytes; more than any report has
-_REAPED = 1.0  # seconds in which killed processes are reaped at the most
+_REPORT_SIZE = 1 << 20  # bytes; more than any report has
+_REAP_SECONDS = 1.0  # in which killed processes are reaped at the most
 
 
 @dataclass(slots=True)
-class Adopted:
+class ForkedChild:
     """A child that another process forked for this one."""
 
     pid: int
@@ -68,30 +72,31 @@ class Template:
         ranks = [
             {
                 "environment": {name: text for name, text in plan.environment.items() if name not in common},
-                "stdout": its.stdout[1],
-                "stderr": its.stderr[1],
-                "lifeline": its.lifeline[1],
+                "stdout": own.stdout[1],
+                "stderr": own.stderr[1],
+                "lifeline": own.lifeline[1],
             }
-            for plan, its in zip(plans, pipes, strict=True)
+            for plan, own in zip(plans, pipes, strict=True)
         ]
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
-            lifeline, gate = _pipe(theirs, undo)[0], _pipe(theirs, undo)[0]
+            # Workers wait at `release` until this process closes its end, which closing `self._undo` does.
+            lifeline, release = _pipe(theirs, undo)[0], _pipe(theirs, undo)[0]
             self._report, report = _pipe(undo, theirs)
-            paper = os.memfd_create("allstep plan")
-            theirs.callback(os.close, paper)
-            plan = {"modules": modules, "ranks": ranks, "gate": gate, "report": report}
-            os.write(paper, json.dumps(plan).encode())
-            os.lseek(paper, 0, os.SEEK_SET)
-            place = [str(number) for number in (os.getpid(), lifeline, paper)]
+            plan_file = os.memfd_create("allstep plan")  # a command line or pipe might be too small for it
+            theirs.callback(os.close, plan_file)
+            plan = {"modules": modules, "ranks": ranks, "release": release, "report": report}
+            os.write(plan_file, json.dumps(plan).encode())
+            os.lseek(plan_file, 0, os.SEEK_SET)
+            numbers = [str(number) for number in (os.getpid(), lifeline, plan_file)]
             undo.callback(_adopt_orphans, bool(_adopts_orphans()))
             _adopt_orphans(True)
             self.process = watched(
                 spawn(
-                    [sys.executable, _TEMPLATE, *place, *first.command.words()],
+                    [sys.executable, _TEMPLATE, *numbers, *first.command.words()],
                     common,
                     pipes[0],
                     first.world_size,
-                    [lifeline, gate, report, paper, *(fd for each in pipes for fd in each.theirs)],
+                    [lifeline, release, report, plan_file, *(fd for each in pipes for fd in each.theirs)],
                 )
             )
             self._undo = undo.pop_all()
@@ -114,10 +119,11 @@ class Template:
         self._undo.close()
 
     def _forked(self) -> list[WorkerProcess] | None:
+        """The workers that the template reported, or None where it reported none that can be watched."""
         with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
             workers = []
-            for pid in json.loads(os.read(self._report, _ROOM)):
-                workers.append(watched(Adopted(pid)))
+            for pid in json.loads(os.read(self._report, _REPORT_SIZE)):
+                workers.append(watched(ForkedChild(pid)))
                 undo.callback(os.close, workers[-1].exit_fd)
             undo.pop_all()
             return workers
@@ -126,7 +132,7 @@ class Template:
 
 def _reap_group(leader: int) -> None:
     """Reap those of a killed process group that have become children of this process."""
-    until = time.monotonic() + _REAPED
+    until = time.monotonic() + _REAP_SECONDS
     with contextlib.suppress(ChildProcessError):  # there are no more
         while time.monotonic() < until:
             if os.waitpid(-leader, os.WNOHANG)[0] == 0:

@@ -1,8 +1,10 @@
 """Evidence that a worker ended because memory ran out.
 
-Contract: a `MemoryWatch` is made before the workers start; `note` then says, for a worker that ended, whether memory is
-the likely reason, or "". Evidence is the kernel's own count of processes that it killed for memory, in the cgroup that
-the supervisor and its workers share or, where there is none, on the machine; and what the worker itself last wrote.
+Contract: an attempt makes a `MemoryWatch` before its workers start. `note` then says, for a worker that ended, whether
+memory is the likely reason, or "". There are two kinds of evidence:
+- the kernel's own count of processes that it killed for memory, in the cgroup that the supervisor and its workers share
+  or, where there is none, on the machine;
+- what the worker itself last wrote.
 Never raises: where nothing can be read, there is no evidence.
 """
 
@@ -13,11 +15,11 @@ import signal
 from collections.abc import Iterable
 from pathlib import Path
 
-_SAID = re.compile(
+_MESSAGES = re.compile(
     r"\bMemoryError\b|OutOfMemoryError|can't allocate memory|Cannot allocate memory|out of memory|std::bad_alloc"
 )
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
-_MACHINE = Path("/proc/vmstat")
+_WHOLE_MACHINE = Path("/proc/vmstat")
 
 
 def counters(cgroups: str) -> list[Path]:
@@ -30,7 +32,7 @@ def counters(cgroups: str) -> list[Path]:
             paths += [root / path.strip("/") / "memory.events", root / "memory.events"]
         elif "memory" in controllers.split(","):
             paths += [root / "memory" / path.strip("/") / "memory.oom_control", root / "memory/memory.oom_control"]
-    return [*paths, _MACHINE]
+    return [*paths, _WHOLE_MACHINE]
 
 
 def kills_for_memory(text: str) -> int | None:
@@ -57,12 +59,13 @@ class MemoryWatch:
         """
         if returncode == 0:
             return ""
-        said = _SAID.search("\n".join(last_words.splitlines()[-12:]))
+        # A traceback's last lines; a script may well have caught and printed an earlier one.
+        message = _MESSAGES.search("\n".join(last_words.splitlines()[-12:]))
         if returncode == -signal.SIGKILL and not killed and (kills := self._kills()):
-            where = "on this machine" if self._path == _MACHINE else "in this memory cgroup"
+            where = "on this machine" if self._path == _WHOLE_MACHINE else "in this memory cgroup"
             return f"likely out of memory: the kernel killed {kills} process{'es' if kills > 1 else ''} for it {where}"
-        if said:
-            return f"likely out of memory: its last lines have {said[0]!r}"
+        if message:
+            return f"likely out of memory: its last lines have {message[0]!r}"
         if returncode == -signal.SIGKILL and not killed:
             return "it came from outside the run; when memory runs short the kernel sends it (see dmesg)"
         return ""

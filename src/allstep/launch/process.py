@@ -5,6 +5,8 @@ it), with pipes that the caller opened and, once the process has its ends, hands
 process group of its own. `exit_fd` becomes readable when it has ended, `returncode` then says how, and until `release`
 it stays unreaped, so its pid, which is its group's too, can belong to nobody else when the group is killed. `release`
 kills what is left of the group and reaps.
+Each worker has three pipes (`Pipes`): standard output, standard error, and the lifeline, whose end tells it that this
+process is gone.
 What can go wrong: the process cannot be started, which is an OSError; or it does not end after SIGKILL, because the
 kernel waits in it for a device or a file system, and `release` leaves it behind.
 """
@@ -47,12 +49,12 @@ class Pipes:
     def open(cls) -> Pipes:
         """Open three pipes, or raise OSError and leave none open."""
         with contextlib.ExitStack() as undo:
-            found = []
+            pipes = []
             for _ in range(3):
-                found.append(os.pipe())
-                undo.callback(_close, found[-1])
+                pipes.append(os.pipe())
+                undo.callback(_close, pipes[-1])
             undo.pop_all()
-        stdout, stderr, (theirs, ours) = found
+        stdout, stderr, (theirs, ours) = pipes  # of the lifeline the worker has the end that is read
         return cls(stdout, stderr, (ours, theirs))
 
     @property
@@ -101,9 +103,9 @@ class WorkerProcess:
             patience: seconds that it has to end in, after which it is left unreaped.
         """
         self.kill_group()
-        ending = select.poll()
-        ending.register(self.exit_fd, select.POLLIN)
-        if ending.poll(max(0.0, patience) * 1000):
+        ready = select.poll()
+        ready.register(self.exit_fd, select.POLLIN)
+        if ready.poll(max(0.0, patience) * 1000):
             self.child.wait()
         os.close(self.exit_fd)
 
@@ -127,10 +129,10 @@ def spawn(
     command: Sequence[str], environment: Mapping[str, str], pipes: Pipes, world_size: int, inherited: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own that writes to `pipes`; it has the descriptors `inherited` besides."""
-    with _held_back(signal.SIGUSR1):
+    with _blocked(signal.SIGUSR1):
         return subprocess.Popen(
             command,
-            stdin=None if world_size == 1 else subprocess.DEVNULL,
+            stdin=None if world_size == 1 else subprocess.DEVNULL,  # one worker reads the terminal: a debugger's
             stdout=pipes.stdout[1],
             stderr=pipes.stderr[1],
             env=dict(environment),
@@ -145,9 +147,9 @@ def watched(process: Child, *, pidfd: bool = True) -> WorkerProcess:
 
 
 @contextlib.contextmanager
-def _held_back(notice: signal.Signals) -> Iterator[None]:
-    """Block a notice in what is started: it would end a worker that does not handle it yet and then lets it through."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {notice})
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in what is started: it would end a worker that does not handle it yet, and unblocks it then."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
     finally:
@@ -160,6 +162,7 @@ def _close(fds: Sequence[int]) -> None:
 
 
 def _exit_fd(process: Child, pidfd: bool) -> int:
+    """A descriptor that becomes readable when the child ends: a pidfd, or a pipe that a waiting thread closes."""
     if pidfd and hasattr(os, "pidfd_open"):
         with contextlib.suppress(OSError):
             return os.pidfd_open(process.pid)

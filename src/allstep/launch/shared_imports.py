@@ -2,7 +2,7 @@
 
 Contract: `shared_imports` is called by the supervisor, with what each worker is to run, and gives the modules in the
 order in which the script would import them, `module:name` for a name that a module imports when it is first used; none
-where that cannot be known. `named` is the decision (pure). The imports that a script begins with are read up to its
+where that cannot be known. `imports_of` is the decision (pure). The imports that a script begins with are read up to its
 first other statement, or the first import of something that is neither the standard library's nor in `SHARED`. So what
 a script does before it imports torch, such as setting OMP_NUM_THREADS, is done before here too: then nothing is shared.
 Two imports are made earlier than the script would, neither in a script that sets environment variables, which may be
@@ -29,7 +29,9 @@ from allstep.launch.worker_plan import Command
 SHARED = ("allstep", "numpy", "torch", "torchmetrics")
 """Packages that leave nothing, when they are imported, that forked processes could not share; `template` makes sure."""
 
+# Names with which a script makes an optimizer or a DDP model, which import torch._dynamo.
 _WITH_DYNAMO = frozenset({"DistributedDataParallel", "optim", "wrap"})
+# Methods of os.environ that only look, functions that change the environment, and variables that decide what is found.
 _READS = frozenset({"get", "items", "keys", "values", "copy"})
 _SETS = frozenset({"putenv", "unsetenv", "load_dotenv"})
 _WHERE_TO_LOOK = frozenset({"PYTHONPATH", "PYTHONSAFEPATH"})
@@ -42,13 +44,15 @@ def shared_imports(command: Command, variables: Mapping[str, str] | None = None)
         command: what each runs.
         variables: what they have in their environment that this process has not.
     """
+    # The variables would change where the workers look for the module, and this process looks without them.
     if command.module and _WHERE_TO_LOOK & set(variables or ()):
         return ()
     try:
         *before, script = [_read(path) for path in _files(command)]
     except (OSError, ImportError):
         return ()
-    return () if any(map(_does_something, before)) else named(script)
+    # A package that does something runs before the script, and may mean to come before the imports.
+    return () if any(map(_does_something, before)) else imports_of(script)
 
 
 def _files(command: Command) -> Iterator[str]:
@@ -96,7 +100,7 @@ def _has_docstring(tree: ast.Module) -> bool:
     return ast.get_docstring(tree, clean=False) is not None
 
 
-def named(source: bytes) -> tuple[str, ...]:
+def imports_of(source: bytes) -> tuple[str, ...]:
     """Return the modules that a script of this text begins by importing, as far as they can be shared."""
     tree = _parsed(source)
     imports = list(_first_imports(tree))

@@ -1,39 +1,46 @@
 """The process from which the workers of one machine are forked, after the imports that they all begin with.
 
-Contract: the supervisor starts this file by its path, as
+Contract: the supervisor (`forking`) starts this file by its path, as
 `python template.py SUPERVISOR_PID LIFELINE_FD PLAN_FD script|module TARGET [ARGUMENT...]`, in a session of its own
-and with the variables that all workers share. PLAN_FD is a file with a JSON object: `modules` to import (`module:name`
-for a name that a module imports when it is first used), `ranks` (of each its own `environment`, and its `stdout`,
-`stderr` and `lifeline` descriptors), and the descriptors `report` and `gate`.
-- It imports the modules. When one cannot be imported, or they have left something that processes cannot share (a
-  thread, an open descriptor such as a device's, a process), or one of all that they brought is another in the script's
-  folder, it ends with status `ALONE` and has forked nothing.
-- It forks the workers, writes their pids to `report` as a JSON list, and ends with status 0. Till then they are in its
-  process group, so that killing that ends all of them.
-- A worker waits until the last write end of the pipe `gate` closes. By then it is the supervisor's child (which is its
-  nearest subreaper), or the supervisor is gone. It leads a session of its own from there on, is tied to the supervisor
-  as `worker` has it, has its rank's variables and output, numbers of its own from the global generators, and nothing of
-  the other ranks; then it runs the script as `worker` does.
-Standard library only, and nothing of allstep but what the supervisor's plan names.
+and with the variables that all workers share. PLAN_FD is a file with a JSON object:
+- `modules`: what to import; `module:name` for a name that a module imports when it is first used.
+- `ranks`: for each its own `environment`, and its `stdout`, `stderr` and `lifeline` descriptors.
+- `report` and `release`: descriptors of two pipes, the first to write to, the second to read from.
+What it does:
+1. It imports the modules. When one cannot be imported, or they have left something that processes cannot share (a
+   thread, an open descriptor such as a device's, a process), or one of all that they brought is another in the script's
+   folder, it ends with status `START_EACH` and has forked nothing.
+2. It forks the workers, writes their pids to `report` as a JSON list, and ends with status 0. Till then they are in its
+   process group, so that killing that ends all of them.
+3. A worker waits until the last write end of the pipe `release` closes. By then it is the supervisor's child (which is
+   its nearest subreaper), or the supervisor is gone. From there on it leads a session of its own, is tied to the
+   supervisor as `worker` has it, and has its rank's variables and output, numbers of its own from the global
+   generators, and nothing of the other ranks. Then it runs the script as `worker` does.
+Standard library only, and nothing of allstep but `worker.py` beside it and what the supervisor's plan names.
 """
 
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path:
-    del sys.path[0]  # this file's folder
+    del sys.path[0]  # this file's folder; see worker.py
 
 import gc
 import json
 import os
 from importlib import import_module
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from allstep.launch import worker
+else:
+    # By its path, since allstep's own __init__ is not to run, and under no name that a script could meet.
+    worker = ModuleType("_allstep_worker")
+    worker.__file__ = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py")
+    SourceFileLoader(worker.__name__, worker.__file__).exec_module(worker)
 
-ALONE = 3
+START_EACH = 3
 """Status that asks the supervisor to start the workers one by one."""
 
 
@@ -44,15 +51,19 @@ def main(argv: list[str]) -> None:
     with open(int(plan_fd), encoding="utf-8") as file:
         plan = json.load(file)
     folder = os.getcwd() if kind == "module" else os.path.dirname(os.path.realpath(target))
-    if not (_import(plan["modules"]) and _can_be_shared(_own(plan, int(lifeline))) and not _has_another(folder)):
-        _end(ALONE)
+    if not (
+        _import_all(plan["modules"])
+        and _can_be_shared(_known_descriptors(plan, int(lifeline)))
+        and not _shadows(folder)
+    ):
+        _end(START_EACH)
     os.close(int(lifeline))  # workers lose the supervisor by their own lifelines; this one's end kills the whole group
     _flush()
     pids = []
-    for place in plan["ranks"]:
+    for rank in plan["ranks"]:
         pid = _fork()
         if pid == 0:
-            _become(place, plan, int(supervisor))
+            _become_worker(rank, plan, int(supervisor))
             worker.run(kind, target, arguments)
             return
         pids.append(pid)
@@ -60,7 +71,7 @@ def main(argv: list[str]) -> None:
     _end(0)
 
 
-def _import(modules: list[str]) -> bool:
+def _import_all(modules: list[str]) -> bool:
     """Import them, and return whether that was possible."""
     gc.disable()  # nearly all that is made stays; looking through it again and again took a tenth of the time
     try:
@@ -75,13 +86,13 @@ def _import(modules: list[str]) -> bool:
     return True
 
 
-def _own(plan: dict[str, Any], lifeline: int) -> set[int]:
-    """The descriptors that are known."""
-    ends = {place[name] for place in plan["ranks"] for name in ("stdout", "stderr", "lifeline")}
-    return {0, 1, 2, lifeline, plan["gate"], plan["report"]} | ends
+def _known_descriptors(plan: dict[str, Any], lifeline: int) -> set[int]:
+    """The descriptors that this process was given, and its standard ones."""
+    ends = {rank[name] for rank in plan["ranks"] for name in ("stdout", "stderr", "lifeline")}
+    return {0, 1, 2, lifeline, plan["release"], plan["report"]} | ends
 
 
-def _can_be_shared(own: set[int]) -> bool:
+def _can_be_shared(known: set[int]) -> bool:
     """Whether this process has nothing but what every fork of it can have: no child, no thread, nothing else open."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
@@ -92,7 +103,7 @@ def _can_be_shared(own: set[int]) -> bool:
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-    others = set(map(int, os.listdir("/proc/self/fd"))) - own
+    others = set(map(int, os.listdir("/proc/self/fd"))) - known
     return len(os.listdir("/proc/self/task")) == 1 and not any(map(_is_open, others))
 
 
@@ -104,35 +115,36 @@ def _is_open(fd: int) -> bool:
     return True
 
 
-def _has_another(folder: str) -> bool:
-    """Whether the script's folder, where it looks first, has a module of the name of one that is here."""
-    here = {name.partition(".")[0] for name in sys.modules}
-    names = here & {entry.partition(".")[0] for entry in os.listdir(folder)}
+def _shadows(folder: str) -> bool:
+    """Whether the script's folder, where it looks first, has a module of the name of one that was imported."""
+    imported = {name.partition(".")[0] for name in sys.modules}
+    names = imported & {entry.partition(".")[0] for entry in os.listdir(folder)}
     return any(spec.origin is not None for name in names if (spec := PathFinder.find_spec(name, [folder])) is not None)
 
 
 def _fork() -> int:
+    """Fork; where the system has no room for another process, leave it to the supervisor to say so."""
     try:
         return os.fork()
     except OSError:
-        _end(ALONE)
+        _end(START_EACH)
 
 
-def _become(place: dict[str, Any], plan: dict[str, Any], supervisor: int) -> None:
-    """Be the worker of this place, as soon as the supervisor has it."""
+def _become_worker(rank: dict[str, Any], plan: dict[str, Any], supervisor: int) -> None:
+    """Be the worker of this rank, as soon as the supervisor has adopted it."""
     os.close(plan["report"])
-    os.read(plan["gate"], 1)
-    os.close(plan["gate"])
+    os.read(plan["release"], 1)
+    os.close(plan["release"])
     os.setsid()
-    worker.tie_to_supervisor(supervisor, place["lifeline"])
-    os.dup2(place["stdout"], 1)
-    os.dup2(place["stderr"], 2)
+    worker.tie_to_supervisor(supervisor, rank["lifeline"])
+    os.dup2(rank["stdout"], 1)
+    os.dup2(rank["stderr"], 2)
     for each in plan["ranks"]:
-        for fd in (each["stdout"], each["stderr"], *([each["lifeline"]] if each is not place else [])):
+        for fd in (each["stdout"], each["stderr"], *([each["lifeline"]] if each is not rank else [])):
             os.close(fd)
-    os.environ.update(place["environment"])
+    os.environ.update(rank["environment"])
     if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed()
+        sys.modules["numpy.random"].seed()  # Python's own generator is seeded anew by os.fork
 
 
 def _end(status: int) -> NoReturn:
@@ -146,16 +158,5 @@ def _flush() -> None:
         stream.flush()
 
 
-def _beside(name: str) -> Any:
-    """The module in the file beside this one, under no name that a script could meet."""
-    spec = spec_from_file_location(f"_allstep_{name}", os.path.join(os.path.dirname(__file__), f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 if __name__ == "__main__":
-    worker = _beside("worker")
     main(sys.argv[1:])

@@ -1,8 +1,8 @@
 """Which machine of a run of several this is: from the settings, or from the SLURM step that started it. Pure.
 
-Contract: `find_nodes` returns None for a run of this machine alone, or a consistent `Nodes`; nothing is guessed. Given
-settings win over SLURM's variables. What can go wrong is a ConfigurationError or PlacementError that names the option
-or variable and the remedy.
+Contract: the supervisor calls `find_nodes` before anything is started. It returns None for a run of this machine alone,
+or a consistent `Nodes`; nothing is guessed. Settings win over SLURM's variables. What can go wrong is a
+ConfigurationError or PlacementError that names the option or variable and the remedy.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _from_settings(settings: LaunchSettings, given: Mapping[str, object]) -> Nod
             f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing: a run of several machines needs "
             "--nnodes N --node-rank K --rdzv HOST:PORT on each, where HOST is the machine of node rank 0"
         )
-    assert settings.nnodes is not None
+    assert settings.nnodes is not None  # for the type checker: none is absent
     assert settings.node_rank is not None
     assert settings.rdzv is not None
     if settings.node_rank >= settings.nnodes:

@@ -1,7 +1,8 @@
 """What each worker will be started with, decided before anything is started: pure functions, tested as tables.
 
-Contract: `plan_workers` gives one `WorkerPlan` per rank on this machine, in rank order; the supervisor starts them as
-they are. `worker_count` says how many.
+Contract: `worker_count` says how many workers a machine has, from the settings and its devices. `plan_workers` gives one
+`WorkerPlan` per rank on this machine, in rank order, from this machine's `Share` of an attempt; the supervisor starts
+them as they are.
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ def plan_workers(
         cores: CPU cores that this process may use.
     """
     inherited = {**environ, **settings.env}
-    inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)
-    inherited.setdefault("PYTHONUNBUFFERED", "1")
-    if share.workers > 1:
+    inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)  # of a run that this one was started in
+    inherited.setdefault("PYTHONUNBUFFERED", "1")  # into a pipe Python would hold lines back that are to be seen
+    if share.workers > 1:  # otherwise each would start as many threads as there are cores
         inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // share.workers)))
     if settings.limits is not None:
         inherited["ALLSTEP_LIMITS"] = settings.limits

@@ -3,10 +3,11 @@
 Contract: an attempt calls `start` once, from the main thread, and reads their `pipes`; then the run's loop calls
 `on_end(rank, status)` for each worker that ends, once. `remaining` are those that have not. `kill` ends them and what
 they started, `give_up` forgets one that does not end even so. `release`, at the end, ends and reaps what is left.
-Where several workers begin with the same imports (`shared_imports`), they are forked from one process after these
-(`forking`). Till then a signal to stop ends that process, and the workers count as ended by it; one to be passed on is
-kept for them. A template that does not come to forking, for whatever reason, is no failure: the workers are started one
-by one, and what is wrong shows in them.
+Where several workers begin with the same imports (`shared_imports`), they are forked from one process after these, the
+template (`forking`):
+- Till then a signal to stop ends the template, and the workers count as ended by it. One to be passed on is kept.
+- A template that does not come to forking, for whatever reason, is no failure. The workers are started one by one, and
+  what is wrong shows in them.
 What can go wrong: a worker cannot be started, which is a LaunchError, from `start` or from the loop's turn.
 """
 
@@ -30,7 +31,7 @@ class Workers:
 
     Args:
         plans: what to start.
-        loop: what watches them.
+        loop: the run's event loop.
         on_end: called with a worker's rank and how it ended (-N: signal N).
         shared: the modules that they can import once, before they part; none starts each by itself.
     """
@@ -50,10 +51,10 @@ class Workers:
         self._shared = shared
         self._template: Template | None = None
         self._ended_by: signal.Signals | None = None
-        self._kept: list[signal.Signals] = []
+        self._kept_signals: list[signal.Signals] = []
         self._processes: dict[int, WorkerProcess] = {}
         self._given_up: set[int] = set()
-        self._handed_over = False
+        self._have_ends = False
 
     def start(self) -> None:
         """Start the workers, or the process that they are to be forked from."""
@@ -64,12 +65,12 @@ class Workers:
                 raise _not_started(plan, error) from error
             self.remaining.append(plan.rank)
         if self._shared:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # then each is started by itself, and an error there is told
                 self._template = Template(self._plans, list(self.pipes.values()), self._shared)
         if self._template is None:
             self._start_each()
         else:
-            self._loop.watch(self._template.process.exit_fd, self._part)
+            self._loop.watch(self._template.process.exit_fd, self._go_on_without_template)
 
     def pid(self, rank: int) -> int:
         """The process of a worker, or that from which it is to be forked."""
@@ -84,7 +85,7 @@ class Workers:
         elif number in STOP_SIGNALS:
             self._end_template(number)
         elif number != signal.SIGCONT:
-            self._kept.append(number)
+            self._kept_signals.append(number)
 
     def kill(self) -> None:
         """Kill all that have not ended, and what they started."""
@@ -104,7 +105,7 @@ class Workers:
 
     def sweep(self) -> None:
         """Kill what the workers started and left."""
-        for process in self._processes.values():
+        for process in self._processes.values():  # ended ones too: their pids stay theirs until they are reaped
             process.kill_group()
 
     def release(self, patience: float) -> None:
@@ -122,7 +123,7 @@ class Workers:
             if rank in self.remaining:
                 self._loop.forget(process.exit_fd)
             process.release(0.0 if rank in self._given_up else until - time.monotonic())
-        self._hand_over()
+        self._hand_over_pipes()
         for pipes in self.pipes.values():
             pipes.close()
 
@@ -134,8 +135,8 @@ class Workers:
         self._ended_by = self._ended_by or number
         self._template.process.kill_group()
 
-    def _part(self) -> None:
-        """Go on without the template, which has ended."""
+    def _go_on_without_template(self) -> None:
+        """The template has ended: adopt the workers that it forked, or start each by itself."""
         template, self._template = self._template, None
         assert template is not None
         self._loop.forget(template.process.exit_fd)
@@ -151,8 +152,8 @@ class Workers:
         else:
             for plan, process in zip(self._plans, processes, strict=True):
                 self._watch(plan.rank, process)
-            self._hand_over()
-        for number in self._kept:
+            self._hand_over_pipes()
+        for number in self._kept_signals:
             self.send(number)
 
     def _start_each(self) -> None:
@@ -162,7 +163,7 @@ class Workers:
             except OSError as error:
                 raise _not_started(plan, error) from error
             self._watch(plan.rank, process)
-        self._hand_over()
+        self._hand_over_pipes()
 
     def _watch(self, rank: int, process: WorkerProcess) -> None:
         self._processes[rank] = process
@@ -174,9 +175,10 @@ class Workers:
         self.remaining.remove(rank)
         self._on_end(rank, process.returncode())
 
-    def _hand_over(self) -> None:
-        if not self._handed_over:
-            self._handed_over = True
+    def _hand_over_pipes(self) -> None:
+        """Close the workers' ends here once, so that a pipe ends when its worker and what that started have ended."""
+        if not self._have_ends:
+            self._have_ends = True
             for pipes in self.pipes.values():
                 pipes.hand_over()
 
