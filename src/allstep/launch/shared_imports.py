@@ -1,10 +1,12 @@
 """What the workers of a machine can import once, together, before they part: decided from the script's text alone.
 
-Contract: `shared_imports` is called by the supervisor, with what each worker is to run, and gives the modules in the
-order in which the script would import them, `module:name` for a name that a module imports when it is first used; none
-where that cannot be known. `imports_of` is the decision (pure). The imports that a script begins with are read up to its
-first other statement, or the first import of something that is neither the standard library's nor in `SHARED`. So what
-a script does before it imports torch, such as setting OMP_NUM_THREADS, is done before here too: then nothing is shared.
+Contract: `machine` calls `shared_imports` with what each worker is to run. It gives the modules in the order in which
+the script would import them, `module:name` for a name that a module imports when it is first used; none where that
+cannot be known. `imports_of` is the decision (pure).
+
+The imports that a script begins with are read up to its first other statement, or the first import of something that
+is neither the standard library's nor in `SHARED`. So what a script does before it imports torch, such as setting
+OMP_NUM_THREADS, is done before here too: then nothing is shared.
 Two imports are made earlier than the script would, neither in a script that sets environment variables, which may be
 meant for them:
 - what it uses of allstep, and torch with that, at `import allstep`; only where it imports torch at the same place, or

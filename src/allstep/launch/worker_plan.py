@@ -1,8 +1,8 @@
 """What each worker will be started with, decided before anything is started: pure functions, tested as tables.
 
-Contract: `worker_count` says how many workers a machine has, from the settings and its devices. `plan_workers` gives one
-`WorkerPlan` per rank on this machine, in rank order, from this machine's `Share` of an attempt; the supervisor starts
-them as they are.
+Contract: `worker_count` says how many workers a machine has, from the settings and its devices. `plan_workers` gives
+one `WorkerPlan` per rank on this machine, in rank order, from this machine's `Share` of an attempt; the supervisor
+starts them as they are.
 """
 
 from __future__ import annotations
