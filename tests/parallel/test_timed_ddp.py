@@ -1,5 +1,5 @@
-"""DDP that tells a activity when it waits: what it leaves alone. That it measures is shown over real ranks, in
-tests/world/test_service.py."""
+"""DDP that tells an activity when it waits: what it leaves alone. That it measures is shown over real ranks, in
+tests/world/test_monitor_link.py."""
 
 from __future__ import annotations
 

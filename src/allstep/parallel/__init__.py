@@ -1,4 +1,8 @@
-"""How a model spans ranks: DDP wrapping and mixed precision. Takes devices and sizes, never looks at the World."""
+"""A model over several ranks: DDP wrapping, its bucket layout and the time it waits, and mixed precision by name.
+
+Everything here is told a device and a world size. What does not live here: the current World, process groups and
+collectives (`world`), and gradient accumulation and weights of uneven batches (`engine`).
+"""
 
 from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.wrap import unwrap, wrap_module

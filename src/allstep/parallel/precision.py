@@ -1,7 +1,7 @@
 """Mixed precision by name.
 
-Contract: supervised trainers and users' steps ask for `"no"`, `"fp16"` or `"bf16"`; this file turns the name into
-torch's autocast context and gradient scaler. `"no"` leaves whatever autocast the caller set up untouched.
+Contract: supervised trainers and users' steps ask for `"no"`, `"fp16"` or `"bf16"`; this module turns the name into
+torch's autocast context and gradient scaler. `"no"` changes nothing, not even an autocast that the caller set up.
 """
 
 from __future__ import annotations

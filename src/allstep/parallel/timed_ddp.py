@@ -1,48 +1,44 @@
 """DDP that says when it waits for the other ranks, so that a step's own time can be told from its waiting.
 
-Contract: `wrap_module` makes one in place of plain DDP where somebody watches and the host waits: on the CPU, where
-gloo's reductions end inside `backward`. What is measured there is the time from the moment that this rank has all of
-its own gradients until all reductions have ended ("gradients"), and the time in which DDP puts buffers and buckets in
-agreement before a forward pass ("buffers"). Reductions that ran beside the backward pass cost no waiting. On CUDA the
+Contract: `wrap_module` makes one in place of plain DDP where a service is told and the host waits. That is on the CPU,
+where gloo's reductions end inside `backward`. What is measured there is the time from the moment that this rank has all
+of its own gradients until all reductions have ended ("gradients"), and the time in which DDP synchronises buffers and
+buckets before a forward pass ("buffers"). Reductions that ran beside the backward pass cost no waiting. On CUDA the
 host only queues kernels and waits at whatever reads a result, so plain DDP is used and nothing is measured.
 
 How: a hook on the outputs queues a callback of the autograd engine when the backward pass begins. The engine calls such
-callbacks in order when all gradients are there; DDP queues the one that waits for its reductions later, when its last
+callbacks in order when all gradients are there. DDP queues the one that waits for its reductions later, when its last
 bucket is ready. So ours is called first, and one that it queues in turn is called after DDP's. Under torch.compile both
-are left out of what is compiled, and the module inside is compiled whole. (`torch.compiler.disable` would import the
-compiler here and now, which takes a second; this way of torch's own does so when a function is first called.)
+are left out of what is compiled, and the module inside is compiled whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch._compile import _disable_dynamo
-from torch.nn.parallel import DistributedDataParallel
 
+from allstep.parallel.torch_private import BracketedDDP, not_compiled, queue_backward_callback
 from allstep.protocol.heartbeat import RankActivity
 
 
-class TimedDDP(DistributedDataParallel):
-    """DDP that tells `activity` when it waits. A copy, or what was pickled and loaded, tells nobody."""
+class TimedDDP(BracketedDDP):
+    """DDP that tells `activity` when it waits. A copy, pickled or not, has none and measures nothing."""
 
     activity: RankActivity | None = None
+
+    def before_forward(self) -> AbstractContextManager[None]:
+        """The wait in which DDP synchronises buffers and buckets."""
+        return nullcontext() if self.activity is None else self.activity.wait("buffers")
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """As in DDP."""
         output = super().forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
         if self.activity is not None and torch.is_grad_enabled() and self.require_backward_grad_sync:
-            _watch_backward(output, self.activity)
+            _time_backward(output, self.activity)
         return output
-
-    @_disable_dynamo
-    def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        if self.activity is None:
-            return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
-        with self.activity.wait("buffers"):
-            return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
@@ -50,34 +46,33 @@ class TimedDDP(DistributedDataParallel):
         return state
 
 
-@_disable_dynamo
-def _watch_backward(output: Any, activity: RankActivity) -> None:
+@not_compiled
+def _time_backward(output: Any, activity: RankActivity) -> None:
     """Tell `activity` of the backward passes through `output`."""
-    began = _backward_hook(activity)
+    hook = _backward_hook(activity)
     for tensor in _tensors(output):
         if tensor.requires_grad:
-            tensor.register_hook(began)  # type: ignore[no-untyped-call]
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def _backward_hook(activity: RankActivity) -> Callable[[torch.Tensor], None]:
     """The hook for all outputs of one forward pass; it acts once in a backward pass."""
-    engine = torch.autograd.Variable._execution_engine
     has_begun = False
 
-    def began(gradient: torch.Tensor) -> None:
+    def backward_began(gradient: torch.Tensor) -> None:
         nonlocal has_begun
         if not has_begun:
             has_begun = True
-            engine.queue_callback(gradients_are_there)
+            queue_backward_callback(gradients_are_there)
 
     def gradients_are_there() -> None:
         nonlocal has_begun
         has_begun = False  # the graph may be kept for another backward pass
         if not activity.waiting:  # else another forward pass of this backward has said so
             activity.wait_began("gradients")
-            engine.queue_callback(activity.wait_ended)
+            queue_backward_callback(activity.wait_ended)
 
-    return began
+    return backward_began
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

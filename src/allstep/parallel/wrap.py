@@ -1,4 +1,4 @@
-"""DDP for one module, and the way back.
+"""DDP around one module, and out of it again.
 
 Contract: `World.wrap` calls `wrap_module` with its device and size. Before: every rank has built the same module and
 calls this at the same point, since DDP compares and broadcasts parameters. After: the module is on the device, and
@@ -7,7 +7,6 @@ gradients of a world of several are averaged over ranks in backward. A world of 
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from allstep.errors import ParallelError
 from allstep.parallel.buckets import fix_buckets
 from allstep.parallel.timed_ddp import TimedDDP
+from allstep.parallel.torch_private import can_time_ddp, compiled_from
 from allstep.protocol.heartbeat import RankActivity
 
 
@@ -41,7 +41,8 @@ def wrap_module(
         deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
             all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
-        activity: told on the CPU when this rank waits for the others; see `allstep.parallel.timed_ddp`.
+        activity: told on the CPU when this rank waits for the others; see `allstep.parallel.timed_ddp`. None measures
+            nothing.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -67,8 +68,8 @@ def wrap_module(
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
-    watches = activity is not None and device.type == "cpu"
-    wrapped = (TimedDDP if watches else DistributedDataParallel)(module, **(defaults | ddp_options))
+    is_timed = activity is not None and device.type == "cpu" and can_time_ddp()
+    wrapped = (TimedDDP if is_timed else DistributedDataParallel)(module, **(defaults | ddp_options))
     if deterministic:
         fix_buckets(wrapped)
     if isinstance(wrapped, TimedDDP):
@@ -81,13 +82,7 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, DistributedDataParallel | nn.DataParallel):
             module = module.module
-        elif _is_compiled(module):
-            module = module.get_submodule("_orig_mod")
+        elif (original := compiled_from(module)) is not None:
+            module = original
         else:
             return module
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    # Importing torch._dynamo takes seconds, and where nothing has imported it nothing is compiled.
-    frames = sys.modules.get("torch._dynamo.eval_frame")
-    return frames is not None and isinstance(module, frames.OptimizedModule)

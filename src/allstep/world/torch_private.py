@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def _warn_once(name: str, consequence: str) -> None:
         return
     _warned.add(name)
     warnings.warn(
-        f"this torch ({dist.__name__} without {name}) is newer than allstep knows: {consequence}; update allstep",
+        f"this torch, {torch.__version__}, has no {name}: {consequence}; update allstep",
         RuntimeWarning,
         stacklevel=4,
     )

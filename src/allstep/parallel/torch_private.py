@@ -1,0 +1,130 @@
+"""Names that torch does not promise to keep, for `parallel`: each with a feature test and a way to go on without it.
+
+Contract: no other module of this package uses a private name of torch. `can_time_ddp` and `can_rebuild_buckets` are
+asked before the names are used. Where this torch lacks one, they warn once, return False, and DDP is used plainly.
+
+| name | what for | since torch | without it |
+| --- | --- | --- | --- |
+| autograd.Variable._execution_engine | a call when a backward pass has all its gradients | 1.2 | plain DDP |
+| DistributedDataParallel._pre_forward | the time in which DDP synchronises buffers | 2.0 | plain DDP |
+| torch._compile._disable_dynamo | leaving the timing out of what is compiled | 2.1 | plain DDP |
+| Reducer._rebuild_buckets | DDP's final bucket layout before the first iteration | 1.7 | DDP's own layouts |
+| DistributedDataParallel._has_rebuilt_buckets | telling DDP that the layout is final | 1.11 | DDP's own layouts |
+| torch._dynamo.eval_frame.OptimizedModule | knowing what torch.compile returned | 2.0 | only the attribute below |
+| OptimizedModule._orig_mod | the module that was compiled | 2.0 | the compiled module is taken for the user's own |
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_warned: set[str] = set()
+
+
+def can_time_ddp() -> bool:
+    """Whether this torch lets the waits of DDP be measured."""
+    has_all = True
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    if not hasattr(engine, "queue_callback"):
+        has_all = _without("torch.autograd.Variable._execution_engine", _NOT_TIMED)
+    if not hasattr(DistributedDataParallel, "_pre_forward"):
+        has_all = _without("DistributedDataParallel._pre_forward", _NOT_TIMED)
+    if _disable_dynamo() is None:
+        has_all = _without("torch._compile._disable_dynamo", _NOT_TIMED)
+    return has_all
+
+
+def queue_backward_callback(callback: Callable[[], None]) -> None:
+    """Have the autograd engine call this when the running backward pass has all gradients; called in a backward pass.
+
+    Callbacks are called in the order in which they were queued.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def not_compiled(function: Function) -> Function:
+    """The function, left out of what torch.compile compiles.
+
+    `torch.compiler.disable` does the same, and would import the compiler here and now, which takes a second. This
+    way of torch's own imports it when the function is first called by compiled code.
+    """
+    disable = _disable_dynamo()
+    return function if disable is None else disable(function)
+
+
+def _disable_dynamo() -> Any:
+    return getattr(sys.modules.get("torch._compile"), "_disable_dynamo", None)
+
+
+class BracketedDDP(DistributedDataParallel):
+    """DDP whose work before a forward pass happens inside `before_forward`."""
+
+    def before_forward(self) -> AbstractContextManager[None]:
+        """To be overridden."""
+        return nullcontext()
+
+    @not_compiled
+    def _pre_forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        with self.before_forward():
+            return super()._pre_forward(*inputs, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def can_rebuild_buckets(ddp: DistributedDataParallel) -> bool:
+    """Whether this torch lets DDP's bucket layout be fixed before the first iteration."""
+    has_all = True
+    if not hasattr(ddp.reducer, "_rebuild_buckets"):
+        has_all = _without("Reducer._rebuild_buckets", _NOT_FIXED)
+    if not hasattr(ddp, "_has_rebuilt_buckets"):
+        has_all = _without("DistributedDataParallel._has_rebuilt_buckets", _NOT_FIXED)
+    return has_all
+
+
+def rebuild_buckets(ddp: DistributedDataParallel) -> None:
+    """Lay DDP's buckets out in the order of the gradients of the backward pass before.
+
+    A second forward pass would do this, and leave DDP waiting for a backward pass.
+    """
+    ddp._has_rebuilt_buckets = ddp.reducer._rebuild_buckets()
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile made this one from; None where it was not compiled."""
+    # Importing torch._dynamo takes seconds, and where nothing has imported it nothing is compiled.
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    if frames is None:
+        return None
+    kind = getattr(frames, "OptimizedModule", None)
+    if kind is not None and not isinstance(module, kind):
+        return None
+    original = getattr(module, "_orig_mod", None)
+    if isinstance(original, nn.Module):
+        return original
+    if kind is not None:
+        _without("OptimizedModule._orig_mod", "a compiled module is taken for the user's own")
+    return None
+
+
+_NOT_TIMED = "DDP is used plainly, so the time in which a rank waits for gradients counts as its own"
+_NOT_FIXED = "DDP lays its buckets out by itself, so a resumed run may differ in the last bits"
+
+
+def _without(name: str, consequence: str) -> bool:
+    """Warn once that this torch lacks a name; False, for what depends on it."""
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"this torch, {torch.__version__}, has no {name}: {consequence}; update allstep",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return False
