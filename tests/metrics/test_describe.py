@@ -164,7 +164,7 @@ def test_no_identity_or_address_is_described() -> None:
         assert "/tmp" not in text
 
 
-def test_what_updates_set_on_one_rank_is_no_difference_when_the_next_run_begins() -> None:
+def test_what_updates_set_on_one_rank_is_no_difference_in_the_next_run() -> None:
     class Changing(MulticlassAccuracy):
         def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
             super().update(preds, target)

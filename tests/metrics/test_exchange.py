@@ -128,7 +128,7 @@ def test_concatenated_lists_are_concatenated_in_rank_order(
 
 @settings(max_examples=30, deadline=None)
 @given(worlds, shapes, st.sampled_from(ANY), st.sets(st.integers(0, 4)))
-def test_tensors_without_a_reduction_are_stacked_leaving_out_ranks_that_saw_nothing(
+def test_tensors_without_a_reduction_are_stacked_over_ranks_that_saw_any(
     world_size: int, shape: tuple[int, ...], dtype: torch.dtype, empties: set[int]
 ) -> None:
     seen = [rank for rank in range(world_size) if rank not in empties] or [0]
@@ -233,7 +233,7 @@ def test_states_beyond_the_first_frame_take_two_collectives_once_and_then_one() 
     assert calls_of(lambda rank: States({"s": ([torch.zeros(many)] * (rank == 1), "cat")}), 3, times=3) == [2, 1, 1]
 
 
-def test_fixed_states_that_are_attached_take_one_collective_from_the_first_time_on() -> None:
+def test_fixed_states_take_one_collective_from_the_first_time_on() -> None:
     many = 3 * FIRST_FRAME
 
     def rank(coordinator: Any) -> list[int]:
@@ -249,7 +249,7 @@ def test_fixed_states_that_are_attached_take_one_collective_from_the_first_time_
     assert simulate(rank, 3) == [[1, 1]] * 3
 
 
-def test_metrics_attached_anew_on_one_rank_only_are_an_error_and_never_frames_of_two_sizes() -> None:
+def test_metrics_attached_anew_on_one_rank_only_are_an_error() -> None:
     def rank(coordinator: Any) -> str:
         engine = Engine(take, coordinator=coordinator)
         metrics = Metrics({"it": Mean()}).attach(engine)
@@ -266,7 +266,7 @@ def test_metrics_attached_anew_on_one_rank_only_are_an_error_and_never_frames_of
     assert "gathered for the first time on rank 1" in errors[0]
 
 
-def test_states_too_large_to_gather_are_reduced_once_for_each_operation_and_type() -> None:
+def test_large_states_are_reduced_once_for_each_operation_and_type() -> None:
     forms = [("sum", torch.float32), ("sum", torch.int32), ("max", torch.float64), ("min", torch.bfloat16)]
     values = {
         (rank, op, dtype): tensors((6, 3), dtype, 10 * rank + i)

@@ -100,7 +100,7 @@ def test_ranks_that_saw_nothing_take_on_the_shapes_of_the_others(empty: int) -> 
         torch.testing.assert_close(found[0][name], value)
 
 
-def test_it_holds_in_each_epoch_and_the_next_run_and_for_a_batch_that_comes_later() -> None:
+def test_shapes_are_adopted_in_each_epoch_and_run_and_before_a_later_batch() -> None:
     data = batches(3)
 
     def rank(coordinator: Coordinator) -> list[float]:
@@ -132,7 +132,7 @@ def test_shapes_of_ranks_that_all_saw_batches_stay_an_error_on_all() -> None:
     assert "shape (2,) on ranks 0, 2; a tensor, sum, float32, shape (3,) on rank 1" in errors[0]
 
 
-def test_a_run_that_ended_before_its_reduction_leaves_no_difference_for_the_next() -> None:
+def test_a_run_that_ended_early_leaves_no_difference_for_the_next() -> None:
     def rank(coordinator: Coordinator) -> float:
         engine = Engine(take, coordinator=coordinator, uneven="longest", idle="skip")
         metrics = Metrics({"r2": R2Score()}).attach(engine)

@@ -47,7 +47,7 @@ def test_a_metric_given_also_in_a_collection_takes_each_batch_once() -> None:
     assert {name: int(value) for name, value in found.items()} == {"one": 3, "c/a": 3, "c/b": 6, "sum": 9}
 
 
-def test_a_member_that_shares_its_states_takes_each_batch_once_beside_its_collection() -> None:
+def test_a_member_given_beside_its_collection_takes_each_batch_once() -> None:
     one, other = Counting(), Counting()
     made = {"c": MetricCollection({"a": one, "b": other}), "other": other}
     found = over_ranks(lambda: made, [[1, 2, 3]])[0]

@@ -62,7 +62,7 @@ def test_collections_keep_their_names() -> None:
 
 
 @pytest.mark.parametrize("groups", [True, False, [["MulticlassPrecision", "MulticlassRecall"]]])
-def test_a_collection_over_ranks_equals_one_process_with_a_rank_that_saw_nothing(groups: Any) -> None:
+def test_a_collection_equals_one_process_with_a_rank_that_saw_nothing(groups: Any) -> None:
     def make() -> dict[str, MetricCollection]:
         members = [MulticlassPrecision(4), MulticlassRecall(4), MulticlassF1Score(4), MulticlassAccuracy(4, top_k=2)]
         return {"c": MetricCollection(members, compute_groups=groups)}

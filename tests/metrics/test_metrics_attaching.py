@@ -152,7 +152,7 @@ class SyncsItself(Noting):
         self.count = torch.stack(dist_sync_fn(self.count, process_group)).amax(0)
 
 
-def test_a_metric_that_overrides_torchmetrics_reduction_is_refused_over_ranks() -> None:
+def test_a_metric_that_overrides_the_reduction_is_refused_over_ranks() -> None:
     def rank(coordinator: Coordinator) -> str:
         engine = Engine(take, coordinator=coordinator)
         with pytest.raises(MetricError) as caught:
@@ -168,12 +168,12 @@ def test_a_metric_that_overrides_torchmetrics_reduction_is_refused_over_ranks() 
     assert "dist_reduce_fx" in errors[0]
 
 
-def test_a_metric_that_overrides_torchmetrics_reduction_is_computed_by_one_rank() -> None:
+def test_a_metric_that_overrides_the_reduction_is_computed_by_one_rank() -> None:
     engine = alone(Metrics({"own": SyncsItself()}), [1, 2])
     assert int(engine.state.metrics["own"]) == 2
 
 
-def test_a_gathering_function_of_a_users_is_not_called_and_the_result_is_that_of_all() -> None:
+def test_a_dist_sync_fn_is_not_called_and_the_result_is_that_of_all() -> None:
     def fail(tensor: torch.Tensor, group: Any = None) -> Any:
         raise AssertionError("it is not called")
 

@@ -17,7 +17,7 @@ from tests.metrics.noting import Noting, alone, batches
 from tests.metrics.worlds import take
 
 
-def test_a_metric_that_has_seen_nothing_anywhere_is_the_same_error_on_all_ranks() -> None:
+def test_a_metric_that_saw_nothing_anywhere_is_the_same_error_on_all_ranks() -> None:
     def rank(coordinator: Coordinator) -> str:
         engine = Engine(take, coordinator=coordinator)
         some = {"some": lambda o: o, "none": lambda o: None}
@@ -78,7 +78,7 @@ def test_names_order_and_types_are_compared(mine: Any, told: str) -> None:
     assert "on ranks 0, 2" in errors[0]
 
 
-def test_a_state_that_changes_its_shape_on_one_rank_during_a_run_is_an_error_on_all() -> None:
+def test_a_state_whose_shape_changes_on_one_rank_is_an_error_on_all() -> None:
     class Growing(Noting):
         def update(self, preds: Any, target: Any = None) -> None:
             self.count = torch.zeros(int(preds), dtype=torch.int64)

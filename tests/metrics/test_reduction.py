@@ -228,7 +228,7 @@ def longest(world: World, sizes: list[list[int]]) -> dict[str, Any]:
     return dict(engine.run(rows).metrics)
 
 
-def test_modules_with_collectives_in_forward_are_evaluated_with_fillers_that_count_nothing() -> None:
+def test_modules_with_collectives_are_evaluated_with_fillers_that_count_not() -> None:
     sizes = [[3, 2, 4], [1], [5, 5]]
     every = torch.cat([torch.arange(float(n)) + 10 * at for of_rank in sizes for at, n in enumerate(of_rank)])
     for found in run_ranks(longest, 3, sizes, timeout=150):

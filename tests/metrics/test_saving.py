@@ -212,7 +212,7 @@ def running(engine: Engine, metrics: Metrics, data: list[Any]) -> dict[str, Any]
     return dict(engine.state.metrics)
 
 
-def test_a_state_holds_what_updates_learnt_and_extremes_of_results_and_all_members() -> None:
+def test_a_state_holds_attributes_extremes_of_results_and_all_members() -> None:
     data = batches(6)
     whole = running(Engine(take, coordinator=Alone()), Metrics(with_attributes()), data)
     first = Metrics(with_attributes())
@@ -272,7 +272,7 @@ def test_a_saved_state_is_a_copy_and_loading_asks_nobody() -> None:
     assert float(metrics.entries["mean"].total) == 0.0
 
 
-def test_a_state_whose_shape_came_with_the_first_batch_is_loaded_by_a_metric_without_one() -> None:
+def test_a_state_shaped_by_its_first_batch_is_loaded_by_a_metric_without_one() -> None:
     generator = torch.Generator().manual_seed(7)
     data = [(torch.rand(4, 2, generator=generator), torch.rand(4, 2, generator=generator)) for _ in range(3)]
     metrics = Metrics({"r2": R2Score()})

@@ -91,7 +91,7 @@ class SpoilsItsStatesToo(SpoilsItsStates):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", None, the_first])
-def test_a_compute_that_writes_to_its_states_leaves_those_of_the_rank_at_any_world_size(reduction: Any) -> None:
+def test_a_compute_that_writes_to_its_states_leaves_those_of_the_rank(reduction: Any) -> None:
     def rank(coordinator: Coordinator) -> list[list[float]]:
         engine = Engine(take, coordinator=coordinator)
         members = MetricCollection([SpoilsItsStates(reduction), SpoilsItsStatesToo(reduction)])

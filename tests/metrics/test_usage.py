@@ -36,7 +36,7 @@ def test_usages_begin_and_compute_where_they_say() -> None:
     assert values_at(Events.EPOCH_COMPLETED, Usage(resets=Events.STARTED), data, 2) == [7.0, 14.0]
 
 
-def test_what_is_computed_after_each_iteration_and_fed_at_some_is_computed_at_those() -> None:
+def test_what_is_fed_at_some_iterations_is_computed_at_those() -> None:
     data, every = [1.0, 2.0, 4.0, 8.0], Events.ITERATION_COMPLETED
     assert values_at(every(every=2), RUNNING.only(every(every=2)), data, 2) == [2.0, 10.0, 2.0, 10.0]
     assert values_at(every(every=2), ITERATION.only(every(every=2)), data, 1) == [2.0, 8.0]

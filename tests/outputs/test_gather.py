@@ -134,7 +134,7 @@ def test_an_epoch_resumed_in_its_middle_has_the_rest_and_says_what_is_missing(wo
     }
 
 
-def test_a_run_that_fails_and_goes_on_from_an_earlier_place_has_each_sample_once() -> None:
+def test_a_run_that_fails_and_goes_on_from_before_has_each_sample_once() -> None:
     engine = Engine(predict, coordinator=Alone())
     Gather("y").attach(engine)
     saved: list[Any] = []

@@ -35,12 +35,12 @@ def errors(make: Callable[[int], Gather], world_size: int, step: Any = predict, 
 
 def test_a_part_that_cannot_be_written_is_the_same_error_on_all(tmp_path: Path) -> None:
     (tmp_path / "epoch-0001").mkdir()
-    (tmp_path / "epoch-0001" / "part-00001-of-00002.places.npy").mkdir()
+    (tmp_path / "epoch-0001" / "part-00001-of-00002.positions.npy").mkdir()
     assert "rank 1: IsADirectoryError" in errors(lambda _: Gather("y", folder=tmp_path, limit=0), 2)
 
 
 def only_on_rank(rank: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a function that `gathering` calls raise on one simulated rank."""
+    """Have a function that `gather` calls raise on one simulated rank."""
     call, here = getattr(gathering, name), threading.local()
     place = Gather.schema
 
@@ -62,8 +62,8 @@ def only_on_rank(rank: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("named_outputs", False, "outputs could not be gathered"),
         ("column_of", False, "outputs could not be gathered"),
-        ("samples_packed", False, "outputs could not be gathered"),
-        ("joined", False, "outputs could not be joined"),
+        ("pack_samples", False, "outputs could not be gathered"),
+        ("join_samples", False, "outputs could not be joined"),
         ("write_part", True, "a part could not be written"),
     ],
 )
@@ -94,7 +94,7 @@ class Empty:
 
 def test_where_the_main_rank_lacks_memory_for_all_outputs_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     raising: set[int] = set()
-    monkeypatch.setattr("allstep.outputs.samples.torch.empty", Empty(raising))
+    monkeypatch.setattr("allstep.outputs.gather.torch.empty", Empty(raising))
 
     def step(engine: Engine, batch: Any) -> Any:
         if engine.coordinator.rank == 0:
@@ -126,7 +126,7 @@ def test_an_output_without_a_value_for_each_sample_says_what_it_is() -> None:
         assert "(iteration 1)" in found
 
 
-def test_ranks_that_gather_different_names_or_in_different_ways_hear_of_it_alike(tmp_path: Path) -> None:
+def test_ranks_that_gather_differently_raise_the_same_error(tmp_path: Path) -> None:
     def mismatch(one: Gather, other: Gather) -> str:
         return errors(lambda rank: other if rank else one, 2, kind=MetricMismatchError)
 
@@ -168,9 +168,9 @@ def fails_on_rank_1(world: World, folder: Path | None) -> str:
 
 @pytest.mark.slow
 def test_over_real_ranks_nobody_waits_for_a_rank_that_fails(tmp_path: Path) -> None:
-    (tmp_path / "epoch-0001" / "part-00001-of-00002.places.npy").mkdir(parents=True)
+    (tmp_path / "epoch-0001" / "part-00001-of-00002.positions.npy").mkdir(parents=True)
     for folder, said in (
-        (None, "rank 1: ValueError: the output has no key and lacks y"),
+        (None, "rank 1: ArgumentError: the output has no key and lacks y"),
         (tmp_path, "rank 1: IsADirectory"),
     ):
         found = run_ranks(fails_on_rank_1, 2, folder, timeout=150)

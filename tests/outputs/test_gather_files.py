@@ -11,7 +11,7 @@ import torch
 from allstep import Alone
 from allstep.coordination import Coordinator
 from allstep.outputs import Gather, Parts
-from allstep.outputs.samples import flattened, restored
+from allstep.outputs.samples import flatten_column, restore_column
 from allstep.testing import simulate
 from tests.metrics.worlds import same_bits
 from tests.outputs.predicting import gathered, predict, ragged
@@ -95,11 +95,11 @@ def test_parts_for_the_main_rank_are_given_to_no_other(tmp_path: Path) -> None:
     ids=["ragged", "numbers", "one empty sample", "no sample"],
 )
 def test_ragged_columns_are_two_plain_tensors_and_back(column: list[torch.Tensor]) -> None:
-    tensors = flattened("a", column)
+    tensors = flatten_column("a", column)
     assert set(tensors) == {"values.a", "shapes.a"}
-    assert same_bits(restored("a", tensors), column)
+    assert same_bits(restore_column("a", tensors), column)
 
 
 def test_samples_of_several_types_are_no_column() -> None:
     with pytest.raises(ValueError, match="'a' differ"):
-        flattened("a", [torch.ones(2), torch.ones(2, 2)])
+        flatten_column("a", [torch.ones(2), torch.ones(2, 2)])

@@ -1,18 +1,15 @@
 """`Gather`: the outputs of all ranks, joined in the order of the samples.
 
 Contract: attached to one engine before its run, on every rank alike: ranks compare their settings when the run begins.
-Each iteration of this rank's own is copied to the host; at the epoch's end ranks tell each other how much they have and
-then either give each other all of it, in pieces, or, where that is more than the limit and a folder was given, write a
-part each. Over allstep's own loader the sampler says by arithmetic which sample stood where, so that the order is the
-dataset's at any world size; over other data it is by iteration, then rank. An epoch that was resumed in its middle has
-what this process saw of it, and rank 0 logs what is missing. What can go wrong is raised on all ranks alike, whatever
-it is on one of them: names that the output lacks, outputs without a value a sample, memory or a folder that is full.
+Each iteration of this rank's own is copied to the host. Over allstep's own loader the sampler says by arithmetic which
+sample stood where, so that the order is the dataset's at any world size; over other data it is by iteration, then rank.
+An epoch that was resumed in its middle has what this process saw of it, and rank 0 logs what is missing.
 
-What a step returned as values by name, one a sample, copied to the host.
-
-Contract: pure functions of the output. The copies are the caller's own, so that a step may use its memory again; those
-of an accelerator's tensors may still be under way, into pinned memory. What can go wrong: the output lacks a name, or
-something in it has no value a sample (ValueError).
+Protocol, at each epoch's end. Every rank tells all others how much it has, or why it has nothing (`RankSummary`). Then
+either all give each other all of it, in pieces, or, where that is more than the limit and a folder was given, each
+writes a part. Last, every rank says whether that went well. What can go wrong is raised on all ranks alike as a
+`MetricError`, whatever it is on one of them: names that the output lacks, outputs without a value a sample, memory or a
+folder that is full.
 """
 
 from __future__ import annotations
@@ -20,38 +17,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from allstep.coordination import Coordinator, Schema, StateLine
 from allstep.engine import Engine, Events
-from allstep.errors import MetricError
-from allstep.metrics.packing import Packed
+from allstep.errors import ArgumentError, MetricError
+from allstep.metrics.packing import Packed, padded
 from allstep.outputs.parts import Format, Parts, write_part
 from allstep.outputs.samples import (
-    NOTHING,
-    PLACES,
+    NO_SAMPLES,
+    POSITION_SIZE,
+    BatchOutput,
     Column,
     Samples,
     column_of,
-    joined,
-    payloads_of_all,
-    samples_packed,
-    samples_unpacked,
+    join_samples,
+    named_outputs,
+    pack_samples,
+    unpack_samples,
 )
+
+PIECE = 64 * 2**20  # bytes of a payload that one collective carries
 
 
 @dataclass(frozen=True, slots=True)
-class _Said:
+class RankSummary:
     """What a rank tells the others before anything is given.
 
     Attributes:
         manifest: what is needed to read its payload.
         size: bytes of its payload.
         samples: how many it has.
-        is_dealt: whether a sampler said where all of them stood.
+        has_indices: whether a sampler said where all of them stood.
         missing: iterations at the epoch's beginning that this process did not see.
         failure: why it has nothing to give, if so.
     """
@@ -59,18 +58,18 @@ class _Said:
     manifest: list[int]
     size: int
     samples: int
-    is_dealt: bool
+    has_indices: bool
     missing: int
     failure: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class BatchRecord:
     """What one iteration gave: where its samples stand, as `Samples` has it, and by name their values."""
 
-    places: torch.Tensor
-    values: dict[str, Batch]
-    is_dealt: bool
+    positions: torch.Tensor
+    values: dict[str, BatchOutput]
+    has_indices: bool
 
 
 class Gather:
@@ -92,7 +91,7 @@ class Gather:
         format: of the parts, "npy" or "safetensors".
 
     Raises:
-        ValueError: no name, one twice, or an unknown `to` or `format`.
+        ArgumentError: no name, one twice, or an unknown `to` or `format`.
     """
 
     def __init__(
@@ -104,19 +103,21 @@ class Gather:
         format: Format = "npy",
     ) -> None:
         if not names or len(set(names)) < len(names) or "index" in names:
-            raise ValueError(f"names are {', '.join(names) or 'none'}; give at least one, each once, and not 'index'")
+            raise ArgumentError(
+                f"names are {', '.join(names) or 'none'}; give at least one, each once, and not 'index'"
+            )
         if to not in ("all", "main"):
-            raise ValueError(f"to is {to!r}; it must be 'all' or 'main'")
+            raise ArgumentError(f"to is {to!r}; it must be 'all' or 'main'")
         if format not in ("npy", "safetensors"):
-            raise ValueError(f"format is {format!r}; it must be 'npy' or 'safetensors'")
+            raise ArgumentError(f"format is {format!r}; it must be 'npy' or 'safetensors'")
         self.names = names
         self.to = to
         self.folder = None if folder is None else Path(folder).absolute()
         self.limit = limit
         self.format: Format = format
-        self._kept: dict[int, _Kept] = {}  # by the iteration's number in the epoch
+        self._batches: dict[int, BatchRecord] = {}  # by the iteration's number in the epoch
         self._epoch = 0
-        self._seen = 0  # iterations of the epoch that are in `_kept`, but for those missing at its beginning
+        self._seen = 0  # iterations of the epoch that are in `_batches`, but for those missing at its beginning
         self._missing = 0
         self._devices: set[torch.device] = set()
         self._data: Any = None
@@ -149,9 +150,9 @@ class Gather:
         done = state.iteration - engine.extension.epoch_began_at
         same = state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
         if same and 0 < done <= self._seen:  # iterations after the place from which the run goes on are run again
-            self._kept = {number: kept for number, kept in self._kept.items() if number < done}
+            self._batches = {number: batch for number, batch in self._batches.items() if number < done}
         else:
-            self._kept, self._missing = {}, done
+            self._batches, self._missing = {}, done
         self._epoch, self._seen, self._data, self._failure = state.epoch, done, state.dataloader, None
 
     def _take(self, engine: Engine) -> None:
@@ -163,76 +164,87 @@ class Gather:
         try:
             values = named_outputs(state.output, self.names)
             self._devices |= cuda_devices(state.output)
-            self._kept[number] = self._placed(engine, number, values)
+            self._batches[number] = self._with_positions(engine, number, values)
         except Exception as error:  # whatever it is, the others have to hear of it
             error.add_note(f"(iteration {state.iteration})")
-            self._failure, self._kept = error, {}
+            self._failure, self._batches = error, {}
 
-    def _placed(self, engine: Engine, number: int, values: dict[str, Batch]) -> _Kept:
+    def _with_positions(self, engine: Engine, number: int, values: dict[str, BatchOutput]) -> BatchRecord:
         """The outputs of the epoch's batch `number` with where its samples stand."""
         state = engine.state
         samples = len(values[self.names[0]])
         sampler = getattr(state.dataloader, "batch_sampler", None)
         whole = getattr(sampler, "global_length", None) == state.epoch_length
-        places = torch.full((samples, PLACES), number, dtype=torch.int64)
+        positions = torch.full((samples, POSITION_SIZE), number, dtype=torch.int64)
         if whole and hasattr(sampler, "indices") and state.dataloader is self._data:
             indices = sampler.indices(number)  # type: ignore[union-attr]
             if len(indices) != samples:
-                raise ValueError(f"the output has {samples} samples, but the batch had {len(indices)}")
-            places[:, 0] = torch.from_numpy(indices)
-            return _Kept(places, values, is_dealt=True)
-        return _Kept(places, values, is_dealt=False)
+                raise ArgumentError(f"the output has {samples} samples, but the batch had {len(indices)}")
+            positions[:, 0] = torch.from_numpy(indices)
+            return BatchRecord(positions, values, has_indices=True)
+        return BatchRecord(positions, values, has_indices=False)
 
     def _gather(self, engine: Engine) -> None:
         coordinator = engine.coordinator
-        own, packed = NOTHING, Packed([], [])
-        is_dealt = all(kept.is_dealt for kept in self._kept.values())
+        own, packed = NO_SAMPLES, Packed([], [])
+        has_indices = all(batch.has_indices for batch in self._batches.values())
         try:
             if self._failure is None:
                 own = self._own()
-                packed = samples_packed(own, self.names)
+                packed = pack_samples(own, self.names)
         except Exception as error:
             self._failure = error
-        said: list[_Said] = coordinator.gather(
-            _Said(packed.manifest, packed.size, len(own.places), is_dealt, self._missing, _told(self._failure))
+        summaries: list[RankSummary] = coordinator.gather(
+            RankSummary(
+                packed.manifest,
+                packed.size,
+                len(own.positions),
+                has_indices,
+                self._missing,
+                _failure_text(self._failure),
+            )
         )
-        _raise_failures("outputs could not be gathered", [each.failure for each in said], self._failure)
-        _log_missing(engine, max(each.missing for each in said))
+        _raise_failures("outputs could not be gathered", [each.failure for each in summaries], self._failure)
+        _log_missing(engine, max(each.missing for each in summaries))
         gathered: Any
-        if self.folder is not None and sum(each.size for each in said) > self.limit:
-            gathered = self._write(coordinator, own, said, self.folder / f"epoch-{engine.state.epoch:04d}")
+        if self.folder is not None and sum(each.size for each in summaries) > self.limit:
+            gathered = self._write(coordinator, own, summaries, self.folder / f"epoch-{engine.state.epoch:04d}")
         else:
-            gathered = self._join(coordinator, packed, said)
+            gathered = self._join(coordinator, packed, summaries)
         engine.state.gathered = gathered  # type: ignore[attr-defined]
-        self._kept = {}
+        self._batches = {}
 
     def _own(self) -> Samples:
-        kept = [self._kept[number] for number in sorted(self._kept)]
+        batches = [self._batches[number] for number in sorted(self._batches)]
         for device in self._devices:  # copies from there may be under way
             torch.cuda.synchronize(device)
-        places = torch.cat([each.places for each in kept]) if kept else NOTHING.places
-        return Samples(places, {name: column_of([each.values[name] for each in kept]) for name in self.names})
+        positions = torch.cat([each.positions for each in batches]) if batches else NO_SAMPLES.positions
+        return Samples(positions, {name: column_of([each.values[name] for each in batches]) for name in self.names})
 
-    def _keeps(self, coordinator: Coordinator) -> bool:
+    def _wants(self, coordinator: Coordinator) -> bool:
         return self.to == "all" or coordinator.rank == 0
 
-    def _join(self, coordinator: Coordinator, packed: Packed, said: Sequence[_Said]) -> dict[str, Column] | None:
+    def _join(
+        self, coordinator: Coordinator, packed: Packed, summaries: Sequence[RankSummary]
+    ) -> dict[str, Column] | None:
         """Every rank's samples, in memory."""
-        found, failure, keeps = None, None, self._keeps(coordinator)
+        found, failure, wants = None, None, self._wants(coordinator)
         try:
-            payloads = payloads_of_all(coordinator, packed, [each.size for each in said], keeps=keeps)
-            if keeps:
+            payloads = _gather_payloads(coordinator, packed, [each.size for each in summaries], wants=wants)
+            if wants:
                 every = [
-                    samples_unpacked(each.manifest, payload, self.names)
-                    for each, payload in zip(said, payloads, strict=True)
+                    unpack_samples(each.manifest, payload, self.names)
+                    for each, payload in zip(summaries, payloads, strict=True)
                 ]
-                found = joined(every, self.names, are_dealt=_are_dealt(said))
+                found = join_samples(every, self.names, have_indices=_have_indices(summaries))
         except Exception as error:
             failure = error
         _agree("outputs could not be joined", coordinator, failure)
         return found
 
-    def _write(self, coordinator: Coordinator, own: Samples, said: Sequence[_Said], folder: Path) -> Parts | None:
+    def _write(
+        self, coordinator: Coordinator, own: Samples, summaries: Sequence[RankSummary], folder: Path
+    ) -> Parts | None:
         """Every rank's samples, in files."""
         failure = None
         try:
@@ -240,9 +252,9 @@ class Gather:
         except Exception as error:
             failure = error
         _agree("a part could not be written", coordinator, failure)
-        samples = sum(each.samples for each in said)
-        parts = Parts(folder, self.names, coordinator.world_size, samples, self.format, _are_dealt(said))
-        return parts if self._keeps(coordinator) else None
+        samples = sum(each.samples for each in summaries)
+        parts = Parts(folder, self.names, coordinator.world_size, samples, self.format, _have_indices(summaries))
+        return parts if self._wants(coordinator) else None
 
 
 def _log_missing(engine: Engine, missing: int) -> None:
@@ -254,16 +266,16 @@ def _log_missing(engine: Engine, missing: int) -> None:
         )
 
 
-def _are_dealt(said: Sequence[_Said]) -> bool:
-    return all(each.is_dealt for each in said)
+def _have_indices(summaries: Sequence[RankSummary]) -> bool:
+    return all(each.has_indices for each in summaries)
 
 
 def _agree(what: str, coordinator: Coordinator, failure: Exception | None) -> None:
     """Raise on all ranks when one has failed."""
-    _raise_failures(what, coordinator.gather(_told(failure)), failure)
+    _raise_failures(what, coordinator.gather(_failure_text(failure)), failure)
 
 
-def _told(failure: Exception | None) -> str | None:
+def _failure_text(failure: Exception | None) -> str | None:
     """What other ranks are told of an exception."""
     if failure is None:
         return None
@@ -277,31 +289,40 @@ def _raise_failures(what: str, failures: Sequence[str | None], own: Exception | 
         raise MetricError(f"{what}: {told}") from own
 
 
-# One batch of an output: a tensor with a row a sample, or a list with a tensor a sample.
-Batch: TypeAlias = torch.Tensor | list[torch.Tensor]
+def _gather_payloads(
+    coordinator: Coordinator, packed: Packed, sizes: Sequence[int], *, wants: bool
+) -> list[torch.Tensor]:
+    """Every rank's payload, given in pieces so that a rank that wants none never holds much more than one.
 
-
-def named_outputs(output: Any, names: Sequence[str]) -> dict[str, Batch]:
-    """The values of each name in one step's output: a mapping's by key, a tuple's in order, or the output itself.
-
-    Raises:
-        ValueError: a name is missing, numbers of samples differ, or an output has no value a sample.
+    Args:
+        coordinator: of the ranks.
+        packed: what this rank gives.
+        sizes: bytes that each rank gives.
+        wants: whether this rank is given anything; else the result is empty.
     """
-    if isinstance(output, Mapping):
-        missing = [name for name in names if name not in output]
-        if missing:
-            raise ValueError(f"the output has {', '.join(map(str, output)) or 'no key'} and lacks {', '.join(missing)}")
-        named = {name: output[name] for name in names}
-    else:
-        values = output if isinstance(output, tuple) else (output,)
-        if len(values) != len(names):
-            raise ValueError(f"the output has {len(values)} elements for the names {', '.join(names)}")
-        named = dict(zip(names, values, strict=True))
-    found = {name: _on_host(name, value) for name, value in named.items()}
-    lengths = {name: len(value) for name, value in found.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"outputs have different numbers of samples: {lengths}")
-    return found
+    longest = max(sizes)
+    own: torch.Tensor | None = None
+    received: list[torch.Tensor] = []
+    failure: Exception | None = None
+    try:
+        own = torch.empty(longest, dtype=torch.uint8)
+        packed.write(own)
+        if coordinator.world_size == 1:
+            return [own]
+        received = [torch.empty(padded(size), dtype=torch.uint8) for size in sizes] if wants else []
+    except Exception as error:  # most likely of memory; the others are waiting
+        failure = error
+    for at in range(0, longest, PIECE):
+        length = min(PIECE, longest - at)
+        rows = coordinator.gather_bytes(
+            torch.zeros(length, dtype=torch.uint8) if own is None else own[at : at + length]
+        )
+        for whole, row in zip(received, rows, strict=bool(received)):
+            piece = whole[at : at + length]
+            piece.copy_(row[: len(piece)])
+    if failure is not None:
+        raise failure
+    return received
 
 
 def cuda_devices(output: Any) -> set[torch.device]:
@@ -311,37 +332,3 @@ def cuda_devices(output: Any) -> set[torch.device]:
     if isinstance(output, Mapping):
         output = list(output.values())
     return set().union(*map(cuda_devices, output)) if isinstance(output, list | tuple) else set()
-
-
-def _on_host(name: str, value: Any) -> Batch:
-    if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
-    if isinstance(value, torch.Tensor):
-        if value.ndim == 0:
-            raise ValueError(f"output {name!r} is one number; give a tensor with a value a sample")
-        return _copied(value)
-    if isinstance(value, Mapping):
-        raise ValueError(_in_words(name, value))
-    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise ValueError(f"output {name!r} is a {type(value).__name__}; give a tensor, or a list with one a sample")
-    return [_sample(name, each) for each in value]
-
-
-def _sample(name: str, value: Any) -> torch.Tensor:
-    if isinstance(value, Mapping):
-        raise ValueError(_in_words(f"{name}[0]", value))
-    try:
-        return _copied(torch.as_tensor(value))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"output {name!r} has a {type(value).__name__} for a sample: {error}") from error
-
-
-def _in_words(name: str, value: Mapping[Any, Any]) -> str:
-    keys = ", ".join(map(str, value))
-    return f"output {name!r} is a mapping of {keys}; have the step return each of these under a name of its own"
-
-
-def _copied(value: torch.Tensor) -> torch.Tensor:
-    if value.device.type == "cpu":
-        return value.detach().clone()
-    return value.detach().to("cpu", non_blocking=value.is_cuda)  # into pinned memory, without waiting for the device

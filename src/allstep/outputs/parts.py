@@ -1,10 +1,10 @@
 """Gathered outputs as files: each rank writes a part, and whoever reads joins them in sample order.
 
 Contract: every rank calls `write_part` with the same folder, which all of them see; afterwards a `Parts` reads them. A
-part holds plain tensors only: in one safetensors file, or in a npy file each, of which "places" says where its samples
-stand and the others are those of `flattened`. Parts that another run left in the folder are removed: each rank removes
+part holds plain tensors only: in one safetensors file, or in a npy file each. "positions" says where its samples stand,
+and the others are those of `flatten_column`. Parts that another run left in the folder are removed: each rank removes
 those of its own number, and the last rank also those of ranks that there are no more. What can go wrong: what file
-systems do, and samples that no plain tensor holds (ValueError).
+systems do, and samples that no plain tensor holds (ArgumentError).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from urllib.parse import quote, unquote
 import numpy as np
 import torch
 
-from allstep.outputs.samples import Column, Samples, flattened, joined, restored
+from allstep.outputs.samples import Column, Samples, flatten_column, join_samples, restore_column
 
 Format = Literal["safetensors", "npy"]
-_PLACES = "places"
+_POSITIONS = "positions"
 _PART = re.compile(r"part-(\d{5})-of-\d{5}\..*(npy|safetensors)")
 
 
@@ -36,7 +36,7 @@ class Parts:
         ranks: how many wrote a part.
         samples: in all parts together.
         format: of the files.
-        is_dealt: whether the samples' indices in the dataset are known.
+        has_indices: whether the samples' indices in the dataset are known.
     """
 
     folder: Path
@@ -44,7 +44,7 @@ class Parts:
     ranks: int
     samples: int
     format: Format
-    is_dealt: bool
+    has_indices: bool
 
     @property
     def files(self) -> list[Path]:
@@ -53,7 +53,7 @@ class Parts:
 
     def load(self) -> dict[str, Column]:
         """All samples in their order, in memory, as `Gather` gives them."""
-        return joined([self.part(rank) for rank in range(self.ranks)], self.names, are_dealt=self.is_dealt)
+        return join_samples([self.part(rank) for rank in range(self.ranks)], self.names, have_indices=self.has_indices)
 
     def part(self, rank: int) -> Samples:
         """What one rank wrote."""
@@ -66,7 +66,7 @@ class Parts:
             else:
                 key = path.name[len(_stem(rank, self.ranks)) + 1 : -len(".npy")]
                 tensors[unquote(key)] = torch.from_numpy(np.load(path))
-        return Samples(tensors[_PLACES], {name: restored(name, tensors) for name in self.names})
+        return Samples(tensors[_POSITIONS], {name: restore_column(name, tensors) for name in self.names})
 
     def _files_of(self, rank: int) -> list[Path]:
         return sorted(self.folder.glob(f"{_stem(rank, self.ranks)}.*{self.format}"))
@@ -74,9 +74,9 @@ class Parts:
 
 def write_part(folder: Path, samples: Samples, rank: int, ranks: int, format: Format) -> None:
     """Write one rank's samples in the place of what is there; npy files hold bfloat16 as float32."""
-    tensors: dict[str, torch.Tensor] = {_PLACES: samples.places}
+    tensors: dict[str, torch.Tensor] = {_POSITIONS: samples.positions}
     for name, column in samples.columns.items():
-        tensors |= flattened(name, column)
+        tensors |= flatten_column(name, column)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_earlier(folder, rank, ranks)
     stem = _stem(rank, ranks)

@@ -1,43 +1,109 @@
-"""Outputs sample by sample, and all ranks' outputs in one order: pure functions.
+"""Outputs sample by sample: from what one step returned to all ranks' samples in one order, and to bytes and back.
 
-Contract: a rank keeps what it has seen, in the order in which it saw it, as `Samples`: for each sample where it stands
-and, by name, a tensor. `joined` joins those of all ranks, of which any may have none. Tensors of one shape and
-type become one tensor with a row a sample; others stay a list. `flattened` and `restored` turn ragged tensors into two
-plain ones and back.
-
-Samples as bytes, and every rank's bytes on every rank that wants them.
-
-Contract: `samples_packed` and `samples_unpacked` are each other's inverse, given equal names. `payloads_of_all` is
-called by all ranks with the same sizes. What can go wrong: memory runs out on one rank, which it raises only after it
-has taken part in every collective, so that the others do not wait for it.
+Contract: pure functions, in the order in which a sample passes them. `named_outputs` copies a step's output to the
+host, so that the step may use its memory again. A rank keeps what it has seen as `Samples`, in the order in which it
+saw it: for each sample where it stands and, by name, a tensor. `pack_samples` and `unpack_samples` are each other's
+inverse, given equal names. `join_samples` joins those of all ranks, of which any may have none. Tensors of one shape
+and type become one tensor with a row a sample; others stay a list, which `flatten_column` turns into two plain tensors
+and `restore_column` back. What can go wrong: the output lacks a name, or something in it has no value a sample
+(ArgumentError).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
-from allstep.coordination import Coordinator
-from allstep.metrics.packing import Packed, element_parts, padded, read_elements
+from allstep.errors import ArgumentError
+from allstep.metrics.packing import Packed, element_parts, read_elements
 
-PLACES = 2  # integers that say where a sample stands: its index in the dataset, where known, and the iteration
+# One batch of an output: a tensor with a row a sample, or a list with a tensor a sample.
+BatchOutput: TypeAlias = torch.Tensor | list[torch.Tensor]
 
-# One tensor with a row a sample, or a list with a tensor a sample.
-Column = torch.Tensor | list[torch.Tensor]
+# All samples of an output, in the same two ways.
+Column: TypeAlias = torch.Tensor | list[torch.Tensor]
+
+POSITION_SIZE = 2  # integers that say where a sample stands: its index in the dataset, where known, and the iteration
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Some samples: `places` int64 (n, 2), and for each name n samples."""
+    """Some samples: `positions` int64 (n, 2), and for each name n samples."""
 
-    places: torch.Tensor
+    positions: torch.Tensor
     columns: Mapping[str, Column]
 
 
-NOTHING = Samples(torch.zeros((0, PLACES), dtype=torch.int64), {})
+NO_SAMPLES = Samples(torch.zeros((0, POSITION_SIZE), dtype=torch.int64), {})
+
+
+# A step's output, copied to the host
+
+
+def named_outputs(output: Any, names: Sequence[str]) -> dict[str, BatchOutput]:
+    """The values of each name in one step's output: a mapping's by key, a tuple's in order, or the output itself.
+
+    Raises:
+        ArgumentError: a name is missing, numbers of samples differ, or an output has no value a sample.
+    """
+    if isinstance(output, Mapping):
+        missing = [name for name in names if name not in output]
+        if missing:
+            raise ArgumentError(
+                f"the output has {', '.join(map(str, output)) or 'no key'} and lacks {', '.join(missing)}"
+            )
+        named = {name: output[name] for name in names}
+    else:
+        values = output if isinstance(output, tuple) else (output,)
+        if len(values) != len(names):
+            raise ArgumentError(f"the output has {len(values)} elements for the names {', '.join(names)}")
+        named = dict(zip(names, values, strict=True))
+    found = {name: _on_host(name, value) for name, value in named.items()}
+    lengths = {name: len(value) for name, value in found.items()}
+    if len(set(lengths.values())) > 1:
+        raise ArgumentError(f"outputs have different numbers of samples: {lengths}")
+    return found
+
+
+def _on_host(name: str, value: Any) -> BatchOutput:
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 0:
+            raise ArgumentError(f"output {name!r} is one number; give a tensor with a value a sample")
+        return _copied(value)
+    if isinstance(value, Mapping):
+        raise ArgumentError(_in_words(name, value))
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ArgumentError(f"output {name!r} is a {type(value).__name__}; give a tensor, or a list with one a sample")
+    return [_sample(name, each) for each in value]
+
+
+def _sample(name: str, value: Any) -> torch.Tensor:
+    if isinstance(value, Mapping):
+        raise ArgumentError(_in_words(f"{name}[0]", value))
+    try:
+        return _copied(torch.as_tensor(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentError(f"output {name!r} has a {type(value).__name__} for a sample: {error}") from error
+
+
+def _in_words(name: str, value: Mapping[Any, Any]) -> str:
+    keys = ", ".join(map(str, value))
+    return f"output {name!r} is a mapping of {keys}; have the step return each of these under a name of its own"
+
+
+def _copied(value: torch.Tensor) -> torch.Tensor:
+    if value.device.type == "cpu":
+        return value.detach().clone()
+    return value.detach().to("cpu", non_blocking=value.is_cuda)  # into pinned memory, without waiting for the device
+
+
+# All samples in one order
 
 
 def column_of(batches: Sequence[Any]) -> Column:
@@ -48,22 +114,23 @@ def column_of(batches: Sequence[Any]) -> Column:
     return [sample for batch in batches for sample in (batch.unbind() if isinstance(batch, torch.Tensor) else batch)]
 
 
-def joined(parts: Sequence[Samples], names: Sequence[str], *, are_dealt: bool) -> dict[str, Column]:
+def join_samples(parts: Sequence[Samples], names: Sequence[str], *, have_indices: bool) -> dict[str, Column]:
     """All samples in order.
 
     Args:
         parts: of each rank, in rank order.
         names: of the columns.
-        are_dealt: whether all indices are known: then samples are in their order, and "index" has them; else they are
-            in order of iteration, then rank.
+        have_indices: whether all indices are known: then samples are in their order, and "index" has them; else they
+            are in order of iteration, then rank.
     """
-    places = torch.cat([part.places for part in parts])
-    order = torch.sort(places[:, 0 if are_dealt else 1], stable=True).indices
+    positions = torch.cat([part.positions for part in parts])
+    order = torch.sort(positions[:, 0 if have_indices else 1], stable=True).indices
     found = {
-        name: _ordered(column_of([part.columns[name] for part in parts if len(part.places)]), order) for name in names
+        name: _ordered(column_of([part.columns[name] for part in parts if len(part.positions)]), order)
+        for name in names
     }
-    if are_dealt:
-        found["index"] = places[order, 0]
+    if have_indices:
+        found["index"] = positions[order, 0]
     return found
 
 
@@ -73,15 +140,18 @@ def _ordered(column: Column, order: torch.Tensor) -> Column:
     return [column[at] for at in order.tolist()]
 
 
-def flattened(name: str, column: Column) -> dict[str, torch.Tensor]:
+def flatten_column(name: str, column: Column) -> dict[str, torch.Tensor]:
     """A column as plain tensors, by a kind and the name: "rows", or all "values" in one row and each sample's "shapes".
 
-    No two names have a tensor of the same key. Raises ValueError when samples differ in type or number of dimensions.
+    No two names have a tensor of the same key.
+
+    Raises:
+        ArgumentError: samples differ in type or number of dimensions.
     """
     if isinstance(column, torch.Tensor):
         return {f"rows.{name}": column}
     if len({(sample.dtype, sample.ndim) for sample in column}) > 1:
-        raise ValueError(
+        raise ArgumentError(
             f"samples of {name!r} differ in type or number of dimensions; they cannot be written to a file"
         )
     dimensions = column[0].ndim if column else 0
@@ -90,8 +160,8 @@ def flattened(name: str, column: Column) -> dict[str, torch.Tensor]:
     return {f"values.{name}": values, f"shapes.{name}": shapes}
 
 
-def restored(name: str, tensors: Mapping[str, torch.Tensor]) -> Column:
-    """The column that `flattened` gave."""
+def restore_column(name: str, tensors: Mapping[str, torch.Tensor]) -> Column:
+    """The column that `flatten_column` gave."""
     if f"rows.{name}" in tensors:
         return tensors[f"rows.{name}"]
     shapes = [torch.Size(shape) for shape in tensors[f"shapes.{name}"].tolist()]
@@ -99,13 +169,13 @@ def restored(name: str, tensors: Mapping[str, torch.Tensor]) -> Column:
     return [row.reshape(shape) for row, shape in zip(rows, shapes, strict=True)]
 
 
-PIECE = 64 * 2**20
+# As bytes
 
 
-def samples_packed(samples: Samples, names: Sequence[str]) -> Packed:
+def pack_samples(samples: Samples, names: Sequence[str]) -> Packed:
     """One rank's samples in transit."""
     manifest: list[int] = []
-    parts = element_parts([samples.places], manifest)
+    parts = element_parts([samples.positions], manifest)
     for name in names:
         column = samples.columns[name]
         ragged = isinstance(column, list)
@@ -115,50 +185,14 @@ def samples_packed(samples: Samples, names: Sequence[str]) -> Packed:
     return Packed(manifest, parts)
 
 
-def samples_unpacked(manifest: Sequence[int], payload: torch.Tensor, names: Sequence[str]) -> Samples:
-    """What another rank's `samples_packed` gave. Tensors are views of the payload."""
+def unpack_samples(manifest: Sequence[int], payload: torch.Tensor, names: Sequence[str]) -> Samples:
+    """What another rank's `pack_samples` gave. Tensors are views of the payload."""
     numbers = iter(manifest)
     elements = read_elements(numbers, payload, 0)
-    places = next(elements)
+    positions = next(elements)
     columns: dict[str, Column] = {}
     for name in names:
         ragged, count = next(numbers), next(numbers)
         found = [next(elements) for _ in range(count)]
         columns[name] = found if ragged else found[0]
-    return Samples(places, columns)
-
-
-def payloads_of_all(
-    coordinator: Coordinator, packed: Packed, sizes: Sequence[int], *, keeps: bool
-) -> list[torch.Tensor]:
-    """Every rank's payload, given in pieces so that a rank that keeps none never holds much more than one.
-
-    Args:
-        coordinator: of the ranks.
-        packed: what this rank gives.
-        sizes: bytes that each rank gives.
-        keeps: whether this rank is given anything; else the result is empty.
-    """
-    longest = max(sizes)
-    own: torch.Tensor | None = None
-    kept: list[torch.Tensor] = []
-    failure: Exception | None = None
-    try:
-        own = torch.empty(longest, dtype=torch.uint8)
-        packed.write(own)
-        if coordinator.world_size == 1:
-            return [own]
-        kept = [torch.empty(padded(size), dtype=torch.uint8) for size in sizes] if keeps else []
-    except Exception as error:  # most likely of memory; the others are waiting
-        failure = error
-    for at in range(0, longest, PIECE):
-        length = min(PIECE, longest - at)
-        rows = coordinator.gather_bytes(
-            torch.zeros(length, dtype=torch.uint8) if own is None else own[at : at + length]
-        )
-        for whole, row in zip(kept, rows, strict=bool(kept)):
-            piece = whole[at : at + length]
-            piece.copy_(row[: len(piece)])
-    if failure is not None:
-        raise failure
-    return kept
+    return Samples(positions, columns)
