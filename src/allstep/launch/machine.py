@@ -1,8 +1,9 @@
 """This machine in a run: what it was asked to start, and how it carries out its share of an attempt.
 
-Contract: a `Machine` is made within `SignalPipe`, and closed at the end. `attempt` runs one share to its end, over a
-channel that the caller opened; `stopped_by` is the first signal to stop that came, also between attempts. `say` and
-`write_out` speak to the person at the terminal.
+Contract: `supervisor` makes one `Machine` for a run, within a `SignalPipe`, and closes it at the end. `head` or
+`follower` calls `attempt` once for each attempt, with this machine's share and the monitoring service that they opened.
+`stopped_by` is the first signal to stop that came, also between attempts. `say` and `write_out` speak to the person at
+the terminal.
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ class Share:
 
     Args:
         run_id: the run's name.
-        attempt: which start of all workers this is, as its folder and the control channel count.
-        nonce: what ranks show to the control channel.
-        channel: where this machine's service of the control channel listens, HOST:PORT.
+        attempt: which start of all workers this is, as its folder and monitoring count.
+        nonce: what ranks show to monitoring.
+        channel: where this machine's monitoring service listens, HOST:PORT.
         master_addr: the host on which rank 0 will serve the store.
         master_port: the port for that.
         workers: ranks on this machine.
