@@ -62,7 +62,7 @@ def test_wrapped_parts_load_at_a_world_size_that_does_not_wrap_them(kind, tmp_pa
 def test_compiled_parts_have_the_names_of_their_modules():
     part = nn.Linear(2, 2)
     module = nn.Sequential(torch.compile(part), nn.Linear(2, 2))
-    state = ModuleAdapter(module).state()
+    state = ModuleAdapter(module).states()[0]
     assert list(state) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     assert set(state._metadata) == {"", "0", "1"}
     other = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2)))

@@ -71,6 +71,7 @@ def entries(folder: str) -> list[Entry]:
         names = [name for name in storage.folders() if read_name(name) or is_temporary(name)]
     except Exception as error:  # file systems behind fsspec have errors of their own
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
+    # Committed ones by their order, then what is unfinished.
     names.sort(key=lambda name: (is_temporary(name), read_name(name) or CheckpointName(0, 0)))
     return [_entry(storage, name) for name in names]
 
@@ -182,6 +183,7 @@ def find_problems(storage: Storage, folder: str, how: Verify) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     problems = wrong_sizes(storage, folder, manifest)
+    # Nothing is read once sizes are wrong: that is damage enough.
     if problems or how == "size":
         return problems
     wrong, unread = wrong_hashes(storage, folder, manifest, manifest.files)
@@ -221,6 +223,7 @@ class Retention:
         if self.keep_last is None:
             return []
         ordered = sorted(committed, key=lambda entry: entry[0])
+        # Order counts saves, so the newest is the last saved, also after a run went back to an earlier step.
         kept = {name for name, _ in ordered[-self.keep_last :]}
         if self.keep_best is not None:
             count, metric, direction = self.keep_best

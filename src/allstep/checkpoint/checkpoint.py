@@ -155,6 +155,7 @@ class Checkpoint:
                 "attached to as those that train, others as evaluators that begin anew"
             )
         self._engines.append(engine)
+        # Anew, since it is known only now which engines train.
         self._adapters = adapters_for(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
         return self
@@ -239,6 +240,7 @@ class Checkpoint:
         )
         run = self._runs.get(engine)
         if run is not None:
+            # Also where it was left out: the next is due after a whole interval, not at once.
             run.schedule.saved(engine.state.iteration)
             if not pending.skipped:
                 run.saved_at, run.lacks_rating = _place(engine_state), bool(metrics) and not is_rated
@@ -298,6 +300,7 @@ class Checkpoint:
             return
         is_run_over = engine.state.outcome != "left"
         run = self._runs[engine]
+        # The last save counts only if it was committed, and of this very place.
         is_saved = committed and run.saved_at == _place(engine.state_dict())
         if not is_saved or (is_run_over and run.lacks_rating):
             with _checkpoint_section():
@@ -313,6 +316,7 @@ class Checkpoint:
 
     def _load(self, loaded: Loaded, *, partial: bool) -> None:
         per_rank = [each.get("objects", {}) if isinstance(each, Mapping) else {} for each in loaded.per_rank]
+        # An object may have a state in common, one of each rank, or both.
         known = loaded.state.keys() | (per_rank[0].keys() if per_rank else set())
         missing = sorted(self._adapters.keys() - known)
         if missing and not partial:
@@ -329,6 +333,7 @@ class Checkpoint:
         for name, engine in engines.items():
             self._has_loaded_engines |= name in known
             epoch = max(epoch, engine.state.epoch)
+            # What the engine has under such a name already is not replaced.
             engine.state.metrics = {**metrics, **engine.state.metrics}
         self._end_resumption()
         self._resumption = _Resumption(

@@ -128,6 +128,7 @@ def _commit(save: Save, storage: Storage, coordinator: Coordinator) -> Manifest:
     Raises:
         CheckpointError: it was not committed; on every rank alike.
     """
+    # For the removal below: another run's folder of that name must not be removed, nor one that is committed.
     has_folder = False
     committed = False
     try:
@@ -141,7 +142,7 @@ def _commit(save: Save, storage: Storage, coordinator: Coordinator) -> Manifest:
         outcome: Manifest | str = "rank 0 has not committed it"
         if coordinator.rank == 0:
             outcome = _finish(save, storage, reports)
-        committed = isinstance(outcome, Manifest)
+        committed = isinstance(outcome, Manifest)  # before the broadcast, which may fail
         outcome = coordinator.broadcast(outcome, 0)
         if isinstance(outcome, str):
             raise save.failure(outcome)
@@ -182,6 +183,7 @@ def _agree_to_write(save: Save, refusal: str | None, storage: Storage, coordinat
     _raise_first([_other_save(each.name, reports[0].name) or each.refusal for each in reports], save)
     if len({each.specs_hash for each in reports}) > 1:
         raise save.failure(_difference(coordinator.gather(specs)))
+    # All write to one disk, and rank 0's answer about it counts.
     need = sum(each.size for each in reports) + _DISK_MARGIN
     free = reports[0].free
     if free is not None and free < need:
@@ -252,6 +254,7 @@ def _finish(save: Save, storage: Storage, reports: Sequence[_WriteReport]) -> Ma
     """Write `state.json` and the manifest and commit; return why not."""
     assert save.snapshot is not None
     try:
+        # A file that rank 0 does not see at its size means separate disks, or a network file system that lags.
         files = {name: record for report in reports for name, record in report.files.items()}
         common = StateFile(tensors=_tensor_records(save.snapshot.specs, reports), value=save.snapshot.state)
         if (problem := common.problem() or _unseen(storage, save.folder, files)) is not None:

@@ -91,6 +91,7 @@ class _Encoder:
 
     def encode(self, value: Any, path: tuple[str, ...]) -> Any:
         kind = type(value)
+        # Exact types: a subclass, such as an IntEnum, would come back as another type than it was.
         if value is None or kind in (bool, int, str):
             return value
         if kind is float:
@@ -103,6 +104,7 @@ class _Encoder:
             return {"$tensor": name}
         if isinstance(value, np.generic | np.ndarray):
             return self._encode_array(value, path)
+        # Tensors and arrays are leaves. What follows is nested, and may hold itself.
         if len(path) > _DEEPEST:
             raise UnsupportedStateError(f"{path[0]} is nested more than {_DEEPEST} deep, or holds itself")
         if kind in _SEQUENCES:
@@ -115,6 +117,7 @@ class _Encoder:
     def _encode_mapping(self, value: Mapping[Any, Any], path: tuple[str, ...]) -> Any:
         kind = type(value)
         items = [(key, self.encode(item, (*path, name_part(key)))) for key, item in value.items()]
+        # A plain dict of texts is a JSON object, unless one of its keys would be taken for a tag.
         if kind is dict and all(type(key) is str and not key.startswith("$") for key, _ in items):
             return dict(items)
         pairs = [[self._encode_key(key, path), item] for key, item in items]
@@ -134,6 +137,7 @@ class _Encoder:
         if not isinstance(value, np.generic) and type(value) not in (np.ndarray, np.memmap):
             raise _unsupported(value, path, "only its numbers would come back; give them as plain numpy arrays")
         array = np.asarray(value)
+        # Large ones go into the tensors' file; copied, since torch takes no negative strides and no read-only arrays.
         if isinstance(value, np.ndarray) and array.nbytes > _INLINE_ARRAY and array.dtype.isnative:
             try:
                 return {"$array": {"tensor": self._name_tensor(torch.from_numpy(array.copy()), path)}}
@@ -181,6 +185,7 @@ def _decode(node: Any, fetch: Fetch) -> Any:
         return [_decode(item, fetch) for item in node]
     if not isinstance(node, dict):
         return node
+    # `encode` writes a tag first, and no object of its own begins with one.
     tag = next(iter(node), "")
     if not tag.startswith("$"):
         return {key: _decode(item, fetch) for key, item in node.items()}
@@ -205,6 +210,7 @@ def _pairs(content: list[list[Any]], fetch: Fetch) -> list[tuple[Any, Any]]:
 def _decode_array(content: dict[str, Any], fetch: Fetch) -> np.ndarray[Any, Any]:
     if "tensor" in content:
         return fetch(content["tensor"]).numpy()
+    # The dtype is text from a file: "O" would read pointers to Python objects.
     dtype = np.dtype(content["dtype"])
     if dtype.kind not in _ARRAY_KINDS or dtype.names is not None:
         raise ValueError(f"an array of {dtype}")

@@ -45,6 +45,7 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
     if not os.path.isdir(folder):
         raise ArgumentError(f"cannot export to {path}: there is no folder {folder}")
     storage = open_storage(entry.folder)
+    # All is hashed first: nobody looks at the hashes again once the values have left the checkpoint.
     problems = find_problems(storage, entry.name, "full")
     if entry.manifest is None or problems:
         raise DamagedCheckpointError(f"checkpoint {entry.folder}/{entry.name} is damaged: {'; '.join(problems)}")
@@ -86,7 +87,7 @@ def _write_safetensors(reader: CheckpointReader, path: str, only: str | None, me
 
     places: dict[str, _TensorPlace] = {}
     for keys, place in _places_in(decode(contents.value if only is None else contents.value[only], fetch)):
-        key = "/".join(keys) or str(only)
+        key = "/".join(keys) or str(only)  # a part that is one tensor has no keys of its own
         if key in places:
             raise CheckpointError(f"two tensors would have the name {key!r}; choose a .pt file")
         places[key] = place

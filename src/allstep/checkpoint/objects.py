@@ -1,8 +1,8 @@
 """What is saved of each kind of object, and how it comes back.
 
 Contract: `Checkpoint` makes one `ObjectAdapter` for each object that it was given. `collect_states` asks them all, on
-every rank. `state` is what is the same on every rank; `rank_state` is what this rank has for itself. `load` gives both
-back, to the objects of a run of any world size. An object whose state cannot be had fails the save, and keeps no rank
+every rank, for two states: what is the same on every rank, and what this rank has for itself. `load` gives both back,
+to the objects of a run of any world size. An object whose state cannot be had fails the save, and keeps no rank
 from asking the others.
 
 Modules are taken out of DDP, DataParallel and torch.compile, wherever in the module these are. The names of its tensors
@@ -63,11 +63,8 @@ class PerRank:
 class ObjectAdapter(Protocol):
     """How one object is saved and loaded."""
 
-    def state(self) -> Any:
-        """What is the same on every rank; None where there is nothing."""
-
-    def rank_state(self) -> Any:
-        """What this rank has for itself; None where there is nothing."""
+    def states(self) -> tuple[Any, Any]:
+        """What is the same on every rank, and what this rank has for itself; None where there is nothing."""
 
     def template(self) -> Any:
         """State to be filled in place, or None."""
@@ -110,7 +107,7 @@ def collect_states(adapters: Mapping[str, ObjectAdapter]) -> CollectedStates:
     failure: str | None = None
     for name, adapter in adapters.items():
         try:
-            state, rank_state = adapter.state(), adapter.rank_state()
+            state, rank_state = adapter.states()
         except Exception as error:
             failure = failure or f"the state of {name!r} cannot be had: {type(error).__name__}: {error}"
             continue
@@ -122,7 +119,7 @@ def collect_states(adapters: Mapping[str, ObjectAdapter]) -> CollectedStates:
 
 
 def _is_metric(value: Any) -> bool:
-    torchmetrics = sys.modules.get("torchmetrics")  # where nobody has imported it, there is none
+    torchmetrics = sys.modules.get("torchmetrics")  # importing it takes seconds; where nobody did, there is no metric
     return torchmetrics is not None and isinstance(value, torchmetrics.Metric | torchmetrics.MetricCollection)
 
 
@@ -166,11 +163,8 @@ class _StatefulAdapter:
     def __init__(self, value: Any) -> None:
         self.value = value
 
-    def state(self) -> Any:
-        return self.value.state_dict()
-
-    def rank_state(self) -> Any:
-        return None
+    def states(self) -> tuple[Any, Any]:
+        return self.value.state_dict(), None
 
     def template(self) -> Any:
         return None
@@ -182,13 +176,11 @@ class _StatefulAdapter:
 class _PerRankAdapter(_StatefulAdapter):
     """An object whose state differs by rank."""
 
-    def state(self) -> Any:
-        return None
-
-    def rank_state(self) -> Any:
-        return self.value.state_dict()
+    def states(self) -> tuple[Any, Any]:
+        return None, self.value.state_dict()
 
     def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
+        # What can be joined and split anew, such as a metric's counts, takes what all ranks had.
         take_all = getattr(self.value, "load_rank_states", None)
         if take_all is not None:
             take_all(rank_states)
@@ -207,13 +199,10 @@ class _EngineAdapter(_StatefulAdapter):
         super().__init__(value)
         self.trains = trains
 
-    def state(self) -> Any:
-        state = self.value.state_dict()
-        return {key: each for key, each in state.items() if key != "data" or "own" not in each}
-
-    def rank_state(self) -> Any:
-        data = self.value.state_dict().get("data", {})
-        return data if "own" in data else None
+    def states(self) -> tuple[Any, Any]:
+        state = dict(self.value.state_dict())
+        own = state.pop("data") if "own" in state.get("data", {}) else None
+        return state, own
 
     def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
         position = position_from(state, self.value.state_dict_user_keys)
@@ -242,7 +231,10 @@ def _check_own_positions(rank_states: Sequence[Any]) -> None:
 
 
 class _OptimizerAdapter(_StatefulAdapter):
-    """An optimizer; its states of sharded parameters are sharded as they are."""
+    """An optimizer; its states of sharded parameters are sharded as they are.
+
+    The states of a fresh optimizer are empty, so the parameters themselves are the template.
+    """
 
     def template(self) -> Any:
         parameters = {id(each): each for group in self.value.param_groups for each in group["params"]}
@@ -273,8 +265,9 @@ class ModuleAdapter:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
 
-    def state(self) -> Any:
-        """The whole state; before it is taken, buffers become what the next forward pass would make of them."""
+    def states(self) -> tuple[Any, Any]:
+        """The whole state, and this rank's buffers that nobody broadcasts."""
+        # Buffers become what the next forward pass would make of them, so that ranks save the same.
         for replica in self._replicas():
             if replica.broadcast_buffers and any(True for _ in replica.buffers()):
                 broadcast_buffers(replica)
@@ -287,15 +280,9 @@ class ModuleAdapter:
         versions = module_versions(state)
         if versions is not None:
             set_module_versions(plain, {names.plain_module(name): each for name, each in versions.items()})
-        return plain
-
-    def rank_state(self) -> Any:
-        """This rank's buffers that nobody broadcasts."""
         if _world_size() == 1:
-            return None
-        names = _PlainNames(self.module)
-        own = self._own_buffers(self.module.state_dict())
-        return {names.plain(name): buffer for name, buffer in own.items()} or None
+            return plain, None  # the buffers are in the whole state
+        return plain, {names.plain(name): buffer for name, buffer in own.items()} or None
 
     def template(self) -> Any:
         """The sharded tensors, which are filled in place."""
@@ -307,6 +294,7 @@ class ModuleAdapter:
     def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
         """Take over `state`, and this rank's buffers."""
         names = _PlainNames(self.module)
+        # From the names in the checkpoint to those that this run's wrappers give.
         wrapped = {names.plain(name): name for name in self.module.state_dict()}
         named: OrderedDict[str, Any] = OrderedDict((wrapped.get(name, name), value) for name, value in state.items())
         versions = module_versions(state)
@@ -317,12 +305,14 @@ class ModuleAdapter:
             set_module_versions(named, {name: versions[plain] for name, plain in modules if plain in versions})
         self.module.load_state_dict(named)
         buffers = rank_states[rank] if rank < len(rank_states) else None
+        # After load_state_dict, which has filled in rank 0's for ranks that have none of their own.
         with torch.no_grad():
             for name, buffer in (buffers or {}).items():
                 self.module.get_buffer(wrapped[name]).copy_(buffer)
 
     def _own_buffers(self, state: Container[str]) -> dict[str, torch.Tensor]:
         """Buffers with a name in the state that no DDP broadcasts."""
+        # By identity: a buffer has one name inside its wrapper and another outside.
         broadcast = {
             id(buffer) for replica in self._replicas() if replica.broadcast_buffers for buffer in replica.buffers()
         }
@@ -334,6 +324,7 @@ class ModuleAdapter:
 
     def _replicas(self) -> list[DistributedDataParallel]:
         """DDP modules in the module or, where it was given without its wrapper, around it."""
+        # A script may give the module that it wrapped and not the wrapper; then only the World knows of that.
         world = World.current()
         inside = list(self.module.modules())
         inner = {id(each) for each in inside}
@@ -347,6 +338,7 @@ class _PlainNames:
     """The names of a module's tensors and submodules without what wrappers add to them."""
 
     def __init__(self, module: nn.Module) -> None:
+        # "0.module." becomes "0." for a DDP module under the name 0, "0._orig_mod." for a compiled one.
         self._prefixes = [
             (f"{name}.{inner}.", f"{name}.")
             for name, each in module.named_modules(remove_duplicate=False)
@@ -363,7 +355,7 @@ class _PlainNames:
 
     def plain_module(self, name: str) -> str:
         """The name of a submodule."""
-        return self.plain(f"{name}.")[:-1]
+        return self.plain(f"{name}.")[:-1]  # with a dot, as prefixes end
 
 
 def _world_size() -> int:

@@ -112,6 +112,7 @@ class FileLayout:
 
 def lay_out(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> FileLayout:
     """Place tensors of the given keys, stored dtypes and shapes; wide dtypes come first, so that all are aligned."""
+    # The key breaks ties, so that a file's layout does not depend on the order in which tensors come.
     ordered = sorted(tensors, key=lambda entry: (-entry[1].itemsize, entry[0]))
     slots: list[TensorSlot] = []
     for key, dtype, shape in ordered:
@@ -151,6 +152,7 @@ def _read_slot(key: str, entry: dict[str, object], data_size: int) -> TensorSlot
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"tensor {key!r} is not described by lists")
+    # Exact ints: True and 2.0 would pass a comparison and give a wrong shape.
     if any(type(number) is not int or number < 0 for number in [*shape, *offsets]):
         raise ValueError(f"tensor {key!r} has a shape or offsets that are no counts")
     slot = TensorSlot(key, _FROM_FORMAT[str(entry["dtype"])], tuple(shape), offsets[0])

@@ -53,6 +53,7 @@ def read_every(every: SaveEvery | Sequence[SaveEvery] | None) -> SaveTimes:
 def _read_one(each: object) -> tuple[str, float]:
     if isinstance(each, timedelta) and each.total_seconds() > 0:
         return "seconds", each.total_seconds()
+    # A bool is an int to Python, and `every=True` means nothing.
     if isinstance(each, int) and not isinstance(each, bool) and each >= 1:
         return "iterations", each
     match = _TEXT.fullmatch(each.strip().lower()) if isinstance(each, str) else None

@@ -57,6 +57,7 @@ def launches_of(environ: Mapping[str, str]) -> list[str]:
     """Names of what launched this process, for its checkpoints: each is the same in all restarts of that launch."""
     job, launch = environ.get("SLURM_JOB_ID"), environ.get(LAUNCH_VARIABLE)
     elastic = environ.get("TORCHELASTIC_RUN_ID", "none")
+    # Under `allstep run` torchrun's variables are inherited from outside, if at all, and say nothing of this launch.
     names = [f"allstep-{launch}"] if launch else [] if elastic in ("", "none") else [f"torchrun-{elastic}"]
     return [*names, *([f"slurm-{job}"] if job else [])]
 
@@ -194,6 +195,7 @@ def _quarantined_names(storage: Storage) -> frozenset[CheckpointName]:
 def _read_manifest(storage: Storage, coordinator: Coordinator, folder: str, patience: float) -> Manifest | _Finding:
     """Rank 0's reading of the manifest, after a wait where some ranks see one and others do not."""
     seen = coordinator.gather(_sees_manifest(storage, folder))
+    # Network file systems show a new file late on some hosts.
     if any(seen) and not all(seen):
         poll(lambda: _sees_manifest(storage, folder), time.monotonic() + patience)
     found = ask_rank_zero(coordinator, partial(_load_manifest, storage, folder, patience))
@@ -242,6 +244,7 @@ def _verify_files(
         return _Finding(_summary([each.problems for each in listings]), damaged)
     if verify == "size":
         return _Finding(None)
+    # Each file is read by one rank: all together read the checkpoint once.
     share = list(manifest.files)[coordinator.rank :: coordinator.world_size]
     found = coordinator.gather(_hash_files(storage, folder, manifest, share, patience))
     wrong, unread = [each for each, _ in found], [each for _, each in found]

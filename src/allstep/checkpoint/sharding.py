@@ -83,7 +83,7 @@ def own_pieces(
     shared = {name: tensor for name, tensor in replicated.items() if name not in from_rank_zero}
     shapes = [(name, tensor.dtype.itemsize, tuple(tensor.shape)) for name, tensor in shared.items()]
     pieces = [(piece, _values(shared[piece.name], piece)) for piece in assign(shapes, world_size)[rank]]
-    if rank == 0:
+    if rank == 0:  # buffers, mostly; they are small, and which rank writes them is not free to choose
         pieces.extend(
             (Piece(name, whole_box(tensor.shape)), tensor)
             for name, tensor in replicated.items()
@@ -164,6 +164,7 @@ def _cut(name: str, itemsize: int, shape: tuple[int, ...], world_size: int) -> l
     whole = whole_box(shape)
     if world_size == 1 or not shape or whole.numel * itemsize < _SMALLEST_CUT or shape[0] < 2:
         return [Piece(name, whole)]
+    # Along the first dimension alone: a piece is then contiguous, in memory and in a file.
     count = min(world_size, shape[0])
     edges = [shape[0] * at // count for at in range(count + 1)]
     rest = shape[1:]

@@ -86,6 +86,7 @@ class PendingSave:
 
     def start(self, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
         """Write the save in a thread; the arguments are those of `write_save`."""
+        # A daemon, so that a disk that hangs does not keep a process from ending for ever.
         self._thread = threading.Thread(
             target=self._write, args=(storage, coordinator, retention), daemon=True, name=f"allstep-{self.name}"
         )
@@ -107,6 +108,7 @@ class PendingSave:
         """
         if self._thread is not None:
             self._thread.join(timeout)
+            # Asked of the thread and not of the outcome, which is there a moment before the thread has ended.
             if self._thread.is_alive():
                 return False
             atexit.unregister(self._thread.join)
@@ -246,7 +248,7 @@ class Store:
         try:
             return self._last.wait(timeout)
         except CheckpointError:
-            self._last = None
+            self._last = None  # so that it is raised once, and the next save goes on
             raise
 
     def close(self) -> None:
@@ -270,6 +272,7 @@ class Store:
         """
         if at == "auto":
             return choose(self._storage, self._coordinator, verify=self._verify, patience=self._patience)
+        # The name tells one checkpoint from a folder of them; nothing is asked of the file system.
         parent, _, last = at.rstrip("/").rpartition("/")
         only = last if read_name(last) is not None else None
         storage = open_storage((parent or ".") if only else at)
@@ -355,6 +358,7 @@ class Store:
         return next_order(folders), uuid.uuid4().hex[:8]
 
     def _is_busy_anywhere(self) -> bool:
+        # One rank's thread may have ended while another's has not; all must leave the save out, or none.
         busy = self._last is not None and not self._last.done()
         return self._coordinator.vote([int(busy)]).wait()[0] > 0
 
@@ -374,6 +378,7 @@ class Store:
 def _own_coordinator(timeout: float) -> Coordinator:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return Alone()
+    # Of its own: a collective of training between two of a save's would be paired with the wrong one.
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
     assert isinstance(group, dist.ProcessGroup)
     return GroupCoordinator(group)
