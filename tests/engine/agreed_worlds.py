@@ -215,9 +215,7 @@ def run_rank(coordinator: Coordinator, drawn: Drawn) -> Log:
     def step(engine: Engine, batch: torch.Tensor) -> None:
         state = engine.state
         name = int(batch[0]) if state.active else None
-        window_ends_at = (
-            engine._loop.supply.agreed.window_ends_at if engine._loop.supply.agreed is not None else state.iteration
-        )
+        window_ends_at = engine.extension.window_ends_at
         rows = len(batch) if state.active else 0
         assert state.samples in (None, rows)
         log.steps.append(Step(state.epoch, state.iteration, name, rows, state.weight, state.group_end, window_ends_at))

@@ -355,7 +355,7 @@ def test_nothing_is_read_ahead_of_a_loader_whose_counts_are_arithmetic(own: bool
         assert len(read) == (20 if own else 40)
 
 
-@pytest.mark.parametrize(("lookahead", "most"), [(None, 4), (1, 1), (2, 2), (7, 7), (40, 40)])
+@pytest.mark.parametrize(("lookahead", "most"), [(None, 32), (1, 1), (2, 2), (7, 7), (40, 40)])
 def test_other_data_is_read_ahead_by_at_most_lookahead_and_one_batch_an_iteration(
     lookahead: int | None, most: int
 ) -> None:
@@ -722,10 +722,8 @@ def test_handlers_of_an_epochs_end_are_no_part_of_a_window(monkeypatch: pytest.M
         sizes: list[int] = []
 
         def step(engine: Engine, batch: torch.Tensor) -> None:
-            assert engine._loop is not None
-            assert engine._loop.supply.agreed is not None
-            if not sizes or sizes[-1] != engine._loop.supply.agreed.window_ends_at:
-                sizes.append(engine._loop.supply.agreed.window_ends_at)
+            if not sizes or sizes[-1] != engine.extension.window_ends_at:
+                sizes.append(engine.extension.window_ends_at)
 
         def wait(engine: Engine) -> None:
             now[coordinator.rank] += 3_000_000_000

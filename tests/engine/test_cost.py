@@ -68,15 +68,16 @@ def test_only_filtered_handlers_left_are_looked_at_when_they_are_due(calls: list
 
 
 def test_the_loop_leaves_its_course_alone_until_an_epoch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from allstep.engine.loop import Loop
+    from allstep.engine.loop import RunLoop
 
     looked: list[int] = []
-    is_over = Loop._epoch_is_over
+    is_over = RunLoop._epoch_is_over
 
-    def counting(self: Loop) -> bool:
-        looked.append(self.state.iteration)
+    def counting(self: RunLoop) -> bool:
+        looked.append(engine.state.iteration)
         return is_over(self)
 
-    monkeypatch.setattr(Loop, "_epoch_is_over", counting)
-    Engine(nothing).run(range(40), max_epochs=2)
+    monkeypatch.setattr(RunLoop, "_epoch_is_over", counting)
+    engine = Engine(nothing)
+    engine.run(range(40), max_epochs=2)
     assert looked == [0, 40, 40, 80]

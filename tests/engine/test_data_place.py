@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from allstep.data import make_loader
 from allstep.engine import Engine, Events
-from allstep.engine.position import translated
-from allstep.engine.run import RunPosition
+from allstep.engine.position import RunPosition, translated
 from allstep.testing import SimulatedRank, simulate
 from tests.engine.recording import nothing
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -142,23 +144,27 @@ def test_a_suspended_run_is_idle_and_goes_on_where_it_was():
 
 
 def test_without_anybody_watching_the_loop_uses_the_bare_step_and_the_bare_data():
-    batches = iter([1, 2])
+    callers: list[tuple[str, str]] = []
 
-    def look(engine: Engine) -> None:
-        loop = engine._loop
-        assert loop is not None
-        assert loop._step is nothing
-        assert loop.supply.feed is batches
-        seen.append(True)
+    class Batches:
+        left = 2
 
-    seen: list[bool] = []
-    engine = Engine(nothing)
-    engine.add_event_handler(Events.ITERATION_COMPLETED, look)
+        def __iter__(self) -> Iterator[int]:
+            return self
+
+        def __next__(self) -> int:
+            self.left -= 1
+            callers.append(("data", sys._getframe(1).f_code.co_name))
+            return self.left
+
+    def step(engine: Engine, batch: int) -> None:
+        callers.append(("step", sys._getframe(1).f_code.co_name))
+
     world = World(Placement("alone"), torch.device("cpu"), None, 60.0)
     make_current(world)
-    engine.run(batches, epoch_length=2)
+    Engine(step).run(Batches(), epoch_length=2)
     world.close()
-    assert seen == [True, True]
+    assert callers == [("data", "_iterate"), ("step", "_iterate")] * 2
 
 
 def test_watching_costs_less_than_a_microsecond_an_iteration():

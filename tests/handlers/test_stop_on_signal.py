@@ -82,7 +82,7 @@ def test_detach_gives_back_the_handlers_and_leaves_the_engine() -> None:
         stopping.detach()
         stopping.detach()
         assert signal.getsignal(signal.SIGUSR1) is mine
-        assert not any(engine.registry.has(stopping._tell, event) for event in Events)
+        assert not any(engine.has_event_handler(stopping._tell, event) for event in Events)
     finally:
         signal.signal(signal.SIGUSR1, before)
 

@@ -32,7 +32,7 @@ from allstep.checkpoint.encoding import FromRankZero
 from allstep.checkpoint.reading import ShardedLike
 from allstep.checkpoint.torch_private import broadcast_buffers, module_versions, set_module_versions
 from allstep.engine import Engine
-from allstep.engine.run import position_from
+from allstep.engine.resume import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError, UnsupportedStateError
 from allstep.parallel import unwrap

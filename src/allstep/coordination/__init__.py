@@ -1,7 +1,22 @@
-"""How ranks agree: the `Coordinator` protocol with its implementations, and the pure logic of votes and ledgers."""
+"""How ranks agree: the `Coordinator` protocol with its implementations, and the pure logic of votes and ledgers.
 
-from allstep.coordination.compare import Schema, StateLine, check_schemas, fingerprint
-from allstep.coordination.coordinator import OUTCOMES, Alone, Asked, Coordinator, Outcome, Pending, ReduceOp, Request
+What lives here: who carries a question to the other ranks (`coordinator`, `group_coordinator`), what one rank says in a
+vote and what all said (`votes`), what follows for a window of iterations (`ledger`), and how descriptions that must be
+the same on all ranks are compared (`compare`). What does not: when an engine votes (`engine.agreed_batches`), what is
+compared (`engine.handshake`, `metrics`), and the process groups themselves (`world`).
+"""
+
+from allstep.coordination.compare import ComparedLine, by_ranks, check_same, fingerprint
+from allstep.coordination.coordinator import (
+    OUTCOMES,
+    Alone,
+    Coordinator,
+    Outcome,
+    PendingSum,
+    ReduceOp,
+    Request,
+    RequestKind,
+)
 from allstep.coordination.group_coordinator import GroupCoordinator
 from allstep.coordination.ledger import (
     LONGEST_WINDOW,
@@ -12,30 +27,31 @@ from allstep.coordination.ledger import (
     agree_window,
     next_window,
 )
-from allstep.coordination.votes import Occasion, Vote, VoteResult, read_result, vector_length
+from allstep.coordination.votes import MOST_DOUBLINGS, Occasion, Vote, VoteResult, read_result, vector_length
 
 __all__ = [
     "LONGEST_WINDOW",
+    "MOST_DOUBLINGS",
     "OUTCOMES",
     "POLICIES",
     "Alone",
-    "Asked",
+    "ComparedLine",
     "Coordinator",
     "GroupCoordinator",
     "Ledger",
     "Occasion",
     "Outcome",
-    "Pending",
+    "PendingSum",
     "ReduceOp",
     "Request",
-    "Schema",
-    "StateLine",
+    "RequestKind",
     "Uneven",
     "Vote",
     "VoteResult",
     "agree_length",
     "agree_window",
-    "check_schemas",
+    "by_ranks",
+    "check_same",
     "fingerprint",
     "next_window",
     "read_result",

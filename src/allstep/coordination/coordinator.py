@@ -1,14 +1,12 @@
-"""What the Engine asks of the world.
+"""What an engine asks of the other ranks: the `Coordinator` protocol, and its implementation for one rank alone.
 
-Contract: the Engine calls no collective itself. Whatever crosses ranks, it asks of its `Coordinator`, from the main
+Contract: an engine calls no collective itself. Whatever crosses ranks, it asks of its `Coordinator`, from the main
 thread and at the same points of the loop on every rank: the n-th call of one rank meets the n-th call of the others.
-The Engine takes the current world's coordinator unless it was given one; engines that run inside another's handlers
+An engine takes the current world's coordinator unless it was given one. Engines that run inside another's handlers
 share it, in order.
 
-The coordinator of a rank that has nobody to agree with: a null object, at no cost.
-
-Contract: a world of one uses it, and so does an engine that is deliberately not collective, such as an evaluator run
-on the main rank only: `Engine(step, coordinator=Alone())`. What the only rank says is what all say.
+A world of one uses `Alone`. So does an engine that is deliberately not collective, such as an evaluator that runs on
+the main rank only: `Engine(step, coordinator=Alone())`.
 """
 
 from __future__ import annotations
@@ -25,17 +23,17 @@ ReduceOp = Literal["sum", "max", "min"]
 Outcome = Literal["left", "preempted", "finished", "failed"]
 """What a run's end by request means for the run.
 
-"left": it stands where it is and is to go on another time. "preempted": it has to make room and is to be started again
-as soon as that can be. "finished": it has reached its goal, and a run that goes on
-from here trains nothing. "failed": what it holds is of no use; it is to go on from what was saved before.
+"left": it stops where it stands and goes on another time. "preempted": the scheduler wants the devices, and it is to be
+started again as soon as it can be. "finished": it has reached its goal, and a run that goes on from its state trains
+nothing. "failed": its present state is of no use, and it is to go on from what was saved before.
 """
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 """In the order of their weight: where ranks ask for several, the last of them holds."""
 
 
-class Request(Enum):
-    """A change of the loop's course that a handler, a step or a signal asks for on one rank."""
+class RequestKind(Enum):
+    """What a handler, a step or a signal may ask of a run on one rank."""
 
     TERMINATE = "terminate"
     TERMINATE_EPOCH = "terminate_epoch"
@@ -44,20 +42,20 @@ class Request(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A request, who made it and why.
+class Request:
+    """What was asked of a run, by which rank and why.
 
     `skip` leaves out COMPLETED, or EPOCH_COMPLETED, after it; `outcome` is what a run's end means.
     """
 
-    request: Request
+    kind: RequestKind
     rank: int
     reason: str
     skip: bool = False
     outcome: Outcome = "left"
 
 
-class Pending(Protocol):
+class PendingSum(Protocol):
     """A vote whose result has not been read yet."""
 
     def wait(self) -> list[int]:
@@ -75,7 +73,7 @@ class Coordinator(Protocol):
     def world_size(self) -> int:
         """How many ranks agree."""
 
-    def vote(self, vector: Sequence[int]) -> Pending:
+    def vote(self, vector: Sequence[int]) -> PendingSum:
         """Begin to sum a vector of 64-bit integers, of the same length everywhere, over all ranks."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -92,7 +90,7 @@ class Coordinator(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _KnownSum:
     vector: list[int]
 
     def wait(self) -> list[int]:
@@ -105,9 +103,9 @@ class Alone:
     rank: int = 0
     world_size: int = 1
 
-    def vote(self, vector: Sequence[int]) -> _Known:
+    def vote(self, vector: Sequence[int]) -> _KnownSum:
         """The only vote is the result."""
-        return _Known(list(vector))
+        return _KnownSum(list(vector))
 
     def gather(self, value: Any) -> list[Any]:
         """The only value."""

@@ -1,4 +1,4 @@
-"""What one rank says in a vote, and what all ranks together said: ballots and their sum.
+"""What one rank says in a vote, and what all ranks together said.
 
 Contract: a `Vote` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed
 element by element in one reduction; every rank reads the same `VoteResult` from the sum. So one tiny reduction answers
@@ -16,8 +16,10 @@ from enum import IntEnum
 
 _SAMPLE_BITS = 44
 _SAMPLES = (1 << _SAMPLE_BITS) - 1
-_HEADER = 13
+_HEADER = 14
 _PLACE_BITS = 20  # so that the squares of as many ranks as `having` holds can be summed
+_RANK_BITS = 20  # for counting ranks inside one number
+MOST_DOUBLINGS = 3
 
 
 class Occasion(IntEnum):
@@ -42,6 +44,8 @@ class Vote:
         needs_batch: whether it has never had a batch and will have to take part without one.
         unread: batches of this pass that it has not taken, and the samples in them as far as known.
         microseconds: what the last window took here.
+        doublings: how many times, up to `MOST_DOUBLINGS`, the default lookahead may be doubled as far as this rank's
+            memory is concerned.
     """
 
     occasion: Occasion
@@ -56,6 +60,7 @@ class Vote:
     needs_batch: bool = False
     unread: int = 0
     microseconds: int = 0
+    doublings: int = 0
 
     @property
     def place(self) -> int:
@@ -63,7 +68,7 @@ class Vote:
         return (self.sequence * 1_000_003 + self.iteration) % (1 << _PLACE_BITS)
 
     def vector(self, length: int) -> list[int]:
-        """The ballot as `length` integers, which must be at least `vector_length(len(self.samples))`."""
+        """The vote as `length` integers, which must be at least `vector_length(len(self.samples))`."""
         kinds = [0, 0, 0]
         kinds[self.occasion] = 1
         header = [
@@ -78,6 +83,8 @@ class Vote:
             self.needs_batch,
             self.unread,
             self.microseconds,
+            # One count of ranks for each doubling, so that the sum over ranks tells the least of them.
+            sum(1 << _RANK_BITS * at for at in range(self.doublings)),
         ]
         body = [0 if n is None else 1 << _SAMPLE_BITS | n for n in self.samples]
         padding = [0] * (length - len(header) - len(body))
@@ -86,7 +93,7 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class VoteResult:
-    """What all ranks said together: sums of the ballots' fields.
+    """What all ranks said together: sums of the votes' fields.
 
     `having[i]` is the number of ranks with a batch for the i-th coming iteration, `samples[i]` what they hold.
     """
@@ -104,15 +111,21 @@ class VoteResult:
     needs_batch: int
     unread: int
     microseconds: int
+    doublings: int
 
     def is_for(self, vote: Vote, world_size: int) -> bool:
         """Whether all ranks came to the vote that `vote` was meant for."""
         same_occasion = self.occasions[vote.occasion] == world_size
         return same_occasion and self.squares * world_size == self.places**2
 
+    def least_doublings(self, world_size: int) -> int:
+        """How many times the default lookahead may be doubled as far as all ranks are concerned."""
+        counts = [self.doublings >> _RANK_BITS * at & (1 << _RANK_BITS) - 1 for at in range(MOST_DOUBLINGS)]
+        return sum(count == world_size for count in counts)
+
     @property
     def requests(self) -> int:
-        """How many requests to change the course were made."""
+        """How many requests to change the run's course were made."""
         return self.terminate + self.terminate_epoch + self.interrupt + self.replace_data
 
 

@@ -1,45 +1,38 @@
-"""The batches of a rank that agrees with others: what the loop takes from in place of the data itself.
+"""The batches of a rank that agrees with others: when ranks vote, on what, and what follows for each iteration.
 
-Contract: the loop opens an `AgreedBatches` at the beginning of a pass and takes one batch an iteration. The feed holds
-a vote on each window of iterations before it is run, one window ahead and asynchronously, or, with a window of one
-group, just before it. From the vote it sets, for each iteration, `state.weight`, `state.active`, `state.group_end` and
-`state.samples`. The loop calls `advance` when a window ends, `report_unread` before the handlers of EPOCH_COMPLETED and
-`close_epoch` after them, and heeds what has landed then. A rank without a batch for an iteration is given a filler: the
-last batch it had, or one of another rank's.
+Contract: `Passes` opens `AgreedBatches` at the beginning of a pass, and the loop takes one batch an iteration. A vote
+on each window of iterations is held before it is run: one window ahead and asynchronously, or, with a window of one
+group, just before it. From the vote each iteration gets its `state.weight`, `state.active`, `state.group_end` and
+`state.samples`. A rank without a batch for an iteration is given a filler: the last batch it had, or another rank's.
 
 Who says what when. At the beginning of window w each rank reads the result of the vote on w, which was cast at the
-beginning of w - 1, and casts the vote on w + 1: how many samples it has for each of its iterations, and what was asked
-for on this rank until now. So a request made in w is cast at the beginning of w + 1 and lands at its end. In between
-nothing is waited for. No vote is cast on iterations beyond an epoch's end that is known.
+beginning of w - 1, and casts the vote on w + 1. It says how many samples it has for each of its iterations, and what
+was asked for on this rank until now. So a request made in w is cast at the beginning of w + 1 and lands at its end. In
+between nothing is waited for. No vote is cast on iterations beyond an epoch's end that is known. Two more votes are
+held where an epoch ends, and one where the run does.
 
-The rank's own batches lie in a `BatchBuffer`, votes are cast and read by `Voting`. What can go wrong is raised on
-every rank alike: data that gave less than it declared, uneven data under "error", ranks that came to different votes.
+How long a window is follows from agreed numbers only: it doubles while one takes less than half a second, within what
+the ranks may read ahead. By default that is few batches at first. Each rank says in its votes how far it could go
+before what it holds takes 64 MB, and all go as far as the least of them.
 
-A rank's votes, one after another: cast, read, and what they say besides the window.
-
-Contract: an `AgreedBatches` casts a vote at the points that all ranks reach alike and reads it there or later; votes
-are read in the order in which they were cast. A vote carries what was asked for on this rank since the last one; once
-it is read, what all ranks asked for has landed. What can go wrong is found by reading and raised on every rank alike:
-ranks that came to different votes, and data that gave less than it declared. `say_uneven` is a third such error, which
-the policy decides on.
+What can go wrong is raised on every rank alike: data that gave less than it declared, uneven data under "error", ranks
+that came to different votes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from time import monotonic_ns
 from typing import Any, NoReturn
 
 from allstep.coordination import (
-    Asked,
-    Coordinator,
+    MOST_DOUBLINGS,
     Ledger,
     Occasion,
-    Pending,
+    PendingSum,
     Request,
-    Uneven,
+    RequestKind,
     Vote,
     VoteResult,
     agree_window,
@@ -48,28 +41,12 @@ from allstep.coordination import (
     vector_length,
 )
 from allstep.engine.prefetch import BatchBuffer, BatchReader
+from allstep.engine.run import Run
 from allstep.engine.source import END
-from allstep.engine.state import State
 from allstep.errors import DataError, DivergenceError, UnevenDataError
 
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How an engine's ranks agree during a run; the same on all ranks.
-
-    Attributes:
-        policy: what ends a pass over uneven data.
-        group_size: iterations in an accumulation group.
-        longest_window: groups in a window at the most.
-        ahead: whether votes are cast one window ahead.
-        needs_fillers: whether a rank without a batch runs the step.
-    """
-
-    policy: Uneven
-    group_size: int
-    longest_window: int
-    ahead: bool
-    needs_fillers: bool
+_LEAST_ITERATIONS_IN_A_VECTOR = 32  # so that engines of different groups send vectors of one length
+_BYTES_READ_AHEAD = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +59,25 @@ class Unread:
 
 
 class AgreedBatches:
-    """A rank's batches, agreed with the other ranks.
+    """A rank's batches, agreed with the other ranks. Made where `run.handshake` says how they agree."""
 
-    Attributes:
-        limit: the iteration at which the epoch, or the run, ends; infinity while unknown. Set by the loop.
-        window_ends_at: the iteration at which the present window ends.
-    """
-
-    def __init__(self, coordinator: Coordinator, agreement: Agreement, state: State, requests: list[Asked]) -> None:
-        self._coordinator = coordinator
-        self._agreement = agreement
-        self._state = state
-        self._stock = BatchBuffer(agreement.group_size)
-        most_iterations = agreement.longest_window * agreement.group_size
-        self._voting = Voting(coordinator, state, self._stock, requests, most_iterations)
+    def __init__(self, run: Run) -> None:
+        assert run.handshake is not None
+        self._run = run
+        self._agreement = agreement = run.handshake.agreement
+        self._buffer = BatchBuffer(agreement.group_size)
+        most_groups = max(1, agreement.longest_window(agreement.doublings))
+        self._voting = Voting(run, self._buffer, most_groups * agreement.group_size)
         self._left_behind = (0, 0)
         self._unread_is_said = False
-        self._cast: PendingVote | None = None
+        self._pending: PendingVote | None = None
         self._groups = 1
         self._window_began = self._paused_at = monotonic_ns()
         self._window_took = 0
-        self._counts: list[int | None] = []
         self._ledger = Ledger(0, True, False, (), agreement.group_size)
-        self._at = 0
-        self._left = 0
-        self.limit: float = math.inf
-        self.window_ends_at = 0
+        self._counts: list[int | None] = []
+        self._at = 0  # iterations of the ledger that were begun
+        self._left = 0  # iterations behind the ledger's whose batches wait for the rest of their group
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -117,20 +87,20 @@ class AgreedBatches:
 
         None where a rank that skips the step never had a batch.
         """
-        at, ledger, state = self._at, self._ledger, self._state
+        at, ledger, state = self._at, self._ledger, self._run.state
         if at >= ledger.iterations:
             raise StopIteration
         self._at = at + 1
-        batch = self._stock.give(state.iteration, begins_group=at % self._agreement.group_size == 0)
+        batch = self._buffer.give(state.iteration, begins_group=at % self._agreement.group_size == 0)
         state.active = batch is not END
         state.samples = (self._counts[at] or 0) if state.active else 0
-        state.weight = ledger.weight(at, state.samples, self._coordinator.world_size)
+        state.weight = ledger.weight(at, state.samples, self._run.coordinator.world_size)
         state.group_end = ledger.ends_group(at)
         if batch is END:
-            batch = self._stock.filler
+            batch = self._buffer.filler
         return None if batch is END else batch
 
-    def take_landed(self) -> list[Asked]:
+    def take_landed(self) -> list[Request]:
         """What the ranks agreed to do since the last call."""
         landed, self._voting.landed = self._voting.landed, []
         return landed
@@ -141,12 +111,12 @@ class AgreedBatches:
         `loses_unread` says that the data does not give them in its next pass, so that they are to be reported.
         """
         agreed = self._ledger.iterations
-        self._stock.carry_over([self._counts[at] for at in range(agreed, agreed + self._left)])
+        self._buffer.carry_over([self._counts[at] for at in range(agreed, agreed + self._left)])
         self._left = 0
         if loses_unread and not self._unread_is_said and self._agreement.policy != "longest":
-            batches, samples = self._stock.unread_of_pass()
+            batches, samples = self._buffer.unread_of_pass()
             self._left_behind = (self._left_behind[0] + batches, self._left_behind[1] + samples)
-        return self._stock.kept()
+        return self._buffer.kept()
 
     def open_pass(self, reader: BatchReader | None = None) -> None:
         """Take from `reader`, or go on with the same one: a vote on the first window is held at once.
@@ -155,23 +125,23 @@ class AgreedBatches:
         """
         self._left = 0
         if reader is not None:
-            self._stock.begin(reader)
+            self._buffer.begin(reader)
             self._unread_is_said = False
-        self._cast = self._cast_window(offset=0)
+        self._pending = self._cast_window(offset=0)
         self._enter_next_window()
 
     def abandon_pass(self, *, group_is_undone: bool = False) -> list[Any]:
         """End the pass here; returns the batches that were read and not given, or given to a group that is undone."""
         self._left, self._at = 0, 0
         self._ledger = Ledger(0, True, False, (), self._agreement.group_size)
-        return self._stock.abandon(group_is_undone=group_is_undone)
+        return self._buffer.abandon(group_is_undone=group_is_undone)
 
     def taken_by(self, iteration: int) -> int | None:
         """This rank's batches of the pass in the first `iteration` iterations of the run, which end a group.
 
         None where batches wait for the rest of their group.
         """
-        return None if self.waiting else self._stock.taken_by(iteration)
+        return None if self.waiting else self._buffer.taken_by(iteration)
 
     @property
     def pass_has_ended(self) -> bool:
@@ -181,14 +151,14 @@ class AgreedBatches:
     @property
     def waiting(self) -> int:
         """Iterations whose batches wait for the rest of their group, across a pass's end."""
-        return self._left or self._stock.carried
+        return self._left or self._buffer.carried
 
     def advance(self) -> None:
         """Go on to the next window, unless the pass or the epoch has ended; called when the present one has."""
-        if self.has_more() or self._ledger.ends_pass or self._state.iteration >= self.limit:
+        if self.has_more() or self._ledger.ends_pass or self._run.state.iteration >= self._run.ends_at:
             return
-        if self._cast is None:
-            self._cast = self._cast_window(offset=0)
+        if self._pending is None:
+            self._pending = self._cast_window(offset=0)
         self._enter_next_window()
 
     def report_unread(self) -> tuple[Unread, ...]:
@@ -197,12 +167,12 @@ class AgreedBatches:
         if self._agreement.policy == "longest":
             return ()
         self.drain()
-        now, before = self._stock.unread(), self._left_behind
+        now, before = self._buffer.unread(), self._left_behind
         self._left_behind = (0, 0)
         result = self._hold(Occasion.EPOCH_END, unread=now[0] + before[0])
         if not result.unread:
             return ()
-        said = self._coordinator.gather((now, before))
+        said = self._run.coordinator.gather((now, before))
         ran_out = self._unread_is_said = any(batches == 0 for (batches, _), _ in said)
         left = [
             Unread(rank, present[0] * ran_out + earlier[0], present[1] * ran_out + earlier[1])
@@ -223,9 +193,9 @@ class AgreedBatches:
 
     def drain(self) -> None:
         """Read the vote that is under way, if any, but run no window of it; the batches it was about stay."""
-        if self._cast is not None:
-            cast, self._cast = self._cast, None
-            self._voting.read(cast)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self._voting.read(pending)
 
     def has_more(self) -> bool:
         """Whether the pass has another iteration."""
@@ -233,125 +203,131 @@ class AgreedBatches:
 
     def total(self) -> int:
         """Batches in this rank's pass, as far as known."""
-        return self._stock.total()[0]
+        return self._buffer.total()[0]
 
     def _enter_next_window(self) -> None:
         """Read the vote on the next window and, unless there is a reason to wait, cast the one on the window after."""
         now = monotonic_ns()
         self._window_took, self._window_began = now - self._window_began, now
-        cast, agreement = self._cast, self._agreement
-        assert cast is not None
-        self._cast = None
-        result = self._voting.read(cast)
+        pending, agreement, run = self._pending, self._agreement, self._run
+        world_size = run.coordinator.world_size
+        assert pending is not None
+        self._pending = None
+        result = self._voting.read(pending)
         self._ledger = ledger = agree_window(
             result,
             agreement.policy,
-            self._coordinator.world_size,
+            world_size,
             agreement.group_size,
-            group_goes_on=self._state.epoch_length is not None,
-            carried=self._stock.carried,
+            group_goes_on=run.state.epoch_length is not None,
+            carried=self._buffer.carried,
         )
         if ledger.is_uneven and agreement.policy == "error":
             self._voting.say_uneven()
-        self._counts, self._at = list(cast.vote.samples), 0
-        self._groups = next_window(
-            self._groups, result.microseconds, self._coordinator.world_size, agreement.longest_window
-        )
-        self.window_ends_at = self._state.iteration + ledger.iterations
+        self._counts, self._at = list(pending.vote.samples), 0
+        longest = agreement.longest_window(min(agreement.doublings, result.least_doublings(world_size)))
+        self._groups = next_window(self._groups, result.microseconds, world_size, max(1, longest))
+        run.window_ends_at = run.state.iteration + ledger.iterations
         if ledger.ends_pass:
             self._left = self._agreed_iterations(result) - ledger.iterations
-        elif agreement.ahead and not self._voting.landed and self.window_ends_at < self.limit:
-            self._cast = self._cast_window(offset=ledger.iterations)
+        elif longest and not agreement.is_synchronous and not self._voting.landed and run.window_ends_at < run.ends_at:
+            self._pending = self._cast_window(offset=ledger.iterations)
 
     def _cast_window(self, offset: int) -> PendingVote:
         wanted = self._groups * self._agreement.group_size
-        iterations = int(min(wanted, self.limit - self._state.iteration - offset))
+        iterations = int(min(wanted, self._run.ends_at - self._run.state.iteration - offset))
         if offset == 0 and self._agreement.needs_fillers:
-            self._stock.first()  # where there is none, there is nothing to take part with
-        samples = self._stock.look(offset, offset + iterations)
-        self._stock.read_ahead(offset + iterations)
-        begins_without = bool(samples) and not samples[0] and self._stock.filler is END
+            self._buffer.first()  # where there is none, there is nothing to take part with
+        samples = self._buffer.look(offset, offset + iterations)
+        self._buffer.read_ahead(offset + iterations)
+        begins_without = bool(samples) and not samples[0] and self._buffer.filler is END
         return self._voting.cast(
             Occasion.WINDOW,
             samples=samples,
             needs_batch=self._agreement.needs_fillers and begins_without,
             microseconds=self._window_took // 1000,
+            doublings=self._doublings(),
         )
+
+    def _doublings(self) -> int:
+        """How often the default lookahead may be doubled before the batches that this rank holds take too much."""
+        agreement = self._agreement
+        if not agreement.doublings or agreement.lookahead is None:
+            return MOST_DOUBLINGS
+        one = self._buffer.bytes_of_batch()
+        fitting = [
+            at for at in range(agreement.doublings + 1) if (agreement.lookahead << at) * one <= _BYTES_READ_AHEAD
+        ]
+        return max(fitting, default=0)
 
     def _hold(self, occasion: Occasion, **more: Any) -> VoteResult:
         return self._voting.read(self._voting.cast(occasion, **more))
 
     def _agreed_iterations(self, result: VoteResult) -> int:
-        needed = 1 if self._agreement.policy == "longest" else self._coordinator.world_size
+        needed = 1 if self._agreement.policy == "longest" else self._run.coordinator.world_size
         return next((at for at, having in enumerate(result.having) if having < needed), len(result.having))
-
-
-_LEAST_ITERATIONS_IN_A_VECTOR = 32  # so that engines of different groups send vectors of one length
 
 
 @dataclass(frozen=True, slots=True)
 class PendingVote:
     """A vote under way: its result when that has come, what this rank said in it, and what was asked for here."""
 
-    pending: Pending
+    sum: PendingSum
     vote: Vote
-    requests: tuple[Asked, ...]
+    requests: tuple[Request, ...]
 
 
 class Voting:
-    """Casts and reads an engine's votes. `most_iterations` is the longest window that one is about.
+    """Casts and reads a run's votes, in order. `most_iterations` is the longest window that one is about.
+
+    A vote carries what was asked for on this rank since the last one. Once it is read, what all ranks asked for has
+    landed.
 
     Attributes:
-        requests: what was asked for on this rank and not voted on yet; the engine appends.
-        landed: what has been agreed to do; the feed's owner takes it.
+        landed: what has been agreed to do, and was not taken yet.
     """
 
-    def __init__(
-        self, coordinator: Coordinator, state: State, stock: BatchBuffer, requests: list[Asked], most_iterations: int
-    ) -> None:
-        self._coordinator = coordinator
-        self._state = state
-        self._stock = stock
+    def __init__(self, run: Run, buffer: BatchBuffer, most_iterations: int) -> None:
+        self._run = run
+        self._buffer = buffer
         self._vector_length = vector_length(max(_LEAST_ITERATIONS_IN_A_VECTOR, most_iterations))
         self._sequence = 0
-        self.requests = requests
-        self.landed: list[Asked] = []
+        self.landed: list[Request] = []
 
     def cast(self, occasion: Occasion, **more: Any) -> PendingVote:
         """Begin a vote. `more` is what a `Vote` of this occasion says."""
-        requests = tuple(self.requests)  # once: the handler of a signal may add to them at any moment
-        del self.requests[: len(requests)]
-        asked = {each.request for each in requests}
+        requests = self._run.take_requests()
+        asked = {each.kind for each in requests}
         vote = Vote(
             occasion,
             self._sequence,
-            self._state.iteration,
-            terminate=Request.TERMINATE in asked,
-            terminate_epoch=Request.TERMINATE_EPOCH in asked,
-            interrupt=Request.INTERRUPT in asked,
-            replace_data=Request.REPLACE_DATA in asked,
-            gave_less=self._stock.gave_less is not None,
+            self._run.state.iteration,
+            terminate=RequestKind.TERMINATE in asked,
+            terminate_epoch=RequestKind.TERMINATE_EPOCH in asked,
+            interrupt=RequestKind.INTERRUPT in asked,
+            replace_data=RequestKind.REPLACE_DATA in asked,
+            gave_less=self._buffer.gave_less is not None,
             **more,
         )
         self._sequence += 1
-        return PendingVote(self._coordinator.vote(vote.vector(self._vector_length)), vote, requests)
+        return PendingVote(self._run.coordinator.vote(vote.vector(self._vector_length)), vote, requests)
 
-    def read(self, cast: PendingVote) -> VoteResult:
+    def read(self, pending: PendingVote) -> VoteResult:
         """Wait for a vote and act on all that it says besides the window: names, fillers, errors."""
-        result = read_result(cast.pending.wait(), len(cast.vote.samples))
-        if not result.is_for(cast.vote, self._coordinator.world_size):
-            self._say_diverged(cast.vote)
+        result = read_result(pending.sum.wait(), len(pending.vote.samples))
+        if not result.is_for(pending.vote, self._run.coordinator.world_size):
+            self._say_diverged(pending.vote)
         if result.gave_less:
             self._say_gave_less()
         if result.requests:
-            self.landed += [each for asked in self._coordinator.gather(cast.requests) for each in asked]
+            self.landed += [each for said in self._run.coordinator.gather(pending.requests) for each in said]
         if result.needs_batch:
             self._share_batch()
         return result
 
     def say_uneven(self) -> NoReturn:
         """Raise UnevenDataError with every rank's number of batches."""
-        said = self._coordinator.gather(self._stock.total())
+        said = self._run.coordinator.gather(self._buffer.total())
         counts = ", ".join(
             f"rank {rank} has {count}" if exact else f"rank {rank} has {count} or more"
             for rank, (count, exact) in enumerate(said)
@@ -364,24 +340,26 @@ class Voting:
 
     def _share_batch(self) -> None:
         """Give every rank that never had a batch one of the first rank that has any."""
-        mine = self._stock.first()
-        having = self._coordinator.gather(mine is not END)
+        mine = self._buffer.first()
+        having = self._run.coordinator.gather(mine is not END)
         if any(having):
             source = having.index(True)
-            shared = self._coordinator.broadcast(mine if source == self._coordinator.rank else None, source)
-            if self._stock.filler is END:
-                self._stock.filler = shared
+            shared = self._run.coordinator.broadcast(mine if source == self._run.coordinator.rank else None, source)
+            if self._buffer.filler is END:
+                self._buffer.filler = shared
 
     def _say_gave_less(self) -> NoReturn:
-        said = self._coordinator.gather(self._stock.gave_less)
+        said = self._run.coordinator.gather(self._buffer.gave_less)
         culprits = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said) if text)
         raise DataError(
             f"data ended before what it had declared: {culprits}. Its len() must be the number of batches it gives"
         )
 
     def _say_diverged(self, vote: Vote) -> NoReturn:
-        state = self._state
-        said = self._coordinator.gather((vote.occasion.name.lower().replace("_", " "), state.epoch, state.iteration))
+        state = self._run.state
+        said = self._run.coordinator.gather(
+            (vote.occasion.name.lower().replace("_", " "), state.epoch, state.iteration)
+        )
         where = "; ".join(f"rank {rank}: {o}, epoch {e}, iteration {i}" for rank, (o, e, i) in enumerate(said))
         raise DivergenceError(
             f"ranks came to different votes: {where}. terminate(agreed=True) must be called on all ranks at the same "

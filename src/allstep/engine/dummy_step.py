@@ -1,20 +1,47 @@
-"""A step run by a rank that has no batch of its own, so that it leaves no trace.
+"""The step of a rank that agrees with others: what an iteration without a batch of its own must leave no trace of.
 
-Contract: in an iteration that is not this rank's own (`state.active` is False) the engine runs the step on a filler
-batch, because the other ranks' collectives, in backward, in forward and in the step itself, wait for this rank's.
-Inside `without_trace` the gradients that reach the parameters of wrapped modules are zero, whatever the filler's loss
-was, non-finite included, and their buffers are afterwards as they were before, or as DDP made them rank 0's.
+Contract: where ranks agree, the loop calls what `agreed_step` makes of the user's step. In an iteration that is not
+this rank's own (`state.active` is False) the step runs on a filler batch, because the other ranks' collectives, in
+backward, in forward and in the step itself, wait for this rank's. Then the gradients that reach the parameters of
+wrapped modules are zero, whatever the filler's loss was, non-finite included. Their buffers are afterwards as they were
+before, or as DDP made them rank 0's. Inside an accumulation group gradients are added up and not reduced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from allstep.engine.run import Run
+
+
+def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Module]) -> Callable[[Any], Any]:
+    """The step with what agreement asks of it. `modules` are those whose gradients its backward passes reduce."""
+    state, skips = run.state, run.settings.idle == "skip"
+
+    def agreed(batch: Any) -> Any:
+        if state.active and state.group_end and state.samples:
+            output = step(batch)
+        elif not state.active and skips:
+            output = None
+        else:
+            with ExitStack() as stack:
+                if not state.active:
+                    stack.enter_context(without_trace(modules))
+                elif not state.samples:  # the mean over nothing is not a number
+                    stack.enter_context(without_gradient(modules))
+                if not state.group_end:
+                    stack.enter_context(without_reduction(modules))
+                output = step(batch)
+        run.steps_in_group = 0 if state.group_end else run.steps_in_group + 1
+        return output
+
+    return agreed
 
 
 @contextmanager

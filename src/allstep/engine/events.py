@@ -49,8 +49,8 @@ class EventEnum(Enum):
             after: due only at counts larger than this.
 
         Raises:
-            ValueError: a number is out of range, or filters were combined other than `every` with `before`/`after`.
-            TypeError: `event_filter` is not callable.
+            ArgumentError: a number is out of range, or filters were combined other than `every` with `before`/`after`.
+            ArgumentTypeError: `event_filter` is not callable.
         """
         chosen = make_filter(event_filter, every, once, before, after)
         return self if chosen is None else FilteredEvent(self, chosen)

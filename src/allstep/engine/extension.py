@@ -7,16 +7,12 @@ it may be called from handlers and between runs. Nothing here crosses ranks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-from weakref import ref
-
 from allstep.engine.events import Events
 from allstep.engine.handshake import Reduction
 from allstep.engine.prefetch import count_samples
+from allstep.engine.registry import Registry
+from allstep.engine.run import Run
 from allstep.engine.run_plan import is_done
-
-if TYPE_CHECKING:
-    from allstep.engine.engine import Engine
 
 _WITH_A_BATCH = frozenset({Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED})
 
@@ -27,36 +23,33 @@ class Extension:
     Attributes:
         reductions: what is reduced over ranks at the engine's events; ranks compare it when a run begins. Append and
             remove between runs, on every rank alike.
-        leaving: what `run` raises once, in place of returning, when the run has ended; None to return.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        # Not a reference that keeps it: an engine that nobody holds is freed at once, with its last batch and output.
-        self._ref = ref(engine)
+    def __init__(self, run: Run, registry: Registry) -> None:
+        self._run = run
+        self._registry = registry
         self.reductions: list[Reduction] = []
-        self.leaving: BaseException | None = None
-
-    @property
-    def _engine(self) -> Engine:
-        engine = self._ref()
-        assert engine is not None
-        return engine
 
     @property
     def epoch_began_at(self) -> int:
         """Iterations of the run that were done when the present epoch began."""
-        return self._engine.progress.epoch_began_at
+        return self._run.epoch_began_at
 
     @property
     def epoch_is_open(self) -> bool:
         """Whether epoch `state.epoch` has begun and not ended."""
-        return self._engine.progress.epoch_is_open
+        return self._run.epoch_is_open
+
+    @property
+    def window_ends_at(self) -> int:
+        """The iteration at which the window ends that ranks have agreed on; the present one where nobody votes."""
+        return self._run.window_ends_at if self._run.votes else self._run.state.iteration
 
     @property
     def is_complete(self) -> bool:
         """Whether all epochs or iterations that were asked for have been run."""
-        state = self._engine.state
-        return is_done(state.iteration, state.epoch - self.epoch_is_open, state.max_epochs, state.max_iters)
+        state = self._run.state
+        return is_done(state.iteration, self._run.epochs_completed, state.max_epochs, state.max_iters)
 
     @property
     def is_idle(self) -> bool:
@@ -64,9 +57,18 @@ class Extension:
 
         At the end of an epoch or a run it is False, even where the last iteration was such a one.
         """
-        return not self._engine.state.active and self._engine.last_event_name in _WITH_A_BATCH
+        return not self._run.state.active and self._registry.last_event in _WITH_A_BATCH
 
     def samples_in_batch(self) -> int:
         """How many samples this rank's present batch has."""
-        state = self._engine.state
-        return state.samples if state.samples is not None else (self._engine.samples_in or count_samples)(state.batch)
+        state, samples_in = self._run.state, self._run.settings.samples_in or count_samples
+        return state.samples if state.samples is not None else samples_in(state.batch)
+
+    @property
+    def leaving(self) -> BaseException | None:
+        """What `run` raises once, in place of returning, when the run has ended; None where it returns."""
+        return self._run.leaving
+
+    def leave_with(self, error: BaseException) -> None:
+        """Have `run` raise `error` at the end of the present run."""
+        self._run.leaving = error

@@ -1,27 +1,37 @@
 """What ranks tell each other before a run begins, so that a difference is an error and not a hang.
 
-Contract: every rank of a collective engine calls `meet` once at the start of each run. It raises the same error on all
-of them when they are about to do different things, and gives all of them the same `Agreement` and epoch length.
+Contract: `Engine.run` calls `shake_hands` once at the start of each run, on every rank that has others or accumulates
+gradients. It raises the same error on all ranks when they are about to do different things. Otherwise all of them come
+away with the same `Handshake`: how they will agree, and how many batches a pass has.
+
+The message is a `RunDescription`: the arguments of the run and where it stands, how long this rank's data is, and what
+it reduces over ranks (its metrics). Ranks exchange it in one gather.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from allstep.coordination import LONGEST_WINDOW, Coordinator, Schema, Uneven, agree_length, check_schemas
-from allstep.engine.agreed_batches import Agreement
-from allstep.engine.run_plan import check_agreement
+from torch import nn
+
+from allstep.coordination import LONGEST_WINDOW, MOST_DOUBLINGS, ComparedLine, agree_length, check_same
+from allstep.engine.position import group_size_over
+from allstep.engine.prefetch import declared_counts
+from allstep.engine.run import Agreement, Handshake, Run
+from allstep.engine.run_plan import RunArguments, check_accumulation, check_agreement, length_of
 from allstep.errors import DataError, TermsError, UnevenDataError
 
 _DEFAULT_LOOKAHEAD = 4
+_MOST_LOOKAHEAD = 32
+"""Batches to which the default lookahead may grow. Beyond, a vote costs less than one part in a thousand of a step."""
 
 
 class Reduction(Protocol):
     """Something that is reduced over ranks at one of an engine's events."""
 
-    def schema(self) -> Schema:
+    def schema(self) -> Sequence[ComparedLine]:
         """What it reduces, the same on every rank."""
 
 
@@ -41,65 +51,72 @@ class RunDescription:
     length: int | None
     is_declared: bool
     is_one_shot: bool
-    schema: Schema = ()
+    schema: tuple[ComparedLine, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Handshake:
-    """What the ranks agreed at a run's start. `length` is that of a pass for all, None when a rank does not know."""
+def shake_hands(
+    run: Run, data: Any, arguments: RunArguments, *, modules: Iterable[nn.Module], reductions: Iterable[Reduction]
+) -> Handshake | None:
+    """Agree with the other ranks on the coming run over `data`; None where there is nothing to agree on.
 
-    agreement: Agreement
-    length: int | None
-    is_one_shot: bool
-
-
-def meet(
-    coordinator: Coordinator,
-    hello: RunDescription,
-    *,
-    policy: Uneven,
-    group_size: int,
-    window: int | None,
-    lookahead: int | None,
-    needs_fillers: bool,
-) -> Handshake:
-    """Compare what all ranks are about to do and agree how.
+    Args:
+        run: where this rank stands; not changed.
+        data: what is to be run over.
+        arguments: those of `Engine.run`.
+        modules: whose gradients the step's backward passes reduce.
+        reductions: what is reduced at the engine's events.
 
     Raises:
         TermsError: ranks differ in a term; names it and each rank's value.
-        ValueError: all ranks say the same, and it cannot be meant.
+        ArgumentError: all ranks say the same, and it cannot be meant.
         MetricMismatchError: ranks differ in what they reduce; names metric, state and ranks.
         DataError: under "shortest" or "error" a rank has no batch at all, or no rank has one.
         UnevenDataError: under "error" ranks know that they have different numbers of batches.
     """
-    said: list[RunDescription] = coordinator.gather(hello)
-    _check_same([each.terms for each in said])
-    check_agreement(policy, window, lookahead, group_size)
-    check_schemas([each.schema for each in said])
-    lengths = [each.length for each in said]
-    length = agree_length(lengths, policy)
-    if length == 0:
-        empty = ", ".join(str(rank) for rank, n in enumerate(lengths) if n == 0)
-        raise DataError(
-            f"data is empty on rank {empty} of {len(lengths)}: give every rank at least one batch, or train with "
-            "uneven='longest', in which a rank without data takes part at weight zero"
-        )
-    if policy == "error" and length is not None and len(set(lengths)) > 1:
-        counts = ", ".join(f"rank {rank} has {n}" for rank, n in enumerate(lengths))
-        raise UnevenDataError(
-            f"ranks have different numbers of batches, and uneven='error' was given: {counts}. Give every rank the "
-            "same number, or choose uneven='shortest' or 'longest'",
-            counts=tuple(n or 0 for n in lengths),
-        )
-    longest = LONGEST_WINDOW if window is None else window
-    if not all(each.is_declared for each in said):
-        ahead = lookahead if lookahead is not None else max(_DEFAULT_LOOKAHEAD, group_size)
-        longest = min(longest, ahead // (2 * group_size))
-    agreement = Agreement(policy, group_size, max(longest, 1), longest > 0 and window != 1, needs_fillers)
+    coordinator, settings = run.coordinator, run.settings
+    group_size = group_size_over(data, settings.accumulate)
+    check_accumulation(modules, group_size)
+    is_alone = coordinator.world_size == 1
+    if is_alone:
+        check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
+        if group_size == 1:
+            return None
+    schema = tuple(line for reduction in reductions for line in reduction.schema())
+    said: list[RunDescription] = coordinator.gather(_describe(run, data, arguments, group_size, schema))
+    _check_terms([each.terms for each in said])
+    check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
+    check_same([each.schema for each in said])
+    length = _agreed_length([each.length for each in said], arguments)
+    agreement = _agreement(
+        arguments,
+        group_size,
+        window=1 if is_alone else arguments.window,
+        needs_reading=not all(each.is_declared for each in said),
+        needs_fillers=settings.idle == "filler",
+    )
     return Handshake(agreement, length, any(each.is_one_shot for each in said))
 
 
-def _check_same(terms: list[Mapping[str, Any]]) -> None:
+def _describe(
+    run: Run, data: Any, arguments: RunArguments, group_size: int, schema: tuple[ComparedLine, ...]
+) -> RunDescription:
+    state, settings = run.state, run.settings
+    terms = {
+        "the engine's name": settings.name,
+        **asdict(arguments),
+        "idle": settings.idle,
+        "accumulate": group_size,
+        "state.epoch": state.epoch,
+        "state.iteration": state.iteration,
+        "state.epoch_length": state.epoch_length,
+        "state.max_epochs": state.max_epochs,
+        "state.max_iters": state.max_iters,
+    }
+    is_declared = settings.samples_in is None and declared_counts(data) is not None
+    return RunDescription(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)
+
+
+def _check_terms(terms: Sequence[Mapping[str, Any]]) -> None:
     for key in terms[0]:
         values = [each.get(key) for each in terms]
         if any(value != values[0] for value in values):
@@ -108,3 +125,36 @@ def _check_same(terms: list[Mapping[str, Any]]) -> None:
                 f"ranks are about to run different things: {key} is {shown}. Give every rank the same, or an engine "
                 "that does not run on all ranks coordinator=Alone()"
             )
+
+
+def _agreed_length(lengths: Sequence[int | None], arguments: RunArguments) -> int | None:
+    length = agree_length(lengths, arguments.uneven)
+    if length == 0:
+        empty = ", ".join(str(rank) for rank, n in enumerate(lengths) if n == 0)
+        raise DataError(
+            f"data is empty on rank {empty} of {len(lengths)}: give every rank at least one batch, or train with "
+            "uneven='longest', in which a rank without data takes part at weight zero"
+        )
+    if arguments.uneven == "error" and length is not None and len(set(lengths)) > 1:
+        counts = ", ".join(f"rank {rank} has {n}" for rank, n in enumerate(lengths))
+        raise UnevenDataError(
+            f"ranks have different numbers of batches, and uneven='error' was given: {counts}. Give every rank the "
+            "same number, or choose uneven='shortest' or 'longest'",
+            counts=tuple(n or 0 for n in lengths),
+        )
+    return length
+
+
+def _agreement(
+    arguments: RunArguments, group_size: int, *, window: int | None, needs_reading: bool, needs_fillers: bool
+) -> Agreement:
+    """How far ahead ranks may look: exactly as far as was asked, or by default little at first and then more."""
+    lookahead, doublings = arguments.lookahead, 0
+    if not needs_reading:
+        lookahead = None
+    elif lookahead is None:
+        lookahead = max(_DEFAULT_LOOKAHEAD, group_size)
+        while doublings < MOST_DOUBLINGS and lookahead << (doublings + 1) <= _MOST_LOOKAHEAD:
+            doublings += 1
+    widest = LONGEST_WINDOW if window is None else window
+    return Agreement(arguments.uneven, group_size, widest, lookahead, doublings, needs_fillers)

@@ -1,28 +1,26 @@
-"""Telling the world's pulse where a run is, for whoever watches over the ranks.
+"""What else happens around a run: the monitor is told where it is, and a plan's faults strike in it.
 
-Contract: a run has a `RunMonitor` where its world has a client of the control channel, and none otherwise, so that a
-run which nobody watches is the bare loop. `iterate`, `step` and `fire` stand in for `iter`, the step and the firing of
-events: each says which section begins, then does the same. The run of an engine inside another's is an "evaluation" to
-its outer run, whose place (epoch and iteration) stays the rank's. Cost: half a microsecond an iteration.
+Contract: a run has a `RunMonitor` where its world reports to a service, and none otherwise, so that a run which nobody
+watches is the bare loop. `iterate`, `step` and `fire` stand in for `iter`, the step and the firing of events. Each says
+which section begins, then does the same. The run of an engine inside another's is an "evaluation" to its outer run,
+whose place (epoch and iteration) stays the rank's. It costs half a microsecond an iteration.
 
-Faults of the environment's plan, in an engine's run.
-
-Contract: `Engine` drives its loop inside `FaultInjection`, and the loop calls the step that `with_faults` gives it.
-Without a plan neither does anything. With one, the outermost engine of a thread asks `faults.strike` before each batch,
-in each step and after it; engines that run inside another's handlers ask nothing, so that an iteration in a plan is the
-trainer's. A rank told to leave early returns from its run.
+Where there is a plan of faults, `fault_injection` is around the loop and `with_faults` around the step: the outermost
+engine of a thread asks `faults.strike` before each batch, in each step and after it. Engines that run inside another's
+handlers ask nothing, so that an iteration in a plan is the trainer's. Without a plan neither does anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from typing import Any
 
 from allstep import faults
 from allstep.engine.events import Events
+from allstep.engine.registry import Registry
+from allstep.engine.run import Run
 from allstep.engine.state import State
 from allstep.faults.fault import When
 from allstep.faults.inject import LeftEarly
@@ -30,19 +28,16 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.world import World, internals
 from allstep.world.failures import Reporter
 
-if TYPE_CHECKING:
-    from allstep.engine.engine import Engine
-
-
-Step = Callable[[Any, Any], Any]
+Step = Callable[[Any], Any]
+"""`batch -> output`: the step as the loop calls it."""
 
 
 class RunMonitor:
     """The sections and exceptions of one run."""
 
-    def __init__(self, reporter: Reporter, pulse: RankActivity, state: State) -> None:
+    def __init__(self, reporter: Reporter, activity: RankActivity, state: State) -> None:
         self._reporter = reporter
-        self._pulse = pulse
+        self._activity = activity
         self._state = state
 
     def saw(self, error: BaseException) -> None:
@@ -55,32 +50,32 @@ class RunMonitor:
 
     def iterate(self, data: Any) -> Iterator[Any]:
         """`iter(data)`, whose every reading is the section "data"."""
-        enter, section = self._pulse.enter, "evaluation" if self._pulse.nested else "data"
+        enter, section = self._activity.enter, "evaluation" if self._activity.nested else "data"
         enter(section)
-        return _Watched(iter(data), enter, section)
+        return _MonitoredIterator(iter(data), enter, section)
 
     def step(self, step: Step) -> Step:
         """The step, as the section of that name."""
-        state, begins, enter, reporter = self._state, self._pulse.step_begins, self._pulse.enter, self._reporter
+        state, begins, enter, reporter = self._state, self._activity.step_begins, self._activity.enter, self._reporter
 
-        def outermost(engine: Any, batch: Any) -> Any:
+        def outermost(batch: Any) -> Any:
             if reporter.has_seen:  # an exception of an inner engine, which a handler or the step caught
                 reporter.withdraw()
             begins(state.epoch, state.iteration)
-            return step(engine, batch)
+            return step(batch)
 
-        def inside_another(engine: Any, batch: Any) -> Any:
+        def inside_another(batch: Any) -> Any:
             enter("evaluation")
-            return step(engine, batch)
+            return step(batch)
 
-        return inside_another if self._pulse.nested else outermost
+        return inside_another if self._activity.nested else outermost
 
     def fire(self, fire: Callable[..., None]) -> Callable[..., None]:
         """The firing of events that somebody listens to, as the section "handler"."""
-        pulse = self._pulse
+        activity = self._activity
 
         def firing(event: Any, *arguments: Any) -> None:
-            pulse.enter("evaluation" if pulse.nested else "handler")
+            activity.enter("evaluation" if activity.nested else "handler")
             fire(event, *arguments)
 
         return firing
@@ -104,7 +99,7 @@ def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
             raise
 
 
-class _Watched:
+class _MonitoredIterator:
     __slots__ = ("_enter", "_iterator", "_section")
 
     def __init__(self, iterator: Iterator[Any], enter: Callable[[str], None], section: str) -> None:
@@ -120,48 +115,47 @@ class _Watched:
         return next(self._iterator)
 
 
-_within: ContextVar[bool] = ContextVar("allstep_rehearses", default=False)
+_inside_a_run: ContextVar[bool] = ContextVar("allstep_faults_inside_a_run", default=False)
+
+_STRIKES: tuple[tuple[Events, When], ...] = (
+    (Events.GET_BATCH_STARTED, "data"),
+    (Events.ITERATION_COMPLETED, "handler"),
+)
 
 
-class FaultInjection:
-    """Has the plan's faults strike in one drive of an engine's loop."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._handles: list[Any] = []
-        self._token: Token[bool] | None = None
-
-    def __enter__(self) -> None:
-        if not faults.active() or _within.get():
-            return
-        self._token = _within.set(True)
-        for event, when in ((Events.GET_BATCH_STARTED, "data"), (Events.ITERATION_COMPLETED, "handler")):
-            self._handles.append(self._engine.add_event_handler(event, _strike, when))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if self._token is None:
-            return False
-        _within.reset(self._token)
-        for handle in self._handles:
-            handle.remove()
-        if isinstance(error, LeftEarly):
-            self._engine._drop_run()
-            return True
-        return False
+@contextmanager
+def fault_injection(run: Run, registry: Registry) -> Iterator[None]:
+    """Have the plan's faults strike before batches and after steps. A rank that is to leave early ends the body."""
+    if not faults.active() or _inside_a_run.get():
+        yield
+        return
+    token = _inside_a_run.set(True)
+    for event, when in _STRIKES:
+        registry.add(event, _strike_around_step, run, when)
+    try:
+        yield
+    except LeftEarly:
+        pass
+    finally:
+        _inside_a_run.reset(token)
+        for event, _ in _STRIKES:
+            registry.remove(_strike_around_step, event)
 
 
-def with_faults(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """The step of a loop in the making; where there is a plan, faults strike in it before its own work."""
-    if not faults.active() or _within.get():
+def with_faults(run: Run, step: Step) -> Step:
+    """The step of a run that begins; where there is a plan, faults strike in it before its own work."""
+    if not faults.active() or _inside_a_run.get():
         return step
-    return lambda engine, batch: step(engine, _strike(engine, "step", batch))
+    return lambda batch: step(_strike(run, "step", batch))
 
 
-def _strike(engine: Engine, when: When, batch: Any = None) -> Any:
-    state, world = engine.state, World.current()
-    rank = engine.coordinator.rank if world is None else world.rank
+def _strike_around_step(run: Run, when: When) -> None:
+    _strike(run, when)
+
+
+def _strike(run: Run, when: When, batch: Any = None) -> Any:
+    state, world = run.state, World.current()
+    rank = run.coordinator.rank if world is None else world.rank
     attempt = 0 if world is None else world.placement.attempt
     iteration = state.iteration + (when == "data")
     if when == "data" and world is not None:

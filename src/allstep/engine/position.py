@@ -1,20 +1,18 @@
 """Where in its data a run stands, saved and taken up again: by arithmetic, by the data's own state, or by counting.
 
-Contract: `Engine.state_dict` asks `saved_place` and `Engine.run`, before anything is agreed or begun, `take_up`. Data
-that is dealt by a `ShardedBatchSampler` has a position, (seed, epoch, samples taken), the same on every rank and good
-at any world size and any split into micro-batches: the engine's counters, which count iterations, are translated to
-it. Data with `state_dict` and `load_state_dict` (a loader of torchdata, or an iterable dataset that a DataLoader
-without workers reads) has a state of its own on each rank. Of all other data only the number of batches is known.
+Contract: `resume` asks for `position_to_save` when a run is saved, and for `restore_position` before a run that goes on
+from a loaded state has agreed on or begun anything. Data that is dealt by a `ShardedBatchSampler` has a position,
+(seed, epoch, samples taken). It is the same on every rank and good at any world size and any split into micro-batches:
+the run's counters, which count iterations, are translated to it. Data with `state_dict` and `load_state_dict` (a loader
+of torchdata, or an iterable dataset that a DataLoader without workers reads) has a state of its own on each rank. Of
+all other data only the number of batches is known.
 
 A state is of what steps have consumed. Batches that were read ahead are not: `PositionHistory` keeps the data's states
-behind each batch until the batch is done.
-
-A copy of a state that goes on changing, taken after every batch and hardly ever read, so it has to be cheap.
-
-Contract: `copied(state)` shares nothing that can change with `state`. It is what `copy.deepcopy` gives, several times
-as fast for what states are made of: containers, numbers, the tuples of random generators, tensors and arrays. Of a
-view only its own elements are copied and not all that it is a view of. Two places that hold one object hold two
-copies. What can go wrong: a state that holds itself is a RecursionError; a checkpoint could not keep it either.
+behind each batch until the batch is done. The copies are taken after every batch and hardly ever read, so `copied` is
+several times as fast as `copy.deepcopy` for what states are made of: containers, numbers, the tuples of random
+generators, tensors and arrays. Like it, it shares nothing that can change; of a view it copies its own elements only,
+and two places that hold one object hold two copies. A state that holds itself is a RecursionError: a checkpoint could
+not keep it either.
 """
 
 from __future__ import annotations
@@ -30,22 +28,34 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from allstep.data import Loader, PlacedIterable, ShardedBatchSampler
-from allstep.engine.run import RunPosition
+from allstep.engine.prefetch import bytes_of
 from allstep.engine.source import END
 from allstep.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
-class TakenUp:
-    """What `take_up` came to.
+class RunPosition:
+    """Where a saved run stood, and what it had been asked to do."""
+
+    iteration: int
+    epochs_completed: int
+    epoch_began_at: int
+    epoch_length: int | None
+    max_epochs: int | None
+    max_iters: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredPosition:
+    """What `restore_position` came to.
 
     Attributes:
-        place: where the run stands, in iterations of this data.
+        position: where the run stands, in iterations of this data.
         opens_at: number of the batch with which the first pass opens, which the data knows already; None where the
             pass has to be brought there by counting.
     """
 
-    place: RunPosition
+    position: RunPosition
     opens_at: int | None
 
 
@@ -55,7 +65,7 @@ def sampler_of(data: Any) -> ShardedBatchSampler | None:
     return sampler if isinstance(sampler, ShardedBatchSampler) else None
 
 
-def keeper_of(data: Any) -> Any:
+def stateful_of(data: Any) -> Any:
     """The object whose `state_dict` tells where in `data` its reader stands, or None."""
     if not isinstance(data, Loader) and _has_state(data):
         return data
@@ -71,7 +81,7 @@ def group_size_over(data: Any, accumulate: int) -> int:
     return accumulate * (1 if sampler is None else sampler.accumulate)
 
 
-def saved_place(data: Any, epoch: int, done: int, own: Any, group_size: int) -> dict[str, Any] | None:
+def position_to_save(data: Any, epoch: int, done: int, own: Any, group_size: int) -> dict[str, Any] | None:
     """What to save of the place in `data` after `done` batches of the pass of `epoch` (from 0), or None.
 
     `own` is the data's own state behind that batch, END where it has none.
@@ -87,38 +97,40 @@ def saved_place(data: Any, epoch: int, done: int, own: Any, group_size: int) -> 
     return None if own is END else {"own": own}
 
 
-def take_up(data: Any, saved: Mapping[str, Any] | None, place: RunPosition, group_size: int) -> TakenUp:
+def restore_position(
+    data: Any, saved: Mapping[str, Any] | None, position: RunPosition, group_size: int
+) -> RestoredPosition:
     """Bring `data` to a saved place, and the counters of the run to this data.
 
     Raises:
         DataError: the data is not the one that the place was saved of.
     """
     if saved is None:
-        return TakenUp(place, None)
-    keeper = keeper_of(data)
-    if "own" in saved and keeper is not None:
-        keeper.load_state_dict(copy.deepcopy(saved["own"]))
-        return TakenUp(place, 0)
+        return RestoredPosition(position, None)
+    stateful = stateful_of(data)
+    if "own" in saved and stateful is not None:
+        stateful.load_state_dict(copy.deepcopy(saved["own"]))
+        return RestoredPosition(position, 0)
     sampler = sampler_of(data)
     if "position" not in saved or sampler is None:
-        return TakenUp(place, None)
+        return RestoredPosition(position, None)
     sampler.load_state_dict(saved["position"])
-    if place.epoch_length != saved["batches"]:
+    if position.epoch_length != saved["batches"]:
         if (sampler.batches_in_epoch, group_size) != (saved["batches"], saved["group_size"]):
             raise DataError(
-                f"the run to continue has epochs of {place.epoch_length} iterations over data of {saved['batches']} "
+                f"the run to continue has epochs of {position.epoch_length} iterations over data of {saved['batches']} "
                 f"batches, and this data has {sampler.batches_in_epoch}: give the same batch size, or begin anew"
             )
-        return TakenUp(place, None)
-    if place.iteration == place.epoch_began_at:
-        sampler.load_state_dict({**saved["position"], "epoch": place.epochs_completed, "samples_taken": 0})
+        return RestoredPosition(position, None)
+    if position.iteration == position.epoch_began_at:
+        sampler.load_state_dict({**saved["position"], "epoch": position.epochs_completed, "samples_taken": 0})
     left = sampler.global_length - sampler.next_batch
-    return TakenUp(
-        translated(place, saved["group_size"], sampler.batches_in_epoch, group_size, left), sampler.next_batch
+    return RestoredPosition(
+        translated(position, saved["group_size"], sampler.batches_in_epoch, group_size, left), sampler.next_batch
     )
 
 
-def translated(place: RunPosition, old_group: int, length: int, group: int, left: int) -> RunPosition:
+def translated(position: RunPosition, old_group: int, length: int, group: int, left: int) -> RunPosition:
     """A place of a run whose epochs are passes, counted in iterations of another split of the same samples.
 
     Whole epochs, and whole accumulation groups of one that `max_iters` ends in, stay what they were.
@@ -130,20 +142,20 @@ def translated(place: RunPosition, old_group: int, length: int, group: int, left
         group: iterations in an accumulation group now.
         left: iterations that the present epoch has left now.
     """
-    assert place.epoch_length is not None
-    old = place.epoch_length
+    assert position.epoch_length is not None
+    old = position.epoch_length
 
     def moved(iterations: int) -> int:
         epochs, rest = divmod(iterations, old)
         return epochs * length + min(-(-rest // old_group) * group, length)
 
     if (old, old_group) == (length, group):
-        moved_begin, limit = place.epoch_began_at, place.max_iters
+        moved_begin, limit = position.epoch_began_at, position.max_iters
     else:
-        moved_begin = moved(place.epoch_began_at)
-        limit = None if place.max_iters is None else moved(place.max_iters)
-    done = length - left if place.iteration > place.epoch_began_at else 0
-    return RunPosition(moved_begin + done, place.epochs_completed, moved_begin, length, place.max_epochs, limit)
+        moved_begin = moved(position.epoch_began_at)
+        limit = None if position.max_iters is None else moved(position.max_iters)
+    done = length - left if position.iteration > position.epoch_began_at else 0
+    return RunPosition(moved_begin + done, position.epochs_completed, moved_begin, length, position.max_epochs, limit)
 
 
 class PositionHistory(Iterator[Any]):
@@ -152,9 +164,9 @@ class PositionHistory(Iterator[Any]):
     `done` says how many batches are done for good; states before that are forgotten.
     """
 
-    def __init__(self, batches: Iterator[Any], keeper: Any, done: Callable[[], int | None]) -> None:
+    def __init__(self, batches: Iterator[Any], stateful: Any, done: Callable[[], int | None]) -> None:
         self._batches = batches
-        self._keeper = keeper
+        self._stateful = stateful
         self._done = done
         self._read = 0
         self._states: deque[tuple[int, Any]] = deque()
@@ -181,12 +193,16 @@ class PositionHistory(Iterator[Any]):
         exact = [state for read, state in known if read == known[-1][0]]
         return exact[-1 if sees_end else 0]
 
+    def bytes_of_state(self) -> float:
+        """About how many bytes one of the states takes."""
+        return bytes_of(self._states[-1][1])
+
     def last(self) -> Any:
         """The data's state behind all that was read."""
         return self._states[-1][1]
 
     def _remember(self) -> None:
-        self._states.append((self._read, copied(self._keeper.state_dict())))
+        self._states.append((self._read, copied(self._stateful.state_dict())))
 
 
 def _has_state(value: Any) -> bool:

@@ -1,22 +1,20 @@
-"""One rank's batches of a pass, with the counts that it can promise beforehand.
+"""One rank's batches of a pass: what it can promise beforehand, what it read ahead, and what it takes part with.
 
-Contract: the agreed feed asks a `BatchReader` what the coming iterations hold (`look`), before they are run, and later
-takes the batches one by one (`take`). Where counts are arithmetic (allstep's own loader; a plain `DataLoader` with
-torch's batch sampler over a map-style dataset) nothing is read ahead; all other data is read ahead, on the main thread,
-about one batch an iteration. What can go wrong: data that gives less than was promised (`gave_less`); a batch whose
-samples cannot be counted.
+Contract: `AgreedBatches` asks a `BatchBuffer` what the coming iterations hold (`look`), votes on that with the other
+ranks, and takes the batches of the iterations that were agreed (`give`). Nothing here crosses ranks.
 
-What one rank has to give: the batches of its pass, those that were carried over from the pass before, and a filler.
+The buffer takes the batches of a pass from a `BatchReader`. Where counts are arithmetic (allstep's own loader; a plain
+`DataLoader` with torch's batch sampler over a map-style dataset) nothing is read ahead. All other data is read ahead,
+on the main thread, about one batch an iteration. A batch that was agreed and belongs to an accumulation group which the
+next pass completes is carried over. One that was read and not given is kept, for data that cannot be iterated again.
 
-Contract: an `AgreedBatches` asks what the coming iterations hold (`look`), votes on that with the other ranks, and
-takes the batches of the iterations that were agreed (`give`). It says when a pass begins and ends. A batch that was
-agreed and belongs to an accumulation group which the next pass completes is carried over; one that was read and not
-given is kept, for data that cannot be iterated again. Nothing here crosses ranks. What can go wrong is the reader's:
-data that gives less than it declared (`gave_less`), which all ranks hear of in their next vote.
+What can go wrong: data gives less than it declared (`gave_less`), which all ranks hear of in their next vote; a batch
+whose samples cannot be counted.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -25,22 +23,30 @@ from typing import Any, Protocol
 
 from torch.utils.data import BatchSampler, DataLoader
 
-from allstep.engine.run_plan import len_of, length_of_all
+from allstep.engine.run_plan import SamplesIn, len_of, length_of_all
 from allstep.engine.source import END
 from allstep.errors import DataError
 
-SamplesIn = Callable[[Any], int]
 Counts = Callable[[int, int], list[int | None]]
 
 _MOST_SAMPLES = (1 << 26) - 1  # of one rank in one iteration, so that the sum over 2^18 ranks fits its bits in a vote
 
 
 class BatchReader(Protocol):
-    """Batches of one pass of one rank."""
+    """Batches of one pass of one rank.
+
+    Attributes:
+        gave_less: what the data declared and did not give, in words, if it did.
+        target: batches that reading may keep at hand.
+        taken: batches that were taken.
+    """
 
     gave_less: str | None
     target: int
     taken: int
+
+    def bytes_of_batch(self) -> float:
+        """The most that one of the batches held takes, in bytes; infinity where nobody knows."""
 
     def look(self, start: int, stop: int) -> list[int | None]:
         """Samples in the batches from `start` to `stop`, counted from the next one; None where there is none."""
@@ -76,6 +82,10 @@ class DeclaredReader:
         self.gave_less: str | None = None
         self.target = 0
         self.taken = 0
+
+    def bytes_of_batch(self) -> float:
+        """0: what is read is taken at once."""
+        return 0
 
     def look(self, start: int, stop: int) -> list[int | None]:
         """Arithmetic."""
@@ -125,13 +135,21 @@ class AheadReader:
     """Batches that have to be read to be counted; keeps up to `target` of them, or what `look` needs.
 
     `length` is how many are left, None when nobody knows. The pass of all ranks has at least `iterations` more: where
-    this rank's data has ended before, it takes part with a batch of no sample.
+    this rank's data has ended before, it takes part with a batch of no sample. `bytes_besides` tells what is held
+    for each batch besides itself.
     """
 
     def __init__(
-        self, batches: Iterator[Any], samples_in: SamplesIn, *, length: int | None = None, iterations: int = 0
+        self,
+        batches: Iterator[Any],
+        samples_in: SamplesIn,
+        *,
+        length: int | None = None,
+        iterations: int = 0,
+        bytes_besides: Callable[[], float] = lambda: 0,
     ) -> None:
         self._batches = batches
+        self._bytes_besides = bytes_besides
         self._samples_in = samples_in
         self._length = length
         self._iterations = iterations
@@ -141,6 +159,10 @@ class AheadReader:
         self._ended = False
         self.gave_less: str | None = None
         self.target = 0
+
+    def bytes_of_batch(self) -> float:
+        """Measured on the batches at hand, when a vote is cast: not for each batch."""
+        return max((bytes_of(batch) for batch, _ in self._read), default=0) + self._bytes_besides()
 
     def look(self, start: int, stop: int) -> list[int | None]:
         """Read as many batches as the answer needs."""
@@ -229,7 +251,13 @@ def declared_counts(data: Any) -> tuple[Counts, int | None] | None:
     return None
 
 
-def make_reader(data: Any, batches: Iterator[Any], position: int, samples_in: SamplesIn | None) -> BatchReader:
+def make_reader(
+    data: Any,
+    batches: Iterator[Any],
+    position: int,
+    samples_in: SamplesIn | None,
+    bytes_besides: Callable[[], float] = lambda: 0,
+) -> BatchReader:
     """The reader for a pass over `data` that stands at batch `position`."""
     declared = declared_counts(data) if samples_in is None else None
     if declared is None:
@@ -239,6 +267,7 @@ def make_reader(data: Any, batches: Iterator[Any], position: int, samples_in: Sa
             samples_in or count_samples,
             length=None if of_rank is None else max(0, of_rank - position),
             iterations=(length_of_all(data) or 0) - position,
+            bytes_besides=bytes_besides,
         )
     counts, length = declared
     return DeclaredReader(batches, counts, length, position)
@@ -264,6 +293,29 @@ def _first_dimension(value: Any) -> int | None:
         if found is not None:
             return found
     return None
+
+
+_MOST_PARTS = 64
+
+
+def bytes_of(value: Any) -> float:
+    """About how many bytes the tensors and arrays in a batch, or in a state, take; infinity where it cannot be told.
+
+    Of a long sequence the first parts stand for the others.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return 8
+    if isinstance(value, str | bytes | bytearray):
+        return len(value)
+    nbytes = getattr(value, "nbytes", None)
+    if isinstance(nbytes, int):
+        return nbytes
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    if isinstance(value, Sequence) and len(value):
+        measured = [bytes_of(part) for part in islice(value, _MOST_PARTS)]
+        return sum(measured) * len(value) / len(measured)
+    return 0 if isinstance(value, Sequence) else math.inf
 
 
 class BatchBuffer:
@@ -304,6 +356,10 @@ class BatchBuffer:
         carried = len(self._carried)
         known = [samples for _, samples in list(self._carried)[start:stop]]
         return known + self._reader.look(max(start - carried, 0), max(stop - carried, 0))
+
+    def bytes_of_batch(self) -> float:
+        """The most that one of the batches held takes, in bytes; infinity where nobody knows."""
+        return self._reader.bytes_of_batch() if self._reader is not None else 0
 
     def read_ahead(self, batches: int) -> None:
         """Let reading keep up to so many batches at hand."""

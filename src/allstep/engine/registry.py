@@ -1,12 +1,10 @@
 """Which handlers listen to which events of one engine, ready to be called.
 
 Contract: an engine owns one `Registry`. `add` checks the handler's signature against how it will be called and compiles
-it to a call that takes the engine. Each event has a `HandlerSlot`; its `due` is the smallest count of the event's
-counter at which anything has to be called, so that the loop's one test `slot.due <= count` is all that an event costs
-when nobody listens or no listener is due. `HandlerSlot.schedule(count)` brings `due` up to date for counts from `count`
-on; it must be called when the counter was moved other than by counting up.
-
-Handlers: adding them to events, taking them off, and firing events.
+it to a call that takes the engine. `fire` is the one place through which every event goes. Each event has a
+`HandlerSlot`. Its `due` is the smallest count of the event's counter at which anything has to be called, so that the
+loop's one test `slot.due <= count` is all that an event costs when nobody listens or no listener is due. `schedule`
+brings it up to date; it must be called when a counter was moved other than by counting up.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 from allstep.engine.events import COUNTERS, NEVER, AnyEvent, EventEnum, Events, EventsList, Filter, FilteredEvent
 from allstep.engine.state import State
@@ -71,20 +69,34 @@ class HandlerSlot:
 
 
 class Registry:
-    """Slots by event. `pinned` makes every event listened to, for an engine that overrides the firing."""
+    """The handlers of one engine.
 
-    def __init__(self, pinned: bool = False) -> None:
+    Args:
+        state: whose counters say when handlers are due.
+        pinned: every event is listened to, for an engine that overrides the firing.
+
+    Attributes:
+        slots: the handlers of each event that is known.
+        last_event: the event that was fired last, None before the first.
+    """
+
+    def __init__(self, state: State, *, pinned: bool = False) -> None:
+        self._state = state
         self._pinned = pinned
         self.slots: dict[EventKey, HandlerSlot] = {}
+        self.last_event: EventKey | None = None
         self.register(Events, COUNTERS)
 
     def register(self, events: Iterable[EventKey], counters: Mapping[Any, str]) -> None:
-        """Make these events known, with the state's attribute that counts each."""
+        """Make these events known, with the state's attribute that counts each; one that is absent is made, at 0."""
         for event in events:
             if event not in self.slots:
                 self.slots[event] = HandlerSlot(event, counters.get(event), self._pinned)
             elif event in counters:
                 self.slots[event].attribute = counters[event]
+        for attribute in counters.values():
+            if not hasattr(self._state, attribute):
+                setattr(self._state, attribute, 0)
 
     def slot(self, event: Any) -> HandlerSlot:
         """The slot of a known event; a filter on it is ignored."""
@@ -96,13 +108,17 @@ class Registry:
                 f"{event!r} is not an event of this engine; register it first with engine.register_events"
             ) from None
 
-    def add(
-        self, engine: Any, event: Any, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Compile `handler` and append it to the event's slot."""
+    def fire(self, engine: Any, event: Any, *event_args: Any) -> None:
+        """Call the handlers of a known event that are due, with `engine` and what the event carries."""
+        self.last_event = event
+        slot = self.slots[event]
+        slot.call(engine, self._count(slot), event_args)
+
+    def add(self, event: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Compile `handler`, to be called with these arguments too, and append it to the event's slot."""
         if isinstance(event, EventsList):
             for each in event:
-                self.add(engine, each, handler, args, kwargs)
+                self.add(each, handler, *args, **kwargs)
             return
         slot = self.slot(event)
         chosen = event.filter if isinstance(event, FilteredEvent) else None
@@ -110,11 +126,10 @@ class Registry:
             raise ArgumentError(
                 f"{slot.event} is not counted, so a filter on it has no meaning; add the handler without one"
             )
-        takes_engine, takes_event = _calling_form(engine, slot.event, handler, args, kwargs)
+        takes_engine, takes_event = _calling_form(slot.event, handler, args, kwargs)
         call = _compile(handler, takes_engine, takes_event, args, kwargs)
         slot.registrations.append(HandlerRegistration(handler, chosen, call))
-        count = getattr(engine.state, slot.attribute) if slot.attribute else 0
-        slot.schedule(count)
+        slot.schedule(self._count(slot))
 
     def has(self, handler: Callable[..., Any], event: Any | None = None) -> bool:
         """Whether `handler` listens to `event`, or, without one, to any."""
@@ -138,10 +153,13 @@ class Registry:
         slot.registrations = kept
         slot.schedule(0)
 
-    def schedule(self, state: Any) -> None:
+    def schedule(self) -> None:
         """Bring every slot up to date with the state's counters."""
         for slot in self.slots.values():
-            slot.schedule(getattr(state, slot.attribute) if slot.attribute else 0)
+            slot.schedule(self._count(slot))
+
+    def _count(self, slot: HandlerSlot) -> int:
+        return getattr(self._state, slot.attribute) if slot.attribute else 0
 
 
 class RemovableEventHandle:
@@ -168,7 +186,7 @@ class RemovableEventHandle:
 
 
 def _calling_form(
-    engine: Any, event: EventKey, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    event: EventKey, handler: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[bool, bool]:
     """How the handler takes its call: whether the engine leads, and whether what the event carries comes next.
 
@@ -185,7 +203,7 @@ def _calling_form(
     if event is Events.EXCEPTION_RAISED or not signature.parameters.keys().isdisjoint(carried):
         forms.insert(1, (False, True))
     for takes_engine, takes_event in forms:
-        leading = (engine,) if takes_engine else ()
+        leading = ("engine",) if takes_engine else ()
         try:
             signature.bind(*leading, *(carried if takes_event else ()), *args, **kwargs)
         except TypeError:
@@ -212,95 +230,3 @@ def _compile(
     if takes_event:
         return lambda engine, *carried: handler(*carried, *args, **kwargs)
     return lambda engine, *carried: handler(*args, **kwargs)
-
-
-H = TypeVar("H", bound=Callable[..., Any])
-
-
-class Listening:
-    """What an engine does with handlers. Every event, built in or fired by a user, goes through `_fire_event`.
-
-    A subclass that overrides `_fire_event` is given every event, whether anybody listens or not; it calls
-    `super()._fire_event` for the handlers to run.
-    """
-
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.registry = Registry(pinned=type(self)._fire_event is not Listening._fire_event)
-        self.last_event_name: EventKey | None = None
-
-    def register_events(self, *events: EventEnum | str, event_to_attr: Mapping[Any, str] | None = None) -> None:
-        """Make events of your own known to this engine, so that they can have handlers and be fired.
-
-        Args:
-            events: members of an `EventEnum`, or strings.
-            event_to_attr: for filters, the attribute of the state that counts each event; made, at 0, if absent.
-
-        Raises:
-            TypeError: something given is no event, or event_to_attr no mapping.
-        """
-        counters = {} if event_to_attr is None else event_to_attr
-        if not isinstance(counters, Mapping):
-            raise ArgumentTypeError(f"event_to_attr is {counters!r}; it must map events to names of state attributes")
-        for event in events:
-            if not isinstance(event, EventEnum | str):
-                raise ArgumentTypeError(f"{event!r} is not an event; give members of an EventEnum, or strings")
-        self.registry.register(events, counters)
-        for attribute in counters.values():
-            if not hasattr(self.state, attribute):
-                setattr(self.state, attribute, 0)
-
-    def has_registered_events(self, event: Any) -> bool:
-        """Whether this engine knows the event."""
-        return event in self.registry.slots
-
-    def on(self, event: AnyEvent | str, *args: Any, **kwargs: Any) -> Callable[[H], H]:
-        """Decorator that adds the function as a handler; see `add_event_handler`."""
-
-        def add(handler: H) -> H:
-            self.add_event_handler(event, handler, *args, **kwargs)
-            return handler
-
-        return add
-
-    def add_event_handler(
-        self, event: AnyEvent | str, handler: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> RemovableEventHandle:
-        """Have `handler` called whenever the event is fired and its filter lets it through.
-
-        Handlers are called in the order they were added, as `handler(engine, *args, **kwargs)`, or without the engine
-        if the handler's signature has no place for it. Handlers of EXCEPTION_RAISED are given the exception after the
-        engine, those of TERMINATE_SINGLE_EPOCH may take the number of iterations done in the epoch.
-
-        Args:
-            event: an event, one with a filter, or several joined with `|`.
-            handler: any callable.
-            args: further positional arguments of each call.
-            kwargs: keyword arguments of each call.
-
-        Returns:
-            A handle to remove the handler with, also as a context manager.
-
-        Raises:
-            ValueError: the event is not registered, or the handler cannot take the call.
-        """
-        self.registry.add(self, event, handler, args, kwargs)
-        return RemovableEventHandle(event, handler, self.registry)
-
-    def has_event_handler(self, handler: Callable[..., Any], event: AnyEvent | str | None = None) -> bool:
-        """Whether `handler` listens to `event`, or, without one, to any."""
-        return self.registry.has(handler, event)
-
-    def remove_event_handler(self, handler: Callable[..., Any], event: AnyEvent | str) -> None:
-        """Take `handler` off `event`. Raises ValueError when it is not there."""
-        self.registry.remove(handler, event)
-
-    def fire_event(self, event: EventEnum | str) -> None:
-        """Fire an event of your own from a step or a handler. Raises ValueError when it is not registered."""
-        self._fire_event(self.registry.slot(event).event)
-
-    def _fire_event(self, event: Any, *event_args: Any) -> None:
-        """Call the handlers of an event that are due; the one place through which every event goes."""
-        self.last_event_name = event
-        slot = self.registry.slots[event]
-        slot.call(self, getattr(self.state, slot.attribute) if slot.attribute else 0, event_args)

@@ -1,162 +1,154 @@
-"""Where an engine's run stands, between runs and when it is saved: `state_dict`, and going on from there.
+"""How a run is saved and goes on: the engine's `state_dict`, and what happens to the counters between runs.
 
 Contract: a user saves an engine with `state_dict`, also inside a run, and loads it into another, whose next `run` goes
-on at that place. `Engine` builds on this as it does on `Listening`: before a run it settles the counters of the one
-that was left and takes up the place that was loaded; after one it drops the loop, and the data's own state is kept.
-Nothing here crosses ranks. What can go wrong: a state that lacks a key raises before anything has changed, and so does
-data that is not the one that was saved.
+on at that place. `save` and `load` are that. `settle_counters` and `go_to_position` come before a run that goes on, and
+`leave` after each run. All of them work on the engine's `Run`, and nothing here crosses ranks. What can go wrong: a
+state that lacks a key raises before anything has changed, and so does data that is not the one that was saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from allstep.coordination import Coordinator
-from allstep.engine.control import Steering
-from allstep.engine.position import group_size_over, sampler_of, saved_place, take_up
-from allstep.engine.registry import Registry
-from allstep.engine.run import Progress, RunPosition, position_from
+from allstep.engine.events import is_count
+from allstep.engine.passes import Passes
+from allstep.engine.position import RunPosition, group_size_over, position_to_save, restore_position, sampler_of
+from allstep.engine.run import Run
 from allstep.engine.source import END, place_in_data
-from allstep.errors import ArgumentError, EngineError
+from allstep.errors import ArgumentError
+
+_COUNTS = {"iteration", "epoch", "epochs_completed", "epoch_began_at", "epoch_length", "max_epochs", "max_iters"}
 
 
-class Resumable(Steering):
-    """How a run is saved and goes on.
+def save(run: Run, passes: Passes | None, user_keys: Iterable[str]) -> dict[str, Any]:
+    """What `Engine.state_dict` gives; see there. `passes` are those of the run that is under way, if one is."""
+    state, iteration = run.state, run.steps_done
+    terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
+    data = _position_in_data(run, passes, iteration)
+    return {
+        "iteration": iteration,
+        "epochs_completed": run.epochs_completed,
+        "epoch_began_at": run.epoch_began_at,
+        "epoch_length": state.epoch_length,
+        **terms,
+        **({} if data is None else {"data": data}),
+        **({"finished": state.stop_reason} if state.outcome == "finished" else {}),
+        **{key: getattr(state, key) for key in user_keys},
+    }
 
-    Attributes:
-        accumulate: global batches whose gradients make one optimizer step.
-        is_running: whether `run` is under way.
+
+def _position_in_data(run: Run, passes: Passes | None, iteration: int) -> dict[str, Any] | None:
+    """What to save of the position in the data after `iteration` iterations."""
+    state = run.state
+    if state.dataloader is None:
+        # Nothing has been run since the state was loaded, so what was loaded is still where the run stands.
+        return dict(run.loaded_place) if run.was_loaded and run.loaded_place is not None else None
+    sampler, epoch, done = sampler_of(state.dataloader), 0, 0
+    if sampler is not None:
+        length = sampler.batches_in_epoch
+        epoch, done = place_in_data(iteration, run.epoch_began_at, state.epoch_length, run.epochs_completed, length)
+    own = run.data_state if passes is None else passes.own_state(iteration)
+    group_size = group_size_over(state.dataloader, run.settings.accumulate)
+    return position_to_save(state.dataloader, epoch, done, own, group_size)
+
+
+def load(run: Run, state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> None:
+    """Have the next run go on from a saved state. Raises ArgumentError before anything has changed."""
+    user_keys = list(user_keys)
+    position = position_from(state_dict, user_keys)
+    _stand_at(run, position)
+    state = run.state
+    state.dataloader = None
+    state.stop_reason = state_dict.get("finished")
+    state.outcome = None if state.stop_reason is None else "finished"
+    for key in user_keys:
+        setattr(state, key, state_dict[key])
+    run.loaded_place, run.data_state, run.was_loaded = state_dict.get("data"), END, True
+
+
+def settle_counters(run: Run) -> None:
+    """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
+    state = run.state
+    state.iteration = run.steps_done
+    if run.abandoned:
+        run.epoch_began_at = state.iteration
+    else:
+        state.epoch = run.epochs_completed
+    run.steps_in_group = 0
+    run.step_is_open = run.epoch_is_open = run.abandoned = False
+
+
+def go_to_position(run: Run, data: Any, max_iters: int | None) -> tuple[int | None, int | None]:
+    """Bring data and counters to the position that was loaded, if one was.
+
+    Returns:
+        The batch with which `data` opens, None where it has to be brought there by counting; and `max_iters` in
+        iterations of this data.
     """
+    state, saved = run.state, run.loaded_place
+    if not run.was_loaded or saved is None:
+        return None, max_iters
+    run.loaded_place = None
+    terms = state.epoch_length, state.max_epochs, state.max_iters
+    position = RunPosition(state.iteration, state.epoch, run.epoch_began_at, *terms)
+    restored = restore_position(data, saved, position, group_size_over(data, run.settings.accumulate))
+    _stand_at(run, restored.position)
+    return restored.opens_at, state.max_iters if max_iters == position.max_iters else max_iters
 
-    registry: Registry
 
-    def __init__(self, coordinator: Coordinator | None, accumulate: int) -> None:
-        super().__init__(coordinator)
-        if not isinstance(accumulate, int) or accumulate < 1:
-            raise ArgumentError(f"accumulate is {accumulate!r}; it must be an int of at least 1")
-        self.accumulate = accumulate
-        self._drive: Generator[None, None, None] | None = None
-        self._is_running = False
-        self._was_loaded = False
-        self._saved_data: Mapping[str, Any] | None = None
-        self._own_data_state: Any = END
-        self._user_keys: list[str] = []
+def leave(run: Run, passes: Passes | None) -> None:
+    """End the run that is under way, if one is, and keep what the next one may go on from."""
+    if passes is not None:
+        run.data_state = passes.own_state(run.steps_done)
+    if run.drive is not None:
+        run.drive.close()  # a suspended loop keeps what it read ahead
+    run.drive = None
 
-    @property
-    def is_running(self) -> bool:
-        """Whether `run` is under way."""
-        return self._is_running
 
-    @property
-    def group_size(self) -> int:
-        """Iterations in an accumulation group: `accumulate`, times those in which the data gives a global batch."""
-        return group_size_over(self.state.dataloader, self.accumulate)
+def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> RunPosition:
+    """Read a saved state, or one written by hand as for PyTorch-Ignite.
 
-    @property
-    def state_dict_user_keys(self) -> list[str]:
-        """Names of state attributes to save and load besides the engine's own; append yours."""
-        return self._user_keys
+    Raises:
+        ArgumentError: a key is missing, is no count, or contradicts another; names it.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise ArgumentError(f"the state to load is {state_dict!r}; it must be a mapping, as state_dict() gives it")
+    for key in _COUNTS & state_dict.keys():
+        value = state_dict[key]
+        if value is not None and not is_count(value, least=0):
+            raise ArgumentError(f"{key} is {value!r} in the state to load; it must be an int of at least 0")
+    missing = [key for key in ("epoch_length", *user_keys) if key not in state_dict]
+    if missing:
+        raise ArgumentError(f"the state to load lacks {', '.join(missing)}; it has {', '.join(state_dict)}")
+    for pair in (("iteration", "epoch"), ("max_epochs", "max_iters")):
+        if sum(key in state_dict for key in pair) != 1:
+            raise ArgumentError(
+                f"the state to load must have exactly one of {pair[0]} and {pair[1]}; it has {', '.join(state_dict)}"
+            )
+    if not isinstance(state_dict.get("finished"), str | None):
+        raise ArgumentError(f"finished is {state_dict['finished']!r} in the state to load; it must be a text, why")
+    length = state_dict["epoch_length"]
+    if length is not None and length < 1:
+        raise ArgumentError(f"epoch_length is {length} in the state to load; it must be at least 1, or None")
+    if "epoch" in state_dict:
+        if length is None and state_dict["epoch"]:
+            raise ArgumentError("the state to load counts in epochs, so it needs an epoch_length; it has None")
+        epochs = state_dict["epoch"]
+        iteration = began_at = epochs * (length or 0)
+    elif "epochs_completed" in state_dict and "epoch_began_at" in state_dict:
+        iteration, epochs = state_dict["iteration"], state_dict["epochs_completed"]
+        began_at = state_dict["epoch_began_at"]
+    else:
+        iteration = state_dict["iteration"]
+        epochs = iteration // length if length else 0
+        began_at = epochs * (length or 0)
+    return RunPosition(iteration, epochs, began_at, length, state_dict.get("max_epochs"), state_dict.get("max_iters"))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the run stands; collective-free.
 
-        `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
-        `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
-        `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `data` is there when
-        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's. `finished`
-        is there when the run was ended as finished: why.
-        """
-        state, progress = self.state, self.progress
-        terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
-        iteration = state.iteration - progress.step_is_open - progress.steps_in_group
-        data = self._data_place(iteration)
-        return {
-            "iteration": iteration,
-            "epochs_completed": state.epoch - progress.epoch_is_open,
-            "epoch_began_at": progress.epoch_began_at,
-            "epoch_length": state.epoch_length,
-            **terms,
-            **({} if data is None else {"data": data}),
-            **({"finished": state.stop_reason} if state.outcome == "finished" else {}),
-            **{key: getattr(state, key) for key in self._user_keys},
-        }
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over where another run stood; the next `run` goes on from there.
-
-        Args:
-            state_dict: what `state_dict` gave, or a dict with `iteration` or `epoch` (completed ones),
-                `max_epochs` or `max_iters`, `epoch_length`, and the user keys.
-
-        Raises:
-            ValueError: a key is missing, or two exclude each other; nothing was changed.
-            EngineError: the engine is running.
-        """
-        if self._is_running:
-            raise EngineError("this engine is running; load a state before run(), or after it")
-        place = position_from(state_dict, self._user_keys)
-        self._drop_run()
-        self._stand_at(place)
-        self.state.dataloader = None
-        finished = state_dict.get("finished")
-        self.state.stop_reason, self.state.outcome = finished, None if finished is None else "finished"
-        for key in self._user_keys:
-            setattr(self.state, key, state_dict[key])
-        self._saved_data, self._own_data_state = state_dict.get("data"), END
-        self._was_loaded = True
-
-    def _settle_counters(self) -> None:
-        """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
-        state, progress = self.state, self.progress
-        state.iteration -= progress.step_is_open + progress.steps_in_group
-        progress.steps_in_group = 0
-        if progress.abandoned:
-            progress.epoch_began_at = state.iteration
-        else:
-            state.epoch -= progress.epoch_is_open
-        progress.step_is_open = progress.epoch_is_open = progress.abandoned = False
-
-    def _stand_at(self, place: RunPosition) -> None:
-        state = self.state
-        state.iteration, state.epoch = place.iteration, place.epochs_completed
-        state.epoch_length, state.max_epochs, state.max_iters = place.epoch_length, place.max_epochs, place.max_iters
-        self.progress = Progress(epoch_began_at=place.epoch_began_at)
-        self.registry.schedule(state)
-
-    def _take_up(self, data: Any, max_iters: int | None) -> tuple[int | None, int | None]:
-        """Bring data and counters to the place that was loaded: the batch to open with, and `max_iters` for this data.
-
-        None is the batch where the data has to be brought there by counting.
-        """
-        state, saved = self.state, self._saved_data
-        if not self._was_loaded or saved is None:
-            return None, max_iters
-        self._saved_data = None
-        terms = state.epoch_length, state.max_epochs, state.max_iters
-        place = RunPosition(state.iteration, state.epoch, self.progress.epoch_began_at, *terms)
-        taken = take_up(data, saved, place, group_size_over(data, self.accumulate))
-        self._stand_at(taken.place)
-        return taken.opens_at, state.max_iters if max_iters == place.max_iters else max_iters
-
-    def _data_place(self, iteration: int) -> dict[str, Any] | None:
-        """What to save of the place in the data."""
-        state, progress = self.state, self.progress
-        if state.dataloader is None:
-            return dict(self._saved_data) if self._was_loaded and self._saved_data is not None else None
-        sampler, epoch, done = sampler_of(state.dataloader), 0, 0
-        if sampler is not None:
-            completed = state.epoch - progress.epoch_is_open
-            length = sampler.batches_in_epoch
-            epoch, done = place_in_data(iteration, progress.epoch_began_at, state.epoch_length, completed, length)
-        own = self._own_data_state if self._loop is None else self._loop.supply.own_state(iteration)
-        return saved_place(state.dataloader, epoch, done, own, self.group_size)
-
-    def _drop_run(self) -> None:
-        if self._loop is not None:
-            progress = self.progress
-            done = self.state.iteration - progress.step_is_open - progress.steps_in_group
-            self._own_data_state = self._loop.supply.own_state(done)
-        if self._drive is not None:
-            self._drive.close()
-        self._drive = self._loop = None
+def _stand_at(run: Run, position: RunPosition) -> None:
+    state = run.state
+    run.forget_progress()
+    state.iteration, state.epoch = position.iteration, position.epochs_completed
+    state.epoch_length, state.max_epochs = position.epoch_length, position.max_epochs
+    state.max_iters, run.epoch_began_at = position.max_iters, position.epoch_began_at

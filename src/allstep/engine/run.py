@@ -1,82 +1,192 @@
-"""How far a run has come, beyond what the state's counters tell, and how that is read back from a saved state.
+"""`Run`: the one mutable record of an engine's run.
 
-Contract: the loop keeps a `Progress` while it runs; `Engine.state_dict` saves from it what resuming in the middle of an
-epoch needs, and `position_from` reads a saved state, or one written by hand as for PyTorch-Ignite, into a checked
-`RunPosition`.
+Contract: an `Engine` has one `Run` for as long as it lives. The loop, passes over the data, agreement, resuming and
+`engine.extension` are handed this record, read it and write their part of it. None of them knows the engine. What
+users may see of it is `State`, which the run owns.
+
+What is written by whom: the loop counts and says where an epoch and a step stand. A request (`control`) waits in
+`requests` until it is voted on, or holds at once in `holding`; the loop acts on what holds. Agreement notes where its
+window ends. `resume` moves the counters between runs. Nothing here decides, crosses ranks or can fail.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import logging
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from allstep.engine.events import is_count
-from allstep.errors import ArgumentError
+from allstep.coordination import Alone, Coordinator, Request, RequestKind, Uneven
+from allstep.engine.run_plan import StepSettings
+from allstep.engine.source import END
+from allstep.engine.state import State
 
-_COUNTS = {"iteration", "epoch", "epochs_completed", "epoch_began_at", "epoch_length", "max_epochs", "max_iters"}
+LOOK_NOW = -1.0
+"""What `Run.until` is when the loop has to look at requests after the present iteration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How an engine's ranks agree during a run; the same on all ranks.
+
+    Attributes:
+        policy: what ends a pass over uneven data.
+        group_size: iterations in an accumulation group.
+        widest_window: groups in a window at the most, whatever may be read ahead.
+        lookahead: batches that may be read ahead to begin with; None where nothing needs to be read to be counted.
+        doublings: how many times `lookahead` may be doubled while the batches that ranks hold take few bytes.
+        needs_fillers: whether a rank without a batch runs the step.
+    """
+
+    policy: Uneven
+    group_size: int
+    widest_window: int
+    lookahead: int | None
+    doublings: int
+    needs_fillers: bool
+
+    def longest_window(self, doublings: int) -> int:
+        """Groups in a window at the most, when the lookahead has been doubled so often.
+
+        Two windows are held at a time, so one is at most half of what may be read ahead. With 0 there is no room for
+        two, and a vote on one group is held just before it.
+        """
+        if self.lookahead is None:
+            return self.widest_window
+        return min(self.widest_window, (self.lookahead << doublings) // (2 * self.group_size))
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether each group is voted on just before it, so that a request holds after the present one."""
+        return self.widest_window == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Handshake:
+    """What the ranks agreed at a run's start. `length` is that of a pass for all, None when a rank does not know."""
+
+    agreement: Agreement
+    length: int | None
+    is_one_shot: bool
 
 
 @dataclass(slots=True)
-class Progress:
-    """What the state's counters do not tell: where the epoch began, and what was left in its middle.
+class Run:
+    """Where a run stands, what it was asked, and what it goes on with.
 
-    `epoch_is_open`: epoch `state.epoch` has begun and not ended. `step_is_open`: iteration `state.iteration` is counted
-    and its step has not returned. `steps_in_group`: steps done of an accumulation group that is not complete; its
-    gradients are lost when the run ends here, so it is begun again. `abandoned`: the open epoch was terminated by a
-    handler, so that the next run begins the one after it.
+    Attributes:
+        settings: what the engine was made with.
+        state: the counters and results that users see.
+        epoch_began_at: iterations that were done when the present epoch began.
+        epoch_is_open: epoch `state.epoch` has begun and not ended.
+        step_is_open: iteration `state.iteration` is counted and its step has not returned.
+        steps_in_group: steps done of an accumulation group that is not complete. Its gradients are lost when the run
+            ends here, so that the group is begun again.
+        abandoned: the open epoch was ended by a request, so that the next run begins the one after it.
+
+        requests: what was asked for on this rank and not voted on yet.
+        holding: what holds now, and the loop has not acted on yet.
+        skips_completed: whether COMPLETED is left out after the end that was asked for.
+        skips_epoch_completed: the same of EPOCH_COMPLETED.
+        proposed_data: data given to `set_data` on this rank that is still to be voted on; END without.
+        new_data: data that replaces what is being run over, as soon as a batch is wanted; END without.
+        needs_new_vote: some rank's data was replaced, so that the coming iterations are to be voted on anew.
+        leaving: what `Engine.run` raises at the run's end, in place of returning.
+
+        is_running: `Engine.run` is under way.
+        drive: the loop, while a run is under way or suspended.
+        until: the iteration after which the loop has more to decide than which handlers are due.
+        window_ends_at: the iteration at which the present agreed window ends.
+        pass_is_open: batches are being taken, so that ranks that agree have to vote before other data is taken.
+        kept: what was read ahead of a one-shot iterator and not used, for the next run over it.
+
+        coordinator: how the ranks of this run agree.
+        handshake: what they agreed at its start; None where there is nothing to agree on.
+        logger: where the run reports.
+
+        was_loaded: the state was loaded, and no run has gone on from it yet.
+        loaded_place: the place in the data that was loaded.
+        data_state: the data's own state where the last run was left; END where it has none.
     """
 
+    settings: StepSettings
+    state: State = field(default_factory=State)
     epoch_began_at: int = 0
     epoch_is_open: bool = False
     step_is_open: bool = False
     steps_in_group: int = 0
     abandoned: bool = False
 
+    requests: list[Request] = field(default_factory=list)
+    holding: set[RequestKind] = field(default_factory=set)
+    skips_completed: bool = False
+    skips_epoch_completed: bool = False
+    proposed_data: Any = END
+    new_data: Any = END
+    needs_new_vote: bool = False
+    leaving: BaseException | None = None
 
-@dataclass(frozen=True, slots=True)
-class RunPosition:
-    """Where a saved run stood, and what it had been asked to do."""
+    is_running: bool = False
+    drive: Generator[None, None, None] | None = None
+    until: float = LOOK_NOW
+    window_ends_at: int = 0
+    pass_is_open: bool = False
+    kept: list[Any] = field(default_factory=list)
 
-    iteration: int
-    epochs_completed: int
-    epoch_began_at: int
-    epoch_length: int | None
-    max_epochs: int | None
-    max_iters: int | None
+    coordinator: Coordinator = field(default_factory=Alone)
+    handshake: Handshake | None = None
+    logger: logging.Logger = field(default_factory=lambda: logging.getLogger("allstep.engine"))
 
+    was_loaded: bool = False
+    loaded_place: Mapping[str, Any] | None = None
+    data_state: Any = END
 
-def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> RunPosition:
-    """Read a saved state. Raises ValueError naming the key that is missing, no count, or contradicts another."""
-    if not isinstance(state_dict, Mapping):
-        raise ArgumentError(f"the state to load is {state_dict!r}; it must be a mapping, as state_dict() gives it")
-    for key in _COUNTS & state_dict.keys():
-        value = state_dict[key]
-        if value is not None and not is_count(value, least=0):
-            raise ArgumentError(f"{key} is {value!r} in the state to load; it must be an int of at least 0")
-    missing = [key for key in ("epoch_length", *user_keys) if key not in state_dict]
-    if missing:
-        raise ArgumentError(f"the state to load lacks {', '.join(missing)}; it has {', '.join(state_dict)}")
-    for pair in (("iteration", "epoch"), ("max_epochs", "max_iters")):
-        if sum(key in state_dict for key in pair) != 1:
-            raise ArgumentError(
-                f"the state to load must have exactly one of {pair[0]} and {pair[1]}; it has {', '.join(state_dict)}"
-            )
-    if not isinstance(state_dict.get("finished"), str | None):
-        raise ArgumentError(f"finished is {state_dict['finished']!r} in the state to load; it must be a text, why")
-    length = state_dict["epoch_length"]
-    if length is not None and length < 1:
-        raise ArgumentError(f"epoch_length is {length} in the state to load; it must be at least 1, or None")
-    if "epoch" in state_dict:
-        if length is None and state_dict["epoch"]:
-            raise ArgumentError("the state to load counts in epochs, so it needs an epoch_length; it has None")
-        epochs = state_dict["epoch"]
-        iteration = began_at = epochs * (length or 0)
-    elif "epochs_completed" in state_dict and "epoch_began_at" in state_dict:
-        iteration, epochs = state_dict["iteration"], state_dict["epochs_completed"]
-        began_at = state_dict["epoch_began_at"]
-    else:
-        iteration = state_dict["iteration"]
-        epochs = iteration // length if length else 0
-        began_at = epochs * (length or 0)
-    return RunPosition(iteration, epochs, began_at, length, state_dict.get("max_epochs"), state_dict.get("max_iters"))
+    @property
+    def is_under_way(self) -> bool:
+        """Whether there is a run that has begun and not ended; it may be suspended."""
+        return self.drive is not None
+
+    @property
+    def votes(self) -> bool:
+        """Whether a request has to be agreed before it holds."""
+        return self.drive is not None and self.handshake is not None
+
+    @property
+    def steps_done(self) -> int:
+        """Iterations whose steps count: completed, up to the end of the last whole accumulation group."""
+        return self.state.iteration - self.step_is_open - self.steps_in_group
+
+    @property
+    def epochs_completed(self) -> int:
+        """Epochs that have ended, not counting one that is open."""
+        return self.state.epoch - self.epoch_is_open
+
+    @property
+    def ends_at(self) -> float:
+        """The iteration at which the epoch, or the run, ends; infinity while unknown."""
+        length, most = self.state.epoch_length, self.state.max_iters
+        return min(
+            math.inf if length is None else self.epoch_began_at + length,
+            math.inf if most is None else most,
+        )
+
+    def take_requests(self) -> tuple[Request, ...]:
+        """What was asked for on this rank since the last vote, to be said in the coming one."""
+        # Copied first and then removed by count: a signal's handler may add to the list between any two instructions.
+        taken = tuple(self.requests)
+        del self.requests[: len(taken)]
+        return taken
+
+    def forget_requests(self) -> None:
+        """Begin with nothing asked for."""
+        self.requests.clear()
+        self.holding.clear()
+        self.skips_completed = self.skips_epoch_completed = self.needs_new_vote = False
+        self.proposed_data = self.new_data = END
+        self.leaving = None
+
+    def forget_progress(self) -> None:
+        """Begin with all counters at zero."""
+        self.state.iteration = self.state.epoch = self.epoch_began_at = self.steps_in_group = 0
+        self.epoch_is_open = self.step_is_open = self.abandoned = False

@@ -1,8 +1,7 @@
-"""What a user gives an engine, and its checks: an error that names the argument, the value and what is expected.
+"""What a call of `Engine.run` is to do: begin anew, go on, or nothing. Checks and decisions, all of them pure.
 
-What a call of `Engine.run` is to do: begin anew, go on, or nothing. Pure decisions over the state and arguments.
-
-Contract: `Engine.run` calls `settle_terms` before anything is changed or fired, so that a refused call loses nothing.
+Contract: `Engine` calls the checks when it is made and `settle_terms` before a run has changed or fired anything, so
+that a refused call loses nothing. An error names the argument, its value and what is expected.
 """
 
 from __future__ import annotations
@@ -10,14 +9,34 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from allstep.coordination import POLICIES, Uneven
 from allstep.engine.events import is_count
 from allstep.engine.state import State
-from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.errors import ArgumentError, ArgumentTypeError, DataError
+
+SamplesIn = Callable[[Any], int]
+"""`batch -> int`: how many samples a batch has."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepSettings:
+    """What an engine was made with, besides its step; `Engine` says what each is. Checked when it is made."""
+
+    name: str
+    accumulate: int = 1
+    samples_in: SamplesIn | None = None
+    uneven: Uneven = "shortest"
+    idle: Literal["filler", "skip"] = "filler"
+
+    def __post_init__(self) -> None:
+        check_choice("uneven", self.uneven, POLICIES)
+        check_choice("idle", self.idle, ("filler", "skip"))
+        if not isinstance(self.accumulate, int) or self.accumulate < 1:
+            raise ArgumentError(f"accumulate is {self.accumulate!r}; it must be an int of at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +52,7 @@ class RunArguments:
 
 
 def check_step(step: Callable[..., Any]) -> None:
-    """Raise TypeError or ValueError unless a step can be called with (engine, batch)."""
+    """Raise ArgumentTypeError or ArgumentError unless a step can be called with (engine, batch)."""
     if not callable(step):
         raise ArgumentTypeError(f"process_function is {step!r}; it must be a function (engine, batch)")
     try:
@@ -50,13 +69,13 @@ def check_step(step: Callable[..., Any]) -> None:
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless a value is one of the choices."""
+    """Raise ArgumentError unless a value is one of the choices."""
     if value not in choices:
         raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:
-    """Raise ValueError when gradients cannot be added up over the iterations of a group before they are reduced."""
+    """Raise ArgumentError when gradients cannot be added up over the iterations of a group before they are reduced."""
     if group_size > 1 and any(getattr(module, "static_graph", False) for module in modules):
         raise ArgumentError(
             f"gradients are accumulated over {group_size} iterations, and a module is in DDP with static_graph=True, "
@@ -65,7 +84,7 @@ def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:
 
 
 def check_agreement(uneven: str, window: int | None, lookahead: int | None, group_size: int) -> None:
-    """Raise ValueError unless ranks can agree in this way; with several, called when all are known to say the same."""
+    """Raise ArgumentError unless ranks can agree in this way; they are known to say the same."""
     check_choice("uneven", uneven, POLICIES)
     if window is not None and not is_count(window, least=1):
         raise ArgumentError(f"window is {window!r}; it must be an int of at least 1")
@@ -89,6 +108,14 @@ def length_of(data: Any) -> int | None:
     """Number of batches in one pass over `data`, for the whole world where it knows; None when it does not."""
     of_all = length_of_all(data)
     return len_of(data) if of_all is None else of_all
+
+
+def checked_length(data: Any) -> int | None:
+    """The same for a rank that has nobody to agree with. Raises DataError when there is no batch."""
+    length = length_of(data)
+    if length == 0:
+        raise DataError(f"data is empty: len({type(data).__name__}) is 0; give at least one batch")
+    return length
 
 
 def length_of_all(data: Any) -> int | None:
@@ -141,8 +168,8 @@ def settle_terms(
         resuming: the state was loaded or the run is suspended, so that a finished state is not begun anew.
 
     Raises:
-        TypeError: data is not iterable.
-        ValueError: an argument contradicts another, the state or itself.
+        ArgumentTypeError: data is not iterable.
+        ArgumentError: an argument contradicts another, the state or itself.
     """
     if data is not None and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise ArgumentTypeError(f"data is {data!r}; it must be iterable, or None with an epoch_length")

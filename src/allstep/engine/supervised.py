@@ -65,7 +65,7 @@ def create_supervised_trainer(
         coordinator: how ranks agree; by default the current world's.
 
     Raises:
-        ValueError: an unknown precision, or steps below 1.
+        ArgumentError: an unknown precision, or steps below 1.
     """
     target = _device_of(model, device)
     used_scaler = grad_scaler(target.type, precision) if scaler is None else scaler

@@ -59,7 +59,7 @@ class Preemption(StopOnSignal):
 
     def _leave(self, engine: Engine) -> None:
         if engine.state.outcome == "preempted" and not engine.extension.is_complete:
-            engine.extension.leaving = Preempted(PREEMPTED)
+            engine.extension.leave_with(Preempted(PREEMPTED))
 
     def _requeue(self, engine: Engine) -> None:
         """Give the job back, once: SLURM then ends it. Everything was saved in TERMINATE."""

@@ -23,10 +23,11 @@ from math import ceil
 
 import torch
 
-from allstep.coordination import Coordinator, Schema, check_schemas
+from allstep.coordination import Coordinator, check_same
 from allstep.errors import MetricError
 from allstep.metrics.folding import fold, from_accumulator, to_accumulator
 from allstep.metrics.packing import ALIGNMENT, Packed, Unmerged, Unpacked, block_values, pack, padded, unpack
+from allstep.metrics.schema import Schema
 from allstep.metrics.states import Form, ReductionPlan, StateBlock, form_of
 
 FIRST_FRAME = 4096
@@ -107,7 +108,7 @@ class Exchange:
             if replan is not None:
                 adopt_shapes(coordinator, plan)
                 return self.gather(coordinator, replan(), unmerged)
-            check_schemas(coordinator.gather(plan.schema))
+            check_same(coordinator.gather(plan.schema))
         if any(head.failed for head in heads):
             _raise_failures(coordinator, failure)
         longest = max(head.frame for head in heads)
@@ -256,7 +257,7 @@ def adopt_shapes(coordinator: Coordinator, plan: ReductionPlan) -> None:
     )
     by_rank: list[_RankForms] = coordinator.gather(own)
     models = _models(by_rank)
-    check_schemas([_as_models(each, by_rank, models) for each in by_rank])
+    check_same([_as_models(each, by_rank, models) for each in by_rank])
     for at, (node, name) in enumerate(states):
         form, default = by_rank[models[at]].forms[at], node.defaults[name]
         if not own.seen[at] and form is not None and isinstance(default, torch.Tensor):

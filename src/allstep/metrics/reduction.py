@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from allstep.coordination import Schema, StateLine
 from allstep.data.keys import key_of
 from allstep.data.seeding import generators_kept, seed_cpu_generators
 from allstep.engine import Engine, EventEnum, FilteredEvent
@@ -27,6 +26,7 @@ from allstep.metrics.exchange import Exchange, Gathered
 from allstep.metrics.folding import fold_gathered
 from allstep.metrics.nodes import Entry, MetricNode, MetricSet, collections_in, named_metrics
 from allstep.metrics.packing import Unmerged, own_elements
+from allstep.metrics.schema import Schema, StateLine
 from allstep.metrics.states import ReductionPlan, bytes_as_made, make_plan, schema_as_made
 from allstep.metrics.torchmetrics_private import bookkeeping, forget_result, keep_states_apart, set_update_count
 from allstep.metrics.usage import event_name

@@ -17,9 +17,10 @@ import torch
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
-from allstep.coordination import ReduceOp, Schema, StateLine, fingerprint
+from allstep.coordination import ReduceOp, fingerprint
 from allstep.errors import MetricError
 from allstep.metrics.nodes import MetricNode
+from allstep.metrics.schema import Schema, StateLine
 
 Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
 

@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import torch
 
-from allstep.coordination import Coordinator, Schema, StateLine
+from allstep.coordination import Coordinator
 from allstep.engine import Engine, Events
 from allstep.errors import ArgumentError, MetricError
 from allstep.metrics.packing import Packed, padded
+from allstep.metrics.schema import Schema, StateLine
 from allstep.outputs.parts import Format, Parts, write_part
 from allstep.outputs.samples import (
     NO_SAMPLES,
