@@ -50,7 +50,7 @@ def steps(folder: Path) -> list[int]:
     return [each.manifest.step for each in found if each.manifest is not None]
 
 
-def test_a_run_that_stopped_early_is_finished_says_so_when_started_again_and_trains_nothing(tmp_path: Path) -> None:
+def test_a_run_that_stopped_early_is_finished_and_trains_nothing_more(tmp_path: Path) -> None:
     first = ended(tmp_path, "every=epoch", "patience=1")
     second = ended(tmp_path, "every=epoch", "patience=1", ranks=1)
     assert max(iterations(first.out)) == 10  # of 15: the second epoch was no better
@@ -79,7 +79,7 @@ def alone(folder: Path, *arguments: str) -> AbstractContextManager[Running]:
     return start(folder, [sys.executable, *JOB, folder / "saved", *arguments], env=ENV)
 
 
-def test_under_python_a_second_signal_leaves_a_save_under_way_and_the_last_one_to_be_committed(tmp_path: Path) -> None:
+def test_under_python_a_second_signal_lets_saves_be_committed(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with alone(tmp_path, f"gate={gate}", "together=0") as job:
         job.await_line("waits with tmp-save-000002")
@@ -93,7 +93,7 @@ def test_under_python_a_second_signal_leaves_a_save_under_way_and_the_last_one_t
     assert max(saved) == max(iterations(done.out), default=4)  # where it stopped
 
 
-def test_under_python_signals_that_go_on_kill_and_the_newest_committed_checkpoint_is_whole(tmp_path: Path) -> None:
+def test_under_python_further_signals_kill_and_leave_a_whole_checkpoint(tmp_path: Path) -> None:
     with alone(tmp_path, f"gate={tmp_path / 'gate'}", "together=0") as job:
         job.await_line("waits with tmp-save-000002")
         until = time.monotonic() + LIMIT
@@ -109,7 +109,7 @@ def test_under_python_signals_that_go_on_kill_and_the_newest_committed_checkpoin
     assert min(iterations(again.out)) == 3
 
 
-def test_under_allstep_run_a_second_term_ends_all_at_once_and_the_newest_committed_checkpoint_is_whole(
+def test_under_allstep_run_a_second_term_kills_and_leaves_a_whole_checkpoint(
     tmp_path: Path,
 ) -> None:
     arguments = [tmp_path / "saved", f"gate={tmp_path / 'gate'}"]
@@ -125,7 +125,7 @@ def test_under_allstep_run_a_second_term_ends_all_at_once_and_the_newest_committ
     assert left(tmp_path)[0] == 3
 
 
-def test_under_allstep_run_a_notice_and_then_a_term_end_the_evaluation_and_save_what_was_trained(
+def test_under_allstep_run_a_notice_then_a_term_save_what_was_trained(
     tmp_path: Path,
 ) -> None:
     arguments = [tmp_path / "saved", "evaluate=1000000", "every=epoch"]

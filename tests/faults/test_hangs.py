@@ -43,7 +43,7 @@ def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> 
     check_first_lines(job, "rank 1 of 2 made no progress", "section data")
 
 
-def test_row_6_a_rank_that_hangs_between_its_last_run_and_the_end_of_its_world_is_named(tmp_path: Path) -> None:
+def test_row_6_a_rank_that_hangs_after_its_last_run_is_named(tmp_path: Path) -> None:
     fault = FaultPlan.at(1, when="exit").sleep(1000)
     options = ["--limits", f"{LIMITS},idle=3"]
     job = rehearse(tmp_path, "reduces.py", "5", fault=fault, options=options, within=FOUND)
@@ -71,9 +71,7 @@ def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_
 
 
 @also_under_torchrun_by_night
-def test_row_19_a_frozen_host_of_the_store_holds_up_nobody_longer_than_the_limit(
-    tmp_path: Path, launcher: Launcher
-) -> None:
+def test_row_19_a_frozen_store_holds_up_nobody_longer_than_the_limit(tmp_path: Path, launcher: Launcher) -> None:
     fault = FaultPlan.at(0, 7).freeze()
     job = rehearse(tmp_path, "train.py", fault=fault, launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS}, within=FOUND)
     assert job.code != 0

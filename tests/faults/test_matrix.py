@@ -13,14 +13,12 @@ FAULTS = "tests/faults/"
 CHECKPOINT = "tests/checkpoint/"
 
 ELSEWHERE: dict[int, list[str]] = {
-    11: [f"{FAULTS}test_preemption.py::test_sigterm_to_all_stops_all_at_one_iteration_and_the_resumed_run_equals_an"],
+    11: [f"{FAULTS}test_preemption.py::test_a_run_resumed_after_sigterm_to_all_equals_an_unbroken_one"],
     12: [f"{FAULTS}test_preemption.py::test_sigterm_to_one_rank_stops_all_together"],
     14: [f"{FAULTS}test_preemption.py::test_usr1_before_torch_is_imported_is_remembered"],
     21: ["tests/launch/test_machines.py::test_strangers_on_the_port_are_turned_away_and_the_run_goes_on"],
     22: ["tests/hosts/test_hosts.py::test_row_22_a_link_that_is_cut_ends_both_sides_within_the_limit"],
-    23: [
-        "tests/hosts/test_slow_link.py::test_row_23_over_a_slow_lossy_link_nobody_is_ended_and_the_slow_rank_is_named"
-    ],
+    23: ["tests/hosts/test_slow_link.py::test_row_23_a_slow_lossy_link_ends_nobody"],
     35: [
         f"{FAULTS}test_divergence.py::test_a_rank_that_enters_a_collective_alone_is_named_with_its_line",
         f"{FAULTS}test_divergence.py::test_an_engine_that_runs_on_one_rank_only_is_named_with_the_remedy",

@@ -49,14 +49,14 @@ def test_row_20_under_allstep_run_a_port_in_use_is_not_taken(tmp_path: Path) -> 
     assert f"at {port} " not in job.text
 
 
-def test_row_20_under_allstep_run_a_port_that_is_lost_before_the_ranks_meet_is_named(tmp_path: Path) -> None:
+def test_row_20_a_port_lost_before_the_ranks_of_allstep_run_meet_is_named(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "meets.py", env={"TAKE": "1", "PATIENCE": "20"}, within=AT_ONCE, since="takes port")
     port = next(line for line in job.lines if "takes port" in line).split()[-1]
     assert job.code == 1
     check_first_lines(job, "rank 0 of 2 failed first", "WorldError", f"port {port} in use")
 
 
-def test_row_20_a_port_in_use_for_several_machines_is_named_and_nothing_started(tmp_path: Path) -> None:
+def test_row_20_a_port_in_use_on_several_machines_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("open('ran', 'w')")
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
@@ -67,9 +67,7 @@ def test_row_20_a_port_in_use_for_several_machines_is_named_and_nothing_started(
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("allstep", marks=pytest.mark.nightly), "torchrun"])
-def test_row_21_a_second_run_on_the_firsts_ports_is_turned_away_and_the_first_goes_on(
-    tmp_path: Path, launcher: Launcher
-) -> None:
+def test_row_21_a_second_run_on_the_same_ports_is_turned_away(tmp_path: Path, launcher: Launcher) -> None:
     with rehearsal(tmp_path, "meets.py", launcher=launcher, env={"STAY": "1"}) as first:
         port, channel = first.await_line("met ", 2)[0].split()[-2:]
         if launcher == "torchrun":
@@ -159,7 +157,7 @@ def test_row_27_world_sizes_that_differ_are_found_at_once(tmp_path: Path) -> Non
         pytest.param("WORLD_SIZE", "two", marks=pytest.mark.nightly),
     ],
 )
-def test_row_28_garbage_in_the_environment_is_one_clear_error_before_connecting(
+def test_row_28_garbage_in_the_environment_is_one_error_before_connecting(
     tmp_path: Path, name: str, value: str
 ) -> None:
     (job,) = by_hand(tmp_path, "meets.py", place(0, 2, 29400) | {name: value})
@@ -188,9 +186,7 @@ def test_row_29_a_setting_that_differs_by_rank_is_named_with_each_value(tmp_path
     ],
     ids=["truncated", "type", "limits", "fault"],
 )
-def test_row_30_a_corrupt_configuration_starts_nothing_and_names_file_line_and_field(
-    tmp_path: Path, text: str, says: str
-) -> None:
+def test_row_30_a_corrupt_configuration_is_named_by_file_line_and_field(tmp_path: Path, text: str, says: str) -> None:
     (tmp_path / "broken.yaml").write_text(text)
     (tmp_path / "script.py").write_text("open('ran', 'w')")
     job = run(tmp_path, "--config", "broken.yaml", "script.py")

@@ -85,7 +85,7 @@ def test_row_34_metric_states_that_differ_are_the_same_error_on_all_ranks(fault:
     assert [together for _, together in results] == [3.0] * 3  # the group still works
 
 
-def test_row_34_a_job_whose_metric_states_differ_ends_with_that_error_and_no_abort(tmp_path: Path) -> None:
+def test_row_34_metric_states_that_differ_are_an_error_and_no_abort(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "measures.py", within=BOUND, since="measuring")
     assert job.code == 1
     check_first_lines(job, "MetricMismatchError", "shape (200000,) on rank 1")

@@ -49,7 +49,7 @@ def assert_goes_on_as_if_unbroken(folder, after):
     assert equal(weights, expected)
 
 
-def test_sigterm_to_all_stops_all_at_one_iteration_and_the_resumed_run_equals_an_unbroken_one(tmp_path):
+def test_a_run_resumed_after_sigterm_to_all_equals_an_unbroken_one(tmp_path):
     out = preempted(tmp_path, lambda process: process.send_signal(signal.SIGTERM))
     last = max(iterations(out))
     assert iterations(out).count(last) == 2  # each rank says it
@@ -71,7 +71,7 @@ def test_sigterm_to_one_rank_stops_all_together(tmp_path):
     assert_goes_on_as_if_unbroken(tmp_path, after=max(iterations(out)))
 
 
-def test_sigterm_to_every_process_of_a_rank_its_data_loaders_workers_too_stops_all_together(tmp_path):
+def test_sigterm_to_a_rank_and_its_data_loader_workers_stops_all_together(tmp_path):
     def send(process):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.killpg(int(children[-1]), signal.SIGTERM)  # each rank leads its group

@@ -34,9 +34,7 @@ def test_row_1_a_rank_raises_and_its_traceback_comes_first(tmp_path: Path, launc
 
 
 @also_under_torchrun_by_night
-def test_row_1_peers_in_a_collective_are_gone_in_a_second_though_the_rank_that_failed_stays(
-    tmp_path: Path, launcher: Launcher
-) -> None:
+def test_row_1_peers_in_a_collective_end_though_the_failed_rank_stays(tmp_path: Path, launcher: Launcher) -> None:
     fault = RAISES + FaultPlan.at(1, when="exit").sleep(1000)
 
     def once(own: Path) -> tuple[float, Job]:
@@ -58,9 +56,7 @@ def test_row_1_peers_in_a_collective_are_gone_in_a_second_though_the_rank_that_f
 
 
 @also_under_torchrun_by_night
-def test_row_2_the_original_error_is_reported_however_slowly_the_rank_cleans_up(
-    tmp_path: Path, launcher: Launcher
-) -> None:
+def test_row_2_the_original_error_is_reported_from_a_rank_that_ends_slowly(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "train.py", "1000", fault=RAISES, launcher=launcher, within=BOUND)
     assert job.code != 0
     check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch", "iteration 7")

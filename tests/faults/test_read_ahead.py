@@ -33,7 +33,7 @@ TWICE = "rank=1,iteration=8,attempt=0,kill=9;rank=0,iteration=22,attempt=1,kill=
     ],
     ids=["own", "own, twice", "none, twice"],
 )
-def test_a_run_over_streams_of_unknown_length_that_is_killed_in_an_epoch_ends_like_an_unbroken_one(
+def test_a_killed_run_over_streams_of_unknown_length_equals_an_unbroken_one(
     kind: str, faults: str, tmp_path: Path
 ) -> None:
     options: list[str | Path] = ["--nproc", "2", "--name", "killed", "--max-restarts", "2", "--fault", faults]

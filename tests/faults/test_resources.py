@@ -90,7 +90,7 @@ def test_row_36_memory_that_a_limit_denies_is_the_ranks_own_error(tmp_path: Path
         assert job.cause["note"] == "likely out of memory: its last lines have 'MemoryError'"
 
 
-def test_row_45_a_folder_that_cannot_be_made_starts_nothing_where_it_was_asked_for(tmp_path: Path) -> None:
+def test_row_45_a_named_folder_that_cannot_be_made_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("in the way")
     job = run(tmp_path, "--name", "job", SCRIPTS / "train.py")
     assert job.code == 2
@@ -106,9 +106,7 @@ def test_row_45_a_run_that_keeps_no_logs_still_shows_its_failure(tmp_path: Path)
     assert "going on without logs" in job.err
 
 
-def test_row_45_a_full_disk_leaves_the_failure_on_the_terminal_and_no_half_report(
-    small_disk: Path, tmp_path: Path
-) -> None:
+def test_row_45_a_full_disk_leaves_the_failure_on_the_terminal(small_disk: Path, tmp_path: Path) -> None:
     fault = FaultPlan.at(1, 5).fill_disk(str(small_disk)) + AT.raise_(ValueError("bad batch"))
     job = rehearse(tmp_path, "train.py", fault=fault, options=["--runs", str(small_disk)])
     assert job.since(STRIKES) < NEVER

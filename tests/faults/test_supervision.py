@@ -19,7 +19,7 @@ from tests.jobs.processes import await_end, watch
 pytestmark = pytest.mark.slow
 
 
-def test_row_10_workers_are_gone_within_a_second_of_their_launchers_death_inside_a_collective_too(
+def test_row_10_workers_in_a_collective_end_with_their_launcher(
     tmp_path: Path,
 ) -> None:
     fault = FaultPlan.at(rank=1, iteration=7).sleep(1000)

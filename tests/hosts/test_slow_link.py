@@ -31,7 +31,7 @@ def make_slow(hosts: Hosts, host: int) -> None:
         pytest.skip(f"the kernel cannot slow a link down: {done.stderr.strip()}")
 
 
-def test_row_23_over_a_slow_lossy_link_nobody_is_ended_and_the_slow_rank_is_named(hosts: Hosts, tmp_path: Path) -> None:
+def test_row_23_a_slow_lossy_link_ends_nobody(hosts: Hosts, tmp_path: Path) -> None:
     for host in range(2):
         make_slow(hosts, host)
     fault = FaultPlan.at(1, 2).slow(0.15)

@@ -61,7 +61,7 @@ def test_srun_of_one_task_in_a_job_of_two_nodes_is_a_world_of_one(cluster: Clust
     assert (place["launcher"], place["world_size"], place["nodes"], place["warnings"]) == ("slurm", 1, 1, [])
 
 
-def test_a_batch_script_submitted_from_a_step_is_told_that_the_step_is_not_its_own(cluster: Cluster) -> None:
+def test_a_batch_script_submitted_from_a_step_does_not_take_its_place(cluster: Cluster) -> None:
     inner = cluster.folder / "inner.sh"
     output = cluster.folder / "inner.out"
     inner.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{SHOW_PLACE}'\n")

@@ -46,7 +46,7 @@ def test_results_come_in_rank_order() -> None:
     assert run_ranks(placed, 3, 10) == [(0, 3, 3), (10, 3, 3), (20, 3, 3)]
 
 
-def test_the_rank_that_raised_is_named_with_its_traceback_and_its_exception_is_the_cause() -> None:
+def test_the_rank_that_raised_is_named_with_its_traceback_and_exception() -> None:
     with pytest.raises(RanksError, match=r"(?s)rank 1 of 2 raised.*raises_on_rank_one.*the true cause") as caught:
         run_ranks(raises_on_rank_one, 2)
     assert isinstance(caught.value.__cause__, KeyError)
@@ -98,7 +98,7 @@ def trains(world: World) -> int:
     return Engine(lambda engine, batch: world.all_reduce(1)).run(range(5)).iteration
 
 
-def test_ranks_that_do_not_finish_are_named_with_where_they_stand_and_none_is_left(tmp_path: Path) -> None:
+def test_ranks_that_do_not_finish_are_named_with_where_they_stand(tmp_path: Path) -> None:
     with pytest.raises(
         RanksError, match=r"(?s)ranks \[0, 1\] of 2 did not finish in 5.*rank 1 is at:.*tells_its_pid_and_waits"
     ):  # rank 0 waits for rank 1 to leave

@@ -1,9 +1,11 @@
-"""Ranks that are threads: agreement at breadth, without processes.
+"""Ranks that are threads: agreement over many ranks without processes.
 
-Contract: `simulate` calls a function in one thread per rank with a coordinator that meets the others in memory, call by
-call in order, as a process group would. It runs the very engine and ledger that real ranks run; what it does not run is
-torch.distributed. When a rank raises, the others' next meeting raises too, so that nothing hangs. What can go wrong:
-ranks that wait for each other for longer than `timeout` seconds, which raises in all of them.
+Contract: `simulate` calls a function in one thread per rank, with a coordinator whose collectives go through memory.
+The ranks' first collectives belong together, then their second ones, and so on, as in a process group. It runs the very
+engine and ledger that real ranks run. What it does not run is torch.distributed.
+
+What can go wrong: when a rank raises, the others' next collective raises too, so that nothing hangs. Ranks that wait
+for each other for longer than `timeout` seconds all raise.
 """
 
 from __future__ import annotations
@@ -16,90 +18,97 @@ from typing import Any, TypeVar
 import torch
 
 from allstep.coordination import ReduceOp
-from allstep.errors import SimulationError
+from allstep.errors import ArgumentError, SimulationError
 
 T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Meetings:
+class _Collectives:
+    """What ranks have contributed to each collective, by its number, and how many ranks have read the result."""
+
     world_size: int
     timeout: float
     changed: threading.Condition = field(default_factory=threading.Condition)
-    values: dict[int, dict[int, Any]] = field(default_factory=dict)
-    left: dict[int, int] = field(default_factory=dict)
-    broken: str | None = None
+    contributions: dict[int, dict[int, Any]] = field(default_factory=dict)
+    readers: dict[int, int] = field(default_factory=dict)
+    aborted: str | None = None
 
-    def bring(self, number: int, rank: int, value: Any) -> None:
+    def contribute(self, number: int, rank: int, value: Any) -> None:
+        """Give a rank's value; nobody waits here, as in an asynchronous collective."""
         with self.changed:
-            self.values.setdefault(number, {})[rank] = value
+            self.contributions.setdefault(number, {})[rank] = value
             self.changed.notify_all()
 
     def result(self, number: int) -> list[Any]:
+        """Wait for every rank's value and return them in rank order."""
         with self.changed:
-            came = self.values.setdefault(number, {})
-            in_time = self.changed.wait_for(lambda: len(came) == self.world_size or self.broken, self.timeout)
-            if len(came) < self.world_size:
-                missing = sorted(set(range(self.world_size)) - set(came))
-                self.broken = self.broken or f"ranks {missing} did not come to meeting {number}"
+            values = self.contributions.setdefault(number, {})
+            in_time = self.changed.wait_for(lambda: len(values) == self.world_size or self.aborted, self.timeout)
+            if len(values) < self.world_size:
+                missing = sorted(set(range(self.world_size)) - set(values))
+                self.aborted = self.aborted or f"ranks {missing} did not come to collective {number}"
                 self.changed.notify_all()
-                raise SimulationError(self.broken if in_time else f"{self.broken} within {self.timeout} s")
-            self.left[number] = self.left.get(number, 0) + 1
-            if self.left[number] == self.world_size:
-                del self.values[number]
-            return [came[rank] for rank in range(self.world_size)]
+                raise SimulationError(self.aborted if in_time else f"{self.aborted} within {self.timeout} s")
+            self.readers[number] = self.readers.get(number, 0) + 1
+            if self.readers[number] == self.world_size:  # nobody reads it again, and runs are long
+                del self.contributions[number], self.readers[number]
+            return [values[rank] for rank in range(self.world_size)]
 
-    def break_off(self, why: str) -> None:
+    def abort(self, why: str) -> None:
+        """Have every rank that waits, or will, raise."""
         with self.changed:
-            self.broken = self.broken or why
+            self.aborted = self.aborted or why
             self.changed.notify_all()
 
 
 @dataclass(frozen=True, slots=True)
-class _Vote:
-    meetings: _Meetings
+class _PendingSum:
+    """A vote that was cast and not read yet."""
+
+    collectives: _Collectives
     number: int
 
     def wait(self) -> list[int]:
-        return [sum(column) for column in zip(*self.meetings.result(self.number), strict=True)]
+        return [sum(column) for column in zip(*self.collectives.result(self.number), strict=True)]
 
 
 class SimulatedRank:
-    """The coordinator of one simulated rank. `calls` counts the meetings it came to."""
+    """The coordinator of one simulated rank. `calls` counts the collectives it took part in."""
 
-    def __init__(self, meetings: _Meetings, rank: int) -> None:
-        self._meetings = meetings
+    def __init__(self, collectives: _Collectives, rank: int) -> None:
+        self._collectives = collectives
         self.rank = rank
-        self.world_size = meetings.world_size
+        self.world_size = collectives.world_size
         self.calls = 0
 
-    def vote(self, vector: Sequence[int]) -> _Vote:
-        """Bring the vector; the sum is read later."""
-        return _Vote(self._meetings, self._bring(list(vector)))
+    def vote(self, vector: Sequence[int]) -> _PendingSum:
+        """Contribute the vector; the sum is read later."""
+        return _PendingSum(self._collectives, self._contribute(list(vector)))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value."""
-        return self._meetings.result(self._bring(value))
+        return self._collectives.result(self._contribute(value))
 
     def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
         """Every rank's bytes. Sizes that differ, which abort a process group, raise here."""
-        rows = self._meetings.result(self._bring(buffer))
+        rows = self._collectives.result(self._contribute(buffer))
         if len({row.shape for row in rows}) > 1:
-            raise SimulationError(f"ranks brought buffers of different sizes: {[row.numel() for row in rows]}")
+            raise SimulationError(f"ranks gave buffers of different sizes: {[row.numel() for row in rows]}")
         return torch.stack(rows)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Reduced in rank order."""
-        stacked = torch.stack(self._meetings.result(self._bring(tensor)))
+        stacked = torch.stack(self._collectives.result(self._contribute(tensor)))
         return stacked.sum(0) if op == "sum" else stacked.amax(0) if op == "max" else stacked.amin(0)
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source`."""
         return self.gather(value)[source]
 
-    def _bring(self, value: Any) -> int:
+    def _contribute(self, value: Any) -> int:
         self.calls += 1
-        self._meetings.bring(self.calls, self.rank, value)
+        self._collectives.contribute(self.calls, self.rank, value)
         return self.calls
 
 
@@ -110,22 +119,25 @@ def simulate(fn: Callable[..., T], world_size: int, *args: Any, timeout: float =
         fn: any function; give its engines `coordinator=coordinator`.
         world_size: number of ranks.
         args: further arguments, shared by the ranks.
-        timeout: seconds that ranks wait for each other in a meeting.
+        timeout: seconds that ranks wait for each other in a collective.
 
     Raises:
+        ArgumentError: `world_size` is less than 1.
         Exception: what the lowest rank raised that did not merely notice another's end.
         SimulationError: ranks waited for each other in vain.
     """
-    meetings = _Meetings(world_size, timeout)
+    if world_size < 1:
+        raise ArgumentError(f"world_size is {world_size}; it must be 1 or more")
+    collectives = _Collectives(world_size, timeout)
     results: list[Any] = [None] * world_size
     errors: dict[int, BaseException] = {}
 
     def call(rank: int) -> None:
         try:
-            results[rank] = fn(SimulatedRank(meetings, rank), *args)
+            results[rank] = fn(SimulatedRank(collectives, rank), *args)
         except BaseException as error:
             errors[rank] = error
-            meetings.break_off(f"rank {rank} raised {error!r}")
+            collectives.abort(f"rank {rank} raised {error!r}")
 
     threads = [threading.Thread(target=call, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:
