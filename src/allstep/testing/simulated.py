@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 @dataclass(slots=True)
-class _Collectives:
+class _ThreadGroup:
     """What ranks have contributed to each collective, by its number, and how many ranks have read the result."""
 
     world_size: int
@@ -66,40 +66,40 @@ class _Collectives:
 class _PendingSum:
     """A vote that was cast and not read yet."""
 
-    collectives: _Collectives
+    group: _ThreadGroup
     number: int
 
     def wait(self) -> list[int]:
-        return [sum(column) for column in zip(*self.collectives.result(self.number), strict=True)]
+        return [sum(column) for column in zip(*self.group.result(self.number), strict=True)]
 
 
 class SimulatedRank:
     """The coordinator of one simulated rank. `calls` counts the collectives it took part in."""
 
-    def __init__(self, collectives: _Collectives, rank: int) -> None:
-        self._collectives = collectives
+    def __init__(self, group: _ThreadGroup, rank: int) -> None:
+        self._group = group
         self.rank = rank
-        self.world_size = collectives.world_size
+        self.world_size = group.world_size
         self.calls = 0
 
     def vote(self, vector: Sequence[int]) -> _PendingSum:
         """Contribute the vector; the sum is read later."""
-        return _PendingSum(self._collectives, self._contribute(list(vector)))
+        return _PendingSum(self._group, self._contribute(list(vector)))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value."""
-        return self._collectives.result(self._contribute(value))
+        return self._group.result(self._contribute(value))
 
     def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
         """Every rank's bytes. Sizes that differ, which abort a process group, raise here."""
-        rows = self._collectives.result(self._contribute(buffer))
+        rows = self._group.result(self._contribute(buffer))
         if len({row.shape for row in rows}) > 1:
             raise SimulationError(f"ranks gave buffers of different sizes: {[row.numel() for row in rows]}")
         return torch.stack(rows)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Reduced in rank order."""
-        stacked = torch.stack(self._collectives.result(self._contribute(tensor)))
+        stacked = torch.stack(self._group.result(self._contribute(tensor)))
         return stacked.sum(0) if op == "sum" else stacked.amax(0) if op == "max" else stacked.amin(0)
 
     def broadcast(self, value: Any, source: int) -> Any:
@@ -108,7 +108,7 @@ class SimulatedRank:
 
     def _contribute(self, value: Any) -> int:
         self.calls += 1
-        self._collectives.contribute(self.calls, self.rank, value)
+        self._group.contribute(self.calls, self.rank, value)
         return self.calls
 
 
@@ -128,16 +128,16 @@ def simulate(fn: Callable[..., T], world_size: int, *args: Any, timeout: float =
     """
     if world_size < 1:
         raise ArgumentError(f"world_size is {world_size}; it must be 1 or more")
-    collectives = _Collectives(world_size, timeout)
+    group = _ThreadGroup(world_size, timeout)
     results: list[Any] = [None] * world_size
     errors: dict[int, BaseException] = {}
 
     def call(rank: int) -> None:
         try:
-            results[rank] = fn(SimulatedRank(collectives, rank), *args)
+            results[rank] = fn(SimulatedRank(group, rank), *args)
         except BaseException as error:
             errors[rank] = error
-            collectives.abort(f"rank {rank} raised {error!r}")
+            group.abort(f"rank {rank} raised {error!r}")
 
     threads = [threading.Thread(target=call, args=(rank,), daemon=True) for rank in range(world_size)]
     for thread in threads:
