@@ -15,6 +15,8 @@ from allstep.launch.settings import COMMAND_LINE_ONLY, OPTIONS, LaunchSettings, 
     ("fields", "message"),
     [
         ({"nproc": 0}, "nproc is 0"),
+        ({"nproc": "2"}, "nproc is '2'; it must be an integer"),
+        ({"grace": "soon"}, "grace is 'soon'; it is seconds"),
         ({"cpu_processes": -1}, "cpu_processes is -1"),
         ({"name": ""}, "name is ''"),
         ({"name": "a/b"}, "name is 'a/b'"),

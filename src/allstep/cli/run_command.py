@@ -49,9 +49,10 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with these arguments and return the exit code."""
+    # Before the parser, which would take options of the script for ours.
     own, rest = split_command(argv, OPTIONS_WITH_VALUE)
     parser = _parser()
-    given = vars(parser.parse_args(own))
+    given = vars(parser.parse_args(own))  # without defaults, so that a file's values show through
     module = given.pop("module", False)
     config = given.pop("config", None)
     if not rest:
@@ -69,10 +70,7 @@ OPTIONS_WITH_VALUE = frozenset(
 
 
 def split_command(argv: Sequence[str], options_with_value: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Split a command line before the script's name: our options, and the script with its arguments, untouched.
-
-    argparse alone would take options of the script that look like ours.
-    """
+    """Split a command line before the script's name: our options, and the script with its arguments, untouched."""
     index = 0
     while index < len(argv):
         token = argv[index]
@@ -106,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     for option in (*COMMAND_LINE_ONLY, *OPTIONS):
-        if not option.flag:
+        if not option.flag:  # only a file can set it
             continue
         if option.constant is not None:
             parser.add_argument(

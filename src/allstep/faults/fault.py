@@ -55,7 +55,7 @@ class FaultKind:
 
 def _exception(text: str) -> Raised:
     name, _, message = text.partition(":")
-    known = getattr(builtins, name, None)
+    known = getattr(builtins, name, None)  # a dotted name is looked up when it is raised, in the rank
     if "." not in name and not (isinstance(known, type) and issubclass(known, BaseException)):
         raise ConfigurationError("it must be an exception such as ValueError:message or my_module.MyError:message")
     return Raised(name, unquote(message))
@@ -77,12 +77,13 @@ def _seconds(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not (value >= 0 and math.isfinite(value)):
+    if not (value >= 0 and math.isfinite(value)):  # also refuses not a number
         raise ConfigurationError("it must be a number of seconds")
     return value
 
 
 def _exit_code(text: str) -> int:
+    # The system keeps only the lowest eight bits of an exit code.
     if not re.fullmatch("[0-9]{1,3}", text) or int(text) > 255:
         raise ConfigurationError("it must be an exit code from 0 to 255")
     return int(text)
@@ -180,13 +181,13 @@ class Fault:
             raise ConfigurationError(f"when is {self.when!r}; it must be one of {', '.join(WHENS)}")
         if self.when not in IN_A_RUN and (self.iteration is not None or self.epoch is not None):
             raise ConfigurationError(f"when is {self.when!r}, where no iteration or epoch is counted; leave them out")
-        allowed = KINDS[self.kind].whens
+        allowed = KINDS[self.kind].whens  # empty for anywhere
         if allowed and self.when not in allowed:
             raise ConfigurationError(f"{self.kind} can strike when={' or '.join(allowed)}, not when={self.when}")
 
     def strikes(self, position: RankPosition) -> bool:
         """Whether this is its place."""
-        first, last = self.attempts or (0, position.attempt)
+        first, last = self.attempts or (0, position.attempt)  # without a span every attempt fits
         # A kind that repeats strikes from its iteration on.
         begun = self.iteration is not None and KINDS[self.kind].repeats and position.iteration > self.iteration
         return (

@@ -102,6 +102,7 @@ class FaultSite:
     def raise_(self, error: BaseException) -> FaultPlan:
         """Raise the exception. Its type must be importable, and its arguments at most one text."""
         kind, arguments = type(error), error.args
+        # The text of a plan has room for one message; with more, another exception would be raised than was given.
         if len(arguments) > 1 or not all(isinstance(argument, str) for argument in arguments):
             raise ConfigurationError(
                 f"{error!r} cannot be sent to a rank: an exception to rehearse has one text as its argument, or none"
@@ -110,6 +111,7 @@ class FaultSite:
             raise ConfigurationError(
                 f"{kind.__qualname__} cannot be found by a rank; define it at a module's top level"
             )
+        # By identity, since a user's class may have the name of a built-in one.
         is_builtin = getattr(builtins, kind.__name__, None) is kind
         name = kind.__name__ if is_builtin else f"{kind.__module__}.{kind.__qualname__}"
         return self._plan("raise", Raised(name, arguments[0] if arguments else ""))
@@ -205,7 +207,7 @@ def read_fault(text: str) -> Fault:
                 effects.append((name, _read_argument(name, bool(equals), value)))
             else:
                 raise ConfigurationError(f"a part is one of {_allowed_parts()}")
-        except ConfigurationError as error:
+        except ConfigurationError as error:  # said below with the part and the fault that it is in
             raise ConfigurationError(f"fault {text.strip()!r}: {part.strip()!r} is wrong: {error}") from None
     if len(effects) != 1:
         found = " and ".join(name for name, _ in effects) or "none"
@@ -227,7 +229,7 @@ def write_fault(fault: Fault) -> str:
     if fault.attempts is not None:
         first, last = fault.attempts
         parts.append(f"attempt={first}" + (f"-{last}" if last > first else ""))
-    if fault.when != "step":
+    if fault.when != "step":  # the default, so that a plan is as short as a person would write it
         parts.append(f"when={fault.when}")
     kind = KINDS[fault.kind]
     return ",".join([*parts, fault.kind + (f"={kind.write(fault.argument)}" if kind.read else "")])
@@ -239,7 +241,7 @@ def _read_site_part(name: str, value: str) -> Any:
             raise ConfigurationError(f"it must be one of {', '.join(WHENS)}")
         return value
     if name == "rank" and value == "all":
-        return None
+        return None  # as where no rank is named
     if name == "attempt" and (span := re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", value)):
         return int(span[1]), int(span[2])
     if not re.fullmatch(r"[0-9]{1,9}", value):

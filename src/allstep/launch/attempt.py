@@ -111,6 +111,7 @@ class Attempt:
 
     def start(self) -> None:
         """Start the workers."""
+        # Logs are opened first: where one cannot be, nothing has to be ended.
         outputs = {plan.rank: self._output(plan) for plan in self._plans}
         self._workers.start()
         for rank, pipes in self._workers.pipes.items():
@@ -118,6 +119,7 @@ class Attempt:
 
     def run(self) -> None:
         """Watch the workers to their end, and the attempt to its end everywhere."""
+        # Other machines' workers may go on when this one's have ended.
         while self._workers.remaining or not self._over:
             self._turn()
         self._linger()
@@ -128,7 +130,7 @@ class Attempt:
         if number in FORWARDED_SIGNALS:
             self._workers.send(number)
         elif self.stopped_by is None and self.diagnosis is None:
-            self._stop(number)
+            self._stop(number)  # after a verdict the workers are leaving already, so a signal ends them
         else:
             self._give_up(0.0)
             self._kill()
@@ -164,7 +166,7 @@ class Attempt:
         own = (self._kill_at, self._leave_behind_at, self._give_up_at, self._say_preempted_at)
         times = (until, *own, self._monitor.deadline())
         self._loop.turn(min((at for at in times if at is not None), default=None))
-        now = time.monotonic()
+        now = time.monotonic()  # once, so that what is due together is acted on together
         if (tick_at := self._monitor.deadline()) is not None and now >= tick_at:
             self._monitor.tick()
         for event in self._monitor.take():
@@ -184,7 +186,7 @@ class Attempt:
             # A machine that was lost tells nothing more. Where another decides, a verdict here is that it was lost.
             lost = event.diagnosis.cause.kind is OutcomeKind.NODE_LOST
             self._give_up(0.0 if self._relayed else 2 * LEAVE if lost else REMOTE)
-            if self.stopped_by is None:
+            if self.stopped_by is None:  # else they have been told by a signal, and may be saving
                 self._monitor.order_leave(f"rank {event.diagnosis.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
         elif isinstance(event, Ordered):
@@ -212,6 +214,7 @@ class Attempt:
                 f"{number.name}: no worker is left here; the other machines have {self._grace + REMOTE:g} s to end; "
                 "a second signal ends the wait"
             )
+        # Ctrl-C stays Ctrl-C, since scripts expect KeyboardInterrupt. SIGHUP and SIGQUIT would end Python at once.
         self._workers.send(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
         self._workers.send(signal.SIGCONT)
 
@@ -228,7 +231,7 @@ class Attempt:
     def _kill(self) -> None:
         self._kill_at = None
         if self._workers.remaining:
-            self._killed |= set(self._workers.remaining)
+            self._killed |= set(self._workers.remaining)  # before, so that their ends are known to be ours
             self._workers.kill()
             self._leave_behind_at = self._leave_behind_at or time.monotonic() + KILLED
 
@@ -236,6 +239,7 @@ class Attempt:
         """Go on without the workers that were killed and whose processes do not end."""
         self._leave_behind_at = None
         for rank in self._workers.remaining.copy():
+            # The pid is told so that a person can see what the process waits for.
             self._terminal.say(
                 f"rank {rank} was killed, and its process (pid {self._workers.pid(rank)}) does not end; going on "
                 "without it"
@@ -249,7 +253,7 @@ class Attempt:
             self._say_preempted_at = time.monotonic() + ALONE
 
     def _take_end(self, rank: int, code: int, note: str = "") -> None:
-        self.streams.drain(rank)
+        self.streams.drain(rank)  # its end may be seen before its last output was read
         words = self.streams.last_words(rank)
         # A worker that ended by itself before its SIGKILL came was not killed.
         killed = rank in self._killed and code == -signal.SIGKILL

@@ -41,6 +41,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     mistakes: list[str] = []
     for key, node in tree.value:
         try:
+            # A key's line, not its value's: that is where a person looks.
             option = options.get(key.value) or _refuse_unknown(key.value)
             settings[option.name] = _value(option, node)
         except ConfigurationError as error:  # all mistakes are shown at once

@@ -48,7 +48,7 @@ def worker_environment(
         "TORCHELASTIC_RUN_ID": run_id,
         "TORCHELASTIC_RESTART_COUNT": str(attempt),
         "TORCHELASTIC_MAX_RESTARTS": str(max_restarts),
-        "TORCHELASTIC_USE_AGENT_STORE": "False",
+        "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 serves the store, not this launcher
         "ALLSTEP_RUN_ID": run_id,
         "ALLSTEP_ATTEMPT": str(attempt),
         "ALLSTEP_CHANNEL": channel,

@@ -68,6 +68,7 @@ class _Head:
         while status is None:
             if self._assembly is not None:
                 refusal = self._assembly.complete()
+                # Machines that do not come back after a failure do not hide that failure's exit status.
                 if refusal and self._failed:
                     self._machine.say(f"no further attempt: {refusal}")
                     return self._last_status
@@ -106,6 +107,7 @@ class _Head:
         nonce = new_nonce()
         several = self._assembly is not None
         with ReservedPort() as reserved, contextlib.ExitStack() as stack:
+            # Without other machines nothing outside this one can reach the service.
             listener = listen(EVERYWHERE if several else HERE)
             channel_port = listener.getsockname()[1]
             share = self._share(nonce, channel_port, reserved.port)
@@ -131,6 +133,7 @@ class _Head:
         """This machine's part of the attempt; the other machines' follow from it."""
         launch = self._machine.launch
         nodes = launch.nodes
+        # A run of a name that was used before begins with a higher attempt than 0.
         first = self._number if not self._failed else self._failed[0].number
         return Share(
             run_id=self._name,
@@ -150,7 +153,7 @@ class _Head:
 
     def _inform_nodes(self, hub: Hub, assembly: NodeAssembly, status: int | None) -> None:
         """Let the other machines hear that the attempt is over, and after the last one, that the run is."""
-        until = time.monotonic() + INFORM
+        until = time.monotonic() + INFORM  # for both steps together; a machine that hangs must not hold the run
         while hub.backlog and time.monotonic() < until:
             self._machine.turn(until)
         if status is not None:
@@ -174,7 +177,7 @@ class _Head:
         )
         if decision.again and not self._machine.stopped():
             self._machine.say(f"attempt {self._number} failed: {self._failed[-1].summary}; {decision.reason}")
-            self._write(diagnosis, attempt, hub)
+            self._write(diagnosis, attempt, hub)  # the whole report of each attempt is in its folder
             return None
         self._report(diagnosis, attempt, hub)
         if self._settings.max_restarts:
@@ -202,6 +205,7 @@ class _Head:
         killed = attempt.killed() if attempt is not None else ()
         named = f"rank{'s' if len(killed) > 1 else ''} {', '.join(map(str, killed))}"
         self._machine.say(f"stopped by {number.name}" + (f"; {named} had to be killed" if killed else ""))
+        # Ranks that answered the signal by saving their state say so by their exit code; a scheduler reads ours.
         preempted = attempt is not None and any(end.returncode == PREEMPTED for end in attempt.ends.values())
         if preempted and diagnosis is None:
             return PREEMPTED

@@ -144,11 +144,13 @@ class Machine:
         for number in self._signals.take():
             if self._attempt is not None:
                 self._attempt.handle_signal(number)
+            # Kept beside the attempt's own, since a signal may come between two attempts.
             if number in STOP_SIGNALS and self.stopped_by is None:
                 self.stopped_by = number
 
     def _shared_imports(self, share: Share) -> tuple[str, ...]:
         """What this machine's workers import before they part."""
+        # A single worker shares with nobody, and would only pay for one process more.
         if share.workers == 1 or not self.launch.settings.share_imports or not can_fork():
             return ()
         return shared_imports(self.launch.command, self.launch.settings.env)

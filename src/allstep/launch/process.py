@@ -90,7 +90,7 @@ class WorkerProcess:
 
     def returncode(self) -> int:
         """Return how it ended, as subprocess says it (-N: signal N), once `exit_fd` is readable."""
-        if not hasattr(os, "waitid"):
+        if not hasattr(os, "waitid"):  # macOS before Python 3.13: reaps, and the pid is no longer safe
             return self.child.wait()
         end = os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)
         assert end is not None
@@ -163,6 +163,7 @@ def _close(fds: Sequence[int]) -> None:
 
 def _exit_fd(process: Child, pidfd: bool) -> int:
     """A descriptor that becomes readable when the child ends: a pidfd, or a pipe that a waiting thread closes."""
+    # A kernel may refuse what the library has: before Linux 5.3, or in a sandbox.
     if pidfd and hasattr(os, "pidfd_open"):
         with contextlib.suppress(OSError):
             return os.pidfd_open(process.pid)

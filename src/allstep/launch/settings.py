@@ -85,6 +85,7 @@ class Option:
 
 def read_integer(name: str, text: str) -> int:
     """Read an integer in decimal digits; raises ConfigurationError."""
+    # int() would read "1_000" and digits of other scripts too.
     if not re.fullmatch(r"[+-]?[0-9]{1,9}", text):
         raise ConfigurationError(f"{name} is {text!r}; it must be an integer")
     return int(text)
@@ -92,6 +93,8 @@ def read_integer(name: str, text: str) -> int:
 
 def check_count(name: str, value: int, *, least: int = 1) -> int:
     """Give `value` back if it can be a number of things, else raise ConfigurationError."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ConfigurationError(f"{name} is {value!r}; it must be an integer")
     if value < least:
         raise ConfigurationError(f"{name} is {value}; it must be {least} or more")
     return value
@@ -122,8 +125,9 @@ def read_seconds(name: str, text: str) -> float:
 
 def check_seconds(name: str, value: float) -> None:
     """Raise ConfigurationError unless `value` can be a number of seconds to wait."""
-    if not 0 <= value < 1e6:
-        raise ConfigurationError(f"{name} is {value}; it is seconds, at least 0 and less than 1000000")
+    # Not a number, and what poll cannot wait for, are refused by the same comparison.
+    if not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise ConfigurationError(f"{name} is {value!r}; it is seconds, at least 0 and less than 1000000")
 
 
 def read_switch(name: str, text: str) -> bool:
@@ -159,7 +163,7 @@ def check_env(name: str, value: Mapping[str, str]) -> None:
     for variable, content in value.items():
         if not variable or "=" in variable or "\0" in variable + content:
             raise ConfigurationError(f"{name} has {variable!r}: {content!r}, which cannot be an environment variable")
-        if variable in RESERVED:
+        if variable in RESERVED:  # set for each worker afterwards, so that a value here would silently be lost
             raise ConfigurationError(
                 f"{name} sets {variable} to {content!r}; the launcher sets {variable} itself, so leave it out"
             )
@@ -182,11 +186,11 @@ def check_not_empty(name: str, value: str) -> None:
 
 def parse_rdzv(text: str) -> tuple[str, int]:
     """Read `HOST:PORT` (an IPv6 address in brackets); raises ConfigurationError."""
-    host, _, port = text.rpartition(":")
+    host, _, port = text.rpartition(":")  # the last, since an IPv6 address has colons of its own
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     elif ":" in host:
-        host = ""
+        host = ""  # an IPv6 address without brackets: whether its last group is the port cannot be told
     if not host or re.search(r"\s", host) or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 65536:
         raise ConfigurationError(
             f"rdzv is {text!r}; it must be HOST:PORT, the machine of node rank 0 and a port from 1 to 65535 that is "
@@ -259,7 +263,7 @@ def _option(
         "default": _in_words(value) if default is None else default,
         "constant": constant,
     }
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # one dictionary of its own for each LaunchSettings
         return field(default_factory=dict, metadata=metadata)
     return field(default=value, metadata=metadata)
 
@@ -331,7 +335,7 @@ class LaunchSettings:
     )
 
     def __post_init__(self) -> None:
-        for option in OPTIONS:
+        for option in OPTIONS:  # values that a program gives are checked as those of a person are
             value = getattr(self, option.name)
             if value is not None:
                 option.type.check(option.name, value)
@@ -361,7 +365,7 @@ def options_table() -> str:
         command_line, in_file = option.flag, "" if option in COMMAND_LINE_ONLY else option.name
         if option.constant is None:
             command_line += f" {option.metavar}" if option.flag else ""
-        elif in_file:
+        elif in_file:  # an option without a value stands for one value of the field
             in_file += f": {str(option.constant).lower()}"
         cells = (_code(command_line), _code(in_file), option.default, option.help[:1].upper() + option.help[1:])
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

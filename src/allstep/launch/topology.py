@@ -56,7 +56,7 @@ def warning(environ: Mapping[str, str]) -> str:
 
 def _from_settings(settings: LaunchSettings, given: Mapping[str, object]) -> Nodes | None:
     if settings.nnodes == 1 and settings.rdzv is None and settings.node_rank in (None, 0):
-        return None
+        return None  # so that a script can give --nnodes $N whatever N is
     if absent := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]:
         raise ConfigurationError(
             f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing: a run of several machines needs "
@@ -80,6 +80,7 @@ def _from_slurm(environ: Mapping[str, str]) -> Nodes | None:
     if not slurm.matches(environ):
         return None
     place = slurm.place(environ)
+    # Two of these on a node would each take all of its devices.
     if place.local_world_size != 1:
         raise ConfigurationError(
             f"srun started {place.local_world_size} tasks on this node (SLURM_STEP_TASKS_PER_NODE), and each is an "

@@ -128,7 +128,7 @@ def plan_workers(
             run_id=share.run_id,
             rank=rank,
             world_size=share.world_size,
-            environment=inherited
+            environment=inherited  # what follows wins over it
             | device_environment(devices, local_rank, share.workers)
             | worker_environment(
                 rank=rank,

@@ -84,7 +84,7 @@ class Workers:
                 process.send(number)
         elif number in STOP_SIGNALS:
             self._end_template(number)
-        elif number != signal.SIGCONT:
+        elif number != signal.SIGCONT:  # which would mean nothing to workers that do not run yet
             self._kept_signals.append(number)
 
     def kill(self) -> None:
@@ -117,6 +117,7 @@ class Workers:
         until = time.monotonic() + patience
         if self._template is not None:
             self._loop.forget(self._template.process.exit_fd)
+            # A worker that was given up before it was forked stands for the whole template.
             self._template.abandon(0.0 if self._given_up else patience)
         self.sweep()
         for rank, process in self._processes.items():

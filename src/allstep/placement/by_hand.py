@@ -66,13 +66,14 @@ class ByHand:
         for launcher in self._around:
             if not launcher.matches(without):
                 continue
-            outer = launcher.place(without)
+            outer = launcher.place(without)  # may refuse: a broken step is no place to train either
             said = f"the {outer.launcher} variables say rank {outer.rank} of {outer.world_size}"
             remedy = "Unset RANK and WORLD_SIZE: they were probably exported before the tasks were started"
             if world_size < outer.world_size:
                 fail(environ, "WORLD_SIZE", f"{said}, which is more processes than ranks", remedy)
             if world_size == outer.world_size and rank != outer.rank:
                 fail(environ, "RANK", said, remedy)
+            # A larger world spans several steps or jobs, and this one says nothing about its nodes.
             return outer if world_size == outer.world_size else None
         return None
 
@@ -91,14 +92,14 @@ def _local(
     elif around is not None:
         count = around.local_world_size
     elif world_size == 1 or rendezvous is None or _is_this_machine(rendezvous.host):
-        count = world_size
+        count = world_size  # ranks on other machines could not reach a loopback address
     else:
         missing = "LOCAL_WORLD_SIZE" if "LOCAL_RANK" in environ else "LOCAL_RANK"
         fail(environ, missing, "nothing says which ranks share a node", _LOCAL_REMEDY)
     if "LOCAL_RANK" in environ or ("LOCAL_WORLD_SIZE" in environ and count < world_size):
         return index(environ, "LOCAL_RANK", count, "LOCAL_WORLD_SIZE", _LOCAL_REMEDY), count
     if around is not None and around.local_rank < count:
-        return around.local_rank, count
+        return around.local_rank, count  # which knows of placements that are not rank after rank
     return rank % count, count
 
 

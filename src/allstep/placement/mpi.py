@@ -39,6 +39,7 @@ class MpiLauncher:
         remedy = f"The MPI launcher sets it: start the script with mpirun or mpiexec, or unset {self.rank}"
         world_size = integer(environ, self.size, remedy, least=1)
         rank = index(environ, self.rank, world_size, self.size, remedy)
+        # PMI alone says nothing about nodes, which a world of one does not need.
         if world_size == 1 and self.local_size not in environ:
             local_rank, local_world_size = 0, 1
         else:
@@ -46,6 +47,7 @@ class MpiLauncher:
             if local_world_size > world_size:
                 fail(environ, self.local_size, f"it is more than {self.size}, which is {world_size}", remedy)
             local_rank = index(environ, self.local_rank, local_world_size, self.local_size, remedy)
+        # Variables for torch that contradict MPI's were exported once and inherited by all ranks.
         agree(environ, "WORLD_SIZE", world_size, self.size)
         agree(environ, "LOCAL_RANK", local_rank, self.local_rank)
         agree(environ, "LOCAL_WORLD_SIZE", local_world_size, self.local_size)
@@ -79,11 +81,11 @@ CRAY = MpiLauncher(rank="PMI_RANK", size="PMI_SIZE", local_rank="PMI_LOCAL_RANK"
 
 def _node(rank: int, world_size: int, local_rank: int, local_world_size: int) -> tuple[int, int, bool]:
     """Node rank and number of nodes as the mapping by slot or by node gives them, and whether one of those fits."""
-    nodes = -(-world_size // local_world_size)
+    nodes = -(-world_size // local_world_size)  # rounded up: the last node may have fewer
     if world_size % local_world_size == 0:
-        if rank % local_world_size == local_rank:
+        if rank % local_world_size == local_rank:  # by slot: a node is filled before the next
             return rank // local_world_size, nodes, True
-        if rank // nodes == local_rank:
+        if rank // nodes == local_rank:  # by node: one rank to each in turn
             return rank % nodes, nodes, True
     return min(rank // local_world_size, nodes - 1), nodes, False
 
@@ -109,11 +111,13 @@ class Mpi:
         return family.place(environ)
 
     def _family(self, environ: Mapping[str, str]) -> MpiLauncher | None:
+        # Hydra and Cray share the rank's variable, so that only the local ones tell them apart.
         if OPEN_MPI.matches(environ):
             return OPEN_MPI
         if HYDRA.local_rank in environ or HYDRA.local_size in environ:
             return HYDRA
         if CRAY.local_rank in environ or CRAY.local_size in environ:
             return CRAY
+        # srun --mpi=pmi2 sets PMI_RANK for every task, MPI program or not.
         started_by_srun = "SLURM_STEP_NUM_TASKS" in environ
         return HYDRA if HYDRA.rank in environ and not started_by_srun else None

@@ -94,7 +94,7 @@ CANDIDATES = 8
 
 def derive_ports(job: str) -> tuple[int, ...]:
     """`CANDIDATES` different ports in [FIRST_PORT, END_PORT) for the job of this name, the same on every rank."""
-    ports: dict[int, None] = {}
+    ports: dict[int, None] = {}  # a set that keeps its order, which has to be the same on every rank
     trial = 0
     while len(ports) < CANDIDATES:
         digest = hashlib.sha256(f"{job}/{trial}".encode()).digest()

@@ -49,7 +49,7 @@ class SlurmStep:
         """Whether STEP variables are there, and not those of the step that an salloc shell may itself be."""
         if "SLURM_STEP_NUM_TASKS" not in environ and "SLURM_STEP_NODELIST" not in environ:
             return False
-        return not is_special_step(environ)
+        return not is_special_step(environ)  # else the shell of salloc would be a task among many
 
     def place(self, environ: Mapping[str, str]) -> Placement:
         """The task's place; raises PlacementError. Several ports are derived, since srun reserves none."""
@@ -65,6 +65,7 @@ class SlurmStep:
         counted = f"the tasks on node {node_rank} in SLURM_STEP_TASKS_PER_NODE"
         local_rank = index(environ, "SLURM_LOCALID", tasks[node_rank], counted, _STEP_REMEDY)
         _check_not_inherited(environ, hosts, rank, local_rank, tasks[node_rank])
+        # Variables for torch that were exported before srun are the same in every task.
         agree(environ, "WORLD_SIZE", world_size, "SLURM_STEP_NUM_TASKS")
         agree(environ, "LOCAL_RANK", local_rank, "SLURM_LOCALID")
         agree(environ, "LOCAL_WORLD_SIZE", tasks[node_rank], "SLURM_STEP_TASKS_PER_NODE")
@@ -85,6 +86,7 @@ class SlurmStep:
 def is_special_step(environ: Mapping[str, str]) -> bool:
     """Whether SLURM_STEP_ID is one that SLURM gives to a shell or script of its own, not to an srun."""
     step = environ.get("SLURM_STEP_ID", "")
+    # Compared by length first: int() of a text of any length takes time.
     return len(step) == 10 and step.isascii() and step.isdecimal() and int(step) >= FIRST_SPECIAL_STEP
 
 
@@ -119,6 +121,7 @@ def _check_not_inherited(
         if not of_job.issuperset(hosts):
             problem = f"the job has only the nodes {environ['SLURM_JOB_NODELIST']}"
             fail(environ, "SLURM_STEP_NODELIST", problem, _INHERITED_REMEDY)
+    # A step on nodes that the job happens to have may still be another's: the tasks on this node tell.
     if "SLURM_GTIDS" in environ:
         on_node = environ["SLURM_GTIDS"].split(",")
         if len(on_node) != local_world_size or on_node[local_rank] != str(rank):
@@ -171,11 +174,12 @@ def expand_hosts(hosts: str) -> tuple[str, ...]:
     for name in _split_outside_brackets(hosts):
         if not _NAME.match(name):
             raise ArgumentError(f"{name!r} in the host list {hosts!r} is not a host name with bracket groups")
+        # split() with a group in the pattern gives text and bracket groups in turn.
         parts = [
             (part,) if position % 2 == 0 else _expand_group(part, hosts, MOST_HOSTS - len(expanded))
             for position, part in enumerate(_GROUP.split(name))
         ]
-        total = 1
+        total = 1  # counted before anything is expanded
         for part in parts:
             total *= len(part)
         if len(expanded) + total > MOST_HOSTS:
@@ -218,7 +222,7 @@ def _split_outside_brackets(hosts: str) -> list[str]:
 
 
 def _expand_group(group: str, hosts: str, most: int) -> tuple[str, ...]:
-    numbers: list[str] = []
+    numbers: list[str] = []  # as texts, since 05 and 5 are different hosts
     for item in group.split(","):
         match = _RANGE.match(item)
         if match is None:

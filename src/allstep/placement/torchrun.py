@@ -31,6 +31,7 @@ class AllstepRun:
         """Its place; raises PlacementError, also where another torchrun-like launcher has set variables since."""
         run_id = text(environ, "ALLSTEP_RUN_ID", _ALLSTEP_REMEDY)
         attempt = integer(environ, "ALLSTEP_ATTEMPT", _ALLSTEP_REMEDY)
+        # `allstep run` sets both; another name means that torchrun was started by a worker, or the reverse.
         inner = environ.get("TORCHELASTIC_RUN_ID", run_id)
         if inner != run_id:
             problem = f"TORCHELASTIC_RUN_ID is {inner!r}, so torchrun and `allstep run` both claim this process"
@@ -103,6 +104,7 @@ def check_nodes(
     remedy: str,
 ) -> None:
     """Raise PlacementError unless this node's ranks and at least one on each other node add up to the world."""
+    # Other nodes may have any numbers of ranks, so that only these bounds can be checked from here.
     if nodes == 1 and local_world_size != world_size:
         problem = f"all ranks of a single node are local, but WORLD_SIZE is {world_size}"
         fail(environ, "LOCAL_WORLD_SIZE", problem, remedy)

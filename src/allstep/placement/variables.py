@@ -29,6 +29,7 @@ def text(environ: Mapping[str, str], variable: str, remedy: str) -> str:
     value = environ.get(variable)
     if value is None:
         fail(environ, variable, "it is needed to place this process", remedy)
+    # White space comes from scripts that quote wrongly, and names of hosts or jobs have none.
     if not value or re.search(r"\s", value):
         fail(environ, variable, "it must not be empty or hold white space", remedy)
     return value

@@ -30,10 +30,12 @@ class Xla:
         text(environ, "PJRT_DEVICE", _REMEDY)
         local_world_size = integer(environ, "PJRT_LOCAL_PROCESS_COUNT", _REMEDY, least=1)
         local_rank = index(environ, "PJRT_LOCAL_PROCESS_RANK", local_world_size, "PJRT_LOCAL_PROCESS_COUNT", _REMEDY)
+        # Without the addresses there is one host.
         rank, world_size, host = local_rank, local_world_size, "127.0.0.1"
         if "TPU_PROCESS_ADDRESSES" in environ:
             addresses = text(environ, "TPU_PROCESS_ADDRESSES", _REMEDY).split(",")
             world_size = len(addresses)
+            # Hosts of a pod have equal numbers of devices, so that a remainder means a wrong variable.
             if world_size % local_world_size:
                 problem = f"its {world_size} processes do not divide by PJRT_LOCAL_PROCESS_COUNT, {local_world_size}"
                 fail(environ, "TPU_PROCESS_ADDRESSES", problem, _REMEDY)
