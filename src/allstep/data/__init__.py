@@ -1,7 +1,10 @@
-"""Who reads which sample: the order of an epoch, its split over ranks, and the loader that reads it.
+"""Which rank reads which sample: the order of an epoch, its split over ranks, and the loader that reads it.
 
-Contract: everything here is told its rank and world size and asks nobody. The order is a function of (seed, epoch),
-augmentation of (seed, epoch, position), so neither depends on how many ranks or workers there are.
+Everything here is told its rank and world size as arguments. The order is a function of (seed, epoch) and augmentation
+of (seed, epoch, position), so neither depends on how many ranks or workers there are.
+
+What does not live here: the current World (`world`), how ranks with different amounts of data agree (`engine`), and
+where a run stands in its data when it is saved (`engine.position`).
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
 from allstep.data.seeding import SampleSeeding, SeededDataset, keep_collated
 from allstep.data.sharding import PlacedIterable
+from allstep.data.torch_private import child_processes, workers_of
 from allstep.data.worker_signals import WorkerStart, end_with_rank
 from allstep.errors import DataError
 
@@ -99,8 +100,9 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Any:
         if self._own_generator:
             self.generator.manual_seed(key_of(self.seed, self.epoch, _WORKERS, self.rank) >> 1)
+        before = child_processes()
         iterator = super().__iter__()
-        end_with_rank(iterator)
+        end_with_rank(workers_of(iterator, self.num_workers, before))
         dropped, self._drop_first = self._drop_first, 0
         for _ in range(dropped):
             if next(iterator, self) is self:

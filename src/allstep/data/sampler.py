@@ -59,7 +59,7 @@ class IndexBatch(list[int]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
+class _Position:
     batches: EpochBatches
     next_batch: int = 0
 
@@ -111,7 +111,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self.global_batch_size = resolve_global_batch(batch_size, global_batch_size, world_size)
         self.accumulate = _resolve_accumulate(self.global_batch_size, world_size, max_batch_per_rank)
         self._epoch = 0
-        self._place = _Place(self._epoch_batches())
+        self._position = _Position(self._epoch_batches())
 
     @property
     def epoch(self) -> int:
@@ -121,12 +121,12 @@ class ShardedBatchSampler(Sampler[list[int]]):
     @property
     def next_batch(self) -> int:
         """Number of the batch that the next iteration begins with."""
-        return self._place.next_batch
+        return self._position.next_batch
 
     @property
     def global_length(self) -> int:
         """Number of the world's batches in the epoch: `accumulate` to each global batch."""
-        return self._place.batches.total
+        return self._position.batches.total
 
     @property
     def batches_in_epoch(self) -> int:
@@ -134,7 +134,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         return self._epoch_batches().total
 
     def __len__(self) -> int:
-        return self._place.batches.of_rank(self.rank)
+        return self._position.batches.of_rank(self.rank)
 
     def counts(self, start: int, stop: int | None = None) -> npt.NDArray[np.int64]:
         """Samples that each rank has in batch `start`, int64 of shape (world_size,), by arithmetic.
@@ -145,13 +145,13 @@ class ShardedBatchSampler(Sampler[list[int]]):
         if start < 0 or (stop is not None and stop < start):
             raise DataError(f"counts({start}, {stop}): batches are numbered from 0, and stop must not be before start")
         if stop is None:
-            row: npt.NDArray[np.int64] = self._place.batches.counts(start, start + 1)[0]
+            row: npt.NDArray[np.int64] = self._position.batches.counts(start, start + 1)[0]
             return row
-        return self._place.batches.counts(start, stop)
+        return self._position.batches.counts(start, stop)
 
     def indices(self, number: int) -> npt.NDArray[np.int64]:
         """Dataset indices of this rank's part in batch `number` of the epoch, int64, by arithmetic."""
-        positions = np.arange(*self._place.batches.part(number, self.rank), dtype=np.int64)
+        positions = np.arange(*self._position.batches.part(number, self.rank), dtype=np.int64)
         if not self.shuffle:
             return positions
         order: npt.NDArray[np.int64] = Permutation(self.length, epoch_key(self.seed, self._epoch))(positions)
@@ -161,7 +161,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
         if epoch != self._epoch:
             self._epoch = epoch
-            self._place = _Place(self._epoch_batches())
+            self._position = _Position(self._epoch_batches())
 
     def skip_batches(self, count: int) -> None:
         """The next iteration, and only that, begins at batch `count` of the epoch, whatever position was set before.
@@ -169,13 +169,13 @@ class ShardedBatchSampler(Sampler[list[int]]):
         Raises DataError when the epoch has fewer batches, or when `count` lies before the place where a loaded state
         resumed the epoch with another batch size.
         """
-        first = self._place.batches.origin_batch
+        first = self._position.batches.origin_batch
         if not first <= count <= self.global_length:
             raise DataError(
                 f"skip_batches({count}): epoch {self._epoch} has batches {first} to {self.global_length} "
                 f"of {self.global_batch_size} samples; give a number in that range"
             )
-        self._place = _Place(self._place.batches, count)
+        self._position = _Position(self._position.batches, count)
 
     def state_dict(self, batches_done: int, epoch: int | None = None) -> dict[str, Any]:
         """The state that resumes an epoch after `batches_done` of its batches, counted from the epoch's beginning.
@@ -195,7 +195,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
             "shuffle": self.shuffle,
             "seed": self.seed,
             "epoch": self._epoch if epoch is None else epoch,
-            "samples_taken": self._place.batches.first(batches_done),
+            "samples_taken": self._position.batches.first(batches_done),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -219,18 +219,18 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self._epoch = state["epoch"]
         plain = taken % self.global_batch_size == 0 or taken == self.length
         batches = self._epoch_batches(origin=0 if plain else taken)
-        self._place = _Place(batches, min(-(-taken // self.global_batch_size) * self.accumulate, batches.total))
+        self._position = _Position(batches, min(-(-taken // self.global_batch_size) * self.accumulate, batches.total))
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._place.next_batch == 0:
-            self._place = _Place(self._epoch_batches())
+        if self._position.next_batch == 0:
+            self._position = _Position(self._epoch_batches())
         order = Permutation(self.length, epoch_key(self.seed, self._epoch)) if self.shuffle else None
-        return self._begin(self._place, order, self._epoch)
+        return self._begin(self._position, order, self._epoch)
 
-    def _begin(self, place: _Place, order: Permutation | None, epoch: int) -> Iterator[list[int]]:
-        if self._place is place:
-            self._place = _Place(place.batches)
-        yield from _index_batches(place.batches, self.rank, place.next_batch, order, epoch)
+    def _begin(self, position: _Position, order: Permutation | None, epoch: int) -> Iterator[list[int]]:
+        if self._position is position:
+            self._position = _Position(position.batches)
+        yield from _index_batches(position.batches, self.rank, position.next_batch, order, epoch)
 
     def _epoch_batches(self, origin: int = 0) -> EpochBatches:
         sizes = self.length, self.global_batch_size, self.world_size

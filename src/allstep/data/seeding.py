@@ -4,8 +4,8 @@ Contract: the loader wraps a map-style dataset in `SeededDataset`; DataLoader's 
 process, hands it an `IndexBatch`, which says epoch and position. Before each sample (or each batch) Python's `random`,
 numpy's legacy global generator and torch's default CPU generator are seeded from (seed, epoch, position). Collation
 happens here too, and goes on from the last seed. In the main process the three generators are put back afterwards, also
-when the dataset raises; a worker's are nobody else's, and stay. Generators of other devices and those that a dataset
-owns are not touched.
+when the dataset raises; a worker process has its own, and they stay as they are. Generators of other devices and those
+that a dataset owns are not touched.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""DataLoader workers and the signals that announce a job's end: those are for the ranks, which stop in good order.
+"""DataLoader workers and the signals that announce a job's end, which are for the ranks alone.
 
 Contract: a scheduler that signals every process of a job signals a rank's workers too, and a rank that loses a worker
 cannot finish its batch. So a `WorkerStart`, given to a DataLoader as `worker_init_fn`, has SIGTERM and SIGUSR1 do
-nothing in a worker, then calls the user's own function. A worker leaves as always when its loader is done with it, or
-within seconds of its rank's end. One that is stuck in a read does neither, and the interpreter's end would wait for it
-for ever: `end_with_rank` has what is left of an iterator's workers killed there. Both are for the main process and its
-forked or spawned workers alike; programs that a worker starts get the default actions.
+nothing in a worker, then calls the user's own function. A worker ends as always when its loader is done with it, or
+within seconds of its rank's end. One that is stuck in a read does neither, and the end of the rank's interpreter would
+wait for it for ever: `end_with_rank` has the workers that are left killed there. Both hold for forked and spawned
+workers alike. Programs that a worker starts get the default actions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import atexit
 import signal
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -39,9 +39,8 @@ class WorkerStart:
             self.own(worker_id)
 
 
-def end_with_rank(iterator: Any) -> None:
-    """Have a DataLoader iterator's workers, if it has any, killed at this interpreter's end at the latest."""
-    workers = getattr(iterator, "_workers", ())
+def end_with_rank(workers: Sequence[BaseProcess]) -> None:
+    """Have a DataLoader iterator's workers killed at this interpreter's end at the latest."""
     if workers and not _workers:
         atexit.unregister(_kill)
         atexit.register(_kill)  # multiprocessing was imported before, so its own, which waits for them, comes after
