@@ -60,7 +60,7 @@ def test_a_loop_of_ones_own_may_take_its_time():
     assert not overdue([at(0, 59, section="startup")], given, {})
 
 
-def test_waiting_in_a_run_for_one_that_does_not_begin_its_own_is_a_hang_in_the_end():
+def test_waiting_in_a_run_for_a_rank_that_begins_none_is_a_hang_in_the_end():
     assert not hangs(at(0, 50, waits="agreement"), at(1, 60, section="startup"))
     assert hangs(at(0, 150, waits="agreement"), at(1, 150, section="startup"))
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
-from allstep.diagnosis.report import failure_json, failure_text, last_lines, write_report
+from allstep.diagnosis.report import failure_json, failure_text, last_lines
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.diagnosis.stacks import set_off
-from tests.monitor.driving import wait_for
 
 TRACEBACK = """Traceback (most recent call last):
   File "/home/me/train.py", line 30, in main
@@ -98,7 +93,7 @@ def test_thousands_of_different_failures_are_a_short_report():
     assert "rank 2 failed too" in "".join(lines)
 
 
-def test_a_death_by_signal_shows_the_last_output_and_what_the_supervisor_noticed():
+def test_a_death_by_signal_shows_the_last_output_and_the_supervisors_note():
     killed = RankOutcome(1, OutcomeKind.SIGNAL, "killed by SIGKILL (exit code 137)", 137, note="likely out of memory")
     text = failure_text(
         Diagnosis(killed, (PEER,), 2, 0), tails={1: "loading\nstep 7\n"}, logs={1: Path("/runs/r1.log")}
@@ -196,54 +191,6 @@ def test_json_holds_the_same():
     assert content["cause"]["output"] == "the end"
     assert [each["rank"] for each in content["others"]] == [0, 2]
     assert content["others"][0]["kind"] == "derived"
-
-
-def test_the_file_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "failure.json"
-    write_report(path, {"run": "first"})
-    with pytest.raises(TypeError):
-        write_report(path, {"run": object()})
-    assert json.loads(path.read_text()) == {"run": "first"}
-    assert os.listdir(tmp_path) == ["failure.json"]
-
-
-@pytest.mark.parametrize("mask", [0o022, 0o027])
-def test_who_may_read_the_file_follows_from_the_umask(tmp_path, mask):
-    path = tmp_path / "failure.json"
-    before = os.umask(mask)
-    try:
-        write_report(path, {"run": "first"})
-    finally:
-        os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
-
-
-def test_an_error_in_writing_the_file_is_the_one_that_is_raised(tmp_path, monkeypatch):
-    def fail(*_: object, **__: object) -> None:
-        for path in tmp_path.iterdir():
-            path.unlink()
-        raise ValueError("the first error")
-
-    monkeypatch.setattr(json, "dump", fail)
-    with pytest.raises(ValueError, match="the first error"):
-        write_report(tmp_path / "failure.json", {"run": "first"})
-
-
-@pytest.mark.slow
-def test_a_writer_that_is_killed_leaves_the_whole_file_or_the_one_before(tmp_path):
-    path = tmp_path / "failure.json"
-    write_report(path, {"run": "first"})
-    code = (
-        "import sys; from pathlib import Path; from allstep.diagnosis.report import write_report\n"
-        "print('on', flush=True)\n"
-        "while True: write_report(Path(sys.argv[1]), {'run': 'x' * 1_000_000})"
-    )
-    for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
-            process.stdout.readline()
-            wait_for(lambda: len(list(tmp_path.iterdir())) > 1)
-            process.send_signal(signal.SIGKILL)
-        assert json.loads(path.read_text())["run"] in ("first", "x" * 1_000_000)
 
 
 def test_only_the_last_traceback_of_an_output_is_repeated():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from allstep.diagnosis.root_cause import (
     revised,
 )
 from allstep.protocol.messages import Failure, Heartbeat
-from allstep.protocol.worker_exit import WorkerExit, about_another_rank, describe, exit_status
+from allstep.protocol.worker_exit import WorkerExit
 from tests.monitor.driving import registration
 
 LOST = "Traceback (most recent call last):\nRuntimeError: [pair.cc:534] Connection closed by peer [127.0.0.1]:3456\n"
@@ -169,7 +168,7 @@ def test_the_status_is_that_of_the_cause(record, status):
     assert judge([record, rank(1)], supervised=True, attempt=0).exit_code == status
 
 
-def test_an_exception_that_was_seen_keeps_its_place_when_it_leaves_the_script():
+def test_an_exception_that_was_seen_keeps_its_place_when_it_leaves():
     records = [rank(0, failed=(2, 0)), rank(1, seen=(1, 0), failed=(3, 0.1))]
     assert judge(records, supervised=True, attempt=0).cause.rank == 1
 
@@ -213,7 +212,7 @@ def test_errors_about_another_rank_give_way_to_what_is_heard_of_it_later(late):
     assert revised(diagnosis, [first, late], supervised=True).cause.rank == 1
 
 
-def test_a_rank_that_seemed_frozen_and_had_crashed_is_named_for_that_whenever_it_is_known():
+def test_a_rank_that_seemed_frozen_and_had_crashed_is_named_for_the_crash():
     before = [rank(0, waiting="gradients"), rank(1, hung=(1, 0))]
     diagnosis = judge(before, supervised=True, attempt=0)
     assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.HANG)
@@ -254,7 +253,7 @@ def test_a_rank_that_closed_its_world_and_then_makes_room_gives_that_status():
         (rank(0, goodbye=(2, 12.0), heard=20.0), 10.0 + PREEMPTION_WAIT_S + 1, False),
     ],
 )
-def test_a_rank_that_makes_room_while_others_go_on_did_so_alone(other, now, alone):
+def test_a_rank_preempted_while_others_go_on_was_preempted_alone(other, now, alone):
     records = [other, rank(1, ended=(1, 10.0), code=85)]
     assert preempted_alone(records, now, supervised=True) is alone
     if alone:
@@ -272,42 +271,3 @@ def test_other_causes_come_before_what_followed_from_them():
     ]
     diagnosis = judge(records, supervised=True, attempt=0)
     assert [diagnosis.cause.rank, *(each.rank for each in diagnosis.others)] == [3, 1, 0, 2]
-
-
-@pytest.mark.parametrize(
-    ("returncode", "status", "words"),
-    [
-        (0, 0, "exit code 0"),
-        (7, 7, "exit code 7"),
-        (-signal.SIGKILL, 137, "killed by SIGKILL (exit code 137)"),
-        (-60, 188, "killed by signal 60 (exit code 188)"),
-    ],
-)
-def test_an_end_is_named_as_a_shell_would_number_it(returncode, status, words):
-    assert exit_status(returncode) == status
-    assert describe(returncode) == words
-
-
-class NoText:
-    def __str__(self) -> str:
-        raise TypeError("no text")
-
-
-@pytest.mark.parametrize(
-    ("error", "derived"),
-    [
-        (RuntimeError(NoText()), False),
-        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:3456"), True),
-        (RuntimeError("[unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"), True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-        (ConnectionResetError("Connection reset by peer"), False),  # somebody's download
-        (ValueError("connection closed"), False),
-        (RuntimeError("Caught X in DataLoader worker process 0.\nOriginal Traceback ...\nX: broken pipe"), False),
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"), False),
-        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
-        (MemoryError(), False),
-        (FloatingPointError("Function 'MulBackward0' returned nan values in its 0th output."), False),
-    ],
-)
-def test_an_exception_about_another_rank_is_known_by_its_kind(error, derived):
-    assert about_another_rank(error) is derived

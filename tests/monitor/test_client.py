@@ -39,7 +39,7 @@ def test_ranks_meet_beat_and_say_goodbye():
         assert not [event for event in hub.events if isinstance(event, Verdict)]
 
 
-def test_a_failure_is_reported_before_the_rank_cleans_up_and_the_others_leave_at_once():
+def test_a_failure_is_reported_before_the_rank_cleans_up():
     with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("raise_slowly",)) as ranks:
         diagnosis = hub.verdict()
         assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.cause.iteration) == (1, OutcomeKind.ERROR, 7)
@@ -72,7 +72,7 @@ def test_a_frozen_rank_is_found():
         assert "in main" in diagnosis.others[0].stacks
 
 
-def test_a_rank_that_holds_the_interpreter_lock_leaves_its_stacks_and_no_file(tmp_path, monkeypatch):
+def test_a_rank_that_holds_the_interpreter_lock_leaves_stacks_and_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with (
         serving(limits="silence=4", clock=time.monotonic) as hub,

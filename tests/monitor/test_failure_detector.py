@@ -39,7 +39,7 @@ class Detecting:
 
 
 @pytest.mark.parametrize("first", ["the end", "the loss"])
-def test_a_node_lost_after_its_ranks_closed_their_worlds_is_the_cause_where_their_ends_were_to_be_told(
+def test_a_supervised_node_lost_after_its_worlds_closed_is_the_cause(
     first: str,
 ) -> None:
     detected = Detecting(supervised=True)
@@ -65,7 +65,7 @@ def test_a_node_lost_after_its_ranks_closed_their_worlds_is_the_cause_where_thei
     )
 
 
-def test_a_node_whose_ranks_closed_their_worlds_may_go_where_nobody_tells_how_they_end() -> None:
+def test_an_unsupervised_node_may_go_after_its_worlds_closed() -> None:
     detected = Detecting(supervised=False)
     detected.detector.said_goodbye(0)
     detected.detector.said_goodbye(1)

@@ -75,7 +75,7 @@ def test_a_differing_configuration_is_named_with_each_ranks_value():
             assert "disagree about config.yaml (rank 0: 'a'; rank 1: 'b')" in caller.hears(Refused).reason
 
 
-def test_a_process_that_takes_a_running_ranks_place_is_turned_away_and_the_run_goes_on():
+def test_a_process_that_takes_a_running_ranks_place_is_turned_away():
     with serving() as hub, world(hub) as ranks:
         stranger = Caller(hub, registration=registration(1, pid=999)).come()
         assert "two processes are rank 1" in stranger.hears(Refused).reason
@@ -212,7 +212,7 @@ def test_ranks_that_all_end_with_0_have_not_failed():
         assert not [event for event in hub.events if isinstance(event, Verdict)]
 
 
-def test_a_rank_that_closed_its_world_is_the_cause_when_others_fail_for_want_of_it():
+def test_a_rank_that_closed_its_world_early_is_the_cause():
     with serving() as hub, world(hub) as ranks:
         ranks[1].beat(iteration=3)
         ranks[1].say(Goodbye(1))
@@ -306,7 +306,7 @@ def test_a_silent_ranks_stacks_come_from_its_file():
         assert "in spin" in hub.verdict().cause.stacks
 
 
-def test_a_rank_that_stays_in_a_section_too_long_is_named_and_those_that_wait_for_it_are_not():
+def test_the_rank_that_stays_too_long_is_named_and_not_those_that_wait():
     with serving(limits="step=1") as hub, world(hub) as ranks:
         hangs = {"seconds": 5.0, "iteration": 7}
 
@@ -336,7 +336,7 @@ def test_who_gave_up_on_a_rank_that_hangs_is_not_the_cause():
         assert the_cause(hub) == (1, OutcomeKind.HANG)
 
 
-def test_who_gave_up_may_have_ended_by_the_time_the_rank_that_hangs_is_looked_for():
+def test_ranks_that_gave_up_may_have_ended_when_the_hanging_one_is_sought():
     with serving(limits="step=100") as hub, world(hub) as ranks:
         ranks[0].fail("RuntimeError", "Timed out waiting 5000ms for recv operation to complete", derived=True)
         ranks[0].close()

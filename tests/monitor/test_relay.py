@@ -73,7 +73,7 @@ def test_what_ranks_say_reaches_the_head_through_a_relay():
         assert hub.service.status(2).iteration == 12
 
 
-def test_a_failure_behind_a_relay_is_judged_at_the_head_and_all_nodes_are_ordered_out():
+def test_a_failure_behind_a_relay_is_judged_at_the_head_for_all_nodes():
     with two_nodes() as (hub, relay, ranks):
         ranks[2].fail()
         diagnosis = hub.verdict()
@@ -102,7 +102,7 @@ def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():
         hub.event(AllEnded)
 
 
-def test_a_rank_that_is_gone_behind_a_relay_is_known_at_the_head_without_a_supervisor():
+def test_a_rank_gone_behind_a_relay_is_known_at_the_head():
     with two_nodes(supervised=False) as (hub, _, ranks):
         ranks[2].close()
         diagnosis = hub.verdict()
@@ -215,7 +215,7 @@ def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
 
 
 @pytest.mark.parametrize("supervised", [True, False])
-def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_which_would_wait_for_its_last_word(supervised: bool):
+def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_only(supervised: bool):
     with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised, clock=hub.clock) as relay:
         relay.others.append(hub)
         if supervised:

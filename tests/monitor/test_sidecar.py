@@ -90,7 +90,7 @@ def test_a_killed_rank_is_named_though_its_launcher_ends_the_others_at_once(capf
     assert "rank 0 of 2 failed first" in capfd.readouterr().err
 
 
-def test_without_a_standard_error_of_its_own_the_lowest_living_rank_writes_the_report(monkeypatch):
+def test_without_a_standard_error_the_lowest_living_rank_writes_the_report(monkeypatch):
     def closed(fd: int) -> int:
         raise OSError(errno.EBADF, "no such descriptor")
 
@@ -168,7 +168,7 @@ def test_two_nodes_leave_together(capfd):
     assert capfd.readouterr().err.count("rank 1 of 2 failed first") == 1
 
 
-def test_only_the_ranks_of_its_own_node_are_killed_though_another_node_has_the_same_host_name():
+def test_only_ranks_of_its_node_are_killed_though_another_has_its_host_name():
     nonce, host = new_nonce(), socket.gethostname()
     with contextlib.ExitStack() as stack:
         first, here, elsewhere = (stack.enter_context(waiting_process()) for _ in range(3))

@@ -1,13 +1,11 @@
-"""The failure report: a `Diagnosis` as text for somebody who was not watching, and as JSON.
+"""The failure report: a `Diagnosis` as text for somebody who was not watching, and as values for JSON. Pure.
 
-Contract: pure functions, but for `write_report`, after which the file holds the whole report or what it held before.
+`failure_text` is what ends a failed run in the terminal; `failure_json` is what `failure.json` holds. Both put the
+first cause first. `last_lines` picks what to show of a rank's output.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -105,26 +103,6 @@ def failure_json(
         "explanation": diagnosis.explanation,
         "stragglers": [{"rank": rank, "ratio": round(ratio, 3)} for rank, ratio in diagnosis.slow],
     }
-
-
-def write_report(path: Path, content: Mapping[str, object]) -> None:
-    """Write JSON so that a reader finds the whole of it or nothing. Who may read it follows from the umask.
-
-    Raises:
-        OSError: the folder cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}")
-    try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def straggler_line(rank: int, ratio: float) -> str:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
-from allstep.diagnosis.report import failure_json, failure_text, without_torchs_prefix, write_report
+from allstep.diagnosis.report import failure_json, failure_text, without_torchs_prefix
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
@@ -33,6 +33,7 @@ from allstep.launch.folder import AttemptFolder, create_attempt
 from allstep.launch.machine import Machine
 from allstep.launch.worker_plan import Share
 from allstep.monitor.hub import Hub
+from allstep.monitor.report_file import write_report
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_nonce
 
 if TYPE_CHECKING:

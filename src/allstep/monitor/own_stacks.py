@@ -1,13 +1,15 @@
-"""The stacks of this process: on request, and from a timer that needs no interpreter lock.
+"""The stacks of this process: on request, and left in a file when the process cannot answer.
 
-`faulthandler` has one such timer in a process. While a rank has a stacks file, the timer is its.
+`own_stacks` gives the stacks of all threads. It needs the interpreter lock, as all Python code does.
 
-The file in which a rank's stacks are when the rank itself cannot answer: written by `faulthandler`'s timer.
+`StacksTimer` is for a rank whose lock is held. `faulthandler` has one timer in a process, which needs no lock; while a
+rank has a stacks file, the timer is its. The rank winds it up with each heartbeat, so that it runs out only when the
+heartbeats stop, and then it writes the stacks to the file.
 
-Contract: a rank makes the file and tells its service the address, with which any process of the same user on the same
-machine can read it for as long as the rank lives. It is in memory and in no folder, so nothing is left however the rank
+The rank tells its monitor the file's address. Any process of the same user on the same machine can read it with
+`read_stacks`, for as long as the rank lives. It is in memory and in no folder, so nothing is left however the rank
 ends. The address has the file's name, which no other file has, so that it is not mistaken on another machine. Where a
-system cannot do that, there is no file.
+system has no such files, there is none.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from typing import BinaryIO
 
 from allstep.diagnosis.stacks import without_current_thread
 
-WITHOUT_BEAT_S = 2.0
+WITHOUT_HEARTBEAT_S = 2.0
 """Seconds without a heartbeat after which the stacks are written to the file."""
 
-_LARGEST = 256 << 10
+_LARGEST = 256 << 10  # bytes of stacks that are read
 
 
 def own_stacks() -> str:
@@ -38,8 +40,15 @@ def own_stacks() -> str:
         return without_current_thread(file.read(_LARGEST).decode(errors="replace"))
 
 
+def _scratch() -> BinaryIO:
+    """A file that ends with its descriptor: in memory, since the folder for temporary files may be full or missing."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("allstep-own-stacks"), "w+b")
+    return tempfile.TemporaryFile()
+
+
 class StacksTimer:
-    """Writes the stacks of all threads to a file when `wind_up` was not called for `WITHOUT_BEAT_S`.
+    """Writes the stacks of all threads to a file when `wind_up` was not called for `WITHOUT_HEARTBEAT_S`.
 
     Attributes:
         address: of the file, for `read_stacks`; empty where there can be none, and then the timer does nothing.
@@ -48,14 +57,15 @@ class StacksTimer:
     def __init__(self) -> None:
         self.address = ""
         self._descriptor: int | None = None
-        self._counts = False
+        self._runs = False
         with contextlib.suppress(OSError):
             self._descriptor, self.address = make_stacks_file()
 
     def wind_up(self) -> None:
-        """Begin to count again, and forget stacks of a time that is over; where that fails, there are none from now on.
+        """Begin to count again, and forget stacks of a time that is over.
 
-        The script may have closed the descriptor, which another file can then get.
+        Where that fails there are none from now on: the script may have closed the descriptor, and another file can
+        then get its number.
         """
         if self._descriptor is None:
             return
@@ -64,29 +74,19 @@ class StacksTimer:
                 faulthandler.cancel_dump_traceback_later()  # one that is being written would go on behind the cut
                 os.ftruncate(self._descriptor, 0)
                 os.lseek(self._descriptor, 0, os.SEEK_SET)
-            faulthandler.dump_traceback_later(WITHOUT_BEAT_S, repeat=False, file=self._descriptor)
-            self._counts = True
+            faulthandler.dump_traceback_later(WITHOUT_HEARTBEAT_S, repeat=False, file=self._descriptor)
+            self._runs = True
         except (OSError, RuntimeError):  # RuntimeError: no thread for the timer
             self._descriptor = None
 
     def close(self) -> None:
         """Stop counting."""
-        if self._counts:
+        if self._runs:
             faulthandler.cancel_dump_traceback_later()
         if self._descriptor is not None:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
-        self._counts, self._descriptor = False, None
-
-
-def _scratch() -> BinaryIO:
-    """A file that ends with its descriptor: in memory, since the folder for temporary files may be full or missing."""
-    if hasattr(os, "memfd_create"):
-        return open(os.memfd_create("allstep-own-stacks"), "w+b")
-    return tempfile.TemporaryFile()
-
-
-_stacks_file_LARGEST = 256 << 10
+        self._runs, self._descriptor = False, None
 
 
 def make_stacks_file() -> tuple[int, str]:
@@ -106,11 +106,12 @@ def read_stacks(address: str) -> str:
     """The last stacks in a rank's file; empty where there are none, or no such file here."""
     link, _, name = address.rpartition("/")
     try:
+        # The number may be another file's by now, or another process' on another machine: only the name tells.
         if not name or not os.readlink(link).startswith(f"/memfd:{name}"):
             return ""
         with open(link, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            file.seek(max(0, size - _stacks_file_LARGEST))
-            return file.read(_stacks_file_LARGEST).decode(errors="replace")
+            file.seek(max(0, size - _LARGEST))
+            return file.read(_LARGEST).decode(errors="replace")
     except OSError:
         return ""

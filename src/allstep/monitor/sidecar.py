@@ -1,13 +1,13 @@
-"""The service of ranks that no supervisor started: a small process of its own, so that a frozen rank cannot silence it.
+"""The monitor of ranks that no supervisor started: a small process of its own, so that no rank's freezing stops it.
 
-Contract: `start_sidecar` is called by one rank of each node. It starts `sidecar_process.py` by its path in a session
-of its own, with nothing on its standard streams, and returns when the service listens. The caller holds the write end
-of the sidecar's lifeline, through which it also gives the configuration, so that the nonce is on no command line. The
-sidecar ends when its lifeline has closed, no rank is connected any more, and nothing is left to judge.
+`start_sidecar` is called by one rank of each node. It starts `sidecar_process.py` by its path in a session of its own,
+with nothing on its standard streams, and returns when the sidecar listens. The caller holds the write end of the
+sidecar's lifeline, through which it also gives the setup, so that the nonce is on no command line. The sidecar ends
+when its lifeline has closed, no rank is connected any more, and nothing is left to judge.
 
 After a verdict it writes the report to its starter's standard error, of which it holds a duplicate, orders the ranks to
 leave, writes `failure.json` where an attempt folder is known, and kills what stays of its node. It ignores the signals
-that a scheduler sends to a whole job: it ends when the ranks have, and until then whoever reads the starter's standard
+that a scheduler sends to a whole job: it ends when the ranks have. Until then whoever reads the starter's standard
 error to its end waits.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from allstep.diagnosis.hang import HangLimits
 from allstep.errors import WorldError
 from allstep.protocol.address import EVERYWHERE, HERE, join_address
+from allstep.protocol.connection import is_ready
 
 _PROCESS = Path(__file__).with_name("sidecar_process.py")
 
@@ -83,7 +83,7 @@ def start_sidecar(
         nonce: the secret that its ranks, and relays, have to know.
         attempt: the present start's number.
         world_size: how many ranks the whole world has.
-        host: where to listen, as `listening.listen` takes it.
+        host: where to listen, as `protocol.address.listen` takes it.
         limits: as in ALLSTEP_LIMITS.
         attempt_folder: where failure.json goes; empty: nowhere.
         upstream: HOST:PORT of the head's service, which makes this one a relay; empty: this is the head.
@@ -132,13 +132,6 @@ def start_sidecar(
             )
         undo.pop_all()
     return Sidecar(join_address(HERE if host == EVERYWHERE else host, int(port)), process, lifeline)
-
-
-def is_ready(fd: int, seconds: float) -> bool:
-    """Wait until there is something to read, or for a pidfd until its process has ended; whatever the fd's number."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(seconds * 1000))
 
 
 def _read_answer(fd: int, timeout: float) -> str:

@@ -1,10 +1,12 @@
 """The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE ANSWER [STDERR]`; see `sidecar`.
 
-Contract: the arguments are file descriptors. Its setup comes as a line on the lifeline, and its port, or why it cannot
-serve, goes to the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to
-judge, or until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the
-ranks have. The stderr is the standard error of the rank that started it. The report is written there, since a launcher
-may end all ranks within a tenth of a second; where there is none, a rank writes it.
+The arguments are file descriptors. Its setup comes as a line on the lifeline. Its port, or why it cannot serve, goes to
+the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to judge, or
+until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the ranks
+have.
+
+STDERR is the standard error of the rank that started it. The report is written there, since a launcher may end all
+ranks within a tenth of a second. Where there is none, a rank writes it.
 """
 
 from __future__ import annotations
@@ -28,14 +30,16 @@ from pathlib import Path
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
-from allstep.diagnosis.report import failure_json, failure_text, straggler_line, write_report
+from allstep.diagnosis.report import failure_json, failure_text, straggler_line
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.hub import Hub
 from allstep.monitor.relay import Relay
+from allstep.monitor.report_file import write_report
 from allstep.monitor.service import AllArrived, Finished, Ordered, Service, StragglerSeen, Verdict
-from allstep.monitor.sidecar import Setup, is_ready
+from allstep.monitor.sidecar import Setup
 from allstep.protocol.address import listen, split_address
+from allstep.protocol.connection import is_ready
 
 LEAVE_S = 1.0
 """Seconds that a rank has to leave on order, before it is killed."""
@@ -47,7 +51,7 @@ _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
 _WRITE_S = 1.0
 
 
-class _Service:
+class _SidecarLoop:
     """The loop of the sidecar's process."""
 
     def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, stderr: int | None) -> None:
@@ -88,7 +92,8 @@ class _Service:
         self._code = 0
 
     def run(self) -> None:
-        while not self._over():
+        """Serve until nobody needs it."""
+        while not self._is_over():
             now = time.monotonic()
             times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill)]
             until = min(at for at in times if at is not None)
@@ -105,7 +110,7 @@ class _Service:
         with contextlib.suppress(OSError):
             self._service.close()
 
-    def _over(self) -> bool:
+    def _is_over(self) -> bool:
         if self._end_at is None and self._lifeline_open:
             return False
         if self._end_at is not None and time.monotonic() >= self._end_at:
@@ -181,7 +186,7 @@ class _Service:
     def _kill_who_stays(self) -> None:
         now = time.monotonic()
         for at, ranks in list(self._kill):
-            left = [rank for rank in ranks if rank in self._processes and not _ended(self._processes[rank])]
+            left = [rank for rank in ranks if rank in self._processes and not is_ready(self._processes[rank])]
             if not left:
                 self._kill.remove((at, ranks))
             elif now >= at:
@@ -208,10 +213,6 @@ def _write(fd: int, text: str) -> bool:
     return thread.is_alive() or bool(done)  # what is being written slowly is not to be written twice
 
 
-def _ended(pidfd: int) -> bool:
-    return is_ready(pidfd, 0.0)
-
-
 def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
     """Serve until nobody needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -226,13 +227,13 @@ def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
     setup = Setup(**{**values, "ranks": tuple(values["ranks"])})
     try:
         listener = listen(setup.host)
-        service = _Service(setup, lifeline, listener, stderr)
+        loop = _SidecarLoop(setup, lifeline, listener, stderr)
     except Exception as error:
         os.write(answer, f"{type(error).__name__}: {error}".encode())
         return
     os.write(answer, f"port {listener.getsockname()[1]}\n".encode())
     os.close(answer)
-    service.run()
+    loop.run()
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def test_an_exception_that_may_yet_be_caught_ends_nothing():
         assert no_verdict(hub)
 
 
-def test_it_is_the_cause_at_the_place_where_it_was_seen_once_it_leaves_the_script():
+def test_it_is_the_cause_where_it_was_first_seen_once_it_leaves_the_script():
     with serving() as hub, world(hub) as (_, second):
         fails(second, leaving=False)
         fails(second, leaving=True, iteration=0)
@@ -74,7 +74,7 @@ def test_one_that_was_taken_back_is_no_cause_of_what_comes_later():
         assert (diagnosis.cause.rank, diagnosis.cause.what) == (0, "ValueError: the true cause")
 
 
-def test_one_that_may_have_been_caught_does_not_stand_before_a_failure_of_another_rank():
+def test_one_that_may_be_caught_counts_less_than_another_ranks_failure():
     with serving() as hub, world(hub) as (first, second):
         fails(second, leaving=False, message="out of memory")
         hub.pass_time(0.1)
@@ -94,7 +94,7 @@ def test_a_rank_that_caught_one_is_still_watched():
         assert "before that, ValueError: out of memory" in cause.note
 
 
-def test_a_cause_that_comes_while_errors_about_it_wait_for_it_is_judged_at_once():
+def test_a_cause_that_errors_about_it_waited_for_is_judged_at_once():
     with serving(3) as hub, world(hub, 3) as (first, second, _):
         first.fail("RuntimeError", "Connection closed by peer", derived=True)
         hub.pass_time(0.5)
@@ -104,7 +104,7 @@ def test_a_cause_that_comes_while_errors_about_it_wait_for_it_is_judged_at_once(
         assert hub.clock() - began < DERIVED_WAIT_S / 2
 
 
-def test_a_rank_that_makes_room_while_another_trains_on_is_the_cause():
+def test_a_rank_preempted_while_another_trains_on_is_the_cause():
     with serving() as hub, world(hub) as (first, second):
         second.say(Goodbye(1))
         second.close()
@@ -114,7 +114,7 @@ def test_a_rank_that_makes_room_while_another_trains_on_is_the_cause():
         assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.exit_code) == (1, OutcomeKind.EARLY, 85)
 
 
-def test_ranks_that_make_room_one_after_the_other_have_not_failed():
+def test_ranks_preempted_one_after_the_other_have_not_failed():
     with serving() as hub, world(hub) as (first, second):
         for rank in (second, first):
             rank.say(Goodbye(rank.rank))
@@ -146,7 +146,7 @@ def test_ranks_that_gave_init_up_alike_may_open_a_world_again():
         assert no_verdict(hub)
 
 
-def test_a_second_exception_that_leaves_is_told_apart_from_the_first_that_was_seen():
+def test_a_second_exception_that_leaves_is_told_apart_from_the_first():
     with serving() as hub, world(hub) as (_, second):
         fails(second, leaving=False, message="caught")
         fails(second, leaving=True, message="not caught", iteration=9)
@@ -154,7 +154,7 @@ def test_a_second_exception_that_leaves_is_told_apart_from_the_first_that_was_se
         assert (cause.what, cause.iteration) == ("ValueError: not caught", 9)
 
 
-def test_a_rank_that_ends_with_its_world_open_is_the_cause_when_others_fail_for_want_of_it():
+def test_a_rank_that_ended_with_its_world_open_is_the_cause_if_others_fail():
     with serving() as hub, world(hub) as (first, second):
         second.say(Goodbye(1, closed=False))
         second.close()
@@ -166,7 +166,7 @@ def test_a_rank_that_ends_with_its_world_open_is_the_cause_when_others_fail_for_
         assert "with its World open" in cause.what
 
 
-def test_ranks_that_end_with_their_worlds_open_at_different_times_have_not_failed():
+def test_ranks_that_end_with_open_worlds_at_different_times_have_not_failed():
     with serving() as hub, world(hub) as (first, second):
         second.say(Goodbye(1, closed=False))
         second.close()

@@ -1,0 +1,198 @@
+"""Connecting, and what a connection does when the other side is late, slow or gone."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from allstep.protocol import connection as module
+from allstep.protocol.connection import Connection, Connector, connect, is_ready, resolve
+
+HOST = "127.0.0.1"
+BOUND = 30.0  # seconds that anything here may take on a loaded machine
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[tuple[socket.socket, tuple[str, int]]]:
+    with socket.create_server((HOST, 0)) as listener:
+        yield listener, (HOST, listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[tuple[socket.socket, tuple[str, int]]]:
+    """A port that is kept from others and that nobody listens on, until the test does."""
+    with socket.socket() as held:
+        held.bind((HOST, 0))
+        yield held, (HOST, held.getsockname()[1])
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[tuple[str, int]]:
+    """A port whose queue of connections is full, so that the system answers to no further one."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind((HOST, 0))
+        listener.listen(0)
+        target = HOST, listener.getsockname()[1]
+        while True:
+            try:
+                stack.enter_context(socket.create_connection(target, timeout=0.2))
+            except TimeoutError:
+                break
+        yield target
+
+
+@contextlib.contextmanager
+def connecting(*targets: tuple[str, int], within: float = BOUND, **options: object) -> Iterator[Connector]:
+    with contextlib.closing(Connector(targets, within=within, **{"answer": 1.0, **options})) as connector:
+        yield connector
+        if connector.connection is not None:
+            connector.connection.close()
+
+
+def drive(connector: Connector) -> Connector:
+    """Turn until there is a connection, or there will be none."""
+    until = time.monotonic() + BOUND
+    while connector.connection is None and not connector.failed:
+        assert time.monotonic() < until
+        descriptor = None if connector.sock is None else connector.sock.fileno()
+        is_ready(descriptor, connector.deadline() - time.monotonic(), writing=True)
+        connector.advance()
+    return connector
+
+
+def pair() -> tuple[Connection, socket.socket]:
+    ours, theirs = socket.socketpair()
+    return Connection(ours), theirs
+
+
+def test_a_target_that_answers_gives_a_connection():
+    with listening() as (listener, target), contextlib.closing(connect([target], within=BOUND, answer=1.0)) as ours:
+        theirs, _ = listener.accept()
+        with theirs:
+            ours.send(b"hello\n")
+            assert theirs.recv(6) == b"hello\n"
+
+
+def test_a_target_that_refuses_is_followed_by_the_next():
+    with refusing() as (_, first), listening() as (_, second), connecting(first, second) as connector:
+        assert drive(connector).target == second
+        assert connector.problems == {first: "Connection refused"}
+
+
+def test_a_target_that_is_silent_is_followed_by_the_next():
+    with silent() as first, listening() as (_, second), connecting(first, second, answer=0.2) as connector:
+        assert drive(connector).target == second
+        assert connector.problems == {first: "it does not answer"}
+
+
+def test_a_service_that_begins_to_listen_later_is_reached():
+    with refusing() as (held, target):
+        made: list[Connection] = []
+        thread = threading.Thread(target=lambda: made.append(connect([target], within=BOUND, answer=1.0)))
+        thread.start()
+        is_ready(None, 1.5 * module.PAUSE_S)  # until it has been refused more than once
+        held.listen()
+        thread.join(BOUND)
+        assert made
+        made[0].close()
+
+
+def test_a_name_that_begins_to_resolve_later_is_reached(monkeypatch):
+    asked: list[str] = []
+
+    def addresses(host: str, port: int) -> list:
+        asked.append(host)
+        if len(asked) == 1:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(HOST, port)
+
+    monkeypatch.setattr(module, "PAUSE_S", 0.01)
+    with listening() as (_, (_, port)), connecting(("head", port), addresses=addresses) as connector:
+        assert drive(connector).problems == {("head", port): "Name or service not known"}
+        assert asked == ["head", "head"]
+
+
+def test_without_an_answer_in_time_the_reason_is_told():
+    with refusing() as (_, target), pytest.raises(ConnectionError, match="Connection refused"):
+        connect([target], within=0.3, answer=1.0)
+    with silent() as target, pytest.raises(ConnectionError, match="it does not answer"):
+        connect([target], within=0.1, answer=1.0)
+
+
+def test_without_retry_each_target_is_tried_once():
+    with refusing() as (_, first), refusing() as (_, second), connecting(first, second, retry=False) as connector:
+        begun = time.monotonic()
+        assert drive(connector).failed == "Connection refused"
+        assert set(connector.problems) == {first, second}
+        assert time.monotonic() - begun < BOUND / 2
+
+
+def test_a_connection_that_is_rejected_is_closed_and_the_next_is_tried():
+    with listening() as (listener, first), listening() as (_, second), connecting(first, second) as connector:
+        drive(connector)
+        theirs, _ = listener.accept()
+        with theirs:
+            connector.reject("another run's")
+            assert theirs.recv(1) == b""
+        assert drive(connector).target == second
+        assert connector.problems == {first: "another run's"}
+
+
+def test_the_time_to_give_up_may_be_moved():
+    with refusing() as (_, target), connecting(target, within=BOUND) as connector:
+        connector.until = time.monotonic()
+        assert drive(connector).failed == "Connection refused"
+
+
+def test_a_line_is_given_once_it_is_whole():
+    ours, theirs = pair()
+    with contextlib.closing(ours), theirs:
+        theirs.sendall(b"one\ntw")
+        assert ours.receive() == [b"one"]
+        theirs.sendall(b"o\n")
+        assert ours.receive() == [b"two"]
+
+
+def test_a_line_that_is_too_long_ends_the_connection():
+    ours, theirs = pair()
+    ours.longest = 10
+    with contextlib.closing(ours), theirs:
+        theirs.sendall(b"x" * 11)
+        assert ours.receive() == []
+        assert ours.ended == "it sent a line of more than 10 bytes"
+
+
+def test_what_was_sent_before_the_other_side_closed_is_still_given():
+    ours, theirs = pair()
+    with contextlib.closing(ours):
+        theirs.sendall(b"last\n")
+        theirs.close()
+        assert ours.receive() == [b"last"]
+        assert ours.receive() == []
+        assert ours.ended == "closed by the other side"
+
+
+def test_a_peer_that_does_not_read_is_let_go(monkeypatch):
+    monkeypatch.setattr(module, "LARGEST_BACKLOG", 1 << 16)
+    ours, theirs = pair()
+    with contextlib.closing(ours), theirs:
+        while not ours.ended:
+            ours.send(b"x" * (1 << 16))
+        assert "the other side does not read" in ours.ended
+
+
+def test_what_waits_is_sent_when_there_is_room():
+    ours, theirs = pair()
+    with contextlib.closing(ours), theirs:
+        while not ours.backlog:
+            ours.send(b"x" * (1 << 16))
+        while ours.backlog:
+            assert theirs.recv(1 << 20)
+            ours.flush()
+        assert not ours.ended
