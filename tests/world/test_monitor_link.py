@@ -186,7 +186,7 @@ def one_sleeps_in_its_step(world: World) -> tuple[float, float, str]:
     began = time.monotonic()
     trainer.run([torch.randn(4, 16) for _ in range(30)])
     wall = (time.monotonic() - began) / 30
-    beat = internals(world).activity.beat(world.rank, 0, 1)
+    beat = internals(world).activity.heartbeat(world.rank, 0, 1)
     return beat.own_step, wall, beat.waiting
 
 

@@ -1,4 +1,9 @@
-"""Who failed first, who hangs, and how that is told: pure functions of what is known of each rank.
+"""Which rank failed first, which hangs, and how that is told: pure functions of what is known of each rank.
 
-No sockets, no processes, no clock of its own: `monitor` gathers what is judged here. Standard library only.
+From what comes in to what is shown: `record` holds what is known of one rank, `rank_outcome` says what became of it,
+`root_cause` chooses the first cause, `hang` and `hang_detector` find ranks without progress, `stacks` reads what their
+threads wait in, and `report` is the text and the JSON.
+
+Not here: sockets, processes, files and clocks, which `allstep.monitor` has. Standard library only, since the launcher's
+process judges and imports no torch.
 """

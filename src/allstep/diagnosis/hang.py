@@ -152,7 +152,13 @@ def longest_stays(heartbeats: Sequence[Heartbeat]) -> dict[str, float]:
 
 
 def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[str, float]) -> bool:
-    """Whether the run hangs."""
+    """Whether the run hangs.
+
+    Args:
+        ranks: all that are present.
+        limits: of this run.
+        longest: what `longest_stays` found, in seconds by section.
+    """
     if silent(ranks, limits):
         return True
     over: list[RankProgress] = []
@@ -162,6 +168,7 @@ def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[
         (over if each.still > allowed[each.heartbeat.section] else within).append(each)
     if not over:
         return False
+    # Sections without a limit explain a wait only for as long as a handler may take, else nothing would ever be a hang.
     patience = {section: allowed["handler"] for section in _FREE if allowed[section] == math.inf}
     within = [
         each for each in within if not each.waits and each.still <= patience.get(each.heartbeat.section, math.inf)
@@ -224,7 +231,7 @@ def stragglers(own_steps: Mapping[int, float]) -> dict[int, float]:
     found = {}
     half = statistics.median_low(ordered)
     for rank, own in known.items():
-        if own < SLOW * half:
+        if own < SLOW * half:  # most ranks: thousands of them need no median of their own others
             continue
         others = ordered.copy()
         others.remove(own)

@@ -69,6 +69,10 @@ class RankOutcome:
     trace: str = ""
 
 
+_BY_EXCEPTION = (OutcomeKind.ERROR, OutcomeKind.SEEN, OutcomeKind.DERIVED)
+"""What an exception explains. Beside any other end, the rank's exception is only a note."""
+
+
 def outcome_of(record: RankRecord, *, supervised: bool) -> RankOutcome:
     """What became of a rank, as far as is known now.
 
@@ -78,11 +82,7 @@ def outcome_of(record: RankRecord, *, supervised: bool) -> RankOutcome:
     """
     kind, what, status, moment = judgement(record, supervised=supervised)
     registration, heartbeat, failure = record.registration, record.heartbeat, record.failure
-    explains = kind in (
-        OutcomeKind.ERROR,
-        OutcomeKind.SEEN,
-        OutcomeKind.DERIVED,
-    )  # else its exception, if any, is a note
+    explains = kind in _BY_EXCEPTION
     place = failure if failure and explains else heartbeat
     return RankOutcome(
         rank=record.rank,
@@ -131,31 +131,25 @@ def judgement(record: RankRecord, *, supervised: bool) -> Judgement:
     if failure is not None:
         return _by_failure(record, failure, OutcomeKind.SEEN)
     if record.goodbye is not None and record.left_open and record.awaited:
-        return (
-            OutcomeKind.EARLY,
-            f"left early: it ended with its World open {record.awaited}",
-            USER_ERROR,
-            record.goodbye,
-        )
+        what = f"left early: it ended with its World open {record.awaited}"
+        return OutcomeKind.EARLY, what, USER_ERROR, record.goodbye
     if record.goodbye is not None:
-        return (
-            OutcomeKind.FINISHED,
-            "ended with its World open" if record.left_open else "closed its World",
-            0,
-            record.goodbye,
-        )
+        what = "ended with its World open" if record.left_open else "closed its World"
+        return OutcomeKind.FINISHED, what, 0, record.goodbye
     return OutcomeKind.RUNNING, "had not failed" if record.registration else "had not come to init", 0, None
 
 
 def _ended_of_it(record: RankRecord, supervised: bool) -> bool:
-    """Whether an exception that was only seen is the best outcome_of of how the rank ended."""
+    """Whether an exception that was only seen is the best explanation of how the rank ended."""
     end = record.end
     if end is not None:
+        # Those three codes are given by allstep itself, for reasons of other ranks.
         return end.returncode > 0 and end.returncode not in (HANG, PEER_LOST, PREEMPTED)
     return bool(record.awaited or (record.lost and not supervised and not record.node_lost))
 
 
 def _by_failure(record: RankRecord, failure: Failure, kind: OutcomeKind) -> Judgement:
+    # Before its process has ended, the status is what an uncaught exception gives.
     status = USER_ERROR
     if record.end is not None and record.end.returncode and not record.end.killed:
         status = exit_status(record.end.returncode)

@@ -90,7 +90,8 @@ def due(records: Sequence[RankRecord], *, supervised: bool) -> float | None:
     all_known = all(_is_known(record, supervised) for record in records)
     if causes:
         if all_known and all(record.end is not None and record.end.returncode == 0 for record in records):
-            return None  # each left without closing its World, and nobody was left waiting
+            return None  # each left without closing its World, and none was left waiting
+        # Nothing more can come, so there is no reason to wait for it; an exception that was only seen may still leave.
         complete = all_known and not any(record.only_seen and not record.left for record in records)
         return min(causes) - (CAUSE_WINDOW_S if complete else 0.0)
     return min(derived) + (CAUSE_WINDOW_S if all_known else DERIVED_WAIT_S) if derived else None
@@ -116,10 +117,10 @@ def _trains_after(record: RankRecord, at: float) -> bool:
 
 
 def _window(kind: OutcomeKind, supervised: bool) -> float:
-    """Seconds after an end within which something may come that stands before it."""
+    """Seconds after an end within which a cause may come that is closer to the truth."""
     if kind is not OutcomeKind.LOST:
         return CAUSE_WINDOW_S
-    # Without a supervisor nothing that comes later stands before a connection that closed, and the launcher is about
+    # Without a supervisor nothing that comes later says more than a connection that closed, and the launcher is about
     # to end the ranks that could print the report.
     return EXIT_WAIT_S + CAUSE_WINDOW_S if supervised else 0.0
 
@@ -217,9 +218,11 @@ def _as_cause(each: RankOutcome) -> RankOutcome:
 
 
 def _is_known(record: RankRecord, supervised: bool) -> bool:
+    """Whether a rank has said or shown how it went, so that it need not be waited for."""
     return bool(record.failed or record.ended or record.goodbye or (record.lost and not supervised) or record.node_lost)
 
 
+# By what rank_outcome's kinds usually follow from; causes that are not named here stand at 1.
 _FAR = {
     OutcomeKind.EARLY: 2,
     OutcomeKind.HANG: 3,
@@ -233,6 +236,7 @@ _FAR = {
 def _distance(each: RankOutcome) -> tuple[int, int, int]:
     """How far from the cause an end of this kind usually is, then the order in which it was heard of."""
     if each.kind is OutcomeKind.SIGNAL:
+        # A crash explains anything. A signal that asks to leave may have come from who cleans up.
         far = 1 if each.status - 128 in _POLITE else 0
     elif each.kind in CAUSES:
         far = _FAR.get(each.kind, 1)

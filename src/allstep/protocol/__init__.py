@@ -1,5 +1,9 @@
-"""What ranks, supervisors and machines say to each other besides collectives: sockets, lines of JSON, messages.
+"""What ranks, monitors and machines say to each other besides collectives, and how it crosses a socket.
 
-No decisions live here: `diagnosis` judges what was said, `monitor` runs the services that say it. Standard library
-only.
+One family of messages (`messages`, written by `codec`), one way to connect (`connection`), one way to listen (`server`,
+`address`). `registration` is how a rank introduces itself, `heartbeat` where it says that it is, and `worker_exit` how
+its process ended.
+
+Not here: what follows from a message, which `allstep.diagnosis` judges, and the services that say them, which are in
+`allstep.monitor` and `allstep.launch`. Standard library only.
 """

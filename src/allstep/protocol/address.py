@@ -1,6 +1,6 @@
-"""Where a service is, as text and as a pair, and the secret that it asks for.
+"""Where a service is, as text and as a host and port; listening there; and the secret that it asks for.
 
-Listening on this machine alone, or on every interface and for addresses of both families.
+`listen` takes `HERE` for processes of this machine, or `EVERYWHERE` for other machines, in both families of addresses.
 """
 
 from __future__ import annotations

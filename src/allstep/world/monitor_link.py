@@ -13,7 +13,6 @@ WorldError that says so.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from allstep.monitor.client import Client
 from allstep.monitor.sidecar import Sidecar, start_sidecar
 from allstep.placement import Placement
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
+from allstep.protocol.connection import connect
 from allstep.protocol.messages import RankHello
 from allstep.protocol.registration import RankRegistration
 from allstep.world.store import BoundedStore, poll
@@ -94,8 +94,8 @@ def head_service(store: BoundedStore, placement: Placement, deadline: float) -> 
     assert placement.rendezvous is not None
     host = placement.rendezvous.host if placement.nodes > 1 else HERE
     try:
-        socket.create_connection((host, int(port)), timeout=_MARGIN_S).close()
-    except OSError:
+        connect([(host, int(port))], within=_MARGIN_S, answer=_MARGIN_S, retry=False).close()
+    except ConnectionError:
         return None
     return MonitorService(join_address(host, int(port)), nonce)
 
