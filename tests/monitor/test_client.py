@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import socket
 import threading
@@ -18,7 +17,7 @@ from allstep.monitor.client import Client
 from allstep.monitor.own_stacks import StacksTimer
 from allstep.monitor.service import AllArrived, Verdict
 from allstep.protocol.heartbeat import RankActivity
-from allstep.protocol.messages import Failure, Notice, RankHello, Stacks, Welcome, encode
+from allstep.protocol.messages import AskStacks, Failure, Notice, RankHello, Stacks, Welcome, encode
 from allstep.protocol.server import FIRST_LINE
 from tests.monitor.driving import NONCE, listening, rank_processes, registration, serving
 
@@ -203,23 +202,23 @@ def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
         raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr("allstep.monitor.client.own_stacks", full)
-    with serving(1, clock=time.monotonic) as hub, contextlib.ExitStack() as stack:
-        connected: list[Client] = []
-        hello = RankHello(NONCE, 0, registration(0, 1))
-        thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
+    with listening() as sock:
+        accepted: list[socket.socket] = []
+
+        def welcome() -> None:
+            accepted.append(sock.accept()[0])
+            accepted[0].sendall(encode(Welcome()) + encode(AskStacks()))
+
+        thread = threading.Thread(target=welcome)
         thread.start()
-        hub.until(lambda: connected)
-        client = connected[0]
-        stack.callback(client.close)
+        hello = RankHello(NONCE, 0, registration(0, 1))
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", hello, timeout=30)
         client.start(RankActivity())
-        hub.until(lambda: hub.service.status(0))
-        answered: list[Stacks] = []
-        monkeypatch.setattr(hub.service._detector, "answered", answered.append)
-        hub.service._ask_stacks()
-        hub.until(lambda: answered)
-        assert answered[0].text == ""
-        number = hub.service.status(0).number
-        hub.until(lambda: hub.service.status(0).number > number)
+        thread.join()
+        with accepted[0] as service:
+            assert encode(Stacks(0, "")) in receive_until(service, encode(Stacks(0, "")))
+            receive_until(service, b'"number":')
+            client.close()
 
 
 def receive_until(sock: socket.socket, wanted: bytes) -> bytes:

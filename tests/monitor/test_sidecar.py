@@ -23,6 +23,7 @@ from allstep.monitor import sidecar_process
 from allstep.monitor.hub import Hub
 from allstep.monitor.sidecar import Setup, Sidecar, start_sidecar
 from allstep.protocol.address import HERE, new_nonce
+from allstep.protocol.connection import is_ready
 from allstep.protocol.messages import Welcome
 from tests.monitor.driving import BOUND, Caller, RankProcess, gone, listening, rank_processes, registration, wait_for
 
@@ -204,13 +205,13 @@ def test_its_loop_asks_who_is_connected_only_when_it_may_end(monkeypatch):
     monkeypatch.setattr(Hub, "connected", property(lambda hub: asked.append(True) or 1))
     theirs, lifeline = os.pipe()
     setup = Setup("n", 0, 2, HERE, "", "", "", 0, (), "")
-    loop = sidecar_process._Service(setup, theirs, listening(), None)
-    with loop._selector, contextlib.closing(loop._service):
-        assert not loop._over()
+    loop = sidecar_process.SidecarLoop(setup, theirs, listening(), None)
+    with contextlib.closing(loop):
+        assert not loop.is_over()
         assert not asked
         os.close(lifeline)
-        loop._read_lifeline()
-        assert not loop._over()
+        loop.read_lifeline()
+        assert not loop.is_over()
         assert asked
     os.close(theirs)
 
@@ -220,13 +221,13 @@ def test_it_starts_from_a_process_with_many_open_files():
         assert int(service.address.rpartition(":")[2]) > 0
 
 
-def test_the_end_of_a_process_is_seen_whatever_the_number_of_its_descriptor():
+def test_the_end_of_a_process_is_seen_whatever_its_descriptors_number():
     with many_open_files(), waiting_process() as process:
         pidfd = os.pidfd_open(process.pid)
         assert pidfd >= 1024
-        assert not sidecar_process._ended(pidfd)
+        assert not is_ready(pidfd)
         process.kill()
-        wait_for(lambda: sidecar_process._ended(pidfd))
+        wait_for(lambda: is_ready(pidfd))
         os.close(pidfd)
 
 

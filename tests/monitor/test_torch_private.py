@@ -44,9 +44,9 @@ def test_without_torch_or_its_variables_nothing_is_recorded(monkeypatch):
 def recording(monkeypatch):
     """The flight recorder is turned on, and no warning has been given yet."""
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
-    torch_private._warn_once.cache_clear()
+    torch_private.warn_once.cache_clear()
     yield torch._C._distributed_c10d
-    torch_private._warn_once.cache_clear()
+    torch_private.warn_once.cache_clear()
 
 
 def dump(name: str):

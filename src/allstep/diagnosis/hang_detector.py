@@ -62,6 +62,7 @@ class HangDetector:
         beating = [record for record in records if record.heartbeat and record.present]
         found = stragglers({record.rank: record.heartbeat.own_step for record in beating if record.heartbeat})
         new = [(rank, ratio) for rank, ratio in found.items() if rank not in self._slow_now]
+        # A rank that recovers is forgotten here, so that it is reported again if it becomes slow again.
         self._slow_now = found
         self._slow_ever.update(found)
         return new

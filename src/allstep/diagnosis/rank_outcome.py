@@ -45,9 +45,19 @@ class OutcomeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RankOutcome:
-    """What became of one rank. `what` is a clause about it, `status` the exit status that it stands for.
+    """What became of one rank.
 
-    `order` is the place of the news in the order of registration. `output` is the last text on its standard error.
+    Attributes:
+        kind: which of the ends it is.
+        what: a clause about it, to follow "rank 3".
+        status: the exit status that it stands for.
+        order: when the news came, as a place in the order of arrival; 0 where none came.
+        host, pid, device: where it ran.
+        epoch, iteration, section, waiting: where it was: in its exception, else in its last heartbeat.
+        traceback: of its exception.
+        output: the last text on its standard error.
+        note: a further clause.
+        stacks, trace: of its threads and of torch's collectives, where they were gathered.
     """
 
     rank: int

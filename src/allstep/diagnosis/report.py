@@ -123,6 +123,7 @@ def last_lines(output: str, traceback: str = "") -> list[str]:
         traceback: of its failure, which is left out. Where none is known, the lines begin with the last traceback or
             crash dump that was written, if there is one.
     """
+    # A progress bar writes a line over and over, with a carriage return before each; what it showed last counts.
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in output.replace("\r\n", "\n").rstrip().split("\n")]
     lines = [without_torchs_prefix(line) for line in lines]
     if traceback:
@@ -205,6 +206,7 @@ def _without_heading(stack: str) -> str:
 
 def _further(diagnosis: Diagnosis) -> list[RankOutcome]:
     """The first exceptions that say something else than the cause does."""
+    # A bug shows on many ranks with one text; another text may be another bug.
     different: dict[str, RankOutcome] = {diagnosis.cause.what: diagnosis.cause}
     for each in diagnosis.others:
         if each.kind is OutcomeKind.ERROR and len(different) <= _ALSO:
@@ -213,6 +215,7 @@ def _further(diagnosis: Diagnosis) -> list[RankOutcome]:
 
 
 def _others(diagnosis: Diagnosis) -> list[str]:
+    # Thousands of ranks mostly end alike, and one line says so for all of them.
     alike: dict[str, list[int]] = {}
     for each in sorted(diagnosis.others, key=lambda each: each.rank):
         if each.kind in _FAILED_TOO or each.kind is OutcomeKind.DERIVED:

@@ -38,6 +38,7 @@ def without_current_thread(text: str) -> str:
 
 def waits_in(text: str) -> str:
     """What the main thread waits for its peers in: a collective's name, "gradients", or empty where it does neither."""
+    # Only the innermost frames: a rank may compute for long inside a function that a collective's hook called.
     frames = [(match["file"], match["name"]) for match in _FRAME.finditer(main_thread(text))][:_NEAR]
     if frames and frames[0][1] == BACKWARD_FRAME:
         return "gradients"
@@ -59,7 +60,7 @@ def set_off(text: str) -> list[str]:
         frame = _ANY_FRAME.match(line)
         if frame:
             users = not _LIBRARY.search(frame["file"])
-        elif not line.startswith("    "):
+        elif not line.startswith("    "):  # no source line of the frame above
             users = False
         lines.append(f"{'> ' if users else '  '}{line}".rstrip())
     return lines

@@ -33,7 +33,7 @@ from allstep.launch.folder import AttemptFolder, create_attempt
 from allstep.launch.machine import Machine
 from allstep.launch.worker_plan import Share
 from allstep.monitor.hub import Hub
-from allstep.monitor.report_file import write_report
+from allstep.monitor.report_output import write_report
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_nonce
 
 if TYPE_CHECKING:

@@ -22,12 +22,12 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
 from allstep.errors import ChannelError, WorldError
 from allstep.monitor.own_stacks import StacksTimer, own_stacks
+from allstep.monitor.report_output import write_bounded
 from allstep.monitor.torch_private import active_collectives
 from allstep.protocol.address import split_address
 from allstep.protocol.connection import Connection, connect, is_ready
@@ -76,7 +76,7 @@ class Client:
         self._thread: threading.Thread | None = None
         self._number = 0
         self._early: list[bytes] = []  # what came right behind the welcome
-        itself = weakref.ref(self)
+        itself = weakref.ref(self)  # what is registered stays registered for the life of the process
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
 
     @classmethod
@@ -155,6 +155,7 @@ class Client:
             self._thread.join(REPORT_S)
         else:
             self._timer.close()
+        # A thread that is still in a call of its own would use the descriptors that another file gets next.
         if self._thread is None or not self._thread.is_alive():
             self._connection.close()
             for fd in self._wake:
@@ -162,6 +163,7 @@ class Client:
             self._wake = (-1, -1)
 
     def _send(self, message: Message, patience: float) -> None:
+        # The lock is the heartbeat thread's for the length of a send that does not block, so this seldom waits.
         deadline = time.monotonic() + patience
         if not self._lock.acquire(timeout=patience):
             return
@@ -206,6 +208,7 @@ class Client:
         with contextlib.closing(self._timer) as timer, selectors.PollSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
             selector.register(connection.sock, selectors.EVENT_READ)
+            # What came in the same read as the welcome; nothing would wake the selector for it.
             for line in self._early:
                 self._handle(line)
             while not self._closing and not connection.ended:
@@ -292,16 +295,18 @@ def _shortened(text: str, most: int) -> str:
     return f"{text[: most // 2]}\n... ({len(text) - most} characters left out)\n{text[-most // 2 :]}"
 
 
-_FLUSH_S = 0.3
-_WRITE_S = 1.0
+_FLUSH_S = 0.3  # for what the script printed and Python has not written yet
 
 
 def leave(code: int, report: str) -> NoReturn:
     """Write what was printed so far and the report, each for a bounded time, and end the process at once.
 
-    A pending collective cannot be aborted, and nothing of the interpreter's own ending may wait for it.
+    A pending collective cannot be aborted, and no part of the interpreter's own shutdown may wait for it.
     """
-    _bounded(_flush, _FLUSH_S)
+    thread = threading.Thread(target=_flush, daemon=True, name="allstep leaves")
+    with contextlib.suppress(RuntimeError):  # the interpreter is ending
+        thread.start()
+        thread.join(_FLUSH_S)
     write_out(report)
     os._exit(code)
 
@@ -309,25 +314,10 @@ def leave(code: int, report: str) -> NoReturn:
 def write_out(report: str) -> None:
     """Write a report to standard error, whatever `sys.stderr` is by now; not for ever if nobody reads it."""
     if report:
-        _bounded(lambda: _write(report.encode(errors="replace")), _WRITE_S)
-
-
-def _bounded(action: Callable[[], None], seconds: float) -> None:
-    thread = threading.Thread(target=action, daemon=True, name="allstep leaves")
-    try:
-        thread.start()
-    except RuntimeError:  # the interpreter is ending
-        return
-    thread.join(seconds)
+        write_bounded(2, report)
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-
-
-def _write(data: bytes) -> None:
-    with contextlib.suppress(OSError):
-        while data:
-            data = data[os.write(2, data) :]

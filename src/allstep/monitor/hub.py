@@ -137,6 +137,7 @@ class Hub:
         """Order all ranks to leave, but for those that are on their way out with an exception of their own."""
         spared = self._detector.order_leave()
         self._order = Leave(reason, code, printer=-1 if printer is None else printer, spared=spared)
+        # Everybody, not only who was let in: those that wait for others would wait for nothing.
         for peer in self._admission.everybody() - set(self._links):
             text = report if report and peer.rank == printer else ""
             self._server.send(peer, encode(Leave(reason, None if peer.rank in spared else code, text)))

@@ -110,6 +110,7 @@ class NodeRanks:
                 before.present
             ):  # the same process opens its next World; its goodbye is on its way in the older connection
                 self._send_up(Goodbye(rank))
+            # A second process of a rank leaves the first one's record alone; the head refuses it by name.
             self.records[rank] = RankRecord(rank, hello.registration)
             self._peers[rank] = peer
             self._stacks_files[rank] = hello.stacks_file

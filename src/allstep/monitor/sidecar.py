@@ -55,6 +55,7 @@ class Sidecar:
         self.pid = process.pid
         self._process = process
         self._lifeline = [lifeline]
+        # A forked child that outlives this rank would hold the lifeline open, and with it the sidecar.
         kept = self._lifeline
         os.register_at_fork(after_in_child=lambda: _close_all(kept))
 
@@ -101,12 +102,13 @@ def start_sidecar(
     theirs, lifeline = os.pipe()
     answer, answer_theirs = os.pipe()
     given = [theirs, answer_theirs]
-    with contextlib.suppress(OSError):  # there may be no standard error
+    with contextlib.suppress(OSError):  # the rank may have closed its standard error
         given.append(os.dup(2))
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, lifeline)
         try:
             process = subprocess.Popen(
+                # -I -S: no code of the user's or of site-packages runs in it, and it starts sooner.
                 [sys.executable, "-I", "-S", str(_PROCESS.resolve()), *map(str, given)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

@@ -24,7 +24,6 @@ import os
 import selectors
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from allstep.diagnosis.root_cause import Diagnosis
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.hub import Hub
 from allstep.monitor.relay import Relay
-from allstep.monitor.report_file import write_report
+from allstep.monitor.report_output import write_bounded, write_report
 from allstep.monitor.service import AllArrived, Finished, Ordered, Service, StragglerSeen, Verdict
 from allstep.monitor.sidecar import Setup
 from allstep.protocol.address import listen, split_address
@@ -48,10 +47,9 @@ CLEAN_UP_S = 5.0
 """Seconds that a rank has to end that is on its way out with an exception of its own."""
 
 _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
-_WRITE_S = 1.0
 
 
-class _SidecarLoop:
+class SidecarLoop:
     """The loop of the sidecar's process."""
 
     def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, stderr: int | None) -> None:
@@ -93,24 +91,31 @@ class _SidecarLoop:
 
     def run(self) -> None:
         """Serve until nobody needs it."""
-        while not self._is_over():
+        while not self.is_over():
             now = time.monotonic()
             times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill)]
             until = min(at for at in times if at is not None)
             for key, _ in self._selector.select(max(0.0, until - now)):
                 if key.data == "lifeline":
-                    self._read_lifeline()
+                    self.read_lifeline()
                 else:
                     self._service.ready(key)
             if time.monotonic() >= self._service.deadline():
                 self._service.tick()
             self._act()
-            self._kill_who_stays()
+            self._kill_late()
         self._service.finish("", self._code)
-        with contextlib.suppress(OSError):
-            self._service.close()
+        self.close()
 
-    def _is_over(self) -> bool:
+    def close(self) -> None:
+        """Let go of all sockets."""
+        with contextlib.suppress(OSError):  # whatever goes wrong now, the process ends
+            self._service.close()
+        self._selector.close()
+
+    def is_over(self) -> bool:
+        """Whether nobody needs it any more, or it has waited long enough after a verdict."""
+        # While the rank that started it lives and nothing has failed, another World may be opened.
         if self._end_at is None and self._lifeline_open:
             return False
         if self._end_at is not None and time.monotonic() >= self._end_at:
@@ -118,7 +123,8 @@ class _SidecarLoop:
         needed = self._kill or self._service.undecided or self._service.connected or self._service.backlog
         return not needed
 
-    def _read_lifeline(self) -> None:
+    def read_lifeline(self) -> None:
+        """Notice that the starter has released the sidecar, or is gone."""
         if not os.read(self._lifeline, 1):
             self._lifeline_open = False
             self._selector.unregister(self._lifeline)
@@ -151,15 +157,17 @@ class _SidecarLoop:
 
     def _conclude(self, diagnosis: Diagnosis) -> None:
         cause = diagnosis.cause
+        # Ranks with an exception of their own are on their way out, and may save what they have done.
         own = frozenset(
             each.rank for each in (cause, *diagnosis.others) if each.kind in (OutcomeKind.ERROR, OutcomeKind.SEEN)
         )
         report = failure_text(diagnosis, name=self._setup.run)
         hung = {each.rank for each in (cause, *diagnosis.others) if each.kind is OutcomeKind.HANG}
         living = [rank for rank in self._service.present() if rank not in hung] or self._service.present()
+        # A rank that hangs cannot print; the one that failed prints beside its own traceback where it can.
         printer = cause.rank if cause.rank in own and cause.rank in living else min(living, default=None)
         report = f"allstep: {report}"
-        if self._stderr is not None and _write(self._stderr, report):
+        if self._stderr is not None and write_bounded(self._stderr, report):
             printer, report = None, ""
         self._service.order_leave(
             f"rank {cause.rank}: {cause.what}",
@@ -183,7 +191,7 @@ class _SidecarLoop:
             self._end_at = now + _END_S
             self._kill = [(now + LEAVE_S, frozenset(self._processes) - own), (now + CLEAN_UP_S, own)]
 
-    def _kill_who_stays(self) -> None:
+    def _kill_late(self) -> None:
         now = time.monotonic()
         for at, ranks in list(self._kill):
             left = [rank for rank in ranks if rank in self._processes and not is_ready(self._processes[rank])]
@@ -194,23 +202,6 @@ class _SidecarLoop:
                 for rank in left:
                     with contextlib.suppress(OSError):
                         signal.pidfd_send_signal(self._processes[rank], signal.SIGKILL)
-
-
-def _write(fd: int, text: str) -> bool:
-    """Write to a rank's standard error, which is shared, so it cannot be made non-blocking; whether it all went out."""
-    done: list[bool] = []
-
-    def write() -> None:
-        left = text.encode(errors="replace")
-        with contextlib.suppress(OSError):
-            while left:
-                left = left[os.write(fd, left) :]
-            done.append(True)
-
-    thread = threading.Thread(target=write, daemon=True)
-    thread.start()
-    thread.join(_WRITE_S)
-    return thread.is_alive() or bool(done)  # what is being written slowly is not to be written twice
 
 
 def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
@@ -227,7 +218,7 @@ def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
     setup = Setup(**{**values, "ranks": tuple(values["ranks"])})
     try:
         listener = listen(setup.host)
-        loop = _SidecarLoop(setup, lifeline, listener, stderr)
+        loop = SidecarLoop(setup, lifeline, listener, stderr)
     except Exception as error:
         os.write(answer, f"{type(error).__name__}: {error}".encode())
         return

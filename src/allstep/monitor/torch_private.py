@@ -35,7 +35,7 @@ def active_collectives() -> str:
         return ""
     dumps = [dump for name in _FUNCTIONS if (dump := getattr(c10d, name, None)) is not None]
     if not dumps:
-        _warn_once()
+        warn_once()
         return ""
     found: list[str] = []
 
@@ -50,7 +50,8 @@ def active_collectives() -> str:
 
 
 @functools.cache
-def _warn_once() -> None:
+def warn_once() -> None:
+    """Say once in a process that the flight recorders cannot be read."""
     # This runs in the thread that sends heartbeats, which has to go on where warnings are turned into errors.
     with contextlib.suppress(RuntimeWarning):
         warnings.warn(

@@ -64,6 +64,7 @@ class Codec:
             raise ChannelError(f"not a message of {self._protocol}: {line[:80]!r}") from error
         if not isinstance(body, dict) or "v" not in body:
             raise ChannelError(f"not a message of {self._protocol}: {line[:80]!r}")
+        # The version is looked at before the type: another version may have types that this one does not know.
         if body["v"] != self._version:
             raise ChannelError(
                 f"a message of version {str(body['v'])[:20]} of {self._protocol}, and this is version "
@@ -77,6 +78,7 @@ class Codec:
     def _learn(self, kind: type[Any]) -> None:
         if kind in self._fields:
             return
+        # Once per type and process: resolving annotations takes longer than reading a message does.
         hints = typing.get_type_hints(kind)
         self._fields[kind] = [_field(each.name, hints[each.name], _is_required(each)) for each in fields(kind)]
         for each in self._fields[kind]:
@@ -89,7 +91,7 @@ class Codec:
             if each.name not in body:
                 if each.required:
                     raise ChannelError(f"a {kind.__name__} without {each.name}")
-                continue
+                continue  # its default holds
             value: Any = body[each.name]
             if not _is(value, each.accepted) or not _are(value, each.items):
                 raise ChannelError(f"a {kind.__name__} whose {each.name} is {str(value)[:40]!r}")
@@ -123,6 +125,7 @@ def _item(hint: type) -> tuple[type, ...]:
 
 
 def _is(value: Any, accepted: tuple[type, ...]) -> bool:
+    # In Python a bool is an int; in a message it is none.
     return isinstance(value, accepted) and (value.__class__ is not bool or bool in accepted)
 
 

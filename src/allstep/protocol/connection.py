@@ -72,7 +72,7 @@ class Connection:
                 self._end("closed by the other side")
                 break
             self._in += data
-            if len(data) < _CHUNK:
+            if len(data) < _CHUNK:  # that was all; asking again would only cost a call
                 break
         return self._lines()
 
@@ -82,6 +82,7 @@ class Connection:
             return
         self._out += data
         self.flush()
+        # Checked after the flush, so that one large message to a peer that reads is no reason.
         if len(self._out) > LARGEST_BACKLOG:
             self._end(f"the other side does not read: {len(self._out)} bytes wait for it")
 
@@ -181,6 +182,7 @@ class Connector:
         if self.connection is not None or self.failed:
             return
         now = self._clock()
+        # A socket that was connected, and one that was refused, can both be written to; SO_ERROR tells them apart.
         if self.sock is not None and is_ready(self.sock.fileno(), writing=True):
             self._conclude(self.sock, self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
         elif self.sock is not None and now >= self._next_at:

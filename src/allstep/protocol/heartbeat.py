@@ -1,10 +1,12 @@
 """Where this rank is: written by the thread that trains, read by the thread that sends heartbeats.
 
-Contract: one `RankActivity` per World. The training thread says when it enters a section, begins and ends to wait for
-its peers, and has done a step; that is attribute stores and, once per section, one reading of the clock. It takes no
-lock. The other thread calls `heartbeat`, which may see a store of the moment before; nothing depends on more. Any
-change of section is progress, and so are the beginning and the end of a wait: `Heartbeat.seconds` counts from there. So
-a loop of the user's own, which enters no section, is seen to go on.
+There is one `RankActivity` per World. The training thread says when it enters a section, begins and ends to wait for
+its peers, and has done a step. That is attribute stores and, once per section, one reading of the clock. It takes no
+lock, because it is done in every iteration. The other thread calls `heartbeat`, which may see a store of the moment
+before; nothing depends on more.
+
+Any change of section is progress, and so are the beginning and the end of a wait: `Heartbeat.seconds` counts from
+there. So a loop of the user's own, which enters no section, is seen to go on.
 """
 
 from __future__ import annotations
@@ -21,9 +23,14 @@ RECENT = 20
 
 
 class RankActivity:
-    """The record of one rank. `epoch`, `iteration` and `engine` are plain attributes to be set.
+    """Where one rank is.
 
-    `when_met`, if set, is called when the rank has met its peers, which takes one that goes on with them.
+    Attributes:
+        epoch, iteration: how far the running engine has come; set by the engine.
+        engine: its name; empty between runs.
+        section_name: one of `SECTIONS`, or a name of the user's own.
+        waiting: what it waits for its peers in; empty where it does not wait.
+        when_met: called when a wait ended with all peers there. Then the rank goes on after whatever it had reported.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +46,7 @@ class RankActivity:
         self._waited_since = 0.0
         self._waited = 0.0
         self._step_began: float | None = None
-        self._own = [0.0] * RECENT
+        self._own = [0.0] * RECENT  # seconds of the last steps without waiting, as a ring
         self._steps = 0
         self._runs = 0
 
@@ -60,7 +67,7 @@ class RankActivity:
 
     @contextmanager
     def run(self, engine: str) -> Iterator[None]:
-        """Be in the run of an engine. An engine that runs inside another gives the outer one its place back."""
+        """Be in the run of an engine; where it runs inside another, the outer one's place is restored afterwards."""
         before = (self.engine, self.epoch, self.iteration, self.section_name, self._step_began)
         self.engine, self._step_began = engine, None
         self._runs += 1
@@ -111,6 +118,7 @@ class RankActivity:
         outermost engine's steps count; where another engine ran in between, its time is part of them. One call with one
         reading of the clock, since it is made in every iteration.
         """
+        # What `enter` does is written out, since this is called in every iteration.
         now = self._clock()
         lasted = now - self._since
         section = self.section_name
@@ -146,6 +154,7 @@ class RankActivity:
             seconds=round(max(0.0, self._clock() - self._since), 3),
             waiting=self.waiting,
             engine=self.engine,
+            # A copy first: the other thread may add a section while this one goes through them.
             longest={name: round(lasted, 3) for name, lasted in list(self._longest.items())},
             own_step=round(statistics.median(self._own), 6) if self._steps >= RECENT else 0.0,
         )

@@ -139,6 +139,7 @@ def _facts(registrations: Sequence[RankRegistration]) -> str:
     differing: str | None = None
     for each in registrations:
         if each.facts != first:
+            # One setting is enough to name, but with all of its values and who has them.
             keys = sorted(first.keys() | each.facts.keys())
             differing = next(key for key in keys if first.get(key) != each.facts.get(key))
             break
@@ -157,6 +158,7 @@ def _facts(registrations: Sequence[RankRegistration]) -> str:
 def _accelerators(registrations: Sequence[RankRegistration]) -> str:
     owners: dict[str, RankRegistration] = {}
     for each in registrations:
+        # gloo copies through the host, so its ranks may share a device.
         if each.backend != "nccl" or each.accelerator is None:
             continue
         owner = owners.setdefault(each.accelerator, each)

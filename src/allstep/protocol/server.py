@@ -178,7 +178,7 @@ class MessageServer:
 
     def close(self) -> None:
         """Close all sockets, this side's listener too."""
-        if self._listener.fileno() == -1:
+        if self._listener.fileno() == -1:  # closed before
             return
         for peer in list(self._peers):
             self._drop(peer, "closed")
@@ -188,6 +188,7 @@ class MessageServer:
         self._happened.clear()
 
     def _accept(self) -> None:
+        # Not all at once: ranks that are connected already have heartbeats to be read.
         for _ in range(_ACCEPTED):
             try:
                 sock, _ = self._listener.accept()
@@ -225,6 +226,7 @@ class MessageServer:
             self._turn_away(peer, objection)
             return
         peer.introduced, peer.leave_by = True, None
+        # A stranger could send anything, so only an introduced peer may send lines as long as stacks are.
         peer.connection.longest = LONGEST_LINE
         self._limited.discard(peer)
         self._happened.append(PeerConnected(peer, message, line))

@@ -10,6 +10,7 @@ import re
 import signal
 from dataclasses import dataclass
 
+# What gloo, NCCL, torch's store and Python's sockets say when the process at the other end is gone or does not answer.
 _CONNECTION_LOST = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|broken ?pipe|connection(reset|refused|aborted)error"
     r"|socket (closed|timeout)|sendbytes failed|recvbytes failed|recvvalue failed|failed to recv"
@@ -60,6 +61,7 @@ def signal_name(number: int) -> str:
 
 def about_a_lost_connection(text: str) -> bool:
     """Whether the last lines of a text are about a connection that another process let go."""
+    # An exception's last lines say what it is; further up, a script may have printed the like about a download.
     return _CONNECTION_LOST.search("\n".join(text.rstrip().splitlines()[-12:])) is not None
 
 

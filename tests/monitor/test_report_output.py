@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from allstep.monitor.report_file import write_report
+from allstep.monitor.report_output import write_report
 from tests.monitor.driving import wait_for
 
 
@@ -50,7 +50,7 @@ def test_a_killed_writer_leaves_the_whole_file_or_the_one_before(tmp_path):
     path = tmp_path / "failure.json"
     write_report(path, {"run": "first"})
     code = (
-        "import sys; from pathlib import Path; from allstep.monitor.report_file import write_report\n"
+        "import sys; from pathlib import Path; from allstep.monitor.report_output import write_report\n"
         "print('on', flush=True)\n"
         "while True: write_report(Path(sys.argv[1]), {'run': 'x' * 1_000_000})"
     )
