@@ -92,7 +92,7 @@ def test_a_worker_that_makes_room_alone_is_named_while_the_others_go_on(tmp_path
         assert running.end().code == 85
 
 
-MAKES_ROOM_ALONE = """
+PREEMPTED_ALONE = """
 import allstep
 from allstep import Engine
 
@@ -107,7 +107,7 @@ with allstep.init() as world:
 
 @pytest.mark.slow
 def test_a_worker_preempted_in_the_middle_of_a_run_is_the_one_that_left_early(tmp_path: Path) -> None:
-    script(tmp_path, MAKES_ROOM_ALONE)
+    script(tmp_path, PREEMPTED_ALONE)
     result = run(tmp_path, "--nproc", "2", "--name", "exp", "script.py")
     assert result.code == 85
     cause = json.loads((tmp_path / "runs/exp/attempt_0/failure.json").read_text())["cause"]

@@ -53,9 +53,12 @@ class MemoryWatch:
         self._path, self._before = _first(counters(_read(Path("/proc/self/cgroup"))) if paths is None else paths)
 
     def note(self, returncode: int, last_words: str, *, killed: bool = False) -> str:
-        """Say whether a worker that ended so (as subprocess gives it) most likely ran out of memory; "" if not.
+        """Return a sentence where a worker most likely ran out of memory, else "".
 
-        `killed`: by the supervisor, so that its end says nothing, and only what it wrote does.
+        Args:
+            returncode: how it ended, as subprocess has it (-N: signal N).
+            last_words: the last text of its standard error.
+            killed: whether the supervisor killed it. Then its end is no evidence, and only what it wrote is.
         """
         if returncode == 0:
             return ""

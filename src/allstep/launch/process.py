@@ -2,9 +2,9 @@
 
 Contract: `start_worker` and `watched` are called from the main thread (the kernel ties a child to the thread that made
 it), with pipes that the caller opened and, once the process has its ends, hands over. The process leads a session and
-process group of its own. `exit_fd` becomes readable when it has ended, `returncode` then says how, and until `release`
-it stays unreaped, so its pid, which is its group's too, can belong to nobody else when the group is killed. `release`
-kills what is left of the group and reaps.
+process group of its own. `exit_fd` becomes readable when it has ended, and `returncode` then gives how. Until `release`
+it stays unreaped, so that no other process can have its pid, which is its group's too, when the group is killed.
+`release` kills what is left of the group and reaps.
 Each worker has three pipes (`Pipes`): standard output, standard error, and the lifeline, whose end tells it that this
 process is gone.
 What can go wrong: the process cannot be started, which is an OSError; or it does not end after SIGKILL, because the
@@ -89,7 +89,7 @@ class WorkerProcess:
             os.killpg(self.child.pid, signal.SIGKILL)
 
     def returncode(self) -> int:
-        """Return how it ended, as subprocess says it (-N: signal N), once `exit_fd` is readable."""
+        """Return how it ended, as subprocess has it (-N: signal N), once `exit_fd` is readable."""
         if not hasattr(os, "waitid"):  # macOS before Python 3.13: reaps, and the pid is no longer safe
             return self.child.wait()
         end = os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOWAIT)

@@ -130,6 +130,12 @@ def check_seconds(name: str, value: float) -> None:
         raise ConfigurationError(f"{name} is {value!r}; it is seconds, at least 0 and less than 1000000")
 
 
+def check_switch(name: str, value: bool) -> None:
+    """Raise ConfigurationError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name} is {value!r}; it must be True or False")
+
+
 def read_switch(name: str, text: str) -> bool:
     """Read what YAML has for yes and no; raises ConfigurationError."""
     if text.lower() in ("true", "yes", "on", "1"):
@@ -148,6 +154,14 @@ def read_show(name: str, text: str) -> Show:
     if not re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text):
         raise ConfigurationError(f"{name} is {text!r}; it must be all, main, or ranks such as 0,3")
     return tuple(int(rank) for rank in text.split(","))
+
+
+def check_show(name: str, value: Show) -> None:
+    """Raise ConfigurationError unless `value` says whose output to show."""
+    if value in ("all", "main"):
+        return
+    if not isinstance(value, tuple) or not value or not all(isinstance(rank, int) and rank >= 0 for rank in value):
+        raise ConfigurationError(f"{name} is {value!r}; it must be 'all', 'main', or a tuple of ranks such as (0, 3)")
 
 
 def read_variable(name: str, text: str) -> dict[str, str]:
@@ -171,7 +185,7 @@ def check_env(name: str, value: Mapping[str, str]) -> None:
 
 def check_run_name(name: str, value: str) -> None:
     """Raise ConfigurationError unless `value` can be a run's name."""
-    if not re.fullmatch(r"[\w.+=@,-]+", value) or value.startswith((".", "-")):
+    if not isinstance(value, str) or not re.fullmatch(r"[\w.+=@,-]+", value) or value.startswith((".", "-")):
         raise ConfigurationError(
             f"{name} is {value!r}; it becomes a folder's name, so it may have letters, digits and _ . + = @ , - "
             "and must not begin with . or -"
@@ -180,8 +194,8 @@ def check_run_name(name: str, value: str) -> None:
 
 def check_not_empty(name: str, value: str) -> None:
     """Raise ConfigurationError where `value` says nothing."""
-    if not value.strip():
-        raise ConfigurationError(f"{name} is {value!r}; it must not be empty")
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigurationError(f"{name} is {value!r}; it must be a text that is not empty")
 
 
 def parse_rdzv(text: str) -> tuple[str, int]:
@@ -218,12 +232,9 @@ def check_fault(name: str, value: str) -> None:
     FaultPlan.parse(value)
 
 
+# Values that are text already.
 def _read_text(name: str, text: str) -> str:
     return text
-
-
-def _check_nothing(name: str, value: object) -> None:
-    pass
 
 
 def _check_count_from_zero(name: str, value: int) -> None:
@@ -234,8 +245,8 @@ _NPROC = ValueType(read_nproc, check_nproc)
 _COUNT = ValueType(read_integer, check_count)
 _COUNT_FROM_ZERO = ValueType(read_integer, _check_count_from_zero)
 _SECONDS = ValueType(read_seconds, check_seconds)
-_SWITCH = ValueType(read_switch, _check_nothing)
-_SHOW = ValueType(read_show, _check_nothing, form="list")
+_SWITCH = ValueType(read_switch, check_switch)
+_SHOW = ValueType(read_show, check_show, form="list")
 _ENV = ValueType(read_variable, check_env, form="mapping")
 _NAME = ValueType(_read_text, check_run_name)
 _TEXT = ValueType(_read_text, check_not_empty)

@@ -123,7 +123,7 @@ def _shadows(folder: str) -> bool:
 
 
 def _fork() -> int:
-    """Fork; where the system has no room for another process, leave it to the supervisor to say so."""
+    """Fork; where that is not possible, the supervisor starts the workers and reports what is wrong."""
     try:
         return os.fork()
     except OSError:

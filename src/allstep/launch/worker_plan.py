@@ -29,7 +29,7 @@ class Command:
     module: bool = False
 
     def words(self) -> list[str]:
-        """What a worker's command line says of it."""
+        """Return the words for it in a worker's command line."""
         return ["module" if self.module else "script", self.target, *self.arguments]
 
 

@@ -1,4 +1,4 @@
-"""The processes of this machine's workers in one attempt: started together, signalled, and told of when they end.
+"""The processes of this machine's workers in one attempt: started together, signalled, and watched to their end.
 
 Contract: an attempt calls `start` once, from the main thread, and reads their `pipes`; then the run's loop calls
 `on_end(rank, status)` for each worker that ends, once. `remaining` are those that have not. `kill` ends them and what
@@ -112,7 +112,7 @@ class Workers:
         """Kill all that is left, reap it, and close the pipes.
 
         Args:
-            patience: seconds for all those together that nobody has given up.
+            patience: seconds for all together that have not been given up.
         """
         until = time.monotonic() + patience
         if self._template is not None:
