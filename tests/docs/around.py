@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
 import sys
 import tempfile
 import types
@@ -39,10 +38,7 @@ def around(world: allstep.World) -> dict[str, Any]:
         optimizer.step()
         return {"loss": loss.detach(), "scores": scores.detach(), "labels": y}
 
-    def make_evaluator() -> Engine:
-        return create_supervised_evaluator(model, output_transform=lambda x, y, scores: {"y_pred": scores, "y": y})
-
-    evaluator = make_evaluator()
+    evaluator = create_supervised_evaluator(model)
     return {
         "F": F,
         "torch": torch,
@@ -72,24 +68,22 @@ def around(world: allstep.World) -> dict[str, Any]:
 
 
 def run_fragments(world: allstep.World, fragments: list[tuple[str, str]]) -> dict[str, str]:
-    """Run the fragments of one page in turn, in an empty folder; what each left in plain names, as text.
+    """Run the fragments of one page in turn, each in an empty folder; what they left in plain names, as text.
 
     Where a fragment leaves its trainer unused the trainer is run for an epoch, so that what was attached to it works.
     """
-    sys.path.insert(0, os.getcwd())
-    given = around(world)
     kept: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for name, text in fragments:
-            given = around(world)
-            module = types.ModuleType("page")  # decorators and dataclasses look their module up
-            sys.modules["page"] = module
-            names = module.__dict__
-            names.update({**given, **kept})
+    given: dict[str, Any] = {}
+    for name, text in fragments:
+        given = around(world)
+        module = sys.modules["page"] = types.ModuleType("page")  # where decorators and dataclasses look names up
+        names = module.__dict__
+        names.update(given | kept)
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             exec(compile(text, name, "exec"), names)
-            if names["trainer"].state.iteration == 0 and names["trainer"] is given["trainer"]:
-                names["trainer"].run(given["loader"], max_epochs=1)
-            kept.update({key: value for key, value in names.items() if key not in given and not key.startswith("__")})
+            if names["trainer"] is given["trainer"] and given["trainer"].state.iteration == 0:
+                given["trainer"].run(given["loader"], max_epochs=1)
+        kept.update({key: value for key, value in names.items() if key not in given and not key.startswith("__")})
     return {key: repr(value) for key, value in kept.items() if isinstance(value, int | float | list | torch.Tensor)}
 
 

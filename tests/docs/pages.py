@@ -1,9 +1,9 @@
 """The pages of the documentation, and the blocks of code in them.
 
-A python block is one of three things. A *script* has a line `if __name__ == "__main__":` and stands alone. A block whose
-first line is `# not run: needs ...` cannot run here, says why, and is only compiled. Every other block is a *fragment*:
-it runs on a rank with the names that the page takes for granted (see `around.py`) and those that earlier fragments of
-the page made.
+A python block is one of three things. A *script* has a line `if __name__ == "__main__":`, or opens a World itself, and
+stands alone. A block whose first line is `# not run: needs ...` cannot run here, says why, and is only compiled. Every
+other block is a *fragment*: it runs on a rank with the names that the page takes for granted (see `around.py`) and
+those that earlier fragments of the page made.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Block:
 
     @property
     def is_script(self) -> bool:
-        return "__main__" in self.text and not self.reason
+        return ("__main__" in self.text or "allstep.init(" in self.text) and not self.reason
 
     @property
     def reason(self) -> str:
@@ -57,7 +57,10 @@ def blocks(page: Path, language: str = "python") -> list[Block]:
 def output_after(script: Block) -> str | None:
     """The ```text block that follows a script before its page's next block: what the script prints."""
     following = [
-        block for language in ("python", "text", "bash") for block in blocks(script.page, language) if block.line > script.line
+        block
+        for language in ("python", "text", "bash")
+        for block in blocks(script.page, language)
+        if block.line > script.line
     ]
     nearest = min(following, key=lambda block: block.line, default=None)
     return nearest.text if nearest is not None and nearest.language == "text" else None
