@@ -14,13 +14,20 @@ from __future__ import annotations
 import ast
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 
 
 def public_names(package: str) -> list[str]:
-    """The names in a package's `__all__`, in its order; read from the source, so that torch is not imported."""
+    """The names in a package's `__all__`, in its order.
+
+    Packages are read and not imported, because most of them import torch, which a build of the site does not need.
+    """
+    if package == "allstep":
+        return list(allstep().__all__)
     tree = ast.parse((SOURCE / package.replace(".", "/") / "__init__.py").read_text())
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else []
@@ -45,25 +52,24 @@ def names(package: str) -> str:
     return "\n\n".join(parts)
 
 
-def run_options() -> str:
-    """The table of the options of `allstep run`."""
+def allstep() -> ModuleType:
+    """The package of this checkout; importing it alone loads no torch."""
     if str(SOURCE) not in sys.path:
         sys.path.insert(0, str(SOURCE))
-    from allstep.launch.settings import options_table
+    return import_module("allstep")
 
-    return options_table()
+
+def run_options() -> str:
+    """The table of the options of `allstep run`."""
+    allstep()
+    return str(import_module("allstep.launch.settings").options_table())
 
 
 def errors() -> str:
-    """A table of the classes in `allstep/errors.py`: name, bases and first line of the docstring."""
-    tree = ast.parse((SOURCE / "allstep" / "errors.py").read_text())
-    rows = ["| error | also a | raised when |", "|---|---|---|"]
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            bases = ", ".join(f"`{ast.unparse(base)}`" for base in node.bases)
-            said = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-            rows.append(f"| `{node.name}` | {bases} | {said} |")
-    return "\n".join(rows)
+    """The table of error types that `allstep/errors.py` begins with."""
+    allstep()
+    said = import_module("allstep.errors").__doc__ or ""
+    return "\n".join(line for line in said.splitlines() if line.startswith("|"))
 
 
 def expand(markdown: str) -> str:
