@@ -1,0 +1,29 @@
+"""The cells of docs/howto/notebooks.md run in a notebook, one after the other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import DOCS, blocks
+from tests.examples.launching import environment
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_the_cells_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setattr(os, "environ", environment({"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}))
+    cells = [nbformat.v4.new_code_cell(block.text) for block in blocks(DOCS / "howto" / "notebooks.md", "ipython")]
+    assert len(cells) == 6
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in book.cells]
+    assert printed[0] == "1 3\n"
+    assert printed[2] == "[21, 21]\n"
+    assert "rank 1 of 2" in printed[5]
