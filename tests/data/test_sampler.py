@@ -88,7 +88,7 @@ def test_what_does_not_divide_goes_to_the_low_ranks() -> None:
 
 @given(st.integers(1, 200), batches, batches, worlds, worlds, st.booleans(), st.integers(0, 100), st.integers(0, 2**70))
 @settings(max_examples=150, deadline=None)
-def test_a_saved_place_resumes_at_any_world_and_batch_size_with_the_rest_exactly_once(
+def test_a_saved_place_resumes_at_any_world_and_batch_size(
     length: int, batch: int, new_batch: int, old: int, new: int, shuffle: bool, done: int, seed: int
 ) -> None:
     first = ShardedBatchSampler(length, global_batch_size=batch, shuffle=shuffle, seed=seed)
@@ -146,7 +146,7 @@ def test_a_discarded_iterator_does_not_use_up_the_place() -> None:
     assert next(iter(sampler)) == [3, 4, 5]
 
 
-def test_skipping_counts_from_the_beginning_of_the_epoch_whatever_was_set_before() -> None:
+def test_skipping_counts_from_the_epochs_beginning_whatever_was_set_before() -> None:
     sampler = ShardedBatchSampler(10, batch_size=2)
     sampler.load_state_dict(sampler.state_dict(3))
     sampler.skip_batches(1)

@@ -71,7 +71,7 @@ def test_iterating_draws_nothing_from_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_an_iterable_dataset_keeps_its_attributes_and_has_a_length_only_if_it_says_so() -> None:
+def test_an_iterable_dataset_keeps_its_attributes_and_its_length_if_any() -> None:
     (loader,) = loaders(Stream())
     assert loader.dataset.length == 30
     with pytest.raises(TypeError):

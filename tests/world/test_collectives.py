@@ -177,7 +177,7 @@ def refuse(world):
     return messages, world.all_reduce(1)
 
 
-def test_what_one_rank_cannot_send_is_the_same_error_on_all_and_the_next_collective_works():
+def test_what_one_rank_cannot_send_is_one_error_and_the_next_call_works():
     (first, total), (second, _) = run_ranks(refuse, 2)
     assert first == second
     assert total == 2

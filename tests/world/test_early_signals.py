@@ -39,14 +39,14 @@ if "after" in sys.argv: send()
     ],
     ids=["before", "between and handled", "between", "after"],
 )
-def test_a_notice_ends_a_process_only_before_init_and_after_the_world(
+def test_sigusr1_ends_a_process_only_before_init_and_after_the_world(
     when: list[str], expected: tuple[int, str], tmp_path: Path
 ) -> None:
     done = run(tmp_path, *when, command=[sys.executable, "-c", SCRIPT])
     assert (done.code, done.out) == expected
 
 
-def test_the_handler_is_there_while_the_world_is_open_and_when_it_fails_to_open_it_is_not() -> None:
+def test_the_handler_stays_only_while_a_world_is_open() -> None:
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
     with allstep.init():
         assert isinstance(signal.getsignal(signal.SIGUSR1), EarlySignals)

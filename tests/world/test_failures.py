@@ -57,7 +57,7 @@ def test_other_errors_are_not(error):
     assert not summarize(error).derived
 
 
-def test_clean_up_that_fails_for_want_of_peers_does_not_hide_the_error_before_it():
+def test_clean_up_that_fails_without_peers_does_not_hide_the_error_before():
     about = summarize(raised(ValueError("the true cause"), RuntimeError(GLOO)))
     assert (about.kind, about.message, about.derived) == ("ValueError", "the true cause", False)
     assert "the true cause" in about.traceback
@@ -189,7 +189,7 @@ def test_without_a_supervisor_a_failed_process_stays_for_the_report(monkeypatch)
     assert client.said[-1] == "linger"
 
 
-def test_meeting_the_others_again_takes_back_what_was_seen():
+def test_a_completed_collective_takes_back_what_was_seen():
     with watched_world() as (world, client, activity):
         assert internals(world).reporter is not None
         internals(world).reporter.seen(ValueError("caught"))

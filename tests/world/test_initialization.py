@@ -14,7 +14,7 @@ import allstep
 from allstep.errors import WorldError
 from allstep.testing import RanksError, run_ranks
 from allstep.world.store import poll
-from tests.world.test_world_main_first import take_turns
+from tests.world.test_world_main_first import in_order
 
 PLACE = re.compile("RANK|WORLD_SIZE|MASTER|TORCHELASTIC|ALLSTEP|GROUP|ROLE|LOCAL")
 
@@ -44,7 +44,7 @@ def adopt(world, path, keep_environment: bool):
         folder = path.parent / f"turn-{number}"
         folder.mkdir(exist_ok=True)
         with allstep.init() as adopted:
-            early, order = take_turns(adopted, folder)
+            early, order = in_order(adopted, folder)
             seen.append((facts(adopted), adopted.all_reduce(rank + 1), early, 0 in order))
     seen.append(dist.is_initialized())
     total = torch.tensor([1])

@@ -145,7 +145,7 @@ def one_is_slow(world: World) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_service_hears_in_which_meeting_and_at_which_line_a_rank_waits():
+def test_the_service_knows_in_which_collective_and_line_a_rank_waits():
     with serving(2) as served:
         assert run_at(served, one_is_slow, 2) == [["", ""]] * 2
         waits = {beat.waiting for beat in served.beats[0].values()}
@@ -160,7 +160,7 @@ def votes_late(world: World) -> None:
 
 
 @pytest.mark.slow
-def test_the_service_hears_of_a_rank_that_waits_for_agreement_and_in_which_engine():
+def test_the_service_knows_in_which_engine_a_rank_waits_for_agreement():
     with serving(2) as served:
         run_at(served, votes_late, 2)
         waits = {(beat.waiting, beat.engine) for beat in served.beats[0].values()}
@@ -209,7 +209,7 @@ def watched_alone(world: World) -> tuple[bool, bool]:
         return watched, internals(without).reporter is None
 
 
-def test_a_world_of_one_is_watched_by_the_supervisor_that_started_it_and_else_by_nobody():
+def test_a_world_of_one_is_watched_only_by_a_supervisor_that_started_it():
     with serving(1) as served:
         assert run_at(served, watched_alone, 1) == [(True, True)]
         assert any(isinstance(event, AllArrived) for event in served.events)

@@ -88,7 +88,7 @@ def start(tmp_path: Path):
             process.communicate()
 
 
-def test_a_process_that_raises_with_a_collective_pending_ends_with_its_traceback(start):
+def test_a_process_that_raises_during_a_collective_ends_with_its_traceback(start):
     _, raising = start(RAISES_WITH_A_PENDING_COLLECTIVE)
     _, stderr = raising.communicate(timeout=60)
     assert raising.returncode == 1
@@ -104,7 +104,7 @@ def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(start):
 
 
 @pytest.mark.nightly
-def test_ranks_whose_launchers_agent_is_frozen_close_their_world_in_bounded_time(start):
+def test_worlds_close_in_bounded_time_when_the_launchers_agent_is_frozen(start):
     with served_store() as (agent, port):
         ranks = start(CLOSES_ON_A_WORD, agents_port=port)
         assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2

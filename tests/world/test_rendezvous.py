@@ -33,7 +33,7 @@ def placement(rank: int, ports: tuple[int, ...], world_size: int = 2, **options)
     )
 
 
-def meet_all(places: list[Placement], timeout: float = 30.0, processes: list[str] | None = None):
+def rendezvous_all(places: list[Placement], timeout: float = 30.0, processes: list[str] | None = None):
     """What `rendezvous` returned or raised, for each rank; all call it at once."""
     names = processes or [f"process {100 + place.rank} on here" for place in places]
 
@@ -53,13 +53,13 @@ def ports() -> Iterator[tuple[int, ...]]:
         yield tuple(stack.enter_context(ReservedPort()).port for _ in range(3))
 
 
-def assert_one_store(meetings) -> None:
-    meetings[0].store.set("from-zero", "hello")
-    assert [meeting.store.get("from-zero") for meeting in meetings] == [b"hello"] * len(meetings)
+def assert_one_store(infos) -> None:
+    infos[0].store.set("from-zero", "hello")
+    assert [info.store.get("from-zero") for info in infos] == [b"hello"] * len(infos)
 
 
 def test_all_ranks_get_one_store(ports):
-    assert_one_store(meet_all([placement(rank, ports[:1], 3) for rank in range(3)]))
+    assert_one_store(rendezvous_all([placement(rank, ports[:1], 3) for rank in range(3)]))
 
 
 def test_a_port_taken_beforehand_is_passed_over(ports):
@@ -69,9 +69,9 @@ def test_a_port_taken_beforehand_is_passed_over(ports):
         taken.listen()
         closer = threading.Thread(target=close_connections, args=(taken,), daemon=True)
         closer.start()
-        meetings = meet_all([placement(rank, ports[:2]) for rank in range(2)])
-        assert_one_store(meetings)
-        assert meetings[0].server.port == ports[1]
+        infos = rendezvous_all([placement(rank, ports[:2]) for rank in range(2)])
+        assert_one_store(infos)
+        assert infos[0].server.port == ports[1]
 
 
 def close_connections(listener: socket.socket) -> None:
@@ -85,24 +85,24 @@ def test_a_service_that_accepts_and_says_nothing_is_passed_over(ports):
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         silent.bind(("", ports[0]))
         silent.listen()
-        meetings = meet_all([placement(rank, ports[:2]) for rank in range(2)])
-        assert_one_store(meetings)
+        infos = rendezvous_all([placement(rank, ports[:2]) for rank in range(2)])
+        assert_one_store(infos)
 
 
 def test_a_strangers_store_is_passed_over(ports):
     stranger = TCPStore(HOST, ports[0], None, True, timedelta(seconds=5), wait_for_workers=False)
     stranger.set("allstep/job-2.0/0", "met here")
-    meetings = meet_all([placement(rank, ports[:2]) for rank in range(2)])
-    assert_one_store(meetings)
-    assert meetings[1].server is None
-    assert meetings[0].server.port == ports[1]
+    infos = rendezvous_all([placement(rank, ports[:2]) for rank in range(2)])
+    assert_one_store(infos)
+    assert infos[1].server is None
+    assert infos[0].server.port == ports[1]
     assert not stranger.check(["allstep/job-1.0/0"])
 
 
 def test_the_store_of_an_earlier_attempt_is_a_strangers(ports):
-    earlier = meet_all([placement(rank, ports[:2]) for rank in range(2)])
+    earlier = rendezvous_all([placement(rank, ports[:2]) for rank in range(2)])
     earlier[0].store.set("key", "old")
-    later = meet_all([placement(rank, ports[:2], attempt=1) for rank in range(2)])
+    later = rendezvous_all([placement(rank, ports[:2], attempt=1) for rank in range(2)])
     assert later[0].server.port == ports[1]
     assert not later[1].store.check(["key"])
 
@@ -141,7 +141,9 @@ def test_a_host_name_that_does_not_resolve_is_named(ports, monkeypatch):
 
 def test_two_processes_with_one_rank_are_named(ports):
     places = [placement(0, ports[:1]), placement(1, ports[:1]), placement(1, ports[:1])]
-    first, *twins = meet_all(places, processes=["process 100 on here", "process 101 on here", "process 999 on there"])
+    first, *twins = rendezvous_all(
+        places, processes=["process 100 on here", "process 101 on here", "process 999 on there"]
+    )
     assert not isinstance(first, Exception)
     (error,) = [twin for twin in twins if isinstance(twin, Exception)]
     assert "two processes are rank 1" in str(error)
@@ -149,23 +151,23 @@ def test_two_processes_with_one_rank_are_named(ports):
     assert "process 101 on here" in str(error)
 
 
-def test_a_meeting_that_is_given_up_gives_its_port_back(ports):
+def test_a_rendezvous_that_is_abandoned_frees_its_port(ports):
     places = [placement(rank, ports[:1]) for rank in range(2)]
-    kept = meet_all(places)
-    for meeting in kept:
-        meeting.abandon(2)
-    assert_one_store(meet_all(places))
+    kept = rendezvous_all(places)
+    for info in kept:
+        info.abandon(2)
+    assert_one_store(rendezvous_all(places))
     assert len(kept) == 2
 
 
-def test_an_agents_store_is_shared_over_attempts_and_worlds_without_mixing_them(ports):
+def test_an_agents_store_keeps_attempts_and_worlds_apart(ports):
     agent = TCPStore(HOST, ports[0], None, True, timedelta(seconds=5), wait_for_workers=False)
 
     def together(**options):
-        meetings = meet_all([placement(rank, ports[:1], agent_store=True, **options) for rank in range(2)])
-        assert [meeting.server for meeting in meetings] == [None, None]
-        fresh = not meetings[1].store.check(["from-zero"])
-        assert_one_store(meetings)
+        infos = rendezvous_all([placement(rank, ports[:1], agent_store=True, **options) for rank in range(2)])
+        assert [info.server for info in infos] == [None, None]
+        fresh = not infos[1].store.check(["from-zero"])
+        assert_one_store(infos)
         return fresh
 
     assert [together(), together(), together(attempt=1)] == [True] * 3

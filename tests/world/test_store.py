@@ -27,7 +27,7 @@ def test_calls_give_what_the_store_gives():
     assert store.compare_set("owner", "", "me") == b"me" == store.compare_set("owner", "", "you")
 
 
-def test_a_space_keeps_its_keys_apart():
+def test_a_prefix_keeps_keys_apart():
     store = BoundedStore(dist.HashStore())
     store.with_prefix("a").set("key", "of a")
     assert not store.check(["key"])
@@ -96,6 +96,6 @@ sys.exit(7)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or sys.version_info >= (3, 14), reason="nothing would abort")
-def test_a_thread_that_is_left_behind_changes_no_exit_status() -> None:
+def test_an_abandoned_thread_changes_no_exit_status() -> None:
     ended = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100)
     assert ended.returncode == 7, ended.stderr

@@ -12,13 +12,13 @@ from allstep.testing import run_ranks
 from allstep.world.store import poll
 
 
-def take_turns(world, folder: Path, firsts: tuple[int, ...] = (0,), local: bool = False):
+def in_order(world, folder: Path, firsts: tuple[int, ...] = (0,), local: bool = False):
     """Each first watches, once the others of its turn are at the door, that none of them comes in."""
-    (folder / f"at-the-door-{world.rank}").touch()
+    (folder / f"waiting-{world.rank}").touch()
     with world.main_first(local=local):
         early = False
         if world.rank in firsts:
-            assert poll(lambda: len(list(folder.glob("at-the-door-*"))) == world.world_size, time.monotonic() + 30)
+            assert poll(lambda: len(list(folder.glob("waiting-*"))) == world.world_size, time.monotonic() + 30)
             rest = [folder / f"in-{rank}" for rank in range(world.world_size) if rank not in firsts]
             early = poll(lambda: any(each.exists() for each in rest), time.monotonic() + 0.3)
         (folder / f"in-{world.rank}").touch()
@@ -27,7 +27,7 @@ def take_turns(world, folder: Path, firsts: tuple[int, ...] = (0,), local: bool 
 
 
 def test_the_others_wait_until_the_main_rank_is_done(tmp_path):
-    results = run_ranks(take_turns, 3, tmp_path)
+    results = run_ranks(in_order, 3, tmp_path)
     assert results[0] == (False, [0])
     assert all(0 in seen for _, seen in results[1:])
 
@@ -38,7 +38,7 @@ def on_two_nodes(world, folder: Path):
     os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2", GROUP_RANK=str(rank // 2), GROUP_WORLD_SIZE="2")
     with allstep.init() as nodes:
         assert (nodes.node_rank, nodes.local_rank) == divmod(rank, 2)
-        return take_turns(nodes, folder, firsts=(0, 2), local=True)
+        return in_order(nodes, folder, firsts=(0, 2), local=True)
 
 
 def test_local_lets_one_rank_of_each_node_go_first(tmp_path):

@@ -2,7 +2,7 @@
 
 | name | what for | since torch | without it |
 | --- | --- | --- | --- |
-| _MultiProcessingDataLoaderIter._workers | the worker processes of an iterator | 1.2 | child processes by their start |
+| _MultiProcessingDataLoaderIter._workers | the worker processes of an iterator | before 2.9 | those started with it |
 """
 
 from __future__ import annotations

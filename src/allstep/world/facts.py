@@ -1,6 +1,6 @@
 """What must be the same on all ranks, as text by name: a pure function of what the caller of `init` gives.
 
-Contract: every rank sends its facts with its arrival, where they are compared before a process group is opened. Nested
+Contract: every rank sends its facts when it registers; they are compared before a process group is opened. Nested
 mappings are taken apart, so that a difference is named by its own key: `config.optimizer.lr`.
 """
 
@@ -47,7 +47,7 @@ def _flat(prefix: str, values: Mapping[str, object]) -> Iterator[tuple[str, str]
 
 
 def _short(text: str) -> str:
-    """Long text by its ends and a digest, so that an arrival stays small and any difference shows."""
+    """Long text by its ends and a digest, so that a registration stays small and any difference shows."""
     if len(text) <= _LONGEST:
         return text
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]

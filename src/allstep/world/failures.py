@@ -1,19 +1,18 @@
-"""What a rank says about an exception: a pure function of the exception.
+"""Reporting this rank's exceptions to the monitoring service, before anything is torn down.
 
-Contract: `summarize` is called with an exception that is about to leave a run, a World or the script. It says whether
-the exception is *derived*: about another rank's end, such as a connection that broke or a collective whose time is up,
-so that it is never taken for the first cause while a better one exists. An exception is judged with the ones that led
-to it: clean-up in a `finally:` that fails because the peers are gone does not hide the error before it.
+Contract of `summarize`, a pure function: it is given an exception that is about to leave a run, a World or the script,
+and says whether it is *derived*. A derived exception is about another rank's end, such as a connection that broke or a
+collective whose time is up, and is never taken for the root cause while a better one exists. An exception is judged
+with the ones that led to it: clean-up in a `finally:` that fails because the peers are gone does not hide the error
+before it.
 
-Telling the service that watches over the ranks about this rank's exceptions, before anything is torn down.
-
-Contract: a World with a client of the control channel has a `Reporter`. `seen` is called with an exception on its way
-out of a run, which the script may still catch: the service keeps it and does nothing until something else shows that
-the rank is failing. `leaving` is called when it leaves the World or the script. `withdraw` takes back what was only
-seen, when the rank goes on: a run begins or goes on, or all ranks have met in a collective. Each exception is sent at
-most once in each way. While it is installed, `sys.excepthook` reports first. Where no supervisor prints the whole
-report, a failed process stays a moment at its very end, in which the service does. No call raises, and none takes
-longer than the client's bound.
+Contract of `Reporter`: a World has one where a service watches over its ranks. `seen` is called with an exception on
+its way out of a run, which the script may still catch: the service keeps it, and does nothing until something else
+shows that the rank is failing. `leaving` is called when an exception leaves the World or the script. `withdraw` takes
+back what was only seen, when the rank goes on: a run begins or goes on, or all ranks have completed a collective. Each
+exception is sent at most once in each way. While the reporter is installed, `sys.excepthook` reports first. Where no
+supervisor prints the report, a failed process waits a moment at its very end, so that the service can print it. No call
+raises, and none takes longer than the client's bound.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class ExceptionSummary:
 
 
 def summarize(error: BaseException) -> ExceptionSummary:
-    """The exception as text; a derived one that came in the wake of an ordinary one is named after that."""
+    """The exception as text; a derived one that was raised during or from an ordinary one is named after that."""
     others = list(_led_to(error))
     named, derived = error, any(about_another_rank(each) for each in others)
     if about_another_rank(error):
@@ -89,7 +88,10 @@ _LINGER_S = 2.0
 
 
 class Reporter:
-    """The reports of one rank, which `client` carries to `service`."""
+    """The reports of one rank, which `client` carries to `service`.
+
+    `device` is this rank's, as text for the report; `has_seen` whether something was seen and not withdrawn.
+    """
 
     def __init__(
         self, client: Client, service: MonitorService, activity: RankActivity, rank: int, attempt: int, device: str
@@ -132,7 +134,7 @@ class Reporter:
         self._previous, sys.excepthook = sys.excepthook, self._hook
 
     def abandon(self, error: BaseException) -> None:
-        """No World comes of it: this rank leaves the others."""
+        """The World could not be opened: this rank leaves the others."""
         self.seen(error)
         self.left_open()
         self.end(failed=False)
@@ -147,7 +149,7 @@ class Reporter:
             self.client.close(closed=self._closed_in_order)
             self._service.release()
         self._is_over = True
-        if sys.excepthook == self._hook:  # else somebody wrapped it, and it stays below, silent
+        if sys.excepthook == self._hook:  # else another hook calls this one, which stays and reports nothing more
             sys.excepthook = self._previous
 
     def _hook(self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -157,6 +159,7 @@ class Reporter:
 
     def _send(self, error: BaseException, *, leaving: bool) -> None:
         said = getattr(error, _MARK, None)
+        # The mark on the exception is whether it has been said as leaving, which is more than having been seen.
         if self._is_over or said is True or said is leaving:
             return
         with contextlib.suppress(AttributeError, TypeError):  # a class may forbid attributes: then it is said twice

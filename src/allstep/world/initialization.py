@@ -1,12 +1,17 @@
 """`init`: from an environment to an open World.
 
-Contract: called once per process and World, by every rank of a start. It finds the placement (a broken environment
-fails here, before anything is connected), chooses device and backend, finds the other ranks if there are any, has them
-judged at the service that watches over them (`service`), opens the process group, and makes the World current. If any
-of it fails, no World is current and no process group is left. A process group that the user's own code initialised
-before is adopted: used, and left alone on close.
+Contract: every rank calls it once for each World. The steps, in order:
 
-Durations as callers may give them.
+1. find the placement; a broken environment fails here, before anything is connected;
+2. choose device and backend;
+3. find the other ranks, if there are any (`rendezvous`);
+4. register at the monitoring service, which compares the ranks and raises the same error on all that do not fit
+   together (`monitor_link`);
+5. open the process group (`process_group`), and make the World current.
+
+Under `allstep run` step 4 comes before step 3, because the supervisor's service is known beforehand. If any step fails,
+no World is current and no process group is left. A process group that the user's own code initialised before is
+adopted: used, and left alone on close.
 """
 
 from __future__ import annotations
@@ -56,13 +61,14 @@ def init(
         device: by default CUDA by local rank, or MPS in a world of one, or the CPU; see `allstep.world.device`.
         timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective.
         seed: if given, what `World.seed_everything` is called with.
-        facts: what must be the same on all ranks, by name, such as `{"config": settings}`; values are compared as text
-            and nested mappings key by key, before ranks connect.
+        facts: what must be the same on all ranks, by name, such as `{"config": settings}`. Before ranks connect, values
+            are compared as text and nested mappings key by key.
 
     Returns:
         The World, to be used as a context manager or closed with `close`.
 
     Raises:
+        ArgumentError, ArgumentTypeError: timeout, seed or facts cannot be meant.
         PlacementError: the environment does not say which rank this is.
         WorldError: a World is open already, device or backend do not fit, the ranks did not meet, or they differ in
             what must be the same.
@@ -104,21 +110,21 @@ def _open(
     facts: Mapping[str, str],
 ) -> World:
     activity = RankActivity()
-    device = _ready(choose_device(placement, visible_hardware(), asked))
+    device = _prepared(choose_device(placement, visible_hardware(), asked))
     chosen = choose_backend(device, backend)
     supervised = supervised_service(placement)
     if supervised is None and placement.world_size == 1:
         return World(placement, device, None, timeout, activity)
-    arrival = _introduce(placement, device, chosen, facts)
-    # A supervisor's service judges who came before anything else is tried; a sidecar's is found through the store.
-    reporter = None if supervised is None else _join(supervised, placement, arrival, activity, timeout)
+    registration = _registration(placement, device, chosen, facts)
+    # The supervisor's service is known from the environment; a sidecar's address is in the ranks' store.
+    reporter = None if supervised is None else _join(supervised, placement, registration, activity, timeout)
     try:
         group = None
         if placement.world_size > 1:
-            info = rendezvous(placement, arrival.process, timeout, starts_service=supervised is None)
+            info = rendezvous(placement, registration.process, timeout, starts_service=supervised is None)
             try:
                 if info.service is not None:
-                    reporter = _join(info.service, placement, arrival, activity, timeout)
+                    reporter = _join(info.service, placement, registration, activity, timeout)
                 group = open_group(placement, info, chosen, device, timeout)
             except BaseException:
                 info.abandon(placement.world_size)
@@ -144,26 +150,30 @@ def _adopt(
             f"backend is {backend!r}, but torch.distributed is initialised already, with {group.backend}; leave "
             "backend unset to use that group, or do not call init_process_group"
         )
-    meanwhile = torch.device("cuda", torch.cuda.current_device()) if group.backend == "nccl" else torch.device("cpu")
-    collectives = Collectives(group.rank, group.world_size, meanwhile, meanwhile)
+    # The device is chosen by local rank, which is only known once the ranks have told each other their hosts.
+    carrier = torch.device("cuda", torch.cuda.current_device()) if group.backend == "nccl" else torch.device("cpu")
+    collectives = Collectives(group.rank, group.world_size, carrier, carrier)
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
-    device = _ready(choose_device(placement, visible_hardware(), asked))
+    device = _prepared(choose_device(placement, visible_hardware(), asked))
+    # The supervisor knows the ranks that it started, and not those of a group that counts them in another way.
     service = supervised_service(placement) if placement == detected else None
     if service is None and placement.world_size > 1:
         service = sidecar_service(group.rendezvous.store, placement, timeout, time.monotonic() + timeout)
     if service is None:
         return World(placement, device, group, timeout, activity)
-    arrival = _introduce(placement, device, group.backend, facts)
+    registration = _registration(placement, device, group.backend, facts)
     try:
-        reporter = _join(service, placement, arrival, activity, timeout)
+        reporter = _join(service, placement, registration, activity, timeout)
     except BaseException:
         service.release()
         raise
     return World(placement, device, group, timeout, activity, reporter)
 
 
-def _introduce(placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]) -> RankRegistration:
+def _registration(
+    placement: Placement, device: torch.device, backend: str, facts: Mapping[str, str]
+) -> RankRegistration:
     return RankRegistration(
         rank=placement.rank,
         world_size=placement.world_size,
@@ -179,12 +189,17 @@ def _introduce(placement: Placement, device: torch.device, backend: str, facts: 
 
 
 def _join(
-    service: MonitorService, placement: Placement, arrival: RankRegistration, activity: RankActivity, timeout: float
+    service: MonitorService,
+    placement: Placement,
+    registration: RankRegistration,
+    activity: RankActivity,
+    timeout: float,
 ) -> Reporter:
-    """Pass the roll call and begin to beat."""
-    client = join(service, placement, arrival, timeout)
+    """Register, wait for all other ranks, and begin to send heartbeats and reports."""
+    client = join(service, placement, registration, timeout)
     client.start(activity)
-    device = arrival.device_type if arrival.accelerator is None else f"cuda {arrival.accelerator}"
+    uuid = registration.accelerator
+    device = registration.device_type if uuid is None else f"cuda {uuid}"
     reporter = Reporter(client, service, activity, placement.rank, placement.attempt, device)
     reporter.install()
     return reporter
@@ -196,22 +211,22 @@ def _adopted_placement(group: Group, places: list[tuple[str, Placement]]) -> Pla
     if all(place.rank == each and place.world_size == world_size for each, (_, place) in enumerate(places)):
         return places[rank][1]
     hosts = [host for host, _ in places]
-    names = list(dict.fromkeys(hosts))
-    mine = [each for each, host in enumerate(hosts) if host == hosts[rank]]
+    nodes = list(dict.fromkeys(hosts))
+    on_this_host = [each for each, host in enumerate(hosts) if host == hosts[rank]]
     return replace(
         places[rank][1],
         rank=rank,
         world_size=world_size,
-        local_rank=mine.index(rank),
-        local_world_size=len(mine),
-        node_rank=names.index(hosts[rank]),
-        nodes=len(names),
+        local_rank=on_this_host.index(rank),
+        local_world_size=len(on_this_host),
+        node_rank=nodes.index(hosts[rank]),
+        nodes=len(nodes),
         rendezvous=Rendezvous(host=hosts[0], ports=()),
     )
 
 
-def _ready(device: torch.device) -> torch.device:
-    """The device, made this process' own."""
+def _prepared(device: torch.device) -> torch.device:
+    """The device, made the one that this process uses by default."""
     if device.type == "xla":
         return open_xla_device()
     if device.type == "cuda":

@@ -1,10 +1,11 @@
-"""The service that watches over a world's ranks: reaching it, or starting it where no launcher has.
+"""The way to the monitoring service that watches over a world's ranks: its address, and starting it where needed.
 
-Contract: `join` is called by every rank before a process group is opened. Under `allstep run` its supervisor serves, at
-ALLSTEP_CHANNEL. Under any other launcher local rank 0 of each node starts a sidecar process, the first node's the head,
-the others' relays to it, and says in the ranks' store where it listens. Every rank then introduces itself; `join`
-returns when all have come and fit together, and raises the same error on all of them when they do not: ranks missing,
-doubled, or at odds about world size, backend, devices or facts. It is known as soon as the last one has come.
+Contract: under `allstep run` the supervisor serves, at ALLSTEP_CHANNEL. Under any other launcher local rank 0 of each
+node starts a sidecar process and says in the ranks' store where it listens. The first node's sidecar is the head, the
+others relay to it. Every rank calls `join` before a process group is opened, which registers the rank. It returns when
+all ranks have registered and fit together. Where they do not, it raises the same error on all of them: ranks missing,
+two processes with one rank, or differences in world size, backend, devices or facts. The error comes as soon as the
+last rank has registered.
 
 What can go wrong: nothing answers at the address, a sidecar does not start, ranks do not come in time. Each is a
 WorldError that says so.
@@ -31,9 +32,13 @@ _MARGIN_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class MonitorService:
-    """Where a rank introduces itself, and with what secret.
+    """Where a rank registers.
 
-    `supervised` says that it is the supervisor that started this process; `sidecar` is what this rank started itself.
+    Attributes:
+        address: host and port.
+        nonce: the secret of this start, without which the service turns a process away.
+        supervised: whether it is the service of the supervisor that started this process.
+        sidecar: the process that this rank started for it, if any.
     """
 
     address: str
@@ -42,7 +47,7 @@ class MonitorService:
     sidecar: Sidecar | None = None
 
     def release(self) -> None:
-        """This rank is through: a sidecar that it started may end, once the other ranks are through too."""
+        """This rank needs it no more: a sidecar that it started may end once the other ranks have left too."""
         if self.sidecar is not None:
             self.sidecar.release()
 
@@ -86,7 +91,7 @@ def sidecar_service(store: BoundedStore, placement: Placement, timeout: float, d
 
 
 def head_service(store: BoundedStore, placement: Placement, deadline: float) -> MonitorService | None:
-    """The head's service, seen from a process that is not to start any; None where none answers in time."""
+    """The head's service, for a process that must not start one; None where none answers in time."""
     key = "service/0"
     if not poll(lambda: store.check([key]), deadline):
         return None
@@ -100,13 +105,13 @@ def head_service(store: BoundedStore, placement: Placement, deadline: float) -> 
     return MonitorService(join_address(host, int(port)), nonce)
 
 
-def join(service: MonitorService, placement: Placement, arrival: RankRegistration, timeout: float) -> Client:
-    """Introduce this rank and wait for all others.
+def join(service: MonitorService, placement: Placement, registration: RankRegistration, timeout: float) -> Client:
+    """Register this rank and wait for all others.
 
     Raises:
         WorldError: the ranks did not all come, or do not fit together.
     """
-    hello = RankHello(nonce=service.nonce, attempt=placement.attempt, registration=arrival)
+    hello = RankHello(nonce=service.nonce, attempt=placement.attempt, registration=registration)
     return Client.connect(service.address, hello, timeout)
 
 
@@ -126,9 +131,9 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
 
 
 def _ranks_of_node(store: BoundedStore, placement: Placement, deadline: float) -> list[int]:
-    """The ranks of this node, by their own word: a launcher may have spread them over the nodes in any order.
+    """The ranks of this node, as each has written into the store: a launcher may have spread them in any order.
 
-    Where one does not come, the others are still in time to have it named.
+    The wait ends a little before the deadline, so that a rank that is missing can still be named.
     """
     keys = [f"node/{placement.node_rank}/{local_rank}" for local_rank in range(placement.local_world_size)]
     poll(lambda: store.check(keys), deadline - _MARGIN_S)

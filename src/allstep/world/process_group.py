@@ -30,13 +30,20 @@ from allstep.world.rendezvous import RendezvousInfo
 from allstep.world.store import BoundedStore, poll
 from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_store, open_groups
 
-_GOODBYE_S = 2.0
-_LETTING_GO_S = 0.05
+_LEFT_MARK_S = 2.0
+_GLOO_RELEASE_S = 0.05
 
 
 @dataclass(slots=True)
 class Group:
-    """A process group in use. `owned` says that allstep made it and ends it."""
+    """The process group of a World.
+
+    Attributes:
+        backend: such as gloo or nccl.
+        rendezvous: the ranks' store, and on rank 0 its server.
+        rank, world_size: this rank, among how many.
+        owned: whether allstep made the group and ends it.
+    """
 
     backend: str
     rendezvous: RendezvousInfo
@@ -56,7 +63,7 @@ class Group:
         """End the group, if it is allstep's.
 
         Args:
-            failed: an exception is on its way: wait for nobody.
+            failed: an exception ends the World: do not wait for other ranks.
             patience: seconds that rank 0 waits for the others otherwise.
         """
         if not self.owned:
@@ -64,18 +71,18 @@ class Group:
         server, self.rendezvous.server = self.rendezvous.server, None
         if failed:
             forget_groups(abort=True, known=self._made)
-            self._say_goodbye()
+            self._mark_as_left()
             return
         deadline = time.monotonic() + patience
         try:
-            # A rank that is through with init may be done before a peer has seen its end of their connection.
+            # A rank may be done before a slower peer has completed the connection between them in its own `init`.
             poll(lambda: self.rendezvous.store.add("connected", 0) >= self.world_size, deadline)
         except WorldError as error:
             _warn(f"{error}. This rank closes its World without it")
             forget_groups(abort=False)
             return
         forget_groups(abort=False)
-        self._say_goodbye()
+        self._mark_as_left()
         if server is not None and not poll(self._all_left, deadline):
             present = [rank for rank in range(self.world_size) if not self.rendezvous.store.check([f"left/{rank}"])]
             _warn(f"rank 0 waited {patience:g} s for ranks {present} to close their World and now leaves without them")
@@ -83,8 +90,8 @@ class Group:
     def _all_left(self) -> bool:
         return self.rendezvous.store.add("left", 0) >= self.world_size
 
-    def _say_goodbye(self) -> None:
-        store = self.rendezvous.store.with_patience(_GOODBYE_S)
+    def _mark_as_left(self) -> None:
+        store = self.rendezvous.store.with_patience(_LEFT_MARK_S)
         with contextlib.suppress(dist.DistError, WorldError):
             store.set(f"left/{self.rank}", "")
             store.add("left", 1)
@@ -103,7 +110,7 @@ def open_group(placement: Placement, info: RendezvousInfo, backend: str, device:
             rank=placement.rank,
             world_size=placement.world_size,
             timeout=timedelta(seconds=timeout),
-            # Bound to its device, nccl connects here and now, where a failure has a name.
+            # Bound to its device, nccl connects here, where a failure can be told; else it would in a first collective.
             device_id=device if backend == "nccl" else None,
         )
     except Exception as error:
@@ -138,12 +145,12 @@ def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> No
         # Gloo's threads let go of a collective's tensors some milliseconds after it returned, for which they need
         # Python's lock. A model in DDP may be the group's last owner, and is freed under that very lock, so give them
         # the time before anything is destroyed.
-        time.sleep(_LETTING_GO_S)
+        time.sleep(_GLOO_RELEASE_S)
         dist.destroy_process_group()
         return
     backends = open_groups(known)
     for group, backend in backends.items():
-        # One reference too many: the destructor of a gloo group, which waits for pending collectives, never runs.
+        # With one reference too many the destructor of a gloo group, which waits for pending collectives, never runs.
         if "gloo" in backend:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
     with contextlib.suppress(RuntimeError):

@@ -1,15 +1,17 @@
-"""Where ranks find each other: one TCPStore, agreed to be theirs.
+"""How the ranks of a world find each other: through one TCPStore, which holds the name of their run.
 
-Contract: `rendezvous` is called by every rank of a world of several, once per start. Rank 0 serves a store on the first
-candidate port that is free (unless the launcher's agent serves one) and writes the name of the run into it; the others
-try the candidates in turn and accept only a store that holds this name, so a stranger's store or service on a port is
-passed over. After: the rank holds a store of its start's own name space, and knows the service at which all ranks
-register, which judges whether they are all there and fit together. A second process of a rank registers there as
-well, so that all ranks hear of it. What can go wrong: ports taken, a host that does not answer, rank
-0 missing, a second process of a rank whose first one has finished; each is a WorldError that says which.
+Contract: every rank of a world of several calls `rendezvous` once per start. Rank 0 serves a store on the first
+candidate port that is free, and writes the name of the run into it. (Where a launcher's agent serves one, that is
+used.) The other ranks try the candidates in turn and accept only a store that holds this name, so another job's store
+or service on a port is passed over. After the call a rank holds a store with keys of this start alone, and the
+monitoring service at which all ranks register, where a sidecar had to be started for it.
 
-The name space carries run, attempt and, where one store outlives several Worlds (an agent's), the generation: how
-many times this rank has met there.
+A second process with a rank that is taken already is sent to the same service, so that all ranks are told of it. What
+can go wrong: ports in use, a host that does not answer, rank 0 missing, a second process of a rank whose first one has
+finished. Each is a WorldError that says which.
+
+Keys begin with run and attempt. An agent's store outlives several Worlds, so they also have the generation: how many
+times this rank has called `rendezvous` in this store.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ from allstep.world.monitor_link import MonitorService, head_service, sidecar_ser
 from allstep.world.store import BoundedStore, abandon_thread, poll
 from allstep.world.torch_private import PrefixStore, TCPStore
 
-_CONNECT_S = 2.0
-_HANDSHAKE_S = (1.0, 16.0)
-_IDENTIFY_S = 0.5
-_HEARD_S = 5.0
-_MET = "met"  # counts, in the store, the ranks that need it no more to find the others
+_CONNECT_S = 2.0  # for a port to accept
+_HANDSHAKE_S = (1.0, 16.0)  # for a store to answer its client, at first and at most: it is doubled from try to try
+_IDENTIFY_S = 0.5  # for the run's name to be there, which rank 0 writes right after it began to serve
+_ABANDON_S = 5.0  # that rank 0's server stays after a failure, for ranks that have yet to read why
+_FOUND_KEY = "found"  # counts the ranks that need the store no more to find the others
 
 
 @dataclass(slots=True)
 class RendezvousInfo:
-    """What a rank holds after it has met the others: the store, and on rank 0 its server, which lives while it is held.
+    """What a rank holds after the rendezvous.
 
-    `service` is where the ranks introduce themselves, where a sidecar was started for that.
+    Attributes:
+        store: of this start of the ranks.
+        server: on rank 0, which serves the store for as long as this is held.
+        service: where the ranks register, if a sidecar was started for it.
     """
 
     store: BoundedStore
@@ -49,10 +54,10 @@ class RendezvousInfo:
     service: MonitorService | None = None
 
     def abandon(self, world_size: int) -> None:
-        """No group comes of it: let the server go, once the others have found what they look for in it."""
+        """No process group is opened: let the server go, once the others have found what they look for in it."""
         if self.server is not None:
             with contextlib.suppress(dist.DistError, WorldError):
-                poll(lambda: self.store.add(_MET, 0) >= world_size, time.monotonic() + _HEARD_S)
+                poll(lambda: self.store.add(_FOUND_KEY, 0) >= world_size, time.monotonic() + _ABANDON_S)
             self.server = None  # else the traceback would keep the port taken
         if self.service is not None:
             self.service.release()
@@ -63,7 +68,7 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
 
     Args:
         placement: of a world of several.
-        process: which process this is, for errors.
+        process: which process this is, in words, for the message about two processes of a rank.
         timeout: seconds that the ranks have to arrive, counted on each from its own call.
         starts_service: have a sidecar started; without it the launcher serves.
 
@@ -81,8 +86,8 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
             text = two_processes(placement.rank, rival, process)
             return RendezvousInfo(store, service=_service_for_rival(store, placement, deadline, text, starts_service))
         service = sidecar_service(store, placement, timeout, deadline) if starts_service else None
-        with contextlib.suppress(dist.DistError, WorldError):  # a server that waits for just this may go first
-            store.add(_MET, 1)
+        with contextlib.suppress(dist.DistError, WorldError):  # rank 0 may close its server as soon as it reads this
+            store.add(_FOUND_KEY, 1)
         return RendezvousInfo(store, server, service)
 
     if placement.rank == 0 and not place.agent_store:
@@ -95,7 +100,7 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
                 raise
             return enter(stores[0])  # another process is rank 0 of this run
         try:
-            server.set(name, "met here")
+            server.set(name, "served here")
             return enter(_client("127.0.0.1", port, _HANDSHAKE_S[1], timeout), server)
         except BaseException:
             del server  # else the traceback would keep the port taken
@@ -104,9 +109,9 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
         try:
             return enter(_find(place, None if place.agent_store else name, placement, deadline, timeout))
         except dist.DistNetworkError as error:
-            # The store went away under us: a World that rank 0 was just closing, on the same port. Its next one comes.
+            # This was the store of a World that rank 0 was just closing, on the same port. Its next one comes.
             if time.monotonic() >= deadline:
-                raise WorldError(_text(placement, timeout, f"the store was lost: {error}")) from error
+                raise WorldError(_not_found(placement, timeout, f"the store was lost: {error}")) from error
 
 
 def _serve(place: Rendezvous, timeout: float) -> tuple[TCPStore, int]:
@@ -144,7 +149,7 @@ def _find(place: Rendezvous, name: str | None, placement: Placement, deadline: f
 
     if not poll(look, deadline):
         ports = "; ".join(f"port {port}: {what}" for port, what in seen.items())
-        raise WorldError(_text(placement, timeout, f"rank 0's store was not found on {place.host} ({ports})"))
+        raise WorldError(_not_found(placement, timeout, f"rank 0's store was not found on {place.host} ({ports})"))
     return found[0]
 
 
@@ -191,7 +196,7 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
 
 
 def _own_space(client: TCPStore, name: str, rank: int, process: str, deadline: float) -> tuple[BoundedStore, str]:
-    """The name space of this start of the ranks in a store that may have seen others, and who else is this rank."""
+    """The part of the store that is this start's own, and the other process with this rank ("" if there is none)."""
     base = BoundedStore(PrefixStore(name, client))
     owner = base.compare_set(f"owner/{rank}", "", process).decode()
     if owner == process:
@@ -203,14 +208,14 @@ def _own_space(client: TCPStore, name: str, rank: int, process: str, deadline: f
 def _service_for_rival(
     store: BoundedStore, placement: Placement, deadline: float, text: str, starts_service: bool
 ) -> MonitorService:
-    """Where a second process of a rank says that it is here, so that the service can tell all ranks; else `text`."""
+    """The service at which a second process of a rank registers, so that all ranks are told; else an error, `text`."""
     service = head_service(store, placement, deadline) if starts_service else None
     if service is None:
         raise WorldError(text)
     return service
 
 
-def _text(placement: Placement, timeout: float, what: str) -> str:
+def _not_found(placement: Placement, timeout: float, what: str) -> str:
     assert placement.rendezvous is not None
     place = placement.rendezvous
     ports = ", ".join(map(str, place.ports))
