@@ -51,7 +51,7 @@ def _install(folder: Path, version: str) -> Path:
         reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         pytest.skip(f"torch {version} cannot be installed here: {reasons[-1] if reasons else done.stderr[-300:]}")
     # torch is named again, so that nothing else that is installed changes it.
-    subprocess.run([*pip, f"torch=={version}", REPOSITORY, *TEST_PACKAGES], check=True)
+    subprocess.run([*pip, f"torch=={version}", f"{REPOSITORY}[examples]", *TEST_PACKAGES], check=True)
     return python
 
 

@@ -19,7 +19,7 @@ class Hiding:
 
 
 @pytest.mark.slow
-def test_workers_are_those_that_started_with_the_iterator_where_torch_hides_them():
+def test_workers_that_torch_hides_are_those_started_with_the_iterator():
     torch_private._warned.clear()
     earlier = iter(DataLoader(range(4), num_workers=1))
     before = torch_private.child_processes()

@@ -1,4 +1,4 @@
-"""Taking turns over real ranks."""
+"""`World.main_first` over real ranks: one goes first, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from allstep.world.store import poll
 
 
 def in_order(world, folder: Path, firsts: tuple[int, ...] = (0,), local: bool = False):
-    """Each first watches, once the others of its turn are at the door, that none of them comes in."""
+    """Each first watches, once the others wait for it, that none of them enters."""
     (folder / f"waiting-{world.rank}").touch()
     with world.main_first(local=local):
         early = False

@@ -1,8 +1,10 @@
 """Names that torch does not promise to keep, for `data`: each with a feature test and a way to go on without it.
 
-| name | what for | since torch | without it |
-| --- | --- | --- | --- |
-| _MultiProcessingDataLoaderIter._workers | the worker processes of an iterator | before 2.9 | those started with it |
+It was there before torch 2.9, the oldest that allstep supports.
+
+| name | what for | without it |
+| --- | --- | --- |
+| _MultiProcessingDataLoaderIter._workers | the worker processes of an iterator | those started with it |
 """
 
 from __future__ import annotations

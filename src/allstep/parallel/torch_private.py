@@ -2,17 +2,17 @@
 
 Contract: no other module of this package uses a private name of torch. `can_time_ddp` and `can_rebuild_buckets` are
 asked before the names are used. Where this torch lacks one, they warn once, return False, and DDP is used plainly.
-"Before 2.9" is before the oldest torch that allstep supports.
+All names were there before torch 2.9, the oldest that allstep supports.
 
-| name | what for | since torch | without it |
-| --- | --- | --- | --- |
-| autograd.Variable._execution_engine | a call when a backward pass has all gradients | before 2.9 | plain DDP |
-| DistributedDataParallel._pre_forward | the time in which DDP synchronises buffers | before 2.9 | plain DDP |
-| torch._compile._disable_dynamo | leaving the timing out of what is compiled | before 2.9 | plain DDP |
-| Reducer._rebuild_buckets | DDP's final bucket layout before the first iteration | before 2.9 | DDP's own layouts |
-| DistributedDataParallel._has_rebuilt_buckets | telling DDP that the layout is final | before 2.9 | DDP's own layouts |
-| torch._dynamo.eval_frame.OptimizedModule | knowing what torch.compile returned | before 2.9 | only the attribute below |
-| OptimizedModule._orig_mod | the module that was compiled | before 2.9 | the compiled module is taken for the user's own |
+| name | what for | without it |
+| --- | --- | --- |
+| autograd.Variable._execution_engine | a call when a backward pass has all gradients | plain DDP |
+| DistributedDataParallel._pre_forward | the time in which DDP synchronises buffers | plain DDP |
+| torch._compile._disable_dynamo | leaving the timing out of what is compiled | plain DDP |
+| Reducer._rebuild_buckets | DDP's final bucket layout before the first iteration | DDP's own layouts |
+| DistributedDataParallel._has_rebuilt_buckets | telling DDP that the layout is final | DDP's own layouts |
+| torch._dynamo.eval_frame.OptimizedModule | knowing what torch.compile returned | only the attribute below |
+| OptimizedModule._orig_mod | the module that was compiled | the compiled module is taken for the user's own |
 """
 
 from __future__ import annotations

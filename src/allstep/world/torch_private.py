@@ -2,15 +2,15 @@
 
 Contract: no other module of this package uses a private name of torch. A function here looks its name up when it is
 called. Where this torch lacks it, one warning says what is given up, and the call does what it can by public names.
-None raises AttributeError, above all not on the way out of a failure. "Before 2.9" is before the oldest torch that
-allstep supports.
+None raises AttributeError, above all not on the way out of a failure. All names were there before torch 2.9, the
+oldest that allstep supports.
 
-| name | what for | since torch | without it |
-| --- | --- | --- | --- |
-| torch._C._distributed_c10d | the stores' types, for the type checker alone | before 2.9 | only type checks are affected |
-| distributed_c10d._get_default_store | the store of a group that the user's code opened | before 2.9 | rank 0 serves one |
-| distributed_c10d._world.pg_map | finding all gloo groups, to leave without waiting for them | before 2.9 | only allstep's |
-| distributed_c10d._abort_process_group | leaving nccl's groups without waiting | before 2.9 | each group's own `abort` |
+| name | what for | without it |
+| --- | --- | --- |
+| torch._C._distributed_c10d | the stores' types, for the type checker alone | only type checks are affected |
+| distributed_c10d._get_default_store | the store of a group that the user's code opened | rank 0 serves one |
+| distributed_c10d._world.pg_map | finding all gloo groups, to leave without waiting for them | only allstep's |
+| distributed_c10d._abort_process_group | leaving nccl's groups without waiting | each group's own `abort` |
 """
 
 from __future__ import annotations
