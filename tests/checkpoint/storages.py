@@ -11,8 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from allstep.checkpoint import Store, entries
-from allstep.checkpoint.storage import Buffer, LocalStorage
+from allstep.checkpoint import Buffer, LocalStorage, Store, entries
 
 
 def some_state(seed: int = 0) -> dict[str, Any]:

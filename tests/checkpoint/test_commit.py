@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from allstep.checkpoint import Store, entries
-from allstep.checkpoint.storage import LocalStorage
+from allstep.checkpoint import LocalStorage, Store, entries
 from tests.checkpoint.storages import (
     Failing,
     Recording,

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from allstep.checkpoint import Store, entries
-from allstep.checkpoint.storage import Buffer, FsspecStorage, LocalStorage
+from allstep.checkpoint import Buffer, FsspecStorage, LocalStorage, Store, entries
 from allstep.errors import CheckpointError
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from allstep.checkpoint import Store
+from allstep.checkpoint import LocalStorage, Store
 from allstep.checkpoint.manifest import MANIFEST
-from allstep.checkpoint.storage import LocalStorage
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.checkpoint.storages import Unreadable, flip, some_state

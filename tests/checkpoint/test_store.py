@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from allstep.checkpoint import Store, entries
-from allstep.checkpoint.storage import Buffer, LocalStorage
+from allstep.checkpoint import Buffer, LocalStorage, Store, entries
 from allstep.errors import ArgumentError, CheckpointError
 from tests.checkpoint.storages import (
     Failing,

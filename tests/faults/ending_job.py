@@ -23,8 +23,7 @@ from pathlib import Path
 
 import allstep
 from allstep import EarlyStopping, Engine, Events, Preemption, TerminateOnNan, TimeLimit
-from allstep.checkpoint import Checkpoint, Store
-from allstep.checkpoint.storage import Buffer, LocalStorage
+from allstep.checkpoint import Buffer, Checkpoint, LocalStorage, Store
 from tests.checkpoint.training import Job, Run
 
 PAUSE_S = 0.02

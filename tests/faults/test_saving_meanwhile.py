@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from allstep import Engine, Events
-from allstep.checkpoint import Checkpoint, Store, entries
-from allstep.checkpoint.storage import LocalStorage
+from allstep.checkpoint import Checkpoint, LocalStorage, Store, entries
 from allstep.testing import run_ranks
 from tests.checkpoint.training import Job, Run, equal
 from tests.jobs.launchers import ROOT, script

@@ -8,9 +8,9 @@ From a training script down to the disk: `checkpoint` (what attaches to an engin
 Not here: where an engine stands and how it goes on (`allstep.engine`), what metrics save of themselves
 (`allstep.metrics`), and the command line (`allstep.cli`).
 
-Training scripts use `allstep.Checkpoint`. `Store` and `PendingSave` are for loops without an engine; `entries`,
-`find_entry`, `verify`, `remove` and `export` are for looking at a folder. Names are imported when first used: listing
-and verifying a folder needs no torch.
+Training scripts use `allstep.Checkpoint`. `Store` and `PendingSave` are for loops without an engine. A `Storage` is
+where a store writes. `entries`, `find_entry`, `verify`, `remove` and `export` are for looking at a folder. Names are
+imported when first used: listing and verifying a folder needs no torch.
 """
 
 from __future__ import annotations
@@ -25,16 +25,21 @@ if TYPE_CHECKING:
     from allstep.checkpoint.manifest import Manifest
     from allstep.checkpoint.objects import PerRank
     from allstep.checkpoint.selection import Found
+    from allstep.checkpoint.storage import Buffer, FsspecStorage, LocalStorage, Storage
     from allstep.checkpoint.store import Loaded, PendingSave, Store
 
 _HOMES = {
+    "Buffer": "storage",
     "Checkpoint": "checkpoint",
     "Entry": "catalog",
     "Found": "selection",
+    "FsspecStorage": "storage",
     "Loaded": "store",
+    "LocalStorage": "storage",
     "Manifest": "manifest",
     "PendingSave": "store",
     "PerRank": "objects",
+    "Storage": "storage",
     "Store": "store",
     "entries": "catalog",
     "export": "exporting",
@@ -44,13 +49,17 @@ _HOMES = {
 }
 
 __all__ = [
+    "Buffer",
     "Checkpoint",
     "Entry",
     "Found",
+    "FsspecStorage",
     "Loaded",
+    "LocalStorage",
     "Manifest",
     "PendingSave",
     "PerRank",
+    "Storage",
     "Store",
     "entries",
     "export",

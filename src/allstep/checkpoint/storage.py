@@ -31,6 +31,7 @@ HASH_ALGORITHM = "xxh3_128"
 BLOCK_SIZE = 4 << 20  # bytes: small enough to stay in a processor's cache between the hash and the write
 
 Buffer = bytes | memoryview
+"""A block of a file, as `Storage.write` is given it."""
 
 
 def open_storage(root: str) -> Storage:

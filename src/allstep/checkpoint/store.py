@@ -63,7 +63,13 @@ class PendingSave:
     """A save that was begun, or left out because another was under way."""
 
     def __init__(self, step: int, save: Save | None, *, strict: bool) -> None:
-        """Args: step and strict as in `Store`; save is None where it was left out."""
+        """Made by `Store.save`.
+
+        Args:
+            step: the iteration after which it was taken.
+            save: the record of the save; None where it was left out.
+            strict: see `Store`.
+        """
         self.step = step
         self._save = save
         self._strict = strict

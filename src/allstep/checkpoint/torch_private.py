@@ -1,8 +1,16 @@
-"""Names that torch does not promise to keep, each behind one function with a test for it and another way.
+"""Names that torch does not promise to keep, for `checkpoint`: each behind one function that goes on without it.
 
-Contract: nothing else in `allstep.checkpoint` uses such a name. Each function looks for its name when it is called, so
-that a torch without it costs one warning and some speed, and never an AttributeError. Any name can also be taken away
-in a test, which is how the other ways are tested. `docs/architecture.md` lists the names.
+Contract: no other module of this package uses a private name of torch. Each function looks for its name when it is
+called, so that a torch without it costs one warning and some speed, and never an AttributeError.
+
+| name | what for | since torch | without it |
+| --- | --- | --- | --- |
+| DistributedDataParallel._sync_buffers | all of a module's buffers broadcast at once | before 2.9 | one by one |
+| DTensor.__create_chunk_list__ | where a rank's shard lies | before 2.9 | computed, for Shard and Replicate |
+| Tensor.__tensor_flatten__ | knowing a tensor that is made of others | before 2.9 | saving one fails in the copy |
+| _metadata of a state dict | the versions of submodules | before 2.9 | saved without versions |
+
+2.9 is the oldest torch that allstep supports.
 """
 
 from __future__ import annotations
