@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from allstep import Events
 from allstep.checkpoint import Store
 from allstep.coordination import Alone
 from allstep.testing import run_ranks
-from tests.checkpoint.training import EPOCHS, SAMPLES, Job, Run
+from tests.checkpoint.training import EPOCHS, SAMPLES, Job, Killed, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -92,10 +93,16 @@ def test_ranks_beyond_the_saved_ones_draw_from_their_own_generators(tmp_path):
 
 
 def draws_when_resumed(world, job):
-    run = Run(world, job)
-    run.checkpoint.resume()
-    run.checkpoint._generators()
-    return float(torch.rand(()))
+    """What the first draw of a resumed run gives, once the checkpoint has put the generators back."""
+    run, drawn = Run(world, job), []
+
+    def draw():
+        drawn.append(float(torch.rand(())))
+        raise Killed  # before anything is saved, so that the next run resumes from the same place
+
+    run.engine.add_event_handler(Events.STARTED, draw)
+    run.go()
+    return drawn[0]
 
 
 def test_a_checkpoint_says_what_it_is_of(tmp_path):
