@@ -248,7 +248,7 @@ def test_a_rank_that_closed_its_world_and_then_makes_room_gives_that_status():
         (rank(0, heard=20.0, section="startup"), 20.0, False),
         (rank(0, came=False), 20.0, False),
         (rank(0, came=False), 10.0 + PREEMPTION_WAIT_S + 1, True),
-        # it makes room too, or has gone
+        # it is preempted too, or has gone
         (rank(0, ended=(2, 12.0), code=85, heard=20.0), 10.0 + PREEMPTION_WAIT_S + 1, False),
         (rank(0, goodbye=(2, 12.0), heard=20.0), 10.0 + PREEMPTION_WAIT_S + 1, False),
     ],
@@ -259,7 +259,7 @@ def test_a_rank_preempted_while_others_go_on_was_preempted_alone(other, now, alo
     if alone:
         diagnosis = judge(records, supervised=True, attempt=0)
         assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.exit_code) == (1, OutcomeKind.EARLY, 85)
-        assert diagnosis.cause.what.startswith("left early: it made room (exit code 85)")
+        assert diagnosis.cause.what.startswith("left early: it was preempted (exit code 85)")
 
 
 def test_other_causes_come_before_what_followed_from_them():

@@ -17,7 +17,7 @@ from allstep.launch.worker_plan import Command
 from allstep.monitor.service import Finished
 from allstep.protocol.messages import AttemptStart, NodeResigned, RunOver
 
-LAST = Finished("run exp made room (exit code 85) on all nodes", 85)
+LAST = Finished("run exp was preempted (exit code 85) on all nodes", 85)
 NEXT = Finished("", 0)
 
 

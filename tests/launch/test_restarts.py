@@ -112,7 +112,7 @@ def test_a_worker_preempted_in_the_middle_of_a_run_is_the_one_that_left_early(tm
     assert result.code == 85
     cause = json.loads((tmp_path / "runs/exp/attempt_0/failure.json").read_text())["cause"]
     assert (cause["rank"], cause["kind"]) == (1, "left early"), result.err
-    assert "made room (exit code 85)" in cause["what"]
+    assert "was preempted (exit code 85)" in cause["what"]
 
 
 def test_attempts_go_on_without_a_folder(tmp_path: Path) -> None:

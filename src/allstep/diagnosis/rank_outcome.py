@@ -176,7 +176,7 @@ def _by_order(end: WorkerExit | None, left: Moment) -> Judgement:
     if end is not None and end.killed:
         return OutcomeKind.KILLED, "did not leave when it was told to, and was killed", PEER_LOST, left
     if end is not None and end.returncode == PREEMPTED:
-        return OutcomeKind.PREEMPTED, f"made room ({describe(PREEMPTED)})", PREEMPTED, left
+        return OutcomeKind.PREEMPTED, f"was preempted ({describe(PREEMPTED)})", PREEMPTED, left
     # SIGABRT is how a communication library ends a process whose peers are gone; other signals are its own crash.
     if end is not None and end.returncode < 0 and end.returncode != -signal.SIGABRT:
         return OutcomeKind.SIGNAL, describe(end.returncode), exit_status(end.returncode), left
@@ -197,7 +197,7 @@ def _by_end(record: RankRecord, end: WorkerExit, moment: Moment | None) -> Judge
     if end.killed:
         return OutcomeKind.KILLED, "was killed by allstep", PEER_LOST, moment
     if code == PREEMPTED:
-        return OutcomeKind.PREEMPTED, f"made room ({describe(code)})", code, moment
+        return OutcomeKind.PREEMPTED, f"was preempted ({describe(code)})", code, moment
     if code in (HANG, PEER_LOST):
         return OutcomeKind.DERIVED, f"{describe(code)}, with which ranks leave when another one failed", code, moment
     if code == 0:

@@ -1,4 +1,4 @@
-"""The failure report: a `Diagnosis` as text for somebody who was not watching, and as values for JSON. Pure.
+"""The failure report: a `Diagnosis` as text for a reader who was not watching, and as values for JSON. Pure.
 
 `failure_text` is what ends a failed run in the terminal; `failure_json` is what `failure.json` holds. Both put the
 first cause first. `last_lines` picks what to show of a rank's output.

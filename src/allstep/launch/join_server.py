@@ -194,7 +194,7 @@ class JoinServer:
 
 
 def _joins(message: object) -> str | None:
-    """Whom the rendezvous port `admits`: machines that join or resign; everybody else is closed without a word."""
+    """Whom the rendezvous port `admits`: machines that join or resign; all others are closed without a word."""
     return None if isinstance(message, JoinRequest | NodeResigned) else ""
 
 

@@ -48,10 +48,10 @@ class Admission:
         return self._roll.missing
 
     def deadline(self) -> float | None:
-        """When `decide` has to be called though nobody else came."""
+        """When `decide` has to be called though no further rank came."""
         return self._roll.deadline()
 
-    def everybody(self) -> set[Peer]:
+    def connections(self) -> set[Peer]:
         """The connections of all that were let in or wait."""
         return {*self.peers.values(), *(peer for _, peer in self._roll.waiting)}
 
@@ -148,7 +148,7 @@ class RollCall:
 
     @property
     def missing(self) -> set[int]:
-        """The ranks that are waited for; empty where nobody waits."""
+        """The ranks that are waited for; empty where none waits."""
         return set(range(self._world_size)) - self._ranks if self._waiting else set()
 
     def add(self, registration: RankRegistration, peer: Peer, patience: float) -> None:
@@ -173,7 +173,7 @@ class RollCall:
         return self._remove(lambda registration, through: registration.rank == rank)
 
     def deadline(self) -> float | None:
-        """When `decision` changes though nobody else comes."""
+        """When `decision` changes though no further rank comes."""
         if not self._waiting:
             return None
         return self._until if self._objected is None else min(self._until, self._objected + GATHER_S)

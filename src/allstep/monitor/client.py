@@ -238,7 +238,7 @@ class Client:
                     self._send(self._stacks(), REPORT_S)
 
     def _stacks(self) -> Stacks:
-        """The answer to `AskStacks`; an empty one where there can be no other, so that nobody waits for it."""
+        """The answer to `AskStacks`; an empty one where there can be no other, so that it is not waited for."""
         try:
             text = own_stacks()
         except OSError:
@@ -312,7 +312,7 @@ def leave(code: int, report: str) -> NoReturn:
 
 
 def write_out(report: str) -> None:
-    """Write a report to standard error, whatever `sys.stderr` is by now; not for ever if nobody reads it."""
+    """Write a report to standard error, whatever `sys.stderr` is by now; not for ever if it is not read."""
     if report:
         write_bounded(2, report)
 

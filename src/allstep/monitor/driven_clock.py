@@ -1,4 +1,4 @@
-"""A clock that knows when its service did not run, so that silence of that time is not held against anybody.
+"""A clock that knows when its service did not run, so that no rank counts as silent for that time.
 
 A machine may be suspended, or its processes stopped, for minutes. What ranks sent meanwhile has not been read yet when
 the service goes on. The service calls `driven` whenever its driver calls it; after a gap, `age` counts from its end.

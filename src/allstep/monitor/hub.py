@@ -137,8 +137,8 @@ class Hub:
         """Order all ranks to leave, but for those that are on their way out with an exception of their own."""
         spared = self._detector.order_leave()
         self._order = Leave(reason, code, printer=-1 if printer is None else printer, spared=spared)
-        # Everybody, not only who was let in: those that wait for others would wait for nothing.
-        for peer in self._admission.everybody() - set(self._links):
+        # Those that wait for others too, and not only those that were let in: they would wait in vain.
+        for peer in self._admission.connections() - set(self._links):
             text = report if report and peer.rank == printer else ""
             self._server.send(peer, encode(Leave(reason, None if peer.rank in spared else code, text)))
         for peer in self._links:
@@ -172,7 +172,7 @@ class Hub:
     @property
     def connected(self) -> int:
         """How many ranks and relays are connected."""
-        return len(self._admission.everybody().union(self._links))
+        return len(self._admission.connections().union(self._links))
 
     @property
     def undecided(self) -> bool:

@@ -94,7 +94,7 @@ class Service(Protocol):
         Args:
             reason: for the process that leaves.
             code: its exit status.
-            printer: the rank that writes the report; None: nobody does.
+            printer: the rank that writes the report; None: none does.
             report: the text.
         """
 

@@ -90,7 +90,7 @@ class SidecarLoop:
         self._code = 0
 
     def run(self) -> None:
-        """Serve until nobody needs it."""
+        """Serve until no rank needs it."""
         while not self.is_over():
             now = time.monotonic()
             times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill)]
@@ -114,7 +114,7 @@ class SidecarLoop:
         self._selector.close()
 
     def is_over(self) -> bool:
-        """Whether nobody needs it any more, or it has waited long enough after a verdict."""
+        """Whether no rank needs it any more, or it has waited long enough after a verdict."""
         # While the rank that started it lives and nothing has failed, another World may be opened.
         if self._end_at is None and self._lifeline_open:
             return False
@@ -145,7 +145,7 @@ class SidecarLoop:
                     self._expect_end(code, frozenset())
 
     def _hold_processes(self) -> None:
-        """Hold on to each rank's process of this node, so that a later KILL can meet nobody else."""
+        """Hold on to each rank's process of this node, so that a later SIGKILL hits no other process."""
         for fd in self._processes.values():
             os.close(fd)
         self._processes.clear()
@@ -205,7 +205,7 @@ class SidecarLoop:
 
 
 def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
-    """Serve until nobody needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
+    """Serve until no rank needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     line = b""

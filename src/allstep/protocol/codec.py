@@ -1,7 +1,7 @@
 """Frozen dataclasses as lines of JSON with a version: one line, one message.
 
 Contract: a `Codec` knows the message types of one protocol. `encode` writes a message, its line's end included;
-`decode` checks that a line has the fields of its type and that each has its type, so nobody who takes it has to. Fields
+`decode` checks that a line has the fields of its type and that each has its type, so its reader need not. Fields
 that a newer side adds are passed over. What can go wrong: `ChannelError` for a line that is not a message of this
 version.
 """

@@ -44,7 +44,7 @@ class Connection:
 
     def __init__(self, sock: socket.socket, longest: int = LONGEST_LINE) -> None:
         sock.setblocking(False)
-        # Messages are small and somebody waits for each: without this, one can wait for the last one's acknowledgement.
+        # Messages are small and waited for. Without this, one may be held back until the last one was acknowledged.
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock = sock

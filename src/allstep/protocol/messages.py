@@ -128,7 +128,7 @@ class Leave:
     """End the process now with `code`, after writing `report` (if any) to standard error.
 
     Without a code the process only writes, and knows that its failure was judged. A relay gives its `spared` ranks no
-    code, and the report to `printer` alone (-1: to nobody).
+    code, and the report to `printer` alone (-1: to none).
     """
 
     reason: str

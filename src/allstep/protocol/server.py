@@ -1,7 +1,7 @@
 """The listening side of a service: its sockets, who may connect, and what they send.
 
 The owner drives a `MessageServer` with `ready` and `tick`, and takes what happened with `take`: a peer connected (its
-first message was one that the owner `admits`), sent a message, or is gone. Everybody else is turned away. A newcomer
+first message was one that the owner `admits`), sent a message, or is gone. All others are turned away. A newcomer
 that the owner objects to is told why. One that sends garbage, a line without end, or nothing within `INTRODUCTION_S`,
 is closed without a word, and the number of such strangers is bounded. Nothing blocks.
 """

@@ -68,8 +68,8 @@ def about_a_lost_connection(text: str) -> bool:
 def about_another_rank(error: BaseException) -> bool:
     """Whether an exception is most likely about the end of another rank: what torch raises for a broken collective.
 
-    torch's own types say so; a plain RuntimeError does by its text. Other types are somebody else's connections, and so
-    is what a worker of a DataLoader raised, whose text torch begins with "Caught".
+    torch's own types say so; a plain RuntimeError does by its text. Other types are about connections of the script's
+    own, and so is what a worker of a DataLoader raised, whose text torch begins with "Caught".
     """
     if type(error).__module__.startswith("torch") and type(error).__name__ in _TORCHS:
         return True
