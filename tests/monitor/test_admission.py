@@ -57,7 +57,7 @@ def test_an_objection_waits_a_moment_for_more_ranks(called: Called):
 
 
 @pytest.mark.parametrize("how", ["its peer closes", "a relay loses it"])
-def test_when_the_one_that_does_not_fit_has_gone_the_others_have_all_their_time(called: Called, how: str):
+def test_when_the_misfit_has_gone_the_others_have_all_their_time(called: Called, how: str):
     called.comes(0)
     called.comes(1, world_size=4)
     called.now = GATHER_S / 2

@@ -1,4 +1,4 @@
-"""What an detector makes of what it hears, with a clock that the test turns and no sockets."""
+"""What a detector makes of what it hears, with a clock that the test turns and no sockets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.monitor.driving import registration
 
 
 class Detecting:
-    """An detector about two ranks whose Worlds are open."""
+    """A detector of two ranks whose Worlds are open."""
 
     def __init__(self, *, supervised: bool) -> None:
         self.now = 100.0

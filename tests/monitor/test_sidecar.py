@@ -21,8 +21,8 @@ import pytest
 from allstep.errors import ConfigurationError
 from allstep.monitor import sidecar_process
 from allstep.monitor.hub import Hub
-from allstep.monitor.sidecar import Setup, Sidecar, start_sidecar
-from allstep.protocol.address import HERE, new_nonce
+from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
+from allstep.protocol.address import new_nonce
 from allstep.protocol.connection import is_ready
 from allstep.protocol.messages import Welcome
 from tests.monitor.driving import BOUND, Caller, RankProcess, gone, listening, rank_processes, registration, wait_for
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 @contextlib.contextmanager
 def sidecar(world_size: int, nonce: str, **settings: Any) -> Iterator[Sidecar]:
-    started = start_sidecar(nonce=nonce, attempt=0, world_size=world_size, **settings)
+    started = start_sidecar(SidecarSetup(nonce, 0, world_size, **settings))
     try:
         yield started
     finally:
@@ -204,7 +204,7 @@ def test_its_loop_asks_who_is_connected_only_when_it_may_end(monkeypatch):
     asked: list[bool] = []
     monkeypatch.setattr(Hub, "connected", property(lambda hub: asked.append(True) or 1))
     theirs, lifeline = os.pipe()
-    setup = Setup("n", 0, 2, HERE, "", "", "", 0, (), "")
+    setup = SidecarSetup("n", 0, 2)
     loop = sidecar_process.SidecarLoop(setup, theirs, listening(), None)
     with contextlib.closing(loop):
         assert not loop.is_over()
@@ -251,4 +251,4 @@ def many_open_files() -> Iterator[None]:
 
 def test_limits_that_cannot_be_read_start_nothing():
     with pytest.raises(ConfigurationError, match="limits"):
-        start_sidecar(nonce="n", attempt=0, world_size=2, limits="stepp=3")
+        start_sidecar(SidecarSetup("n", 0, 2, limits="stepp=3"))

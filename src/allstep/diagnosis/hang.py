@@ -82,7 +82,7 @@ class HangLimits:
 
 def _range(name: str, value: str, default: tuple[float, float]) -> tuple[float, float]:
     low, colon, high = value.partition(":")
-    if not colon:
+    if not colon:  # the default lower bound holds, unless the upper one is below it
         most = _seconds(name, low)
         return min(default[0], most), most
     bounds = _seconds(name, low), _seconds(name, high)
@@ -159,6 +159,7 @@ def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[
         limits: of this run.
         longest: what `longest_stays` found, in seconds by section.
     """
+    # A silent rank needs no limit of a section: it cannot even say where it is.
     if silent(ranks, limits):
         return True
     over: list[RankProgress] = []
@@ -200,11 +201,13 @@ def diagnose(ranks: Sequence[RankProgress], limits: HangLimits) -> Hang:
     if quiet:
         why = "it is frozen (as by SIGSTOP), or in a call that holds the interpreter lock"
         return Hang({each.rank: f"no heartbeat for {each.age:.0f} s: {why}" for each in quiet}, "")
+    # The clearest case first: all wait but some, which therefore are what the others wait for.
     waiting = [each for each in ranks if each.waits]
     working = [each for each in ranks if not each.waits]
     if waiting and working:
         found = {each.rank: f"hangs in {_where(each)}, and waits for no other rank" for each in _least(working)}
         return Hang(found, f"{_ranks(waiting)} in {_named(waiting)}")
+    # All wait, or of none it is known. Ranks that wait in different places did not follow the same course.
     groups = _groups(ranks)
     if len(groups) > 1:
         odd = min(groups.values(), key=lambda group: (len(group), min(each.place for each in group)))

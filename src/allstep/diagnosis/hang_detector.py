@@ -50,6 +50,7 @@ class HangDetector:
         It is a rank that is silent, or else one that waits for no other.
         """
         ranks = _progress(records, age)
+        # Sooner than the limit for silence, since it is known that something is wrong.
         silent = [each for each in ranks if each.age > SUSPECT_S]
         working = [each for each in ranks if not each.waits]
         why = "no heartbeat for {:.1f} s: it is frozen (as by SIGSTOP), or holds the interpreter lock"

@@ -130,12 +130,14 @@ def judgement(record: RankRecord, *, supervised: bool) -> Judgement:
         return _by_failure(record, failure, OutcomeKind.ERROR)
     if record.ordered is not None and left is not None and record.ordered.order < left.order:
         return _by_order(end, left)
+    # Before how its process ended: a rank that hangs is killed in the end, which says nothing.
     if record.hung is not None:
         return OutcomeKind.HANG, record.hung_why, HANG, record.hung
     if end is not None and not (end.killed and failure):
         return _by_end(record, end, record.ended)
     if record.node_lost:
         return OutcomeKind.NODE_LOST, record.lost_why, PEER_LOST, record.lost
+    # A process closes its connections when it ends, so a connection's end matters only where the process' is unknown.
     if record.lost is not None and end is None:
         return _by_loss(record, supervised)
     if failure is not None:
@@ -203,6 +205,7 @@ def _by_end(record: RankRecord, end: WorkerExit, moment: Moment | None) -> Judge
     if code == 0:
         if record.awaited:
             return OutcomeKind.EARLY, f"left early: it ended with exit code 0 {record.awaited}", USER_ERROR, moment
+        # Exit code 0 without a goodbye: the process ended in a way that runs no handlers of Python's, as by os._exit.
         if record.registration is not None and record.goodbye is None:
             what = "left early: its process ended with exit code 0 while its World was open"
             return OutcomeKind.EARLY, what, USER_ERROR, moment

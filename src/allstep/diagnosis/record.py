@@ -80,7 +80,7 @@ class RankRecord:
     def note_goodbye(self, moment: Moment, *, closed: bool) -> None:
         """It closed its World in order, or (`closed` false) its interpreter ends with the World open."""
         self.goodbye, self.left_open = moment, not closed
-        if closed:
+        if closed:  # a World that is closed in order shows that the exception was caught
             self.forget_seen()
 
     def note_lost(self, why: str, moment: Moment) -> bool:
@@ -107,6 +107,7 @@ class RankRecord:
             return
         if failure.leaving:
             self.failing = moment
+        # What leaves the script is mostly what was seen to leave a run before, with the place where that was.
         if known is not None and (known.kind, known.message) == (failure.kind, failure.message):
             self.failure = replace(failure, epoch=known.epoch, iteration=known.iteration, section=known.section)
         else:

@@ -59,7 +59,7 @@ def follow(machine: Machine) -> int:
         try:
             answer = join(machine.loop, nodes, introduce(machine.launch), limit, machine.stopped)
         except LaunchError as error:
-            if not begun:
+            if not begun:  # nothing ran here, so this machine's own error is the whole story
                 raise
             machine.say(f"node 0 was lost after the attempt: {error}")
             return PEER_LOST
@@ -68,6 +68,7 @@ def follow(machine: Machine) -> int:
         if isinstance(answer, RunOver):
             machine.say(answer.text)
             return answer.status
+        # Between attempts the head is there or has been lost; it is not about to be started.
         begun = True
         limit = SILENCE_S
         attempt = _take_part(machine, nodes, answer)
@@ -80,6 +81,7 @@ def follow(machine: Machine) -> int:
 def _stopped(machine: Machine, nodes: Nodes, finished: Finished | None) -> int:
     """Leave after a signal to stop; return the run's exit status where the head has said it, else the signal's."""
     assert machine.stopped_by is not None
+    # The head waits for this machine before the next attempt, so it is told even where the run is over.
     text, status = f"stopped by {machine.stopped_by.name}", 128 + machine.stopped_by
     resign(nodes, NodeResigned(introduce(machine.launch).token, nodes.rank, text))
     if finished is not None and finished.text:
@@ -158,11 +160,12 @@ def join(
                     if isinstance(message, AttemptStart | RunOver):
                         return message
                     if isinstance(message, Refused):
+                        # Of several ports the next may be this run's: derived ports can meet those of another job.
                         if not message.stranger or len(targets) == 1:
                             host, port = connector.target
                             raise LaunchError(f"node 0 at {host}, port {port}, refused: {message.reason}")
                         raise ConnectionError("another run's node 0")
-                    connector.until = time.monotonic() + limit
+                    connector.until = time.monotonic() + limit  # the head is there; should it be lost, begin to count
             except ConnectionError as error:
                 connector.reject(error.strerror or str(error))
             finally:
@@ -178,6 +181,7 @@ def join(
 
 def resign(nodes: Nodes, message: NodeResigned) -> None:
     """Tell the head that this machine will not come again, if the head is there to hear it."""
+    # To all ports: at which of them this run's head is, only an answer would tell.
     for port in nodes.ports:
         with (
             contextlib.suppress(ConnectionError),

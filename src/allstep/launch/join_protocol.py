@@ -33,6 +33,7 @@ class JoinedNodes:
 
     def is_stranger(self, request: JoinRequest | NodeResigned) -> bool:
         """Whether it belongs to another run."""
+        # In a time that does not depend on the token, which keeps the run's secret from being guessed bit by bit.
         return not hmac.compare_digest(request.token.encode(), self.own.token.encode())
 
     def turned_away(self, request: JoinRequest) -> str:
@@ -53,6 +54,7 @@ class JoinedNodes:
             return f"{request.process} says node rank {request.node_rank}, but there are {self.own.nodes} nodes"
         if request.workers < 1:
             return f"node {request.node_rank} ({request.process}) says that it has {request.workers} workers"
+        # The same process may come again over a new connection, when the old one broke.
         there = self.requests.get(request.node_rank)
         if there is not None and there.process != request.process:
             return (
@@ -89,6 +91,7 @@ class JoinedNodes:
 def introduce(launch: Launch) -> JoinRequest:
     """Return this machine's introduction; its run is known by name, or by its SLURM step, or by its script's name."""
     assert launch.nodes is not None
+    # Two runs that meet at one port by mistake must not join: they seldom have the same name or job.
     run = launch.settings.name or launch.nodes.job or os.path.basename(launch.command.target)
     return JoinRequest(
         run=run,

@@ -250,6 +250,7 @@ class NodeAssembly:
 
     def over(self, status: int, text: str, *, until: float) -> None:
         """Tell every machine that the run has ended, waiting for those that are on their way."""
+        # Machines come back only when their own workers have ended, and must not wait in vain for the last word.
         while self._server.away() and time.monotonic() < until:
             self._machine.turn(until)
         self._server.over(RunOver(status, text))
@@ -269,6 +270,7 @@ class NodeAssembly:
                 f"that allstep run was started there and reaches {self._place.host}, port "
                 f"{', '.join(map(str, self._place.ports))}, or give --rdzv-timeout more seconds"
             )
+        # Which ranks there are is known only now; before an attempt is made, --show can still be refused.
         try:
             shown_ranks(self._machine.launch.settings.show, self.world_size())
         except ConfigurationError as error:

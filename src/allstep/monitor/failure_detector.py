@@ -140,6 +140,7 @@ class FailureDetector:
         """A worker's process ended."""
         if self.records[end.rank].note_end(end, self._moment()):
             self._look_soon()
+            # With all ends known nothing more will come, so there is nothing to wait for.
             if all(each.end is not None for each in self.records.values()):
                 self._conclude()
 
@@ -225,7 +226,7 @@ class FailureDetector:
     def _gather_stacks(self) -> None:
         self._gather_until = self._clock.now() + GATHER_S
         self._unanswered = set(self.present())
-        for record in self.records.values():
+        for record in self.records.values():  # of an earlier suspicion that came to nothing
             record.stacks = record.trace = ""
         self._ask_stacks()
 
@@ -236,6 +237,7 @@ class FailureDetector:
             if record.present and not record.stacks:
                 record.stacks = read_stacks(self._stacks_files.get(rank, ""))
         records = self._all()
+        # Meanwhile a rank may have failed, and a rank that was only slow may have gone on.
         failed = due(records, supervised=self._supervised) is not None
         if not failed and not self._hangs.hangs(records, self._clock.age):
             return  # it moves again

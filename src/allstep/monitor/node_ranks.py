@@ -105,12 +105,12 @@ class NodeRanks:
             return
         peer.rank = rank
         self._waiting.append(peer)
-        if not (before.present and before.registration and before.registration.process != hello.registration.process):
-            if (
-                before.present
-            ):  # the same process opens its next World; its goodbye is on its way in the older connection
+        known = before.registration if before.present else None
+        # A second process of a rank leaves the first one's record alone; the head refuses it by name.
+        if known is None or known.process == hello.registration.process:
+            if known is not None:
+                # The same process opens its next World. Its goodbye is still on its way in the older connection.
                 self._send_up(Goodbye(rank))
-            # A second process of a rank leaves the first one's record alone; the head refuses it by name.
             self.records[rank] = RankRecord(rank, hello.registration)
             self._peers[rank] = peer
             self._stacks_files[rank] = hello.stacks_file

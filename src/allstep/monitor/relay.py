@@ -200,9 +200,11 @@ class Relay:
                 self._events.append(AllArrived())
             case Refused(reason):
                 self._ranks.refuse(reason)
+                # Ranks that were let in before stay in, and the head goes on listening for them.
                 self._ranks_refused = not self._ranks.present()
             case Leave():
                 self._ranks.order_out(message)
+                # Without a code the order only says that a failure was judged; no rank has to end of it.
                 if message.code is not None:
                     self._events.append(Ordered(message.reason, message.code, message.spared))
             case Notice(text, printer):
@@ -228,5 +230,6 @@ class Relay:
                         self._ranks.received(peer, message, line)
                     case PeerGone(peer, why):
                         self._ranks.gone(peer, why)
+        # Last, so that what the head sent before it closed has been acted on.
         if self._uplink.lost:
             self._lose_head(self._uplink.lost)

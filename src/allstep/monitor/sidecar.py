@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,19 +31,32 @@ _PROCESS = Path(__file__).with_name("sidecar_process.py")
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
-    """What a sidecar is told."""
+class SidecarSetup:
+    """What a sidecar is told.
+
+    Attributes:
+        nonce: the secret that its ranks, and relays, have to know.
+        attempt: the present start's number.
+        world_size: how many ranks the whole world has.
+        host: where to listen, as `protocol.address.listen` takes it.
+        limits: as in ALLSTEP_LIMITS.
+        attempt_folder: where failure.json goes; empty: nowhere.
+        upstream: HOST:PORT of the head's hub, which makes this one a relay; empty: this is the head.
+        node_rank: of this node.
+        ranks: of this node, for a relay.
+        run: the run's name, for the report.
+    """
 
     nonce: str
     attempt: int
     world_size: int
-    host: str
-    limits: str
-    attempt_folder: str
-    upstream: str
-    node_rank: int
-    ranks: tuple[int, ...]
-    run: str
+    host: str = HERE
+    limits: str = ""
+    attempt_folder: str = ""
+    upstream: str = ""
+    node_rank: int = 0
+    ranks: tuple[int, ...] = ()
+    run: str = ""
 
 
 class Sidecar:
@@ -64,41 +76,18 @@ class Sidecar:
         _close_all(self._lifeline)
 
 
-def start_sidecar(
-    *,
-    nonce: str = "",
-    attempt: int,
-    world_size: int,
-    host: str = HERE,
-    limits: str = "",
-    attempt_folder: str = "",
-    upstream: str = "",
-    node_rank: int = 0,
-    ranks: Sequence[int] = (),
-    run: str = "",
-    timeout: float = 10.0,
-) -> Sidecar:
+def start_sidecar(setup: SidecarSetup, timeout: float = 10.0) -> Sidecar:
     """Start a sidecar on this node.
 
     Args:
-        nonce: the secret that its ranks, and relays, have to know.
-        attempt: the present start's number.
-        world_size: how many ranks the whole world has.
-        host: where to listen, as `protocol.address.listen` takes it.
-        limits: as in ALLSTEP_LIMITS.
-        attempt_folder: where failure.json goes; empty: nowhere.
-        upstream: HOST:PORT of the head's service, which makes this one a relay; empty: this is the head.
-        node_rank: of this node.
-        ranks: of this node, for a relay.
-        run: the run's name, for the report.
+        setup: what it is told.
         timeout: seconds that it has to start.
 
     Raises:
         ConfigurationError: the limits are not as they must be.
         WorldError: it did not start.
     """
-    HangLimits.parse(limits)
-    setup = Setup(nonce, attempt, world_size, host, limits, attempt_folder, upstream, node_rank, tuple(ranks), run)
+    HangLimits.parse(setup.limits)  # an error of the user's is raised here, and not said by another process
     theirs, lifeline = os.pipe()
     answer, answer_theirs = os.pipe()
     given = [theirs, answer_theirs]
@@ -133,7 +122,7 @@ def start_sidecar(
                 f"the service of this node's ranks did not start within {timeout:g} s: {text or 'no word'}"
             )
         undo.pop_all()
-    return Sidecar(join_address(HERE if host == EVERYWHERE else host, int(port)), process, lifeline)
+    return Sidecar(join_address(HERE if setup.host == EVERYWHERE else setup.host, int(port)), process, lifeline)
 
 
 def _read_answer(fd: int, timeout: float) -> str:

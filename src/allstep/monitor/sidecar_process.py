@@ -36,7 +36,7 @@ from allstep.monitor.hub import Hub
 from allstep.monitor.relay import Relay
 from allstep.monitor.report_output import write_bounded, write_report
 from allstep.monitor.service import AllArrived, Finished, Ordered, Service, StragglerSeen, Verdict
-from allstep.monitor.sidecar import Setup
+from allstep.monitor.sidecar import SidecarSetup
 from allstep.protocol.address import listen, split_address
 from allstep.protocol.connection import is_ready
 
@@ -52,7 +52,7 @@ _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
 class SidecarLoop:
     """The loop of the sidecar's process."""
 
-    def __init__(self, setup: Setup, lifeline: int, listener: socket.socket, stderr: int | None) -> None:
+    def __init__(self, setup: SidecarSetup, lifeline: int, listener: socket.socket, stderr: int | None) -> None:
         self._setup = setup
         self._stderr = stderr
         self._selector = selectors.DefaultSelector()
@@ -215,7 +215,7 @@ def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
             return
         line += byte
     values = json.loads(line)
-    setup = Setup(**{**values, "ranks": tuple(values["ranks"])})
+    setup = SidecarSetup(**{**values, "ranks": tuple(values["ranks"])})
     try:
         listener = listen(setup.host)
         loop = SidecarLoop(setup, lifeline, listener, stderr)

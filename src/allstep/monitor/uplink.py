@@ -88,7 +88,7 @@ class Uplink:
             return
         self._connection.flush()
         lines = self._connection.receive()
-        if lines:
+        if lines:  # any line shows that the head is there
             self._heard = self._clock.now()
             self._lines += lines
         self._update()

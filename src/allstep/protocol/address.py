@@ -55,6 +55,7 @@ def listen(host: str, port: int = 0) -> socket.socket:
     Raises:
         OSError: the port is in use, or the address is not this machine's.
     """
+    # One socket for both families, so that a port that is free in only one of them counts as taken.
     if host == EVERYWHERE and socket.has_dualstack_ipv6():
         try:
             return socket.create_server(("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)

@@ -245,6 +245,7 @@ class NodeResigned:
     reason: str
 
 
+# A line is decoded by the name of its class, so classes here are not renamed without a new VERSION.
 Message = (
     RankHello
     | Heartbeat

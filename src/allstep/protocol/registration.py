@@ -45,6 +45,7 @@ def objection(registrations: Sequence[RankRegistration], world_size: int | None 
         registrations: those that have come so far, in the order they came.
         world_size: the number of ranks that was started, where the caller knows it.
     """
+    # The checks that explain others come first: two worlds that meet differ in nearly everything.
     first = registrations[0]
     return (
         _world_sizes(registrations, first.world_size if world_size is None else world_size)

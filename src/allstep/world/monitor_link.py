@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from allstep.errors import WorldError
 from allstep.monitor.client import Client
-from allstep.monitor.sidecar import Sidecar, start_sidecar
+from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.placement import Placement
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
 from allstep.protocol.connection import connect
@@ -116,7 +116,7 @@ def join(service: MonitorService, placement: Placement, registration: RankRegist
 
 
 def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence[int] = ()) -> Sidecar:
-    return start_sidecar(
+    setup = SidecarSetup(
         nonce=nonce,
         attempt=placement.attempt,
         world_size=placement.world_size,
@@ -125,9 +125,10 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
         attempt_folder=os.environ.get("ALLSTEP_ATTEMPT_FOLDER", ""),
         upstream=upstream,
         node_rank=placement.node_rank,
-        ranks=ranks,
+        ranks=tuple(ranks),
         run=placement.run_id,
     )
+    return start_sidecar(setup)
 
 
 def _ranks_of_node(store: BoundedStore, placement: Placement, deadline: float) -> list[int]:
