@@ -90,7 +90,7 @@ def worlds(draw: st.DrawFn) -> tuple[list[list[int | None]], int]:
 
 
 @given(worlds(), st.sampled_from(POLICIES), st.booleans())
-def test_the_weighted_mean_over_ranks_and_a_group_is_the_mean_over_all_its_samples(
+def test_the_weighted_mean_over_ranks_is_the_mean_over_all_samples(
     world: tuple[list[list[int | None]], int], policy: Uneven, goes_on: bool
 ) -> None:
     rows, group = world

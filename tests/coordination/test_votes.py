@@ -1,4 +1,4 @@
-"""Ballots become vectors, vectors are summed, and the sum reads as what all ranks said together."""
+"""Votes become vectors, vectors are summed, and the sum reads as what all ranks said together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.coordination import Occasion, Vote, VoteResult, read_result, vector_length
+from allstep.coordination import MOST_DOUBLINGS, Occasion, Vote, VoteResult, read_result, vector_length
 
 MOST_RANKS = 1 << 18
 MOST_SAMPLES = (1 << 26) - 1
@@ -37,7 +37,7 @@ def result_of(*cast: Vote, iterations: int = 3, length: int = 40) -> VoteResult:
 
 
 @given(st.lists(votes, min_size=1, max_size=8))
-def test_a_tally_is_the_sum_of_what_each_ballot_says(cast: list[Vote]) -> None:
+def test_a_result_is_the_sum_of_what_each_vote_says(cast: list[Vote]) -> None:
     result = result_of(*cast)
     assert result.occasions == (len(cast), 0, 0)
     assert result.having == tuple(sum(b.samples[at] is not None for b in cast) for at in range(3))
@@ -105,3 +105,9 @@ def test_neighbouring_places_are_told_apart(sequence: int, iteration: int, apart
         assert here.place != Vote(Occasion.WINDOW, sequence, iteration + apart).place
         assert here.place != Vote(Occasion.WINDOW, sequence + apart, iteration).place
     assert 0 <= here.place < 1 << 20
+
+
+@given(st.lists(st.integers(0, MOST_DOUBLINGS), min_size=1, max_size=8))
+def test_the_least_of_the_doublings_is_read_from_their_sum(doublings: list[int]) -> None:
+    result = result_of(*(Vote(Occasion.WINDOW, 0, doublings=each) for each in doublings), iterations=0)
+    assert result.least_doublings(len(doublings)) == min(doublings)

@@ -44,3 +44,23 @@ def nothing(engine: Engine, batch: Any) -> None:
 def same(engine: Engine, batch: Any) -> Any:
     """A step that returns its batch."""
     return batch
+
+
+class Told:
+    """Data of which each pass says which epoch it was told."""
+
+    def __init__(self, length: int = 3) -> None:
+        self.length = length
+        self.epoch: int | None = None
+        self.calls: list[str] = []
+
+    def set_epoch(self, epoch: int) -> None:
+        self.calls.append(f"set {epoch}")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        self.calls.append("iter")
+        return iter([(self.epoch, n) for n in range(self.length)])

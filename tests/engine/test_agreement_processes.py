@@ -39,7 +39,7 @@ def _run_drawn(world: World, drawn: Drawn) -> Log:
 
 @SOME
 @given(drawn_worlds())
-def test_processes_of_any_lengths_and_kinds_take_the_batches_that_the_policy_says(drawn: Drawn) -> None:
+def test_processes_with_any_data_take_the_batches_that_the_policy_says(drawn: Drawn) -> None:
     check_logs(drawn, run_ranks(_run_drawn, len(drawn.shelves), drawn))
 
 
@@ -110,7 +110,7 @@ def _reads(world: World) -> list[list[int]]:
     return found
 
 
-def test_counts_that_are_arithmetic_need_no_reading_and_other_data_is_read_ahead_by_lookahead_at_most() -> None:
+def test_only_data_that_must_be_counted_is_read_ahead_and_by_lookahead() -> None:
     for own, plain, *ahead in run_ranks(_reads, 2):
         assert set(own) == set(plain) == {0}
         for most, read in zip((32, 1, 7, 40), ahead, strict=True):
@@ -210,7 +210,7 @@ def _replaced(world: World) -> list[int]:
     return seen
 
 
-def test_a_rank_that_replaces_its_data_drops_what_it_read_ahead_and_the_others_go_on() -> None:
+def test_a_rank_that_replaces_its_data_drops_what_it_read_ahead() -> None:
     others, replaced, third = run_ranks(_replaced, 3)
     assert others == third == list(range(30))
     old = [at for at in replaced if at < 1000]
@@ -238,7 +238,7 @@ def _small_datasets(world: World) -> list[tuple[list[int], int]]:
     return told
 
 
-def test_no_sample_of_the_own_loader_is_lost_with_fewer_samples_than_ranks_under_any_policy() -> None:
+def test_fewer_samples_than_ranks_are_all_trained_under_any_policy() -> None:
     runs = list(zip(*run_ranks(_small_datasets, 4), strict=True))
     assert len(runs) == 18
     for at, ranks in enumerate(runs):
@@ -262,7 +262,7 @@ def _evaluated(world: World, counts: list[int]) -> list[tuple[int, bool, bool]]:
     return seen
 
 
-def test_an_evaluator_in_a_trainers_handlers_skips_the_step_where_a_rank_has_no_batch() -> None:
+def test_an_evaluator_in_a_handler_skips_the_step_without_a_batch() -> None:
     counts = [3, 0, 5, 1]
     for seen, count in zip(run_ranks(_evaluated, 4, counts), counts, strict=True):
         assert seen == [(at + 1, at < count, at < count) for at in range(5)] * 2
@@ -285,7 +285,7 @@ def _buffers(world: World) -> list[tuple[int, float]]:
     return seen
 
 
-def test_a_rank_without_a_batch_keeps_the_buffers_that_ddp_broadcast_and_not_its_fillers() -> None:
+def test_a_rank_without_a_batch_keeps_the_buffers_that_ddp_broadcast() -> None:
     active, idle = run_ranks(_buffers, 2)
     assert active == [(1, 4.0), (2, 6.0), (3, 7.0)]
     assert idle == [(1, 4.0), (1, 4.0), (2, 6.0)]

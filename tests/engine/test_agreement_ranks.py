@@ -231,7 +231,7 @@ def _count_reductions(world: World) -> tuple[list[int], int, int]:
     return after, reduced, calls
 
 
-def test_gradients_are_reduced_at_a_groups_end_only_and_agreement_stays_off_the_device_group() -> None:
+def test_gradients_are_reduced_at_a_groups_end_only() -> None:
     for after, reduced, calls in run_ranks(_count_reductions, 2):
         assert after == [0, 0, 1, 1, 1, 2, 2, 3]
         assert calls == reduced == 3

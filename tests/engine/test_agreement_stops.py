@@ -168,6 +168,6 @@ def gives_less(world: World) -> None:
     Engine(lambda e, b: None).run(loader, max_epochs=2)
 
 
-def test_data_that_gives_less_than_it_declared_is_one_error_that_names_rank_and_numbers() -> None:
+def test_data_that_gives_less_than_it_declared_is_an_error_on_all_ranks() -> None:
     with pytest.raises(RanksError, match="rank 1 declared 8 batches and gave 5"):
         run_ranks(gives_less, 2)

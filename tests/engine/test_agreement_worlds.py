@@ -169,7 +169,7 @@ def test_ranks_of_any_lengths_and_kinds_take_the_batches_that_the_policy_says(dr
 
 @SOME
 @given(drawn_worlds(acts=ACTS, policies=("shortest", "longest")))
-def test_a_request_of_any_rank_at_any_moment_stops_all_at_one_place_and_loses_nothing(drawn: Drawn) -> None:
+def test_a_request_of_any_rank_at_any_moment_stops_all_alike(drawn: Drawn) -> None:
     check(drawn)
 
 
@@ -182,7 +182,7 @@ def test_any_rank_may_replace_its_data_at_any_moment(drawn: Drawn) -> None:
 @pytest.mark.nightly
 @MANY
 @given(drawn_worlds())
-def test_many_ranks_of_any_lengths_and_kinds_take_the_batches_that_the_policy_says(drawn: Drawn) -> None:
+def test_ranks_with_any_data_take_the_batches_that_the_policy_says(drawn: Drawn) -> None:
     check(drawn)
 
 

@@ -3,8 +3,7 @@ from typing import Any
 import pytest
 
 from allstep.engine import Engine, Events
-from tests.engine.recording import NoLength, batches_of, nothing, record
-from tests.engine.test_run import Told
+from tests.engine.recording import NoLength, Told, batches_of, nothing, record
 
 STARTED = Events.STARTED
 EVERY_EVENT = [
@@ -94,7 +93,7 @@ def test_a_run_after_terminate_at_an_epochs_end_goes_on_with_the_next_epoch() ->
     assert engine.state.iteration == 12
 
 
-def test_an_iteration_whose_step_did_not_run_because_of_terminate_is_counted_once() -> None:
+def test_an_iteration_that_terminate_left_without_a_step_is_counted_once() -> None:
     engine = Engine(nothing)
     ask_at(engine, Events.ITERATION_STARTED, 2, engine.terminate)
     engine.run(range(3), max_epochs=2)

@@ -118,7 +118,7 @@ def test_the_optimizer_steps_once_a_group() -> None:
     assert steps == [2, 3, 5, 6]
 
 
-def test_an_epoch_that_is_cut_inside_a_group_ends_with_the_groups_optimizer_step() -> None:
+def test_an_epoch_cut_inside_a_group_ends_with_its_optimizer_step() -> None:
     model, optimizer = model_and_optimizer()
     trainer = create_supervised_trainer(model, optimizer, functional.cross_entropy, gradient_accumulation_steps=2)
     trainer.add_event_handler(Events.ITERATION_COMPLETED(once=1), trainer.terminate_epoch)

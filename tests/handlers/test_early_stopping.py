@@ -120,7 +120,7 @@ def _scores_seen(coordinator: SimulatedRank) -> tuple[int, list[int], list[int]]
     return state.iteration, by_iteration, by_epoch
 
 
-def test_iterations_without_a_batch_of_the_ranks_own_do_not_count_and_epoch_ends_do() -> None:
+def test_iterations_without_a_batch_do_not_count_and_epoch_ends_do() -> None:
     full, short = simulate(_scores_seen, 2)
     assert full == (8, [1, 2, 3, 4, 5, 6, 7, 8], [4, 8])
     assert short == (8, [1, 2, 5, 6], [4, 8])

@@ -47,7 +47,7 @@ def test_the_clock_starts_with_each_run_and_not_before() -> None:
     assert (engine.state.iteration, engine.state.stop_reason) == (3, None)
 
 
-def test_time_spent_in_handlers_at_an_epochs_end_counts_before_the_next_epoch_begins() -> None:
+def test_time_spent_in_handlers_at_an_epochs_end_counts() -> None:
     clock = Clock()
     engine = ticking(clock, Alone())
 

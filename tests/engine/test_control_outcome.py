@@ -29,9 +29,7 @@ def go_on(state: dict[str, Any], **terms: Any) -> Engine:
 
 
 @pytest.mark.parametrize("event", [Events.EPOCH_COMPLETED(once=2), Events.ITERATION_COMPLETED(once=5)])
-def test_a_run_that_was_ended_as_finished_trains_nothing_when_it_goes_on_and_says_why(
-    event: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_ended_as_finished_trains_nothing_when_it_goes_on(event: Any, caplog: pytest.LogCaptureFixture) -> None:
     engine, state = ended_in_epoch_2("finished", event)
     assert (engine.state.outcome, engine.state.stop_reason) == ("finished", "rank 0: good enough")
     assert state["finished"] == "rank 0: good enough"
@@ -49,14 +47,14 @@ def test_a_run_that_was_ended_as_finished_trains_nothing_when_it_goes_on_and_say
         assert again.state_dict()["finished"] == "rank 0: good enough"
 
 
-def test_one_that_is_asked_for_more_epochs_than_then_goes_on_and_is_no_longer_finished() -> None:
+def test_a_finished_run_asked_for_more_epochs_goes_on() -> None:
     _, state = ended_in_epoch_2("finished")
     engine = go_on(state, max_epochs=6)
     assert (engine.state.epoch, engine.state.iteration, engine.state.outcome) == (6, 18, None)
     assert "finished" not in engine.state_dict()
 
 
-def test_one_that_was_finished_and_asked_again_before_goes_on_too_when_asked_for_more() -> None:
+def test_a_finished_run_that_was_resumed_once_still_goes_on_for_more() -> None:
     _, state = ended_in_epoch_2("finished")
     engine = go_on(state, max_epochs=5)
     assert engine.run(range(3), max_epochs=6).iteration == 18
@@ -129,7 +127,7 @@ def _fails_in_the_last_window(coordinator: Any, accumulate: int, terms: dict[str
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_failure_in_the_last_window_counts_where_max_iters_ends_the_run_inside_an_epoch(accumulate: int) -> None:
+def test_a_failure_in_the_last_window_before_max_iters_counts(accumulate: int) -> None:
     expected = (10, "failed", "rank 1: not finite", [("failed", "rank 1: not finite")])
     assert simulate(_fails_in_the_last_window, 2, accumulate, {"max_iters": 10}) == [expected] * 2
 

@@ -98,7 +98,7 @@ def test_a_handler_of_exception_raised_may_raise_another() -> None:
         engine.run(range(3))
 
 
-def test_terminate_in_a_handler_of_exception_raised_ends_the_run_without_the_exception() -> None:
+def test_terminate_in_a_handler_of_exception_raised_ends_the_run_well() -> None:
     engine = Engine(lambda engine, batch: 1 / 0 if batch == 1 else None)
     seen = record(engine)
     engine.add_event_handler(Events.EXCEPTION_RAISED, lambda error: engine.terminate())

@@ -70,7 +70,7 @@ def test_the_last_group_ends_at_max_iters() -> None:
     assert [end for _, _, end in seen] == [False, False, False, True, False, True]
 
 
-def test_an_iterator_that_runs_dry_inside_a_group_gives_one_warning_and_no_batch_is_lost() -> None:
+def test_an_iterator_that_runs_dry_inside_a_group_loses_no_batch() -> None:
     with pytest.warns(UserWarning, match="5 of 20") as caught:
         seen, engine = groups(iter([2, 2, 2, 2, 1]), 2, max_epochs=2, epoch_length=10)
     assert len(caught) == 1
@@ -115,7 +115,7 @@ def test_new_data_where_the_old_ended_inside_a_group_completes_the_group() -> No
 
 @pytest.mark.parametrize("make", [list, iter])
 @pytest.mark.parametrize("fails_at", [5, 6, 8])
-def test_a_group_that_a_failure_left_incomplete_is_begun_again_and_no_batch_is_lost(make: Any, fails_at: int) -> None:
+def test_a_group_that_a_failure_left_incomplete_is_begun_again(make: Any, fails_at: int) -> None:
     groups: list[list[int]] = [[]]
 
     def step(engine: Engine, batch: int) -> None:

@@ -64,7 +64,7 @@ def test_an_engine_inside_another_is_an_evaluation_at_the_outer_ones_place():
     assert activity.begun == 5
 
 
-def test_an_exception_that_leaves_an_inner_engine_gives_the_outer_one_its_place_back():
+def test_an_inner_engines_exception_gives_the_outer_one_its_place_back():
     def fail(engine: Engine, batch: Any) -> None:
         raise ValueError("inside")
 

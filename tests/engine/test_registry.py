@@ -95,7 +95,7 @@ def test_a_step_that_is_not_callable_is_refused() -> None:
         Engine(None)  # type: ignore[arg-type]
 
 
-def test_handlers_are_called_in_the_order_they_were_added_whatever_their_filters() -> None:
+def test_handlers_with_and_without_filters_are_called_in_the_order_added() -> None:
     engine = Engine(nothing)
     order: list[str] = []
     engine.add_event_handler(Events.ITERATION_COMPLETED(every=2), lambda: order.append("every"))
@@ -182,7 +182,7 @@ def test_a_handle_removes_the_handler_from_all_its_events_and_can_do_so_twice() 
     assert not engine.has_event_handler(handler)
 
 
-def test_a_handle_as_a_context_manager_removes_the_handler_also_after_an_exception() -> None:
+def test_a_handle_as_a_context_manager_removes_its_handler() -> None:
     engine = Engine(nothing)
 
     def handler() -> None: ...

@@ -20,7 +20,7 @@ def _says(world: World) -> tuple[list[int], list[Any], Any]:
     return pending.wait(), coordinator.gather(str(world.rank)), coordinator.broadcast(batch, source=2)
 
 
-def test_votes_are_summed_values_gathered_in_order_and_a_batch_broadcast_from_any_rank() -> None:
+def test_votes_are_summed_and_values_gathered_and_broadcast() -> None:
     for summed, gathered, batch in run_ranks(_says, 4):
         assert summed == [6, 1 << 42, 28]
         assert gathered == ["0", "1", "2", "3"]
