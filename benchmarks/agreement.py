@@ -5,7 +5,7 @@ and the optimizer take a few of them on the CPU, and a sleep of fixed length, ca
 work. All contenders share the two processes, the model and the data, which is even, so that all do the same work:
 
 - allstep, lengths known: a DataLoader over a map-style dataset, in windows of up to 32 iterations;
-- allstep, lengths unknown: an iterable dataset, read ahead by at most 4 batches, in windows of up to 2 iterations;
+- allstep, lengths unknown: an iterable dataset, read ahead by up to 32 small batches, in windows of up to 16;
 - DDP in torch's Join;
 - a plain loop with one synchronous all-reduce of a number in each iteration;
 - Accelerate's dispatching loader (rank 0 reads and sends to all), its default for iterable datasets;
@@ -254,8 +254,8 @@ def measure(world: World, blocks: int, iterations: int) -> dict[str, Any]:
             plain += [a, d]
     cpu = {
         "lengths known, windows of 32": agreement_cpu(lambda iterations: None, 6400),
-        "lengths unknown, windows of 2": agreement_cpu(batches_of_ones, 3200),
-        "lengths unknown, lookahead=32, windows of 16": agreement_cpu(batches_of_ones, 6400, 32),
+        "lengths unknown, windows of up to 16": agreement_cpu(batches_of_ones, 6400),
+        "lengths unknown, lookahead=4, windows of 2": agreement_cpu(batches_of_ones, 3200, 4),
     }
     return {
         "computes": computes,

@@ -137,7 +137,7 @@ def test_so_it_does_on_one_rank_that_accumulates() -> None:
     assert _fails_in_the_last_window(Alone(), 2, {"max_iters": 10}) == expected
 
 
-def test_a_run_that_max_iters_ended_in_its_last_window_goes_on_inside_the_epoch() -> None:
+def test_a_run_that_max_iters_ended_goes_on_inside_the_epoch() -> None:
     engine = Engine(nothing, coordinator=Alone(), accumulate=2)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=9), engine.terminate)
     assert engine.run(range(15), max_iters=10).outcome == "left"

@@ -146,7 +146,7 @@ def test_ranks_that_end_together_for_different_reasons_are_together() -> None:
     assert simulate(world, 2, timeout=30.0) == [5, 5]
 
 
-def test_with_one_rank_a_handler_of_the_exception_ends_an_accumulating_run_well() -> None:
+def test_a_handler_of_the_exception_ends_an_accumulating_run_of_one_rank() -> None:
     def step(engine: Engine, batch: Any) -> None:
         if engine.state.iteration == 3:
             raise RuntimeError("no")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allstep.engine import Engine, Events
-from allstep.engine.prefetch import count_samples
+from allstep.engine.batch_sizes import count_samples
 from tests.engine.recording import NoLength
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from allstep.engine import Engine
-from allstep.engine.prefetch import bytes_of
+from allstep.engine.batch_sizes import bytes_of
 from allstep.testing import SimulatedRank, simulate
 
 pytestmark = pytest.mark.usefixtures("quiet")

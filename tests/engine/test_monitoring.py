@@ -20,7 +20,7 @@ from tests.world.watching import watched_world
 _PLAIN = ["data", "step"]
 
 
-def test_each_iteration_is_data_and_step_and_a_handler_only_where_one_is_called():
+def test_each_iteration_is_data_and_step_and_handler_where_one_is_called():
     with watched_world() as (_, _, activity):
         engine = Engine(nothing)
         engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), lambda: None)
@@ -143,7 +143,7 @@ def test_a_suspended_run_is_idle_and_goes_on_where_it_was():
         assert (activity.iteration, activity.begun) == (4, 4)
 
 
-def test_without_anybody_watching_the_loop_uses_the_bare_step_and_the_bare_data():
+def test_without_a_monitor_the_loop_uses_the_bare_step_and_data():
     callers: list[tuple[str, str]] = []
 
     class Batches:

@@ -123,7 +123,7 @@ def test_larger_max_epochs_continue_data_longer_than_the_epoch_where_it_was() ->
 
 
 @pytest.mark.parametrize(("name", "smaller"), [("max_epochs", 2), ("max_iters", 8)])
-def test_a_smaller_maximum_is_refused_with_what_was_reached_and_changes_nothing(name: str, smaller: int) -> None:
+def test_a_smaller_maximum_is_refused_and_changes_nothing(name: str, smaller: int) -> None:
     engine = Engine(nothing)
     engine.run(range(3), **{name: 3 if name == "max_epochs" else 9})
     before = dict(vars(engine.state))

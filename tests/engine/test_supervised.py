@@ -99,7 +99,7 @@ def test_an_unknown_precision_is_refused() -> None:
         create_supervised_trainer(model, optimizer, functional.cross_entropy, precision="fp8")  # type: ignore[arg-type]
 
 
-def test_accumulated_batches_train_as_one_large_batch_also_when_they_are_uneven() -> None:
+def test_accumulated_batches_train_as_one_large_batch_also_uneven_ones() -> None:
     double = {"dtype": torch.float64}
     small = batches(4, 1, 3, 2, 2, **double)
     large = [tuple(torch.cat(parts) for parts in zip(*small[at : at + 2], strict=True)) for at in (0, 2, 4)]
@@ -196,7 +196,7 @@ def test_the_evaluator_computes_in_evaluation_mode_without_gradients() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_the_trainer_puts_the_model_back_into_training_mode_after_an_evaluation() -> None:
+def test_the_trainer_puts_the_model_back_into_training_mode() -> None:
     model, optimizer = model_and_optimizer()
     modes: list[bool] = []
     trainer = create_supervised_trainer(model, optimizer, functional.cross_entropy)

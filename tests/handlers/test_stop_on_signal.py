@@ -192,7 +192,7 @@ def _one_rank_hurries(world: World) -> tuple[int, int, bool]:
 
 
 @pytest.mark.slow
-def test_a_second_signal_to_one_rank_ends_the_evaluator_of_all_at_one_iteration() -> None:
+def test_a_second_signal_to_one_rank_ends_the_evaluator_of_all() -> None:
     results = run_ranks(_one_rank_hurries, 2)
     assert results == [results[0]] * 2
     assert results[0][0] == 2

@@ -100,7 +100,7 @@ def _nan_in_a_filler(coordinator: SimulatedRank, uneven: str) -> tuple[int, str 
     return state.iteration, state.stop_reason
 
 
-def test_the_output_of_an_iteration_without_a_batch_of_its_own_is_not_looked_at() -> None:
+def test_the_output_of_an_iteration_without_a_batch_is_not_looked_at() -> None:
     assert simulate(_nan_in_a_filler, 2, "longest") == [(6, None)] * 2
 
 

@@ -29,7 +29,7 @@ nothing. "failed": its present state is of no use, and it is to go on from what 
 """
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-"""In the order of their weight: where ranks ask for several, the last of them holds."""
+"""In the order of precedence: where ranks ask for several, the last of them holds."""
 
 
 class RequestKind(Enum):

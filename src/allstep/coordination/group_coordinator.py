@@ -1,10 +1,10 @@
 """The coordinator of a process group: agreement among the ranks of a world.
 
-Contract: made by `World` on every rank, over a gloo group that is used for nothing else, so that what ranks agree never
-waits behind gradients. Gloo matches calls by order, so all are issued from the main thread. Tensors (states of metrics,
-mostly) go over the world's default group where that carries their device: on nccl the host does not wait for them, and
-a rank that comes to a vote instead is not taken for one that brings states. What can go wrong: a rank that never comes
-leaves the others waiting until the group's time limit, which raises.
+Contract: made by `World` on every rank, over a gloo group that is used for nothing else, so that a vote never waits
+behind gradients. Gloo matches calls by order, so all are issued from the main thread. Tensors go over the world's
+default group where that takes their device. On nccl the host does not wait for them, and a rank that votes meanwhile is
+not mistaken for one that sends tensors. What can go wrong: a rank that never comes leaves the others waiting until the
+group's time limit, which raises.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ import torch.distributed as dist
 from allstep.coordination.coordinator import ReduceOp
 from allstep.protocol.heartbeat import RankActivity
 
-_NAME = "agreement"
-"""What a rank says that it waits in."""
+_SECTION = "agreement"  # what the monitor is told that a rank waits in
 
 
-class _Reduction:
-    __slots__ = ("_pulse", "_tensor", "_work")
+class _VoteSum:
+    __slots__ = ("_activity", "_tensor", "_work")
 
-    def __init__(self, tensor: torch.Tensor, work: dist.Work, pulse: RankActivity) -> None:
+    def __init__(self, tensor: torch.Tensor, work: dist.Work, activity: RankActivity) -> None:
         self._tensor = tensor
         self._work = work
-        self._pulse = pulse
+        self._activity = activity
 
     def wait(self) -> list[int]:
-        with self._pulse.wait(_NAME):
+        with self._activity.wait(_SECTION):
             self._work.wait()
         return self._tensor.tolist()
 
@@ -41,27 +40,30 @@ class _Reduction:
 class GroupCoordinator:
     """Agreement among the ranks of `group`, a gloo group of its own.
 
-    `pulse` is told when this rank waits. `carries` is the type of device whose tensors the default process group takes.
+    `activity` is told when this rank waits. `device_type` is that of the tensors which the default process group takes.
     """
 
-    def __init__(self, group: dist.ProcessGroup, pulse: RankActivity | None = None, *, carries: str = "cpu") -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, activity: RankActivity | None = None, *, device_type: str = "cpu"
+    ) -> None:
         self._group = group
-        self._pulse = RankActivity() if pulse is None else pulse
-        self._carries = carries
+        self._activity = RankActivity() if activity is None else activity
+        self._device_type = device_type
         self.rank: int = group.rank()
         self.world_size: int = group.size()
 
-    def vote(self, vector: Sequence[int]) -> _Reduction:
+    def vote(self, vector: Sequence[int]) -> _VoteSum:
         """One asynchronous reduction of the vector."""
+        # On the host, whatever the world's device: a vote must not make the host wait for the device's queue.
         tensor = torch.tensor(vector, dtype=torch.int64)
         work = dist.all_reduce(tensor, group=self._group, async_op=True)
         assert work is not None
-        return _Reduction(tensor, work, self._pulse)
+        return _VoteSum(tensor, work, self._activity)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, pickled."""
         values: list[Any] = [None] * self.world_size
-        with self._pulse.wait(_NAME):
+        with self._activity.wait(_SECTION):
             dist.all_gather_object(values, value, group=self._group)
         return values
 
@@ -69,29 +71,29 @@ class GroupCoordinator:
         """One collective."""
         sent, group = self._ready(buffer)
         rows = torch.empty((self.world_size, *sent.shape), dtype=sent.dtype, device=sent.device)
-        with self._pulse.wait(_NAME):
+        with self._activity.wait(_SECTION):
             dist.all_gather(list(rows.unbind()), sent, group=group)
         return rows.to(buffer.device)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """One collective."""
         sent, group = self._ready(tensor)
-        sent = sent.clone() if sent is tensor else sent
-        with self._pulse.wait(_NAME):
+        sent = sent.clone() if sent is tensor else sent  # all_reduce writes into what it is given
+        with self._activity.wait(_SECTION):
             dist.all_reduce(sent, op=getattr(dist.ReduceOp, op.upper()), group=group)
         return sent.to(tensor.device)
 
     def _ready(self, tensor: torch.Tensor) -> tuple[torch.Tensor, dist.ProcessGroup | None]:
         """The tensor where a group carries it, and that group; None is the default one."""
-        if tensor.device.type == self._carries:
+        if tensor.device.type == self._device_type:
             return tensor.contiguous(), None
-        return tensor.cpu().contiguous(), None if self._carries == "cpu" else self._group
+        return tensor.cpu().contiguous(), None if self._device_type == "cpu" else self._group
 
     def broadcast(self, value: Any, source: int) -> Any:
         """The value of rank `source` of the group, pickled; tensors of an accelerator arrive on the receiver's own."""
         values = [_packed(value) if source == self.rank else None]
         origin = dist.get_global_rank(self._group, source)
-        with self._pulse.wait(_NAME):
+        with self._activity.wait(_SECTION):
             dist.broadcast_object_list(values, src=origin, group=self._group, device=torch.device("cpu"))
         assert values[0] is not None
         return pickle.loads(values[0])

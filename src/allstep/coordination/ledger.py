@@ -1,8 +1,8 @@
 """What a window of iterations agreed, as pure functions of what all ranks said.
 
-Contract: every rank calls these with the same tally, policy and world size, and so decides the same without another
-word. A `Ledger` says how many iterations of the window are run, whether the pass over the data ends with them, and how
-many samples the whole world takes in each accumulation group; from that each rank knows its weights.
+Contract: every rank calls these with the same result of a vote, policy and world size, and so decides the same without
+another word. A `Ledger` says how many iterations of the window are run, whether the pass over the data ends with them,
+and how many samples the whole world takes in each accumulation group; from that each rank knows its weights.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class Ledger:
 def agree_window(
     result: VoteResult, policy: Uneven, world_size: int, group_size: int, *, group_goes_on: bool, carried: int = 0
 ) -> Ledger:
-    """Read from a tally where the window ends and what its groups hold.
+    """Read from a vote's result where the window ends and what its groups hold.
 
     Args:
-        tally: of a vote on the window.
+        result: what all ranks said of the window.
         policy: what ends a pass: the first rank without a batch ("shortest" and "error") or the last ("longest").
         world_size: number of ranks.
         group_size: iterations in an accumulation group; the window begins with a group.
@@ -69,6 +69,7 @@ def agree_window(
     stop = next((at for at, having in enumerate(result.having) if having < needed), len(result.having))
     ends = stop < len(result.having)
     uneven = ends and result.having[stop] > 0
+    # What was carried over has waited for this pass: it is run even if the pass is too short to complete the group.
     if ends and group_goes_on and stop > carried:
         stop -= stop % group_size
     totals = tuple(sum(result.samples[at : min(at + group_size, stop)]) for at in range(0, stop, group_size))
@@ -85,6 +86,7 @@ def next_window(groups: int, microseconds: int, world_size: int, longest: int) -
         longest: the most groups a window may have.
     """
     seconds = microseconds / world_size / 1e6
+    # Between the two bounds the length stays, so that it does not go up and down with every window.
     if seconds > LONG_WINDOW_SECONDS:
         groups = groups // 2
     elif seconds < LONG_WINDOW_SECONDS / 2:

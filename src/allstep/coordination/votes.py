@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-_SAMPLE_BITS = 44
+_SAMPLE_BITS = 44  # of a number of the body; how many ranks have a batch is counted above them
 _SAMPLES = (1 << _SAMPLE_BITS) - 1
 _HEADER = 14
 _PLACE_BITS = 20  # so that the squares of as many ranks as `having` holds can be summed
@@ -65,6 +65,7 @@ class Vote:
     @property
     def place(self) -> int:
         """A number below 2^20 that tells votes at different places of a run apart."""
+        # The factor is a prime, so that votes a few iterations apart in both counts do not fall together.
         return (self.sequence * 1_000_003 + self.iteration) % (1 << _PLACE_BITS)
 
     def vector(self, length: int) -> list[int]:

@@ -7,9 +7,9 @@ it may be called from handlers and between runs. Nothing here crosses ranks.
 
 from __future__ import annotations
 
+from allstep.engine.batch_sizes import count_samples
 from allstep.engine.events import Events
 from allstep.engine.handshake import Reduction
-from allstep.engine.prefetch import count_samples
 from allstep.engine.registry import Registry
 from allstep.engine.run import Run
 from allstep.engine.run_plan import is_done

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from torch import nn
 
 from allstep.coordination import LONGEST_WINDOW, MOST_DOUBLINGS, ComparedLine, agree_length, check_same
+from allstep.engine.batch_sizes import declared_counts
 from allstep.engine.position import group_size_over
-from allstep.engine.prefetch import declared_counts
 from allstep.engine.run import Agreement, Handshake, Run
 from allstep.engine.run_plan import RunArguments, check_accumulation, check_agreement, length_of
 from allstep.errors import DataError, TermsError, UnevenDataError

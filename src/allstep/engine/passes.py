@@ -20,7 +20,7 @@ from allstep.engine.position import PositionHistory, stateful_of
 from allstep.engine.prefetch import make_reader
 from allstep.engine.run import Run
 from allstep.engine.run_plan import length_of
-from allstep.engine.source import END, Source, place_in_data
+from allstep.engine.source import END, Source, pass_position
 from allstep.errors import DataError
 
 _ENDS = {RequestKind.TERMINATE, RequestKind.TERMINATE_EPOCH}
@@ -100,7 +100,7 @@ class Passes:
         opens_at, self._opens_at = self._opens_at, None
         if self._continues and opens_at is None:
             length = length_of(self._source.data) if run.handshake is None else run.handshake.length
-            begun_in, skip = place_in_data(state.iteration, run.epoch_began_at, state.epoch_length, present, length)
+            begun_in, skip = pass_position(state.iteration, run.epoch_began_at, state.epoch_length, present, length)
         self._continues = False
         if begun_in != present:
             self._source.set_epoch(begun_in)

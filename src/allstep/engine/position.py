@@ -28,7 +28,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from allstep.data import Loader, PlacedIterable, ShardedBatchSampler
-from allstep.engine.prefetch import bytes_of
+from allstep.engine.batch_sizes import bytes_of
 from allstep.engine.source import END
 from allstep.errors import DataError
 

@@ -14,20 +14,16 @@ whose samples cannot be counted.
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 from operator import index
 from typing import Any, Protocol
 
-from torch.utils.data import BatchSampler, DataLoader
-
+from allstep.engine.batch_sizes import Counts, bytes_of, count_samples, declared_counts
 from allstep.engine.run_plan import SamplesIn, len_of, length_of_all
 from allstep.engine.source import END
 from allstep.errors import DataError
-
-Counts = Callable[[int, int], list[int | None]]
 
 _MOST_SAMPLES = (1 << 26) - 1  # of one rank in one iteration, so that the sum over 2^18 ranks fits its bits in a vote
 
@@ -94,6 +90,7 @@ class DeclaredReader:
     def take(self) -> Any:
         """Read the next batch; END where none was promised, or the promise was not kept."""
         promised = self.look(0, 1)[0]
+        # A batch that was not promised is not read either: the other ranks have no iteration for it.
         batch = (self._held.pop() if self._held else next(self._batches, END)) if promised else END
         if promised and batch is END:
             self._say_less()
@@ -179,6 +176,7 @@ class AheadReader:
             return END
         batch, _ = self._read.popleft()
         self.taken += 1
+        # One for one, so that reading is spread over the iterations and does not all come at the end of a window.
         self._fill(min(self.target, len(self._read) + 1))
         return batch
 
@@ -224,33 +222,6 @@ class AheadReader:
         return samples
 
 
-def declared_counts(data: Any) -> tuple[Counts, int | None] | None:
-    """Counts of a pass over `data` by arithmetic, and its batches; None when it has to be read to be counted."""
-    if data is None:
-        return lambda start, stop: [1] * (stop - start), None
-    sampler = getattr(data, "batch_sampler", None)
-    counts_of = getattr(sampler, "counts", None)
-    if counts_of is not None and hasattr(sampler, "global_length"):
-        length, rank = sampler.global_length, sampler.rank  # type: ignore[union-attr]
-
-        def own(start: int, stop: int) -> list[int | None]:
-            known = [int(n) for n in counts_of(start, min(stop, length))[:, rank]] if start < length else []
-            return [*known, *[None] * (stop - start - len(known))]
-
-        return own, length
-    if isinstance(data, DataLoader) and type(sampler) is BatchSampler:
-        try:
-            samples, size, length = len(data.sampler), sampler.batch_size, len(sampler)  # type: ignore[arg-type]
-        except TypeError:  # an iterable dataset, or a sampler that does not know its length
-            return None
-
-        def plain(start: int, stop: int) -> list[int | None]:
-            return [min(size, samples - at * size) if at < length else None for at in range(start, stop)]
-
-        return plain, length
-    return None
-
-
 def make_reader(
     data: Any,
     batches: Iterator[Any],
@@ -271,51 +242,6 @@ def make_reader(
         )
     counts, length = declared
     return DeclaredReader(batches, counts, length, position)
-
-
-def count_samples(batch: Any) -> int:
-    """Samples in a batch: the size of the first dimension of its first tensor, found depth first; without any, 1."""
-    found = _first_dimension(batch)
-    return 1 if found is None else found
-
-
-def _first_dimension(value: Any) -> int | None:
-    shape = getattr(value, "shape", None)
-    if shape is not None:
-        return int(shape[0]) if len(shape) else None
-    parts: Iterable[Any] = ()
-    if isinstance(value, Mapping):
-        parts = value.values()
-    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        parts = value
-    for part in parts:
-        found = _first_dimension(part)
-        if found is not None:
-            return found
-    return None
-
-
-_MOST_PARTS = 64
-
-
-def bytes_of(value: Any) -> float:
-    """About how many bytes the tensors and arrays in a batch, or in a state, take; infinity where it cannot be told.
-
-    Of a long sequence the first parts stand for the others.
-    """
-    if value is None or isinstance(value, bool | int | float):
-        return 8
-    if isinstance(value, str | bytes | bytearray):
-        return len(value)
-    nbytes = getattr(value, "nbytes", None)
-    if isinstance(nbytes, int):
-        return nbytes
-    if isinstance(value, Mapping):
-        return sum(map(bytes_of, value.values()))
-    if isinstance(value, Sequence) and len(value):
-        measured = [bytes_of(part) for part in islice(value, _MOST_PARTS)]
-        return sum(measured) * len(value) / len(measured)
-    return 0 if isinstance(value, Sequence) else math.inf
 
 
 class BatchBuffer:
@@ -373,6 +299,7 @@ class BatchBuffer:
     def give(self, iteration: int, *, begins_group: bool) -> Any:
         """This rank's batch for the next iteration, which follows on `iteration` of the run; END where it has none."""
         if begins_group:
+            # Kept until the group is complete: if the run ends inside it, its gradients are lost and it is run again.
             self._group.clear()
             if self._reader is not None:
                 self._group_began = iteration, self._reader.taken

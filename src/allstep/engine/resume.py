@@ -15,7 +15,7 @@ from allstep.engine.events import is_count
 from allstep.engine.passes import Passes
 from allstep.engine.position import RunPosition, group_size_over, position_to_save, restore_position, sampler_of
 from allstep.engine.run import Run
-from allstep.engine.source import END, place_in_data
+from allstep.engine.source import END, pass_position
 from allstep.errors import ArgumentError
 
 _COUNTS = {"iteration", "epoch", "epochs_completed", "epoch_began_at", "epoch_length", "max_epochs", "max_iters"}
@@ -47,7 +47,7 @@ def _position_in_data(run: Run, passes: Passes | None, iteration: int) -> dict[s
     sampler, epoch, done = sampler_of(state.dataloader), 0, 0
     if sampler is not None:
         length = sampler.batches_in_epoch
-        epoch, done = place_in_data(iteration, run.epoch_began_at, state.epoch_length, run.epochs_completed, length)
+        epoch, done = pass_position(iteration, run.epoch_began_at, state.epoch_length, run.epochs_completed, length)
     own = run.data_state if passes is None else passes.own_state(iteration)
     group_size = group_size_over(state.dataloader, run.settings.accumulate)
     return position_to_save(state.dataloader, epoch, done, own, group_size)

@@ -1,6 +1,6 @@
-"""Where an engine's batches come from: passes over the data, one after the other.
+"""One data of a run: its iterator, where a pass over it begins, and what is put back in front of it.
 
-Contract: the loop makes one `Source` for each data it is given. `open` begins a pass, at its first batch or inside it;
+Contract: `Passes` makes one `Source` for each data it is given. `open` begins a pass, at its first batch or inside it;
 a pass longer than an epoch goes on in the next. Samplers are told the epoch before iteration begins. What can go wrong:
 the data gives nothing, or fewer batches than a continued run has consumed.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from allstep.data.loader import warn_of_dropping
 from allstep.errors import DataError
 
+# Stands for "no more batches", or "none given": None is a batch like any other.
 END: Any = object()
 
 
@@ -40,8 +41,9 @@ class Source:
 
     def put_back(self, batches: list[Any]) -> None:
         """Give these before anything else: they were read from a one-shot iterator and not used."""
-        if not isinstance(self.batches, _Returnable):
-            self._iterator = self.batches = _Returnable(
+        # The wrapper stays for the data's life: an iterator cannot be begun again, so it can never be dropped.
+        if not isinstance(self.batches, _PutBackIterator):
+            self._iterator = self.batches = _PutBackIterator(
                 self._iterate(self.data) if self.batches is None else self.batches
             )
         self.batches.returned.extendleft(reversed(batches))
@@ -84,7 +86,7 @@ class Source:
         return True
 
 
-class _Returnable:
+class _PutBackIterator:
     """An iterator that takes items back and gives them again before it goes on."""
 
     def __init__(self, iterator: Iterator[Any]) -> None:
@@ -98,7 +100,7 @@ class _Returnable:
         return self.returned.popleft() if self.returned else next(self._iterator)
 
 
-def place_in_data(
+def pass_position(
     iteration: int, epoch_began_at: int, epoch_length: int | None, epoch: int, length: int | None
 ) -> tuple[int, int]:
     """The epoch, from 0, in which the pass that holds the next batch began, and the batches of that pass consumed.
@@ -123,6 +125,7 @@ def place_in_data(
 
 
 def _hook(data: Any, name: str) -> Callable[[int], object] | None:
+    # The data itself first, then from the outside in: a batch sampler may hand the call on to the sampler it wraps.
     batch_sampler = getattr(data, "batch_sampler", None)
     for owner in (data, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "sampler", None)):
         hook = getattr(owner, name, None)

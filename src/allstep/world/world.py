@@ -80,7 +80,7 @@ class World:
         coordinator: Coordinator = (
             Alone()
             if group is None
-            else GroupCoordinator(group.for_agreement(timeout), activity, carries=transport.type)
+            else GroupCoordinator(group.for_agreement(timeout), activity, device_type=transport.type)
         )
         self._internals = WorldInternals(coordinator, activity, reporter)
         self._collectives = Collectives(self.rank, self.world_size, device, transport)

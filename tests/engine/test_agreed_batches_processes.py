@@ -19,7 +19,7 @@ from allstep.engine import create_supervised_evaluator
 from allstep.testing import run_ranks
 from allstep.world import World, internals
 from tests.engine.agreed_worlds import Drawn, Log, drawn_worlds, run_rank
-from tests.engine.test_agreement_worlds import ACTS, check_logs, check_replaced_logs
+from tests.engine.test_agreed_batches_worlds import ACTS, check_logs, check_replaced_logs
 
 pytestmark = pytest.mark.slow
 
@@ -192,7 +192,7 @@ def _resumed(world: World) -> list[int]:
     return seen
 
 
-def test_a_run_resumed_from_its_state_takes_what_was_read_ahead_and_not_trained() -> None:
+def test_a_resumed_run_takes_what_was_read_ahead_and_not_trained() -> None:
     assert run_ranks(_resumed, 3) == [list(range(30))] * 3
 
 
