@@ -48,6 +48,7 @@ def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Modul
 def without_gradient(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run a step so that the gradients it gives parameters of `modules` are zero, even those of a loss that is NaN."""
     parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
+    # A hook, not a factor of the loss: zero times NaN is NaN. DDP's reducer sees what the hook gives on.
     hooks = [p.register_hook(torch.zeros_like) for p in parameters.values()]  # type: ignore[no-untyped-call]
     try:
         yield
@@ -66,7 +67,7 @@ def without_trace(modules: Iterable[nn.Module]) -> Iterator[None]:
     before = {id(buffer): (buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers()}
     with ExitStack() as stack:
         for module in modules:
-            if isinstance(module, DistributedDataParallel):
+            if isinstance(module, DistributedDataParallel):  # it broadcasts buffers at the beginning of forward
                 stack.enter_context(_after_broadcast(module.module, before))
         try:
             with without_gradient(modules):

@@ -1,14 +1,12 @@
-"""Names of what happens in a run, and filters on them.
+"""Names of what happens in a run, and filters that say when a handler of it is due.
 
-Contract: an event is a member of an `EventEnum`; calling it with a filter gives a `FilteredEvent`, and `|` joins events
-to an `EventsList`. All three are values: no operation changes its operands. Which counter of the state an event's
+Contract: an event is a member of an `EventEnum`. Calling it with a filter gives a `FilteredEvent`, and `|` joins events
+to an `EventsList`. All of them are values: no operation changes its operands. Which counter of the state an event's
 filters look at is known to each engine (`Engine.register_events`), not to the event.
 
-When a handler is due, as arithmetic on its event's counter.
-
-Contract: a filter is a value. `matches(count)` says whether the handler is due at this count; `next_due(count)` gives
-the smallest count from `count` on at which it may be, so that the loop can leave a handler alone until then. A filter
-whose answer only a user's function knows is a candidate at every count.
+A filter is arithmetic on that counter. `matches(count)` says whether the handler is due at this count.
+`next_due(count)` gives the smallest count from `count` on at which it may be, so that the loop can leave a handler
+alone until then. A filter whose answer only a user's function knows is a candidate at every count.
 """
 
 from __future__ import annotations

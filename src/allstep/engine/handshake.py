@@ -83,6 +83,7 @@ def shake_hands(
             return None
     schema = tuple(line for reduction in reductions for line in reduction.schema())
     said: list[RunDescription] = coordinator.gather(_describe(run, data, arguments, group_size, schema))
+    # The terms are compared before anything else is judged, so that ranks which differ get one error, not one each.
     _check_terms([each.terms for each in said])
     check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
     check_same([each.schema for each in said])

@@ -82,7 +82,7 @@ def group_size_over(data: Any, accumulate: int) -> int:
 
 
 def position_to_save(data: Any, epoch: int, done: int, own: Any, group_size: int) -> dict[str, Any] | None:
-    """What to save of the place in `data` after `done` batches of the pass of `epoch` (from 0), or None.
+    """What to save of the position in `data` after `done` batches of the pass of `epoch` (from 0), or None.
 
     `own` is the data's own state behind that batch, END where it has none.
     """
@@ -100,15 +100,16 @@ def position_to_save(data: Any, epoch: int, done: int, own: Any, group_size: int
 def restore_position(
     data: Any, saved: Mapping[str, Any] | None, position: RunPosition, group_size: int
 ) -> RestoredPosition:
-    """Bring `data` to a saved place, and the counters of the run to this data.
+    """Bring `data` to a saved position, and the counters of the run to this data.
 
     Raises:
-        DataError: the data is not the one that the place was saved of.
+        DataError: the data is not the one that the position was saved of.
     """
     if saved is None:
         return RestoredPosition(position, None)
     stateful = stateful_of(data)
     if "own" in saved and stateful is not None:
+        # A copy: a data set may go on changing the state that it was given, and the caller may load it again.
         stateful.load_state_dict(copy.deepcopy(saved["own"]))
         return RestoredPosition(position, 0)
     sampler = sampler_of(data)
@@ -131,12 +132,12 @@ def restore_position(
 
 
 def translated(position: RunPosition, old_group: int, length: int, group: int, left: int) -> RunPosition:
-    """A place of a run whose epochs are passes, counted in iterations of another split of the same samples.
+    """A position of a run whose epochs are passes, counted in iterations of another split of the same samples.
 
     Whole epochs, and whole accumulation groups of one that `max_iters` ends in, stay what they were.
 
     Args:
-        place: as saved.
+        position: as saved.
         old_group: iterations in an accumulation group then.
         length: iterations in an epoch now.
         group: iterations in an accumulation group now.
@@ -149,6 +150,7 @@ def translated(position: RunPosition, old_group: int, length: int, group: int, l
         epochs, rest = divmod(iterations, old)
         return epochs * length + min(-(-rest // old_group) * group, length)
 
+    # With the same split nothing is rounded, so that a run which stopped inside a group goes on exactly there.
     if (old, old_group) == (length, group):
         moved_begin, limit = position.epoch_began_at, position.max_iters
     else:
@@ -176,6 +178,7 @@ class PositionHistory(Iterator[Any]):
         batch = next(self._batches, END)
         self._read += batch is not END
         done = self._done() or 0
+        # The last state at or before what is done stays: it is what a save of this moment needs.
         while len(self._states) > 1 and self._states[1][0] <= done:
             self._states.popleft()
         self._remember()

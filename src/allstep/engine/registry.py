@@ -61,7 +61,9 @@ class HandlerSlot:
 
         One that is added meanwhile is called too, one that is removed is called for the last time.
         """
-        for registration in self.registrations:
+        for (
+            registration
+        ) in self.registrations:  # `remove` replaces this list, so that it does not change under the loop
             if registration.filter is None or registration.filter.matches(engine, count):
                 registration.call(engine, *event_args)
         if self.due != ALWAYS:

@@ -59,6 +59,7 @@ def check_step(step: Callable[..., Any]) -> None:
         signature = inspect.signature(step)
     except (TypeError, ValueError):  # some builtins tell no signature
         return
+    # Only whether two positional arguments fit: what their names are is the user's own affair.
     try:
         signature.bind(None, None)
     except TypeError:

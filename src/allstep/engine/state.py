@@ -29,7 +29,7 @@ class State:
         samples: samples in this rank's batch, 0 in a filler; None in a world of one, where nobody counts.
         unread: what each rank left unread when the last epoch ended because another one ran out.
         stop_reason: which rank ended the run and why; None while nobody did.
-        outcome: what that end means for a run that goes on from here, as `terminate` was told; None while nobody did.
+        outcome: what that end means for a run that goes on from it, as `terminate` was told; None while nobody did.
     """
 
     def __init__(self, **attributes: Any) -> None:

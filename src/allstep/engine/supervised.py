@@ -74,7 +74,7 @@ def create_supervised_trainer(
     def step(engine: Engine, batch: Any) -> Any:
         state = engine.state
         model.train()
-        if group.begins:
+        if group.begins:  # not after the optimizer's step: a user may look at gradients then
             optimizer.zero_grad()
         x, y = prepare_batch(batch, target, non_blocking)
         with autocast(target.type, precision):

@@ -1,4 +1,9 @@
-"""What attaches to an engine's events and decides when a run has done enough."""
+"""Handlers that attach to an engine and decide when a run has done enough.
+
+What lives here: small classes with an `attach` that gives back the handler itself. A rank decides alone and asks
+`Engine.terminate`; none calls a collective. What does not: how a stop is agreed and where it holds (`engine`), what is
+saved then (`checkpoint`), and metrics that a decision looks at (`metrics`).
+"""
 
 from allstep.handlers.early_stopping import EarlyStopping
 from allstep.handlers.preemption import Preemption

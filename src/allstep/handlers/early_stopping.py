@@ -72,6 +72,7 @@ class EarlyStopping:
         if not math.isnan(score) and (best is None or score > best + self.min_delta):
             self.best_score, self.counter = score, 0
             return
+        # Without `cumulative` the bar rises with each small step, so that many of them are no improvement.
         if best is not None and score > best and not self.cumulative:
             self.best_score = score
         self.counter += 1

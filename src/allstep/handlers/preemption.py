@@ -1,4 +1,4 @@
-"""`Preemption`: a signal ends the run on all ranks with everything saved, and says that it is to be started again.
+"""`Preemption`: a signal ends the run on all ranks with everything saved, so that it can be started again.
 
 Contract: attached from the main thread to the engine that trains, beside a `Checkpoint` that is attached to it. A
 signal to any rank, SIGTERM or SIGUSR1, stops all of them after the same iteration; the checkpoint saves there and
@@ -24,11 +24,11 @@ from allstep.errors import Preempted
 from allstep.exit_codes import PREEMPTED
 from allstep.handlers.stop_on_signal import TOGETHER_S, StopOnSignal
 
-_PATIENCE_S = 30
+_REQUEUE_TIMEOUT_S = 30  # as long as SLURM waits by default before it kills what it has signalled (KillWait)
 
 
 class Preemption(StopOnSignal):
-    """Ends a run that is asked to make room with exit code 85.
+    """Ends a run whose devices the scheduler wants, with exit code 85.
 
     Args:
         requeue: put the SLURM job back into its queue; outside SLURM without effect. For signals that come before the
@@ -69,7 +69,7 @@ class Preemption(StopOnSignal):
         if command is None:
             return
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_REQUEUE_TIMEOUT_S)
             failure = done.stderr.strip() if done.returncode else None
         except (OSError, subprocess.TimeoutExpired) as error:
             failure = str(error)

@@ -109,13 +109,14 @@ class StopOnSignal:
         self.detach()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        # Nothing here may block or allocate much: it runs between any two instructions of whatever was interrupted.
         now = time.monotonic()
         if any(kind == number and now - at < self.together for kind, at in self._noted):
             return
         self._noted.append((number, now))
         if self.received is None:
             self.received = signal.Signals(number)
-        elif len(self._noted) > 2:
+        elif len(self._noted) > 2:  # as if nobody listened: the process ends at once, with the signal's own status
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

@@ -59,7 +59,7 @@ class TerminateOnNan:
 
 
 def _is_finite(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor):  # here the host waits for the device
         return bool(torch.isfinite(value).all())
     if isinstance(value, float | complex):
         return cmath.isfinite(value)

@@ -46,5 +46,5 @@ class TimeLimit:
 
     def _look(self, engine: Engine) -> None:
         if self._clock() >= self._ends_at:
-            self._ends_at = float("inf")
+            self._ends_at = float("inf")  # it is asked for once; the stop holds some iterations later
             engine.terminate(reason=f"time limit of {self.seconds:g} s")
