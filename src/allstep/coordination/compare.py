@@ -28,6 +28,7 @@ class ComparedLine(Protocol):
 
 def fingerprint(lines: Sequence[ComparedLine]) -> int:
     """A number below 2^63 that differs where descriptions do."""
+    # As plain tuples, so that the text does not depend on what a line calls itself.
     digest = hashlib.blake2b(repr([tuple(line) for line in lines]).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

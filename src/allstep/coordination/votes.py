@@ -70,6 +70,7 @@ class Vote:
 
     def vector(self, length: int) -> list[int]:
         """The vote as `length` integers, which must be at least `vector_length(len(self.samples))`."""
+        # Counted one by one: the sum tells that all ranks mean the same occasion.
         kinds = [0, 0, 0]
         kinds[self.occasion] = 1
         header = [

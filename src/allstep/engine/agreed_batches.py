@@ -93,6 +93,7 @@ class AgreedBatches:
         self._at = at + 1
         batch = self._buffer.give(state.iteration, begins_group=at % self._agreement.group_size == 0)
         state.active = batch is not END
+        # None was promised for an iteration without a batch.
         state.samples = (self._counts[at] or 0) if state.active else 0
         state.weight = ledger.weight(at, state.samples, self._run.coordinator.world_size)
         state.group_end = ledger.ends_group(at)
@@ -111,6 +112,7 @@ class AgreedBatches:
         `loses_unread` says that the data does not give them in its next pass, so that they are to be reported.
         """
         agreed = self._ledger.iterations
+        # Ranks agreed on these iterations, and the epoch goes on: the next pass completes their group.
         self._buffer.carry_over([self._counts[at] for at in range(agreed, agreed + self._left)])
         self._left = 0
         if loses_unread and not self._unread_is_said and self._agreement.policy != "longest":
@@ -166,6 +168,7 @@ class AgreedBatches:
         self._paused_at = monotonic_ns()
         if self._agreement.policy == "longest":
             return ()
+        # The vote under way is about iterations that do not come; all ranks read it before they hold another.
         self.drain()
         now, before = self._buffer.unread(), self._left_behind
         self._left_behind = (0, 0)
@@ -173,6 +176,7 @@ class AgreedBatches:
         if not result.unread:
             return ()
         said = self._run.coordinator.gather((now, before))
+        # Where every rank has batches left, the epoch had its length, and the next one goes on with them.
         ran_out = self._unread_is_said = any(batches == 0 for (batches, _), _ in said)
         left = [
             Unread(rank, present[0] * ran_out + earlier[0], present[1] * ran_out + earlier[1])
@@ -230,6 +234,7 @@ class AgreedBatches:
         run.window_ends_at = run.state.iteration + ledger.iterations
         if ledger.ends_pass:
             self._left = self._agreed_iterations(result) - ledger.iterations
+        # Not where something has landed: it may end the epoch or replace data, and then these iterations do not come.
         elif longest and not agreement.is_synchronous and not self._voting.landed and run.window_ends_at < run.ends_at:
             self._pending = self._cast_window(offset=ledger.iterations)
 
@@ -240,6 +245,7 @@ class AgreedBatches:
             self._buffer.first()  # where there is none, there is nothing to take part with
         samples = self._buffer.look(offset, offset + iterations)
         self._buffer.read_ahead(offset + iterations)
+        # It would have to run the step with nothing at all, so another rank gives it a batch.
         begins_without = bool(samples) and not samples[0] and self._buffer.filler is END
         return self._voting.cast(
             Occasion.WINDOW,
@@ -315,12 +321,15 @@ class Voting:
     def read(self, pending: PendingVote) -> VoteResult:
         """Wait for a vote and act on all that it says besides the window: names, fillers, errors."""
         result = read_result(pending.sum.wait(), len(pending.vote.samples))
+        # First: the numbers of ranks that came to different votes mean nothing together.
         if not result.is_for(pending.vote, self._run.coordinator.world_size):
             self._say_diverged(pending.vote)
         if result.gave_less:
             self._say_gave_less()
+        # Names and reasons cost another collective, so only where somebody asked for something.
         if result.requests:
             self.landed += [each for said in self._run.coordinator.gather(pending.requests) for each in said]
+        # On every rank, since all take part in giving one away.
         if result.needs_batch:
             self._share_batch()
         return result

@@ -395,6 +395,7 @@ class Engine:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
         state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
         if finished is not None:
+            # Beginning has forgotten why the run was finished; a save of this state is to say so again.
             self._leave()
             state.stop_reason, state.outcome = finished, "finished"
             self.logger.warning("nothing to run: the run was finished: %s", finished)
@@ -413,6 +414,7 @@ class Engine:
         run, state = self._run, self.state
         if data is None and not terms.fresh:
             data = state.dataloader
+        # An iterator that is run over again stands behind what it gave: nothing is skipped in it.
         is_spent = hasattr(data, "__next__") and data is state.dataloader
         state.dataloader = data
         if terms.fresh:
@@ -449,6 +451,7 @@ class Engine:
         try:
             with fault_injection(run, self._registry):
                 ends = next(run.drive, END) is END
+        # Also after an exception: the state tells how far the run came, and the engine can run again.
         finally:
             run.is_running = False
             if ends:

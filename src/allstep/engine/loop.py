@@ -80,12 +80,15 @@ class RunLoop:
             yield from self._epochs()
             self._conclude(began)
         except GeneratorExit:
+            # The suspended run is dropped: another one begins, or a state is loaded.
             self._passes.keep_unused()
             raise
         except BaseException as error:
+            # Before any handler: what a handler raises or waits for must not hide the first cause.
             if self._monitor is not None:
                 self._monitor.saw(error)
             run.logger.error("the run ends at iteration %d: %r", run.state.iteration, error)
+            # What was asked before is void: only a handler of the exception may end the run well.
             run.holding.clear()
             earlier = len(run.requests)
             self._announce(Events.EXCEPTION_RAISED, error)
@@ -107,6 +110,7 @@ class RunLoop:
         if run.holding:
             yield from self._heed()
         while RequestKind.TERMINATE not in run.holding and not self._is_done():
+            # Not before the first epoch: there an empty iterator is an error, and not the end of a run.
             if run.state.iteration and passes.is_one_shot and not self._has_another_epoch():
                 break
             yield from self._epoch()
@@ -126,6 +130,7 @@ class RunLoop:
                 yield from self._iterate()
         if RequestKind.TERMINATE in holding:
             return
+        # An iteration that was begun and cut by terminate_epoch() counts as one of this epoch.
         run.step_is_open = False
         iterations = state.iteration - run.epoch_began_at
         cut = RequestKind.TERMINATE_EPOCH in holding
@@ -134,8 +139,10 @@ class RunLoop:
             passes.abandon_pass()
         run.epoch_is_open = False
         run.epoch_began_at = state.iteration
+        # The data ended before this epoch had a batch: no epoch, so nobody is told of its end.
         if passes.is_dry and not iterations:
             return
+        # Before the handlers, which read state.unread; the vote on what they ask for comes after them.
         passes.report_unread()
         if not (cut and run.skips_epoch_completed):
             state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
@@ -153,6 +160,7 @@ class RunLoop:
         getting, got = self._slots[Events.GET_BATCH_STARTED], self._slots[Events.GET_BATCH_COMPLETED]
         started, completed = self._slots[Events.ITERATION_STARTED], self._slots[Events.ITERATION_COMPLETED]
         done = state.iteration
+        # Handlers of EPOCH_STARTED may have changed what the epoch is to do.
         self._look_ahead()
         refilled = False
         try:
@@ -166,6 +174,7 @@ class RunLoop:
                 if batch is END:
                     if not self._refill() or (holding and (yield from self._heed())):
                         return
+                    # The next pass gives the batch for which GET_BATCH_STARTED was fired already.
                     refilled = True
                     continue
                 refilled = False
@@ -178,6 +187,7 @@ class RunLoop:
                     batch = state.batch
                 state.iteration = iteration = state.iteration + 1
                 if started.due <= iteration:
+                    # A handler that saves or ends the run here leaves a step that was counted and did not run.
                     run.step_is_open = True
                     fire(Events.ITERATION_STARTED)
                     if holding and (yield from self._heed()):
@@ -185,6 +195,7 @@ class RunLoop:
                     run.step_is_open = False
                     batch = state.batch
                 state.output = step(batch)
+                # From here an exception of a handler does not undo the iteration.
                 done = iteration
                 if completed.due <= iteration:
                     fire(Events.ITERATION_COMPLETED)
@@ -196,6 +207,7 @@ class RunLoop:
                         return
                     self._look_ahead()
         except BaseException as error:
+            # Only where the step itself, or a handler before it, raised.
             run.step_is_open = done < state.iteration
             if isinstance(error, StopIteration):
                 raise EngineError(_STOP_ITERATION) from error
@@ -259,6 +271,7 @@ class RunLoop:
         self._passes.confirm_end()
         if RequestKind.TERMINATE in self._run.holding:
             self._announce(Events.TERMINATE)
+        # For the handlers of COMPLETED to read; their own time is added behind them.
         times[Events.COMPLETED.name] = perf_counter() - began
         if not self._run.skips_completed:
             self._announce(Events.COMPLETED)

@@ -90,6 +90,7 @@ def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
         yield None
         return
     reporter = inner.reporter
+    # An exception of an earlier run was caught by the script if another run begins.
     reporter.withdraw()
     with inner.activity.run(name):
         try:

@@ -85,10 +85,12 @@ class Passes:
         if run.new_data is END:
             return
         data, run.new_data = run.new_data, END
+        # Whether it was asked for here or has landed: it is done now.
         run.holding.discard(RequestKind.REPLACE_DATA)
         self._continues, self._opens_at, self._history = False, None, None
         self._source, self.batches, run.pass_is_open, self._unused = Source(data, self._iterate), None, False, []
         if run.epoch_is_open:
+            # Ranks that agree open it in their next vote, all of them together.
             self._source.set_epoch(run.state.epoch - 1)
             if self._agreed is None:
                 self._open()
@@ -97,6 +99,7 @@ class Passes:
         """Begin taking batches: where the state says, the first time in a continued run, else at a pass's beginning."""
         run, state, skip = self._run, self._run.state, 0
         present = begun_in = run.epochs_completed
+        # Good for the first pass only: later ones begin at the beginning.
         opens_at, self._opens_at = self._opens_at, None
         if self._continues and opens_at is None:
             length = length_of(self._source.data) if run.handshake is None else run.handshake.length
@@ -116,6 +119,7 @@ class Passes:
         source, run = self._source, self._run
         assert source.batches is not None
         run.pass_is_open = True
+        # A pass that goes on with replaced data of some rank is the same one for all others.
         if is_new:
             self._pass_began_at = self._taken()
         batches, stateful = source.batches, stateful_of(source.data)
@@ -150,8 +154,10 @@ class Passes:
             raise DataError(
                 f"data is empty{self._who_is_empty()}: it gave no batch; give at least one{self._or_longest()}"
             )
+        # The first end of data of unknown length is the end of the epoch.
         if state.epoch_length is None:
             state.epoch_length = self._taken() - run.epoch_began_at
+        # A pass that gave nothing would be begun again for ever.
         elif self._taken() > self._pass_began_at:
             self.leave_pass()
             return True
@@ -163,6 +169,7 @@ class Passes:
         """End the present pass; what was read ahead of a one-shot iterator is given again in the next."""
         self._run.pass_is_open = False
         if self._agreed is not None:
+            # An iterator gives in its next pass what was read ahead in this one, so nothing of it is lost.
             unused = self._agreed.end_pass(loses_unread=not self._source.is_one_shot)
             if self._source.is_one_shot:
                 self._unused = unused
@@ -172,6 +179,7 @@ class Passes:
         ended = self._source
         self.take_new_data()
         self._put_back_unused()
+        # New data that was given inside an epoch has been opened already.
         if self._source is ended or self.batches is None:
             self._source.open()
         self._begin_pass()
@@ -281,6 +289,7 @@ class Passes:
         history, run = self._history, self._run
         if history is None or run.new_data is not END:
             return END
+        # Between epochs a pass that has ended is over, so that the next run begins another one.
         if self._agreed is not None and self._agreed.pass_has_ended and not run.epoch_is_open:
             return history.last()
         done = self._done_in_pass(iteration)

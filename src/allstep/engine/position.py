@@ -67,8 +67,10 @@ def sampler_of(data: Any) -> ShardedBatchSampler | None:
 
 def stateful_of(data: Any) -> Any:
     """The object whose `state_dict` tells where in `data` its reader stands, or None."""
+    # A loader of ours has a position by arithmetic: the same on all ranks, and good for any number of them.
     if not isinstance(data, Loader) and _has_state(data):
         return data
+    # With workers it is a copy in another process that is read, whose state nobody here sees.
     if not isinstance(data, DataLoader) or not isinstance(data.dataset, IterableDataset) or data.num_workers:
         return None
     dataset = data.dataset.source if isinstance(data.dataset, PlacedIterable) else data.dataset
@@ -113,6 +115,7 @@ def restore_position(
         stateful.load_state_dict(copy.deepcopy(saved["own"]))
         return RestoredPosition(position, 0)
     sampler = sampler_of(data)
+    # Saved of data of another kind: then batches are counted, as for any data.
     if "position" not in saved or sampler is None:
         return RestoredPosition(position, None)
     sampler.load_state_dict(saved["position"])

@@ -165,6 +165,7 @@ class AheadReader:
         """Read as many batches as the answer needs."""
         self._fill(stop)
         known: list[int | None] = [samples for _, samples in islice(self._read, start, stop)]
+        # Behind the end of this rank's data, but inside the pass of all, it has a batch of no sample.
         missing = range(self._position + start + len(known), self._position + stop)
         return known + [0 if at < self._iterations else None for at in missing]
 
@@ -188,6 +189,7 @@ class AheadReader:
     def unread(self) -> tuple[int, int]:
         """What was read ahead, and of a declared length also the batches that would follow, not counted yet."""
         left = len(self._read)
+        # len() counts what was not read yet; once the end was read, it may have been wrong.
         if self._length is not None and not self._ended:
             left = max(left, self._length - self.taken)
         return left, sum(samples for _, samples in self._read)

@@ -51,6 +51,7 @@ class HandlerSlot:
 
     def schedule(self, count: int) -> None:
         """Set `due` to the smallest count from `count` on at which a handler may be due."""
+        # Without a filter a handler is due at every count.
         if self.pinned or any(registration.filter is None for registration in self.registrations):
             self.due = ALWAYS
         else:
@@ -197,11 +198,13 @@ def _calling_form(
     if not callable(handler):
         raise ArgumentTypeError(f"the handler of {event} is {handler!r}; it must be callable")
     carried = _EVENT_ARGUMENTS.get(event, ())
+    # The fullest form that fits: what a handler can take it is given.
     forms = [(True, True), (True, False), (False, False)]
     try:
         signature = inspect.signature(handler)
     except (TypeError, ValueError):  # some builtins tell no signature
         return forms[0]
+    # A handler of the exception with one parameter means the exception and not the engine.
     if event is Events.EXCEPTION_RAISED or not signature.parameters.keys().isdisjoint(carried):
         forms.insert(1, (False, True))
     for takes_engine, takes_event in forms:

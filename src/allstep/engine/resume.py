@@ -56,6 +56,7 @@ def _position_in_data(run: Run, passes: Passes | None, iteration: int) -> dict[s
 def load(run: Run, state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> None:
     """Have the next run go on from a saved state. Raises ArgumentError before anything has changed."""
     user_keys = list(user_keys)
+    # First, so that a state that is refused changes nothing.
     position = position_from(state_dict, user_keys)
     _stand_at(run, position)
     state = run.state
@@ -71,6 +72,7 @@ def settle_counters(run: Run) -> None:
     """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
     state = run.state
     state.iteration = run.steps_done
+    # The epoch that was ended is not completed: the next run begins the one after it.
     if run.abandoned:
         run.epoch_began_at = state.iteration
     else:

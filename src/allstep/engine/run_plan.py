@@ -182,6 +182,7 @@ def settle_terms(
 
     started = state.max_epochs is not None or state.max_iters is not None
     finished = is_done(state.iteration, epochs_completed, state.max_epochs, state.max_iters)
+    # Counted in epochs before and in iterations now, or the other way round.
     other_unit = (max_iters is not None and state.max_epochs is not None) or (
         max_epochs is not None and state.max_iters is not None
     )
@@ -192,6 +193,7 @@ def settle_terms(
             f"{'max_epochs' if state.max_epochs is not None else 'max_iters'}, or set engine.state.max_epochs and "
             "engine.state.max_iters to None to begin anew"
         )
+    # A run cannot go on to less than it has done.
     if started and not other_unit:
         for name, asked, reached in (
             ("max_epochs", max_epochs, state.epoch),
@@ -231,6 +233,7 @@ def _length_to_continue(state: State, data: Any, length: int | None, epoch_lengt
             f"epoch_length is {epoch_length}, but the run to continue has {state.epoch_length}; leave it out, or begin "
             "anew"
         )
+    # Other data than before, of unknown length: its epochs need not be as long as those of the first.
     foreign = data is not None and state.dataloader is not None and data is not state.dataloader
     if foreign and epoch_length is None and length is None:
         return None

@@ -68,6 +68,7 @@ class Preemption(StopOnSignal):
         command = requeue_command(os.environ)
         if command is None:
             return
+        # The run is saved: nothing that fails here may keep the process from ending with its status.
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_REQUEUE_TIMEOUT_S)
             failure = done.stderr.strip() if done.returncode else None

@@ -74,8 +74,10 @@ class StopOnSignal:
         self.received, self._is_told, self._noted = None, False, []
         for number in self.signals:
             before = signal.signal(number, self._note)
+            # None is a handler that C code installed, which Python cannot give back.
             self._before[number] = signal.SIG_DFL if before is None else before
             self._take_over(before)
+        # In the engine's own thread, at the points where a stop may be asked for.
         for event in (Events.STARTED, Events.ITERATION_COMPLETED, Events.EPOCH_COMPLETED):
             self._handles.append(engine.add_event_handler(event, self._tell))
         for other in self.hurries:

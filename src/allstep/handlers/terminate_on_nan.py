@@ -52,6 +52,7 @@ class TerminateOnNan:
     def _look(self, engine: Engine) -> None:
         if self._has_asked or engine.extension.is_idle or _is_finite(self.output_transform(engine.state.output)):
             return
+        # Once: until the stop holds, further outputs are likely to be as bad.
         self._has_asked = True
         at = engine.state.iteration
         engine.logger.error("the output of iteration %d is not finite on rank %d", at, engine.coordinator.rank)
