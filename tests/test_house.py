@@ -21,6 +21,7 @@ LONGEST_FILE = 450
 LONGEST_TEST_NAME = 74
 
 SAME_IDEA = {
+    "EarlySignals": "notes SIGUSR1 before a script handles it: in allstep's worker, and in any other process by `init`",
     "torch_private": "the private names of torch that its package uses, in each package that uses any",
 }
 """Names that several modules or classes bear, and the one idea that they share."""
@@ -36,11 +37,11 @@ DOCUMENTED = {"_exit", "_current_frames", "_replace", "_asdict", "_fields", "_ma
 """Names with an underscore that Python's documentation describes."""
 
 LONG_NAMES = (
-    *("tests/coordination", "tests/data", "tests/diagnosis", "tests/engine", "tests/handlers", "tests/launch"),
+    *("tests/coordination", "tests/data", "tests/diagnosis", "tests/engine", "tests/handlers"),
     *("tests/metrics", "tests/monitor", "tests/outputs", "tests/world"),
 )
-CLASSES = ("Reduction", "Group", "Head", "EarlySignals", "Service")
-OLD_NAMES = ("src/allstep/coordination", "src/allstep/engine", "src/allstep/launch/forking")
+CLASSES = ("Reduction", "Group", "Service")
+OLD_NAMES = ("src/allstep/coordination", "src/allstep/engine")
 PRIVATE = ("src/allstep/parallel",)
 
 

@@ -45,11 +45,11 @@ INFORM = 3.0
 
 def lead(machine: Machine) -> int:
     """Run attempts until one succeeds or no further is to be begun."""
-    with contextlib.closing(_Head(machine)) as head:
+    with contextlib.closing(_HeadMachine(machine)) as head:
         return head.run()
 
 
-class _Head:
+class _HeadMachine:
     """A run as the deciding machine sees it: which attempt it is at, and what those before came to."""
 
     def __init__(self, machine: Machine) -> None:
