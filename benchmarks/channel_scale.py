@@ -21,10 +21,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from allstep.diagnosis.hang import HangLimits
+from allstep.monitor import hub as hub_module
+from allstep.monitor.failure_detector import FailureDetector
 from allstep.monitor.hub import Hub
 from allstep.monitor.service import AllArrived, Verdict
 from allstep.protocol.connection import Connection
@@ -32,7 +35,6 @@ from allstep.protocol.messages import (
     Failure,
     Heartbeat,
     Leave,
-    Message,
     NodeHeartbeat,
     NodeHello,
     RankHello,
@@ -41,21 +43,19 @@ from allstep.protocol.messages import (
     encode,
 )
 from allstep.protocol.registration import RankRegistration
-from allstep.protocol.server import Peer
 
 NONCE = "benchmark"
 WARM_UP = 3.0  # seconds of heartbeats that are not measured
 
 
-class MeasuredHub(Hub):
-    """A hub that keeps how old each heartbeat was when it had been noted."""
+class MeasuredDetector(FailureDetector):
+    """Keeps how old each heartbeat was when it had been noted."""
 
-    latencies: list[float]
+    latencies: ClassVar[list[float]] = []
 
-    def _say(self, peer: Peer, rank: int | None, message: Message) -> None:
-        super()._say(peer, rank, message)
-        if isinstance(message, Heartbeat):
-            self.latencies.append(time.monotonic() - message.longest["idle"])  # where the sender put the time
+    def beat(self, heartbeat: Heartbeat) -> None:
+        super().beat(heartbeat)
+        self.latencies.append(time.monotonic() - heartbeat.longest["idle"])  # where the sender put the time
 
 
 def serve(world_size: int) -> None:
@@ -64,8 +64,9 @@ def serve(world_size: int) -> None:
     listener.bind(("127.0.0.1", 0))
     listener.listen(1024)
     selector = selectors.DefaultSelector()
-    hub = MeasuredHub(selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=HangLimits())
-    hub.latencies = []
+    hub_module.FailureDetector = MeasuredDetector
+    hub = Hub(selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=HangLimits())
+    latencies = MeasuredDetector.latencies
     print(listener.getsockname()[1], flush=True)
     os.set_blocking(0, False)
     selector.register(0, selectors.EVENT_READ, "command")
@@ -79,14 +80,14 @@ def serve(world_size: int) -> None:
             if not command:
                 return
             if command == b"begin\n":
-                hub.latencies.clear()
+                latencies.clear()
                 began, cpu = time.monotonic(), time.process_time()
             elif command == b"end\n":
                 figures = {
                     "cpu": (time.process_time() - cpu) / (time.monotonic() - began),
-                    "median": statistics.median(hub.latencies),
-                    "p99": statistics.quantiles(hub.latencies, n=100)[98],
-                    "beats": len(hub.latencies) / (time.monotonic() - began),
+                    "median": statistics.median(latencies),
+                    "p99": statistics.quantiles(latencies, n=100)[98],
+                    "beats": len(latencies) / (time.monotonic() - began),
                     "descriptors": len(os.listdir("/proc/self/fd")),
                     "memory": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
                 }
@@ -111,8 +112,8 @@ class Node:
         self.left = False
         lines = [encode(NodeHello(NONCE, 0, number, f"node{number}", tuple(ranks)))]
         for rank in ranks:
-            arrival = RankRegistration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
-            lines.append(encode(RankHello(NONCE, 0, arrival)))
+            registration = RankRegistration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
+            lines.append(encode(RankHello(NONCE, 0, registration)))
         self.connection.send(b"".join(lines))
         self.template = json.loads(
             encode(Heartbeat(0, 0, 0, 1, 1, "step", 0.01, "", "trainer", {"data": 0.1, "step": 0.5}, 0.012))
