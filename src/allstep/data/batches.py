@@ -59,15 +59,19 @@ class EpochBatches:
 
     def first(self, number: int) -> int:
         """Position in the epoch's order of the first sample of batch `number`: the samples taken before it."""
+        # `part` counts the micro-batches of one global batch.
         whole, part = divmod(number - self.origin_batch, self.accumulate)
         start = self.origin + whole * self.batch
         size = min(self.batch, self.length - start)
+        # A last global batch that is smaller needs fewer micro-batches, none larger than the others'.
         parts = self.accumulate if size == self.batch else -(-size // self.micro)
+        # Rounding down here spreads the remainder, so that micro-batches differ by at most one sample.
         taken = size * min(part, parts) // parts if parts > 0 else 0
         return min(self.length, max(0, start + taken))
 
     def firsts(self, start: int, stop: int) -> Positions:
         """`first` of the batches [start, stop), int64; after the epoch's end that of the batch after the last."""
+        # The same arithmetic as `first`, over many numbers at once.
         whole, part = np.divmod(
             np.minimum(np.arange(start, stop, dtype=np.int64), self.total) - self.origin_batch, self.accumulate
         )
@@ -93,6 +97,7 @@ class EpochBatches:
         """Positions [start, stop) of the epoch's order that `rank` takes in batch `number`."""
         first = self.first(number)
         share, extra = divmod(self.first(number + 1) - first, self.world_size)
+        # The low ranks take one sample more, so each low rank before this one shifts its start by one.
         start = first + rank * share + min(rank, extra)
         return start, start + share + (rank < extra)
 

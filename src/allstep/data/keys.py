@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 _MASK = (1 << 64) - 1
+# The constants of SplitMix64; the first is 2^64 divided by the golden ratio.
 _GOLDEN = 0x9E3779B97F4A7C15
 _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
@@ -31,6 +32,7 @@ def mix64(value: int) -> int:
 
 def key_of(*parts: int) -> int:
     """One 64-bit key from a sequence of integers of any sign and size; the order and number of parts matter."""
+    # The number of parts, and each part's sign and length, go in, so that (1, 2) and (12,) cannot give one key.
     key = mix64(_GOLDEN + len(parts))
     for part in parts:
         whole = operator.index(part)
@@ -52,6 +54,7 @@ def stream(key: int, start: int, count: int) -> npt.NDArray[np.uint64]:
 
     Any place of the sequence is reached directly, so word i belongs to position i whoever asks for it.
     """
+    # In place, since a large epoch's words are as large as its order. uint64 wraps around, as the algorithm wants.
     words = np.arange(count, dtype=np.uint64)
     words += np.uint64((start + 1) & _MASK)
     words *= np.uint64(_GOLDEN)

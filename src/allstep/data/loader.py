@@ -28,7 +28,7 @@ from allstep.data.torch_private import child_processes, workers_of
 from allstep.data.worker_signals import WorkerStart, end_with_rank
 from allstep.errors import DataError
 
-_WORKERS = 3
+_WORKERS = 3  # sets the seeds of workers apart from other keys of the same seed and epoch
 _SEEDINGS = ("sample", "batch", "off")
 
 
@@ -43,6 +43,7 @@ class Loader(DataLoader[Any]):
         self.seed = seed
         self.rank = rank
         self._own_generator = options.get("generator") is None
+        # torch draws the workers' seeds from this; without it, it would draw from the global generator.
         if self._own_generator:
             options["generator"] = torch.Generator()
         self._stream_epoch = 0
@@ -99,11 +100,13 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         if self._own_generator:
+            # Seeded by place, so that a resumed epoch gives its workers the seeds that they had.
             self.generator.manual_seed(key_of(self.seed, self.epoch, _WORKERS, self.rank) >> 1)
         before = child_processes()
         iterator = super().__iter__()
         end_with_rank(workers_of(iterator, self.num_workers, before))
         dropped, self._drop_first = self._drop_first, 0
+        # `self` stands for the end: no batch is the loader.
         for _ in range(dropped):
             if next(iterator, self) is self:
                 break
@@ -173,6 +176,7 @@ def make_loader(
                 f"{name} was given, but the loader brings its own, which deals samples to ranks; choose the order with "
                 f"shuffle and the dataset, or use a plain torch DataLoader with your {name}"
             )
+    # What a user would want unasked: workers that live on from epoch to epoch, and pinned memory for CUDA.
     has_workers = dataloader_options.get("num_workers", 0) > 0
     options = {
         "pin_memory": device_type == "cuda",
@@ -196,6 +200,7 @@ def make_loader(
         # Data pipes shard and seed themselves through hooks that torch finds by their type.
         placed = dataset if isinstance(dataset, IterDataPipe) else PlacedIterable(dataset, rank, world_size)
         return Loader(placed, source=dataset, seed=seed, rank=rank, **options)
+    # Which batch comes next must be a function of the place, or no run could go on inside an epoch.
     if options.get("in_order") is False:
         raise DataError("in_order=False gives batches in another order on each run; leave it out over a map dataset")
     options["batch_sampler"] = ShardedBatchSampler(
@@ -212,6 +217,7 @@ def make_loader(
     if sample_seeding == "off":
         return Loader(dataset, source=dataset, seed=seed, rank=rank, **options)
     seeded = SeededDataset(dataset, options.get("collate_fn") or torch_collate, seed=seed, seeding=sample_seeding)
+    # Collation happens in the dataset, after its seeding; DataLoader must not do it again.
     options["collate_fn"] = keep_collated
     return Loader(seeded, source=dataset, seed=seed, rank=rank, **options)
 

@@ -27,10 +27,11 @@ Indices = npt.NDArray[np.int64]
 _Half = npt.NDArray[np.uint32]
 
 MAX_LENGTH = 1 << 62
-_TABLE_LENGTH = 1024
+_TABLE_LENGTH = 1024  # up to here the order is a table
 _ROUNDS = 8
-_CHUNK = 1 << 14
-_FEW = 8
+_CHUNK = 1 << 14  # indices that go through all rounds together
+_FEW = 8  # so few are faster one by one than as arrays
+# The multipliers of MurmurHash3's finaliser.
 _FIRST = 0x85EBCA6B
 _SECOND = 0xC2B2AE35
 _MASK32 = 0xFFFFFFFF
@@ -57,6 +58,7 @@ class Permutation:
         if n <= _TABLE_LENGTH:
             self._table = np.argsort(stream(key, 0, n), kind="stable").astype(np.int64)
             self._inverse_table = np.argsort(self._table).astype(np.int64)
+        # At least one bit in each half.
         bits = max(2, (n - 1).bit_length())
         self._low_bits = bits // 2
         self._low_mask = (1 << self._low_bits) - 1
@@ -91,6 +93,7 @@ class Permutation:
             raise IndexError(f"index {index} is outside [0, {self._n})")
         if table is not None:
             return int(table[index])
+        # Cycle walking: what falls outside [0, n) goes through again until it is inside.
         while True:
             index = self._pass_one(index, inverse=inverse)
             if index < self._n:
@@ -120,6 +123,7 @@ class Permutation:
         if table is not None:
             return np.take(table, given)
         result = self._pass_many(given.reshape(-1).astype(np.int64, copy=False), inverse=inverse)
+        # Fewer than half are outside after a pass, so the array that goes through again shrinks quickly.
         outside = np.flatnonzero(result >= self._n)
         while outside.size > _FEW:
             again = self._pass_many(result[outside], inverse=inverse)

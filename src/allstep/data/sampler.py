@@ -36,8 +36,8 @@ from allstep.data.keys import epoch_key
 from allstep.data.permutation import MAX_LENGTH, Permutation
 from allstep.errors import DataError
 
-_ORDER_VERSION = 1
-_FIRST_CHUNK = 1 << 10
+_ORDER_VERSION = 1  # of saved states; another is refused, since its order would be another
+_FIRST_CHUNK = 1 << 10  # samples that are looked up in the order at once, at first
 _LARGEST_CHUNK = 1 << 16
 
 

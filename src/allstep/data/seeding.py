@@ -24,7 +24,7 @@ from allstep.data.sampler import IndexBatch
 
 SampleSeeding = Literal["sample", "batch", "off"]
 
-_SAMPLES = 1
+_SAMPLES = 1  # sets the seeds of samples apart from other keys of the same seed and epoch
 _MASK32 = 0xFFFFFFFF
 
 
@@ -76,6 +76,7 @@ class SeededDataset(Dataset[Any]):
 
     def __getitems__(self, batch: IndexBatch) -> Any:
         """The collated batch for the indices in `batch`."""
+        # A worker draws for nothing else, so its generators need not be put back.
         if get_worker_info() is not None:
             return self._load(batch)
         with generators_kept():
@@ -94,6 +95,7 @@ class SeededDataset(Dataset[Any]):
         return self.collate(samples)
 
     def _fetch(self, indices: list[int]) -> list[Any]:
+        # A dataset that fetches many at once does it better than one by one; it does so for one, too.
         fetch_many = getattr(self.source, "__getitems__", None)
         if fetch_many:
             samples: list[Any] = fetch_many(indices)

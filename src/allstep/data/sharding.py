@@ -48,6 +48,7 @@ def _resolve(rank: int | None, world_size: int | None) -> tuple[int, int]:
     place = _place.get()
     if place is not None:
         return place
+    # Elements would be read once a rank or worker, unnoticed, if this guessed a world of one.
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     if get_worker_info() is not None or (grouped and torch.distributed.get_world_size() > 1):
         raise DataError(
@@ -67,6 +68,7 @@ class PlacedIterable(IterableDataset[Any]):
     def __init__(self, source: IterableDataset[Any], rank: int, world_size: int) -> None:
         self.source = source
         self.place = (rank, world_size)
+        # In shared memory, which running workers see: they were started with a copy of this object.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:

@@ -65,6 +65,7 @@ def wrap_module(
     module = module.to(device)
     if not any(parameter.requires_grad for parameter in module.parameters()):
         return module
+    # Gradients that are views of the buckets save a copy of all gradients.
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
@@ -72,6 +73,7 @@ def wrap_module(
     wrapped = (TimedDDP if is_timed else DistributedDataParallel)(module, **(defaults | ddp_options))
     if deterministic:
         fix_buckets(wrapped)
+    # Only now, so that the pass that fixes the buckets is not measured.
     if isinstance(wrapped, TimedDDP):
         wrapped.activity = activity
     return wrapped

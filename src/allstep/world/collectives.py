@@ -85,9 +85,11 @@ class Collectives:
 
     def _reduce_tensor(self, x: torch.Tensor, op: Op) -> torch.Tensor:
         carrier, result = _dtypes(x, op)
+        # Always a copy, in one piece: the backend reduces in place, and what was given is left as it is.
         where = self._transport if self._world_size > 1 else x.device
         work = x.detach().to(where, carrier, copy=True, memory_format=torch.contiguous_format)
         if self._world_size > 1 and work.numel():
+            # Backends do not add complex numbers; as pairs of real ones they do.
             flat = torch.view_as_real(work) if work.is_complex() else work
             dist.all_reduce(flat, op=getattr(dist.ReduceOp, _REDUCE[op]))
         if op == "mean":
@@ -104,6 +106,7 @@ class Collectives:
     def _gather_payloads(self, payload: Payload) -> list[Payload]:
         if self._world_size == 1:
             return [payload]
+        # First the headers, whose size all ranks know; then the bytes, whose sizes the headers say.
         own = torch.tensor(payload.header(), dtype=torch.int64, device=self._transport)
         rows = [torch.empty_like(own) for _ in range(self._world_size)]
         dist.all_gather(rows, own)
@@ -155,6 +158,7 @@ def _dtypes(x: torch.Tensor, op: Op) -> tuple[torch.dtype, torch.dtype]:
         return (x.dtype if x.dtype.itemsize >= 4 else torch.float32), x.dtype
     if x.dtype == torch.uint64:
         raise CollectiveError("x is uint64, which int64 cannot carry; convert it to int64 or float64 yourself")
+    # MPS has no float64.
     if op == "mean":
         return torch.int64, torch.float32 if x.device.type == "mps" else torch.float64
     return torch.int64, x.dtype if op in ("min", "max") else torch.int64
@@ -194,6 +198,7 @@ def fold(numbers: Sequence[Number], op: Op) -> Number:
         return math.prod(numbers)
     if op == "mean":
         return _sum(numbers) / len(numbers)
+    # Python's min and max keep or lose a NaN by its place, so it is looked for.
     for number in numbers:
         if math.isnan(number):
             return number

@@ -55,6 +55,7 @@ def choose_device(
             return torch.device("xla")
         if hardware.cuda:
             return torch.device("cuda", _cuda_index(placement, hardware))
+        # Collectives and DDP do not support MPS.
         if hardware.mps and placement.world_size == 1:
             return torch.device("mps")
         return torch.device("cpu")
@@ -84,6 +85,7 @@ def choose_device(
 
 
 def _cuda_index(placement: Placement, hardware: VisibleHardware) -> int:
+    # One visible device: the scheduler shows each task its own, and every task calls it 0.
     if hardware.cuda == 1:
         return 0
     if placement.local_rank >= hardware.cuda:
@@ -117,6 +119,7 @@ def choose_backend(device: torch.device, asked: str | None = None) -> str:
 
 def choose_transport(device: torch.device, backend: str) -> torch.device:
     """Where a tensor must be for the backend to carry it: the rank's device, or the CPU for gloo and the like."""
+    # A backend may be given by device, as in "cpu:gloo,cuda:nccl".
     parts = dict(part.split(":", 1) for part in backend.split(",") if ":" in part)
     if backend in ("nccl", "xla") or device.type in parts:
         return device

@@ -3,7 +3,7 @@
 Contract: schedulers announce a job's end with SIGUSR1, and its default action ends the process. `init` calls
 `note_early_signals` before all else, and closing the World calls `restore_default_action`; both do nothing outside the
 main thread, where Python allows no handlers. In between the signal is noted, and `StopOnSignal` finds it when the
-script attaches that. Where somebody handles SIGUSR1 already nothing changes: a worker of `allstep run` starts with such
+script attaches that. Where SIGUSR1 has a handler already nothing changes: a worker of `allstep run` starts with such
 a handler. A signal that comes before `init`, while the script is still importing, has its default action.
 """
 
@@ -26,7 +26,7 @@ class EarlySignals:
 
 
 def note_early_signals() -> None:
-    """Note SIGUSR1 from now on, if nobody handles it."""
+    """Note SIGUSR1 from now on, if it has no handler yet."""
     if _in_main_thread() and signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL:
         signal.signal(signal.SIGUSR1, EarlySignals())
 

@@ -40,6 +40,7 @@ def _flat(prefix: str, values: Mapping[str, object]) -> Iterator[tuple[str, str]
     for key, value in values.items():
         if not isinstance(key, str):
             raise ArgumentTypeError(f"facts has the key {key!r} under {prefix or 'its top'!r}; keys must be strings")
+        # An empty mapping is a value like any other: it differs from one with keys.
         if isinstance(value, Mapping) and value:
             yield from _flat(f"{prefix}{key}.", value)
         else:

@@ -111,6 +111,7 @@ class Reporter:
         """An exception leaves a run; KeyboardInterrupt, SystemExit and the like are no failures there."""
         if isinstance(error, Exception):
             self.has_seen = True
+            # A rank that completes a collective with the others goes on, whatever it has caught.
             self._activity.when_met = self.withdraw
             self._send(error, leaving=False)
 
@@ -140,7 +141,7 @@ class Reporter:
         self.end(failed=False)
 
     def left_open(self) -> None:
-        """The interpreter ends and nobody closed the World."""
+        """The interpreter ends with the World still open."""
         self._closed_in_order = False
 
     def end(self, *, failed: bool) -> None:

@@ -1,8 +1,8 @@
 """What the packages above need from a World besides what a script uses: the one door for them.
 
 Contract: `allstep.world.internals(world)` gives the record. The engine asks its coordinator how to agree, tells its
-activity where the loop is, and tells its reporter what a run raised. Checkpoints ask which modules are wrapped. Nobody
-replaces a field. The record holds as long as the World is open.
+activity where the loop is, and tells its reporter what a run raised. Checkpoints ask which modules are wrapped. No
+caller replaces a field. The record holds as long as the World is open.
 """
 
 from __future__ import annotations

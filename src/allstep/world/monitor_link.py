@@ -64,7 +64,7 @@ def sidecar_service(store: BoundedStore, placement: Placement, timeout: float, d
     """The service of this rank's node, started by its local rank 0.
 
     Args:
-        store: of this start of the ranks, used by nobody before.
+        store: of this start of the ranks, not used before.
         placement: of a world of several.
         timeout: what the caller of `init` gave, for the message.
         deadline: when to stop waiting for other ranks, on `time.monotonic`.

@@ -38,6 +38,7 @@ def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
         return value.to(device, non_blocking=non_blocking)
     if isinstance(value, str | bytes | int | float | None):
         return value
+    # Asked of the type: an instance may answer any attribute, as a mock or a lazy record does.
     if callable(getattr(type(value), "to", None)):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -47,6 +48,7 @@ def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
         items = [_move(item, device, non_blocking) for item in value]
         return _sequence_like(value, items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # Not built anew: that would run `__post_init__` again, and a field may not be an argument.
         twin = copy.copy(value)
         for field in dataclasses.fields(value):
             if hasattr(value, field.name):

@@ -16,7 +16,7 @@ from enum import IntEnum
 
 import torch
 
-_MAX_DIMS = 16
+_MAX_DIMS = 16  # headers have one length, so dimensions have a limit
 HEADER_LENGTH = 4 + _MAX_DIMS
 
 # Indices into this table travel; it is the same on all ranks of one torch version.
@@ -67,6 +67,7 @@ def encode(value: object) -> Payload:
     """A tensor or a number, ready to travel; anything else as a refusal."""
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value)
+    # Before integers, since a bool is one.
     if isinstance(value, bool):
         return _number(PayloadKind.BOOL, int(value))
     if isinstance(value, numbers.Integral):
@@ -114,6 +115,7 @@ def _encode_tensor(tensor: torch.Tensor) -> Payload:
         return refuse(f"a tensor of {tensor.dim()} dimensions; at most {_MAX_DIMS} travel, so reshape it")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return refuse(f"a tensor of layout {tensor.layout} and dtype {tensor.dtype}; make it dense and not quantized")
+    # Conjugate and negative views are lazy; their bytes alone would read as another tensor.
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
     # A copy in any case, so that what is received never shares memory with what was given.
     data = flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)

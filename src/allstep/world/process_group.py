@@ -68,6 +68,7 @@ class Group:
         """
         if not self.owned:
             return
+        # Held here, so that the server ends with this call, whatever becomes of the World.
         server, self.rendezvous.server = self.rendezvous.server, None
         if failed:
             forget_groups(abort=True, known=self._made)

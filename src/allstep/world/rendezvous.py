@@ -94,6 +94,7 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
         try:
             server, port = _serve(place, timeout)
         except WorldError:
+            # No port is free. If a store of this very run holds one, another process is rank 0 too, and both are told.
             taken = [_try_port(place.host, port, name, _HANDSHAKE_S[0], timeout) for port in place.ports]
             stores = [store for store in taken if not isinstance(store, str)]
             if not stores:
@@ -136,6 +137,7 @@ def _find(place: Rendezvous, name: str | None, placement: Placement, deadline: f
     found: list[TCPStore] = []
     patience = _HANDSHAKE_S[0]
 
+    # A peer that accepts and stays silent may be slow or a stranger: each round gives it twice the time.
     def look() -> bool:
         nonlocal patience
         for port in place.ports:
@@ -197,10 +199,12 @@ def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
 
 def _own_space(client: TCPStore, name: str, rank: int, process: str, deadline: float) -> tuple[BoundedStore, str]:
     """The part of the store that is this start's own, and the other process with this rank ("" if there is none)."""
+    # The first process to set the key owns the rank; a second one finds the first one's name there.
     base = BoundedStore(PrefixStore(name, client))
     owner = base.compare_set(f"owner/{rank}", "", process).decode()
     if owner == process:
         return base.with_prefix(f"generation/{base.add(f'generation/{rank}', 1)}"), ""
+    # The owner may not have counted its generation yet.
     poll(lambda: base.add(f"generation/{rank}", 0) > 0, deadline)
     return base.with_prefix(f"generation/{base.add(f'generation/{rank}', 0)}"), owner
 

@@ -32,6 +32,7 @@ def seed_generators(seed: int, rank: int | None = None) -> int:
         raise ArgumentError(f"seed is {seed}; it must be from 0 to 2^63 - 1")
     if rank is not None:
         seed = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0]) % _END
+    # numpy's legacy generator takes 32 bits, or several words of them.
     random.seed(seed)
     np.random.seed(seed if seed < 2**32 else [seed % 2**32, seed // 2**32])
     torch.manual_seed(seed)

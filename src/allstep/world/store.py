@@ -90,6 +90,7 @@ class BoundedStore:
             except BaseException as error:
                 errors.append(error)
 
+        # One call at a time: a store that has not answered the last one would not answer the next.
         if self._asking is None or not self._asking.is_alive():
             self._asking = threading.Thread(target=ask, daemon=True, name="allstep-store")
             try:

@@ -82,6 +82,7 @@ class World:
             if group is None
             else GroupCoordinator(group.for_agreement(timeout), activity, device_type=transport.type)
         )
+        # Waits are named for the monitoring service; without one the search for the calling line is spared.
         self._internals = WorldInternals(coordinator, activity, reporter)
         self._collectives = Collectives(self.rank, self.world_size, device, transport)
         self._named_waits = None if group is None or reporter is None else NamedWaits(activity)
@@ -271,6 +272,7 @@ class World:
         """
         self._check_open("main_first")
         limit = seconds("timeout", timeout)
+        # A key is never used twice, so each call has a number; it is the same on ranks that act alike.
         self._main_first_count += 1
         if self._group is None:
             yield
@@ -326,6 +328,7 @@ class World:
             ArgumentError, ArgumentTypeError: the seed is out of range or no integer.
         """
         self._check_open("seed_everything")
+        # `self.seed` stays the common one: loaders must deal the same order on all ranks.
         used = seed_generators(seed, self.rank if per_rank else None)
         if self.device.type == "xla":
             seed_device(used)
@@ -347,17 +350,20 @@ class World:
     ) -> None:
         if error is not None and self._internals.reporter is not None:
             self._internals.reporter.leaving(error)
+        # An exit with code 0, or after a preemption, is taken by all ranks alike: they leave in order.
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED))
         self._leave(failed=failed, patience=self._timeout)
 
     def _leave_at_exit(self) -> None:
         """End a World that is still open when the interpreter ends."""
+        # Set by the interpreter when it has printed an uncaught exception.
         failed = getattr(sys, "last_value", None) is not None
         self._leave(failed=failed, patience=min(self._timeout, _AT_EXIT_S), in_order=False)
 
     def _leave(self, *, failed: bool, patience: float, in_order: bool = True) -> None:
         if self._closed:
             return
+        # First of all, so that whatever fails below, a next call of `init` can open another World.
         self._closed = True
         current.remove(self)
         atexit.unregister(self._leave_at_exit)
