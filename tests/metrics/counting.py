@@ -1,4 +1,4 @@
-"""Counting the collectives of a process: those that Python asks for, and all that a group begins."""
+"""Counting the collectives of a process, and its messages to other ranks: those that Python asks for, and all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch.distributed as dist
 
-_NAMES = ("all_gather", "all_reduce", "broadcast", "barrier", "gather", "reduce")
+_NAMES = ("all_gather", "all_reduce", "broadcast", "barrier", "gather", "reduce", "isend")
 
 
 @contextmanager

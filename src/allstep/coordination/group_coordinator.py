@@ -21,6 +21,7 @@ from allstep.coordination.coordinator import ReduceOp
 from allstep.protocol.heartbeat import RankActivity
 
 _SECTION = "agreement"  # what the monitor is told that a rank waits in
+_TAG = 7  # of messages between ranks, so that none is taken for a user's own, which have 0 where not said
 
 
 class _VoteSum:
@@ -68,12 +69,28 @@ class GroupCoordinator:
         return values
 
     def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
-        """One collective."""
+        """One exchange: on an accelerator a collective, on the host a message to each other rank."""
         sent, group = self._ready(buffer)
         rows = torch.empty((self.world_size, *sent.shape), dtype=sent.dtype, device=sent.device)
         with self._activity.wait(_SECTION):
-            dist.all_gather(list(rows.unbind()), sent, group=group)
+            if sent.device.type == "cpu":
+                self._send_to_all(sent, rows, group)
+            else:
+                dist.all_gather(list(rows.unbind()), sent, group=group)
         return rows.to(buffer.device)
+
+    def _send_to_all(self, sent: torch.Tensor, rows: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+        # Gloo gathers in a ring, each rank waiting for its neighbour world_size - 1 times. All messages at once wait
+        # once, and carry the same bytes: a third of the time for small buffers over four ranks that share two cores.
+        works = []
+        for step in range(1, self.world_size):
+            target, source = (self.rank + step) % self.world_size, (self.rank - step) % self.world_size
+            works.append(dist.isend(sent, group=group, tag=_TAG, group_dst=target))
+            works.append(dist.irecv(rows[source], group=group, tag=_TAG, group_src=source))
+        rows[self.rank] = sent
+        for work in works:
+            assert work is not None  # only for a process outside of the group
+            work.wait()
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """One collective."""

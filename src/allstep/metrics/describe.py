@@ -1,25 +1,32 @@
-"""How metrics were made, as text that ranks compare: what the shapes of states do not show.
+"""What is reduced over ranks, as lines that ranks compare before anything is reduced.
 
-Contract: pure functions over metrics that have taken nothing in. Ranks of one script give the same text: of a metric
-its class and the arguments that torchmetrics' or allstep's own classes were made with, of arithmetic its formula, of
-functions the name. What a rank may well have of its own is left out: devices, paths, tensors, a user's own arguments.
+Contract: a `Schema` lists every state in the order in which it is packed. Behind the states it says, in lines without
+one, what else has to be the same: how metrics were made and when they are fed. Two ranks may reduce together exactly
+when their schemas are equal. `coordination.compare` does the comparing; the words for a difference are here.
+
+`descriptions` gives the text of how metrics were made, which the shapes of states do not show. Ranks of one script give
+the same text: of a metric its class and the arguments that torchmetrics' or allstep's own classes were made with, of
+arithmetic its formula, of functions the name. What a rank may well have of its own is left out: devices, paths,
+tensors, a user's own arguments.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from functools import partial
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.metric import CompositionalMetric
 
+from allstep.coordination import by_ranks
+from allstep.errors import MetricMismatchError
 from allstep.metrics.nodes import Entry, init_arguments, named_metrics, plain_attributes
-from allstep.metrics.torchmetrics_private import is_library_class, is_library_module, state_defaults
+from allstep.metrics.torchmetrics_private import bookkeeping, is_library_class, is_library_module, state_defaults
 
 _MISSING = object()
 _LONGEST = 200  # characters of a text
@@ -32,6 +39,52 @@ _LEFT_OUT = frozenset(
         *("warn_on_many_detections", "model_name_or_path"),
     }
 )
+
+
+class StateLine(NamedTuple):
+    """One state: at which event and in which metric, by what name, and how it is reduced, with type and shape.
+
+    A line whose state is "" is about the metric itself.
+    """
+
+    event: str
+    metric: str
+    state: str
+    form: str
+
+    def difference(self, at: int, lines: Sequence[StateLine | None]) -> MetricMismatchError:
+        """The error for ranks that differ in the line at place `at`, named by metric, state and ranks."""
+        return MetricMismatchError(
+            f"ranks reduce different metrics: {_told(at, lines)}. Attach the same metrics, made with the same "
+            "arguments, in the same order on every rank"
+        )
+
+
+Schema: TypeAlias = tuple[StateLine, ...]
+
+
+def _told(at: int, lines: Sequence[StateLine | None]) -> str:
+    known = [line for line in lines if line is not None]
+    if len(known) == len(lines) and len({line[:3] for line in known}) == 1:
+        said = by_ranks([line.form for line in known])
+        state = f", state {known[0].state!r}" if known[0].state else ""
+        return f"metric {known[0].metric!r}{state}, at {known[0].event}, is {said}"
+    if any(line.state for line in known):
+        return f"state number {at + 1} is {by_ranks([_state(line) for line in lines])}"
+    return f"there is {by_ranks([_metric(line) for line in lines])}"
+
+
+def _state(line: StateLine | None) -> str:
+    if line is None or not line.state:
+        return "no further state"
+    return f"metric {line.metric!r}, state {line.state!r}, at {line.event}"
+
+
+def _metric(line: StateLine | None) -> str:
+    return "no further metric" if line is None else f"metric {line.metric!r}, {line.form}, at {line.event},"
+
+
+# How metrics were made
 
 
 def descriptions(entries: Mapping[str, Entry]) -> list[tuple[str, str]]:
@@ -86,7 +139,11 @@ def _compared(metric: Metric) -> list[str]:
     kinds = [kind for kind in type(metric).__mro__ if is_library_class(kind)]
     names = list(dict.fromkeys(name for kind in kinds for name in init_arguments(kind)))
     if type(metric).__module__.partition(".")[0] == "allstep":  # some are kept under other names
-        names += [name for name in sorted(plain_attributes(metric, state_defaults(metric))) if name not in names]
+        names += [
+            name
+            for name in sorted(plain_attributes(metric, bookkeeping().union(state_defaults(metric))))
+            if name not in names
+        ]
     return [name for name in names if name not in _LEFT_OUT and not name.startswith("_") and "device" not in name]
 
 

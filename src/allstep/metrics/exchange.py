@@ -1,6 +1,6 @@
 """How ranks give each other their states: one gather for all of them, whatever they are.
 
-Protocol. Each rank sends a frame: a head of five integers, the manifest and the payload, padded to a length that all
+Protocol. Each rank sends a frame: a head of five integers, the payload and the manifest, padded to a length that all
 ranks know before, since a process group aborts when sizes differ. The head has the schema's fingerprint, so that ranks
 that do not fit together find out from the very collective, and the lengths of what follows. Where some rank's frame did
 not fit, all see so in the heads and gather once more at the length of the longest; next time that length is expected
@@ -16,31 +16,31 @@ could not pack its own.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
+from typing import NamedTuple
 
 import torch
 
 from allstep.coordination import Coordinator, check_same
 from allstep.errors import MetricError
+from allstep.metrics.describe import Schema
 from allstep.metrics.folding import fold, from_accumulator, to_accumulator
-from allstep.metrics.packing import ALIGNMENT, Packed, Unmerged, Unpacked, block_values, pack, padded, unpack
-from allstep.metrics.schema import Schema
+from allstep.metrics.packing import Packed, Unmerged, Unpacked, block_values, pack, padded, unpack, unpack_blocks
 from allstep.metrics.states import Form, ReductionPlan, StateBlock, form_of
 
 FIRST_FRAME = 4096
 LARGEST_GATHER = 256 * 2**20
 _GROWTH = 1.25  # lists grow from one event to the next; a frame with some room saves their second collective
 
-_HEAD = 5
-_HEAD_BYTES = padded(_HEAD * 8)
-assert _HEAD_BYTES % ALIGNMENT == 0
+_HEAD = struct.Struct("=5q")
+_HEAD_BYTES = padded(_HEAD.size)
 
 
-@dataclass(frozen=True, slots=True)
-class _Head:
+class _Head(NamedTuple):
     """What a frame begins with; lengths are in bytes, the manifest's in integers.
 
     `failed` says that this rank could not pack its states.
@@ -101,9 +101,9 @@ class Exchange:
         except Exception as error:  # whatever it is, the others have to hear of it
             packed, failure = Packed([], []), error
         on_host = not travels_apart(plan.device)
-        frame = _Frame.of(plan, packed, on_host=on_host, failed=failure is not None)
+        frame = _Frame(plan.fingerprint, packed, on_host=on_host, failed=failure is not None)
         rows = coordinator.gather_bytes(frame.padded_to(self._expected(coordinator.world_size)))
-        heads = [_Head(*numbers) for numbers in rows[:, : _HEAD * 8].contiguous().view(torch.int64).tolist()]
+        heads = _read_heads(rows)
         if any(head.fingerprint != plan.fingerprint for head in heads):
             if replan is not None:
                 adopt_shapes(coordinator, plan)
@@ -115,14 +115,15 @@ class Exchange:
         if longest > rows.shape[1]:
             rows = coordinator.gather_bytes(frame.padded_to(longest))
         self._frame = padded(ceil(longest * _GROWTH)) if plan.gathered else longest
-        payloads = _payloads_in(rows, heads) if on_host else _gather_payloads(coordinator, packed, heads, plan.device)
+        payloads = rows[:, _HEAD_BYTES:] if on_host else _gather_payloads(coordinator, packed, heads, plan.device)
+        manifests = _read_manifests(rows, heads, behind_payload=on_host)
         ranks = [
-            unpack(plan, _manifest_in(row, head), payload, blocks_apart=apart)
-            for row, head, payload in zip(rows, heads, payloads, strict=True)
+            unpack(plan, manifest, payload, blocks_apart=apart)
+            for manifest, payload in zip(manifests, payloads, strict=True)
         ]
         if apart:
             return Gathered(_reduce_blocks(coordinator, plan), ranks)
-        return Gathered(_fold_blocks(plan, ranks), ranks)
+        return Gathered(_fold_blocks(plan, unpack_blocks(plan, payloads)), ranks)
 
     def _expected(self, world_size: int) -> int:
         """The length of the next frame, in bytes, which has to be the same on all ranks."""
@@ -140,63 +141,57 @@ def travels_apart(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-@dataclass(frozen=True, slots=True)
 class _Frame:
-    """What a rank sends: integers, then the payload where it travels with them; `size` bytes in all."""
+    """What a rank sends: a head, the payload where it travels with it, and the manifest; `size` bytes in all."""
 
-    numbers: torch.Tensor
-    packed: Packed | None
-    size: int
-
-    @staticmethod
-    def of(plan: ReductionPlan, packed: Packed, *, on_host: bool, failed: bool) -> _Frame:
-        begin = _HEAD_BYTES + padded(len(packed.manifest) * 8)
+    def __init__(self, fingerprint: int, packed: Packed, *, on_host: bool, failed: bool) -> None:
         payload = packed.size
-        size = begin + (payload if on_host else 0)
-        head = [plan.fingerprint, size, len(packed.manifest), payload, int(failed)]
-        numbers = [*head, *[0] * (_HEAD_BYTES // 8 - _HEAD), *packed.manifest]
-        numbers += [0] * (begin // 8 - len(numbers))
-        return _Frame(torch.tensor(numbers, dtype=torch.int64).view(torch.uint8), packed if on_host else None, size)
+        self._packed = packed if on_host else None
+        self._manifest = packed.manifest
+        self._manifest_at = _HEAD_BYTES + (payload if on_host else 0)
+        self.size = self._manifest_at + padded(8 * len(packed.manifest))
+        self._head = _Head(fingerprint, self.size, len(packed.manifest), payload, failed)
 
     def padded_to(self, length: int) -> torch.Tensor:
         """The frame as uint8 (length,): all of it, or, where it does not fit, its head alone."""
         # Short frames are cleared, so that no bytes of this process' memory travel beside them.
-        buffer = (
-            torch.zeros(length, dtype=torch.uint8) if length <= FIRST_FRAME else torch.empty(length, dtype=torch.uint8)
-        )
-        if self.size > length:
-            buffer[:_HEAD_BYTES] = self.numbers[:_HEAD_BYTES]
-            return buffer
-        begin = self.numbers.numel()
-        buffer[:begin] = self.numbers
-        if self.packed is not None:
-            self.packed.write(buffer[begin:])
+        is_short = length <= FIRST_FRAME
+        buffer = torch.zeros(length, dtype=torch.uint8) if is_short else torch.empty(length, dtype=torch.uint8)
+        data = buffer.numpy().data
+        _HEAD.pack_into(data, 0, *self._head)
+        if self.size <= length:
+            struct.pack_into(f"={len(self._manifest)}q", data, self._manifest_at, *self._manifest)
+            if self._packed is not None:
+                self._packed.write(buffer[_HEAD_BYTES:])
         return buffer
 
 
-def _manifest_in(row: torch.Tensor, head: _Head) -> Sequence[int]:
-    numbers: list[int] = row[_HEAD_BYTES : _HEAD_BYTES + head.manifest * 8].view(torch.int64).tolist()
-    return numbers
+def _read_heads(rows: torch.Tensor) -> list[_Head]:
+    data, length = rows.view(-1).numpy().data, rows.shape[1]
+    return [_Head(*_HEAD.unpack_from(data, rank * length)) for rank in range(len(rows))]
 
 
-def _payloads_in(rows: torch.Tensor, heads: Sequence[_Head]) -> list[torch.Tensor]:
-    begins = [_HEAD_BYTES + padded(head.manifest * 8) for head in heads]
-    return [row[at : at + head.payload] for row, at, head in zip(rows, begins, heads, strict=True)]
+def _read_manifests(rows: torch.Tensor, heads: Sequence[_Head], *, behind_payload: bool) -> list[tuple[int, ...]]:
+    data, length = rows.view(-1).numpy().data, rows.shape[1]
+    return [
+        struct.unpack_from(f"={head.manifest}q", data, rank * length + _HEAD_BYTES + behind_payload * head.payload)
+        for rank, head in enumerate(heads)
+    ]
 
 
 def _gather_payloads(
     coordinator: Coordinator, packed: Packed, heads: Sequence[_Head], device: torch.device
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     longest = max(head.payload for head in heads)
-    if longest == 0:
-        return [torch.empty(0, dtype=torch.uint8, device=device) for _ in heads]
     buffer = torch.empty(longest, dtype=torch.uint8, device=device)
+    if longest == 0:
+        return buffer.expand(len(heads), 0)
     packed.write(buffer)
-    return list(coordinator.gather_bytes(buffer))
+    return coordinator.gather_bytes(buffer)
 
 
-def _fold_blocks(plan: ReductionPlan, ranks: Sequence[Unpacked]) -> list[torch.Tensor]:
-    return [_fold_block(plan, block, [rank.blocks[at] for rank in ranks]) for at, block in enumerate(plan.blocks)]
+def _fold_blocks(plan: ReductionPlan, by_block: Sequence[Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    return [_fold_block(plan, block, rows) for block, rows in zip(plan.blocks, by_block, strict=True)]
 
 
 def _fold_block(plan: ReductionPlan, block: StateBlock, rows: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -28,7 +28,8 @@ def to_accumulator(values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
 
 def from_accumulator(total: torch.Tensor, dtype: torch.dtype, op: ReduceOp) -> torch.Tensor:
     """What was reduced, of values of `dtype`, in the type of the result."""
-    return (total ^ _LOWEST if _is_shifted(dtype, op) else total).to(_result_type(dtype, op))
+    shifted, result_type = total ^ _LOWEST if _is_shifted(dtype, op) else total, _result_type(dtype, op)
+    return shifted if shifted.dtype == result_type else shifted.to(result_type)
 
 
 def _is_shifted(dtype: torch.dtype, op: ReduceOp) -> bool:
@@ -56,7 +57,7 @@ def fold(rows: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
     total = to_accumulator(rows[0], op)
     for row in rows[1:]:
         if op == "sum":
-            total += row.to(total.dtype)
+            total += row if row.dtype == total.dtype else row.to(total.dtype)
         else:
             total = (torch.maximum if op == "max" else torch.minimum)(total, to_accumulator(row, op))
     return from_accumulator(total, dtype, op)

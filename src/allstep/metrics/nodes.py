@@ -66,6 +66,7 @@ class MetricNode:
         reductions: by state, how ranks reduce it.
         initial_values: plain attributes (numbers, texts, types) beside the states.
         initial_tensors: tensors beside the states, each with how often it had been written to.
+        apart: attributes that are states or torchmetrics' own.
     """
 
     name: str
@@ -74,6 +75,7 @@ class MetricNode:
     reductions: Mapping[str, Any] = field(default_factory=dict)
     initial_values: Mapping[str, Any] = field(default_factory=dict)
     initial_tensors: Mapping[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    apart: frozenset[str] = frozenset()
 
     @property
     def updates(self) -> int:
@@ -82,14 +84,14 @@ class MetricNode:
 
     def changed_values(self) -> dict[str, Any]:
         """Plain attributes beside the states that updates have set, which a rank without a batch lacks."""
-        values = plain_attributes(self.metric, self.defaults)
+        values = plain_attributes(self.metric, self.apart)
         return {name: value for name, value in values.items() if not self._began_with(name, value)}
 
     def changed_tensors(self) -> dict[str, torch.Tensor]:
         """Tensors beside the states that were set or written to since the metric was made."""
         return {
             name: tensor
-            for name, (tensor, writes) in _tensor_attributes(self.metric, self.defaults).items()
+            for name, (tensor, writes) in _tensor_attributes(self.metric, self.apart).items()
             if name not in self.initial_tensors
             or self.initial_tensors[name][0] is not tensor
             or self.initial_tensors[name][1] != writes
@@ -194,9 +196,8 @@ def members_of(collection: MetricCollection) -> dict[str, Metric]:
     return {str(name): member for name, member in collection.items(keep_base=True, copy_state=False)}
 
 
-def plain_attributes(metric: Metric, states: Iterable[str]) -> dict[str, Any]:
-    """A metric's attributes that are no state and none of torchmetrics' own: numbers, texts, types."""
-    apart = bookkeeping().union(states)
+def plain_attributes(metric: Metric, apart: frozenset[str]) -> dict[str, Any]:
+    """A metric's numbers, texts and types among its attributes, but for those named."""
     return {
         name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN_TYPES) and name not in apart
     }
@@ -206,13 +207,15 @@ def _node(name: str, metric: Metric) -> MetricNode:
     defaults = state_defaults(metric)
     if any(_shows_states_of(metric, inner) for inner in wrapped_metrics(metric)):
         defaults = {}
+    apart = bookkeeping().union(defaults)
     return MetricNode(
         name,
         metric,
         defaults,
         state_reductions(metric) if defaults else {},
-        plain_attributes(metric, defaults),
-        _tensor_attributes(metric, defaults),
+        plain_attributes(metric, apart),
+        _tensor_attributes(metric, apart),
+        apart,
     )
 
 
@@ -222,8 +225,7 @@ def _shows_states_of(metric: Metric, inner: Metric) -> bool:
     return any(value is held.get(name) for name, value in shown.items())
 
 
-def _tensor_attributes(metric: Metric, states: Iterable[str]) -> dict[str, tuple[torch.Tensor, int]]:
-    apart = bookkeeping().union(states)
+def _tensor_attributes(metric: Metric, apart: frozenset[str]) -> dict[str, tuple[torch.Tensor, int]]:
     return {
         name: (value, write_count(value))
         for name, value in vars(metric).items()

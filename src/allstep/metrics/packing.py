@@ -2,7 +2,10 @@
 
 Contract: `pack` writes all states of a plan into a payload on the states' device, and what is needed to read it (how
 many batches each metric took, which tensors the lists hold) into a manifest of integers on the host, so that reading
-never waits for a device. `unpack` reads what one rank sent. Nothing passes through a type that could round it.
+never waits for a device. The plan's blocks come first in the payload, so that they are at the same place in that of
+every rank: `unpack_blocks` reads them for all ranks at once, and `unpack` what else one rank sent. Nothing passes
+through a type that could round it.
+
 `element_parts` and `read_elements` do the same for any tensors and objects; `allstep.outputs` uses them too.
 """
 
@@ -50,17 +53,15 @@ class Packed:
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What one rank sent.
+    """What one rank sent beside the blocks.
 
     Attributes:
         updates: batches that each node took.
-        blocks: each block's elements; empty where blocks travelled apart.
         gathered: each gathered state's tensors.
         values: by node, the plain attributes that its updates set beside the states.
     """
 
     updates: list[int]
-    blocks: list[torch.Tensor]
     gathered: list[list[Any]]
     values: dict[int, dict[str, Any]]
 
@@ -71,8 +72,9 @@ def padded(size: int) -> int:
 
 
 def block_values(plan: ReductionPlan) -> list[torch.Tensor]:
-    """Each block of a plan, as one flat tensor of what this rank has."""
-    return [torch.cat([plan.value(state).detach().reshape(-1) for state in block.states]) for block in plan.blocks]
+    """Each block of a plan, as one flat tensor of what this rank has, in memory of its own."""
+    with torch.no_grad():
+        return [torch.cat([plan.value(state).reshape(-1) for state in block.states]) for block in plan.blocks]
 
 
 def own_elements(node: MetricNode, state: GatheredState, unmerged: Sequence[Any] = ()) -> list[Any]:
@@ -103,7 +105,7 @@ def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Pack
     manifest = [node.updates for node in plan.nodes]
     parts: list[torch.Tensor] = []
     if not blocks_apart:
-        parts += [_to_bytes(values) for values in block_values(plan)]
+        parts += [values.view(torch.uint8) for values in block_values(plan)]
     for state in plan.gathered:
         elements = own_elements(plan.nodes[state.node], state, unmerged.get((state.node, state.name), ()))
         manifest.append(len(elements))
@@ -113,24 +115,30 @@ def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Pack
     }
     manifest.append(len(values) > 0)
     parts += element_parts([values] if values else [], manifest)
-    return Packed(manifest, [part.to(plan.device) for part in parts])
+    return Packed(manifest, [part if part.device == plan.device else part.to(plan.device) for part in parts])
+
+
+def unpack_blocks(plan: ReductionPlan, payloads: torch.Tensor) -> list[list[torch.Tensor]]:
+    """For each block what each rank gave, flat, in rank order; views of the payloads, uint8 (ranks, n)."""
+    at = 0
+    blocks: list[list[torch.Tensor]] = []
+    for block in plan.blocks:
+        size = block.length * block.dtype.itemsize
+        rows = payloads[:, at : at + size]
+        blocks.append(list(rows.view(block.dtype) if size else rows.new_empty(rows.shape, dtype=block.dtype)))
+        at += padded(size)
+    return blocks
 
 
 def unpack(plan: ReductionPlan, manifest: Sequence[int], payload: torch.Tensor, *, blocks_apart: bool) -> Unpacked:
-    """What another rank's `pack` of an equal plan gave. Tensors are views of the payload."""
-    at = 0
-    blocks: list[torch.Tensor] = []
-    if not blocks_apart:
-        for block in plan.blocks:
-            size = block.length * block.dtype.itemsize
-            blocks.append(_from_bytes(payload[at : at + size], block.dtype, (block.length,)))
-            at += padded(size)
+    """What else a rank's `pack` of an equal plan gave. Tensors are views of the payload, uint8 (n,)."""
+    at = 0 if blocks_apart else sum(padded(block.length * block.dtype.itemsize) for block in plan.blocks)
     numbers = iter(manifest)
     updates = [next(numbers) for _ in plan.nodes]
     elements = read_elements(numbers, payload, at)
     gathered = [[next(elements) for _ in range(next(numbers))] for _ in plan.gathered]
     values = [next(elements) for _ in range(next(numbers))]
-    return Unpacked(updates, blocks, gathered, values[0] if values else {})
+    return Unpacked(updates, gathered, values[0] if values else {})
 
 
 def element_parts(elements: Iterable[Any], manifest: list[int]) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ The flow is that of `EventReduction.__call__`: plan, exchange, fold, hand states
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,13 +22,20 @@ from allstep.data.keys import key_of
 from allstep.data.seeding import generators_kept, seed_cpu_generators
 from allstep.engine import Engine, EventEnum, FilteredEvent
 from allstep.errors import ArgumentError, MetricError, NotComputableError
+from allstep.metrics.describe import Schema, StateLine
 from allstep.metrics.exchange import Exchange, Gathered
 from allstep.metrics.folding import fold_gathered
 from allstep.metrics.nodes import Entry, MetricNode, MetricSet, collections_in, named_metrics
 from allstep.metrics.packing import Unmerged, own_elements
-from allstep.metrics.schema import Schema, StateLine
 from allstep.metrics.states import ReductionPlan, bytes_as_made, make_plan, schema_as_made
-from allstep.metrics.torchmetrics_private import bookkeeping, forget_result, keep_states_apart, set_update_count
+from allstep.metrics.torchmetrics_private import (
+    compute_bookkeeping,
+    forget_result,
+    is_library_callable,
+    is_library_class,
+    keep_states_apart,
+    set_update_count,
+)
 from allstep.metrics.usage import event_name
 
 # By a metric's id: its states, by name.
@@ -44,6 +51,7 @@ class EventReduction:
         self._nodes: list[MetricNode] = []
         self._leaders: dict[int, Metric] = {}
         self._metrics: list[Metric] = []
+        self._draws_only_from_torch = True
         self._collections: list[MetricCollection] = []
         self._ids_by_result: list[tuple[str, list[int]]] = []
         self._plan: ReductionPlan | None = None
@@ -106,7 +114,8 @@ class EventReduction:
         owners: dict[str, str] = {}
         for collection in self._collections:
             keep_states_apart(collection)
-        with torch.no_grad(), same_draws(key, plan.device), installed(self._metrics, states, updates):
+        draws = same_draws(key, plan.device, only_torch=self._draws_only_from_torch)
+        with torch.no_grad(), draws, installed(self._metrics, states, updates):
             for member in self.members:
                 for name, entry in member.entries.items():
                     found = _named_results(name if member.names_results else "", entry, entry.compute())
@@ -155,6 +164,7 @@ class EventReduction:
         self._leaders = {metric: leader for member in members for metric, leader in member.leaders.items()}
         self._exchange = Exchange(fixed=bytes_as_made(self._nodes, self._leaders))
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
+        self._draws_only_from_torch = all(map(draws_only_from_torch, self._metrics))
         self._ids_by_result = [
             (name, [id(metric) for _, metric in named_metrics({name: entry})])
             for member in members
@@ -187,7 +197,7 @@ def _of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
         parts = torch.split(values, [state.shape.numel() for state in block.states])
         for state, part in zip(block.states, parts, strict=True):
-            states[id(plan.nodes[state.node].metric)][state.name] = part.reshape(state.shape)
+            states[id(plan.nodes[state.node].metric)][state.name] = part.view(state.shape)
     for at, listed in enumerate(plan.gathered):
         node = plan.nodes[listed.node]
         folded = fold_gathered(listed, node.name, [rank.gathered[at] for rank in gathered.ranks])
@@ -251,8 +261,7 @@ def installed(
     try:
         for metric in metrics:
             attributes, new = vars(metric), states.get(id(metric), {})
-            names = bookkeeping().union(new)
-            kept = {name: attributes[name] for name in names if name in attributes}
+            kept = {name: attributes[name] for name in (*compute_bookkeeping(), *new) if name in attributes}
             before.append((metric, kept, [name for name in new if name not in attributes]))
             count = updates.get(id(metric), metric.update_count)
             attributes.update(new)
@@ -272,23 +281,42 @@ def _nowhere() -> bool:
 
 
 @contextmanager
-def same_draws(key: int, device: torch.device) -> Iterator[None]:
+def same_draws(key: int, device: torch.device, *, only_torch: bool = False) -> Iterator[None]:
     """Seed all generators from a key for a while, and leave them as they were.
 
     Some metrics draw random numbers in `compute` (inception score permutes features); each rank has to draw the same.
+
+    Args:
+        key: 64 bits, the same on all ranks.
+        device: whose generator is seeded beside those of the host.
+        only_torch: leave Python's and numpy's generators alone. To keep numpy's takes longer than most metrics compute.
     """
-    with generators_kept():
-        seed_cpu_generators(key)
-        if device.type != "cuda":
-            yield
-            return
-        drawn = torch.cuda.get_rng_state(device)
+    host = torch.get_rng_state() if only_torch else None
+    with nullcontext() if only_torch else generators_kept():
+        if only_torch:
+            torch.default_generator.manual_seed(key >> 1)
+        else:
+            seed_cpu_generators(key)
+        drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         try:
-            place = torch.cuda.current_device() if device.index is None else device.index
-            torch.cuda.default_generators[place].manual_seed(key >> 1)
+            if drawn is not None:
+                place = torch.cuda.current_device() if device.index is None else device.index
+                torch.cuda.default_generators[place].manual_seed(key >> 1)
             yield
         finally:
-            torch.cuda.set_rng_state(drawn, device)
+            if drawn is not None:
+                torch.cuda.set_rng_state(drawn, device)
+            if host is not None:
+                torch.set_rng_state(host)
+
+
+def draws_only_from_torch(metric: Metric) -> bool:
+    """Whether a metric's `compute` can draw from no generator but torch's.
+
+    So it is with torchmetrics' own metrics that were given no function and no module of a user's.
+    """
+    parts = [value for module in metric.modules() for value in (module, *vars(module).values()) if callable(value)]
+    return is_library_class(type(metric)) and all(map(is_library_callable, parts))
 
 
 # The results' names

@@ -19,8 +19,8 @@ from torchmetrics.utilities.data import dim_zero_cat, dim_zero_max, dim_zero_mea
 
 from allstep.coordination import ReduceOp, fingerprint
 from allstep.errors import MetricError
+from allstep.metrics.describe import Schema, StateLine
 from allstep.metrics.nodes import MetricNode
-from allstep.metrics.schema import Schema, StateLine
 
 Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
 

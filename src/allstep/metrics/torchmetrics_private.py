@@ -43,6 +43,12 @@ def is_library_module(name: str) -> bool:
     return name.partition(".")[0] in _LIBRARY_PACKAGES
 
 
+def is_library_callable(value: Callable[..., Any]) -> bool:
+    """Whether a function or object that can be called comes from torchmetrics, allstep or torch."""
+    module = getattr(value, "__module__", None) or type(value).__module__
+    return is_library_module(module) or module.partition(".")[0] == "torch"
+
+
 def state_defaults(metric: Metric) -> Mapping[str, torch.Tensor | list[Any]]:
     """A metric's states by name, with the values that `reset` gives them.
 
@@ -122,6 +128,12 @@ def bookkeeping() -> frozenset[str]:
     They are read off a metric that has nothing else, so that no private name has to be known here.
     """
     return frozenset(vars(_BareMetric()))
+
+
+@cache
+def compute_bookkeeping() -> frozenset[str]:
+    """Those of these attributes that computing may change, as far as torchmetrics and not torch keeps them."""
+    return bookkeeping() - vars(torch.nn.Module()).keys()
 
 
 def overrides_sync(metric: Metric) -> bool:
@@ -211,9 +223,3 @@ def warn_once(name: str, consequence: str) -> None:
         torchmetrics.__version__,
         consequence,
     )
-
-
-def library_callable(value: Callable[..., Any]) -> bool:
-    """Whether a function or object that can be called comes from torchmetrics, allstep or torch."""
-    module = getattr(value, "__module__", None) or type(value).__module__
-    return is_library_module(module) or module.partition(".")[0] == "torch"

@@ -24,8 +24,8 @@ import torch
 from allstep.coordination import Coordinator
 from allstep.engine import Engine, Events
 from allstep.errors import ArgumentError, MetricError
+from allstep.metrics.describe import Schema, StateLine
 from allstep.metrics.packing import Packed, padded
-from allstep.metrics.schema import Schema, StateLine
 from allstep.outputs.parts import Format, Parts, write_part
 from allstep.outputs.samples import (
     NO_SAMPLES,

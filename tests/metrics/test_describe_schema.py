@@ -6,7 +6,7 @@ import pytest
 
 from allstep.coordination import check_same
 from allstep.errors import MetricMismatchError
-from allstep.metrics.schema import Schema, StateLine
+from allstep.metrics.describe import Schema, StateLine
 
 ONE = StateLine("EPOCH_COMPLETED", "accuracy", "tp", "sum, int64, shape (10,)")
 OTHER = StateLine("EPOCH_COMPLETED", "loss", "total", "sum, float64, shape ()")
