@@ -11,7 +11,8 @@ ten classes, in turns) that have seen the same uneven batches, and bring an epoc
 - Accelerate: `gather_for_metrics` of predictions and targets in each iteration of an epoch of 20, then torchmetrics
   without synchronisation: here time and collectives are those of the whole epoch.
 
-Bytes are what a rank gives to its collectives. Times are medians over repetitions that all contenders take in turns,
+Bytes are what a rank gives to its collectives and messages; each message to another rank is counted for itself. Times
+are medians over repetitions that all contenders take in turns,
 so that a drift of the machine meets all of them; a repetition begins at a barrier, and its time is the slowest rank's.
 Updates are measured in a process of their own, in pairs that take turns, with the same batches: the engine's event at
 which `Metrics` takes the step's output, against a loop over the same metrics' `update`; and allstep's `Mean`, for
@@ -68,6 +69,7 @@ _COLLECTIVES = (
     "barrier",
     "broadcast",
     "gather",
+    "isend",
     "reduce",
 )
 
@@ -346,7 +348,7 @@ def main() -> None:
     print(f"{machine_line()}; load average {os.getloadavg()[0]:.1f}")
     print(f"{repetitions} repetitions; {CLASSES} classes, {BATCHES} batches of up to {ROWS} rows a rank.\n")
     for world_size in worlds:
-        print(f"{world_size} gloo ranks\n\n| metrics | | collectives | bytes a rank gives | ms | / allstep |")
+        print(f"{world_size} gloo ranks\n\n| metrics | | collectives, messages | bytes a rank gives | ms | / allstep |")
         print("|---:|---|---:|---:|---:|---:|")
         for count in COUNTS:
             found = run_ranks(measure, world_size, count, repetitions, timeout=1800)[0]
