@@ -37,10 +37,10 @@ DOCUMENTED = {"_exit", "_current_frames", "_replace", "_asdict", "_fields", "_ma
 """Names with an underscore that Python's documentation describes."""
 
 LONG_NAMES = (
-    *("tests/coordination", "tests/data", "tests/diagnosis", "tests/engine", "tests/handlers"),
-    *("tests/metrics", "tests/monitor", "tests/outputs", "tests/world"),
+    *("tests/coordination", "tests/data", "tests/engine", "tests/handlers"),
+    *("tests/metrics", "tests/outputs", "tests/world"),
 )
-CLASSES = ("Reduction", "Group", "Service")
+CLASSES = ("Reduction", "Group")
 OLD_NAMES = ("src/allstep/coordination", "src/allstep/engine")
 PRIVATE = ("src/allstep/parallel",)
 
