@@ -131,6 +131,7 @@ class Checkpoint:
         self.objects = dict(objects)
         self.metrics = metrics
         self.facts = dict(facts or {})
+        self._launches = launches_of(os.environ)
         self._engines: list[Engine] = []
         self._adapters: dict[str, ObjectAdapter] = adapters_for(self.objects)
         if isinstance(folder, Store):
@@ -222,7 +223,7 @@ class Checkpoint:
             "iteration": step,
             "stop_reason": engine.state.stop_reason,
             "seed": _seed(),
-            "launches": launches_of(os.environ),
+            "launches": self._launches,
             **self.facts,
         }
         states = collect_states(self._adapters)

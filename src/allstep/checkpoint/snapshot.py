@@ -138,7 +138,7 @@ class SnapshotBuffer:
         # Unset first: where memory runs out below, the next save must not take the old layout for its own.
         self._described, self._views = None, {}
         self._layout = lay_out(
-            ((key, stored_as(dtype), stored_shape(dtype, shape)) for key, dtype, shape in described), {"format": "pt"}
+            [(key, stored_as(dtype), stored_shape(dtype, shape)) for key, dtype, shape in described], {"format": "pt"}
         )
         size = self._layout.data_size
         if self._memory.numel() < size or (pinned and not self._memory.is_pinned()):
