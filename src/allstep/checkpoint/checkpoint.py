@@ -99,7 +99,9 @@ class Checkpoint:
             the epoch before, is not rated.
         facts: what else the manifest should say, such as the run's configuration; as JSON takes it. It says epoch,
             iteration, stop_reason, seed and launches by itself.
-        verify, strict, busy: see `Store`.
+        verify: see `Store`.
+        strict: see `Store`.
+        busy: see `Store`.
 
     Raises:
         ArgumentError: `every`, keep_last, keep_best, verify or busy has no such value, or a fact has a name that is

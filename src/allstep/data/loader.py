@@ -150,14 +150,16 @@ def make_loader(
 
     Args:
         dataset: map-style (`__len__`, and `__getitem__` or `__getitems__`) or a torch IterableDataset.
-        rank, world_size: this rank, among how many.
+        rank: this rank, from 0.
+        world_size: the number of ranks.
         seed: any integer, the same on every rank; it decides order and augmentation.
         batch_size: samples a rank takes in a batch.
         global_batch_size: samples all ranks take in a batch; give this or `batch_size`. An iterable dataset takes
             either, or neither when its elements are batches already; there it must be divisible by `world_size`.
         max_batch_per_rank: the most samples that a rank takes in one iteration. A global batch of which a rank's share
             is larger is taken in several iterations; an engine adds up their gradients. Map-style datasets only.
-        shuffle, drop_last: see `ShardedBatchSampler`.
+        shuffle: see `ShardedBatchSampler`.
+        drop_last: see `ShardedBatchSampler`.
         sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
             once for each rank's "batch" (the same at any number of workers), or not at all ("off"). An iterable
             dataset is never seeded.

@@ -72,7 +72,8 @@ class ShardedBatchSampler(Sampler[list[int]]):
         batch_size: samples a rank takes in a batch; the global batch is this times `world_size`.
         global_batch_size: samples all ranks together take in a batch; give this or `batch_size`. At least one a rank;
             what does not divide evenly goes to the low ranks.
-        rank, world_size: this rank, among how many.
+        rank: this rank, from 0.
+        world_size: the number of ranks.
         max_batch_per_rank: the most samples that a rank takes in a batch; a larger share of a global batch is taken in
             `accumulate` batches, the same number on every rank.
         shuffle: a random order each epoch, else the dataset's own.

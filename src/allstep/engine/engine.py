@@ -216,10 +216,11 @@ class Engine:
         `skip_completed`; not EPOCH_COMPLETED of an epoch in its middle. A next `run` goes on with the epoch after it.
 
         Args:
-            skip_completed: leave out COMPLETED. reason: what `state.stop_reason` says, after the rank. agreed: all
-            ranks call this at the same iteration, so it holds at once; they check that it is so. outcome: "left" where
-            the run is to go on another time; "preempted" where the scheduler wants the devices, so
-                that a `Preemption` that is attached ends the process with exit code 85, unless the run is complete;
+            skip_completed: leave out COMPLETED.
+            reason: what `state.stop_reason` says, after the rank.
+            agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
+            outcome: "left" where the run is to go on another time; "preempted" where the scheduler wants the devices,
+                so that a `Preemption` that is attached ends the process with exit code 85, unless the run is complete;
                 "finished" where it has reached its goal, so that a run which goes on from the saved state trains
                 nothing; "failed" where its state is of no use, so that a `Checkpoint` does not save it. Where several
                 are asked for, the last of these four holds.

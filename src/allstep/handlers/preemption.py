@@ -34,7 +34,8 @@ class Preemption(StopOnSignal):
         requeue: put the SLURM job back into its queue; outside SLURM without effect. For signals that come before the
             job's time is up (`sbatch --signal`); a job that SLURM itself preempts is requeued by it.
         hurries: engines that a second signal ends as well.
-        signals, together: as for `StopOnSignal`.
+        signals: as for `StopOnSignal`.
+        together: as for `StopOnSignal`.
     """
 
     outcome = "preempted"

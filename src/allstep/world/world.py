@@ -165,9 +165,18 @@ class World:
         """This rank's part of a dataset, as a torch DataLoader.
 
         Args:
+            dataset: map-style, or a torch IterableDataset.
+            batch_size: samples a rank takes in a batch.
+            global_batch_size: samples all ranks take in a batch; give this or `batch_size`.
+            max_batch_per_rank: the most samples that a rank takes in one iteration; see `allstep.data.make_loader`.
+            shuffle: a random order each epoch.
+            drop_last: leave out a last global batch that is smaller than the others.
+            sample_seeding: seed augmentation for each "sample", for each rank's "batch", or not at all ("off").
             seed: of order and augmentation; by default this World's `seed`, or 0.
-            dataset, batch_size, global_batch_size, max_batch_per_rank, shuffle, drop_last, sample_seeding,
-                dataloader_options: see `allstep.data.make_loader`, which raises DataError.
+            dataloader_options: passed on to torch's DataLoader.
+
+        Raises:
+            DataError: arguments that cannot work together; see `allstep.data.make_loader`.
         """
         self._check_open("loader")
         return make_loader(
