@@ -31,8 +31,7 @@ def test_an_evaluator_fires_the_same_events_with_and_without_a_batch(
             def forward(self, x: torch.Tensor) -> torch.Tensor:
                 return model(x)
 
-        evaluator = create_supervised_evaluator(Model(), device="cpu")
-        evaluator._given_coordinator = coordinator
+        evaluator = create_supervised_evaluator(Model(), device="cpu", coordinator=coordinator)
         seen: list[tuple[str, int]] = []
         outputs: list[Any] = []
         for event in Events:

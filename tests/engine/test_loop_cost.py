@@ -1,5 +1,7 @@
 """What the loop does not do, told by counting: an event costs nothing until a handler of it is due."""
 
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -67,17 +69,21 @@ def test_only_filtered_handlers_left_are_looked_at_when_they_are_due(calls: list
     assert [count for _, count in calls] == [1, 9, 18]
 
 
-def test_the_loop_leaves_its_course_alone_until_an_epoch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    from allstep.engine.loop import RunLoop
-
-    looked: list[int] = []
-    is_over = RunLoop._epoch_is_over
-
-    def counting(self: RunLoop) -> bool:
-        looked.append(engine.state.iteration)
-        return is_over(self)
-
-    monkeypatch.setattr(RunLoop, "_epoch_is_over", counting)
+def test_inside_an_epoch_an_iteration_calls_nothing_of_the_engine() -> None:
+    called: list[tuple[int, str]] = []
     engine = Engine(nothing)
-    engine.run(range(40), max_epochs=2)
-    assert looked == [0, 40, 40, 80]
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if (
+            event == "call"
+            and "allstep/engine/" in frame.f_code.co_filename
+            and "tests" not in frame.f_code.co_filename
+        ):
+            called.append((engine.state.iteration, frame.f_code.co_name))
+
+    sys.setprofile(note)
+    try:
+        engine.run(range(40), max_epochs=2)
+    finally:
+        sys.setprofile(None)
+    assert {iteration for iteration, _ in called} == {0, 40, 80}  # only where an epoch begins or ends

@@ -8,6 +8,7 @@ them. What does not: how a vote travels (`coordination`), where data comes from 
 
 from allstep.engine.engine import Engine
 from allstep.engine.events import EventEnum, Events, EventsList, FilteredEvent
+from allstep.engine.extension import Extension
 from allstep.engine.registry import RemovableEventHandle
 from allstep.engine.state import State
 from allstep.engine.supervised import create_supervised_evaluator, create_supervised_trainer
@@ -17,6 +18,7 @@ __all__ = [
     "EventEnum",
     "Events",
     "EventsList",
+    "Extension",
     "FilteredEvent",
     "RemovableEventHandle",
     "State",
