@@ -1,6 +1,6 @@
 """The core of the suite on the oldest and the newest torch that allstep supports, each in an environment of its own.
 
-allstep uses a few names that torch does not promise to keep (docs/private_names.md). A release of torch that has
+allstep uses a few names that torch does not promise to keep (docs/architecture.md). A release of torch that has
 changed one shows here first.
 """
 
