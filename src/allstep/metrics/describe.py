@@ -120,6 +120,7 @@ def _operand(operand: Any, names: Mapping[int, str]) -> str:
     if isinstance(operand, Metric):
         return names[id(operand)]
     if isinstance(operand, torch.Tensor):
+        # Reading a number from an accelerator would wait for it.
         on_host = operand.ndim == 0 and operand.device.type == "cpu"
         return repr(operand.item()) if on_host else f"tensor of shape {tuple(operand.shape)}"
     return _text(operand) or type(operand).__name__
@@ -128,6 +129,7 @@ def _operand(operand: Any, names: Mapping[int, str]) -> str:
 def _operator(function: Any) -> str:
     """A function's name, with what torchmetrics bound to it: the index of `metric[2]`."""
     name = str(getattr(function, "__name__", type(function).__name__))
+    # A user's closure may hold anything of its rank's own.
     if not is_library_module(str(getattr(function, "__module__", ""))):
         return name
     bound = [_text(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
@@ -158,6 +160,7 @@ def _text(value: Any) -> str | None:
     if isinstance(value, Real):
         return repr(float(value))
     if isinstance(value, str):
+        # Where files are may differ from machine to machine, and long texts are data.
         is_path = "/" in value or "\\" in value or ":" in value
         return None if is_path or len(value) > _LONGEST else repr(str(value))
     if isinstance(value, torch.dtype):

@@ -104,6 +104,7 @@ class Exchange:
         frame = _Frame(plan.fingerprint, packed, on_host=on_host, failed=failure is not None)
         rows = coordinator.gather_bytes(frame.padded_to(self._expected(coordinator.world_size)))
         heads = _read_heads(rows)
+        # All ranks see the same heads, so that all take the same way from here on.
         if any(head.fingerprint != plan.fingerprint for head in heads):
             if replan is not None:
                 adopt_shapes(coordinator, plan)
@@ -111,6 +112,7 @@ class Exchange:
             check_same(coordinator.gather(plan.schema))
         if any(head.failed for head in heads):
             _raise_failures(coordinator, failure)
+        # The manifest travels even where blocks are reduced apart: it has the numbers of batches.
         longest = max(head.frame for head in heads)
         if longest > rows.shape[1]:
             rows = coordinator.gather_bytes(frame.padded_to(longest))
@@ -184,6 +186,7 @@ def _gather_payloads(
 ) -> torch.Tensor:
     longest = max(head.payload for head in heads)
     buffer = torch.empty(longest, dtype=torch.uint8, device=device)
+    # Nothing to gather, on any rank.
     if longest == 0:
         return buffer.expand(len(heads), 0)
     packed.write(buffer)
@@ -208,6 +211,7 @@ def _reduce_blocks(coordinator: Coordinator, plan: ReductionPlan) -> list[torch.
     reduced = []
     for block, values in zip(plan.blocks, block_values(plan), strict=True):
         total = to_accumulator(values, block.op)
+        # Gloo reduces no complex numbers; adding their parts is the same sum.
         flat = torch.view_as_real(total) if total.is_complex() else total
         summed = coordinator.reduce_tensor(flat, block.op)
         summed = torch.view_as_complex(summed) if total.is_complex() else summed
@@ -258,6 +262,7 @@ def adopt_shapes(coordinator: Coordinator, plan: ReductionPlan) -> None:
         if not own.seen[at] and form is not None and isinstance(default, torch.Tensor):
             shape, dtype = form
             device = getattr(node.metric, name).device
+            # A default that cannot be spread over the shape is left; the next comparison of schemas names it.
             with suppress(RuntimeError):
                 setattr(node.metric, name, default.to(device, dtype).expand(shape).clone())
 

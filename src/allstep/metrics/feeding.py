@@ -146,6 +146,7 @@ class Feeding:
         Raises:
             Exception: what an `update` raises, with a note of which metric it was and what it was given.
         """
+        # Counting may walk through the batch, so it is done once, and not at all where nobody asks.
         if self._weighs:
             samples = cache(samples)
         for transform, group in self._groups:
@@ -193,6 +194,7 @@ def _parts(entry: Entry) -> Iterator[Entry]:
 
 
 def _check_fed_once(fed: Mapping[int, tuple[Sequence[str], Entry]]) -> None:
+    # Two entries may hold one metric only where they are fed as one: each would update it with every batch.
     owners: dict[int, tuple[Sequence[str], Entry]] = {}
     for names, entry in fed.values():
         for module in entry.modules():
@@ -216,6 +218,7 @@ def _keywords(entry: Entry) -> frozenset[str] | None:
     if all(each.kind is not Parameter.VAR_KEYWORD for each in parameters):
         return named
     inner = [_keywords(each) for each in wrapped_metrics(entry)] if isinstance(entry, WrapperMetric) else []
+    # A wrapper passes what it is given on, so that it takes what all that it wraps take.
     if not inner:
         return None
     return named.union(*(keys for keys in inner if keys is not None)) if None not in inner else None
@@ -246,6 +249,7 @@ def _arguments(output: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
 def _detached(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach() if value.requires_grad else value
+    # A named tuple is made of its fields one by one, and is left as it is.
     if type(value) in (list, tuple):
         return type(value)(map(_detached, value))
     return {key: _detached(each) for key, each in value.items()} if isinstance(value, Mapping) else value

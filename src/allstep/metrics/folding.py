@@ -40,6 +40,7 @@ def _is_shifted(dtype: torch.dtype, op: ReduceOp) -> bool:
 def _accumulator_type(dtype: torch.dtype) -> torch.dtype:
     if dtype.is_complex or (dtype.is_floating_point and dtype.itemsize >= 4):
         return dtype
+    # Half-precision sums over many ranks would round at each addition.
     if dtype.is_floating_point:
         return torch.float32
     return torch.int64
@@ -54,6 +55,7 @@ def _result_type(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
 def fold(rows: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
     """Reduce the tensors of all ranks, of one shape and type, element by element, one rank after the other."""
     dtype = rows[0].dtype
+    # Not a sum over a stack: torch may add that up in another order on another rank's hardware.
     total = to_accumulator(rows[0], op)
     for row in rows[1:]:
         if op == "sum":
@@ -75,6 +77,7 @@ def fold_gathered(state: GatheredState, metric: str, by_rank: Sequence[Sequence[
         MetricMismatchError: tensors of different ranks do not fit together.
         MetricError: the reduction fails.
     """
+    # Rank order, so that concatenations and stacks are the same everywhere.
     tensors = [tensor for of_rank in by_rank for tensor in of_rank]
     if not tensors:
         return None
@@ -90,6 +93,7 @@ def fold_gathered(state: GatheredState, metric: str, by_rank: Sequence[Sequence[
     if state.reduction is None:
         return stacked
     try:
+        # torchmetrics' mean of integers raises; complex numbers are left to it.
         if state.reduction is dim_zero_mean and isinstance(stacked, torch.Tensor) and not stacked.is_complex():
             return _mean(stacked)
         return state.reduction(stacked)

@@ -46,6 +46,7 @@ class _Extractor(nn.Module):
 
     @torch.no_grad()
     def forward(self, samples: torch.Tensor) -> Any:
+        # Module by module: some of them may be frozen in evaluation mode while the rest trains.
         training = [module for module in self.extractor.modules() if module.training]
         self.extractor.eval()
         try:

@@ -45,6 +45,7 @@ class Metrics:
     def __init__(self, metrics: Mapping[str, Entry] | MetricCollection) -> None:
         alone = isinstance(metrics, MetricCollection)
         entries: Mapping[str, Entry] = {"metrics": metrics} if isinstance(metrics, MetricCollection) else metrics
+        # Checked before anything looks inside, whose errors would not name the entry.
         for name, entry in entries.items():
             _check_is_metric(name, entry)
         _check_names(entries)
@@ -98,6 +99,7 @@ class Metrics:
             raise MetricError("the engine is running; attach metrics before run(), on every rank alike")
         if engine.coordinator.world_size > 1:
             _check_reducible(self._set)
+        # What can be refused is refused before anything is changed: an error leaves the metrics as they were.
         feeding = Feeding(entries, output_transform, self._set.leaders)
         known = [each for each in engine.extension.reductions if isinstance(each, EventReduction)]
         self._check_fed_by_nobody_else(known)
@@ -108,6 +110,7 @@ class Metrics:
             apply_compute_groups(collection, self._set.leaders)
         for _, metric in named_metrics(entries):
             prepare_to_compute(metric)
+        # After grouping: members that share states are moved with the tensors they will have.
         self._move(device)
         self._set.compared = [*self._descriptions, (", ".join(entries), _times(chosen))]
         self._engine, self._feeding, self._reductions = engine, feeding, joined
@@ -117,6 +120,7 @@ class Metrics:
         ]
         for reduction in joined:
             self._join(reduction, chosen.updates)
+        # Loaded before it was known how many ranks there are; now this rank takes its share of what all had.
         if self._saved is not None:
             self.load_state_dict(self._saved)
         self._log_unused_options()
@@ -164,6 +168,7 @@ class Metrics:
         every = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
         share = every if isinstance(state_dict, Mapping) else every[slice(*self._share())]
         load_states(self._set, share, every)
+        # One mapping is this rank's own whatever the number of ranks, so that only lists have to be looked at again.
         deferred = self._engine is None and not isinstance(state_dict, Mapping)
         self._saved = every if deferred else None
 
@@ -185,6 +190,7 @@ class Metrics:
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
+        # A filler stands in for a batch that this rank does not have: its output would be counted twice over ranks.
         if state.active and state.samples != 0 and self._feeding is not None:
             self._feeding.take(state.output, self._samples)
 

@@ -170,6 +170,7 @@ def named_metrics(entries: Mapping[str, Entry]) -> list[tuple[str, Metric]]:
     for name, entry in entries.items():
         for path, module in entry.named_modules():
             if isinstance(module, Metric):
+                # A metric may have several names, as in `p * r / (p + r)`; errors and saving use the first.
                 found.setdefault(id(module), (f"{name}.{path}" if path else name, module))
     return list(found.values())
 
@@ -206,6 +207,7 @@ def plain_attributes(metric: Metric, apart: frozenset[str]) -> dict[str, Any]:
 def _node(name: str, metric: Metric) -> MetricNode:
     defaults = state_defaults(metric)
     if any(_shows_states_of(metric, inner) for inner in wrapped_metrics(metric)):
+        # Its states are those of the inner metric: packed twice they would be reduced twice.
         defaults = {}
     apart = bookkeeping().union(defaults)
     return MetricNode(
@@ -255,6 +257,7 @@ def leaders_of(entries: Iterable[Entry]) -> dict[int, Metric]:
     for collection in collections_in(entries):
         for leader, *others in compute_groups(collection):
             for other in others:
+                # Groups of several collections may overlap, and lead to one that is behind another one itself.
                 one, behind = leader_of(leader), leader_of(other)
                 if one is not behind:
                     found[id(behind)] = one
@@ -267,6 +270,7 @@ def compute_groups(collection: MetricCollection) -> list[list[Metric]]:
     Groups that a user gave hold as given; with `compute_groups=False` there are none.
     """
     members, asked = members_of(collection), asked_groups(collection)
+    # The user's own word holds, also where the members' making does not show it.
     if not isinstance(asked, bool):
         return [[members[name] for name in names] for names in asked]
     groups: list[list[Metric]] = []
@@ -292,6 +296,7 @@ def apply_compute_groups(collection: MetricCollection, leaders: Mapping[int, Met
         groups.setdefault(id(leaders.get(id(member), member)), []).append(name)
     for leader, names in groups.items():  # the first of a group is the one that is fed, where it is in this collection
         names.sort(key=lambda name: id(members[name]) != leader)
+    # torchmetrics' own reads, resets and copies of members then follow the groups that are fed and travel here.
     set_compute_groups(collection, list(groups.values()))
 
 
@@ -308,6 +313,7 @@ def update_alike(one: Metric, other: Metric) -> bool:
     defaults = state_defaults(one)
     if not defaults or not _equal(defaults, state_defaults(other)) or state_reductions(one) != state_reductions(other):
         return False
+    # A method that one of them overrides may be called by the common `update`, and keep something else.
     differing = set(type(one).__mro__) ^ set(type(other).__mro__)
     overridden = {name for kind in differing for name in vars(kind)} - _BESIDE_UPDATE
     if any(getattr(type(one), name, None) is not getattr(type(other), name, None) for name in overridden):
@@ -318,6 +324,7 @@ def update_alike(one: Metric, other: Metric) -> bool:
 
 def _made_of(metric: Metric, apart: frozenset[str]) -> dict[str, Any]:
     """All that an update can find in a metric, but what is named."""
+    # Thresholds are buffers, and extractors are modules, which torch keeps apart from other attributes.
     registered = {**dict(metric.named_buffers()), **dict(metric.named_parameters()), **dict(metric.named_children())}
     return {**{name: value for name, value in vars(metric).items() if name not in apart}, **registered}
 
@@ -353,6 +360,7 @@ def _equal(one: Any, other: Any) -> bool:
         return True
     if type(one) is not type(other):
         return False
+    # Equal numbers of different types would reduce to different results.
     if isinstance(one, torch.Tensor):
         return one.dtype == other.dtype and one.shape == other.shape and bool(torch.equal(one, other))
     if isinstance(one, dict):

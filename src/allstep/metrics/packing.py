@@ -80,6 +80,7 @@ def block_values(plan: ReductionPlan) -> list[torch.Tensor]:
 def own_elements(node: MetricNode, state: GatheredState, unmerged: Sequence[Any] = ()) -> list[Any]:
     """The tensors that this rank gives of a gathered state; a tensor state only when it has seen anything."""
     value = getattr(node.metric, state.name)
+    # A list that was synchronised by hand is one tensor.
     if not state.is_list or isinstance(value, torch.Tensor):
         return [*unmerged, value] if node.updates or state.is_list else [*unmerged]
     elements = [*unmerged, *value]
@@ -101,6 +102,7 @@ def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Pack
     Raises:
         MetricError: a state that was declared as a tensor is none.
     """
+    # Before anything is packed, so that the error names the state and not the place where packing fails.
     plan.check_tensors()
     manifest = [node.updates for node in plan.nodes]
     parts: list[torch.Tensor] = []
@@ -113,6 +115,7 @@ def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Pack
     values = {
         place: changed for place, node in enumerate(plan.nodes) if node.updates and (changed := node.changed_values())
     }
+    # One object for all metrics: most have none, and pickling costs more than the rest of a small frame.
     manifest.append(len(values) > 0)
     parts += element_parts([values] if values else [], manifest)
     return Packed(manifest, [part if part.device == plan.device else part.to(plan.device) for part in parts])
@@ -149,6 +152,7 @@ def element_parts(elements: Iterable[Any], manifest: list[int]) -> list[torch.Te
             manifest += [_CODES[element.dtype], element.ndim, *element.shape]
             parts.append(_to_bytes(element.detach()))
         else:
+            # Tuples, texts and the like: small things that a metric keeps in a list beside tensors, sent as integers.
             data = pickle.dumps(element)
             words = bytearray(data + bytes(-len(data) % 8))
             manifest += [_OBJECT, len(words) // 8, *memoryview(words).cast("q")]

@@ -86,6 +86,7 @@ class EventReduction:
     def schema(self) -> Schema:
         """What is reduced, for ranks to compare when a run begins."""
         event = event_name(self.event)
+        # Ranks that expect frames of different lengths would abort their process group, so they compare that first.
         further = [*self._compared_lines(), StateLine(event, "all", "", self._exchange.history)]
         return schema_as_made(event, self._nodes, self._leaders, further)
 
@@ -100,6 +101,7 @@ class EventReduction:
             gathered = self._exchange.gather(coordinator, plan, unmerged, self._current_plan)
             plan = self._current_plan()
             states, updates = _of_all_ranks(plan, gathered)
+        # Copies, since a `compute` may write to its states, and all members of a group compute.
         for node, place in plan.sharing:
             leader = plan.nodes[place].metric
             states[id(node.metric)] = {name: copied(value) for name, value in states[id(leader)].items()}
@@ -112,6 +114,7 @@ class EventReduction:
         key = key_of(state.seed or 0, state.epoch, state.iteration)
         results: dict[str, Any] = {}
         owners: dict[str, str] = {}
+        # Else a collection would have its members compute from one and the same tensors.
         for collection in self._collections:
             keep_states_apart(collection)
         draws = same_draws(key, plan.device, only_torch=self._draws_only_from_torch)
@@ -129,6 +132,7 @@ class EventReduction:
     def _check_seen(self, updates: Mapping[int, int]) -> None:
         unseen = []
         for name, ids in self._ids_by_result:
+            # Arithmetic on several metrics can be computed when any of them has seen something.
             counts = [updates[metric] for metric in ids if metric in updates]
             if counts and not any(counts):
                 unseen.append(name)
@@ -162,6 +166,7 @@ class EventReduction:
         self._collections = [each for member in members for each in collections_in(member.entries.values())]
         self._nodes = [node for member in members for node in member.nodes]
         self._leaders = {metric: leader for member in members for metric, leader in member.leaders.items()}
+        # Frames begin anew with the members, on all ranks at once: `history` in the schema shows where they did not.
         self._exchange = Exchange(fixed=bytes_as_made(self._nodes, self._leaders))
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
         self._draws_only_from_torch = all(map(draws_only_from_torch, self._metrics))
@@ -270,6 +275,7 @@ def installed(
             forget_result(metric)
         yield
     finally:
+        # In reverse, so that a metric which is listed twice ends as it began.
         for metric, kept, absent in reversed(before):
             vars(metric).update(kept)
             for name in absent:

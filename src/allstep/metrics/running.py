@@ -121,6 +121,7 @@ class Sum(_Total):
             raise ArgumentTypeError(
                 f"value is {value!r}; a Sum of integers takes integers, or make it Sum(dtype=torch.float64)"
             )
+        # One value a sample is summed as it is; one value a batch stands for each of its samples.
         per_sample = isinstance(value, torch.Tensor) and value.ndim > 0
         self.whole.add_(
             value.sum().to(self.whole) if isinstance(value, torch.Tensor) and per_sample else value * number

@@ -57,6 +57,7 @@ def load_states(metrics: MetricSet, share: Sequence[Mapping[str, Any]], every: S
     Raises:
         ArgumentError: a state is of other metrics; nothing was changed.
     """
+    # All are checked before any is loaded, so that an error changes nothing.
     for state in every:
         _check_fits([*metrics.nodes, *metrics.stateless], state)
     metrics.unmerged.clear()
@@ -65,6 +66,7 @@ def load_states(metrics: MetricSet, share: Sequence[Mapping[str, Any]], every: S
         saved = [state[node.name] for state in share]
         _load_attributes(node, saved)
         for name, default in node.defaults.items():
+            # A tensor of a rank that saw no batch is only its default, which a mean or a stack must not take in.
             own = [each["states"][name] for each in saved if each["updates"] or isinstance(default, list)]
             brought = [value for each in saved for value in each["carried"].get(name, ())]
             if not own and not brought:
@@ -75,6 +77,7 @@ def load_states(metrics: MetricSet, share: Sequence[Mapping[str, Any]], every: S
                 metrics.unmerged[id(node.metric), name] = rest
         set_update_count(node.metric, sum(each["updates"] for each in saved))
     for node in metrics.stateless:
+        # What it keeps comes from results of all ranks, so that every saved rank had the same.
         _load_attributes(node, [state[node.name] for state in every[:1]])
         set_update_count(node.metric, sum(state[node.name]["updates"] for state in share))
 
@@ -95,6 +98,7 @@ def _joined(node: MetricNode, name: str, default: Any, own: list[Any], brought: 
     op = elementwise_op(node.reductions[name])
     if op is not None:
         return fold([_on_device(value, device) for value in own], op).to(own[0].dtype), []
+    # Only the reduction itself knows how these join; the further ones enter it beside this rank's own.
     first, *rest = [_on_device(value, device) for value in [*own, *brought]]
     return first, rest
 

@@ -142,6 +142,7 @@ def make_plan(
     for place, node in enumerate(packed):
         for name, default in node.defaults.items():
             value, op = getattr(node.metric, name), elementwise_op(node.reductions[name])
+            # By the default too: an update may have replaced the tensor, which `check_tensors` tells.
             if isinstance(default, torch.Tensor) and isinstance(value, torch.Tensor) and op is not None:
                 state = ElementwiseState(place, name, value.shape, value.dtype)
                 blocks.setdefault((op, value.dtype), []).append(state)
@@ -173,6 +174,7 @@ def schema_as_made(
 def bytes_as_made(nodes: Iterable[MetricNode], leaders: Mapping[int, Metric]) -> int:
     """At most how many bytes the tensor states of these metrics take before any took a batch in, on all ranks alike."""
     packed, _ = _divided(nodes, leaders)
+    # From the defaults: what ranks hold may have grown differently, and frames must not differ.
     values = [default for node in packed for default in node.defaults.values()]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     return sum(value.numel() * value.itemsize for value in tensors) + _BYTES_BESIDE * (len(values) + len(packed))
@@ -199,6 +201,7 @@ Sharing: TypeAlias = list[tuple[MetricNode, int]]
 def _divided(nodes: Iterable[MetricNode], leaders: Mapping[int, Metric]) -> tuple[list[MetricNode], Sharing]:
     """Metrics whose states are packed, and those that share the states of one of them, with its place."""
     every = list(nodes)
+    # The order is that of the entries, which is the same on ranks that attached the same.
     packed = [node for node in every if id(node.metric) not in leaders]
     places = {id(node.metric): place for place, node in enumerate(packed)}
     sharing = [(node, places[id(leaders[id(node.metric)])]) for node in every if id(node.metric) in leaders]

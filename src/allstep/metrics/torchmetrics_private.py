@@ -59,6 +59,7 @@ def state_defaults(metric: Metric) -> Mapping[str, torch.Tensor | list[Any]]:
     if isinstance(found, dict):
         return found
     warn_once("Metric._defaults", "each metric is copied once to learn how its states begin")
+    # A copy, since `reset` would forget what the metric holds.
     copy = deepcopy(metric)
     copy.reset()
     return copy.metric_state
@@ -87,6 +88,7 @@ def set_update_count(metric: Metric, count: int) -> None:
     Raises:
         MetricError: this torchmetrics does not have it.
     """
+    # Through the dictionary, since torch's modules make `setattr` slow, and this runs at every event.
     if "_update_count" not in vars(metric):
         raise _lacking("Metric._update_count", "the number of batches of a metric cannot be set")
     vars(metric)["_update_count"] = count

@@ -39,6 +39,7 @@ class Usage:
         nothing to compute. Not so with an `event_filter`: all ranks must compute at the same iterations, and that one
         may depend on the rank; give `computes` a filter too, which does not.
         """
+        # With a filter on the feeding alone, the first iterations would compute what has seen nothing.
         follows = (
             self.computes == Events.ITERATION_COMPLETED
             and isinstance(updates, FilteredEvent)
@@ -108,6 +109,7 @@ def event_name(event: Event) -> str:
 
 
 def _filter_text(chosen: Filter) -> str:
+    # Ranks compare this text: a function is named, since its address differs from process to process.
     if isinstance(chosen, FunctionFilter):
         return f"event_filter={getattr(chosen.function, '__qualname__', type(chosen.function).__qualname__)}"
     if isinstance(chosen, OnceFilter):

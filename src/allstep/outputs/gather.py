@@ -149,6 +149,7 @@ class Gather:
     def _begin(self, engine: Engine) -> None:
         state = engine.state
         done = state.iteration - engine.extension.epoch_began_at
+        # The same epoch goes on: in the same process, over the same data, after an interruption or an error.
         same = state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
         if same and 0 < done <= self._seen:  # iterations after the place from which the run goes on are run again
             self._batches = {number: batch for number, batch in self._batches.items() if number < done}
@@ -175,6 +176,7 @@ class Gather:
         state = engine.state
         samples = len(values[self.names[0]])
         sampler = getattr(state.dataloader, "batch_sampler", None)
+        # The sampler knows where a batch stood only where its own epoch is the engine's, batch for batch.
         whole = getattr(sampler, "global_length", None) == state.epoch_length
         positions = torch.full((samples, POSITION_SIZE), number, dtype=torch.int64)
         if whole and hasattr(sampler, "indices") and state.dataloader is self._data:
@@ -190,6 +192,7 @@ class Gather:
         own, packed = NO_SAMPLES, Packed([], [])
         has_indices = all(batch.has_indices for batch in self._batches.values())
         try:
+            # A rank that failed takes part all the same, with nothing, so that the others hear why.
             if self._failure is None:
                 own = self._own()
                 packed = pack_samples(own, self.names)
@@ -240,6 +243,7 @@ class Gather:
                 found = join_samples(every, self.names, have_indices=_have_indices(summaries))
         except Exception as error:
             failure = error
+        # Joining can run out of memory on one rank only, which must not go on alone.
         _agree("outputs could not be joined", coordinator, failure)
         return found
 
@@ -247,6 +251,7 @@ class Gather:
         self, coordinator: Coordinator, own: Samples, summaries: Sequence[RankSummary], folder: Path
     ) -> Parts | None:
         """Every rank's samples, in files."""
+        # A full disk or a missing folder of one rank is an error of all, who would else wait for it in the next epoch.
         failure = None
         try:
             write_part(folder, own, coordinator.rank, coordinator.world_size, self.format)
@@ -319,6 +324,7 @@ def _gather_payloads(
             torch.zeros(length, dtype=torch.uint8) if own is None else own[at : at + length]
         )
         for whole, row in zip(received, rows, strict=bool(received)):
+            # A payload that is shorter than the longest ends in some piece; what follows of its row is padding.
             piece = whole[at : at + length]
             piece.copy_(row[: len(piece)])
     if failure is not None:

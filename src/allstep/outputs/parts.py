@@ -77,6 +77,7 @@ def write_part(folder: Path, samples: Samples, rank: int, ranks: int, format: Fo
     tensors: dict[str, torch.Tensor] = {_POSITIONS: samples.positions}
     for name, column in samples.columns.items():
         tensors |= flatten_column(name, column)
+    # All ranks make it at once, and none waits for another.
     folder.mkdir(parents=True, exist_ok=True)
     _remove_earlier(folder, rank, ranks)
     stem = _stem(rank, ranks)
@@ -84,6 +85,7 @@ def write_part(folder: Path, samples: Samples, rank: int, ranks: int, format: Fo
         _write_safetensors(folder / f"{stem}.safetensors", tensors)
         return
     for name, tensor in tensors.items():
+        # numpy has no bfloat16, and float32 holds each of its values.
         plain = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
         np.save(folder / f"{stem}.{quote(name, safe=' ')}.npy", plain.numpy())
 
@@ -91,6 +93,7 @@ def write_part(folder: Path, samples: Samples, rank: int, ranks: int, format: Fo
 def _remove_earlier(folder: Path, rank: int, ranks: int) -> None:
     for path in folder.iterdir():
         found = _PART.fullmatch(path.name)
+        # Each file is removed by one rank only; those of ranks beyond the present number have no rank of their own.
         if found is not None and (int(found[1]) == rank or (rank == ranks - 1 and int(found[1]) >= ranks)):
             path.unlink(missing_ok=True)
 

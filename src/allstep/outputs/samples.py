@@ -98,6 +98,7 @@ def _in_words(name: str, value: Mapping[Any, Any]) -> str:
 
 
 def _copied(value: torch.Tensor) -> torch.Tensor:
+    # A tensor on the host may be the step's own buffer, which the next step overwrites.
     if value.device.type == "cpu":
         return value.detach().clone()
     return value.detach().to("cpu", non_blocking=value.is_cuda)  # into pinned memory, without waiting for the device
@@ -108,6 +109,7 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
 
 def column_of(batches: Sequence[Any]) -> Column:
     """One column of what each batch had: a tensor with a row a sample, or a list of tensors."""
+    # One tensor where that can be, instead of an object for each sample.
     tensors = [batch for batch in batches if isinstance(batch, torch.Tensor)]
     if len(tensors) == len(batches) and len({(t.dtype, t.shape[1:]) for t in tensors}) == 1:
         return torch.cat(tensors)
@@ -124,6 +126,7 @@ def join_samples(parts: Sequence[Samples], names: Sequence[str], *, have_indices
             are in order of iteration, then rank.
     """
     positions = torch.cat([part.positions for part in parts])
+    # Stable, so that samples of one iteration stay in rank order where no index is known.
     order = torch.sort(positions[:, 0 if have_indices else 1], stable=True).indices
     found = {
         name: _ordered(column_of([part.columns[name] for part in parts if len(part.positions)]), order)
