@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.launching import run, run_step_tasks
+from tests.examples.launching import ALONE, THREE_RANKS, TWO_RANKS, run, run_step_tasks
 
 pytestmark = pytest.mark.slow
 
-ALLSTEP = [sys.executable, "-m", "allstep", "run", "--nproc"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 EXAMPLE = "digits.py"
 
 
@@ -27,14 +26,14 @@ def accuracy(printed: str) -> str:
 
 def test_two_processes_reach_97_percent_and_one_alone_measures_the_same(tmp_path: Path) -> None:
     weights, metrics = tmp_path / "weights.pt", tmp_path / "metrics.jsonl"
-    printed = run([*ALLSTEP, "2"], EXAMPLE, "--save", weights, "--out", metrics, folder=tmp_path)
+    printed = run(TWO_RANKS, EXAMPLE, "--save", weights, "--out", metrics, folder=tmp_path)
     assert float(accuracy(printed)) >= 0.97
     written = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [each["epoch"] for each in written] == list(range(1, 13))
     assert written[-1]["loss"] < written[0]["loss"]
     assert written[-1]["test_accuracy"] == float(accuracy(printed))
 
-    alone = run([sys.executable], EXAMPLE, "--evaluate", weights, folder=tmp_path)
+    alone = run(ALONE, EXAMPLE, "--evaluate", weights, folder=tmp_path)
     assert "1 rank(s) on cpu" in alone
     assert accuracy(alone) == accuracy(printed)
 
@@ -42,18 +41,18 @@ def test_two_processes_reach_97_percent_and_one_alone_measures_the_same(tmp_path
 @pytest.mark.nightly
 def test_three_ranks_measure_what_one_does(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pt"
-    printed = run([sys.executable], EXAMPLE, "--epochs", 1, "--save", weights, folder=tmp_path)
-    assert accuracy(run([*ALLSTEP, "3"], EXAMPLE, "--evaluate", weights, folder=tmp_path)) == accuracy(printed)
+    printed = run(ALONE, EXAMPLE, "--epochs", 1, "--save", weights, folder=tmp_path)
+    assert accuracy(run(THREE_RANKS, EXAMPLE, "--evaluate", weights, folder=tmp_path)) == accuracy(printed)
 
 
 @pytest.mark.nightly
 def test_the_same_file_runs_alone_and_under_torchrun_and_in_a_slurm_step(tmp_path: Path) -> None:
-    alone = run([sys.executable], EXAMPLE, "--epochs", 1, folder=tmp_path)
+    alone = run(ALONE, EXAMPLE, "--epochs", 1, folder=tmp_path)
     assert "1 rank(s) on cpu" in alone
     printed = {
-        "torchrun": run([*TORCHRUN, "2"], EXAMPLE, "--epochs", 1, folder=tmp_path),
+        "torchrun": run(TORCHRUN, EXAMPLE, "--epochs", 1, folder=tmp_path),
         "step": run_step_tasks(EXAMPLE, "--epochs", 1, tasks=2, job=100_000 + os.getpid(), folder=tmp_path),
-        "allstep": run([*ALLSTEP, "2"], EXAMPLE, "--epochs", 1, folder=tmp_path).replace("[0] ", ""),
+        "allstep": run(TWO_RANKS, EXAMPLE, "--epochs", 1, folder=tmp_path).replace("[0] ", ""),
     }
     results = {launcher: accuracy(text) for launcher, text in printed.items()}
     assert all("2 rank(s) on cpu" in text for text in printed.values()), printed

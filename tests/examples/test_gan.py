@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 import struct
-import sys
 import zlib
 from pathlib import Path
 
 import pytest
 
-from tests.examples.launching import run
+from tests.examples.launching import TWO_RANKS, run
 
 
 def read_png(path: Path) -> tuple[int, int, bytes]:
@@ -33,8 +32,7 @@ def read_png(path: Path) -> tuple[int, int, bytes]:
 
 @pytest.mark.slow
 def test_drawings_come_nearer_to_real_digits_over_two_processes(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "allstep", "run", "--nproc", "2"]
-    printed = run(launcher, "gan.py", "--epochs", 10, "--grid", tmp_path / "grid.png", folder=tmp_path)
+    printed = run(TWO_RANKS, "gan.py", "--epochs", 10, "--grid", tmp_path / "grid.png", folder=tmp_path)
     read = re.search(r"the classifier reads (\S+) of the test digits", printed)
     assert read is not None
     assert float(read[1]) > 0.9

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.examples.launching import run
+from tests.examples.launching import TWO_RANKS, run
 
 
 @pytest.mark.slow
 def test_both_models_learn_over_two_processes(tmp_path: Path) -> None:
-    printed = run([sys.executable, "-m", "allstep", "run", "--nproc", "2"], "multi_model.py", folder=tmp_path)
+    printed = run(TWO_RANKS, "multi_model.py", folder=tmp_path)
     epochs = [
         tuple(map(float, found))
         for found in re.findall(r"reconstruction_loss (\S+), classifier_loss (\S+), accuracy (\S+)", printed)

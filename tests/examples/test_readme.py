@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.examples.launching import LIMIT, environment
+from tests.examples.launching import ALONE, TWO_RANKS, job_of
+from tests.jobs.launchers import ROOT
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = ROOT / "README.md"
 
 
 def the_script() -> str:
@@ -28,22 +27,14 @@ def test_the_script_has_at_most_25_lines() -> None:
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param([], id="python", marks=pytest.mark.nightly),
-        pytest.param(["-m", "allstep", "run", "--nproc", "2"], id="allstep run"),
+        pytest.param(ALONE, id="python", marks=pytest.mark.nightly),
+        pytest.param(TWO_RANKS, id="allstep run"),
     ],
 )
 def test_the_script_runs(launcher: list[str], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(the_script())
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout.replace("[0] ", "").splitlines()
+    job = job_of(launcher, script, folder=tmp_path)
+    assert job.code == 0, job.text
+    printed = job.out.replace("[0] ", "").splitlines()
     assert [line.split()[0] for line in printed] == ["1", "2", "3"]

@@ -3,34 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.examples.launching import EXAMPLES, environment
+from tests.examples.launching import EXAMPLES, THREE_RANKS, job_of
+from tests.jobs.job import Job
 
-EXAMPLE = EXAMPLES / "uneven_stream.py"
 
-
-def stream(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "allstep", "run", "--nproc", "3", str(EXAMPLE), "--epochs", "2", *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+def stream(folder: Path, *arguments: str) -> Job:
+    return job_of(THREE_RANKS, EXAMPLES / "uneven_stream.py", "--epochs", 2, *arguments, folder=folder)
 
 
 def counts(folder: Path, policy: str) -> dict[str, Any]:
     out = folder / "counts.json"
-    done = stream(folder, "--uneven", policy, "--out", str(out))
-    assert done.returncode == 0, done.stdout + done.stderr
+    job = stream(folder, "--uneven", policy, "--out", str(out))
+    assert job.code == 0, job.text
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 
@@ -57,16 +46,16 @@ def test_longest_trains_every_sample_of_every_shard(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_error_names_the_count_of_each_rank(tmp_path: Path) -> None:
-    done = stream(tmp_path, "--uneven", "error")
-    assert done.returncode != 0
-    assert "UnevenDataError" in done.stdout + done.stderr
-    assert "rank 0 has 6, rank 1 has" in done.stdout + done.stderr
+    job = stream(tmp_path, "--uneven", "error")
+    assert job.code != 0
+    assert "UnevenDataError" in job.text
+    assert "rank 0 has 6, rank 1 has" in job.text
 
 
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_plain_loop_over_the_same_data_does_not_finish(tmp_path: Path) -> None:
-    done = stream(tmp_path, "--plain", "--timeout", "10")
-    assert done.returncode != 0
-    assert "epoch 2, batch 1\n" in done.stdout
-    assert "rank 2: done with its data" not in done.stdout
+    job = stream(tmp_path, "--plain", "--timeout", "10")
+    assert job.code != 0
+    assert "epoch 2, batch 1\n" in job.out
+    assert "rank 2: done with its data" not in job.out

@@ -9,19 +9,15 @@ wrong: no root, no programs, or a kernel that refuses; each is `HostsUnavailable
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.jobs.launchers import ALLSTEP
+from tests.jobs.programs import SYSTEM_PATH, ProgramsUnavailable, ensure_programs
 from tests.jobs.running import Running, start
-
-PROGRAMS = ("ip", "nsenter", "unshare")
-SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 
 
 class HostsUnavailable(Exception):
@@ -32,21 +28,10 @@ def ensure_possible(environ: Mapping[str, str]) -> None:
     """Return where hosts can be made; with CI or ALLSTEP_TEST_INSTALL set, iproute2 is installed if it is missing."""
     if os.geteuid() != 0:
         raise HostsUnavailable("network namespaces need root")
-    if not _missing():
-        return
-    if not (environ.get("CI") or environ.get("ALLSTEP_TEST_INSTALL")) or shutil.which("apt-get") is None:
-        raise HostsUnavailable(f"{', '.join(_missing())} not found; install iproute2 or set ALLSTEP_TEST_INSTALL=1")
-    with (Path(tempfile.gettempdir()) / "allstep-test-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", "iproute2", "util-linux"]):
-            done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, timeout=100)
-            if done.returncode:
-                raise HostsUnavailable(f"apt-get {' '.join(command)} failed: {(done.stderr or done.stdout)[-500:]}")
-
-
-def _missing() -> list[str]:
-    return [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]
+    try:
+        ensure_programs(("ip", "nsenter", "unshare"), ("iproute2", "util-linux"), environ)
+    except ProgramsUnavailable as reason:
+        raise HostsUnavailable(str(reason)) from None
 
 
 class Hosts:

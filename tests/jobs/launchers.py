@@ -20,8 +20,8 @@ also_under_torchrun_by_night = pytest.mark.parametrize(
     "launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)]
 )
 
-_NOT_INHERITED = ("OMP_NUM_THREADS", "NO_COLOR", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NOT_THOSE_OF = ("ALLSTEP_", "SLURM_", "TORCHELASTIC_")
+_NOT_INHERITED = ("OMP_NUM_THREADS", "NO_COLOR", "PYTHONUNBUFFERED", "RANK", "WORLD_SIZE")
+_NOT_THOSE_OF = ("ALLSTEP_", "SLURM", "TORCHELASTIC_", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
 
 
 def command(

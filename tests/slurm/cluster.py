@@ -4,7 +4,7 @@ Contract: `ensure_installed` returns once SLURM is here, installing it where the
 entered to start `munged`, `slurmctld` and one `slurmd` a node, and left to end exactly those. What it writes (keys,
 sockets, state, logs) is under its folder and its ports were free, so the clusters of several pytest-xdist workers and
 a SLURM that the machine already has do not meet. Starting takes about a second. What can go wrong: SLURM is missing
-(`SlurmUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
+(`ProgramsUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
 
 The nodes are named n1, n2, ..., all at 127.0.0.1: no resolver knows those names, so MASTER_ADDR=127.0.0.1 is set for
 every command. As root each node also has four fake GPUs (clones of the null device), for CUDA_VISIBLE_DEVICES.
@@ -12,14 +12,12 @@ every command. As root each node also has four fake GPUs (clones of the null dev
 
 from __future__ import annotations
 
-import fcntl
 import getpass
 import os
 import platform
 import secrets
 import shutil
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,10 +25,10 @@ from pathlib import Path
 from types import TracebackType
 
 from tests.jobs.ports import free_port
+from tests.jobs.programs import SYSTEM_PATH, ensure_programs
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scancel", "sinfo", "squeue")
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
-SYSTEM_PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 START_SECONDS = 30.0
 GPUS = 4
 Completed = subprocess.CompletedProcess[str]
@@ -40,34 +38,9 @@ RANK_PREFIXES = (
 )
 
 
-class SlurmUnavailable(Exception):
-    """There is no SLURM here and it may not be installed; the message says why."""
-
-
 def ensure_installed(environ: Mapping[str, str]) -> None:
-    """Return once every program is installed; raise SlurmUnavailable where they are missing and may not be installed.
-
-    With CI or ALLSTEP_TEST_INSTALL set, as root and with apt-get, the packages are installed, by one process at a time.
-    """
-    if not _missing():
-        return
-    if not (environ.get("CI") or environ.get("ALLSTEP_TEST_INSTALL")):
-        raise SlurmUnavailable(f"{', '.join(_missing())} not found; install SLURM or set ALLSTEP_TEST_INSTALL=1")
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise SlurmUnavailable(f"{', '.join(_missing())} not found, and installing needs root and apt-get")
-    with (Path(tempfile.gettempdir()) / "allstep-test-install.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _missing():
-            return
-        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
-            done = subprocess.run(["apt-get", *command], env=quiet, capture_output=True, text=True, timeout=100)
-            if done.returncode:
-                raise SlurmUnavailable(f"apt-get {' '.join(command)} failed: {(done.stderr or done.stdout)[-500:]}")
-
-
-def _missing() -> list[str]:
-    return [program for program in PROGRAMS if shutil.which(program, path=SYSTEM_PATH) is None]
+    """Return once SLURM is here; raise ProgramsUnavailable where it is missing and may not be installed."""
+    ensure_programs(PROGRAMS, PACKAGES, environ)
 
 
 class Cluster:

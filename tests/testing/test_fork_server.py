@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import multiprocessing
 import os
-import select
+import signal
 import subprocess
 import sys
 import threading
@@ -24,10 +23,14 @@ from torch.utils.data import DataLoader
 from allstep.testing import RanksError, run_ranks
 from allstep.testing.fork_server import close_server, own_server
 from allstep.world import World
+from tests.jobs import running
+from tests.jobs.job import Job
+from tests.jobs.processes import LIMIT, alive, await_condition
 
 pytestmark = pytest.mark.slow
 
-LIMIT = 30.0
+PATHS = {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+"""For scripts that use functions of these tests."""
 
 
 def pid(world: World) -> int:
@@ -38,20 +41,11 @@ def pids(world_size: int = 2) -> set[int]:
     return set(run_ranks(pid, world_size))
 
 
-def is_there(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
-
-
-def await_end(watched: int) -> None:
-    assert select.select([watched], [], [], LIMIT)[0], "the process is still there"
-    os.close(watched)
-
-
 def test_each_call_has_new_processes_which_are_gone_after_it() -> None:
     first = pids()
     assert len(first) == 2
     assert first.isdisjoint(second := pids())
-    assert not any(map(is_there, first | second))
+    assert not any(map(alive, first | second))
 
 
 def leaves_traces(world: World) -> tuple[int, int]:
@@ -97,35 +91,19 @@ def test_a_server_with_threads_is_not_forked_and_the_error_says_why(tmp_path: Pa
     )
     script = tmp_path / "script.py"
     script.write_text(THREADED)
-    ended = run_script(script, str(tmp_path))
-    assert "has started 1 threads" in ended.stdout, ended.stderr
-    assert "sitecustomize" in ended.stdout
+    job = run_script(script, str(tmp_path))
+    assert "has started 1 threads" in job.out, job.err
+    assert "sitecustomize" in job.out
 
 
-def run_script(script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])},
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
-
-
-def test_a_server_that_was_killed_is_replaced() -> None:
-    (killed, _), _ = run_ranks(parent_and_threads, 2)
-    watched = os.pidfd_open(killed)
-    os.kill(killed, 9)
-    await_end(watched)
-    (server, _), _ = run_ranks(parent_and_threads, 2)
-    assert server != killed
+def run_script(script: Path, *arguments: str) -> Job:
+    return running.run(script.parent, script, *arguments, command=[sys.executable], env=PATHS)
 
 
 def test_a_closed_server_has_ended_and_the_next_call_starts_another() -> None:
     (closed, _), _ = run_ranks(parent_and_threads, 2)
     close_server()
-    assert not is_there(closed)
+    assert not alive(closed)
     assert own_server().is_alive()
 
 
@@ -137,12 +115,12 @@ def kills_the_server_and_waits(world: World, folder: Path) -> None:
     time.sleep(1000)
 
 
-def test_ranks_end_with_the_server(tmp_path: Path) -> None:
+def test_ranks_end_with_the_server_and_the_next_call_has_another(tmp_path: Path) -> None:
+    before = run_ranks(parent_and_threads, 1)
     with pytest.raises(RanksError, match="died with exit code"):
         run_ranks(kills_the_server_and_waits, 2, tmp_path)
-    for path in tmp_path.iterdir():
-        with contextlib.suppress(ProcessLookupError):
-            await_end(os.pidfd_open(int(path.name)))
+    await_condition(lambda: not any(alive(int(path.name)) for path in tmp_path.iterdir()))
+    assert run_ranks(parent_and_threads, 1) != before
 
 
 def random_numbers(world: World) -> tuple[float, float]:
@@ -165,7 +143,7 @@ def test_the_ranks_of_a_failed_call_are_ended() -> None:
     with pytest.raises(RanksError, match="rank 1") as caught:
         run_ranks(raises, 2)
     assert isinstance(caught.value.__cause__, KeyError)
-    assert not is_there(caught.value.__cause__.args[0])
+    assert not alive(caught.value.__cause__.args[0])
 
 
 def environment(world: World, name: str) -> tuple[str | None, str]:
@@ -225,7 +203,7 @@ def leaves_a_group(world: World) -> int:
 
 @pytest.mark.parametrize(("leave", "world_size"), [(leaves_a_thread, 2), (leaves_a_group, 1)])
 def test_what_a_rank_leaves_running_does_not_keep_its_process(leave, world_size: int) -> None:
-    assert not any(map(is_there, run_ranks(leave, world_size)))
+    assert not any(map(alive, run_ranks(leave, world_size)))
 
 
 def leaves_a_process(world: World) -> int:
@@ -234,10 +212,7 @@ def leaves_a_process(world: World) -> int:
 
 def test_what_a_rank_started_ends_with_it() -> None:
     (child,) = run_ranks(leaves_a_process, 1)
-    deadline = time.monotonic() + LIMIT
-    while is_there(child):  # init reaps it
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    await_condition(lambda: not alive(child))
 
 
 def loads_with_workers(world: World) -> int:
@@ -274,51 +249,39 @@ def test_threads_may_call_at_the_same_time() -> None:
 
 
 CALLER = """
-import sys, time
+import signal, sys
 from allstep.testing import run_ranks
-from tests.testing.without_torch import tell_and_stay, tell
+from tests.testing.without_torch import rank_of, stays_in_a_collective
 if __name__ == "__main__":
-    run_ranks(tell, 2, sys.argv[1])
+    run_ranks(rank_of, 2)
     print("called", flush=True)
-    if sys.argv[2] == "busy":
-        run_ranks(tell_and_stay, 2, sys.argv[1])
-    elif sys.argv[2] == "idle":
-        time.sleep(1000)
+    if sys.argv[1] == "busy":
+        run_ranks(stays_in_a_collective, 2)
+    elif sys.argv[1] == "idle":
+        signal.pause()
 """
 
 
-@pytest.mark.parametrize("doing", ["idle", "busy", "ends"])
-def test_ranks_and_server_end_with_their_caller_however_it_ends(doing: str, tmp_path: Path) -> None:
-    folder = tmp_path / "pids"
-    folder.mkdir()
+@pytest.mark.parametrize(
+    ("doing", "processes"), [("idle", 2), ("busy", 4), pytest.param("ends", 0, marks=pytest.mark.nightly)]
+)
+def test_ranks_and_server_end_with_their_caller(doing: str, processes: int, tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
     script.write_text(CALLER)
-    command = [sys.executable, str(script), str(folder), doing]
-    path = os.pathsep.join([os.getcwd(), *sys.path])
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}) as caller:
-        assert caller.stdout is not None
-        caller.stdout.readline()
-        deadline = time.monotonic() + LIMIT
-        while doing == "busy" and not (folder / "in a collective").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # the file is the only sign
-        watched = []
-        for file in folder.glob("[0-9]*"):
-            with contextlib.suppress(ProcessLookupError):  # the ranks of the first call have ended
-                watched.append(os.pidfd_open(int(file.name)))
-        assert doing == "ends" or len(watched) == (3 if doing == "busy" else 1)  # the server, and the ranks that stay
-        if doing != "ends":
-            caller.kill()
-        caller.wait(LIMIT)
-        for each in watched:
-            await_end(each)
+    with running.start(tmp_path, [sys.executable, script, doing], env=PATHS) as caller:
+        caller.await_line("in a collective" if doing == "busy" else "called")
+        if processes:
+            assert len(caller.pids()) == processes  # the caller, the server, and the ranks that stay
+            caller.process.kill()
+        job = caller.end()  # which fails where a process is left
+    assert job.code == (-signal.SIGKILL if processes else 0)
 
 
 def call_in_a_child(answers: Any) -> None:
     answers.put(run_ranks(parent_and_threads, 2))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.nightly), "fork"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_child_of_the_caller_has_ranks_and_a_server_of_its_own(method: str) -> None:
     context = multiprocessing.get_context(method)
@@ -326,24 +289,27 @@ def test_a_child_of_the_caller_has_ranks_and_a_server_of_its_own(method: str) ->
     ours, _ = run_ranks(parent_and_threads, 2)
     child = context.Process(target=call_in_a_child, args=(answers,))
     child.start()
-    theirs = answers.get(timeout=LIMIT * 2)
-    child.join(LIMIT * 2)
+    theirs = answers.get(timeout=LIMIT)
+    child.join(LIMIT)
     assert child.exitcode == 0
     assert ours not in theirs
-    deadline = time.monotonic() + LIMIT
-    while is_there(theirs[0][0]):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)  # it is another's child, so this is the only sign
+    await_condition(lambda: not alive(theirs[0][0]))
     assert run_ranks(parent_and_threads, 2)[0] == ours
 
 
-def test_the_process_that_calls_loads_no_torch() -> None:
-    text = (
-        "import sys\nfrom allstep.testing import run_ranks\nimport tests.testing.without_torch as t\n"
-        "if __name__ == '__main__':\n    print(run_ranks(t.rank_of, 2), 'torch' in sys.modules)"
-    )
-    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=LIMIT * 2, check=False)
-    assert ended.stdout == "[0, 1] False\n", ended.stderr
+CALLS_ONLY = """
+import sys
+from allstep.testing import run_ranks
+from tests.testing.without_torch import rank_of
+if __name__ == "__main__":
+    print(run_ranks(rank_of, 2), "torch" in sys.modules)
+"""
+
+
+def test_the_process_that_calls_loads_no_torch(tmp_path: Path) -> None:
+    script = tmp_path / "calls_only.py"
+    script.write_text(CALLS_ONLY)
+    assert run_script(script).text == "[0, 1] False"
 
 
 IMPORTED = """
@@ -364,5 +330,5 @@ if __name__ == "__main__":
 def test_ranks_have_torchmetrics_once_their_caller_has_imported_it(tmp_path: Path, uses_metrics: bool) -> None:
     script = tmp_path / "script.py"
     script.write_text(IMPORTED.format(imports="import torchmetrics" if uses_metrics else "pass"))
-    ended = run_script(script)
-    assert ended.stdout.strip() == f"{[[True, False]] * 2} {[[True, uses_metrics]] * 2}", ended.stderr
+    job = run_script(script)
+    assert job.out.strip() == f"{[[True, False]] * 2} {[[True, uses_metrics]] * 2}", job.err
