@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 from allstep.testing import run_ranks
 from tests.docs.around import run_fragments, run_script
 from tests.docs.pages import DOCS, PAGES, ROOT, Block, blocks, output_after
-from tests.examples.launching import LIMIT, environment
+from tests.examples.launching import job_of
 
 ALL = [block for page in PAGES for block in blocks(page)]
 SCRIPTS = [block for block in ALL if block.is_script]
@@ -75,8 +74,5 @@ def test_a_script_runs_and_prints_what_the_page_says(block: Block) -> None:
 def test_a_script_runs_under_a_launcher(block: Block, launcher: list[str], tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(block.text)
-    command = [sys.executable, *launcher, str(script)]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    job = job_of([sys.executable, *launcher], script, folder=tmp_path)
+    assert job.code == 0, job.text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import DOCS, blocks
-from tests.examples.launching import environment
+from tests.jobs.launchers import environment
 
 
 @pytest.mark.slow

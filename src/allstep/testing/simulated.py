@@ -63,7 +63,7 @@ class _ThreadGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class _PendingSum:
+class _SimulatedSum:
     """A vote that was cast and not read yet."""
 
     group: _ThreadGroup
@@ -82,9 +82,9 @@ class SimulatedRank:
         self.world_size = group.world_size
         self.calls = 0
 
-    def vote(self, vector: Sequence[int]) -> _PendingSum:
+    def vote(self, vector: Sequence[int]) -> _SimulatedSum:
         """Contribute the vector; the sum is read later."""
-        return _PendingSum(self._group, self._contribute(list(vector)))
+        return _SimulatedSum(self._group, self._contribute(list(vector)))
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value."""
