@@ -13,8 +13,8 @@ import pytest
 from allstep import Engine
 from allstep.testing import FaultPlan, RanksError, run_ranks
 from allstep.world import World
+from allstep.world.bounded_store import poll
 from allstep.world.process_group import forget_groups
-from allstep.world.store import poll
 from tests.jobs.processes import alive
 
 pytestmark = pytest.mark.slow

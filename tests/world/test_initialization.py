@@ -13,7 +13,7 @@ import torch.distributed as dist
 import allstep
 from allstep.errors import WorldError
 from allstep.testing import RanksError, run_ranks
-from allstep.world.store import poll
+from allstep.world.bounded_store import poll
 from tests.world.test_world_main_first import in_order
 
 PLACE = re.compile("RANK|WORLD_SIZE|MASTER|TORCHELASTIC|ALLSTEP|GROUP|ROLE|LOCAL")

@@ -8,9 +8,9 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from allstep.world.bounded_store import BoundedStore
 from allstep.world.process_group import Group
 from allstep.world.rendezvous import RendezvousInfo
-from allstep.world.store import BoundedStore
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from allstep.launch.environment import ReservedPort, worker_environment
-from allstep.world.store import poll
+from allstep.world.bounded_store import poll
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 
@@ -32,7 +32,7 @@ with allstep.init(timeout=300) as world:
 NEVER_CLOSES = """
 import atexit, os, pathlib, sys, time
 import allstep
-from allstep.world.store import poll
+from allstep.world.bounded_store import poll
 ending, ended = pathlib.Path(sys.argv[1], "main rank is ending"), pathlib.Path(sys.argv[1], "main rank has ended")
 if os.environ["RANK"] == "0":
     atexit.register(ended.touch)  # the last of its exit handlers

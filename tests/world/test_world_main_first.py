@@ -9,7 +9,7 @@ from pathlib import Path
 import allstep
 from allstep.errors import WorldError
 from allstep.testing import run_ranks
-from allstep.world.store import poll
+from allstep.world.bounded_store import poll
 
 
 def in_order(world, folder: Path, firsts: tuple[int, ...] = (0,), local: bool = False):

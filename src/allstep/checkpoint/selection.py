@@ -32,7 +32,7 @@ from allstep.checkpoint.manifest import MANIFEST, QUARANTINE, CheckpointName, Ma
 from allstep.checkpoint.storage import Storage
 from allstep.coordination import Coordinator
 from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
-from allstep.world.store import poll
+from allstep.world.bounded_store import poll
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from allstep.data.loader import Loader, make_loader
 from allstep.data.permutation import Permutation
 from allstep.data.sampler import IndexBatch, ShardedBatchSampler
 from allstep.data.seeding import SampleSeeding
-from allstep.data.sharding import PlacedIterable, shard
+from allstep.data.stream_sharding import PlacedIterable, shard
 from allstep.data.worker_signals import WorkerStart
 
 __all__ = [

@@ -23,7 +23,7 @@ from torch.utils.data import default_collate as torch_collate
 from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
 from allstep.data.seeding import SampleSeeding, SeededDataset, keep_collated
-from allstep.data.sharding import PlacedIterable
+from allstep.data.stream_sharding import PlacedIterable
 from allstep.data.torch_private import child_processes, workers_of
 from allstep.data.worker_signals import WorkerStart, end_with_rank
 from allstep.errors import DataError

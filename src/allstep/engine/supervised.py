@@ -69,7 +69,7 @@ def create_supervised_trainer(
     """
     target = _device_of(model, device)
     used_scaler = grad_scaler(target.type, precision) if scaler is None else scaler
-    group = _Group()
+    group = _AccumulationGroup()
 
     def step(engine: Engine, batch: Any) -> Any:
         state = engine.state
@@ -134,7 +134,7 @@ def create_supervised_evaluator(
     return Engine(step, coordinator=coordinator, uneven="longest", idle="skip", name="supervised evaluator")
 
 
-class _Group:
+class _AccumulationGroup:
     """Whether the next iteration begins an accumulation group. Groups never cross epochs."""
 
     begins = True

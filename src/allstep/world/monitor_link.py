@@ -25,7 +25,7 @@ from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
 from allstep.protocol.connection import connect
 from allstep.protocol.messages import RankHello
 from allstep.protocol.registration import RankRegistration
-from allstep.world.store import BoundedStore, poll
+from allstep.world.bounded_store import BoundedStore, poll
 
 _MARGIN_S = 2.0
 

@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement
+from allstep.world.bounded_store import BoundedStore, poll
 from allstep.world.rendezvous import RendezvousInfo
-from allstep.world.store import BoundedStore, poll
 from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_store, open_groups
 
 _LEFT_MARK_S = 2.0

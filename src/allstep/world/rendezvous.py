@@ -28,8 +28,8 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.protocol.registration import two_processes
+from allstep.world.bounded_store import BoundedStore, abandon_thread, poll
 from allstep.world.monitor_link import MonitorService, head_service, sidecar_service
-from allstep.world.store import BoundedStore, abandon_thread, poll
 from allstep.world.torch_private import PrefixStore, TCPStore
 
 _CONNECT_S = 2.0  # for a port to accept

@@ -33,6 +33,7 @@ from allstep.placement import Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current, early_signals
+from allstep.world.bounded_store import first_then_rest
 from allstep.world.collectives import Collectives, NamedWaits, Number, Op
 from allstep.world.device import choose_transport, seed_device
 from allstep.world.failures import Reporter
@@ -40,7 +41,6 @@ from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
 from allstep.world.process_group import Group
 from allstep.world.seed import seed_generators
-from allstep.world.store import first_then_rest
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from allstep.errors import WorldError
-from allstep.world.store import BoundedStore, poll
+from allstep.world.bounded_store import BoundedStore, poll
 from tests.jobs.processes import freeze
 from tests.world.frozen_store import served_store
 
@@ -71,7 +71,7 @@ def test_a_frozen_store_is_waited_for_once_and_serves_again_when_it_goes_on():
 SCRIPT = """
 import datetime, socket, sys, threading, time
 from torch.distributed import TCPStore
-from allstep.world.store import abandon_thread
+from allstep.world.bounded_store import abandon_thread
 
 class Lingers:
     def __init__(self, peer):
