@@ -54,6 +54,7 @@ def _list(arguments: argparse.Namespace) -> int:
         print(f"no checkpoints in {arguments.folder}")
     else:
         _print_table([_HEADINGS, *map(_row, found)])
+    # An unfinished checkpoint is what a save in progress looks like, so it is no failure.
     return int(any(entry.state == "damaged" for entry in found))
 
 
@@ -69,7 +70,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(f"{entry.name}: {'damaged' if problems else 'whole'}")
         for problem in problems:
             print(f"  {problem}")
-    if not chosen:
+    if not chosen:  # so that nothing verified does not pass for all verified
         print(f"no checkpoints in {arguments.folder}")
     return int(damaged)
 
@@ -87,6 +88,7 @@ def _export(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     from allstep.checkpoint.catalog import find_entry, remove
 
+    # All are looked up first: a wrong name removes nothing.
     chosen = [find_entry(arguments.folder, name) for name in arguments.names]
     for entry in chosen:
         remove(entry)

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     _open_what_is_closed()
     try:
+        # Before argparse, which would read a command's own options.
         if arguments and arguments[0] in COMMANDS:
             return int(import_module(f"allstep.cli.{arguments[0]}_command").main(arguments[1:]))
         parser = _parser()
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # argparse has said what there was to say
         return exit_.code if isinstance(exit_.code, int) else 0
     except AllstepError as error:
-        for line in str(error).splitlines():
+        for line in str(error).splitlines():  # a configuration file may have several mistakes
             print(f"allstep: error: {line}", file=sys.stderr)
         return LAUNCHER_ERROR
     except KeyboardInterrupt:

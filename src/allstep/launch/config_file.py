@@ -82,6 +82,7 @@ def _refuse_duplicates(path: Path, tree: yaml.MappingNode) -> None:
 
 def _refuse_unknown(field: str) -> Option:
     names = [option.name for option in OPTIONS]
+    # One suggestion where a name is nearly right; else all, since a person is then looking for one.
     near = difflib.get_close_matches(field, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(names)}"
     raise ConfigurationError(f"{field} is not a field; {hint}")

@@ -52,12 +52,13 @@ def visible_devices(environ: Mapping[str, str], probe: Callable[[], CudaHardware
         names = hardware.mig or tuple(str(index) for index in range(len(hardware.gpus)))
     else:
         names = _resolved(entries, hardware)
+    # A CUDA process that sees several MIG instances uses the first one only.
     return Devices(names, apart=any(name.startswith("MIG-") for name in names))
 
 
 def device_environment(devices: Devices, local_rank: int, workers: int) -> dict[str, str]:
     """Variables that show a worker its own device, where it must not see the others."""
-    if not devices.apart or workers > len(devices.names):
+    if not devices.apart or workers > len(devices.names):  # with too few instances workers have to share
         return {}
     return {"CUDA_VISIBLE_DEVICES": devices.names[local_rank]}
 
@@ -76,7 +77,7 @@ def _resolved(entries: list[str], hardware: CudaHardware) -> tuple[str, ...]:
         else:
             exists = entry.startswith("MIG-")  # its name in the variable may be of an older form than the listing's
         if not exists:
-            break
+            break  # as CUDA does: what follows an unknown entry is ignored
         names.append(entry)
     return tuple(names) if len(set(names)) == len(names) else ()
 

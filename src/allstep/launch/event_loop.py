@@ -82,7 +82,7 @@ class EventLoop:
                 key.data.owner.ready(key)
             else:
                 key.data()
-        for part in self._timers.copy():
+        for part in self._timers.copy():  # a tick may remove its own part
             if time.monotonic() >= part.deadline():
                 part.tick()
 

@@ -55,6 +55,7 @@ def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
         name = _make_free(runs, name)
     folder = runs / name
     folder.mkdir(exist_ok=True)
+    # One more than the highest, not how many there are: an older attempt may have been deleted.
     attempt = 1 + max(
         (int(found[1]) for each in folder.iterdir() if (found := _ATTEMPT.fullmatch(each.name))), default=-1
     )

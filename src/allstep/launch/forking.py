@@ -68,6 +68,7 @@ class Template:
 
     def __init__(self, plans: Sequence[WorkerPlan], pipes: Sequence[Pipes], modules: Sequence[str]) -> None:
         first = plans[0]
+        # What differs between ranks is set in each fork; the rest, from the start, as a library may read it at import.
         common = dict(set.intersection(*(set(plan.environment.items()) for plan in plans)))
         ranks = [
             {
@@ -88,6 +89,7 @@ class Template:
             os.write(plan_file, json.dumps(plan).encode())
             os.lseek(plan_file, 0, os.SEEK_SET)
             numbers = [str(number) for number in (os.getpid(), lifeline, plan_file)]
+            # Put back afterwards: a program that supervises may have been a subreaper itself, or none.
             undo.callback(_adopt_orphans, bool(_adopts_orphans()))
             _adopt_orphans(True)
             self.process = watched(
@@ -109,7 +111,7 @@ class Template:
             return None
         self.process.child.wait()
         os.close(self.process.exit_fd)
-        self._undo.close()
+        self._undo.close()  # among others the pipe that the workers wait at
         return workers
 
     def abandon(self, patience: float) -> None:

@@ -89,7 +89,7 @@ class _HeadMachine:
         """Choose the attempt's number and make its folder, for whose lack only a first attempt can fail."""
         runs = Path(self._settings.runs or "runs")
         first = self._number < 0
-        named = self._settings.name is not None or not first
+        named = self._settings.name is not None or not first  # by now a name that was made up is this run's
         try:
             # Once a run goes on without logs it does so to its end; its attempts are then counted from there.
             folder = create_attempt(runs, self._name, named=named) if first or self._folder is not None else None
@@ -252,6 +252,7 @@ def _progress(hub: Hub, world_size: int) -> Progress:
 
 def _tails(attempt: Attempt, hub: Hub) -> dict[int, str]:
     """The last output of each rank; of other machines' ranks only standard error, which is what they send."""
+    # Where a worker of this machine ended, its pipes were read here, which is more than the hub was told.
     elsewhere = {rank: end.stderr for rank, end in hub.ends().items()}
     return elsewhere | {rank: attempt.streams.last_output(rank) for rank in attempt.ends}
 
@@ -310,7 +311,7 @@ def decide_restart(failed: Sequence[FailedAttempt], *, max_restarts: int, stop_a
 def _stalled(failed: Sequence[FailedAttempt]) -> int:
     """Restarts since an attempt last came further than all before it."""
     furthest: Progress = None
-    stalled = -1  # the first attempt is no restart
+    stalled = -1  # so that the first attempt, which is no restart, makes 0
     for attempt in failed:
         if attempt.progress is not None and (furthest is None or attempt.progress > furthest):
             furthest = attempt.progress

@@ -29,6 +29,7 @@ def counters(cgroups: str) -> list[Path]:
     for line in cgroups.splitlines():
         hierarchy, controllers, path = [*line.split(":", 2), "", ""][:3]
         if hierarchy == "0" and not controllers:
+            # Inside a container the path is the host's, and its own group is at the root.
             paths += [root / path.strip("/") / "memory.events", root / "memory.events"]
         elif "memory" in controllers.split(","):
             paths += [root / "memory" / path.strip("/") / "memory.oom_control", root / "memory/memory.oom_control"]
@@ -75,7 +76,7 @@ class MemoryWatch:
 
     def _kills(self) -> int:
         now = kills_for_memory(_read(self._path)) if self._path is not None else None
-        return 0 if now is None else max(0, now - self._before)
+        return 0 if now is None else max(0, now - self._before)  # less where the group was made anew
 
 
 def _first(paths: Iterable[Path]) -> tuple[Path | None, int]:

@@ -67,7 +67,7 @@ def _files(command: Command) -> Iterator[str]:
     for part in command.target.split("."):
         name = f"{name}.{part}" if name else part
         folders = yield from _found(name, folders)
-    if folders is not None:
+    if folders is not None:  # a package, of which python -m runs the __main__
         yield from _found(f"{name}.__main__", folders)
 
 
@@ -108,7 +108,7 @@ def imports_of(source: bytes) -> tuple[str, ...]:
     imports = list(_first_imports(tree))
     modules = [name for name in itertools.takewhile(_is_shared, imports) if _package(name) in SHARED]
     has_torch = any(_package(module).startswith("torch") or module.startswith("allstep.") for module in modules)
-    if _sets_variables(tree):
+    if _sets_variables(tree):  # they may be meant for what would be imported earlier than in the script
         return tuple(dict.fromkeys(modules))
     if "allstep" in modules and (has_torch or all(map(_is_shared, imports))):
         used = sorted(_used_of_allstep(tree))
@@ -125,6 +125,7 @@ def _first_imports(tree: ast.Module) -> Iterator[str]:
         if isinstance(statement, ast.Import):
             yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom):
+            # A module of the script's own package may do anything, so what follows it is not shared.
             yield statement.module if statement.module and not statement.level else "."
         else:
             return
@@ -136,7 +137,7 @@ def _is_shared(module: str) -> bool:
 
 def _sets_variables(tree: ast.Module) -> bool:
     """Whether a script may do anything with the environment but look at it."""
-    looked_at = set()
+    looked_at = set()  # nodes that name the environment in a place where it is only read
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(value=environ, attr=attribute) if attribute in _READS:

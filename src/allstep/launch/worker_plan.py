@@ -144,6 +144,7 @@ def plan_workers(
                 nodes=share.nodes,
                 channel=share.channel,
                 nonce=share.nonce,
+                # Absolute: a script may change its folder before it asks.
                 attempt_folder=str(share.folder.resolve()) if share.folder is not None else None,
             ),
             command=command,
