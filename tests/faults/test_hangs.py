@@ -26,7 +26,7 @@ def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_p
         tmp_path, "train.py", fault=AT.sleep(1000), launcher=launcher, env={"ALLSTEP_LIMITS": LIMITS}, within=FOUND
     )
     check_first_lines(job, "rank 1 of 2 made no progress", "epoch 1, iteration 7", "section step")
-    assert "acts.py" in job.text[job.text.index("made no progress") :]  # where it sleeps
+    assert "inject.py" in job.text[job.text.index("made no progress") :]  # where it sleeps
     if launcher == "allstep":
         assert job.code == 83
         assert (job.cause["rank"], job.cause["kind"], job.cause["iteration"]) == (1, "hang", 7)
