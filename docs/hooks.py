@@ -78,7 +78,12 @@ def expand(markdown: str) -> str:
     for comment, made in (("run options", run_options), ("errors", errors)):
         if f"<!-- {comment} -->" in markdown:
             markdown = markdown.replace(f"<!-- {comment} -->", made())
-    return markdown
+    return "\n".join(bar_in_code(line) if line.startswith("|") else line for line in markdown.split("\n"))
+
+
+def bar_in_code(row: str) -> str:
+    """A row of a table whose code spans may have an escaped bar, which Markdown here would show with its backslash."""
+    return re.sub(r"`([^`]*\\\|[^`]*)`", lambda found: f"<code>{found[1].replace(chr(92) + '|', '&#124;')}</code>", row)
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:

@@ -67,6 +67,10 @@ def test_the_options_of_the_site_are_those_of_the_command_line() -> None:
     assert "| `--max-restarts N` |" in HOOKS.expand((DOCS / "reference" / "command_line.md").read_text())
 
 
+def test_a_bar_in_the_code_of_a_table_has_no_backslash() -> None:
+    assert HOOKS.expand("| `--nproc auto\\|N` | x |") == "| <code>--nproc auto&#124;N</code> | x |"
+
+
 def test_a_comment_that_asks_for_something_is_replaced() -> None:
     for page in DOCS.rglob("*.md"):
         assert not re.search(r"^<!-- (names|run options|errors)", HOOKS.expand(page.read_text()), re.MULTILINE), page
