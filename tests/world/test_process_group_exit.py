@@ -98,7 +98,8 @@ def test_a_process_that_raises_during_a_collective_ends_with_its_traceback(start
 def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(start):
     main, other = start(NEVER_CLOSES)
     stdout, stderr = other.communicate(timeout=60)
-    assert (other.returncode, stdout) == (0, "my turn\n"), stderr
+    # gloo of torch 2.9 prints its connections to standard output first
+    assert (other.returncode, stdout.splitlines()[-1:]) == (0, ["my turn"]), stderr
     assert poll(lambda: main.poll() is not None, time.monotonic() + 30)
     assert main.returncode == 0
 
