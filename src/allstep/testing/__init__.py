@@ -1,5 +1,9 @@
 """Ranks inside a test, real and simulated: what allstep's own tests use, public so that users test their scripts.
 
+Here: `run_ranks` calls a function on real processes, which are forked for the call from a warm server; `simulate` calls
+one on threads that agree through memory; the pytest plugin gives the fixture `world_of`. Not here: what a fault does
+(`allstep.faults`), who failed first (`allstep.diagnosis`), and starting scripts, which is `allstep.launch`.
+
 Names are imported when first used (PEP 562): pytest loads the plugin of this package in every project, and only
 simulated ranks need torch in the test's own process.
 """

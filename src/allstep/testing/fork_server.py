@@ -139,7 +139,8 @@ class ForkServer:
                 [*command, str(theirs.fileno()), json.dumps(sys.path)],
                 stdin=subprocess.DEVNULL,
                 # One thread a rank: ranks share the machine's cores, and started OpenMP threads cannot be forked.
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # Nor can a started CUDA driver; with the second variable torch asks for devices without starting it.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the caller, which then ends its ranks
             )
