@@ -1,15 +1,19 @@
 """`Preemption`: a signal ends the run on all ranks with everything saved, so that it can be started again.
 
 Contract: attached from the main thread to the engine that trains, beside a `Checkpoint` that is attached to it. A
-signal to any rank, SIGTERM or SIGUSR1, stops all of them after the same iteration; the checkpoint saves there and
-waits until that is committed; then `Engine.run` raises `Preempted`, with which the process ends with exit code 85, or
-the SLURM job is put back into its queue first. A run that was complete when the stop held ends as if there had been no
-signal, and so does one that was ended as finished. An end that others asked for at the same time, such as a
-`TimeLimit`, changes nothing. A second signal hurries: the engines in `hurries`, such as an
-evaluator that runs in the trainer's handler, end too; a save that is under way, and the one of the place where the run
-stops, are still committed. A third one kills, as it does by default: the save under way is lost, and the newest
-committed checkpoint is as it was. What can go wrong: a step that hangs never stops; a job that cannot be
-requeued is said to be so, and ends with exit code 85 all the same.
+signal to any rank, SIGTERM or SIGUSR1, stops all of them after the same iteration. The checkpoint saves there and waits
+until that is committed. Then `Engine.run` raises `Preempted`, with which the process ends with exit code 85; with
+`requeue` the SLURM job is put back into its queue first.
+
+A run that was complete when the stop held ends as if there had been no signal, and so does one that was ended as
+finished. An end that others asked for at the same time, such as a `TimeLimit`, changes nothing.
+
+A second signal also ends the engines in `hurries`, such as an evaluator that runs in the trainer's handler. A save that
+is under way, and the one at the iteration where the run stops, are still committed. A third signal kills, as it does by
+default: the save under way is lost, and the newest committed checkpoint is as it was.
+
+What can go wrong: a step that hangs never stops. Where requeueing the job fails, the log says so and the process ends
+with exit code 85 all the same.
 """
 
 from __future__ import annotations
