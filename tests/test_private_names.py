@@ -1,4 +1,4 @@
-"""Private names of torch, torchmetrics and CPython stand in the modules made for them, and docs/private_names.md lists
+"""Private names of torch, torchmetrics and CPython stand in the modules made for them, and docs/architecture.md lists
 them."""
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_a_private_name_is_found_where_it_is_used(source: str, uses: list[str]) 
 def _listed() -> list[tuple[str, str]]:
     """(file, name) for each name in the table of the documentation."""
     rows, place = [], ""
-    for line in (REPOSITORY / "docs" / "private_names.md").read_text().splitlines():
+    for line in (REPOSITORY / "docs" / "architecture.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and len(cells) == 5 and "`" in cells[1]:
             place = cells[0].strip("`") or place

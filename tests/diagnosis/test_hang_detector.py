@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from allstep.diagnosis.hang import HangLimits
-from allstep.diagnosis.hang_detector import SUSPECT_S, HangDetector
+from allstep.diagnosis.hang import SUSPECT_S, HangDetector, HangLimits
 from allstep.diagnosis.record import Moment, RankRecord
 from allstep.protocol.messages import Heartbeat
 from tests.monitor.driving import registration

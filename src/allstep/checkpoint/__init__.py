@@ -2,7 +2,8 @@
 
 From a training script down to the disk: `checkpoint` (what attaches to an engine) asks `schedule` when, `objects` and
 `rng` what; `store` takes a `snapshot` (`encoding`, `sharding`, `safetensors_file`) and has `commit` write it through
-`storage`. On the way back `selection` chooses, `reading` reads. `manifest` and `catalog` say what is in a folder.
+`storage`. On the way back `selection` chooses, `reading` reads. `manifest` and `catalog` say what is in a
+folder, `retention` what stays there.
 `torch_private` holds the names that torch does not promise to keep.
 
 Not here: where an engine stands and how it goes on (`allstep.engine`), what metrics save of themselves

@@ -31,8 +31,9 @@ import numpy as np
 import torch
 
 from allstep.checkpoint import rng
-from allstep.checkpoint.catalog import KeepBest, Verify
+from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.objects import ObjectAdapter, adapters_for, collect_states
+from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.schedule import SaveEvery, Schedule, read_every
 from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
 from allstep.checkpoint.store import Busy, Loaded, Store

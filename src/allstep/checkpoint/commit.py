@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from allstep.checkpoint.catalog import Retention, remove_checkpoint, remove_expendable
 from allstep.checkpoint.encoding import Chunk, StateFile, TensorRecord, write_state_file
 from allstep.checkpoint.manifest import (
     FORMAT,
@@ -42,6 +41,7 @@ from allstep.checkpoint.manifest import (
     value_file,
     write_manifest,
 )
+from allstep.checkpoint.retention import Retention, remove_checkpoint, remove_expendable
 from allstep.checkpoint.sharding import Box, Piece, whole_box
 from allstep.checkpoint.snapshot import Snapshot, TensorSpec
 from allstep.checkpoint.storage import BlockHasher, Buffer, Storage, hash_bytes

@@ -24,8 +24,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from allstep.checkpoint.storage import HASH_ALGORITHM, hash_bytes
-from allstep.errors import DamagedCheckpointError, NewerCheckpointError
+from allstep.checkpoint.storage import HASH_ALGORITHM, Storage, hash_bytes
+from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -164,3 +164,24 @@ def read_manifest(text: bytes) -> Manifest:
 def _canonical(body: Any) -> bytes:
     # The hash is of the values and not of the file's bytes, so that it does not depend on white space.
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def load_manifest(storage: Storage, folder: str) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: there is none, or its contents are no manifest.
+        CheckpointError: it cannot be read.
+    """
+    try:
+        size = storage.files(folder).get(MANIFEST)
+        if size is None:
+            raise DamagedCheckpointError(f"there is no {MANIFEST}")
+        if size > LARGEST_MANIFEST:
+            raise DamagedCheckpointError(f"{MANIFEST} has {size} bytes, more than any manifest")
+        with storage.open(folder, MANIFEST) as file:
+            return read_manifest(file.read())
+    except DamagedCheckpointError:
+        raise
+    except Exception as error:  # file systems behind fsspec have errors of their own
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}") from error

@@ -27,8 +27,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar, cast
 
-from allstep.checkpoint.catalog import Verify, load_manifest, quarantine, wrong_hashes, wrong_sizes
-from allstep.checkpoint.manifest import MANIFEST, QUARANTINE, CheckpointName, Manifest, read_name
+from allstep.checkpoint.catalog import Verify, quarantine, wrong_hashes, wrong_sizes
+from allstep.checkpoint.manifest import MANIFEST, QUARANTINE, CheckpointName, Manifest, load_manifest, read_name
 from allstep.checkpoint.storage import Storage
 from allstep.coordination import Coordinator
 from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError

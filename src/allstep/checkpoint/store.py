@@ -27,10 +27,11 @@ from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
-from allstep.checkpoint.catalog import KeepBest, Retention, Verify, remove_unfinished
+from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.commit import Save, write_save
 from allstep.checkpoint.manifest import CheckpointName, Manifest, next_order, read_name
 from allstep.checkpoint.reading import CheckpointReader
+from allstep.checkpoint.retention import KeepBest, Retention, remove_unfinished
 from allstep.checkpoint.selection import Found, ask_rank_zero, choose, was_saved_by
 from allstep.checkpoint.snapshot import SnapshotBuffer, take_snapshot
 from allstep.checkpoint.storage import Storage, open_storage

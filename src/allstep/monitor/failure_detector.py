@@ -15,8 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from allstep.diagnosis.hang import HangLimits
-from allstep.diagnosis.hang_detector import HangDetector
+from allstep.diagnosis.hang import HangDetector, HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind, judgement
 from allstep.diagnosis.record import Moment, RankRecord
 from allstep.diagnosis.root_cause import CAUSES, Diagnosis, due, judge, preempted_alone, revised
