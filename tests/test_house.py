@@ -18,6 +18,9 @@ SOURCE = ROOT / "src" / "allstep"
 TESTS = ROOT / "tests"
 
 LONGEST_FILE = 450
+LONGER = {
+    "src/allstep/engine/engine.py": 480,  # what a user of `Engine` may call, in one class; a third of it is docstrings
+}
 LONGEST_TEST_NAME = 74
 
 SAME_IDEA = {
@@ -57,10 +60,9 @@ def shown(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def check(found: list[str], under_way: tuple[str, ...] = ()) -> None:
-    """Fail with every place found; `under_way` are beginnings of those that are being changed at this moment."""
-    left = [line for line in found if not line.startswith(under_way or ("\0",))]
-    assert not left, "\n".join([f"{len(left)} places:", *left])
+def check(found: list[str]) -> None:
+    """Fail with every place found."""
+    assert not found, "\n".join([f"{len(found)} places:", *found])
 
 
 def shared(places: dict[str, list[str]]) -> list[str]:
@@ -69,9 +71,8 @@ def shared(places: dict[str, list[str]]) -> list[str]:
 
 def test_no_file_is_longer_than_a_reader_follows() -> None:
     lengths = {shown(path): len(path.read_text().splitlines()) for path in (*source_files(), *test_files())}
-    check(
-        [f"{path}: {lines}" for path, lines in lengths.items() if lines > LONGEST_FILE], ("src/allstep/engine/engine",)
-    )
+    check([f"{path}: {lines}" for path, lines in lengths.items() if lines > LONGER.get(path, LONGEST_FILE)])
+    assert [path for path in LONGER if lengths[path] <= LONGEST_FILE] == []
 
 
 def test_every_test_name_is_short_enough_to_say_one_behaviour() -> None:
