@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from allstep import Engine, Events
-from allstep.checkpoint import Checkpoint, LocalStorage, Store, entries
+from allstep.checkpoint import Checkpoint, LocalStorage, PendingSave, Store, entries
 from allstep.testing import run_ranks
 from tests.checkpoint.training import Job, Run, equal
 from tests.jobs.launchers import ROOT, script
@@ -40,16 +40,31 @@ class SlowStorage(LocalStorage):
             self.open_folders.discard(folder)
 
 
+class RecordingStore(Store):
+    """Knows whether a save is under way."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.saves: list[PendingSave] = []
+
+    def save(self, *args: Any, **options: Any) -> PendingSave:
+        self.saves.append(super().save(*args, **options))
+        return self.saves[-1]
+
+    def is_under_way(self) -> bool:
+        return not all(each.done() for each in self.saves)
+
+
 def train_with_a_slow_disk(world, folder, busy):
     run = Run(world, Job(folder, every=None))
     storage = SlowStorage(folder)
-    store = Store(folder, storage=storage, busy=busy, keep_last=None)
+    store = RecordingStore(folder, storage=storage, busy=busy, keep_last=None)
     objects = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler, "engine": run.engine}
     Checkpoint(store, objects, every=1).attach(run.engine)
     during: list[bool] = []
 
     def look(engine: Engine) -> None:
-        during.append(store._last is not None and not store._last.done())
+        during.append(store.is_under_way())
 
     run.engine.add_event_handler(Events.ITERATION_STARTED, look)
     run.engine.run(run.data, max_epochs=3)
