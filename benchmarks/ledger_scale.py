@@ -1,8 +1,8 @@
 """What a window of agreement costs a rank, by the number of ranks, up to a simulated world of 4,096.
 
 Every rank of the world is run in this process, one after the other, with the logic that real ranks run: the samples of
-each coming global batch (`ShardedBatchSampler.counts`, for all ranks, of which a rank picks its own), the rank's ballot
-and its vector, and, from the sum of all ranks' vectors, the tally and the ledger. What is not here is the reduction
+each coming global batch (`ShardedBatchSampler.counts`, for all ranks, of which a rank picks its own), the rank's vote
+and its vector, and, from the sum of all ranks' vectors, the result and the ledger. What is not here is the reduction
 itself, which a network does; its size is in the table. Each rank's ledger is compared with the others' and with the
 global batches, the last of which has fewer samples than the world has ranks.
 
@@ -45,11 +45,11 @@ def sampler_of(rank: int, world_size: int, window: int) -> ShardedBatchSampler:
 
 
 def own_samples(sampler: ShardedBatchSampler, start: int, window: int) -> list[int | None]:
-    """What this rank's ballot says: None where it has no batch."""
+    """What this rank's vote says: None where it has no batch."""
     return [int(n) or None for n in sampler.counts(start, start + window)[:, sampler.rank]]
 
 
-def ballot_vector(samples: list[int | None], sequence: int, window: int) -> list[int]:
+def vote_vector(samples: list[int | None], sequence: int, window: int) -> list[int]:
     return Vote(occasion=Occasion.WINDOW, sequence=sequence, samples=samples).vector(vector_length(window))
 
 
@@ -65,7 +65,7 @@ def run_window(world_size: int, window: int, sequence: int, costs: Costs) -> Non
         began = time.perf_counter()
         samples = own_samples(sampler, start, window)
         counted = time.perf_counter()
-        vector = ballot_vector(samples, sequence, window)
+        vector = vote_vector(samples, sequence, window)
         costs.vector.append(time.perf_counter() - counted)
         costs.counts.append(counted - began)
         total = [a + b for a, b in zip(total, vector, strict=True)]
@@ -84,7 +84,7 @@ def peak_of_one_rank(world_size: int, window: int) -> int:
     sampler = sampler_of(world_size - 1, world_size, window)
     own_samples(sampler, 0, window)
     tracemalloc.start()
-    vector = ballot_vector(own_samples(sampler, 0, window), 0, window)
+    vector = vote_vector(own_samples(sampler, 0, window), 0, window)
     read([n * world_size for n in vector], window, world_size)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -102,7 +102,7 @@ def main() -> None:
         f"\nOne window of {window} iterations; medians over all ranks and two windows, one with the epoch's tail. "
         f"A rank's vector has {vector_length(window)} integers, {8 * vector_length(window)} bytes.\n"
     )
-    print("| ranks | counts, µs | ballot and vector, µs | tally and ledger, µs | µs per iteration | peak memory, KiB |")
+    print("| ranks | counts, µs | vote and vector, µs | sum and ledger, µs | µs per iteration | peak memory, KiB |")
     print("|---:|---:|---:|---:|---:|---:|")
     for world_size in options.worlds:
         run_window(2, window, 0, Costs())  # whatever the first use costs

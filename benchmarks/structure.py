@@ -127,11 +127,11 @@ def _traced(checkout: Path, name: str, mode: str) -> list[list[tuple[str, str]]]
         trace.mkdir()
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(checkout / "src"), str(HERE / "structure")]),
+            "PYTHONPATH": os.pathsep.join([str(checkout / "src"), str(HERE / "structure_scripts")]),
             "STRUCTURE_TRACE": str(trace),
             "OMP_NUM_THREADS": "1",
         }
-        job = ["run", "--nproc", "2", "--runs", f"{folder}/runs", str(HERE / "structure" / "walks.py")]
+        job = ["run", "--nproc", "2", "--runs", f"{folder}/runs", str(HERE / "structure_scripts" / "walks.py")]
         command = [sys.executable, "-m", "allstep", *job, name, mode, f"{folder}/saved"]
         ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
         fails = name == "failure" and mode == "with"
