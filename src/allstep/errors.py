@@ -37,6 +37,16 @@ from __future__ import annotations
 
 from functools import partial
 
+_LONGEST_TEXT = 4000  # characters
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere for a terminal or a log: cut, and with what moves a cursor or ends a line written out."""
+    kept = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}..."
+    if kept.isprintable():
+        return kept
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in kept)
+
 
 class AllstepError(Exception):
     """Base of all errors that allstep itself raises."""
@@ -147,7 +157,13 @@ class NotComputableError(AllstepError, RuntimeError):
 
 
 class CheckpointError(AllstepError, RuntimeError):
-    """A checkpoint could not be saved, found, read or removed."""
+    """A checkpoint could not be saved, found, read or removed.
+
+    The message may name what stands in files, which are anybody's, so it is kept to one line of printable text.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(str(message)))
 
 
 class DamagedCheckpointError(CheckpointError):

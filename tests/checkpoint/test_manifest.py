@@ -89,7 +89,7 @@ def test_a_file_outside_the_folder_is_refused(name: str) -> None:
         {"files": {"a": {"size": -1, "hash": "0" * 32}}},
         {"files": {"a": {"size": 1, "hash": "short"}}},
         {"unknown": 1},
-        {"format": 2},
+        {"format": 3},
     ],
 )
 def test_a_field_of_another_kind_is_refused(changes: dict[str, Any]) -> None:

@@ -225,7 +225,12 @@ def _write_own_files(save: Save, storage: Storage, rank: int) -> _WriteReport:
     try:
         own_values = StateFile(
             tensors={
-                name: TensorRecord(dtype=dtype, shape=shape, chunks=(_chunk(tensor_file(rank), whole_box(shape)),))
+                name: TensorRecord(
+                    dtype=dtype,
+                    shape=shape,
+                    strides=snapshot.strides.get(name),
+                    chunks=(_chunk(tensor_file(rank), whole_box(shape)),),
+                )
                 for name, (dtype, shape) in snapshot.per_rank_specs.items()
             },
             value=snapshot.per_rank,
@@ -256,7 +261,7 @@ def _finish(save: Save, storage: Storage, reports: Sequence[_WriteReport]) -> Ma
     try:
         # A file that rank 0 does not see at its size means separate disks, or a network file system that lags.
         files = {name: record for report in reports for name, record in report.files.items()}
-        common = StateFile(tensors=_tensor_records(save.snapshot.specs, reports), value=save.snapshot.state)
+        common = StateFile(tensors=_tensor_records(save.snapshot, reports), value=save.snapshot.state)
         if (problem := common.problem() or _unseen(storage, save.folder, files)) is not None:
             return problem
         files[STATE] = _write(save, storage, STATE, write_state_file(common))
@@ -271,14 +276,14 @@ def _finish(save: Save, storage: Storage, reports: Sequence[_WriteReport]) -> Ma
     return manifest
 
 
-def _tensor_records(specs: Mapping[str, TensorSpec], reports: Sequence[_WriteReport]) -> dict[str, TensorRecord]:
-    chunks: dict[str, list[Chunk]] = {name: [] for name in specs}
+def _tensor_records(snapshot: Snapshot, reports: Sequence[_WriteReport]) -> dict[str, TensorRecord]:
+    chunks: dict[str, list[Chunk]] = {name: [] for name in snapshot.specs}
     for rank, report in enumerate(reports):
         for piece in report.pieces:
             chunks[piece.name].append(_chunk(tensor_file(rank), piece.box))
     return {
-        name: TensorRecord(dtype=dtype, shape=shape, chunks=tuple(chunks[name]))
-        for name, (dtype, shape) in specs.items()
+        name: TensorRecord(dtype=dtype, shape=shape, strides=snapshot.strides.get(name), chunks=tuple(chunks[name]))
+        for name, (dtype, shape) in snapshot.specs.items()
     }
 
 

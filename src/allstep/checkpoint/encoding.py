@@ -18,24 +18,25 @@ import collections
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch.distributed.tensor import DTensor
 
-from allstep.checkpoint.manifest import Count, FileName
-from allstep.checkpoint.safetensors_file import dtype_name, find_dtype, is_storable
+from allstep.checkpoint.manifest import FileName
+from allstep.checkpoint.safetensors_file import LARGEST_COUNT, MOST_DIMENSIONS, dtype_name, find_dtype, is_storable
 from allstep.checkpoint.sharding import Box, covers
 from allstep.checkpoint.torch_private import module_versions, set_module_versions, wraps_tensors
-from allstep.errors import DamagedCheckpointError, UnsupportedStateError
+from allstep.errors import AllstepError, DamagedCheckpointError, UnsupportedStateError
 
 _DEEPEST = 100  # levels; far more than any state has, and far fewer than Python's recursion limit
 _INLINE_ARRAY = 16 << 10  # bytes; a larger numpy array is stored as a tensor instead of as text
 _NUMBER = re.compile(r"-?\d+")
+_LARGEST_STATE_FILE = 256 << 20  # bytes of JSON; reading it takes some twenty times as much memory
 _ARRAY_KINDS = "biufcSUmM"  # numpy's kinds of plain elements: no objects, no records
 
 Fetch = Callable[[str], torch.Tensor]
@@ -79,7 +80,9 @@ def decode(document: Any, fetch: Fetch) -> Any:
     """
     try:
         return _decode(document, fetch)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except AllstepError:
+        raise  # from `fetch`
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise DamagedCheckpointError(f"the saved state cannot be read: {type(error).__name__}: {error}") from error
 
 
@@ -140,12 +143,18 @@ class _Encoder:
         # Large ones go into the tensors' file; copied, since torch takes no negative strides and no read-only arrays.
         if isinstance(value, np.ndarray) and array.nbytes > _INLINE_ARRAY and array.dtype.isnative:
             try:
-                return {"$array": {"tensor": self._name_tensor(torch.from_numpy(array.copy()), path)}}
+                return {"$array": {"tensor": self._name_tensor(torch.from_numpy(array.copy(order="K")), path)}}
             except TypeError:
                 pass  # torch has no such dtype: stored as text below, whatever its size
-        data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
-        tag = "$array" if isinstance(value, np.ndarray) else "$scalar"
-        return {tag: {"dtype": array.dtype.str, "shape": list(array.shape), "data": data}}
+        content = {"dtype": array.dtype.str, "shape": list(array.shape)}
+        content["data"] = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+        if not isinstance(value, np.ndarray):
+            return {"$scalar": content}
+        axes = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+        # How numpy keeps an array whose first index runs fastest, and the like.
+        if not array.flags.c_contiguous and array.transpose(axes).flags.c_contiguous:
+            content["axes"] = axes
+        return {"$array": content}
 
     def _name_tensor(self, tensor: torch.Tensor, path: tuple[str, ...]) -> str:
         _check_tensor(tensor, path)
@@ -207,6 +216,12 @@ def _pairs(content: list[list[Any]], fetch: Fetch) -> list[tuple[Any, Any]]:
     return [(_decode(key, fetch), _decode(item, fetch)) for key, item in content]
 
 
+def _decode_size(content: list[int]) -> torch.Size:
+    if any(type(number) is not int or abs(number) > LARGEST_COUNT for number in content):
+        raise ValueError("a size of what are no counts")
+    return torch.Size(content)
+
+
 def _decode_array(content: dict[str, Any], fetch: Fetch) -> np.ndarray[Any, Any]:
     if "tensor" in content:
         return fetch(content["tensor"]).numpy()
@@ -214,7 +229,10 @@ def _decode_array(content: dict[str, Any], fetch: Fetch) -> np.ndarray[Any, Any]
     dtype = np.dtype(content["dtype"])
     if dtype.kind not in _ARRAY_KINDS or dtype.names is not None:
         raise ValueError(f"an array of {dtype}")
-    return np.frombuffer(base64.b64decode(content["data"]), dtype).reshape(content["shape"]).copy()
+    array = np.frombuffer(base64.b64decode(content["data"]), dtype).reshape(content["shape"])
+    if "axes" not in content:
+        return array.copy()
+    return array.transpose(content["axes"]).copy().transpose(np.argsort(content["axes"]))
 
 
 _DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
@@ -225,7 +243,7 @@ _DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
     "$dtype": lambda content, _: find_dtype(content),
     "$device": lambda content, _: torch.device(content),
     "$tuple": lambda content, fetch: tuple(_decode(item, fetch) for item in content),
-    "$size": lambda content, _: torch.Size(content),
+    "$size": lambda content, _: _decode_size(content),
     "$set": lambda content, fetch: {_decode(item, fetch) for item in content},
     "$frozenset": lambda content, fetch: frozenset(_decode(item, fetch) for item in content),
     "$dict": lambda content, fetch: dict(_pairs(content, fetch)),
@@ -293,14 +311,19 @@ def _type_name(value: Any) -> str:
 # The files
 
 
+Extent = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Extents = Annotated[tuple[Extent, ...], Field(max_length=MOST_DIMENSIONS)]
+"""A number for each dimension of a tensor. Bounded, for the product of many long numbers takes minutes."""
+
+
 class Chunk(BaseModel):
     """A piece of a tensor, and the file that has it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     file: FileName
-    offsets: tuple[Count, ...]
-    sizes: tuple[Count, ...]
+    offsets: Extents
+    sizes: Extents
 
     @property
     def box(self) -> Box:
@@ -309,12 +332,17 @@ class Chunk(BaseModel):
 
 
 class TensorRecord(BaseModel):
-    """A tensor's dtype, shape and pieces."""
+    """A tensor's dtype, shape, pieces, and strides where they are not those of a contiguous tensor.
+
+    The files hold every tensor in the order of its indices. The strides say how it lay in memory, which kernels that
+    go over memory depend on: a fused optimizer pairs the elements of a parameter and of its moments by their places.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dtype: str
-    shape: Annotated[tuple[Count, ...], Field(max_length=64)]
+    shape: Extents
+    strides: Extents | None = None
     chunks: tuple[Chunk, ...]
 
     def problem(self, name: str) -> str | None:
@@ -326,6 +354,8 @@ class TensorRecord(BaseModel):
             return f"tensor {name} has dtype {self.dtype}, which torch does not know"
         if not covers(self.shape, [chunk.box for chunk in self.chunks]):
             return f"the pieces of tensor {name} do not cover its shape {list(self.shape)} exactly"
+        if self.strides is not None and not is_dense(self.shape, self.strides):
+            return f"tensor {name} has strides {list(self.strides)}, which its shape {list(self.shape)} does not fill"
         return None
 
 
@@ -342,18 +372,53 @@ class StateFile(BaseModel):
         return next((found for name, record in self.tensors.items() if (found := record.problem(name))), None)
 
 
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor with these strides fills its memory: no gap, and no element twice."""
+    if len(shape) != len(strides):
+        return False
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size == 1:  # never multiplied by anything but 0
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def kept_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """The strides to write down: of a tensor that fills its memory in another order than a contiguous one."""
+    if isinstance(tensor, DTensor) or tensor.numel() == 0 or not is_dense(tensor.shape, tensor.stride()):
+        return None
+    contiguous = tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+    return None if tensor.stride() == contiguous else tuple(tensor.stride())
+
+
 def write_state_file(contents: StateFile) -> bytes:
-    """The text of the file."""
-    tensors = {name: record.model_dump() for name, record in contents.tensors.items()}
-    return json.dumps({"tensors": tensors, "value": contents.value}, separators=(",", ":")).encode() + b"\n"
+    """The text of the file.
+
+    Raises:
+        UnsupportedStateError: it is larger than any that is read.
+    """
+    tensors = {name: record.model_dump(exclude_none=True) for name, record in contents.tensors.items()}
+    text = json.dumps({"tensors": tensors, "value": contents.value}, separators=(",", ":")).encode() + b"\n"
+    if len(text) > _LARGEST_STATE_FILE:
+        raise UnsupportedStateError(
+            f"the state beside its tensors takes {len(text) / 1e6:,.0f} MB as text, more than the "
+            f"{_LARGEST_STATE_FILE / 1e6:,.0f} MB that one may have; keep long lists of numbers as tensors or arrays"
+        )
+    return text
 
 
-def read_state_file(text: bytes) -> StateFile:
-    """What a file's bytes hold.
+def read_state_file(file: BinaryIO) -> StateFile:
+    """What an open file holds.
 
     Raises:
         DamagedCheckpointError: it cannot be read, or its pieces do not make up its tensors.
     """
+    text = file.read(_LARGEST_STATE_FILE + 1)
+    if len(text) > _LARGEST_STATE_FILE:
+        raise DamagedCheckpointError(f"the saved state has more than {_LARGEST_STATE_FILE} bytes, as none has")
     try:
         contents = StateFile.model_validate(json.loads(text))
     except (ValidationError, ValueError, RecursionError) as error:

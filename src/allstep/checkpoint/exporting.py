@@ -9,9 +9,10 @@ weights are written once for each. A name is made of the keys that lead to the t
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from allstep.checkpoint.catalog import Entry, find_problems
 from allstep.checkpoint.encoding import TensorRecord, decode
 from allstep.checkpoint.manifest import STATE
 from allstep.checkpoint.reading import CheckpointReader
-from allstep.checkpoint.safetensors_file import find_dtype, lay_out, stored_as, stored_shape, to_stored
+from allstep.checkpoint.safetensors_file import NOTES, find_dtype, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.storage import open_storage
 from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
 
@@ -53,16 +54,19 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
         parts = reader.state_file(STATE).value
         if only is not None and only not in parts:
             raise CheckpointError(f"checkpoint {entry.name} has no part {only!r}; it has {', '.join(sorted(parts))}")
-        temporary = f"{path}.tmp-{os.getpid()}"  # in the same folder, so that the rename is atomic
+        # In the same folder, so that the rename is atomic. A name that nobody can know before, and never an existing
+        # file: in a folder that others write to, a link could lead the write elsewhere.
+        temporary = f"{path}.tmp-{secrets.token_hex(8)}"
         try:
-            if suffix == ".pt":
-                state = _portable(reader.read_state({}))
-                torch.save(state if only is None else state[only], temporary)
-            else:
-                _write_safetensors(reader, temporary, only, {"format": "pt", "step": str(entry.manifest.step)})
+            with open(temporary, "xb") as file:
+                if suffix == ".pt":
+                    state = _portable(reader.read_state({}))
+                    torch.save(state if only is None else state[only], file)
+                else:
+                    _write_safetensors(reader, file, only, {"format": "pt", "step": str(entry.manifest.step)})
             os.replace(temporary, path)
         finally:
-            if os.path.exists(temporary):
+            if os.path.lexists(temporary):
                 os.unlink(temporary)
 
 
@@ -78,7 +82,7 @@ class _TensorPlace:
         return self
 
 
-def _write_safetensors(reader: CheckpointReader, path: str, only: str | None, metadata: dict[str, str]) -> None:
+def _write_safetensors(reader: CheckpointReader, file: BinaryIO, only: str | None, metadata: dict[str, str]) -> None:
     """Write tensor by tensor, so that never more than one is in memory."""
     contents = reader.state_file(STATE)
 
@@ -88,6 +92,8 @@ def _write_safetensors(reader: CheckpointReader, path: str, only: str | None, me
     places: dict[str, _TensorPlace] = {}
     for keys, place in _places_in(decode(contents.value if only is None else contents.value[only], fetch)):
         key = "/".join(keys) or str(only)  # a part that is one tensor has no keys of its own
+        if key == NOTES:
+            raise CheckpointError(f"a tensor would have the name {key!r}, which is the file's own; choose a .pt file")
         if key in places:
             raise CheckpointError(f"two tensors would have the name {key!r}; choose a .pt file")
         places[key] = place
@@ -98,12 +104,11 @@ def _write_safetensors(reader: CheckpointReader, path: str, only: str | None, me
         ((key, stored_as(dtypes[key]), stored_shape(dtypes[key], place.record.shape)) for key, place in places.items()),
         metadata,
     )
-    with open(path, "wb") as file:
-        file.write(layout.header)
-        for slot in layout.slots:
-            place = places[slot.key]
-            tensor = to_stored(reader.read_tensor(place.name, place.record))
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    file.write(layout.header)
+    for slot in layout.slots:
+        place = places[slot.key]
+        tensor = to_stored(reader.read_tensor(place.name, place.record))
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _places_in(value: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], _TensorPlace]]:

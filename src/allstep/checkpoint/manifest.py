@@ -80,12 +80,13 @@ def value_file(rank: int) -> str:
     return f"rank_{rank:05d}.json"
 
 
-FORMAT = 1
+FORMAT = 2
 LARGEST_MANIFEST = 64 << 20  # bytes; a larger file is not read at all
 
 # No slash and no leading dot: a manifest from elsewhere cannot name a file outside its folder.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=200)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Time = Annotated[float, Field(ge=0, lt=253402300800)]  # seconds since 1970, up to the year 9999, as calendars go
 
 
 class FileRecord(BaseModel):
@@ -101,7 +102,7 @@ class Manifest(BaseModel):
     """What a checkpoint says about itself.
 
     Attributes:
-        format: of the files; this version reads 1.
+        format: of the files; this version reads 1 and 2.
         order: the number of this save in its folder, from 1.
         step: the iteration after which it was taken.
         world_size: of the run that saved it.
@@ -114,11 +115,11 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
-    format: int
+    format: Annotated[int, Field(ge=1)]
     order: Count
     step: Count
-    world_size: Annotated[int, Field(ge=1)]
-    created: float
+    world_size: Annotated[int, Field(ge=1, lt=2**31)]
+    created: Time
     versions: dict[str, str]
     metrics: dict[str, float]
     facts: dict[str, Any]
@@ -150,7 +151,7 @@ def read_manifest(text: bytes) -> Manifest:
             raise DamagedCheckpointError("the manifest's text does not have the hash that it states")
         if isinstance(body.get("format"), int) and body["format"] > FORMAT:
             raise NewerCheckpointError(
-                f"the checkpoint has format {body['format']}; this allstep reads {FORMAT}, so use a newer one"
+                f"the checkpoint has format {body['format']}; this allstep reads up to {FORMAT}, so use a newer one"
             )
         return Manifest.model_validate(body)
     except ValidationError as error:

@@ -245,6 +245,45 @@ class _OptimizerAdapter(_StatefulAdapter):
             }
         }
 
+    def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
+        _check_groups(self.value, state)
+        self.value.load_state_dict(state)
+        # A fused optimizer goes over the memory of a parameter and of its moments side by side, so they must lie alike
+        # in this run, which may lay its parameters out in another way than the run that saved.
+        for parameter, of_parameter in self.value.state.items():
+            if isinstance(of_parameter, dict) and isinstance(parameter, torch.Tensor):
+                for key, each in of_parameter.items():
+                    of_parameter[key] = _laid_out_like(parameter, each)
+
+
+def _laid_out_like(parameter: torch.Tensor, value: Any) -> Any:
+    """A state of a parameter, in memory as the parameter is where it has its shape."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, DTensor) or isinstance(parameter, DTensor):
+        return value
+    if value.shape != parameter.shape or value.stride() == parameter.stride() or value.layout is not torch.strided:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:
+    """Refuse a state of other parameter groups, with what to do: torch says only that they differ."""
+    saved, here = (
+        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
+    )
+    if saved == here:
+        return
+    raise CheckpointError(
+        f"the optimizer was saved with {_in_words(saved)}, and this run's has {_in_words(here)}. Groups that are added "
+        "on the way, as by add_param_group in a handler, are to be there before resume(): ask what the newest "
+        "checkpoint is of, found = checkpoint.store.choose(), and add them where found.manifest.facts['epoch'] says "
+        "that the saved run had"
+    )
+
+
+def _in_words(sizes: Sequence[int]) -> str:
+    groups = "1 parameter group" if len(sizes) == 1 else f"{len(sizes)} parameter groups"
+    return f"{groups} (of {', '.join(map(str, sizes))} parameters)"
+
 
 class _GeneratorState:
     """A torch.Generator with the methods of `Stateful`."""

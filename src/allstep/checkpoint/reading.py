@@ -104,15 +104,18 @@ class CheckpointReader:
         return [self._read_document(value_file(rank), LoadTargets({})) for rank in range(self._manifest.world_size)]
 
     def read_tensor(self, name: str, record: TensorRecord) -> torch.Tensor:
-        """A whole tensor, on the CPU."""
-        return self._read_box(name, record, whole_box(record.shape))
+        """A whole tensor, on the CPU, in memory as it was."""
+        read = self._read_box(name, record, whole_box(record.shape))
+        if record.strides is None:
+            return read
+        return torch.empty_strided(record.shape, record.strides, dtype=read.dtype).copy_(read)
 
     def state_file(self, file: str) -> StateFile:
         """The contents of one of the checkpoint's JSON files."""
         if file not in self._manifest.files:
             raise DamagedCheckpointError(f"the manifest lists no {file}")
         with self._storage.open(self._folder, file) as opened:
-            return read_state_file(opened.read())
+            return read_state_file(opened)
 
     def _read_document(self, file: str, targets: LoadTargets) -> Any:
         contents = self.state_file(file)

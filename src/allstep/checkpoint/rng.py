@@ -18,6 +18,7 @@ import torch
 from allstep.data.keys import key_of
 from allstep.errors import CheckpointError
 
+_WORDS = 624  # in the state of a Mersenne Twister
 _PURPOSE = 5  # keeps these keys apart from those that other parts make of the same seed and epoch
 
 
@@ -44,15 +45,25 @@ def restore(state: Mapping[str, Any]) -> None:
     """
     try:
         random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
+        np.random.set_state(_checked(state["numpy"]))
         torch.set_rng_state(state["torch"])
         if torch.cuda.is_available():
             for device, each in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
                 torch.cuda.set_rng_state(each, device)
         if "mps" in state and torch.backends.mps.is_available():
             torch.mps.set_rng_state(state["mps"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"the random generators' state cannot be restored: {error!r}") from error
+
+
+def _checked(state: Any) -> Any:
+    """The state of numpy's global generator, once it is one: numpy takes any position, and reads memory there."""
+    kind, key, position, has_gauss, _ = state
+    if kind != "MT19937" or not isinstance(key, np.ndarray) or key.shape != (_WORDS,) or key.dtype != np.uint32:
+        raise ValueError(f"numpy's state is of {kind!r}, or its key is not {_WORDS} numbers of 32 bits")
+    if type(position) is not int or not 0 <= position <= _WORDS or has_gauss not in (0, 1):
+        raise ValueError(f"numpy's generator stands at {position!r} of {_WORDS}")
+    return state
 
 
 def seed_for_rank(seed: int, epoch: int, rank: int) -> None:

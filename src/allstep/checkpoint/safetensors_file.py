@@ -23,6 +23,10 @@ import torch
 from allstep.errors import DamagedCheckpointError
 
 _LARGEST_HEADER = 100_000_000  # bytes, safetensors' own limit
+MOST_DIMENSIONS = 64  # of a tensor, torch's own limit
+LARGEST_COUNT = 2**63 - 1  # of elements or bytes: torch counts in 64 bits
+NOTES = "__metadata__"
+"""What the format keeps notes under; no tensor can have this name."""
 
 _FORMAT = {
     torch.float64: "F64",
@@ -117,7 +121,7 @@ def lay_out(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadat
     slots: list[TensorSlot] = []
     for key, dtype, shape in ordered:
         slots.append(TensorSlot(key, dtype, shape, slots[-1].end if slots else 0))
-    described: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    described: dict[str, object] = {NOTES: metadata} if metadata else {}
     for slot in slots:
         described[slot.key] = {
             "dtype": _FORMAT[slot.dtype],
@@ -141,7 +145,7 @@ def read_header(file: BinaryIO, size: int) -> tuple[int, dict[str, TensorSlot]]:
         if not 0 < length <= min(_LARGEST_HEADER, size - 8):
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         described = json.loads(file.read(length))
-        described.pop("__metadata__", None)
+        described.pop(NOTES, None)
         slots = {key: _read_slot(key, entry, size - 8 - length) for key, entry in described.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"not a safetensors file: {type(error).__name__}: {error}") from error
@@ -152,8 +156,11 @@ def _read_slot(key: str, entry: dict[str, object], data_size: int) -> TensorSlot
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
         raise ValueError(f"tensor {key!r} is not described by lists")
+    # Before anything is multiplied: the product of a hundred thousand long numbers takes minutes.
+    if len(shape) > MOST_DIMENSIONS:
+        raise ValueError(f"tensor {key!r} has {len(shape)} dimensions, more than the {MOST_DIMENSIONS} of any tensor")
     # Exact ints: True and 2.0 would pass a comparison and give a wrong shape.
-    if any(type(number) is not int or number < 0 for number in [*shape, *offsets]):
+    if any(type(number) is not int or not 0 <= number <= LARGEST_COUNT for number in [*shape, *offsets]):
         raise ValueError(f"tensor {key!r} has a shape or offsets that are no counts")
     slot = TensorSlot(key, _FROM_FORMAT[str(entry["dtype"])], tuple(shape), offsets[0])
     if slot.end != offsets[1] or slot.end > data_size:

@@ -31,7 +31,7 @@ from allstep.checkpoint.catalog import Verify, quarantine, wrong_hashes, wrong_s
 from allstep.checkpoint.manifest import MANIFEST, QUARANTINE, CheckpointName, Manifest, load_manifest, read_name
 from allstep.checkpoint.storage import Storage
 from allstep.coordination import Coordinator
-from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
+from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError, printable
 from allstep.world.bounded_store import poll
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ def choose(
         if only:
             raise CheckpointError(f"checkpoint {storage.root}/{only} cannot be used: {finding.problem}")
         passed_over.append((folder, finding.problem))
-        log.warning("checkpoint %s/%s is passed over: %s", storage.root, folder, finding.problem)
+        log.warning("checkpoint %s/%s is passed over: %s", storage.root, folder, printable(finding.problem))
         if finding.damaged and coordinator.rank == 0:
             _try_to_quarantine(storage, folder, finding.problem)
     return None

@@ -11,8 +11,10 @@ nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from allstep.checkpoint.torch_private import shard_boxes
 
+_MOST_CUT_DIMENSIONS = 8  # far more than a mesh of devices cuts a tensor along; each doubles the corners of a box
 _SMALLEST_CUT = 4 << 20  # bytes; a smaller tensor is cheaper to write whole than to read from several files
 
 
@@ -125,7 +128,12 @@ def assign(tensors: Sequence[tuple[str, int, tuple[int, ...]]], world_size: int)
 
 
 def covers(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
-    """Whether boxes lie within a tensor of this shape, do not overlap, and leave nothing out."""
+    """Whether boxes lie within a tensor of this shape, do not overlap, and leave nothing out.
+
+    The time grows with the number of boxes and not with its square, since boxes come from files too. A sum of boxes is
+    known by its corners, each with the sign of its mixed difference (as in a summed-area table). So the boxes are the
+    whole, each element once, where their signed corners add up to those of the whole.
+    """
     if any(len(box.sizes) != len(shape) or len(box.offsets) != len(shape) for box in boxes):
         return False
     for box in boxes:
@@ -134,30 +142,24 @@ def covers(shape: Sequence[int], boxes: Sequence[Box]) -> bool:
             for at, length, whole in zip(box.offsets, box.sizes, shape, strict=True)
         ):
             return False
-    # Boxes that lie inside and hold as many elements as the tensor leave nothing out unless two overlap.
-    if sum(box.numel for box in boxes) != math.prod(shape):
+    filled = [box for box in boxes if box.numel]
+    # A dimension that no box is cut along has the same two ends in all, and need not be looked at.
+    cut = [dim for dim, whole in enumerate(shape) if any(box.sizes[dim] != whole for box in filled)]
+    if len(cut) > _MOST_CUT_DIMENSIONS:
         return False
-    ordered = sorted((box for box in boxes if box.numel), key=lambda box: box.offsets)
-    return not any(
-        first.overlap(second) is not None
-        for at, first in enumerate(ordered)
-        for second in _beginning_within(first, ordered[at + 1 :])
-    )
+    corners: Counter[tuple[int, ...]] = Counter()
+    for box in filled:
+        _add_corners(corners, box, cut, 1)
+    if math.prod(shape):
+        _add_corners(corners, whole_box(shape), cut, -1)
+    return not any(corners.values())
 
 
-def _beginning_within(first: Box, later: Sequence[Box]) -> list[Box]:
-    """Those of `later`, which is in order, that begin before `first` ends in the first dimension.
-
-    No other can overlap it, which keeps the check of thousands of row blocks from being quadratic.
-    """
-    if not first.sizes:
-        return list(later)
-    found = []
-    for box in later:
-        if box.offsets[0] >= first.ends[0]:
-            break
-        found.append(box)
-    return found
+def _add_corners(corners: Counter[tuple[int, ...]], box: Box, cut: Sequence[int], sign: int) -> None:
+    """Count the corners of a box in the dimensions `cut`; with each step from a beginning to an end the sign turns."""
+    ends = [((box.offsets[dim], 1), (box.offsets[dim] + box.sizes[dim], -1)) for dim in cut]
+    for corner in itertools.product(*ends):
+        corners[tuple(at for at, _ in corner)] += sign * math.prod(turn for _, turn in corner)
 
 
 def _cut(name: str, itemsize: int, shape: tuple[int, ...], world_size: int) -> list[Piece]:

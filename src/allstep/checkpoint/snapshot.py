@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from allstep.checkpoint.encoding import encode
-from allstep.checkpoint.safetensors_file import dtype_name, lay_out, stored_as, stored_shape, to_stored
+from allstep.checkpoint.encoding import encode, kept_strides
+from allstep.checkpoint.safetensors_file import NOTES, dtype_name, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.sharding import Piece, own_pieces
 from allstep.errors import UnsupportedStateError
 
@@ -40,6 +40,7 @@ class Snapshot:
         pieces: those of them that this rank writes.
         per_rank: the JSON document of what this rank has for itself.
         per_rank_specs: dtype and shape of the tensors that it names, all of which this rank writes.
+        strides: of those tensors of either kind that are not contiguous; see `TensorRecord`.
     """
 
     file: BufferedFile
@@ -48,6 +49,7 @@ class Snapshot:
     pieces: tuple[Piece, ...]
     per_rank: Any
     per_rank_specs: dict[str, TensorSpec]
+    strides: dict[str, tuple[int, ...]]
 
 
 def take_snapshot(
@@ -70,6 +72,8 @@ def take_snapshot(
     for name, value in state.items():
         if not isinstance(name, str) or not name or "/" in name or name[0] in "~$":
             raise UnsupportedStateError(f'{name!r} cannot name a part of the state; use a string without "/" in it')
+        if name == NOTES:
+            raise UnsupportedStateError(f"{name!r} cannot name a part of the state: files keep their notes under it")
         encoded = encode(value, name)
         document[name] = encoded.document
         tensors.update(encoded.tensors)
@@ -87,9 +91,11 @@ def take_snapshot(
             *((name, values) for name, values in own.tensors.items()),
         ]
     )
-    return Snapshot(
-        file, document, _specs(tensors), tuple(piece for piece, _ in pieces), own.document, _specs(own.tensors)
-    )
+    strides = {
+        name: found for name, tensor in (tensors | own.tensors).items() if (found := kept_strides(tensor)) is not None
+    }
+    written = tuple(piece for piece, _ in pieces)
+    return Snapshot(file, document, _specs(tensors), written, own.document, _specs(own.tensors), strides)
 
 
 def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:

@@ -202,7 +202,11 @@ class LocalStorage:
         path = self._path
         while not path.exists():
             path = path.parent
-        return shutil.disk_usage(path).free
+        if not hasattr(os, "statvfs"):
+            return shutil.disk_usage(path).free
+        usage = os.statvfs(path)
+        # Some network file systems count no blocks at all, which says nothing of what can be written.
+        return usage.f_bavail * usage.f_frsize if usage.f_blocks else None
 
 
 def _write_all(descriptor: int, block: Buffer) -> None:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from allstep.errors import printable
+
 if TYPE_CHECKING:
     from allstep.checkpoint.catalog import Entry
 
@@ -67,9 +69,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     for entry in chosen:
         problems = verify(entry, "size" if arguments.size else "full")
         damaged |= bool(problems)
-        print(f"{entry.name}: {'damaged' if problems else 'whole'}")
-        for problem in problems:
-            print(f"  {problem}")
+        print(printable(f"{entry.name}: {'damaged' if problems else 'whole'}"))
+        for problem in problems:  # what stands in a file, and names of files, are anybody's
+            print(f"  {printable(problem)}")
     if not chosen:  # so that nothing verified does not pass for all verified
         print(f"no checkpoints in {arguments.folder}")
     return int(damaged)
@@ -81,7 +83,7 @@ def _export(arguments: argparse.Namespace) -> int:
     entry = find_entry(arguments.folder, arguments.checkpoint)
     # By its name, for this one needs torch, which the launcher's process does without.
     importlib.import_module("allstep.checkpoint.exporting").export(entry, arguments.file, arguments.only)
-    print(f"wrote {arguments.file} from {entry.name}")
+    print(printable(f"wrote {arguments.file} from {entry.name}"))
     return 0
 
 
@@ -92,7 +94,7 @@ def _remove(arguments: argparse.Namespace) -> int:
     chosen = [find_entry(arguments.folder, name) for name in arguments.names]
     for entry in chosen:
         remove(entry)
-        print(f"removed {entry.name}")
+        print(printable(f"removed {entry.name}"))
     return 0
 
 
@@ -121,13 +123,8 @@ def _as_json(entry: Entry) -> dict[str, object]:
 def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
-        cells = (_printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
+        cells = (printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
         print("  ".join(cells).rstrip())
-
-
-def _printable(text: str) -> str:
-    """Without what would move a terminal's cursor: the names of metrics are anybody's."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _parser() -> argparse.ArgumentParser:

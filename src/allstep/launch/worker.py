@@ -12,11 +12,12 @@ is the read end of a pipe, the lifeline: the supervisor holds the write end and 
   handles it. It is noted by the handler that the script then finds.
 - `sys.argv`, `sys.path[0]`, `__main__` and tracebacks are what `python TARGET` or `python -m TARGET` would give, so
   that processes which the script spawns find its `__main__` too.
-- a script that ends by an exception is ended once threads, exit handlers and output are done with; modules are not
-  taken apart one by one.
+- a script that ends by an exception is ended once threads, exit handlers and what it left in open files are done with;
+  modules are not taken apart one by one.
 - while torch is imported the garbage collector is off: the import makes hundreds of thousands of objects, nearly all of
   which stay, and looking through them again and again took a tenth of its time.
-Standard library only, and nothing of allstep but `interpreter.py` beside it: the script decides what is imported.
+Standard library only, and nothing of allstep but `interpreter.py` and `open_files.py`: the script decides what is
+imported.
 """
 
 import sys
@@ -40,13 +41,16 @@ from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 _INTERPRETER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "interpreter.py")
+_OPEN_FILES = os.path.join(os.path.dirname(os.path.dirname(_INTERPRETER)), "open_files.py")
 
 if TYPE_CHECKING:
+    from allstep import open_files
     from allstep.launch import interpreter
 else:
-    # By its path, since allstep's own __init__ is not to run, and under no name that a script could meet.
-    interpreter = ModuleType("_allstep_interpreter")
+    # By their paths, since allstep's own __init__ is not to run, and under no names that a script could meet.
+    interpreter, open_files = ModuleType("_allstep_interpreter"), ModuleType("_allstep_open_files")
     SourceFileLoader(interpreter.__name__, _INTERPRETER).exec_module(interpreter)
+    SourceFileLoader(open_files.__name__, _OPEN_FILES).exec_module(open_files)
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
@@ -231,7 +235,8 @@ def _end_at_once(error: Exception) -> None:
     sys.last_exc = error  # type: ignore[attr-defined]  # where the interpreter leaves it, from Python 3.12 on, for those that look at the end
     if not interpreter.finish_threads_and_handlers():
         return
-    for stream in (sys.stdout, sys.stderr):
+    open_files.write_buffers(close=True)
+    for stream in (sys.stdout, sys.stderr):  # whatever a script has put there
         with contextlib.suppress(BaseException):
             stream.flush()
     os._exit(1)

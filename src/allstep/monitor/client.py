@@ -29,6 +29,7 @@ from allstep.errors import ChannelError, WorldError
 from allstep.monitor.own_stacks import StacksTimer, own_stacks
 from allstep.monitor.report_output import write_bounded
 from allstep.monitor.torch_private import active_collectives
+from allstep.open_files import write_buffers
 from allstep.protocol.address import split_address
 from allstep.protocol.connection import Connection, connect, is_ready
 from allstep.protocol.heartbeat import RankActivity
@@ -295,7 +296,7 @@ def _shortened(text: str, most: int) -> str:
     return f"{text[: most // 2]}\n... ({len(text) - most} characters left out)\n{text[-most // 2 :]}"
 
 
-_FLUSH_S = 0.3  # for what the script printed and Python has not written yet
+_FLUSH_S = 0.3  # for what the script printed or wrote to files and Python has not written yet
 
 
 def leave(code: int, report: str) -> NoReturn:
@@ -321,3 +322,4 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+    write_buffers(close=False)
