@@ -73,16 +73,16 @@ def test_completed_is_fired_again_in_a_run_after_one_that_left_it_out() -> None:
     assert len(seen) == 1
 
 
-def test_a_run_after_terminate_goes_on_with_the_next_epoch() -> None:
+def test_a_run_after_terminate_goes_on_inside_the_epoch() -> None:
     engine = Engine(nothing)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=5), engine.terminate)
     engine.run(range(3), max_epochs=4)
     batches, seen = batches_of(engine), record(engine, Events.EPOCH_STARTED)
     state = engine.run(range(3), max_epochs=4)
-    assert seen == [("EPOCH_STARTED", 3, 5), ("EPOCH_STARTED", 4, 8)]
-    assert batches == [0, 1, 2] * 2
+    assert seen == [("EPOCH_STARTED", 2, 5), ("EPOCH_STARTED", 3, 6), ("EPOCH_STARTED", 4, 9)]
+    assert batches == [2, *[0, 1, 2] * 2]
     assert not engine.should_terminate
-    assert state.iteration == 11
+    assert state.iteration == 12
 
 
 def test_a_run_after_terminate_at_an_epochs_end_goes_on_with_the_next_epoch() -> None:
@@ -99,7 +99,7 @@ def test_an_iteration_that_terminate_left_without_a_step_is_counted_once() -> No
     engine.run(range(3), max_epochs=2)
     seen = record(engine, Events.ITERATION_COMPLETED)
     engine.run(range(3), max_epochs=2)
-    assert [iteration for _, _, iteration in seen] == [2, 3, 4]
+    assert [iteration for _, _, iteration in seen] == [2, 3, 4, 5, 6]
 
 
 def test_terminate_outside_a_run_changes_nothing() -> None:

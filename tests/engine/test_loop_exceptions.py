@@ -141,14 +141,29 @@ def test_terminate_after_a_failed_run_does_not_leave_out_the_rest_of_its_epoch()
     assert batches == [1, 2, 0, 1, 2]
 
 
-def test_an_iterator_that_failed_in_a_step_goes_on_with_its_next_batch() -> None:
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_iterator_that_failed_in_a_step_gives_that_batch_again(accumulate: int) -> None:
     fail, data = FailOnce(2), iter(range(4))
-    engine = Engine(lambda engine, batch: fail())
+    engine = Engine(lambda engine, batch: fail(), accumulate=accumulate)
     batches = batches_of(engine)
     with pytest.raises(ZeroDivisionError):
         engine.run(data)
     engine.run(data)
-    assert batches == [0, 2, 3]
+    assert batches == [0] * (accumulate - 1) + [0, 1, 2, 3]  # an accumulation group is begun again
+
+
+@pytest.mark.parametrize("event", [Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED])
+def test_a_batch_of_an_iterator_that_no_step_had_is_given_again(event: Events) -> None:
+    data = iter(range(4))
+    engine = Engine(nothing)
+    batches = batches_of(engine)
+    engine.add_event_handler(event(once=1), FailOnce(1))
+    with pytest.raises(ZeroDivisionError):
+        engine.run(data)
+    with engine.add_event_handler(Events.ITERATION_STARTED(once=3), engine.terminate):
+        engine.run(data)
+    engine.run(data)
+    assert batches == [0, 1, 2, 3]
 
 
 def test_a_failure_after_an_epochs_last_step_leaves_only_the_epochs_end_to_do() -> None:

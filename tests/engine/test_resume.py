@@ -117,6 +117,28 @@ def test_a_run_with_an_epoch_that_was_cut_resumes_at_the_right_batch() -> None:
     assert seen[0] == ("EPOCH_STARTED", 2, 5)
 
 
+@pytest.mark.parametrize("length", [3, 7])
+@pytest.mark.parametrize("iteration", [4, 6, 8, 9, 10, 11, 12, 13])
+def test_a_run_with_a_cut_epoch_and_passes_of_another_length_resumes(length: int, iteration: int) -> None:
+    """Epochs of 5 iterations over passes of 3 or 7 batches; the second is cut after two."""
+
+    def cut(engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED(once=7), engine.terminate_epoch)
+
+    engine = Engine(nothing)
+    cut(engine)
+    saved: list[Any] = []
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=iteration), lambda e: saved.append(e.state_dict()))
+    expected = batches_of(engine)
+    engine.run(range(length), max_epochs=4, epoch_length=5)
+    again = Engine(nothing)
+    cut(again)
+    again.load_state_dict(json.loads(json.dumps(saved[0])))
+    batches = batches_of(again)
+    again.run(range(length))
+    assert batches == expected[iteration:]
+
+
 def test_a_fresh_generator_is_read_up_to_the_place_to_resume_at() -> None:
     def make() -> Iterator[int]:
         yield from range(6)

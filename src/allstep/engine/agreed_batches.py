@@ -201,6 +201,11 @@ class AgreedBatches:
             pending, self._pending = self._pending, None
             self._voting.read(pending)
 
+    @property
+    def has_undone(self) -> bool:
+        """Whether batches were given to a group that is not complete, or to an iteration whose step did not return."""
+        return self._at > self._run.steps_done - (self._run.window_ends_at - self._ledger.iterations)
+
     def has_more(self) -> bool:
         """Whether the pass has another iteration."""
         return self._at < self._ledger.iterations

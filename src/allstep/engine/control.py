@@ -58,7 +58,6 @@ def land(run: Run, request: Request) -> None:
             run.proposed_data = END
         return
     if request.kind is RequestKind.TERMINATE:
-        run.abandoned = run.epoch_is_open
         note_end(run, request)
     elif request.kind is RequestKind.TERMINATE_EPOCH:
         run.skips_epoch_completed = request.skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from types import MethodType
 from typing import Any, Literal, TypeVar
@@ -26,7 +25,7 @@ from allstep.engine.events import AnyEvent, EventEnum
 from allstep.engine.extension import Extension
 from allstep.engine.handshake import shake_hands
 from allstep.engine.loop import RunLoop
-from allstep.engine.monitoring import RunMonitor, fault_injection, monitored, with_faults
+from allstep.engine.monitoring import RunMonitor, fault_injection, is_nested, monitored, nesting, with_faults
 from allstep.engine.passes import Passes
 from allstep.engine.registry import EventKey, Registry, RemovableEventHandle
 from allstep.engine.run import Run
@@ -40,9 +39,10 @@ from allstep.engine.run_plan import (
     check_step,
     checked_length,
     is_done,
+    is_evaluation,
     settle_terms,
 )
-from allstep.engine.source import END
+from allstep.engine.source import END, is_one_shot
 from allstep.engine.state import State
 from allstep.errors import ArgumentTypeError, EngineError
 from allstep.world import World, internals
@@ -66,6 +66,8 @@ class Engine:
         uneven: the default of `run`'s argument.
         idle: what a rank does in an iteration for which it has no batch while others have: run the step on a "filler",
             at weight zero, so that collectives in the step match, or "skip" the step; events are fired in both.
+        resumes: whether `run` goes on in a run that an exception or `terminate` left. By default it does, but for a run
+            of one epoch, or of `max_iters`, inside another engine's: an evaluation is done whole or anew.
         name: what this engine is called when ranks compare what they run; by default the step's name.
 
     Attributes:
@@ -86,11 +88,12 @@ class Engine:
         samples_in: SamplesIn | None = None,
         uneven: Uneven = "shortest",
         idle: Literal["filler", "skip"] = "filler",
+        resumes: bool | None = None,
         name: str | None = None,
     ) -> None:
         check_step(process_function)
         name = name or str(getattr(process_function, "__qualname__", type(process_function).__qualname__))
-        self._run = Run(StepSettings(name, accumulate, samples_in, uneven, idle))
+        self._run = Run(StepSettings(name, accumulate, samples_in, uneven, idle, resumes))
         self._overrides_firing = type(self)._fire_event is not Engine._fire_event
         self._registry = Registry(self._run.state, pinned=self._overrides_firing)
         self._passes: Passes | None = None
@@ -213,7 +216,7 @@ class Engine:
         Alone it holds after the event in whose handler this is called, or after the step. With several ranks any of
         them may ask: all end at the same iteration, on a group's boundary, by the end of the next window, and at once
         when it is asked for in a handler of EPOCH_COMPLETED. TERMINATE is fired, then COMPLETED unless
-        `skip_completed`; not EPOCH_COMPLETED of an epoch in its middle. A next `run` goes on with the epoch after it.
+        `skip_completed`; not EPOCH_COMPLETED of an epoch in its middle. A next `run` goes on there, inside the epoch.
 
         Args:
             skip_completed: leave out COMPLETED.
@@ -323,8 +326,9 @@ class Engine:
         """Run the step over `data` until the epochs or iterations are done, or somebody ends the run.
 
         A finished engine begins anew, unless a larger `max_epochs` or `max_iters` lets it go on; one that was
-        interrupted, failed or loaded a state goes on. A loaded state that is finished already returns at once, as does
-        one that was ended as finished, unless it is asked for more epochs or iterations than then.
+        interrupted, terminated, failed or loaded a state goes on, unless it evaluates (`resumes`). A loaded state that
+        is finished already returns at once, as does one that was ended as finished, unless it is asked for more epochs
+        or iterations than then.
 
         Args:
             data: an iterable of batches, or None, with an `epoch_length`, for batches of None. Data shorter than the
@@ -371,9 +375,10 @@ class Engine:
         if not is_suspended:
             run.coordinator, run.logger = self.coordinator, self.logger
             resume.settle_counters(run)
+            if is_evaluation(run.settings, state, nested=is_nested()) and not run.was_loaded:
+                state.max_epochs = state.max_iters = None  # begin anew, though it was left in its middle
             source = state.dataloader if data is None else data
-            opens_at, max_iters = resume.go_to_position(run, source, arguments.max_iters)
-            arguments = replace(arguments, max_iters=max_iters)
+            opens_at, arguments = resume.go_to_position(run, source, arguments)
             run.handshake = shake_hands(
                 run, source, arguments, modules=self._modules_in_step(), reductions=self.extension.reductions
             )
@@ -416,7 +421,7 @@ class Engine:
         if data is None and not terms.fresh:
             data = state.dataloader
         # An iterator that is run over again stands behind what it gave: nothing is skipped in it.
-        is_spent = hasattr(data, "__next__") and data is state.dataloader
+        is_spent = is_one_shot(data) and data is state.dataloader
         state.dataloader = data
         if terms.fresh:
             run.forget_progress()
@@ -450,7 +455,7 @@ class Engine:
         assert run.drive is not None
         run.is_running = True
         try:
-            with fault_injection(run, self._registry):
+            with fault_injection(run, self._registry), nesting():
                 ends = next(run.drive, END) is END
         # Also after an exception: the state tells how far the run came, and the engine can run again.
         finally:

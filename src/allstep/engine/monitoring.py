@@ -116,7 +116,7 @@ class _MonitoredIterator:
         return next(self._iterator)
 
 
-_inside_a_run: ContextVar[bool] = ContextVar("allstep_faults_inside_a_run", default=False)
+_inside_a_run: ContextVar[bool] = ContextVar("allstep_inside_a_run", default=False)
 
 _STRIKES: tuple[tuple[Events, When], ...] = (
     (Events.GET_BATCH_STARTED, "data"),
@@ -127,10 +127,9 @@ _STRIKES: tuple[tuple[Events, When], ...] = (
 @contextmanager
 def fault_injection(run: Run, registry: Registry) -> Iterator[None]:
     """Have the plan's faults strike before batches and after steps. A rank that is to leave early ends the body."""
-    if not faults.active() or _inside_a_run.get():
+    if not faults.active() or is_nested():
         yield
         return
-    token = _inside_a_run.set(True)
     for event, when in _STRIKES:
         registry.add(event, _strike_around_step, run, when)
     try:
@@ -138,14 +137,28 @@ def fault_injection(run: Run, registry: Registry) -> Iterator[None]:
     except LeftEarly:
         pass
     finally:
-        _inside_a_run.reset(token)
         for event, _ in _STRIKES:
             registry.remove(_strike_around_step, event)
 
 
+def is_nested() -> bool:
+    """Whether an engine is running around this place, in whose step or handler it is."""
+    return _inside_a_run.get()
+
+
+@contextmanager
+def nesting() -> Iterator[None]:
+    """A run: engines that are run in its body are nested."""
+    token = _inside_a_run.set(True)
+    try:
+        yield
+    finally:
+        _inside_a_run.reset(token)
+
+
 def with_faults(run: Run, step: Step) -> Step:
     """The step of a run that begins; where there is a plan, faults strike in it before its own work."""
-    if not faults.active() or _inside_a_run.get():
+    if not faults.active() or is_nested():
         return step
     return lambda batch: step(_strike(run, "step", batch))
 

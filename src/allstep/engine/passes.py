@@ -55,6 +55,7 @@ class Passes:
         self._continues = continues
         self._opens_at = opens_at
         self._pass_began_at = 0
+        self._given_before = 0
         self._iterate = iterate
         self._history: PositionHistory | None = None
         self._history_began_at = 0
@@ -102,8 +103,14 @@ class Passes:
         # Good for the first pass only: later ones begin at the beginning.
         opens_at, self._opens_at = self._opens_at, None
         if self._continues and opens_at is None:
-            length = length_of(self._source.data) if run.handshake is None else run.handshake.length
-            begun_in, skip = pass_position(state.iteration, run.epoch_began_at, state.epoch_length, present, length)
+            begun_in, skip = pass_position(
+                state.iteration,
+                run.epoch_began_at,
+                state.epoch_length,
+                present,
+                length_of(self._source.data) if run.handshake is None else run.handshake.length,
+                passes_began_at=run.passes_began_at,
+            )
         self._continues = False
         if begun_in != present:
             self._source.set_epoch(begun_in)
@@ -122,6 +129,7 @@ class Passes:
         # A pass that goes on with replaced data of some rank is the same one for all others.
         if is_new:
             self._pass_began_at = self._taken()
+        self._given_before = source.given - run.state.iteration
         batches, stateful = source.batches, stateful_of(source.data)
         self._history, self._history_began_at = None, run.state.iteration
         if stateful is not None:
@@ -188,6 +196,7 @@ class Passes:
         """Begin the next epoch with a new pass; what a one-shot iterator gave is given again."""
         run = self._run
         self.batches, run.pass_is_open, run.needs_new_vote = None, False, False
+        run.passes_began_at = run.state.iteration
         if self._agreed is not None:
             unused = self._agreed.abandon_pass()
             if self._source.is_one_shot:
@@ -296,13 +305,19 @@ class Passes:
         return END if done is None else history.behind(done, sees_end=not run.epoch_is_open)
 
     def keep_unused(self) -> None:
-        """Keep what was read ahead of a one-shot iterator for the engine's next run over it."""
-        run = self._run
-        if self._agreed is not None and self._source.is_one_shot and run.new_data is END:
-            assert run.handshake is not None
-            accumulates = run.handshake.agreement.group_size > 1
-            undone = run.steps_in_group > 0 or (run.step_is_open and accumulates)
-            run.kept = self._unused if self.batches is None else self._agreed.abandon_pass(group_is_undone=undone)
+        """Keep what a one-shot iterator gave and no step has used, for the engine's next run over it."""
+        run, source = self._run, self._source
+        if not source.is_one_shot or run.new_data is not END:
+            return
+        if self._agreed is None:
+            undone = source.given - self._given_before > run.steps_done
+            run.kept = [*self._unused, *source.unused(last_is_undone=undone)]
+        else:
+            run.kept = (
+                self._unused
+                if self.batches is None
+                else self._agreed.abandon_pass(group_is_undone=self._agreed.has_undone)
+            )
 
     def _done_in_pass(self, iteration: int | None = None) -> int | None:
         by = self._run.state.iteration if iteration is None else iteration

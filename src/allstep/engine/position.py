@@ -43,6 +43,7 @@ class RunPosition:
     epoch_length: int | None
     max_epochs: int | None
     max_iters: int | None
+    passes_began_at: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,17 @@ def position_to_save(data: Any, epoch: int, done: int, own: Any, group_size: int
             "group_size": group_size,
         }
     return None if own is END else {"own": own}
+
+
+def is_same_data(data: Any, saved: Mapping[str, Any]) -> bool:
+    """Whether `data` takes up a saved position: it deals the same samples in the same order, or has states as well."""
+    if "own" in saved:
+        return stateful_of(data) is not None
+    sampler = sampler_of(data)
+    if sampler is None:
+        return False
+    present = sampler.state_dict(0, 0)
+    return all(present[key] == saved["position"][key] for key in present if key not in ("epoch", "samples_taken"))
 
 
 def restore_position(

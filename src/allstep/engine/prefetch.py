@@ -308,8 +308,7 @@ class BatchBuffer:
         batch = self._take()
         if batch is not END:
             self.filler = batch
-            if self._group_size > 1:
-                self._group.append(batch)
+            self._group.append(batch)
         return batch
 
     def carry_over(self, samples: list[int | None]) -> None:

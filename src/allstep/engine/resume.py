@@ -9,16 +9,28 @@ state that lacks a key raises before anything has changed, and so does data that
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from allstep.engine.events import is_count
 from allstep.engine.passes import Passes
-from allstep.engine.position import RunPosition, group_size_over, position_to_save, restore_position, sampler_of
+from allstep.engine.position import (
+    RunPosition,
+    group_size_over,
+    is_same_data,
+    position_to_save,
+    restore_position,
+    sampler_of,
+)
 from allstep.engine.run import Run
-from allstep.engine.source import END, pass_position
+from allstep.engine.run_plan import RunArguments, begins_anew
+from allstep.engine.source import END, is_one_shot, pass_position
 from allstep.errors import ArgumentError
 
-_COUNTS = {"iteration", "epoch", "epochs_completed", "epoch_began_at", "epoch_length", "max_epochs", "max_iters"}
+_COUNTS = {
+    *("iteration", "epoch", "epochs_completed", "epoch_began_at", "passes_began_at"),
+    *("epoch_length", "max_epochs", "max_iters"),
+}
 
 
 def save(run: Run, passes: Passes | None, user_keys: Iterable[str]) -> dict[str, Any]:
@@ -31,6 +43,7 @@ def save(run: Run, passes: Passes | None, user_keys: Iterable[str]) -> dict[str,
         "epochs_completed": run.epochs_completed,
         "epoch_began_at": run.epoch_began_at,
         "epoch_length": state.epoch_length,
+        **({"passes_began_at": run.passes_began_at} if run.passes_began_at else {}),
         **terms,
         **({} if data is None else {"data": data}),
         **({"finished": state.stop_reason} if state.outcome == "finished" else {}),
@@ -46,8 +59,14 @@ def _position_in_data(run: Run, passes: Passes | None, iteration: int) -> dict[s
         return dict(run.loaded_place) if run.was_loaded and run.loaded_place is not None else None
     sampler, epoch, done = sampler_of(state.dataloader), 0, 0
     if sampler is not None:
-        length = sampler.batches_in_epoch
-        epoch, done = pass_position(iteration, run.epoch_began_at, state.epoch_length, run.epochs_completed, length)
+        epoch, done = pass_position(
+            iteration,
+            run.epoch_began_at,
+            state.epoch_length,
+            run.epochs_completed,
+            sampler.batches_in_epoch,
+            passes_began_at=run.passes_began_at,
+        )
     own = run.data_state if passes is None else passes.own_state(iteration)
     group_size = group_size_over(state.dataloader, run.settings.accumulate)
     return position_to_save(state.dataloader, epoch, done, own, group_size)
@@ -72,31 +91,49 @@ def settle_counters(run: Run) -> None:
     """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
     state = run.state
     state.iteration = run.steps_done
-    # The epoch that was ended is not completed: the next run begins the one after it.
-    if run.abandoned:
-        run.epoch_began_at = state.iteration
-    else:
-        state.epoch = run.epochs_completed
+    state.epoch = run.epochs_completed
     run.steps_in_group = 0
-    run.step_is_open = run.epoch_is_open = run.abandoned = False
+    run.step_is_open = run.epoch_is_open = False
 
 
-def go_to_position(run: Run, data: Any, max_iters: int | None) -> tuple[int | None, int | None]:
-    """Bring data and counters to the position that was loaded, if one was.
+def go_to_position(run: Run, data: Any, arguments: RunArguments) -> tuple[int | None, RunArguments]:
+    """Bring data and counters to where the run goes on: the position that was loaded, or where the last run was left.
+
+    Both are taken up in the same way, so that an engine goes on as another one would that loaded its state.
 
     Returns:
-        The batch with which `data` opens, None where it has to be brought there by counting; and `max_iters` in
-        iterations of this data.
+        The batch with which `data` opens, None where it has to be brought there by counting; and the arguments, with
+        `max_iters` in iterations of this data.
     """
-    state, saved = run.state, run.loaded_place
-    if not run.was_loaded or saved is None:
-        return None, max_iters
+    state, max_iters = run.state, arguments.max_iters
+    saved = run.loaded_place if run.was_loaded else None
     run.loaded_place = None
+    if not run.was_loaded and not begins_anew(
+        state, arguments.max_epochs, max_iters, epochs_completed=run.epochs_completed, resuming=False
+    ):
+        saved = _place_left(run, data)
+    if saved is None:
+        return None, arguments
     terms = state.epoch_length, state.max_epochs, state.max_iters
-    position = RunPosition(state.iteration, state.epoch, run.epoch_began_at, *terms)
+    position = RunPosition(state.iteration, state.epoch, run.epoch_began_at, *terms, run.passes_began_at)
     restored = restore_position(data, saved, position, group_size_over(data, run.settings.accumulate))
     _stand_at(run, restored.position)
-    return restored.opens_at, state.max_iters if max_iters == position.max_iters else max_iters
+    if max_iters == position.max_iters:
+        arguments = replace(arguments, max_iters=state.max_iters)
+    return restored.opens_at, arguments
+
+
+def _place_left(run: Run, data: Any) -> dict[str, Any] | None:
+    """Where the last run of this engine stood in its data; None where nothing of that is good for `data`."""
+    before = run.state.dataloader
+    if before is None or is_one_shot(data):  # an iterator stands where it was left
+        return None
+    place = _position_in_data(run, None, run.state.iteration)
+    if data is before or place is None:
+        return place
+    # Other data is taken for the same in a new loader where an epoch goes on, and where it says that it is the same.
+    is_inside_an_epoch = run.state.iteration > run.epoch_began_at
+    return place if is_inside_an_epoch and is_same_data(data, place) else None
 
 
 def leave(run: Run, passes: Passes | None) -> None:
@@ -145,7 +182,8 @@ def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Ru
         iteration = state_dict["iteration"]
         epochs = iteration // length if length else 0
         began_at = epochs * (length or 0)
-    return RunPosition(iteration, epochs, began_at, length, state_dict.get("max_epochs"), state_dict.get("max_iters"))
+    most = state_dict.get("max_epochs"), state_dict.get("max_iters")
+    return RunPosition(iteration, epochs, began_at, length, *most, state_dict.get("passes_began_at") or 0)
 
 
 def _stand_at(run: Run, position: RunPosition) -> None:
@@ -154,3 +192,4 @@ def _stand_at(run: Run, position: RunPosition) -> None:
     state.iteration, state.epoch = position.iteration, position.epochs_completed
     state.epoch_length, state.max_epochs = position.epoch_length, position.max_epochs
     state.max_iters, run.epoch_began_at = position.max_iters, position.epoch_began_at
+    run.passes_began_at = position.passes_began_at

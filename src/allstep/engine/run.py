@@ -83,7 +83,8 @@ class Run:
         step_is_open: iteration `state.iteration` is counted and its step has not returned.
         steps_in_group: steps done of an accumulation group that is not complete. Its gradients are lost when the run
             ends here, so that the group is begun again.
-        abandoned: the open epoch was ended by a request, so that the next run begins the one after it.
+        passes_began_at: iterations that were done when the first of the passes began that follow on each other without
+            a break. 0 unless an epoch was cut short.
 
         requests: what was asked for on this rank and not voted on yet.
         holding: what holds now, and the loop has not acted on yet.
@@ -116,7 +117,7 @@ class Run:
     epoch_is_open: bool = False
     step_is_open: bool = False
     steps_in_group: int = 0
-    abandoned: bool = False
+    passes_began_at: int = 0
 
     requests: list[Request] = field(default_factory=list)
     holding: set[RequestKind] = field(default_factory=set)
@@ -188,5 +189,5 @@ class Run:
 
     def forget_progress(self) -> None:
         """Begin with all counters at zero."""
-        self.state.iteration = self.state.epoch = self.epoch_began_at = self.steps_in_group = 0
-        self.epoch_is_open = self.step_is_open = self.abandoned = False
+        self.state.iteration = self.state.epoch = self.epoch_began_at = self.steps_in_group = self.passes_began_at = 0
+        self.epoch_is_open = self.step_is_open = False

@@ -31,6 +31,7 @@ class StepSettings:
     samples_in: SamplesIn | None = None
     uneven: Uneven = "shortest"
     idle: Literal["filler", "skip"] = "filler"
+    resumes: bool | None = None
 
     def __post_init__(self) -> None:
         check_choice("uneven", self.uneven, POLICIES)
@@ -142,6 +143,33 @@ def is_done(iteration: int, epochs_completed: int, max_epochs: int | None, max_i
     return max_epochs is not None and epochs_completed >= max_epochs
 
 
+def begins_anew(
+    state: State, max_epochs: int | None, max_iters: int | None, *, epochs_completed: int, resuming: bool
+) -> bool:
+    """Whether a run with these arguments begins at zero. Where they contradict the state, `settle_terms` says so.
+
+    `resuming` says that the state was loaded or the run is suspended, so that a finished state is not begun anew.
+    """
+    if state.max_epochs is None and state.max_iters is None:
+        return True
+    if max_iters is not None and state.max_epochs is not None:  # counted in epochs before, and in iterations now
+        return True
+    if max_epochs is not None and state.max_iters is not None:
+        return True
+    most = max_epochs or state.max_epochs, max_iters or state.max_iters
+    return is_done(state.iteration, epochs_completed, *most) and not resuming
+
+
+def is_evaluation(settings: StepSettings, state: State, *, nested: bool) -> bool:
+    """Whether a run that was left in its middle is done anew: a result over parts of two runs would mean nothing.
+
+    `nested` says that it is run in a step or handler of another engine, which has trained on meanwhile.
+    """
+    if settings.resumes is not None:
+        return not settings.resumes
+    return nested and (state.max_epochs == 1 or state.max_iters is not None)
+
+
 def asks_for_more(terms: RunTerms, state: State) -> bool:
     """Whether a run with these terms is to do more than the one that left `state`."""
     return (terms.max_epochs or 0) > (state.max_epochs or 0) or (terms.max_iters or 0) > (state.max_iters or 0)
@@ -204,11 +232,9 @@ def settle_terms(
                     f"{name} is {asked}, but the state has reached {reached}; give at least that, or set "
                     f"engine.state.{name} to None to begin anew"
                 )
-        epochs_asked, iters_asked = max_epochs or state.max_epochs, max_iters or state.max_iters
-        finished = is_done(state.iteration, epochs_completed, epochs_asked, iters_asked)
-        if resuming or not finished:
-            settled = _length_to_continue(state, data, length, epoch_length)
-            return RunTerms(False, settled, epochs_asked, iters_asked)
+    if not begins_anew(state, max_epochs, max_iters, epochs_completed=epochs_completed, resuming=resuming):
+        settled = _length_to_continue(state, data, length, epoch_length)
+        return RunTerms(False, settled, max_epochs or state.max_epochs, max_iters or state.max_iters)
     settled = _length_to_begin(state, data, length, epoch_length)
     return RunTerms(True, settled, None if max_iters else (max_epochs or 1), max_iters)
 

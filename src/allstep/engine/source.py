@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import repeat
 from typing import Any
 
 from allstep.data.loader import warn_of_dropping
@@ -19,19 +19,23 @@ from allstep.errors import DataError
 END: Any = object()
 
 
+def is_one_shot(data: Any) -> bool:
+    """Whether data is an iterator, so that what it gave is gone."""
+    return hasattr(data, "__next__")
+
+
 class Source:
     """Passes over `data`; None is an endless series of None. `iterate` is called in place of `iter`."""
 
     def __init__(self, data: Any, iterate: Callable[[Any], Iterator[Any]] = iter) -> None:
         self.data = data
         self._iterate = iterate
-        self._iterator: Iterator[Any] | None = None
         self.batches: Iterator[Any] | None = None
 
     @property
     def is_one_shot(self) -> bool:
         """Whether the data is an iterator, so that what it gave is gone."""
-        return hasattr(self.data, "__next__")
+        return is_one_shot(self.data)
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data, or its sampler, that epoch `epoch`, counted from 0, begins."""
@@ -39,14 +43,23 @@ class Source:
         if hook is not None:
             hook(epoch)
 
+    @property
+    def given(self) -> int:
+        """Batches that a one-shot iterator gave, without those that were put back."""
+        return self.batches.given if isinstance(self.batches, _PutBackIterator) else 0
+
     def put_back(self, batches: list[Any]) -> None:
         """Give these before anything else: they were read from a one-shot iterator and not used."""
-        # The wrapper stays for the data's life: an iterator cannot be begun again, so it can never be dropped.
-        if not isinstance(self.batches, _PutBackIterator):
-            self._iterator = self.batches = _PutBackIterator(
-                self._iterate(self.data) if self.batches is None else self.batches
-            )
+        if self.batches is None:
+            self.batches = _PutBackIterator(self._iterate(self.data))
+        assert isinstance(self.batches, _PutBackIterator)
         self.batches.returned.extendleft(reversed(batches))
+
+    def unused(self, *, last_is_undone: bool) -> list[Any]:
+        """What was read from a one-shot iterator and not used; with its last batch, if the step of that is undone."""
+        if not isinstance(self.batches, _PutBackIterator):
+            return []
+        return [*([self.batches.last] if last_is_undone else []), *self.batches.returned]
 
     def open(self, skip: int = 0, *, may_end: bool = False) -> None:
         """Begin a pass, `skip` batches into it: at once where data can be told, else by reading and dropping them.
@@ -59,9 +72,10 @@ class Source:
         hook = _hook(self.data, "skip_batches") if skip else None
         if hook is not None:
             hook(skip)
-        if not (self.is_one_shot and self.batches):  # else a batch that `has_more` keeps would be lost
-            self._iterator = repeat(None) if self.data is None else self._iterate(self.data)
-            self.batches = self._iterator
+        if not self.is_one_shot:
+            self.batches = repeat(None) if self.data is None else self._iterate(self.data)
+        elif self.batches is None:  # it cannot be begun again, and what was put back is in front of it
+            self.batches = _PutBackIterator(self._iterate(self.data))
         assert self.batches is not None
         if hook is None:
             if skip and not isinstance(self.data, Sequence):
@@ -76,37 +90,54 @@ class Source:
                     )
 
     def has_more(self) -> bool:
-        """Whether the pass has another batch, which is read now and kept to be given next."""
-        assert self.batches is not None
-        assert self._iterator is not None
+        """Whether a one-shot iterator has another batch, which is read now and kept to be given next."""
+        assert isinstance(self.batches, _PutBackIterator)
         first = next(self.batches, END)
         if first is END:
             return False
-        self.batches = chain((first,), self._iterator)
+        self.batches.given -= 1
+        self.batches.returned.appendleft(first)
         return True
 
 
 class _PutBackIterator:
-    """An iterator that takes items back and gives them again before it goes on."""
+    """An iterator that takes items back and gives them again before it goes on.
+
+    Attributes:
+        returned: the items that were taken back.
+        given: how many items it gave.
+        last: the one that it gave last; its step may fail, and is done again with it.
+    """
 
     def __init__(self, iterator: Iterator[Any]) -> None:
         self._iterator = iterator
         self.returned: deque[Any] = deque()
+        self.given = 0
+        self.last: Any = END
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        return self.returned.popleft() if self.returned else next(self._iterator)
+        self.last = END  # not kept alive while the next is made
+        self.last = self.returned.popleft() if self.returned else next(self._iterator)
+        self.given += 1
+        return self.last
 
 
 def pass_position(
-    iteration: int, epoch_began_at: int, epoch_length: int | None, epoch: int, length: int | None
+    iteration: int,
+    epoch_began_at: int,
+    epoch_length: int | None,
+    epoch: int,
+    length: int | None,
+    *,
+    passes_began_at: int = 0,
 ) -> tuple[int, int]:
     """The epoch, from 0, in which the pass that holds the next batch began, and the batches of that pass consumed.
 
     An epoch is one pass unless `epoch_length` differs from the data's length; then passes run on across epochs, and
-    `iteration` alone tells the place, provided that no epoch was cut short.
+    `iteration` alone tells the place. An epoch that was cut short begins a new series of passes.
 
     Args:
         iteration: iterations done in the whole run.
@@ -114,14 +145,16 @@ def pass_position(
         epoch_length: iterations in an epoch, None while unknown.
         epoch: the epoch to continue, from 0.
         length: batches in a pass over the data, None when it does not know.
+        passes_began_at: iterations done when the first pass of the present series began.
     """
     done = iteration - epoch_began_at
     if not length or length == epoch_length:
         return epoch, done
-    if epoch_length is not None and epoch_began_at == epoch * epoch_length:
-        passes, offset = divmod(iteration, length)
-        return passes * length // epoch_length, offset
-    return epoch, done % length
+    if epoch_length is None or passes_began_at > epoch_began_at:
+        return epoch, done % length
+    offset = (iteration - passes_began_at) % length
+    before = epoch_began_at - (iteration - offset)  # iterations of the pass that came before this epoch
+    return epoch - max(0, -(-before // epoch_length)), offset
 
 
 def _hook(data: Any, name: str) -> Callable[[int], object] | None:

@@ -117,7 +117,8 @@ def create_supervised_evaluator(
 
     The module inside a DDP wrapper is called, so that no collective runs. Ranks may have different amounts of data: one
     that runs out fires the events of the remaining iterations and does not call the step (`uneven="longest"`,
-    `idle="skip"`). To evaluate on some ranks only, give `coordinator=Alone()`.
+    `idle="skip"`). A run that an exception or `terminate` left is not gone on with: the next one is whole. To evaluate
+    on some ranks only, give `coordinator=Alone()`.
     Arguments are those of `create_supervised_trainer`; the default output is `(y_pred, y)`.
     """
     target = _device_of(model, device)
@@ -131,7 +132,9 @@ def create_supervised_evaluator(
                 y_pred = model_transform(model_fn(module, x))
             return output_transform(x, y, y_pred)
 
-    return Engine(step, coordinator=coordinator, uneven="longest", idle="skip", name="supervised evaluator")
+    return Engine(
+        step, coordinator=coordinator, uneven="longest", idle="skip", resumes=False, name="supervised evaluator"
+    )
 
 
 class _AccumulationGroup:
