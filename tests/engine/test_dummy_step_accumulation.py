@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allstep.engine import Engine, Events
-from allstep.engine.batch_sizes import count_samples
 from tests.engine.recording import NoLength
 
 
@@ -157,24 +156,6 @@ def test_a_group_without_a_sample_weighs_nothing() -> None:
 def test_accumulate_below_one_is_refused(accumulate: Any) -> None:
     with pytest.raises(ValueError, match="accumulate"):
         Engine(lambda e, b: None, accumulate=accumulate)
-
-
-@pytest.mark.parametrize(
-    ("batch", "samples"),
-    [
-        (torch.zeros(4, 2), 4),
-        ((torch.zeros(3), torch.zeros(5)), 3),
-        ({"id": "a", "x": torch.zeros(2, 7)}, 2),
-        ([["text"], {"deep": (torch.tensor(1.0), torch.zeros(6))}], 6),
-    ],
-)
-def test_samples_are_counted_by_the_first_dimension_of_the_first_tensor(batch: Any, samples: int) -> None:
-    assert count_samples(batch) == samples
-
-
-@pytest.mark.parametrize("batch", [3, "text", [], {"a": "b"}, torch.tensor(1.0)])
-def test_a_batch_without_a_first_dimension_counts_as_one_sample(batch: Any) -> None:
-    assert count_samples(batch) == 1
 
 
 @settings(max_examples=30, deadline=None)

@@ -13,7 +13,7 @@ they wrap, which is `loader.source`. Arguments that contradict this raise a Data
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +60,12 @@ class Loader(DataLoader[Any]):
         """The batch sampler, or None over an iterable dataset."""
         sampler = self.batch_sampler
         return sampler if isinstance(sampler, ShardedBatchSampler) else None
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """What makes a batch of samples, wherever that happens."""
+        # Kept by the dataset where that is seeded, since collation goes on from its seeds.
+        return self.dataset.collate if isinstance(self.dataset, SeededDataset) else self.collate_fn
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""

@@ -3,7 +3,8 @@
 Contract: `Passes` opens `AgreedBatches` at the beginning of a pass, and the loop takes one batch an iteration. A vote
 on each window of iterations is held before it is run: one window ahead and asynchronously, or, with a window of one
 group, just before it. From the vote each iteration gets its `state.weight`, `state.active`, `state.group_end` and
-`state.samples`. A rank without a batch for an iteration is given a filler: the last batch it had, or another rank's.
+`state.samples`. A rank without a batch for an iteration is given a filler: a copy of a batch it had, or of another
+rank's.
 
 Who says what when. At the beginning of window w each rank reads the result of the vote on w, which was cast at the
 beginning of w - 1, and casts the vote on w + 1. It says how many samples it has for each of its iterations, and what
@@ -91,14 +92,14 @@ class AgreedBatches:
         if at >= ledger.iterations:
             raise StopIteration
         self._at = at + 1
-        batch = self._buffer.give(state.iteration, begins_group=at % self._agreement.group_size == 0)
+        samples = self._counts[at] or 0  # None was promised for an iteration without a batch
+        batch = self._buffer.give(state.iteration, samples, begins_group=at % self._agreement.group_size == 0)
         state.active = batch is not END
-        # None was promised for an iteration without a batch.
-        state.samples = (self._counts[at] or 0) if state.active else 0
+        state.samples = samples if state.active else 0
         state.weight = ledger.weight(at, state.samples, self._run.coordinator.world_size)
         state.group_end = ledger.ends_group(at)
         if batch is END:
-            batch = self._buffer.filler
+            batch = self._buffer.filler()
         return None if batch is END else batch
 
     def take_landed(self) -> list[Request]:
@@ -120,14 +121,15 @@ class AgreedBatches:
             self._left_behind = (self._left_behind[0] + batches, self._left_behind[1] + samples)
         return self._buffer.kept()
 
-    def open_pass(self, reader: BatchReader | None = None) -> None:
+    def open_pass(self, reader: BatchReader | None = None, *, is_one_shot: bool = False) -> None:
         """Take from `reader`, or go on with the same one: a vote on the first window is held at once.
 
-        A window that was agreed and is not run is agreed anew.
+        A window that was agreed and is not run is agreed anew. `is_one_shot` says that what is read cannot be read
+        again.
         """
         self._left = 0
         if reader is not None:
-            self._buffer.begin(reader)
+            self._buffer.begin(reader, is_one_shot=is_one_shot)
             self._unread_is_said = False
         self._pending = self._cast_window(offset=0)
         self._enter_next_window()
@@ -251,7 +253,7 @@ class AgreedBatches:
         samples = self._buffer.look(offset, offset + iterations)
         self._buffer.read_ahead(offset + iterations)
         # It would have to run the step with nothing at all, so another rank gives it a batch.
-        begins_without = bool(samples) and not samples[0] and self._buffer.filler is END
+        begins_without = bool(samples) and not samples[0] and not self._buffer.has_filler
         return self._voting.cast(
             Occasion.WINDOW,
             samples=samples,
@@ -359,14 +361,16 @@ class Voting:
         if any(having):
             source = having.index(True)
             shared = self._run.coordinator.broadcast(mine if source == self._run.coordinator.rank else None, source)
-            if self._buffer.filler is END:
-                self._buffer.filler = shared
+            if not self._buffer.has_filler:
+                self._buffer.keep_filler(shared)
 
     def _say_gave_less(self) -> NoReturn:
         said = self._run.coordinator.gather(self._buffer.gave_less)
         culprits = "; ".join(f"rank {rank} {text}" for rank, text in enumerate(said) if text)
         raise DataError(
-            f"data ended before what it had declared: {culprits}. Its len() must be the number of batches it gives"
+            f"data gave other than it had declared: {culprits}. Its len() must be the number of batches it gives, and "
+            "each batch must hold the samples that were asked of the dataset, unless Engine(step, samples_in=function) "
+            "counts them"
         )
 
     def _say_diverged(self, vote: Vote) -> NoReturn:

@@ -1,10 +1,12 @@
-"""The step of a rank that agrees with others: what an iteration without a batch of its own must leave no trace of.
+"""The step as the loop calls it: counted where somebody weighs by samples, and without a trace where it runs a filler.
 
 Contract: where ranks agree, the loop calls what `agreed_step` makes of the user's step. In an iteration that is not
 this rank's own (`state.active` is False) the step runs on a filler batch, because the other ranks' collectives, in
 backward, in forward and in the step itself, wait for this rank's. Then the gradients that reach the parameters of
 wrapped modules are zero, whatever the filler's loss was, non-finite included. Their buffers are afterwards as they were
 before, or as DDP made them rank 0's. Inside an accumulation group gradients are added up and not reduced.
+
+Where nobody votes, `counted_step` counts each batch before the step, which may change the batch, has it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,17 @@ def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Modul
         return output
 
     return agreed
+
+
+def counted_step(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The step of a rank that agrees with nobody, with `state.samples` for what weighs by it."""
+    state = run.state
+
+    def counted(batch: Any) -> Any:
+        state.samples = run.count_batch(batch)
+        return step(batch)
+
+    return counted
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import nn
 
 from allstep.coordination import OUTCOMES, Alone, Coordinator, Outcome, RequestKind, Uneven
 from allstep.engine import control, resume
-from allstep.engine.dummy_step import agreed_step
+from allstep.engine.dummy_step import agreed_step, counted_step
 from allstep.engine.events import AnyEvent, EventEnum
 from allstep.engine.extension import Extension
 from allstep.engine.handshake import shake_hands
@@ -62,7 +62,7 @@ class Engine:
             only.
         accumulate: iterations whose gradients make one optimizer step. `state.weight` and `state.group_end` are set
             accordingly, and DDP reduces gradients in the last of them only.
-        samples_in: `batch -> int`, what `state.weight` weighs by; by default the first dimension of the first tensor.
+        samples_in: `batch -> int`, what `state.weight` and metrics weigh by; by default what the batch itself shows.
         uneven: the default of `run`'s argument.
         idle: what a rank does in an iteration for which it has no batch while others have: run the step on a "filler",
             at weight zero, so that collectives in the step match, or "skip" the step; events are fired in both.
@@ -440,6 +440,8 @@ class Engine:
         fire: Callable[..., None] = self._fire_event if self._overrides_firing else partial(self._registry.fire, self)
         if run.handshake is not None:
             step = agreed_step(run, step, self._modules_in_step())
+        elif run.counts_samples:
+            step = counted_step(run, step)
         step = with_faults(run, step)
         if monitor is not None:
             step, fire = monitor.step(step), monitor.fire(fire)

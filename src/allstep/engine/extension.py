@@ -7,7 +7,6 @@ it may be called from handlers and between runs. Nothing here crosses ranks.
 
 from __future__ import annotations
 
-from allstep.engine.batch_sizes import count_samples
 from allstep.engine.events import Events
 from allstep.engine.handshake import Reduction
 from allstep.engine.registry import Registry
@@ -59,10 +58,14 @@ class Extension:
         """
         return not self._run.state.active and self._registry.last_event in _WITH_A_BATCH
 
+    def count_samples(self) -> None:
+        """Have batches counted in the coming runs before the step, which may change them, is given them."""
+        self._run.counts_samples = True
+
     def samples_in_batch(self) -> int:
-        """How many samples this rank's present batch has."""
-        state, samples_in = self._run.state, self._run.settings.samples_in or count_samples
-        return state.samples if state.samples is not None else samples_in(state.batch)
+        """How many samples this rank's present batch has; by what is left of it, unless `count_samples` was called."""
+        samples = self._run.state.samples
+        return self._run.count_batch(self._run.state.batch) if samples is None else samples
 
     @property
     def leaving(self) -> BaseException | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from allstep.coordination import RequestKind
 from allstep.engine.agreed_batches import AgreedBatches
+from allstep.engine.batch_sizes import BatchCounter
 from allstep.engine.control import land, note_end
 from allstep.engine.position import PositionHistory, stateful_of
 from allstep.engine.prefetch import make_reader
@@ -136,11 +137,14 @@ class Passes:
             batches = self._history = PositionHistory(batches, stateful, self._done_in_pass)
         if self._agreed is None:
             self.batches = batches
+            run.counter = BatchCounter(source.data, run.settings.samples_in)
+            run.pass_offset = position - run.state.iteration
         else:
             self.batches = self._agreed
             # A state of the data is kept for each batch that is read ahead, so it counts as a part of it.
             bytes_besides = (lambda: 0) if self._history is None else self._history.bytes_of_state
-            self._agreed.open_pass(make_reader(source.data, batches, position, run.settings.samples_in, bytes_besides))
+            reader = make_reader(source.data, batches, position, run.settings.samples_in, bytes_besides)
+            self._agreed.open_pass(reader, is_one_shot=source.is_one_shot)
             self._let_hold()
 
     def _put_back_unused(self) -> None:

@@ -3,13 +3,17 @@
 Contract: `AgreedBatches` asks a `BatchBuffer` what the coming iterations hold (`look`), votes on that with the other
 ranks, and takes the batches of the iterations that were agreed (`give`). Nothing here crosses ranks.
 
-The buffer takes the batches of a pass from a `BatchReader`. Where counts are arithmetic (allstep's own loader; a plain
-`DataLoader` with torch's batch sampler over a map-style dataset) nothing is read ahead. All other data is read ahead,
-on the main thread, about one batch an iteration. A batch that was agreed and belongs to an accumulation group which the
-next pass completes is carried over. One that was read and not given is kept, for data that cannot be iterated again.
+The buffer takes the batches of a pass from a `BatchReader`. Where counts are arithmetic and each sample is a row of its
+batch (allstep's own loader, or a plain `DataLoader` with torch's batch sampler, with torch's collation over a map-style
+dataset) nothing is read ahead. All other data is read ahead, on the main thread, about one batch an iteration. A batch
+that was agreed and belongs to an accumulation group which the next pass completes is carried over. One that was read
+and not given is kept, for data that cannot be iterated again.
 
-What can go wrong: data gives less than it declared (`gave_less`), which all ranks hear of in their next vote; a batch
-whose samples cannot be counted.
+The step owns the batch that it is given and may change it. What is needed of one afterwards is kept apart: a filler,
+and the batches of an unfinished group of data that cannot be iterated again.
+
+What can go wrong: data gives less than it declared, or batches of other sizes (`gave_less`), which all ranks hear of in
+their next vote; a batch whose samples cannot be counted.
 """
 
 from __future__ import annotations
@@ -17,15 +21,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
-from operator import index
 from typing import Any, Protocol
 
-from allstep.engine.batch_sizes import Counts, bytes_of, count_samples, declared_counts
+from allstep.engine.batch_sizes import BatchCounter, Counts, bytes_of, declared_counts, fetches_many
+from allstep.engine.filler import KeptBatch, apart
 from allstep.engine.run_plan import SamplesIn, len_of, length_of_all
 from allstep.engine.source import END
-from allstep.errors import DataError
-
-_MOST_SAMPLES = (1 << 26) - 1  # of one rank in one iteration, so that the sum over 2^18 ranks fits its bits in a vote
 
 
 class BatchReader(Protocol):
@@ -66,12 +67,21 @@ class BatchReader(Protocol):
 class DeclaredReader:
     """Batches whose sizes are known without reading: `counts(start, stop)`, numbered from the pass's beginning.
 
-    `length` is None for an endless series.
+    `length` is None for an endless series. `count` compares each batch with what was promised for it, where the dataset
+    itself decides how many samples it gives.
     """
 
-    def __init__(self, batches: Iterator[Any], counts: Counts, length: int | None, position: int) -> None:
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        counts: Counts,
+        length: int | None,
+        position: int,
+        count: BatchCounter | None = None,
+    ) -> None:
         self._batches = batches
         self._counts = counts
+        self._count = count
         self._length = length
         self._position = position
         self._held: list[Any] = []
@@ -94,6 +104,8 @@ class DeclaredReader:
         batch = (self._held.pop() if self._held else next(self._batches, END)) if promised else END
         if promised and batch is END:
             self._say_less()
+        elif promised and self._count is not None:
+            self._compare(self._count(batch, self._position), promised)
         self._position += 1
         self.taken += batch is not END
         return batch
@@ -127,27 +139,33 @@ class DeclaredReader:
         if self.gave_less is None:
             self.gave_less = f"declared {self._length} batches and gave {self._position}"
 
+    def _compare(self, found: int, promised: int) -> None:
+        if found != promised and self.gave_less is None:
+            self.gave_less = f"declared {promised} samples in batch {self._position} and gave {found}"
+
 
 class AheadReader:
     """Batches that have to be read to be counted; keeps up to `target` of them, or what `look` needs.
 
-    `length` is how many are left, None when nobody knows. The pass of all ranks has at least `iterations` more: where
-    this rank's data has ended before, it takes part with a batch of no sample. `bytes_besides` tells what is held
-    for each batch besides itself.
+    `count` counts them, the first of which has number `position` in its pass. `length` is how many are left, None when
+    nobody knows. The pass of all ranks has at least `iterations` more: where this rank's data has ended before, it
+    takes part with a batch of no sample. `bytes_besides` tells what is held for each batch besides itself.
     """
 
     def __init__(
         self,
         batches: Iterator[Any],
-        samples_in: SamplesIn,
+        count: BatchCounter,
         *,
+        position: int = 0,
         length: int | None = None,
         iterations: int = 0,
         bytes_besides: Callable[[], float] = lambda: 0,
     ) -> None:
         self._batches = batches
         self._bytes_besides = bytes_besides
-        self._samples_in = samples_in
+        self._count = count
+        self._begins_at = position
         self._length = length
         self._iterations = iterations
         self._position = 0
@@ -208,20 +226,8 @@ class AheadReader:
             if batch is END:
                 self._ended = True
             else:
-                self._read.append((batch, self._count(batch)))
-
-    def _count(self, batch: Any) -> int:
-        try:
-            counted = self._samples_in(batch)
-        except StopIteration as error:  # would be taken for the end of data
-            raise DataError("samples_in raised StopIteration; it must return the samples in a batch") from error
-        try:
-            samples = index(counted)
-        except TypeError:
-            raise DataError(f"samples_in returned {counted!r}; it must return the samples in a batch, an int") from None
-        if not 0 <= samples <= _MOST_SAMPLES:
-            raise DataError(f"samples_in returned {samples}; it must be from 0 to {_MOST_SAMPLES}")
-        return samples
+                number = self._begins_at + self.taken + len(self._read)
+                self._read.append((batch, self._count(batch, number)))
 
 
 def make_reader(
@@ -233,29 +239,32 @@ def make_reader(
 ) -> BatchReader:
     """The reader for a pass over `data` that stands at batch `position`."""
     declared = declared_counts(data) if samples_in is None else None
+    count = BatchCounter(data, samples_in)
     if declared is None:
         of_rank = len_of(data)
         return AheadReader(
             batches,
-            samples_in or count_samples,
+            count,
+            position=position,
             length=None if of_rank is None else max(0, of_rank - position),
             iterations=(length_of_all(data) or 0) - position,
             bytes_besides=bytes_besides,
         )
     counts, length = declared
-    return DeclaredReader(batches, counts, length, position)
+    return DeclaredReader(batches, counts, length, position, count if fetches_many(data) else None)
 
 
 class BatchBuffer:
     """A rank's batches, in the order in which its iterations take them.
 
-    Attributes:
-        filler: what a rank without a batch takes part with: the last batch that was given, or another rank's; END
-            before there is one.
+    A filler is what a rank without a batch takes part with: the first batch with a sample that it was given in a pass,
+    as it was then, or another rank's.
     """
 
     def __init__(self, group_size: int) -> None:
-        self.filler: Any = END
+        self._filler: KeptBatch | None = None
+        self._keeps_filler = True
+        self._keeps_group = False
         self._group_size = group_size
         self._reader: BatchReader | None = None
         self._carried: deque[tuple[Any, int | None]] = deque()
@@ -263,10 +272,29 @@ class BatchBuffer:
         self._group_began: tuple[int, int] | None = None
         self._gave_less: str | None = None
 
-    def begin(self, reader: BatchReader) -> None:
-        """Take from the pass that `reader` reads, behind what was carried over."""
+    def begin(self, reader: BatchReader, *, is_one_shot: bool) -> None:
+        """Take from the pass that `reader` reads, behind what was carried over.
+
+        `is_one_shot` says that the data cannot be iterated again, so that the batches of a group, or of an iteration,
+        are kept until its steps are done.
+        """
         self._gave_less = self.gave_less
         self._reader, self._group_began = reader, None
+        self._keeps_group = is_one_shot
+        self._keeps_filler = True  # other data may have begun, whose batches are made differently
+
+    @property
+    def has_filler(self) -> bool:
+        """Whether this rank can take part without a batch."""
+        return self._filler is not None
+
+    def filler(self) -> Any:
+        """A batch to take part with, which the step may change like any other; END before there is one."""
+        return END if self._filler is None else self._filler.copy()
+
+    def keep_filler(self, batch: Any) -> None:
+        """Take part with `batch` from now on."""
+        self._filler = KeptBatch(batch)
 
     @property
     def carried(self) -> int:
@@ -295,11 +323,14 @@ class BatchBuffer:
             self._reader.target = batches
 
     def first(self) -> Any:
-        """The filler, or where there is none yet the next batch, without taking it; END without either."""
-        return self._reader.first() if self.filler is END and self._reader is not None else self.filler
+        """A filler, or where there is none yet the next batch, without taking it; END without either."""
+        return self._reader.first() if self._filler is None and self._reader is not None else self.filler()
 
-    def give(self, iteration: int, *, begins_group: bool) -> Any:
-        """This rank's batch for the next iteration, which follows on `iteration` of the run; END where it has none."""
+    def give(self, iteration: int, samples: int, *, begins_group: bool) -> Any:
+        """This rank's batch for the next iteration, which follows on `iteration` of the run; END where it has none.
+
+        `samples` is what was agreed that it holds.
+        """
         if begins_group:
             # Kept until the group is complete: if the run ends inside it, its gradients are lost and it is run again.
             self._group.clear()
@@ -307,8 +338,10 @@ class BatchBuffer:
                 self._group_began = iteration, self._reader.taken
         batch = self._take()
         if batch is not END:
-            self.filler = batch
-            self._group.append(batch)
+            if self._filler is None or (samples and self._keeps_filler):
+                self._filler, self._keeps_filler = KeptBatch(batch), not samples
+            if self._keeps_group:
+                self._group.append(apart(batch))
         return batch
 
     def carry_over(self, samples: list[int | None]) -> None:

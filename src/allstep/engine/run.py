@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from allstep.coordination import Alone, Coordinator, Request, RequestKind, Uneven
+from allstep.engine.batch_sizes import BatchCounter
 from allstep.engine.run_plan import StepSettings
 from allstep.engine.source import END
 from allstep.engine.state import State
@@ -102,6 +103,10 @@ class Run:
         pass_is_open: batches are being taken, so that ranks that agree have to vote before other data is taken.
         kept: what was read ahead of a one-shot iterator and not used, for the next run over it.
 
+        counts_samples: somebody weighs by `state.samples`, so that batches are counted also where nobody votes.
+        counter: what counts them there.
+        pass_offset: there the number, in its pass, of the batch of the run's first iteration; negative in later passes.
+
         coordinator: how the ranks of this run agree.
         handshake: what they agreed at its start; None where there is nothing to agree on.
         logger: where the run reports.
@@ -134,6 +139,10 @@ class Run:
     window_ends_at: int = 0
     pass_is_open: bool = False
     kept: list[Any] = field(default_factory=list)
+
+    counts_samples: bool = False
+    counter: BatchCounter | None = None
+    pass_offset: int = 0
 
     coordinator: Coordinator = field(default_factory=Alone)
     handshake: Handshake | None = None
@@ -171,6 +180,11 @@ class Run:
             math.inf if length is None else self.epoch_began_at + length,
             math.inf if most is None else most,
         )
+
+    def count_batch(self, batch: Any) -> int:
+        """Samples in the batch of the present iteration, where nobody votes."""
+        counter = self.counter or BatchCounter(self.state.dataloader, self.settings.samples_in)
+        return counter(batch, self.state.iteration - 1 + self.pass_offset)
 
     def take_requests(self) -> tuple[Request, ...]:
         """What was asked for on this rank since the last vote, to be said in the coming one."""

@@ -13,6 +13,7 @@ from itertools import repeat
 from typing import Any
 
 from allstep.data.loader import warn_of_dropping
+from allstep.engine.filler import apart
 from allstep.errors import DataError
 
 # Stands for "no more batches", or "none given": None is a batch like any other.
@@ -120,9 +121,10 @@ class _PutBackIterator:
 
     def __next__(self) -> Any:
         self.last = END  # not kept alive while the next is made
-        self.last = self.returned.popleft() if self.returned else next(self._iterator)
+        item = self.returned.popleft() if self.returned else next(self._iterator)
+        self.last = apart(item)  # the step owns what it is given
         self.given += 1
-        return self.last
+        return item
 
 
 def pass_position(

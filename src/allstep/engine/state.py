@@ -26,7 +26,7 @@ class State:
             group, over all ranks: 1.0 in a world of one without gradient accumulation, 0.0 in a filler.
         group_end: whether the optimizer is due after this iteration: always, without gradient accumulation.
         active: whether this rank has a batch of its own in this iteration; False while it runs a filler.
-        samples: samples in this rank's batch, 0 in a filler; None in a world of one, where nobody counts.
+        samples: samples in this rank's batch, 0 in a filler; None in a world of one where nothing weighs by them.
         unread: what each rank left unread when the last epoch ended because another one ran out.
         stop_reason: which rank ended the run and why; None while nobody did.
         outcome: what that end means for a run that goes on from it, as `terminate` was told; None while nobody did.

@@ -100,6 +100,9 @@ class Feeding:
         transforms: from a step's output to what a metric takes, for all of them or by name; None gives the output.
         leaders: for metrics whose states another one holds too, that one, by id.
 
+    Attributes:
+        weighs: whether anything is told how many samples a batch has.
+
     Raises:
         ArgumentError: a transform is for a name that there is not.
         MetricError: a metric would be fed twice, or differently under two names.
@@ -134,7 +137,7 @@ class Feeding:
             fed = FedMetric(names[0], entry, keywords, takes_samples, isinstance(entry, WrapperMetric))
             groups.setdefault(id(transform), (transform, []))[1].append(fed)
         self._groups = tuple(groups.values())
-        self._weighs = any(fed.weighted for _, group in self._groups for fed in group)
+        self.weighs = any(fed.weighted for _, group in self._groups for fed in group)
 
     def take(self, output: Any, samples: Callable[[], int]) -> None:
         """Update all with a step's output, without its graph; a transform that gives None leaves it out.
@@ -147,7 +150,7 @@ class Feeding:
             Exception: what an `update` raises, with a note of which metric it was and what it was given.
         """
         # Counting may walk through the batch, so it is done once, and not at all where nobody asks.
-        if self._weighs:
+        if self.weighs:
             samples = cache(samples)
         for transform, group in self._groups:
             result = output if transform is None else transform(output)

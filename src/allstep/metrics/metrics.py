@@ -114,6 +114,8 @@ class Metrics:
         self._move(device)
         self._set.compared = [*self._descriptions, (", ".join(entries), _times(chosen))]
         self._engine, self._feeding, self._reductions = engine, feeding, joined
+        if feeding.weighs:
+            engine.extension.count_samples()
         self._handles = [
             *(engine.add_event_handler(event, self._begin, base_event(event)) for event in each_event(chosen.resets)),
             engine.add_event_handler(chosen.updates, self._take),

@@ -1,20 +1,25 @@
-"""Moving a batch, whatever it is made of, to a device.
+"""Moving a batch, whatever it is made of, to a device, and building it anew.
 
 Contract: tensors anywhere in the structure are moved; containers come back as new ones of the same type with
 everything else they held; other leaves are the same objects. Nothing given is changed, except a module, whose `to`
-moves it in place.
+moves it in place. `rebuilt` does the same with any other function in the place of moving.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
+from types import ModuleType
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
+from torch import nn
 
 T = TypeVar("T")
+
+_LEAVES = (torch.Tensor, np.ndarray, str, bytes, int, float, type(None))
 
 
 def to_device(value: T, device: torch.device, *, non_blocking: bool = True) -> T:
@@ -33,6 +38,23 @@ def to_device(value: T, device: torch.device, *, non_blocking: bool = True) -> T
     return cast(T, _move(value, device, non_blocking and device.type == "cuda"))
 
 
+def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """A nested structure with new containers, so that what is put into, or taken out of, one is not of the other.
+
+    Args:
+        value: a mapping, list, tuple, named tuple or dataclass instance, at any depth. An object with attributes of
+            its own, such as one of a batch class, is copied as `copy.copy` does; anything else is a leaf.
+        leaf: gives what stands in a leaf's place.
+    """
+    if isinstance(value, _LEAVES):
+        return leaf(value)
+    found = _container(value, lambda item: rebuilt(item, leaf))
+    if found is not value:
+        return found
+    has_attributes = hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module)
+    return copy.copy(value) if has_attributes else leaf(value)
+
+
 def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(value, torch.Tensor):
         return value.to(device, non_blocking=non_blocking)
@@ -41,18 +63,23 @@ def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
     # Asked of the type: an instance may answer any attribute, as a mock or a lazy record does.
     if callable(getattr(type(value), "to", None)):
         return value.to(device)
+    return _container(value, lambda item: _move(item, device, non_blocking))
+
+
+def _container(value: Any, of_item: Callable[[Any], Any]) -> Any:
+    """A container with `of_item` of each thing in it; what is none is returned itself."""
     if isinstance(value, Mapping):
-        moved = {key: _move(item, device, non_blocking) for key, item in value.items()}
+        moved = {key: of_item(item) for key, item in value.items()}
         return _mapping_like(value, moved)
     if isinstance(value, list | tuple):
-        items = [_move(item, device, non_blocking) for item in value]
+        items = [of_item(item) for item in value]
         return _sequence_like(value, items)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # Not built anew: that would run `__post_init__` again, and a field may not be an argument.
         twin = copy.copy(value)
         for field in dataclasses.fields(value):
             if hasattr(value, field.name):
-                object.__setattr__(twin, field.name, _move(getattr(value, field.name), device, non_blocking))
+                object.__setattr__(twin, field.name, of_item(getattr(value, field.name)))
         return twin
     return value
 

@@ -1,0 +1,78 @@
+"""A model of one number that is pulled towards the values of samples, with allstep and by plain arithmetic.
+
+The loss of a batch is half the mean of `(number - value) ** 2` over its samples, so that one optimizer step moves the
+number towards the mean of all values in it, and a sample that counts too little or too much shows in the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from allstep import Engine, World
+
+RATE = 0.5
+
+
+class Number(nn.Module):
+    """The model: a prediction of one number for each of `count` samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = nn.Parameter(torch.zeros(()))
+
+    def forward(self, count: int) -> torch.Tensor:
+        return self.number.expand(count)
+
+
+def fit(
+    world: World,
+    data: Any,
+    values_of: Callable[[Any], Sequence[float]],
+    *,
+    epochs: int = 1,
+    uneven: Any = "longest",
+    before: Callable[[Engine], object] = lambda engine: None,
+    **engine_options: Any,
+) -> float:
+    """Train over `data` and return the number.
+
+    Args:
+        data: what the engine runs over.
+        values_of: from a batch, which it may change, to the values of its samples.
+        before: called with the engine before it runs.
+        engine_options: of the `Engine`.
+    """
+    net = Number()
+    model = world.wrap(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+
+    def step(engine: Engine, batch: Any) -> float:
+        values = torch.tensor(list(map(float, values_of(batch))))
+        loss = ((model(len(values)) - values) ** 2).mean() / 2
+        (loss * engine.state.weight).backward()
+        if engine.state.group_end:
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(loss.detach())
+
+    engine = Engine(step, **engine_options)
+    before(engine)
+    engine.run(data, max_epochs=epochs, uneven=uneven)
+    return float(net.number.detach())
+
+
+def fitted(groups: Iterable[Sequence[float]]) -> float:
+    """The same in plain Python: each group is what one optimizer step takes, over all ranks and micro-batches."""
+    number = 0.0
+    for values in groups:
+        number -= RATE * (number - sum(values) / len(values))
+    return number
+
+
+def in_groups(values: Sequence[float], size: int) -> list[Sequence[float]]:
+    """Values in groups of so many, the last of which may be smaller."""
+    return [values[at : at + size] for at in range(0, len(values), size)]
