@@ -8,9 +8,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 
-_NAMES = ("all_gather", "all_reduce", "broadcast", "barrier", "gather", "reduce", "isend")
+_NAMES = ("all_gather", "all_reduce", "broadcast", "barrier", "gather", "reduce")
 
 
 @contextmanager
@@ -20,14 +21,20 @@ def counted() -> Iterator[Counter[str]]:
 
     def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def count(*args: Any, **kwargs: Any) -> Any:
-            # Messages that a rank sends to all others at once are one exchange; that to the next rank stands for it.
-            is_further = name == "isend" and kwargs.get("group_dst") != (dist.get_rank() + 1) % dist.get_world_size()
-            calls[name] += not is_further
+            calls[name] += 1
             return call(*args, **kwargs)
 
         return count
 
+    send = dist.ProcessGroup.send
+
+    def count_sent(group: dist.ProcessGroup, tensors: list[torch.Tensor], target: int, tag: int) -> dist.Work:
+        # Messages that a rank sends to all others at once are one exchange; that to the next rank stands for it.
+        calls["send"] += target == (group.rank() + 1) % group.size()
+        return send(group, tensors, target, tag)
+
     with ExitStack() as stack:
+        stack.enter_context(patch.object(dist.ProcessGroup, "send", count_sent))
         for name in _NAMES:
             for module in (dist, dist.distributed_c10d):
                 stack.enter_context(patch.object(module, name, counting(name, getattr(module, name))))

@@ -15,6 +15,7 @@ from torch import nn
 
 from allstep.parallel import unwrap
 from allstep.parallel.timed_ddp import TimedDDP
+from allstep.parallel.wrap import hold_group
 from allstep.protocol.heartbeat import RankActivity
 from allstep.testing import run_ranks
 from allstep.world import World
@@ -36,6 +37,7 @@ def watched():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = TimedDDP(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
     model.activity = NotingActivity()
+    hold_group(model)  # pytest frees it after the group is destroyed
     yield model
     del model
     dist.destroy_process_group()

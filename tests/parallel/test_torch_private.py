@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allstep.parallel import torch_private, unwrap
 from allstep.parallel.buckets import fix_buckets
+from allstep.parallel.wrap import hold_group
 from allstep.testing import run_ranks
 from allstep.world import World
 
@@ -89,7 +90,9 @@ def test_nothing_is_said_where_torch_has_all_names():
 @pytest.fixture
 def ddp() -> Iterator[DistributedDataParallel]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield DistributedDataParallel(nn.Linear(2, 2))
+    model = DistributedDataParallel(nn.Linear(2, 2))
+    hold_group(model)  # pytest frees it after the group is destroyed
+    yield model
     dist.destroy_process_group()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +90,24 @@ def test_ddp_options_hold_over_defaults_and_wrapping_twice_is_refused():
     for bucket_view, buffers, message in run_ranks(wrap_twice, 2):
         assert (bucket_view, buffers) == (False, False)
         assert "wrapped in DDP already" in message
+
+
+OUTLIVES = """
+import faulthandler
+import torch, torch.distributed as dist
+from allstep.parallel.wrap import hold_group
+faulthandler.dump_traceback_later(60, exit=True)  # a thread that waits for the interpreter's lock answers no signal
+for _ in range(300):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 2))
+    hold_group(model)
+    model(torch.ones(2, 3)).sum().backward()
+    dist.destroy_process_group()
+    del model
+"""
+
+
+@pytest.mark.slow
+def test_a_model_that_outlives_its_group_is_freed_and_nothing_stands_still():
+    done = subprocess.run([sys.executable, "-c", OUTLIVES], capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr

@@ -79,8 +79,13 @@ class Coordinator(Protocol):
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank. The value is pickled."""
 
-    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Every rank's bytes: uint8 (n,), n the same everywhere, to uint8 (world_size, n) on the buffer's device."""
+    def gather_bytes(self, buffer: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Every rank's bytes: uint8 (n,), n the same everywhere, to uint8 (world_size, n) on the buffer's device.
+
+        Args:
+            buffer: this rank's. It may be written to again when this returns.
+            rows: contiguous memory for the result, which is made anew without it.
+        """
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """A tensor of the same shape and type everywhere, reduced element by element, on its device."""
@@ -111,9 +116,9 @@ class Alone:
         """The only value."""
         return [value]
 
-    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+    def gather_bytes(self, buffer: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """The only bytes, as one row."""
-        return buffer[None]
+        return buffer[None].clone() if rows is None else rows.copy_(buffer)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """The tensor itself."""

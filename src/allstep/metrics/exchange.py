@@ -20,6 +20,7 @@ import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from typing import NamedTuple
 
@@ -29,8 +30,8 @@ from allstep.coordination import Coordinator, check_same
 from allstep.errors import MetricError
 from allstep.metrics.describe import Schema
 from allstep.metrics.folding import fold, from_accumulator, to_accumulator
-from allstep.metrics.packing import Packed, Unmerged, Unpacked, block_values, pack, padded, unpack, unpack_blocks
-from allstep.metrics.states import Form, ReductionPlan, StateBlock, form_of
+from allstep.metrics.packing import BlockWriter, Packed, Unmerged, Unpacked, block_rows, block_values, pack, unpack
+from allstep.metrics.states import Form, ReductionPlan, StateBlock, form_of, padded
 
 FIRST_FRAME = 4096
 LARGEST_GATHER = 256 * 2**20
@@ -73,6 +74,7 @@ class Exchange:
         self._largest = largest
         self._fixed = fixed
         self._frame: int | None = None
+        self._memory: _Memory | None = None
 
     @property
     def history(self) -> str:
@@ -94,16 +96,15 @@ class Exchange:
             unmerged: what loaded states brought along.
             replan: gives the plan anew after a rank has taken on shapes of others; by default that is not done.
         """
-        apart = self._are_large(plan, coordinator.world_size)
+        apart = plan.block_bytes * coordinator.world_size > self._largest
         failure: Exception | None = None
         try:
-            packed = pack(plan, unmerged, blocks_apart=apart)
+            packed = pack(plan, unmerged)
         except Exception as error:  # whatever it is, the others have to hear of it
             packed, failure = Packed([], []), error
-        on_host = not travels_apart(plan.device)
-        frame = _Frame(plan.fingerprint, packed, on_host=on_host, failed=failure is not None)
-        rows = coordinator.gather_bytes(frame.padded_to(self._expected(coordinator.world_size)))
-        heads = _read_heads(rows)
+        frame = _Frame(plan, packed, has_blocks=not apart, failed=failure is not None)
+        memory = self._memory_for(plan, self._expected(coordinator.world_size), coordinator.world_size)
+        heads = frame.gather(coordinator, memory)
         # All ranks see the same heads, so that all take the same way from here on.
         if any(head.fingerprint != plan.fingerprint for head in heads):
             if replan is not None:
@@ -114,18 +115,29 @@ class Exchange:
             _raise_failures(coordinator, failure)
         # The manifest travels even where blocks are reduced apart: it has the numbers of batches.
         longest = max(head.frame for head in heads)
-        if longest > rows.shape[1]:
-            rows = coordinator.gather_bytes(frame.padded_to(longest))
+        if longest > memory.length:
+            memory = _Memory(plan, longest, coordinator.world_size)
+            heads = frame.gather(coordinator, memory)
         self._frame = padded(ceil(longest * _GROWTH)) if plan.gathered else longest
-        payloads = rows[:, _HEAD_BYTES:] if on_host else _gather_payloads(coordinator, packed, heads, plan.device)
-        manifests = _read_manifests(rows, heads, behind_payload=on_host)
+        # What is gathered is read where it arrived, and belongs to the results. Blocks are folded into new memory.
+        self._memory = None if plan.gathered else memory
+        payloads = memory.payloads if frame.on_host else _gather_payloads(coordinator, plan, frame, heads)
+        manifests = memory.manifests(heads, behind_payload=frame.on_host)
         ranks = [
-            unpack(plan, manifest, payload, blocks_apart=apart)
+            unpack(plan, manifest, payload, at=frame.block_bytes)
             for manifest, payload in zip(manifests, payloads, strict=True)
         ]
         if apart:
             return Gathered(_reduce_blocks(coordinator, plan), ranks)
-        return Gathered(_fold_blocks(plan, unpack_blocks(plan, payloads)), ranks)
+        rows = memory.block_rows if frame.on_host else block_rows(plan, payloads)
+        return Gathered(_fold_blocks(plan, rows), ranks)
+
+    def _memory_for(self, plan: ReductionPlan, length: int, ranks: int) -> _Memory:
+        # Taken away until all went well: what a failed exchange left under way may still write to it.
+        memory, self._memory = self._memory, None
+        if memory is None or memory.plan is not plan or memory.length != length:
+            memory = _Memory(plan, length, ranks)
+        return memory
 
     def _expected(self, world_size: int) -> int:
         """The length of the next frame, in bytes, which has to be the same on all ranks."""
@@ -133,63 +145,91 @@ class Exchange:
             return self._frame
         return FIRST_FRAME + (padded(self._fixed) if self._fixed * world_size <= self._largest else 0)
 
-    def _are_large(self, plan: ReductionPlan, world_size: int) -> bool:
-        size = sum(block.length * block.dtype.itemsize for block in plan.blocks)
-        return size * world_size > self._largest
-
 
 def travels_apart(device: torch.device) -> bool:
     """Whether the payload is gathered on its device and not in the frame, so that the host does not wait for it."""
     return device.type != "cpu"
 
 
+class _Memory:
+    """Where frames of one length are sent from and arrive, and the views of them that a plan needs.
+
+    It outlives an event where it can, since making it costs more than using it.
+    """
+
+    def __init__(self, plan: ReductionPlan, length: int, ranks: int) -> None:
+        self.plan = plan
+        self.length = length
+        # Short frames are cleared, so that no bytes of this process' memory travel beside them.
+        is_short = length <= FIRST_FRAME
+        self.sent = torch.zeros(length, dtype=torch.uint8) if is_short else torch.empty(length, dtype=torch.uint8)
+        self.bytes = self.sent.numpy().data
+        self.rows = torch.empty((ranks, length), dtype=torch.uint8)
+        self._row_bytes = self.rows.view(-1).numpy().data
+        self.payloads = self.rows[:, _HEAD_BYTES:]
+
+    @cached_property
+    def block_writer(self) -> BlockWriter:
+        """Writes blocks into the frame that is sent; for frames that they fit into."""
+        return BlockWriter(self.plan, self.sent[_HEAD_BYTES:])
+
+    @cached_property
+    def block_rows(self) -> list[list[torch.Tensor]]:
+        """What arrived of each block, rank by rank."""
+        return block_rows(self.plan, self.payloads)
+
+    def heads(self) -> list[_Head]:
+        """What arrived first of each rank."""
+        return [_Head(*_HEAD.unpack_from(self._row_bytes, at)) for at in self._starts()]
+
+    def manifests(self, heads: Sequence[_Head], *, behind_payload: bool) -> list[tuple[int, ...]]:
+        """What arrived last of each rank."""
+        return [
+            struct.unpack_from(f"={head.manifest}q", self._row_bytes, at + _HEAD_BYTES + behind_payload * head.payload)
+            for head, at in zip(heads, self._starts(), strict=True)
+        ]
+
+    def _starts(self) -> range:
+        return range(0, len(self._row_bytes), self.length)
+
+
 class _Frame:
     """What a rank sends: a head, the payload where it travels with it, and the manifest; `size` bytes in all."""
 
-    def __init__(self, fingerprint: int, packed: Packed, *, on_host: bool, failed: bool) -> None:
-        payload = packed.size
-        self._packed = packed if on_host else None
-        self._manifest = packed.manifest
-        self._manifest_at = _HEAD_BYTES + (payload if on_host else 0)
+    def __init__(self, plan: ReductionPlan, packed: Packed, *, has_blocks: bool, failed: bool) -> None:
+        self.on_host = not travels_apart(plan.device)
+        self.block_bytes = plan.block_bytes if has_blocks else 0
+        self.packed = packed
+        payload = self.block_bytes + packed.size
+        self._manifest_at = _HEAD_BYTES + (payload if self.on_host else 0)
         self.size = self._manifest_at + padded(8 * len(packed.manifest))
-        self._head = _Head(fingerprint, self.size, len(packed.manifest), payload, failed)
+        self._head = _Head(plan.fingerprint, self.size, len(packed.manifest), payload, failed)
 
-    def padded_to(self, length: int) -> torch.Tensor:
-        """The frame as uint8 (length,): all of it, or, where it does not fit, its head alone."""
-        # Short frames are cleared, so that no bytes of this process' memory travel beside them.
-        is_short = length <= FIRST_FRAME
-        buffer = torch.zeros(length, dtype=torch.uint8) if is_short else torch.empty(length, dtype=torch.uint8)
-        data = buffer.numpy().data
-        _HEAD.pack_into(data, 0, *self._head)
-        if self.size <= length:
-            struct.pack_into(f"={len(self._manifest)}q", data, self._manifest_at, *self._manifest)
-            if self._packed is not None:
-                self._packed.write(buffer[_HEAD_BYTES:])
-        return buffer
-
-
-def _read_heads(rows: torch.Tensor) -> list[_Head]:
-    data, length = rows.view(-1).numpy().data, rows.shape[1]
-    return [_Head(*_HEAD.unpack_from(data, rank * length)) for rank in range(len(rows))]
-
-
-def _read_manifests(rows: torch.Tensor, heads: Sequence[_Head], *, behind_payload: bool) -> list[tuple[int, ...]]:
-    data, length = rows.view(-1).numpy().data, rows.shape[1]
-    return [
-        struct.unpack_from(f"={head.manifest}q", data, rank * length + _HEAD_BYTES + behind_payload * head.payload)
-        for rank, head in enumerate(heads)
-    ]
+    def gather(self, coordinator: Coordinator, memory: _Memory) -> list[_Head]:
+        """Send all of it, or, where it does not fit, its head alone; the heads of all ranks."""
+        _HEAD.pack_into(memory.bytes, 0, *self._head)
+        if self.size <= memory.length:
+            manifest = self.packed.manifest
+            struct.pack_into(f"={len(manifest)}q", memory.bytes, self._manifest_at, *manifest)
+            if self.on_host:
+                if self.block_bytes:
+                    memory.block_writer.write()
+                self.packed.write(memory.sent, _HEAD_BYTES + self.block_bytes)
+        coordinator.gather_bytes(memory.sent, memory.rows)
+        return memory.heads()
 
 
 def _gather_payloads(
-    coordinator: Coordinator, packed: Packed, heads: Sequence[_Head], device: torch.device
+    coordinator: Coordinator, plan: ReductionPlan, frame: _Frame, heads: Sequence[_Head]
 ) -> torch.Tensor:
     longest = max(head.payload for head in heads)
-    buffer = torch.empty(longest, dtype=torch.uint8, device=device)
+    buffer = torch.empty(longest, dtype=torch.uint8, device=plan.device)
     # Nothing to gather, on any rank.
     if longest == 0:
         return buffer.expand(len(heads), 0)
-    packed.write(buffer)
+    if frame.block_bytes:
+        BlockWriter(plan, buffer).write()
+    frame.packed.write(buffer, frame.block_bytes)
     return coordinator.gather_bytes(buffer)
 
 

@@ -1,10 +1,10 @@
 """One rank's states as bytes, and back.
 
-Contract: `pack` writes all states of a plan into a payload on the states' device, and what is needed to read it (how
-many batches each metric took, which tensors the lists hold) into a manifest of integers on the host, so that reading
-never waits for a device. The plan's blocks come first in the payload, so that they are at the same place in that of
-every rank: `unpack_blocks` reads them for all ranks at once, and `unpack` what else one rank sent. Nothing passes
-through a type that could round it.
+Contract: all states of a plan go into a payload on the states' device, and what is needed to read it (how many batches
+each metric took, which tensors the lists hold) into a manifest of integers on the host, so that reading never waits
+for a device. The plan's blocks come first in the payload, so that they are at the same place in that of every rank:
+`BlockWriter` writes them, and `block_rows` reads them for all ranks at once. `pack` and `unpack` are for what else one
+rank sends. Nothing passes through a type that could round it.
 
 `element_parts` and `read_elements` do the same for any tensors and objects; `allstep.outputs` uses them too.
 """
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torchmetrics import Metric
 
 from allstep.metrics.nodes import MetricNode
-from allstep.metrics.states import GatheredState, ReductionPlan
+from allstep.metrics.states import GatheredState, ReductionPlan, padded
 
-ALIGNMENT = 16  # of each tensor, for any element type
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _OBJECT = -1  # stands for an element type where a pickled object follows
@@ -43,9 +43,8 @@ class Packed:
         """Bytes of the payload."""
         return sum(padded(part.numel()) for part in self.parts)
 
-    def write(self, buffer: torch.Tensor) -> None:
-        """Write the payload into a buffer of bytes, at its beginning."""
-        at = 0
+    def write(self, buffer: torch.Tensor, at: int = 0) -> None:
+        """Write the payload into a buffer of bytes, from byte `at` on."""
         for part in self.parts:
             buffer[at : at + part.numel()] = part
             at += padded(part.numel())
@@ -66,9 +65,39 @@ class Unpacked:
     values: dict[int, dict[str, Any]]
 
 
-def padded(size: int) -> int:
-    """A size in bytes, rounded up so that what follows is aligned."""
-    return -(-size // ALIGNMENT) * ALIGNMENT
+class BlockWriter:
+    """Writes the blocks of a plan into one and the same payload, at each event anew.
+
+    Args:
+        plan: whose blocks.
+        payload: bytes (n,), on any device.
+    """
+
+    def __init__(self, plan: ReductionPlan, payload: torch.Tensor) -> None:
+        self._targets: list[tuple[Metric, str, torch.Tensor]] = []
+        for block in plan.blocks:
+            values = payload[block.at : block.at + block.size].view(block.dtype) if block.size else None
+            at = 0
+            for state, length in zip(block.states, block.lengths, strict=True):
+                if values is not None and length:
+                    target = values[at : at + length].view(state.shape)
+                    self._targets.append((plan.nodes[state.node].metric, state.name, target))
+                at += length
+
+    def write(self) -> None:
+        """Write what this rank holds now."""
+        with torch.no_grad():
+            for metric, name, target in self._targets:
+                target.copy_(getattr(metric, name))
+
+
+def block_rows(plan: ReductionPlan, payloads: torch.Tensor) -> list[list[torch.Tensor]]:
+    """For each block what each rank gave, flat, in rank order; views of the payloads, uint8 (ranks, n)."""
+    blocks: list[list[torch.Tensor]] = []
+    for block in plan.blocks:
+        rows = payloads[:, block.at : block.at + block.size]
+        blocks.append(list(rows.view(block.dtype) if block.size else rows.new_empty(rows.shape, dtype=block.dtype)))
+    return blocks
 
 
 def block_values(plan: ReductionPlan) -> list[torch.Tensor]:
@@ -91,13 +120,12 @@ def own_elements(node: MetricNode, state: GatheredState, unmerged: Sequence[Any]
     return elements
 
 
-def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Packed:
-    """This rank's states.
+def pack(plan: ReductionPlan, unmerged: Unmerged) -> Packed:
+    """This rank's states beside the blocks.
 
     Args:
         plan: what to pack, and on which device.
         unmerged: what loaded states brought along.
-        blocks_apart: leave the blocks out, since they are reduced by collectives of their own.
 
     Raises:
         MetricError: a state that was declared as a tensor is none.
@@ -106,8 +134,6 @@ def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Pack
     plan.check_tensors()
     manifest = [node.updates for node in plan.nodes]
     parts: list[torch.Tensor] = []
-    if not blocks_apart:
-        parts += [values.view(torch.uint8) for values in block_values(plan)]
     for state in plan.gathered:
         elements = own_elements(plan.nodes[state.node], state, unmerged.get((state.node, state.name), ()))
         manifest.append(len(elements))
@@ -121,21 +147,8 @@ def pack(plan: ReductionPlan, unmerged: Unmerged, *, blocks_apart: bool) -> Pack
     return Packed(manifest, [part if part.device == plan.device else part.to(plan.device) for part in parts])
 
 
-def unpack_blocks(plan: ReductionPlan, payloads: torch.Tensor) -> list[list[torch.Tensor]]:
-    """For each block what each rank gave, flat, in rank order; views of the payloads, uint8 (ranks, n)."""
-    at = 0
-    blocks: list[list[torch.Tensor]] = []
-    for block in plan.blocks:
-        size = block.length * block.dtype.itemsize
-        rows = payloads[:, at : at + size]
-        blocks.append(list(rows.view(block.dtype) if size else rows.new_empty(rows.shape, dtype=block.dtype)))
-        at += padded(size)
-    return blocks
-
-
-def unpack(plan: ReductionPlan, manifest: Sequence[int], payload: torch.Tensor, *, blocks_apart: bool) -> Unpacked:
-    """What else a rank's `pack` of an equal plan gave. Tensors are views of the payload, uint8 (n,)."""
-    at = 0 if blocks_apart else sum(padded(block.length * block.dtype.itemsize) for block in plan.blocks)
+def unpack(plan: ReductionPlan, manifest: Sequence[int], payload: torch.Tensor, at: int) -> Unpacked:
+    """What a rank's `pack` of an equal plan gave. Tensors are views of the payload, uint8 (n,), from byte `at` on."""
     numbers = iter(manifest)
     updates = [next(numbers) for _ in plan.nodes]
     elements = read_elements(numbers, payload, at)

@@ -200,7 +200,7 @@ class EventReduction:
 def _of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict[int, int]]:
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
-        parts = torch.split(values, [state.shape.numel() for state in block.states])
+        parts = torch.split(values, block.lengths)
         for state, part in zip(block.states, parts, strict=True):
             states[id(plan.nodes[state.node].metric)][state.name] = part.view(state.shape)
     for at, listed in enumerate(plan.gathered):

@@ -27,6 +27,8 @@ Form: TypeAlias = tuple[torch.Size, torch.dtype] | None
 _OPS: dict[Any, ReduceOp] = {dim_zero_sum: "sum", dim_zero_max: "max", dim_zero_min: "min"}
 _NAMES: dict[Any, str] = {dim_zero_mean: "mean", dim_zero_cat: "cat", **_OPS, None: "None"}
 
+ALIGNMENT = 16  # of each tensor in a payload, in bytes, for any element type
+
 _BYTES_BESIDE = 64  # that go with a state or metric: its manifest, and what rounding up adds
 
 
@@ -66,12 +68,23 @@ class GatheredState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StateBlock:
-    """Elementwise states of one operation and element type, side by side; `length` counts elements."""
+    """Elementwise states of one operation and element type, side by side.
+
+    Attributes:
+        op: the operation.
+        dtype: the element type.
+        states: in the order in which they lie.
+        lengths: of each state, in elements.
+        at: where in the payload the block begins, in bytes.
+        size: bytes of the block.
+    """
 
     op: ReduceOp
     dtype: torch.dtype
     states: tuple[ElementwiseState, ...]
-    length: int
+    lengths: list[int]
+    at: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +94,7 @@ class ReductionPlan:
     Attributes:
         nodes: metrics whose states are packed.
         blocks: the elementwise states.
+        block_bytes: of all blocks, which come first in a payload.
         gathered: all others.
         sharing: metrics whose states another one holds too, each with that one's index in `nodes`.
         device: where the payload is packed: the accelerator, if any state is on one.
@@ -90,6 +104,7 @@ class ReductionPlan:
 
     nodes: tuple[MetricNode, ...]
     blocks: tuple[StateBlock, ...]
+    block_bytes: int
     gathered: tuple[GatheredState, ...]
     sharing: tuple[tuple[MetricNode, int], ...]
     device: torch.device
@@ -150,18 +165,36 @@ def make_plan(
                 is_list = isinstance(default, list)
                 gathered.append(GatheredState(place, name, is_list, node.reductions[name], form_of(value)))
     schema = (*_lines(event, packed, sharing, as_made=False), *further)
+    laid_out, block_bytes = _laid_out(blocks)
     return ReductionPlan(
         tuple(packed),
-        tuple(
-            StateBlock(op, dtype, tuple(states), sum(state.shape.numel() for state in states))
-            for (op, dtype), states in blocks.items()
-        ),
+        laid_out,
+        block_bytes,
         tuple(gathered),
         tuple(sharing),
         _device_of(packed),
         schema,
         fingerprint(schema),
     )
+
+
+def _laid_out(
+    blocks: Mapping[tuple[ReduceOp, torch.dtype], Sequence[ElementwiseState]],
+) -> tuple[tuple[StateBlock, ...], int]:
+    """The blocks one behind the other, and how many bytes they take."""
+    found: list[StateBlock] = []
+    at = 0
+    for (op, dtype), states in blocks.items():
+        lengths = [state.shape.numel() for state in states]
+        size = sum(lengths) * dtype.itemsize
+        found.append(StateBlock(op, dtype, tuple(states), lengths, at, size))
+        at += padded(size)
+    return tuple(found), at
+
+
+def padded(size: int) -> int:
+    """A size in bytes, rounded up so that what follows is aligned."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def schema_as_made(

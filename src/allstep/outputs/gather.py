@@ -25,7 +25,8 @@ from allstep.coordination import Coordinator
 from allstep.engine import Engine, Events
 from allstep.errors import ArgumentError, MetricError
 from allstep.metrics.describe import Schema, StateLine
-from allstep.metrics.packing import Packed, padded
+from allstep.metrics.packing import Packed
+from allstep.metrics.states import padded
 from allstep.outputs.parts import Format, Parts, write_part
 from allstep.outputs.samples import (
     NO_SAMPLES,

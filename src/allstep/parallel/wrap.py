@@ -76,7 +76,29 @@ def wrap_module(
     # Only now, so that the pass that fixes the buckets is not measured.
     if isinstance(wrapped, TimedDDP):
         wrapped.activity = activity
+    hold_group(wrapped)
     return wrapped
+
+
+def hold_group(module: DistributedDataParallel) -> None:
+    """Let a module's process group end without Python's lock, also where the module is its last owner.
+
+    The destructor of a gloo group waits for its threads, which need Python's lock to let go of a collective's tensors.
+    Python's own reference to a group gives the lock up while it is freed. DDP's reducer does not, so that a model which
+    is freed after its World has closed can stand still for ever.
+    """
+    # Attributes are freed in the order in which they were set: behind the reducer this reference is the last one.
+    vars(module)["_allstep_group"] = _GroupReference(module.process_group)
+
+
+class _GroupReference:
+    """A group that its holder's copies, pickled or not, do not share."""
+
+    def __init__(self, group: object = None) -> None:
+        self.group = group
+
+    def __reduce__(self) -> tuple[type[_GroupReference], tuple[()]]:
+        return _GroupReference, ()
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -90,12 +90,13 @@ class SimulatedRank:
         """Every rank's value."""
         return self._group.result(self._contribute(value))
 
-    def gather_bytes(self, buffer: torch.Tensor) -> torch.Tensor:
+    def gather_bytes(self, buffer: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """Every rank's bytes. Sizes that differ, which abort a process group, raise here."""
-        rows = self._group.result(self._contribute(buffer))
-        if len({row.shape for row in rows}) > 1:
-            raise SimulationError(f"ranks gave buffers of different sizes: {[row.numel() for row in rows]}")
-        return torch.stack(rows)
+        # A copy: this rank may write to its buffer again before the others have read it.
+        found = self._group.result(self._contribute(buffer.clone()))
+        if len({row.shape for row in found}) > 1:
+            raise SimulationError(f"ranks gave buffers of different sizes: {[row.numel() for row in found]}")
+        return torch.stack(found, out=rows)
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """Reduced in rank order."""

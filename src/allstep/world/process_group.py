@@ -144,8 +144,8 @@ def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> No
         return
     if not abort:
         # Gloo's threads let go of a collective's tensors some milliseconds after it returned, for which they need
-        # Python's lock. A model in DDP may be the group's last owner, and is freed under that very lock, so give them
-        # the time before anything is destroyed.
+        # Python's lock. A model that `World.wrap` made may be freed under that very lock (`parallel.wrap.hold_group`).
+        # One that a user put in DDP may be the group's last owner, so give the threads the time before that.
         time.sleep(_GLOO_RELEASE_S)
         dist.destroy_process_group()
         return
