@@ -44,7 +44,7 @@ from allstep.protocol.messages import (
 )
 from allstep.protocol.registration import RankRegistration
 
-NONCE = "benchmark"
+KEY = "benchmark"
 WARM_UP = 3.0  # seconds of heartbeats that are not measured
 
 
@@ -65,7 +65,7 @@ def serve(world_size: int) -> None:
     listener.listen(1024)
     selector = selectors.DefaultSelector()
     hub_module.FailureDetector = MeasuredDetector
-    hub = Hub(selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=HangLimits())
+    hub = Hub(selector, listener, key=KEY, attempt=0, world_size=world_size, limits=HangLimits())
     latencies = MeasuredDetector.latencies
     print(listener.getsockname()[1], flush=True)
     os.set_blocking(0, False)
@@ -110,10 +110,10 @@ class Node:
         self.ranks = ranks
         self.number = 0
         self.left = False
-        lines = [encode(NodeHello(NONCE, 0, number, f"node{number}", tuple(ranks)))]
+        lines = [encode(NodeHello(KEY, 0, number, f"node{number}", tuple(ranks)))]
         for rank in ranks:
             registration = RankRegistration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
-            lines.append(encode(RankHello(NONCE, 0, registration)))
+            lines.append(encode(RankHello(KEY, 0, registration)))
         self.connection.send(b"".join(lines))
         self.template = json.loads(
             encode(Heartbeat(0, 0, 0, 1, 1, "step", 0.01, "", "trainer", {"data": 0.1, "step": 0.5}, 0.012))

@@ -23,6 +23,14 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "MASTER_", "ALLSTEP_", "TORCHELASTIC_", "SLURM_")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave the home of who runs them alone, where a run of several machines keeps its user's secret."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     """Names the test that leaves what the next one of its process would meet: handlers, a World, who the process is."""

@@ -84,7 +84,7 @@ def test_row_21_a_second_run_on_the_same_ports_is_turned_away(tmp_path: Path, la
             attempt=0,
             max_restarts=0,
             channel=channel,
-            nonce="of the second run",
+            key="of the second run",
         )
         server, client, stranger = by_hand(tmp_path, "meets.py", *at_the_store, at_the_channel)
         with socket.create_connection(("127.0.0.1", int(channel.split(":")[1]))) as garbage:

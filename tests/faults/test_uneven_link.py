@@ -15,7 +15,7 @@ from allstep.testing import FaultPlan
 from tests.faults.jitter import jitter
 from tests.faults.rehearsal import SCRIPTS
 from tests.jobs.running import start
-from tests.monitor.driving import NONCE, serving
+from tests.monitor.driving import KEY, serving
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody(tmp_path: Path) 
                 master_port=store.port,
                 run_id="late",
                 channel=f"127.0.0.1:{port}",
-                nonce=NONCE,
+                key=KEY,
             )
             variables |= FaultPlan.at(1, 2).slow(0.1).to_environ() | {"OMP_NUM_THREADS": "1"}
             argv = [sys.executable, SCRIPTS / "few_steps.py", "80"]

@@ -14,22 +14,21 @@ from allstep.launch.event_loop import EventLoop
 from allstep.launch.settings import LaunchSettings
 from allstep.launch.topology import Nodes
 from allstep.launch.worker_plan import Command
-from allstep.monitor.service import Finished
-from allstep.protocol.messages import AttemptStart, NodeResigned, RunOver
+from allstep.protocol.messages import AttemptStart, Finish, NodeResigned, RunOver
 
-LAST = Finished("run exp was preempted (exit code 85) on all nodes", 85)
-NEXT = Finished("", 0)
+LAST = Finish("run exp was preempted (exit code 85) on all nodes", 85)
+NEXT = Finish("", 0)
 
 
 class Follower:
     """A machine whose attempt ends as the test says."""
 
-    def __init__(self, folder: Path, *, finished: Finished | None, stopped: str) -> None:
+    def __init__(self, folder: Path, *, finished: Finish | None, stopped: str) -> None:
         self.launch = SimpleNamespace(
             settings=LaunchSettings(runs=str(folder), name="exp"),
             command=Command("train.py"),
             workers=1,
-            environ={},
+            environ={"ALLSTEP_SECRET": "0123456789abcdef"},
             nodes=Nodes(count=2, rank=1, host="127.0.0.1", ports=(9,)),
         )
         self.loop = EventLoop()
@@ -51,7 +50,7 @@ class Follower:
         return SimpleNamespace(diagnosis=None, finished=self._finished)
 
     def follow(self, monkeypatch: pytest.MonkeyPatch) -> int:
-        starts = [AttemptStart("exp", 0, "n0", 9, 9, 1, 2, 0)]
+        starts = [AttemptStart("exp", 0, "salt", 9, 9, 1, 2, 0)]
 
         def join(*given: object) -> AttemptStart | RunOver | None:
             if starts:
@@ -61,7 +60,7 @@ class Follower:
             return None if self.stopped() else RunOver(85, LAST.text)
 
         monkeypatch.setattr(follower_module, "join", join)
-        monkeypatch.setattr(follower_module, "resign", lambda nodes, message: self.resigned.append(message))
+        monkeypatch.setattr(follower_module, "resign", lambda nodes, key, message: self.resigned.append(message))
         machine: Any = self
         return follower_module.follow(machine)
 
@@ -77,7 +76,7 @@ class Follower:
     ],
 )
 def test_a_stopped_machine_ends_as_the_run_did_where_it_heard_how(
-    finished: Finished | None, stopped: str, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finish | None, stopped: str, status: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     follower = Follower(tmp_path, finished=finished, stopped=stopped)
     assert follower.follow(monkeypatch) == status

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from allstep.launch.join_protocol import JoinedNodes, token
+from allstep.launch.join_protocol import JoinedNodes
 from allstep.protocol.messages import JoinRequest
 
-HEAD = JoinRequest("exp", token("exp", ""), 3, 0, 2, "h0", 10, {"the script": "train.py"})
+HEAD = JoinRequest(3, 0, 2, "h0", 10, {"the script": "train.py"})
 
 
 def node(rank: int, **changes: object) -> JoinRequest:
@@ -60,13 +60,3 @@ def test_two_machines_of_one_rank_are_both_named_and_one_may_come_again() -> Non
 )
 def test_what_differs_is_named_with_both_values(other: JoinRequest, words: str) -> None:
     assert words in joined().objection(other)
-
-
-def test_another_run_or_another_secret_is_a_stranger() -> None:
-    made = joined()
-    assert not made.is_stranger(node(1))
-    assert made.is_stranger(node(1, run="other", token=token("other", "")))
-    assert made.is_stranger(node(1, token=token("exp", "secret")))
-    assert "the port is that of run 'exp' (pid 10 on h0), and this is run 'other'" in made.turned_away(
-        node(1, run="other")
-    )

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import pytest
 
 from allstep.launch.event_loop import EventLoop
-from allstep.launch.join_protocol import token
 from allstep.launch.join_server import KEEPALIVE_S, JoinServer
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import JoinPending, JoinRequest, decode, encode
+from tests.protocol.proving import KEY, prove
 
 BOUND = 10.0  # seconds
-HEAD = JoinRequest("exp", token("exp", ""), 2, 0, 1, "h0", 10, {})
-OTHER = JoinRequest("exp", token("exp", ""), 2, 1, 1, "h1", 11, {})
+HEAD = JoinRequest(2, 0, 1, "h0", 10, {})
+OTHER = JoinRequest(2, 1, 1, "h1", 11, {})
 
 
 @contextlib.contextmanager
@@ -25,7 +25,10 @@ def serving() -> Iterator[tuple[EventLoop, JoinServer, int]]:
     loop = EventLoop()
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
-    with contextlib.closing(loop), contextlib.closing(JoinServer(loop, listener, HEAD, lambda text: None)) as server:
+    with (
+        contextlib.closing(loop),
+        contextlib.closing(JoinServer(loop, listener, KEY, HEAD, lambda text: None)) as server,
+    ):
         yield loop, server, port
 
 
@@ -45,13 +48,14 @@ def test_a_stranger_that_says_nothing_is_closed_on_during_an_attempt(monkeypatch
         until = time.monotonic() + BOUND
         while not stranger.ended:
             turn_once(loop, until)
-            stranger.receive()
+            list(stranger.receive())
 
 
 def test_a_node_that_waits_during_an_attempt_gets_signs_of_life() -> None:
     with serving() as (loop, _, port), contextlib.closing(connect(port)) as other:
-        other.send(encode(OTHER))
         until = time.monotonic() + BOUND
+        prove(other, port, lambda: turn_once(loop, until))
+        other.send(encode(OTHER))
         lines: list[bytes] = []
         while len(lines) < 2:  # the answer, and the first sign of life
             turn_once(loop, until)

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.join_protocol import token
+from allstep.protocol.connection import connect
+from allstep.protocol.handshake import derived_key
 from allstep.protocol.messages import JoinRequest, encode
+from allstep.protocol.user_secret import user_secret
 from allstep.version import __version__
 from tests.jobs.launchers import script
 from tests.jobs.ports import free_port
@@ -174,11 +176,17 @@ def test_strangers_on_the_port_are_turned_away_and_the_run_goes_on(tmp_path: Pat
         with node(tmp_path, 1, port, "--name", "other", target) as stranger:
             code, _, said = end(stranger)
             assert code == 2
-            assert f"the port is that of run 'exp' (pid {head.process.pid} on" in said
-        with node(tmp_path, 1, port, "--name", "exp", target, env={"ALLSTEP_SECRET": "x"}) as stranger:
+            assert f"node 1 found no node 0 of this run at 127.0.0.1 (port {port}: what answers does not have" in said
+            assert "all its machines the same --name and the same secret: the file " in said
+            assert "'exp'" not in said
+        secret = {"ALLSTEP_SECRET": "another's 0123456789"}
+        with node(tmp_path, 1, port, "--name", "exp", target, env=secret) as stranger:
             assert end(stranger)[0] == 2
         with node(tmp_path, 1, port, "--name", "exp", target) as other:
-            assert (end(other)[0], end(head)[0]) == (0, 0)
+            assert end(other)[0] == 0
+            code, _, said = end(head)
+    assert code == 0
+    assert said.count("turned away a process on 127.0.0.1, which does not have this run's key") == 1
 
 
 SAY = "print([os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'GROUP_RANK')])\n"
@@ -310,8 +318,9 @@ def test_a_machine_that_joins_and_then_is_never_heard_of_is_lost(tmp_path: Path)
     }
     with node(tmp_path, 0, port, "--name", "exp", "--limits", "link=1", str(target)) as head:
         await_connection(port)
-        with socket.create_connection(("127.0.0.1", port)) as silent:
-            silent.sendall(encode(JoinRequest("exp", token("exp", ""), 2, 1, 1, "elsewhere", 1, facts)))
+        key = derived_key(user_secret(os.environ), "join", "exp")
+        with contextlib.closing(connect([("127.0.0.1", port)], key=key, within=LIMIT, answer=LIMIT)) as silent:
+            silent.send(encode(JoinRequest(2, 1, 1, "elsewhere", 1, facts)))
             code, _, said = end(head)
     assert code == 84, said
     assert "node 1, which did not connect" in said

@@ -17,7 +17,7 @@ FAIL_UNTIL = (
 
 
 def test_a_run_that_fails_three_times_recovers_at_the_third_restart(tmp_path: Path) -> None:
-    places = "print(attempt, os.environ['MASTER_PORT'], os.environ['ALLSTEP_NONCE'], os.environ['ALLSTEP_CHANNEL'])\n"
+    places = "print(attempt, os.environ['MASTER_PORT'], os.environ['ALLSTEP_KEY'], os.environ['ALLSTEP_CHANNEL'])\n"
     script(tmp_path, FAIL_UNTIL.format(3).replace("\nif", f"\n{places}if"))
     result = run(tmp_path, "--nproc", "2", "--name", "exp", "--max-restarts", "3", "script.py")
     assert result.code == 0, result.err

@@ -30,7 +30,7 @@ def share(workers: int, **more: Any) -> Share:
     fields: dict[str, Any] = {
         "run_id": "r",
         "attempt": 2,
-        "nonce": "n0",
+        "key": "n0",
         "channel": "127.0.0.1:99",
         "master_addr": "127.0.0.1",
         "master_port": 4711,
@@ -74,7 +74,7 @@ def test_each_worker_has_the_environment_that_torchrun_would_give_it() -> None:
         "ALLSTEP_RUN_ID": "r",
         "ALLSTEP_ATTEMPT": "2",
         "ALLSTEP_CHANNEL": "127.0.0.1:99",
-        "ALLSTEP_NONCE": "n0",
+        "ALLSTEP_KEY": "n0",
         "PYTHONUNBUFFERED": "1",
     }
     assert expected.items() <= second.items()

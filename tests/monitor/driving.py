@@ -16,12 +16,12 @@ from typing import Any
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.monitor.hub import Hub
-from allstep.monitor.service import MonitorEvent, Verdict
-from allstep.protocol.connection import Connection
+from allstep.monitor.service import MonitorEvent, MonitorSettings, Verdict
+from allstep.protocol.connection import Connection, is_ready
 from allstep.protocol.messages import Failure, Heartbeat, Message, RankHello, decode, encode
 from allstep.protocol.registration import RankRegistration
+from tests.protocol.proving import KEY, prove
 
-NONCE = "5ec4e7"
 RANK = Path(__file__).with_name("rank_process.py")
 BOUND = 30.0  # seconds that anything in these tests may take on a loaded machine
 NEWS_S = 0.001  # in which what was said over a socket of this machine has come
@@ -117,24 +117,18 @@ def serving(
     *,
     limits: str = "",
     supervised: bool = True,
-    nonce: str = NONCE,
+    key: str = KEY,
     attempt: int = 0,
     clock: Callable[[], float] | None = None,
 ) -> Iterator[Driven]:
     """A hub; its clock is one that the test lets pass, unless another is given."""
+    settings = MonitorSettings(key, attempt, world_size, HangLimits.parse(limits), supervised)
     driven = Driven(
-        lambda selector, listener, clock: Hub(
-            selector,
-            listener,
-            nonce=nonce,
-            attempt=attempt,
-            world_size=world_size,
-            limits=HangLimits.parse(limits),
-            supervised=supervised,
-            clock=clock,
-        ),
+        lambda selector, listener, clock: Hub(selector, listener, settings, clock=clock),
         clock or Clock(),
     )
+    for node in (1, 2):
+        driven.service.expect_node(node)
     with contextlib.closing(driven):
         yield driven
 
@@ -142,21 +136,30 @@ def serving(
 class Caller:
     """A rank as far as the service can see: it says what it is told to, and collects what it hears."""
 
-    def __init__(self, driven: Driven, rank: int = 0, world_size: int = 2, **hello: Any) -> None:
+    def __init__(self, driven: Driven, rank: int = 0, world_size: int = 2, key: str = KEY, **hello: Any) -> None:
         self.connection = Connection(socket.create_connection(("127.0.0.1", driven.port), timeout=5))
         self.driven = driven
         self.rank = rank
         self.heard: list[Message] = []
         self.number = 0
         self.registration = hello.pop("registration", None) or registration(rank, world_size)
-        self.hello = RankHello(**{"nonce": NONCE, "attempt": 0, "registration": self.registration, **hello})
+        self.hello = RankHello(**{"attempt": 0, "registration": self.registration, **hello})
+        self.key = key
 
     def say(self, message: Message) -> None:
         self.connection.send(encode(message))
 
-    def come(self) -> Caller:
-        self.say(self.hello)
+    def come(self, hello: Message | None = None) -> Caller:
+        """Prove that it has the key, and introduce itself."""
+        prove(self.connection, self.driven.port, self._turn, self.key)
+        self.say(hello or self.hello)
         return self
+
+    def _turn(self) -> None:
+        if isinstance(self.driven, Driven):
+            self.driven.turn(0.0)
+        else:  # another process serves
+            is_ready(self.connection.sock.fileno(), BOUND)
 
     def beat(self, **values: Any) -> None:
         self.number += 1
@@ -199,9 +202,9 @@ def world(driven: Driven, world_size: int = 2, **hello: Any) -> Iterator[list[Ca
 class RankProcess:
     """A process with a real `Client`; see rank_process.py for what it can be told to do."""
 
-    def __init__(self, address: str, rank: int, world_size: int, *what: str, nonce: str = NONCE) -> None:
+    def __init__(self, address: str, rank: int, world_size: int, *what: str, key: str = KEY) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(RANK), address, nonce, str(rank), str(world_size), *what],
+            [sys.executable, str(RANK), address, key, str(rank), str(world_size), *what],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -224,8 +227,8 @@ class RankProcess:
 
 
 @contextlib.contextmanager
-def rank_processes(address: str, *behaviours: tuple[str, ...], nonce: str = NONCE) -> Iterator[list[RankProcess]]:
-    ranks = [RankProcess(address, rank, len(behaviours), *what, nonce=nonce) for rank, what in enumerate(behaviours)]
+def rank_processes(address: str, *behaviours: tuple[str, ...], key: str = KEY) -> Iterator[list[RankProcess]]:
+    ranks = [RankProcess(address, rank, len(behaviours), *what, key=key) for rank, what in enumerate(behaviours)]
     try:
         yield ranks
     finally:

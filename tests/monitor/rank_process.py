@@ -1,4 +1,4 @@
-"""One rank with a real client: `rank_process.py ADDRESS NONCE RANK WORLD_SIZE [WHAT]`, without importing torch."""
+"""One rank with a real client: `rank_process.py ADDRESS KEY RANK WORLD_SIZE [WHAT]`, without importing torch."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def fail_in_step() -> None:
 
 
 def main() -> None:
-    address, nonce, rank, world_size, *what = sys.argv[1:]
+    address, key, rank, world_size, *what = sys.argv[1:]
     action = what[0] if what else "wait"
     activity = RankActivity()
     registration = RankRegistration(int(rank), int(world_size), socket.gethostname(), os.getpid(), "cpu", "gloo")
     try:
-        client = Client.connect(address, RankHello(nonce, 0, registration), timeout=20)
+        client = Client.connect(address, key, RankHello(0, registration), timeout=20)
     except WorldError as error:
         print(error, file=sys.stderr)
         sys.exit(1)

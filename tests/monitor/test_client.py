@@ -19,7 +19,8 @@ from allstep.monitor.service import AllArrived, Verdict
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import AskStacks, Failure, Notice, RankHello, Stacks, Welcome, encode
 from allstep.protocol.server import FIRST_LINE
-from tests.monitor.driving import NONCE, listening, rank_processes, registration, serving
+from tests.monitor.driving import KEY, listening, rank_processes, registration, serving
+from tests.protocol.proving import answer
 
 pytestmark = pytest.mark.slow
 
@@ -103,9 +104,9 @@ def test_a_forked_child_does_not_keep_a_dead_ranks_connection_open():
 
 
 def test_a_stranger_gets_the_reason_as_an_error():
-    with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("close",), nonce="another") as ranks:
+    with serving(clock=time.monotonic) as hub, rank_processes(hub.address, ("close",), key="another") as ranks:
         hub.until(ranks[0].ended)
-        assert "another run's service" in ranks[0].errors()
+        assert "does not have this run's key" in ranks[0].errors()
 
 
 def test_a_rank_outlives_its_service():
@@ -122,8 +123,8 @@ def test_nothing_at_the_address_is_an_error_in_bounded_time():
     sock = listening()
     port = sock.getsockname()[1]
     sock.close()
-    with pytest.raises(WorldError, match=f"nothing answers at 127.0.0.1:{port}"):
-        Client.connect(f"127.0.0.1:{port}", RankHello("n", 0, registration(0)), timeout=0.5)
+    with pytest.raises(WorldError, match=f"nothing of this run answers at 127.0.0.1:{port}"):
+        Client.connect(f"127.0.0.1:{port}", KEY, RankHello(0, registration(0)), timeout=0.5)
 
 
 def test_facts_that_are_too_long_are_named_with_their_size_and_the_remedy():
@@ -132,18 +133,18 @@ def test_facts_that_are_too_long_are_named_with_their_size_and_the_remedy():
         serving(1, clock=time.monotonic) as hub,
         pytest.raises(WorldError, match=r"rank 0: facts .* 'config', with 262144 .*digest"),
     ):
-        Client.connect(hub.address, RankHello(NONCE, 0, registration(0, 1, facts=facts)), timeout=5)
+        Client.connect(hub.address, KEY, RankHello(0, registration(0, 1, facts=facts)), timeout=5)
 
 
 def test_facts_of_the_greatest_length_are_taken():
-    hello = RankHello(NONCE, 0, registration(0, 1, facts={"config": ""}), patience=30.0, stacks_file="")
+    hello = RankHello(0, registration(0, 1, facts={"config": ""}), patience=30.0, stacks_file="")
     with serving(1, clock=time.monotonic) as hub:
         timer = StacksTimer()
         room = FIRST_LINE + 1 - len(encode(replace(hello, stacks_file=timer.address)))
         timer.close()
         hello = replace(hello, registration=replace(hello.registration, facts={"config": "x" * room}))
         connected: list[Client] = []
-        thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, hello, timeout=30)))
+        thread = threading.Thread(target=lambda: connected.append(Client.connect(hub.address, KEY, hello, timeout=30)))
         thread.start()
         hub.until(lambda: connected)
         connected[0].close()
@@ -154,7 +155,7 @@ def test_a_frozen_service_is_an_error_in_bounded_time(monkeypatch):
     with listening() as sock:
         began = time.monotonic()
         with pytest.raises(WorldError, match="may be frozen"):
-            Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", RankHello("n", 0, registration(0)), timeout=0.5)
+            Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", KEY, RankHello(0, registration(0)), timeout=0.5)
         assert time.monotonic() - began < 10
 
 
@@ -163,12 +164,13 @@ def test_a_report_to_a_frozen_service_returns_in_bounded_time():
 
         def welcome() -> None:
             accepted.append(sock.accept()[0])
+            answer(accepted[0])
             accepted[0].sendall(encode(Welcome()))
 
-        accepted: list[object] = []
+        accepted: list[socket.socket] = []
         thread = threading.Thread(target=welcome)
         thread.start()
-        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", RankHello("n", 0, registration(0)), timeout=30)
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", KEY, RankHello(0, registration(0)), timeout=30)
         thread.join()
         began = time.monotonic()
         for _ in range(3):
@@ -183,12 +185,13 @@ def test_what_comes_right_behind_the_welcome_is_heard(behind, capfd):
 
         def welcome() -> None:
             accepted.append(sock.accept()[0])
+            answer(accepted[0])
             accepted[0].sendall(encode(Welcome()) + behind)
 
         accepted: list[Any] = []
         thread = threading.Thread(target=welcome)
         thread.start()
-        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", RankHello("n", 0, registration(0)), timeout=30)
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", KEY, RankHello(0, registration(0)), timeout=30)
         client.start(RankActivity())
         thread.join()
         assert b'"Heartbeat"' in receive_until(accepted[0], b"Heartbeat")
@@ -207,12 +210,13 @@ def test_a_rank_that_cannot_write_its_stacks_says_so_and_goes_on(monkeypatch):
 
         def welcome() -> None:
             accepted.append(sock.accept()[0])
+            answer(accepted[0])
             accepted[0].sendall(encode(Welcome()) + encode(AskStacks()))
 
         thread = threading.Thread(target=welcome)
         thread.start()
-        hello = RankHello(NONCE, 0, registration(0, 1))
-        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", hello, timeout=30)
+        hello = RankHello(0, registration(0, 1))
+        client = Client.connect(f"127.0.0.1:{sock.getsockname()[1]}", KEY, hello, timeout=30)
         client.start(RankActivity())
         thread.join()
         with accepted[0] as service:

@@ -12,10 +12,10 @@ import pytest
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.monitor.relay import Relay
-from allstep.monitor.service import AllEnded, Finished, Ordered, Verdict
-from allstep.protocol.messages import Leave, Refused, Welcome
+from allstep.monitor.service import AllEnded, MonitorSettings, Verdict
+from allstep.protocol.messages import Finish, Leave, Refused, Welcome
 from allstep.protocol.worker_exit import WorkerExit
-from tests.monitor.driving import NONCE, Caller, Clock, Driven, listening, registration, serving
+from tests.monitor.driving import KEY, Caller, Clock, Driven, listening, registration, serving
 
 
 @contextlib.contextmanager
@@ -25,7 +25,8 @@ def relaying(
     world_size: int,
     *,
     limits: str = "",
-    nonce: str = NONCE,
+    key: str = KEY,
+    node: int = 1,
     supervised: bool = True,
     clock: Callable[[], float] | None = None,
 ) -> Iterator[Driven]:
@@ -33,14 +34,10 @@ def relaying(
         return Relay(
             selector,
             listener,
-            ("127.0.0.1", port),
-            nonce=nonce,
-            attempt=0,
-            node_rank=1,
+            MonitorSettings(key, 0, world_size, HangLimits.parse(limits), supervised),
+            upstream=("127.0.0.1", port),
+            node_rank=node,
             ranks=ranks,
-            world_size=world_size,
-            limits=HangLimits.parse(limits),
-            supervised=supervised,
             clock=clock,
         )
 
@@ -82,9 +79,9 @@ def test_a_failure_behind_a_relay_is_judged_at_the_head_for_all_nodes():
         assert ranks[0].hears(Leave) == Leave("rank 2 failed", 84)
         assert ranks[1].hears(Leave) == Leave("rank 2 failed", 84, "THE REPORT")
         assert ranks[2].hears(Leave).code is None
-        hub.until(lambda: Ordered("rank 2 failed", 84, (2,)) in relay.events)
+        hub.until(lambda: any(isinstance(each, Leave) and each.spared == (2,) for each in relay.events))
         hub.service.finish("the text", 1)
-        hub.until(lambda: Finished("the text", 1) in relay.events)
+        hub.until(lambda: Finish("the text", 1) in relay.events)
 
 
 def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():
@@ -162,7 +159,7 @@ def test_a_head_that_closes_is_a_verdict_at_the_relay_at_once():
 def test_a_head_that_is_finished_may_close():
     with two_nodes() as (hub, relay, _):
         hub.service.finish("", 0)
-        hub.until(lambda: Finished("", 0) in relay.events)
+        hub.until(lambda: Finish("", 0) in relay.events)
         hub.service.close()
         relay.pass_time(0.5)
         assert not [event for event in relay.events if isinstance(event, Verdict)]
@@ -190,12 +187,13 @@ def test_a_head_is_reached_at_another_of_its_addresses(monkeypatch, first):
             relay.until(lambda: hub.service.connected == 1)
 
 
-def test_a_relay_of_another_run_is_turned_away_with_its_ranks():
-    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", clock=hub.clock) as relay:
-        hub.others.append(relay)
-        caller = Caller(relay, 1, 2, nonce="other").come()
-        caller.driven = hub
-        assert "another run's service" in caller.hears(Refused).reason
+def test_a_head_of_another_run_is_a_verdict_at_the_relay():
+    with serving(2) as hub, relaying(hub.port, (1,), 2, key="other", clock=hub.clock) as relay:
+        relay.others.append(hub)
+        cause = relay.verdict().cause
+        assert cause.kind is OutcomeKind.SERVICE_LOST
+        assert "what answers does not have this run's key" in cause.what
+        assert hub.service.connected == 0
 
 
 def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
@@ -216,7 +214,8 @@ def test_a_relay_whose_ranks_were_turned_away_is_left_alone_and_may_go():
 
 @pytest.mark.parametrize("supervised", [True, False])
 def test_losing_the_head_after_a_refusal_is_told_to_a_supervisor_only(supervised: bool):
-    with serving(2) as hub, relaying(hub.port, (1,), 2, nonce="other", supervised=supervised, clock=hub.clock) as relay:
+    # The head waits for no node of this number.
+    with serving(2) as hub, relaying(hub.port, (1,), 2, node=7, supervised=supervised, clock=hub.clock) as relay:
         relay.others.append(hub)
         if supervised:
             assert relay.verdict().cause.kind is OutcomeKind.SERVICE_LOST

@@ -22,17 +22,16 @@ from allstep.errors import ConfigurationError
 from allstep.monitor import sidecar_process
 from allstep.monitor.hub import Hub
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
-from allstep.protocol.address import new_nonce
+from allstep.protocol.address import new_key
 from allstep.protocol.connection import is_ready
-from allstep.protocol.messages import Welcome
 from tests.monitor.driving import BOUND, Caller, RankProcess, gone, listening, rank_processes, registration, wait_for
 
 pytestmark = pytest.mark.slow
 
 
 @contextlib.contextmanager
-def sidecar(world_size: int, nonce: str, **settings: Any) -> Iterator[Sidecar]:
-    started = start_sidecar(SidecarSetup(nonce, 0, world_size, **settings))
+def sidecar(world_size: int, key: str, **settings: Any) -> Iterator[Sidecar]:
+    started = start_sidecar(SidecarSetup(key, 0, world_size, **settings))
     try:
         yield started
     finally:
@@ -57,8 +56,8 @@ def ended(ranks: list[RankProcess]) -> bool:
 
 
 def test_ranks_train_and_leave_and_the_sidecar_ends():
-    nonce = new_nonce()
-    with sidecar(2, nonce) as service, rank_processes(service.address, ("close",), ("close",), nonce=nonce) as ranks:
+    key = new_key()
+    with sidecar(2, key) as service, rank_processes(service.address, ("close",), ("close",), key=key) as ranks:
         close(ranks)
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [0, 0]
@@ -66,10 +65,10 @@ def test_ranks_train_and_leave_and_the_sidecar_ends():
 
 
 def test_an_exception_ends_all_with_one_report_and_a_file(tmp_path, capfd):
-    nonce = new_nonce()
+    key = new_key()
     with (
-        sidecar(3, nonce, attempt_folder=str(tmp_path), run="digits") as service,
-        rank_processes(service.address, ("wait",), ("raise",), ("wait",), nonce=nonce) as ranks,
+        sidecar(3, key, attempt_folder=str(tmp_path), run="digits") as service,
+        rank_processes(service.address, ("wait",), ("raise",), ("wait",), key=key) as ranks,
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [84, 1, 84]
@@ -80,10 +79,10 @@ def test_an_exception_ends_all_with_one_report_and_a_file(tmp_path, capfd):
 
 
 def test_a_killed_rank_is_named_though_its_launcher_ends_the_others_at_once(capfd):
-    nonce = new_nonce()
+    key = new_key()
     with (
-        sidecar(2, nonce) as service,
-        rank_processes(service.address, ("kill",), ("wait",), nonce=nonce) as ranks,
+        sidecar(2, key) as service,
+        rank_processes(service.address, ("kill",), ("wait",), key=key) as ranks,
     ):
         wait_for(ranks[0].ended)
         ranks[1].process.terminate()
@@ -96,10 +95,10 @@ def test_without_a_standard_error_the_lowest_living_rank_writes_the_report(monke
         raise OSError(errno.EBADF, "no such descriptor")
 
     monkeypatch.setattr(os, "dup", closed)
-    nonce = new_nonce()
+    key = new_key()
     with (
-        sidecar(3, nonce) as service,
-        rank_processes(service.address, ("kill",), ("wait",), ("wait",), nonce=nonce) as ranks,
+        sidecar(3, key) as service,
+        rank_processes(service.address, ("kill",), ("wait",), ("wait",), key=key) as ranks,
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [-9, 84, 84]
@@ -107,10 +106,10 @@ def test_without_a_standard_error_the_lowest_living_rank_writes_the_report(monke
 
 
 def test_a_frozen_rank_is_killed(capfd):
-    nonce = new_nonce()
+    key = new_key()
     with (
-        sidecar(2, nonce, limits="silence=2") as service,
-        rank_processes(service.address, ("stop",), ("wait",), nonce=nonce) as ranks,
+        sidecar(2, key, limits="silence=2") as service,
+        rank_processes(service.address, ("stop",), ("wait",), key=key) as ranks,
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [-9, 83]
@@ -118,49 +117,49 @@ def test_a_frozen_rank_is_killed(capfd):
 
 
 def test_a_rank_that_cleans_up_for_ever_is_killed():
-    nonce = new_nonce()
+    key = new_key()
     with (
-        sidecar(2, nonce) as service,
-        rank_processes(service.address, ("raise_slowly",), ("wait",), nonce=nonce) as ranks,
+        sidecar(2, key) as service,
+        rank_processes(service.address, ("raise_slowly",), ("wait",), key=key) as ranks,
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [-9, 84]
 
 
 def test_the_signals_of_a_scheduler_do_not_silence_it():
-    nonce = new_nonce()
-    with sidecar(2, nonce) as service:
+    key = new_key()
+    with sidecar(2, key) as service:
         os.kill(service.pid, signal.SIGTERM)
-        with rank_processes(service.address, ("wait",), ("raise",), nonce=nonce) as ranks:
+        with rank_processes(service.address, ("wait",), ("raise",), key=key) as ranks:
             wait_for(lambda: ended(ranks))
             assert [rank.process.returncode for rank in ranks] == [84, 1]
 
 
 def test_it_ends_with_the_process_that_started_it():
-    with sidecar(2, new_nonce()) as service:
+    with sidecar(2, new_key()) as service:
         service.release()
         wait_for(lambda: gone(service.pid))
 
 
 def test_it_is_in_a_session_of_its_own_and_holds_nothing_of_its_starter():
-    nonce = new_nonce()
-    with sidecar(2, nonce) as service:
+    key = new_key()
+    with sidecar(2, key) as service:
         assert os.getsid(service.pid) == service.pid
         for fd in (0, 1, 2):
             assert os.readlink(f"/proc/{service.pid}/fd/{fd}") == os.devnull
-        assert nonce not in Path(f"/proc/{service.pid}/cmdline").read_text()
+        assert key not in Path(f"/proc/{service.pid}/cmdline").read_text()
 
 
 def test_two_nodes_leave_together(capfd):
-    nonce = new_nonce()
+    key = new_key()
     with (
-        sidecar(2, nonce) as head,
-        sidecar(2, nonce, upstream=head.address, node_rank=1, ranks=[1]) as node,
+        sidecar(2, key, nodes=2) as head,
+        sidecar(2, key, upstream=head.address, node_rank=1, ranks=[1]) as node,
         contextlib.ExitStack() as stack,
     ):
         ranks = [
-            RankProcess(head.address, 0, 2, "wait", nonce=nonce),
-            RankProcess(node.address, 1, 2, "raise", nonce=nonce),
+            RankProcess(head.address, 0, 2, "wait", key=key),
+            RankProcess(node.address, 1, 2, "raise", key=key),
         ]
         for rank in ranks:
             stack.callback(rank.end)
@@ -169,24 +168,23 @@ def test_two_nodes_leave_together(capfd):
     assert capfd.readouterr().err.count("rank 1 of 2 failed first") == 1
 
 
-def test_only_ranks_of_its_node_are_killed_though_another_has_its_host_name():
-    nonce, host = new_nonce(), socket.gethostname()
+def test_only_the_process_that_holds_a_ranks_connection_is_killed():
+    """Ranks that do not leave are killed; a pid that somebody only says is its own is not."""
+    key, host = new_key(), socket.gethostname()
     with contextlib.ExitStack() as stack:
-        first, here, elsewhere = (stack.enter_context(waiting_process()) for _ in range(3))
-        with sidecar(3, nonce) as head:
+        forged, elsewhere = (stack.enter_context(waiting_process()) for _ in range(2))
+        with sidecar(4, key) as head:
+            ranks = [RankProcess(head.address, rank, 4, what, key=key) for rank, what in enumerate(("raise", "stop"))]
+            for rank in ranks:
+                stack.callback(rank.end)
             at = SimpleNamespace(port=int(head.address.rpartition(":")[2]))
-            places = [(0, first.pid), (0, here.pid), (1, elsewhere.pid)]
-            callers = []
-            for rank, (node, pid) in enumerate(places):
-                arrived = registration(rank, 3, host=host, node_rank=node, pid=pid)
-                callers.append(Caller(at, registration=arrived, nonce=nonce).come())
-            wait_for(lambda: all(Welcome() in caller.listen() for caller in callers))
-            callers[0].fail()
-            wait_for(lambda: here.poll() is not None)
-            for caller in callers:
-                caller.close()
-        assert here.returncode == -signal.SIGKILL
-        assert elsewhere.poll() is None
+            places = [(0, forged.pid), (1, elsewhere.pid)]
+            for rank, (node, pid) in enumerate(places, 2):
+                arrived = registration(rank, 4, host=host, node_rank=node, pid=pid)
+                stack.callback(Caller(at, registration=arrived, key=key).come().close)
+            wait_for(lambda: ended(ranks), BOUND)
+        assert [rank.process.returncode for rank in ranks] == [1, -signal.SIGKILL]
+        assert (forged.poll(), elsewhere.poll()) == (None, None)
 
 
 @contextlib.contextmanager
@@ -217,7 +215,7 @@ def test_its_loop_asks_who_is_connected_only_when_it_may_end(monkeypatch):
 
 
 def test_it_starts_from_a_process_with_many_open_files():
-    with many_open_files(), sidecar(2, new_nonce()) as service:
+    with many_open_files(), sidecar(2, new_key()) as service:
         assert int(service.address.rpartition(":")[2]) > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import selectors
 import socket
 import threading
 import time
@@ -12,15 +13,7 @@ import pytest
 
 from allstep.protocol import connection as module
 from allstep.protocol.connection import Connection, Connector, connect, is_ready, resolve
-
-HOST = "127.0.0.1"
-BOUND = 30.0  # seconds that anything here may take on a loaded machine
-
-
-@contextlib.contextmanager
-def listening() -> Iterator[tuple[socket.socket, tuple[str, int]]]:
-    with socket.create_server((HOST, 0)) as listener:
-        yield listener, (HOST, listener.getsockname()[1])
+from tests.protocol.proving import BOUND, HOST, KEY, answer, answering
 
 
 @contextlib.contextmanager
@@ -49,7 +42,7 @@ def silent() -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def connecting(*targets: tuple[str, int], within: float = BOUND, **options: object) -> Iterator[Connector]:
-    with contextlib.closing(Connector(targets, within=within, **{"answer": 1.0, **options})) as connector:
+    with contextlib.closing(Connector(targets, within=within, key=KEY, **{"answer": 1.0, **options})) as connector:
         yield connector
         if connector.connection is not None:
             connector.connection.close()
@@ -61,9 +54,17 @@ def drive(connector: Connector) -> Connector:
     while connector.connection is None and not connector.failed:
         assert time.monotonic() < until
         descriptor = None if connector.sock is None else connector.sock.fileno()
-        is_ready(descriptor, connector.deadline() - time.monotonic(), writing=True)
+        writing = connector.events == selectors.EVENT_WRITE
+        is_ready(descriptor, connector.deadline() - time.monotonic(), writing=writing)
         connector.advance()
     return connector
+
+
+def wait_for(condition) -> None:
+    until = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < until
+        is_ready(None, 0.01)
 
 
 def pair() -> tuple[Connection, socket.socket]:
@@ -72,21 +73,23 @@ def pair() -> tuple[Connection, socket.socket]:
 
 
 def test_a_target_that_answers_gives_a_connection():
-    with listening() as (listener, target), contextlib.closing(connect([target], within=BOUND, answer=1.0)) as ours:
-        theirs, _ = listener.accept()
-        with theirs:
-            ours.send(b"hello\n")
-            assert theirs.recv(6) == b"hello\n"
+    with (
+        answering() as (proven, target),
+        contextlib.closing(connect([target], key=KEY, within=BOUND, answer=BOUND)) as ours,
+    ):
+        ours.send(b"hello\n")
+        wait_for(lambda: proven)
+        assert proven[0].recv(6) == b"hello\n"
 
 
 def test_a_target_that_refuses_is_followed_by_the_next():
-    with refusing() as (_, first), listening() as (_, second), connecting(first, second) as connector:
+    with refusing() as (_, first), answering() as (_, second), connecting(first, second) as connector:
         assert drive(connector).target == second
         assert connector.problems == {first: "Connection refused"}
 
 
 def test_a_target_that_is_silent_is_followed_by_the_next():
-    with silent() as first, listening() as (_, second), connecting(first, second, answer=0.2) as connector:
+    with silent() as first, answering() as (_, second), connecting(first, second, answer=0.2, proof=BOUND) as connector:
         assert drive(connector).target == second
         assert connector.problems == {first: "it does not answer"}
 
@@ -94,10 +97,12 @@ def test_a_target_that_is_silent_is_followed_by_the_next():
 def test_a_service_that_begins_to_listen_later_is_reached():
     with refusing() as (held, target):
         made: list[Connection] = []
-        thread = threading.Thread(target=lambda: made.append(connect([target], within=BOUND, answer=1.0)))
+        thread = threading.Thread(target=lambda: made.append(connect([target], key=KEY, within=BOUND, answer=BOUND)))
         thread.start()
         is_ready(None, 1.5 * module.PAUSE_S)  # until it has been refused more than once
         held.listen()
+        with held.accept()[0] as theirs:
+            answer(theirs)
         thread.join(BOUND)
         assert made
         made[0].close()
@@ -113,16 +118,16 @@ def test_a_name_that_begins_to_resolve_later_is_reached(monkeypatch):
         return resolve(HOST, port)
 
     monkeypatch.setattr(module, "PAUSE_S", 0.01)
-    with listening() as (_, (_, port)), connecting(("head", port), addresses=addresses) as connector:
+    with answering() as (_, (_, port)), connecting(("head", port), addresses=addresses) as connector:
         assert drive(connector).problems == {("head", port): "Name or service not known"}
         assert asked == ["head", "head"]
 
 
 def test_without_an_answer_in_time_the_reason_is_told():
     with refusing() as (_, target), pytest.raises(ConnectionError, match="Connection refused"):
-        connect([target], within=0.3, answer=1.0)
+        connect([target], key=KEY, within=0.3, answer=1.0)
     with silent() as target, pytest.raises(ConnectionError, match="it does not answer"):
-        connect([target], within=0.1, answer=1.0)
+        connect([target], key=KEY, within=0.1, answer=1.0)
 
 
 def test_without_retry_each_target_is_tried_once():
@@ -134,12 +139,15 @@ def test_without_retry_each_target_is_tried_once():
 
 
 def test_a_connection_that_is_rejected_is_closed_and_the_next_is_tried():
-    with listening() as (listener, first), listening() as (_, second), connecting(first, second) as connector:
+    with (
+        answering() as (proven, first),
+        answering() as (_, second),
+        connecting(first, second, proof=BOUND) as connector,
+    ):
         drive(connector)
-        theirs, _ = listener.accept()
-        with theirs:
-            connector.reject("another run's")
-            assert theirs.recv(1) == b""
+        wait_for(lambda: proven)
+        connector.reject("another run's")
+        assert proven[0].recv(1) == b""
         assert drive(connector).target == second
         assert connector.problems == {first: "another run's"}
 
@@ -154,9 +162,9 @@ def test_a_line_is_given_once_it_is_whole():
     ours, theirs = pair()
     with contextlib.closing(ours), theirs:
         theirs.sendall(b"one\ntw")
-        assert ours.receive() == [b"one"]
+        assert list(ours.receive()) == [b"one"]
         theirs.sendall(b"o\n")
-        assert ours.receive() == [b"two"]
+        assert list(ours.receive()) == [b"two"]
 
 
 def test_a_line_that_is_too_long_ends_the_connection():
@@ -164,7 +172,7 @@ def test_a_line_that_is_too_long_ends_the_connection():
     ours.longest = 10
     with contextlib.closing(ours), theirs:
         theirs.sendall(b"x" * 11)
-        assert ours.receive() == []
+        assert list(ours.receive()) == []
         assert ours.ended == "it sent a line of more than 10 bytes"
 
 
@@ -173,8 +181,8 @@ def test_what_was_sent_before_the_other_side_closed_is_still_given():
     with contextlib.closing(ours):
         theirs.sendall(b"last\n")
         theirs.close()
-        assert ours.receive() == [b"last"]
-        assert ours.receive() == []
+        assert list(ours.receive()) == [b"last"]
+        assert list(ours.receive()) == []
         assert ours.ended == "closed by the other side"
 
 

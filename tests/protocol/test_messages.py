@@ -41,8 +41,8 @@ from allstep.protocol.worker_exit import WorkerExit
 from tests.monitor.driving import registration
 
 EXAMPLES: list[Message] = [
-    RankHello("nonce", 1, registration(1, accelerator="GPU-1", facts={"lr": "1"}), "/tmp/stacks", 5.0),
-    RankHello("nonce", 1, registration(1)),
+    RankHello(1, registration(1, accelerator="GPU-1", facts={"lr": "1"}), "/tmp/stacks", 5.0),
+    RankHello(1, registration(1)),
     Heartbeat(3, 0, 9, 1, 7, "step", 0.25, "gradients", "trainer", {"step": 1.5, "data": 2}, 0.01),
     Failure(0, 0, 1, "ValueError", "schlecht: ü\n", "Traceback ...\n", 1, 2, "step", True, "cuda:0"),
     Stacks(1, "Thread ...", "all_reduce #3"),
@@ -55,16 +55,16 @@ EXAMPLES: list[Message] = [
     Leave("why", 84, "report", 2, (1, 3)),
     Notice("slow", 1),
     AskStacks(),
-    NodeHello("nonce", 0, 1, "host", (8, 9)),
+    NodeHello(0, 1, "host", (8, 9)),
     NodeHeartbeat(),
     WorkerEnded(WorkerExit(1, -9, True, "words", "a note")),
     RankLost(1, "why"),
     Finish("text", 1),
-    JoinRequest("exp", "token", 3, 0, 2, "h0", 10, {"the script": "train.py"}),
+    JoinRequest(3, 0, 2, "h0", 10, {"the script": "train.py"}),
     JoinPending(),
-    AttemptStart("exp", 3, "n0", 1, 2, 4, 8, 5),
+    AttemptStart("exp", 3, "salt", 1, 2, 4, 8, 5),
     RunOver(3, "done"),
-    NodeResigned("t", 1, "x"),
+    NodeResigned(1, "x"),
     Refused("no", stranger=True),
 ]
 
@@ -90,15 +90,15 @@ def test_a_message_survives_the_wire_as_one_line(message):
         b"17",
         b"\xff\xfe",
         b'{"type":"Goodbye","rank":1}',
-        b'{"v":3,"type":"Nothing"}',
-        b'{"v":3,"type":["Goodbye"],"rank":1}',
-        b'{"v":3,"type":"Goodbye"}',
-        b'{"v":3,"type":"Goodbye","rank":"1"}',
-        b'{"v":3,"type":"Goodbye","rank":true}',
-        b'{"v":3,"type":"RankHello","nonce":"n","attempt":0,"registration":[]}',
-        b'{"v":3,"type":"NodeHello","nonce":"n","attempt":0,"node_rank":0,"host":"a","ranks":["x"]}',
-        b'{"v":3}',
-        b'{"v":3,"type":"RunOver","status":1}',
+        b'{"v":4,"type":"Nothing"}',
+        b'{"v":4,"type":["Goodbye"],"rank":1}',
+        b'{"v":4,"type":"Goodbye"}',
+        b'{"v":4,"type":"Goodbye","rank":"1"}',
+        b'{"v":4,"type":"Goodbye","rank":true}',
+        b'{"v":4,"type":"RankHello","attempt":0,"registration":[]}',
+        b'{"v":4,"type":"NodeHello","attempt":0,"node_rank":0,"host":"a","ranks":["x"]}',
+        b'{"v":4}',
+        b'{"v":4,"type":"RunOver","status":1}',
         encode(EXAMPLES[-6]).replace(b'"nodes":3', b'"nodes":"3"'),
         encode(EXAMPLES[-6]).replace(b'"train.py"', b"3"),
         b"[" * 100_000,
@@ -110,8 +110,8 @@ def test_what_is_no_message_is_an_error(line):
 
 
 def test_another_version_is_an_error_that_says_so():
-    with pytest.raises(ChannelError, match=r"version 2 .* this is version 3"):
-        decode(b'{"v":2,"type":"Welcome"}')
+    with pytest.raises(ChannelError, match=r"version 3 .* this is version 4"):
+        decode(b'{"v":3,"type":"Welcome"}')
 
 
 def test_what_a_newer_side_adds_is_passed_over():

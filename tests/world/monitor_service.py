@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from allstep.diagnosis.hang import HangLimits
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.hub import Hub
-from allstep.monitor.service import MonitorEvent, Verdict
+from allstep.monitor.service import MonitorEvent, MonitorSettings, Verdict
 from allstep.protocol.messages import Heartbeat
 
-NONCE = "5ec4e7"
+KEY = "5ec4e7"
 
 
 class Served:
@@ -30,10 +30,9 @@ class Served:
         self._selector = selectors.DefaultSelector()
         listener = socket.create_server(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-        self.env = {"ALLSTEP_CHANNEL": f"127.0.0.1:{port}", "ALLSTEP_NONCE": NONCE}
-        self._hub = Hub(
-            self._selector, listener, nonce=NONCE, attempt=0, world_size=world_size, limits=HangLimits.parse(limits)
-        )
+        self.env = {"ALLSTEP_CHANNEL": f"127.0.0.1:{port}", "ALLSTEP_KEY": KEY}
+        settings = MonitorSettings(KEY, 0, world_size, HangLimits.parse(limits))
+        self._hub = Hub(self._selector, listener, settings)
         self._over = False
         self._thread = threading.Thread(target=self._drive, daemon=True)
         self._thread.start()

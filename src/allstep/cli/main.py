@@ -16,6 +16,8 @@ from importlib import import_module
 
 from allstep.errors import AllstepError
 from allstep.exit_codes import LAUNCHER_ERROR
+from allstep.protocol.foreign_text import printable
+from allstep.protocol.masking import mask, secret_values
 from allstep.version import __version__
 
 COMMANDS = {
@@ -39,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exit_:  # argparse has said what there was to say
         return exit_.code if isinstance(exit_.code, int) else 0
     except AllstepError as error:
-        for line in str(error).splitlines():  # a configuration file may have several mistakes
-            print(f"allstep: error: {line}", file=sys.stderr)
+        # The words may be another machine's or a file's, and may repeat what this one was given in confidence.
+        said = mask(str(error), secret_values(arguments, os.environ))
+        for line in said.splitlines():  # a configuration file may have several mistakes
+            print(f"allstep: error: {printable(line)}", file=sys.stderr)
         return LAUNCHER_ERROR
     except KeyboardInterrupt:
         return 130

@@ -36,7 +36,8 @@ from allstep.launch.memory import MemoryWatch
 from allstep.launch.output import RankOutput, RankStreams, Terminal
 from allstep.launch.worker_plan import WorkerPlan
 from allstep.launch.workers import Workers
-from allstep.monitor.service import AllEnded, Finished, MonitorEvent, Ordered, Service, StragglerSeen, Verdict
+from allstep.monitor.service import AllEnded, MonitorEvent, Service, StragglerSeen, Verdict
+from allstep.protocol.messages import Finish, Leave
 from allstep.protocol.registration import spans
 from allstep.protocol.worker_exit import WorkerExit
 
@@ -88,7 +89,7 @@ class Attempt:
     ) -> None:
         self.stopped_by: signal.Signals | None = None
         self.diagnosis: Diagnosis | None = None
-        self.finished: Finished | None = None
+        self.finished: Finish | None = None
         self.ends: dict[int, WorkerExit] = {}
         self.streams = RankStreams(loop, terminal)
         self._plans = plans
@@ -189,13 +190,13 @@ class Attempt:
             if self.stopped_by is None:  # else they have been told by a signal, and may be saving
                 self._monitor.order_leave(f"rank {event.diagnosis.cause.rank} failed first", PEER_LOST)
             self._kill_soon()
-        elif isinstance(event, Ordered):
+        elif isinstance(event, Leave):
             self._kill_soon()
         elif isinstance(event, StragglerSeen):
             self._terminal.say(straggler_line(event.rank, event.ratio))
         elif isinstance(event, AllEnded):
             self._over = True
-        elif isinstance(event, Finished):
+        elif isinstance(event, Finish):
             self.finished = event
             self._over = True
             self._kill_soon()

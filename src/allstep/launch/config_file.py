@@ -5,6 +5,9 @@ ConfigurationError that names the file, the line and the field of every mistake.
 may be, is in the table of `allstep.launch.settings`. YAML is loaded here only, so that a run without a file does
 without it.
 
+A file that is too large, too deep, or says things by reference (`&name`, `*name`) is refused before it is read as a
+tree: with references a few lines can stand for more than any memory holds.
+
 Scalars are taken as they are written and get their type from their field. YAML's own types would turn a value of `env`
 such as `on`, `1e-3` or `010` into something else than the text that a person wants the workers to have.
 """
@@ -19,6 +22,12 @@ import yaml
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import OPTIONS, Option
+
+LARGEST = 1 << 20
+"""Bytes of a file, at most."""
+
+DEEPEST = 16
+"""Levels of lists and mappings, at most."""
 
 
 def load_settings(path: Path) -> dict[str, Any]:
@@ -54,17 +63,34 @@ def load_settings(path: Path) -> dict[str, Any]:
 def _compose(path: Path) -> yaml.Node | None:
     """The file as a tree whose nodes know their lines, or None for a file without content."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigurationError(f"{path} cannot be read: {reason}") from error
+    if len(content) > LARGEST:
+        raise ConfigurationError(f"{path} has more than {LARGEST} bytes, which no file of settings has")
     try:
+        _refuse_what_multiplies(path, text)
         return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
         raise ConfigurationError(f"{path}:{line}: not YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{path}: not YAML: {error}") from error
+
+
+def _refuse_what_multiplies(path: Path, text: str) -> None:
+    """Raise where a file is nested deeper than settings are, or says something by reference."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.BaseLoader):
+        line = event.start_mark.line + 1 if event.start_mark is not None else 1
+        if isinstance(event, yaml.AliasEvent):
+            raise ConfigurationError(f"{path}:{line}: write the value out; *{event.anchor} is not followed")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ConfigurationError(f"{path}:{line}: nested deeper than settings are")
 
 
 def _refuse_duplicates(path: Path, tree: yaml.MappingNode) -> None:

@@ -2,8 +2,8 @@
 
 Contract: `worker_environment` is a pure function, tested as text. The names are torchrun's, so that scripts written for
 torchrun run unchanged. ALLSTEP_RUN_ID and ALLSTEP_ATTEMPT say that allstep started the process; `allstep.placement`
-looks for them first. ALLSTEP_CHANNEL is where the node's monitoring service listens, ALLSTEP_NONCE what its ranks show
-there, and ALLSTEP_ATTEMPT_FOLDER, an absolute path, where this attempt's files are kept, if anywhere.
+looks for them first. ALLSTEP_CHANNEL is where the node's monitoring service listens, ALLSTEP_KEY what its ranks
+have to have there, and ALLSTEP_ATTEMPT_FOLDER, an absolute path, where this attempt's files are kept, if anywhere.
 
 Whoever starts workers holds a `ReservedPort` while they run and gives its number as MASTER_PORT. The supervisor, the
 ranks that `allstep.testing` starts, and tests do so.
@@ -28,7 +28,7 @@ def worker_environment(
     node_rank: int = 0,
     nodes: int = 1,
     channel: str = "",
-    nonce: str = "",
+    key: str = "",
     attempt_folder: str | None = None,
 ) -> dict[str, str]:
     """Variables to set for one worker, over whatever environment it inherits."""
@@ -52,7 +52,7 @@ def worker_environment(
         "ALLSTEP_RUN_ID": run_id,
         "ALLSTEP_ATTEMPT": str(attempt),
         "ALLSTEP_CHANNEL": channel,
-        "ALLSTEP_NONCE": nonce,
+        "ALLSTEP_KEY": key,
     }
 
 

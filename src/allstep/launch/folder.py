@@ -3,6 +3,8 @@
 Contract: `create_attempt` makes the folder of a new attempt and never touches an older one: a name that has been used
 before gets the next attempt, so a requeued job loses no log. A run whose name was made up gets one that is free.
 `join_attempt` is for a machine that is told name and attempt; the folder may be there already, on a shared disk.
+Folders that are made are their user's alone: logs and reports may hold what a script was given in confidence. One that
+is there already is used as it is.
 What can go wrong: the folder cannot be made, which is an OSError for the caller to weigh.
 """
 
@@ -11,6 +13,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+PRIVATE = 0o700
+"""The mode of folders that are made."""
 
 _ATTEMPT = re.compile(r"attempt_([0-9]{1,9})")
 
@@ -54,7 +59,7 @@ def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
     if not named:
         name = _make_free(runs, name)
     folder = runs / name
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(mode=PRIVATE, exist_ok=True)
     # One more than the highest, not how many there are: an older attempt may have been deleted.
     attempt = 1 + max(
         (int(found[1]) for each in folder.iterdir() if (found := _ATTEMPT.fullmatch(each.name))), default=-1
@@ -62,7 +67,7 @@ def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
     while True:
         path = folder / f"attempt_{attempt}"
         try:
-            path.mkdir()
+            path.mkdir(mode=PRIVATE)
         except FileExistsError:  # another launch of the same name was quicker
             attempt += 1
         else:
@@ -75,8 +80,10 @@ def join_attempt(runs: Path, name: str, attempt: int) -> AttemptFolder:
     Raises:
         OSError: the folder could not be made.
     """
+    runs.mkdir(parents=True, exist_ok=True)
     path = runs / name / f"attempt_{attempt}"
-    path.mkdir(parents=True, exist_ok=True)
+    for each in (path.parent, path):
+        each.mkdir(mode=PRIVATE, exist_ok=True)
     return AttemptFolder(path, name, attempt)
 
 
@@ -84,7 +91,7 @@ def _make_free(runs: Path, name: str) -> str:
     free, number = name, 1
     while True:  # making the folder is the only test that no other launch can come between
         try:
-            (runs / free).mkdir()
+            (runs / free).mkdir(mode=PRIVATE)
         except FileExistsError:
             number += 1
             free = f"{name}-{number}"

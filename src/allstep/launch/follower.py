@@ -5,14 +5,14 @@ attempt began; 128 + N when signal N stopped this machine and the head has not s
 it ended; the report is the head's. What can go wrong before the first attempt is a LaunchError.
 
 `join` connects to the head, sends a `JoinRequest`, and waits for `AttemptStart` or `RunOver`. It tries again where
-nothing answers yet, and tries several ports in turn where the head may be at several. Signals are looked at all the
-while.
+nothing answers yet, and tries several ports in turn where the head may be at several. Who answers and does not have the
+run's key is told nothing, and is not the head; at the only port that can be the head's, that is an error at once.
+Signals are looked at all the while.
 """
 
 from __future__ import annotations
 
 import contextlib
-import selectors
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,18 +23,19 @@ from allstep.exit_codes import PEER_LOST
 from allstep.launch.attempt import Attempt
 from allstep.launch.event_loop import EventLoop
 from allstep.launch.folder import AttemptFolder, join_attempt
-from allstep.launch.join_protocol import introduce
+from allstep.launch.join_protocol import attempt_key, introduce, objection_to_start, run_key, same_key_on_all
 from allstep.launch.machine import Machine
 from allstep.launch.topology import Nodes
 from allstep.launch.worker_plan import Share
 from allstep.monitor.relay import Relay
-from allstep.monitor.service import Finished
+from allstep.monitor.service import MonitorSettings
 from allstep.protocol.address import HERE, join_address, listen
 from allstep.protocol.connection import Connection, Connector, connect
+from allstep.protocol.foreign_text import one_line
 from allstep.protocol.messages import (
     AttemptStart,
+    Finish,
     JoinPending,
-    JoinRequest,
     NodeResigned,
     Refused,
     RunOver,
@@ -46,6 +47,7 @@ SILENCE_S = 15.0
 """Seconds without a word from the head after which the connection is given up."""
 
 _ANSWER_S = 2.0  # that an address of the head has to answer
+_PROOF_S = 8.0  # that what answers has to prove that it is the head
 
 
 def follow(machine: Machine) -> int:
@@ -53,46 +55,50 @@ def follow(machine: Machine) -> int:
     nodes = machine.launch.nodes
     assert nodes is not None
     limit = machine.launch.settings.rdzv_timeout
+    key = run_key(machine.launch)
     begun = False
-    finished: Finished | None = None
+    finished: Finish | None = None
     while True:
         try:
-            answer = join(machine.loop, nodes, introduce(machine.launch), limit, machine.stopped)
+            answer = join(machine, key, limit)
         except LaunchError as error:
             if not begun:  # nothing ran here, so this machine's own error is the whole story
                 raise
             machine.say(f"node 0 was lost after the attempt: {error}")
             return PEER_LOST
         if answer is None:
-            return _stopped(machine, nodes, finished)
+            return _stopped(machine, key, finished)
         if isinstance(answer, RunOver):
-            machine.say(answer.text)
-            return answer.status
+            machine.say(one_line(answer.text))
+            return answer.status & 0xFF
         # Between attempts the head is there or has been lost; it is not about to be started.
         begun = True
         limit = SILENCE_S
-        attempt = _take_part(machine, nodes, answer)
+        attempt = _take_part(machine, nodes, key, answer)
         if attempt.diagnosis is not None and attempt.finished is None:
             machine.say(f"run {answer.run_id}: {attempt.diagnosis.cause.what}; this node's workers were ended")
             return PEER_LOST
         finished = attempt.finished
 
 
-def _stopped(machine: Machine, nodes: Nodes, finished: Finished | None) -> int:
+def _stopped(machine: Machine, key: str, finished: Finish | None) -> int:
     """Leave after a signal to stop; return the run's exit status where the head has said it, else the signal's."""
     assert machine.stopped_by is not None
     # The head waits for this machine before the next attempt, so it is told even where the run is over.
     text, status = f"stopped by {machine.stopped_by.name}", 128 + machine.stopped_by
-    resign(nodes, NodeResigned(introduce(machine.launch).token, nodes.rank, text))
+    nodes = machine.launch.nodes
+    assert nodes is not None
+    resign(nodes, key, NodeResigned(nodes.rank, text))
     if finished is not None and finished.text:
-        text, status = finished.text, finished.code
+        text, status = one_line(finished.text), finished.code & 0xFF
     machine.say(text)
     return status
 
 
-def _take_part(machine: Machine, nodes: Nodes, start: AttemptStart) -> Attempt:
-    """Do this machine's share of an attempt."""
+def _take_part(machine: Machine, nodes: Nodes, run: str, start: AttemptStart) -> Attempt:
+    """Do this machine's share of an attempt, with a key made of that of the `run`."""
     launch = machine.launch
+    key = attempt_key(run, start.salt)
     listener = listen(HERE)
     folder = _folder(machine, start)
     ranks = range(start.first_rank, start.first_rank + launch.workers)
@@ -100,7 +106,7 @@ def _take_part(machine: Machine, nodes: Nodes, start: AttemptStart) -> Attempt:
     share = Share(
         run_id=start.run_id,
         attempt=start.attempt,
-        nonce=start.nonce,
+        key=key,
         channel=join_address(HERE, listener.getsockname()[1]),
         master_addr=nodes.host,
         master_port=start.master_port,
@@ -115,13 +121,10 @@ def _take_part(machine: Machine, nodes: Nodes, start: AttemptStart) -> Attempt:
     relay = Relay(
         machine.loop.selector,
         listener,
-        (nodes.host, start.channel_port),
-        nonce=start.nonce,
-        attempt=start.attempt,
+        MonitorSettings(key, start.attempt, start.world_size, limits),
+        upstream=(nodes.host, start.channel_port),
         node_rank=nodes.rank,
         ranks=tuple(ranks),
-        world_size=start.world_size,
-        limits=limits,
     )
     with contextlib.closing(relay):
         return machine.attempt(share, relay, folder, relayed=True)
@@ -136,35 +139,36 @@ def _folder(machine: Machine, start: AttemptStart) -> AttemptFolder | None:
         return None
 
 
-def join(
-    loop: EventLoop, nodes: Nodes, request: JoinRequest, limit: float, stopped: Callable[[], bool]
-) -> AttemptStart | RunOver | None:
-    """Come to the head and wait there.
+def join(machine: Machine, key: str, limit: float) -> AttemptStart | RunOver | None:
+    """Come to the head and wait there; None where a signal to stop came.
 
     Args:
-        loop: the run's loop.
-        nodes: where the head is.
-        request: how this machine introduces itself.
+        machine: this one.
+        key: the run's, which the head has to have.
         limit: seconds in which the head has to be reached; when it was lost, again.
-        stopped: asked between waits; true ends this with None.
 
     Raises:
-        LaunchError: the head was not reached, or was silent for `SILENCE_S` for so long, or refused this machine.
+        LaunchError: the head was not reached, or was silent for `SILENCE_S` for so long, or refused this machine, or
+            what answers is not the head.
     """
+    nodes, loop, stopped = machine.launch.nodes, machine.loop, machine.stopped
+    assert nodes is not None
+    request = introduce(machine.launch)
     targets = [(nodes.host, port) for port in nodes.ports]
-    with contextlib.closing(Connector(targets, within=limit, answer=_ANSWER_S)) as connector:
+    with contextlib.closing(Connector(targets, key=key, within=limit, answer=_ANSWER_S, proof=_PROOF_S)) as connector:
         while (connection := _connect(loop, connector, stopped)) is not None:
             try:
                 connection.send(encode(request))
                 for message in _messages(loop, connection, stopped):
-                    if isinstance(message, AttemptStart | RunOver):
-                        return message
+                    host, port = connector.target
                     if isinstance(message, Refused):
-                        # Of several ports the next may be this run's: derived ports can meet those of another job.
-                        if not message.stranger or len(targets) == 1:
-                            host, port = connector.target
-                            raise LaunchError(f"node 0 at {host}, port {port}, refused: {message.reason}")
-                        raise ConnectionError("another run's node 0")
+                        raise LaunchError(f"node 0 at {host}, port {port}, refused: {one_line(message.reason)}")
+                    if isinstance(message, RunOver):
+                        return message
+                    if isinstance(message, AttemptStart):
+                        if objection := objection_to_start(message, machine.launch.workers):
+                            raise LaunchError(f"node 0 at {host}, port {port}, is not to be trusted: {objection}")
+                        return message
                     connector.until = time.monotonic() + limit  # the head is there; should it be lost, begin to count
             except ConnectionError as error:
                 connector.reject(error.strerror or str(error))
@@ -173,20 +177,25 @@ def join(
         if stopped():
             return None
         tried = "; ".join(f"port {port}: {what}" for (_, port), what in connector.problems.items())
+    if connector.others:
+        raise LaunchError(
+            f"node {nodes.rank} found no node 0 of this run at {nodes.host} ({tried}). Another run may be there, or "
+            f"somebody who wants to be taken for this one; {same_key_on_all(machine.launch)}"
+        )
     raise LaunchError(
         f"node {nodes.rank} did not reach node 0 at {nodes.host} within {limit:g} s ({tried}); check that it "
         "runs, that host and port are right, and that no firewall is between"
     )
 
 
-def resign(nodes: Nodes, message: NodeResigned) -> None:
+def resign(nodes: Nodes, key: str, message: NodeResigned) -> None:
     """Tell the head that this machine will not come again, if the head is there to hear it."""
     # To all ports: at which of them this run's head is, only an answer would tell.
     for port in nodes.ports:
         with (
             contextlib.suppress(ConnectionError),
             contextlib.closing(
-                connect([(nodes.host, port)], within=_ANSWER_S, answer=_ANSWER_S, retry=False)
+                connect([(nodes.host, port)], key=key, within=_ANSWER_S, answer=_ANSWER_S, retry=False)
             ) as connection,
         ):
             connection.send(encode(message))
@@ -197,7 +206,7 @@ def _connect(loop: EventLoop, connector: Connector, stopped: Callable[[], bool])
     while connector.connection is None and not connector.failed and not stopped():
         descriptor = -1 if connector.sock is None else connector.sock.fileno()
         if descriptor != -1:
-            loop.watch(descriptor, lambda: None, selectors.EVENT_WRITE)
+            loop.watch(descriptor, lambda: None, connector.events)
         try:
             loop.turn(connector.deadline())
         finally:
@@ -237,4 +246,4 @@ def _receive(loop: EventLoop, connection: Connection, until: float) -> list[byte
         loop.turn(until)
     finally:
         loop.forget(descriptor)
-    return connection.receive()
+    return list(connection.receive())

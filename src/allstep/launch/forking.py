@@ -97,7 +97,7 @@ class Template:
                     [sys.executable, _TEMPLATE, *numbers, *first.command.words()],
                     common,
                     pipes[0],
-                    first.world_size,
+                    first,
                     [lifeline, release, report, plan_file, *(fd for each in pipes for fd in each.theirs)],
                 )
             )

@@ -3,7 +3,7 @@
 Contract: `lead` returns the run's exit status: that of the first cause, 128 + N where signal N stopped the run, 85
 where workers were preempted and none failed. In a loop:
 1. With several machines, wait until all have come.
-2. Make the folder of the next attempt. Each attempt has a number, folder, port and nonce that no other has, so nothing
+2. Make the folder of the next attempt. Each attempt has a number, folder, port and key that no other has, so nothing
    that an earlier attempt left can be taken for its own.
 3. Run the attempt everywhere: a `Hub` monitors all ranks, and this machine runs its own share.
 4. Look at how it ended. An attempt that failed is followed by another as `decide_restart` says; a signal to stop ends
@@ -34,7 +34,9 @@ from allstep.launch.machine import Machine
 from allstep.launch.worker_plan import Share
 from allstep.monitor.hub import Hub
 from allstep.monitor.report_output import write_report
-from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_nonce
+from allstep.monitor.service import MonitorSettings
+from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_key
+from allstep.protocol.masking import mask, mask_all
 
 if TYPE_CHECKING:
     from allstep.launch.join_server import NodeAssembly
@@ -105,21 +107,15 @@ class _HeadMachine:
 
     def _run_attempt(self) -> int | None:
         """Run one attempt everywhere; return the run's exit status, or None where another is to follow."""
-        nonce = new_nonce()
         several = self._assembly is not None
+        key = self._assembly.new_attempt_key() if self._assembly is not None else new_key()
         with ReservedPort() as reserved, contextlib.ExitStack() as stack:
             # Without other machines nothing outside this one can reach the service.
             listener = listen(EVERYWHERE if several else HERE)
             channel_port = listener.getsockname()[1]
-            share = self._share(nonce, channel_port, reserved.port)
-            hub = Hub(
-                self._machine.loop.selector,
-                listener,
-                nonce=nonce,
-                attempt=self._number,
-                world_size=share.world_size,
-                limits=self._limits,
-            )
+            share = self._share(key, channel_port, reserved.port)
+            settings = MonitorSettings(key, self._number, share.world_size, self._limits)
+            hub = Hub(self._machine.loop.selector, listener, settings)
             stack.callback(hub.close)
             if self._assembly is not None:
                 self._assembly.start(share, channel_port, hub)
@@ -130,7 +126,7 @@ class _HeadMachine:
                 self._inform_nodes(hub, self._assembly, status)
         return status
 
-    def _share(self, nonce: str, channel_port: int, master_port: int) -> Share:
+    def _share(self, key: str, channel_port: int, master_port: int) -> Share:
         """This machine's part of the attempt; the other machines' follow from it."""
         launch = self._machine.launch
         nodes = launch.nodes
@@ -139,7 +135,7 @@ class _HeadMachine:
         return Share(
             run_id=self._name,
             attempt=self._number,
-            nonce=nonce,
+            key=key,
             channel=join_address(HERE, channel_port),
             master_addr=nodes.host if nodes is not None else "127.0.0.1",
             master_port=master_port,
@@ -220,7 +216,8 @@ class _HeadMachine:
     def _write(self, diagnosis: Diagnosis, attempt: Attempt, hub: Hub) -> None:
         if self._folder is None:
             return
-        content = failure_json(diagnosis, name=self._name, tails=_tails(attempt, hub), logs=self._logs(attempt))
+        report = failure_json(diagnosis, name=self._name, tails=_tails(attempt, hub), logs=self._logs(attempt))
+        content = mask_all(report, self._machine.secrets)
         try:
             write_report(self._folder.failure, content)
         except OSError as error:
@@ -235,7 +232,7 @@ class _HeadMachine:
             return f"run {self._name} ended on all nodes"
         if status == PREEMPTED:
             return f"run {self._name} was preempted (exit code {PREEMPTED}) on all nodes"
-        why = f": {self._failed[-1].summary}" if self._failed else ""
+        why = f": {mask(self._failed[-1].summary, self._machine.secrets)}" if self._failed else ""
         return f"run {self._name} ended with exit code {status}{why}; node 0 has the report"
 
 

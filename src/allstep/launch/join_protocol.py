@@ -2,26 +2,60 @@
 
 Node 0's supervisor, the head, listens on the rendezvous port for the whole run (`join_server`). Every other machine
 connects before each attempt and sends a `JoinRequest` (`follower`); `allstep.protocol.messages` has what the two say to
-each other. `JoinedNodes` decides who may join. A wrong token means another run, whose machine is turned away alone. Two
-machines of one rank, or settings that differ, end the run for all.
+each other. Before that, both have proved that they have the run's key, which `run_key` makes of the user's secret and
+the run's name. A machine of another run does not have it, and is turned away alone, without being told anything.
+`JoinedNodes` decides about those that have it: two machines of one rank, or settings that differ, end the run for all.
+`objection_to_start` is for the other side: it says what is wrong with what a head wants to begin.
 """
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from allstep.errors import ConfigurationError, LaunchError
 from allstep.launch.machine import Launch
-from allstep.protocol.messages import JoinRequest, NodeResigned
+from allstep.launch.settings import check_run_name
+from allstep.protocol.foreign_text import one_line
+from allstep.protocol.handshake import derived_key
+from allstep.protocol.masking import masked_arguments, short_sum
+from allstep.protocol.messages import AttemptStart, JoinRequest
+from allstep.protocol.user_secret import VARIABLE, secret_file, user_secret
 from allstep.version import __version__
 
 
-def token(run: str, secret: str) -> str:
-    """Return what nodes of one run show each other, from the run's name and a secret that may be empty."""
-    return hmac.new(secret.encode(), f"allstep join {run}".encode(), hashlib.sha256).hexdigest()
+def run_key(launch: Launch) -> str:
+    """What all machines of a run have, and no other run.
+
+    Raises:
+        ConfigurationError: the secret is not one.
+        LaunchError: there is none, and none can be made.
+    """
+    assert launch.nodes is not None
+    # Two runs that meet at one port by mistake must not join: they seldom have the same name or job.
+    run = launch.settings.name or launch.nodes.job or os.path.basename(launch.command.target)
+    try:
+        return derived_key(user_secret(launch.environ), "join", run)
+    except OSError as error:
+        raise LaunchError(
+            f"the machines of this run have no secret by which to know each other, and none can be kept here "
+            f"({error.strerror or error}: {error.filename or 'home'}); set {VARIABLE} to the same on all of them, as "
+            "`openssl rand -hex 16` gives one"
+        ) from error
+
+
+def attempt_key(key: str, salt: str) -> str:
+    """What the ranks and services of one attempt have."""
+    return derived_key(key, "attempt", salt)
+
+
+def same_key_on_all(launch: Launch) -> str:
+    """What to look at where two machines of a run do not have the same key, in words."""
+    secret = f"the same {VARIABLE}"
+    if VARIABLE not in launch.environ:
+        secret = f"the same secret: the file {secret_file(launch.environ)}, or {VARIABLE} where they share no home"
+    return f"give each run a port of its own, and all its machines the same --name and {secret}"
 
 
 class JoinedNodes:
@@ -31,20 +65,11 @@ class JoinedNodes:
         self.own = own
         self.requests: dict[int, JoinRequest] = {own.node_rank: own}
 
-    def is_stranger(self, request: JoinRequest | NodeResigned) -> bool:
-        """Whether it belongs to another run."""
-        # In a time that does not depend on the token, which keeps the run's secret from being guessed bit by bit.
-        return not hmac.compare_digest(request.token.encode(), self.own.token.encode())
-
-    def turned_away(self, request: JoinRequest) -> str:
-        """Why a stranger cannot join, in words for it."""
-        return (
-            f"the port is that of run {self.own.run!r} ({self.own.process}), and this is run {request.run!r} or has "
-            "another ALLSTEP_SECRET; give each run a port of its own, and all its nodes the same --name and secret"
-        )
-
     def objection(self, request: JoinRequest) -> str:
         """Why the run cannot go on with this node; empty where it can."""
+        return one_line(self._objection(request))
+
+    def _objection(self, request: JoinRequest) -> str:
         if request.nodes != self.own.nodes:
             return (
                 f"node {request.node_rank} ({request.process}) was started with --nnodes {request.nodes}, "
@@ -89,13 +114,9 @@ class JoinedNodes:
 
 
 def introduce(launch: Launch) -> JoinRequest:
-    """Return this machine's introduction; its run is known by name, or by its SLURM step, or by its script's name."""
+    """Return this machine's introduction."""
     assert launch.nodes is not None
-    # Two runs that meet at one port by mistake must not join: they seldom have the same name or job.
-    run = launch.settings.name or launch.nodes.job or os.path.basename(launch.command.target)
     return JoinRequest(
-        run=run,
-        token=token(run, launch.environ.get("ALLSTEP_SECRET", "")),
         nodes=launch.nodes.count,
         node_rank=launch.nodes.rank,
         workers=launch.workers,
@@ -105,16 +126,44 @@ def introduce(launch: Launch) -> JoinRequest:
     )
 
 
+def objection_to_start(start: AttemptStart, workers: int) -> str:
+    """What is wrong with an attempt that the head wants this machine to begin; empty where nothing is.
+
+    Args:
+        start: what the head sent. Its name becomes a folder's.
+        workers: of this machine.
+    """
+    try:
+        check_run_name("run_id", start.run_id)
+    except ConfigurationError as error:
+        return one_line(str(error))
+    ports = all(0 < port < 65536 for port in (start.channel_port, start.master_port))
+    ranks = start.first_rank >= 0 and start.first_rank + workers <= start.world_size
+    if not ports or not ranks or start.attempt < 0 or start.max_restarts < 0 or len(start.run_id) > _LONGEST_NAME:
+        return one_line(f"an attempt cannot be {start}")
+    return ""
+
+
+_LONGEST_NAME = 200  # characters of a folder's name
+
+
 def _facts(launch: Launch) -> dict[str, str]:
     """The settings that have to be the same on all machines."""
     settings = launch.settings
     return {
         "the version of allstep": __version__,
         "the script": launch.command.target,
-        "the script's arguments": repr(list(launch.command.arguments)),
+        "the script's arguments": _arguments(launch.command.arguments),
         "name": str(settings.name),
         "max_restarts": str(settings.max_restarts),
         "stop_after": str(settings.stop_after),
         "limits": str(settings.limits),
         "fault": str(settings.fault),
     }
+
+
+def _arguments(arguments: Sequence[str]) -> str:
+    """The arguments for comparing and for errors: secrets among them only as a sum."""
+    shown = masked_arguments(arguments)
+    hidden = [argument for argument, masked in zip(arguments, shown, strict=True) if argument != masked]
+    return repr(shown) + (f" (sum of what is hidden: {short_sum(repr(hidden))})" if hidden else "")

@@ -3,7 +3,7 @@
 `JoinServer` lives as long as the run, on the rendezvous port, and the run's loop drives it, attempt or not. Between
 attempts it gathers: `nodes` has who came, and `objection` is why the run cannot go on at all. `start` lets all begin.
 During an attempt it takes only machines of the run, whose workers have ended already, and lets them wait. `over` tells
-those that wait that the run has ended. A machine of another run is turned away, and said to be once.
+those that wait that the run has ended. Who does not have the run's key is turned away, and said to be once.
 
 `NodeAssembly` is what `head` asks. It is made before anything is started. `complete` waits until every machine has
 come and returns "", or why they cannot start, after telling those that wait. `start` hands out their shares. `over`
@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterable, Mapping
 
 from allstep.errors import ConfigurationError, LaunchError
 from allstep.launch.event_loop import EventLoop
-from allstep.launch.join_protocol import JoinedNodes, introduce
+from allstep.launch.join_protocol import JoinedNodes, attempt_key, introduce, run_key
 from allstep.launch.machine import Machine
 from allstep.launch.settings import shown_ranks
 from allstep.launch.worker_plan import Share
 from allstep.monitor.hub import Hub
-from allstep.protocol.address import EVERYWHERE, listen
+from allstep.protocol.address import EVERYWHERE, listen, new_key
+from allstep.protocol.foreign_text import one_line
 from allstep.protocol.messages import (
     AttemptStart,
     JoinPending,
@@ -35,12 +36,21 @@ from allstep.protocol.messages import (
     RunOver,
     encode,
 )
-from allstep.protocol.server import MessageServer, Peer, PeerConnected, PeerGone, PeerMessage
+from allstep.protocol.server import (
+    Happening,
+    MessageServer,
+    Peer,
+    PeerConnected,
+    PeerGone,
+    PeerMessage,
+    StrangerLeft,
+)
 
 KEEPALIVE_S = 2.0
 """Seconds between two messages to machines that wait, so that they know that node 0 is there."""
 
 _NAMED = 16  # missing machines in one message
+_SAID = 32  # different machines that were turned away and are told of
 
 
 def open_listener(ports: Iterable[int]) -> socket.socket:
@@ -67,6 +77,7 @@ class JoinServer:
     Args:
         loop: the run's loop.
         listener: what `open_listener` gave.
+        key: the run's.
         own: the head's own introduction.
         say: called with what a person should know.
 
@@ -75,10 +86,12 @@ class JoinServer:
         objection: why the run cannot go on; empty where it can.
     """
 
-    def __init__(self, loop: EventLoop, listener: socket.socket, own: JoinRequest, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, loop: EventLoop, listener: socket.socket, key: str, own: JoinRequest, say: Callable[[str], None]
+    ) -> None:
         self.nodes = JoinedNodes(own)
         self.objection = ""
-        self._server = MessageServer(loop.selector, listener, self, admits=_joins, clock=time.monotonic)
+        self._server = MessageServer(loop.selector, listener, self, key=key, admits=_joins, clock=time.monotonic)
         self._waiting: dict[int, Peer] = {}
         self._members: dict[int, str] | None = None  # who takes part in the attempt that runs, if one does
         self._away: set[int] = set()
@@ -134,30 +147,29 @@ class JoinServer:
         self._server.close()
 
     def _handle(self) -> None:
-        for each in self._server.take():
-            match each:
-                case PeerConnected(peer, JoinRequest() as request):
-                    self._admit(peer, request)
-                case PeerConnected(peer, NodeResigned() as message):
-                    self._note_resigned(peer, message)
-                case PeerMessage(peer):
-                    self._server.refuse(peer, "a node says who it is, and then waits")
-                    self._forget(peer)
-                case PeerGone(peer):
-                    self._forget(peer)
+        self._server.handle(self._act)
+
+    def _act(self, happening: Happening) -> None:
+        match happening:
+            case PeerConnected(peer, JoinRequest() as request):
+                self._admit(peer, request)
+            case PeerConnected(peer, NodeResigned() as message):
+                self._note_resigned(peer, message)
+            case PeerMessage(peer):
+                self._server.refuse(peer, "a node says who it is, and then waits")
+                self._forget(peer)
+            case PeerGone(peer):
+                self._forget(peer)
+            case StrangerLeft(host):
+                self._say_once(f"turned away a process on {host}, which does not have this run's key")
 
     def _note_resigned(self, peer: Peer, message: NodeResigned) -> None:
-        if not self.nodes.is_stranger(message):
-            self.objection = f"node {message.node_rank} left: {message.reason}"
-            self._away.discard(message.node_rank)
+        self.objection = one_line(f"node {message.node_rank} left: {message.reason}")
+        self._away.discard(message.node_rank)
         self._server.send_last(peer, b"")
 
     def _admit(self, peer: Peer, request: JoinRequest) -> None:
         node = request.node_rank
-        if self.nodes.is_stranger(request):
-            self._server.refuse(peer, self.nodes.turned_away(request), stranger=True)
-            self._say_once(f"turned away {request.process}, which wanted to join run {request.run!r} here")
-            return
         if self._members is not None and self._members.get(node) != request.process:
             there = self._members.get(node, "nobody")
             self._server.refuse(peer, f"the run has begun already, and node {node} of it is {there}")
@@ -188,7 +200,7 @@ class JoinServer:
 
     def _say_once(self, text: str) -> None:
         # A machine of another run may come every second for as long as this one lasts.
-        if text not in self._said:
+        if text not in self._said and len(self._said) < _SAID:
             self._said.add(text)
             self._say(text)
 
@@ -207,7 +219,11 @@ class NodeAssembly:
         self._machine = machine
         self._place = nodes
         self._limit = machine.launch.settings.rdzv_timeout
-        self._server = JoinServer(machine.loop, open_listener(nodes.ports), introduce(machine.launch), machine.say)
+        # The key first: without one, nothing is to listen.
+        self._key = run_key(machine.launch)
+        listener = open_listener(nodes.ports)
+        self._server = JoinServer(machine.loop, listener, self._key, introduce(machine.launch), machine.say)
+        self._salt = ""
 
     def complete(self) -> str:
         """Wait for all machines; return why they cannot start, or "" (also where a signal to stop came)."""
@@ -221,6 +237,11 @@ class NodeAssembly:
         if refusal or self._machine.stopped():
             self._server.over(Refused(refusal or "node 0 was stopped"))
         return "" if self._machine.stopped() else refusal
+
+    def new_attempt_key(self) -> str:
+        """Draw the key of the next attempt; `start` has the other machines derive it too."""
+        self._salt = new_key()
+        return attempt_key(self._key, self._salt)
 
     def world_size(self) -> int:
         """The workers of all machines together."""
@@ -237,7 +258,7 @@ class NodeAssembly:
                 node: AttemptStart(
                     run_id=share.run_id,
                     attempt=share.attempt,
-                    nonce=share.nonce,
+                    salt=self._salt,
                     channel_port=channel_port,
                     master_port=share.master_port,
                     first_rank=first,

@@ -9,6 +9,7 @@ the terminal.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from allstep.launch.settings import LaunchSettings, shown_ranks
 from allstep.launch.shared_imports import shared_imports
 from allstep.launch.worker_plan import Command, Share, plan_workers
 from allstep.monitor.service import Service
+from allstep.protocol.descriptors import raise_descriptor_limit, set_descriptor_limit
+from allstep.protocol.masking import secret_values
 
 if TYPE_CHECKING:
     from allstep.launch.topology import Nodes
@@ -61,14 +64,19 @@ class Machine:
     Args:
         launch: what to start.
         signals: entered already.
+
+    Attributes:
+        secrets: values that are kept out of all that is said and written about the run.
     """
 
     def __init__(self, launch: Launch, signals: SignalPipe) -> None:
         self.launch = launch
         self.loop = EventLoop()
-        self.terminal = Terminal(self.loop, launch.environ)
+        self.secrets = secret_values(launch.command.arguments, {**launch.environ, **launch.settings.env})
+        self.terminal = Terminal(self.loop, launch.environ, self.secrets)
         self.say = self.terminal.say
         self.stopped_by: signal.Signals | None = None
+        self._descriptors = raise_descriptor_limit()  # the workers get back what there was before
         self._signals = signals
         self._attempt: Attempt | None = None
         self.loop.watch(signals.fd, self._handle_signals)
@@ -101,6 +109,7 @@ class Machine:
             environ=launch.environ,
             devices=launch.devices,
             cores=launch.cores,
+            descriptors=self._descriptors,
         )
         self._announce(share, folder)
         attempt = Attempt(
@@ -139,6 +148,7 @@ class Machine:
     def close(self) -> None:
         """Close the event loop."""
         self.loop.close()
+        set_descriptor_limit(self._descriptors, os.getpid())
 
     def _handle_signals(self) -> None:
         for number in self._signals.take():

@@ -22,12 +22,15 @@ import os
 import re
 import select
 import selectors
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from allstep.launch.event_loop import EventLoop
+from allstep.monitor.report_output import open_private
+from allstep.protocol.foreign_text import printable
+from allstep.protocol.masking import mask
 
 Stream = Literal["stdout", "stderr"]
 
@@ -160,7 +163,9 @@ class RankOutput:
         self._last = {"stdout": bytearray(), "stderr": bytearray(), "all": bytearray()}
         self._path = log
         # Unbuffered: what a worker wrote is in the log also where the supervisor is killed.
-        self._log: BinaryIO | None = open(log, "ab", buffering=0) if log is not None else None  # noqa: SIM115
+        self._log: BinaryIO | None = None
+        if log is not None:
+            self._log = open(log, "ab", buffering=0, opener=open_private)  # noqa: SIM115
         self._warn = warn
 
     def feed(self, stream: Stream, data: bytes) -> None:
@@ -248,14 +253,16 @@ class Terminal:
     Args:
         loop: the run's event loop.
         environ: the supervisor's environment (NO_COLOR is looked at).
+        secrets: what is never shown in what allstep itself says.
     """
 
-    def __init__(self, loop: EventLoop, environ: Mapping[str, str]) -> None:
+    def __init__(self, loop: EventLoop, environ: Mapping[str, str], secrets: Collection[str] = ()) -> None:
         self.outputs: dict[Stream, NonBlockingOutput] = {"stdout": NonBlockingOutput(1), "stderr": NonBlockingOutput(2)}
         self.coloured: frozenset[Stream] = frozenset()
         if not environ.get("NO_COLOR"):
             self.coloured = frozenset(stream for stream, output in self.outputs.items() if os.isatty(output.fd))
         self.kept_in = ""
+        self._secrets = secrets
         self._loop = loop
         self._told_closed = False
 
@@ -270,8 +277,9 @@ class Terminal:
         return any(output.backlog for output in self.outputs.values())
 
     def say(self, text: str) -> None:
-        """Write what allstep itself has to say."""
-        self.outputs["stderr"].write(f"allstep: {text}\n".encode(errors="replace"))
+        """Write what allstep itself has to say; whoever's words it repeats, they are no orders to a terminal."""
+        shown = printable(mask(text, self._secrets), lines=True)
+        self.outputs["stderr"].write(f"allstep: {shown}\n".encode(errors="replace"))
 
     def adjust(self) -> None:
         """Have the loop tell when a slow reader can take more; called before each wait.

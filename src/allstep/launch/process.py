@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from allstep.launch.worker_plan import WorkerPlan
+from allstep.protocol.descriptors import set_descriptor_limit
 
 
 class Child(Protocol):
@@ -122,23 +123,29 @@ def start_worker(plan: WorkerPlan, pipes: Pipes, *, pidfd: bool = True) -> Worke
         OSError: the process cannot be started.
     """
     command = plan.command_line(os.getpid(), pipes.lifeline[1])
-    return watched(spawn(command, plan.environment, pipes, plan.world_size, [pipes.lifeline[1]]), pidfd=pidfd)
+    return watched(spawn(command, plan.environment, pipes, plan, [pipes.lifeline[1]]), pidfd=pidfd)
 
 
 def spawn(
-    command: Sequence[str], environment: Mapping[str, str], pipes: Pipes, world_size: int, inherited: Sequence[int]
+    command: Sequence[str], environment: Mapping[str, str], pipes: Pipes, plan: WorkerPlan, inherited: Sequence[int]
 ) -> subprocess.Popen[bytes]:
-    """Start a process in a session of its own that writes to `pipes`; it has the descriptors `inherited` besides."""
+    """Start a process in a session of its own that writes to `pipes`; it has the descriptors `inherited` besides.
+
+    It is the worker of `plan`, or what that and others are forked from.
+    """
     with _blocked(signal.SIGUSR1):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
-            stdin=None if world_size == 1 else subprocess.DEVNULL,  # one worker reads the terminal: a debugger's
+            stdin=None if plan.world_size == 1 else subprocess.DEVNULL,  # one worker reads the terminal: a debugger's
             stdout=pipes.stdout[1],
             stderr=pipes.stderr[1],
             env=dict(environment),
             pass_fds=inherited,
             start_new_session=True,
         )
+    if plan.descriptors is not None:
+        set_descriptor_limit(plan.descriptors, process.pid)
+    return process
 
 
 def watched(process: Child, *, pidfd: bool = True) -> WorkerProcess:

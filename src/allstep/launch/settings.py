@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 from allstep.errors import ConfigurationError
 from allstep.launch.environment import worker_environment
+from allstep.protocol.masking import masked_value
+from allstep.protocol.user_secret import VARIABLE as SECRET
 
 Show = Literal["all", "main"] | tuple[int, ...]
 """Whose output goes to the terminal: all ranks, rank 0, or the ranks named."""
@@ -176,7 +178,12 @@ def check_env(name: str, value: Mapping[str, str]) -> None:
     """Raise ConfigurationError unless `value` can be passed to the workers."""
     for variable, content in value.items():
         if not variable or "=" in variable or "\0" in variable + content:
-            raise ConfigurationError(f"{name} has {variable!r}: {content!r}, which cannot be an environment variable")
+            shown = masked_value(variable, content)
+            raise ConfigurationError(f"{name} has {variable!r}: {shown!r}, which cannot be an environment variable")
+        if variable == SECRET:
+            raise ConfigurationError(
+                f"{name} sets {variable}, which workers are not to have; set it for allstep run itself"
+            )
         if variable in RESERVED:  # set for each worker afterwards, so that a value here would silently be lost
             raise ConfigurationError(
                 f"{name} sets {variable} to {content!r}; the launcher sets {variable} itself, so leave it out"

@@ -15,6 +15,7 @@ from pathlib import Path
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
+from allstep.protocol.user_secret import VARIABLE as SECRET
 
 BOOTSTRAP = str(Path(__file__).with_name("worker.py"))
 """Started by its path, so that nothing in the current folder can stand in for a module that it imports."""
@@ -35,13 +36,17 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPlan:
-    """One worker to start: its run and place in it, its whole environment, and what its bootstrap is to run."""
+    """One worker to start: its run and place in it, its whole environment, and what its bootstrap is to run.
+
+    `descriptors` is how many it may open; None leaves it what this process may.
+    """
 
     run_id: str
     rank: int
     world_size: int
     environment: Mapping[str, str]
     command: Command
+    descriptors: int | None = None
 
     def command_line(self, supervisor_pid: int, lifeline: int) -> list[str]:
         """Return the command line, for a supervisor of this pid that holds the other end of the pipe `lifeline`."""
@@ -60,7 +65,7 @@ class Share:
     Args:
         run_id: the run's name.
         attempt: which start of all workers this is, as its folder and monitoring count.
-        nonce: what ranks show to monitoring.
+        key: what ranks and monitoring prove to each other that they have.
         channel: where this machine's monitoring service listens, HOST:PORT.
         master_addr: the host on which rank 0 will serve the store.
         master_port: the port for that.
@@ -75,7 +80,7 @@ class Share:
 
     run_id: str
     attempt: int
-    nonce: str
+    key: str
     channel: str
     master_addr: str
     master_port: int
@@ -101,6 +106,7 @@ def plan_workers(
     environ: Mapping[str, str],
     devices: Devices,
     cores: int,
+    descriptors: int | None = None,
 ) -> tuple[WorkerPlan, ...]:
     """Plan the workers of one attempt on this machine.
 
@@ -111,9 +117,11 @@ def plan_workers(
         environ: what the workers inherit.
         devices: the CUDA devices that they share.
         cores: CPU cores that this process may use.
+        descriptors: how many each may open, where that is not what this process may.
     """
     inherited = {**environ, **settings.env}
     inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)  # of a run that this one was started in
+    inherited.pop(SECRET, None)  # the machines' own; whoever has it can join any run of this user
     inherited.setdefault("PYTHONUNBUFFERED", "1")  # into a pipe Python would hold lines back that are to be seen
     if share.workers > 1:  # otherwise each would start as many threads as there are cores
         inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // share.workers)))
@@ -143,11 +151,12 @@ def plan_workers(
                 node_rank=share.node_rank,
                 nodes=share.nodes,
                 channel=share.channel,
-                nonce=share.nonce,
+                key=share.key,
                 # Absolute: a script may change its folder before it asks.
                 attempt_folder=str(share.folder.resolve()) if share.folder is not None else None,
             ),
             command=command,
+            descriptors=descriptors,
         )
         for local_rank, rank in enumerate(share.ranks)
     )

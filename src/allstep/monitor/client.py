@@ -32,6 +32,7 @@ from allstep.monitor.torch_private import active_collectives
 from allstep.open_files import write_buffers
 from allstep.protocol.address import split_address
 from allstep.protocol.connection import Connection, connect, is_ready
+from allstep.protocol.foreign_text import printable
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import (
     AskStacks,
@@ -65,11 +66,11 @@ _LONGEST_TEXT = 64 << 10  # characters of a message or a traceback; its ends are
 class Client:
     """The connection of one rank."""
 
-    def __init__(self, connection: Connection, hello: RankHello) -> None:
+    def __init__(self, connection: Connection, hello: RankHello, timer: StacksTimer) -> None:
         self._connection = connection
         self._rank = hello.registration.rank
         self._attempt = hello.attempt
-        self._timer = StacksTimer()
+        self._timer = timer
         self._lock = threading.Lock()
         self._wake = os.pipe()
         self._closing = False
@@ -81,11 +82,12 @@ class Client:
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
 
     @classmethod
-    def connect(cls, address: str, hello: RankHello, timeout: float) -> Client:
+    def connect(cls, address: str, key: str, hello: RankHello, timeout: float) -> Client:
         """Introduce this rank, and wait until all ranks have come.
 
         Args:
             address: HOST:PORT of the monitor.
+            key: what the monitor has to have too.
             hello: who this rank is; its `patience` and `stacks_file` are filled in here.
             timeout: seconds that the ranks have to arrive.
 
@@ -94,10 +96,15 @@ class Client:
                 missing or do not fit.
         """
         deadline = time.monotonic() + timeout + _GRACE_S
-        client = cls(_reach(address, timeout), hello)
+        timer = StacksTimer()
+        hello = replace(hello, patience=timeout, stacks_file=timer.address)
         try:
-            hello = replace(hello, patience=timeout, stacks_file=client._timer.address)
             _check_length(hello)
+            client = cls(_reach(address, key, timeout), hello, timer)
+        except BaseException:
+            timer.close()
+            raise
+        try:
             client._send(hello, REPORT_S)
             client._await_welcome(address, deadline, timeout)
         except BaseException:
@@ -188,14 +195,14 @@ class Client:
                 )
             is_ready(connection.sock.fileno(), left, writing=connection.backlog > 0)
             connection.flush()
-            lines = connection.receive()
+            lines = list(connection.receive())
             for index, line in enumerate(lines, 1):
                 match _decoded(line, address):
                     case Welcome():
                         self._early = lines[index:]
                         return
                     case Refused(reason):
-                        raise WorldError(reason)
+                        raise WorldError(printable(reason, lines=True))
                     case Leave() as order:
                         self._obey(order)
         raise WorldError(
@@ -224,7 +231,7 @@ class Client:
                 selector.select(max(0.0, beat_at - time.monotonic()))
                 with self._lock:
                     connection.flush()
-                    lines = connection.receive()
+                    lines = list(connection.receive())
                 for line in lines:
                     self._handle(line)
 
@@ -273,12 +280,14 @@ def _check_length(hello: RankHello) -> None:
     )
 
 
-def _reach(address: str, timeout: float) -> Connection:
+def _reach(address: str, key: str, timeout: float) -> Connection:
+    within = min(timeout, _CONNECT_S)
     try:
-        return connect([split_address(address)], within=min(timeout, _CONNECT_S), answer=_ANSWER_S)
+        # A monitor that accepts may be busy with all the others, or stopped for a while.
+        return connect([split_address(address)], key=key, within=within, answer=_ANSWER_S, proof=timeout + _GRACE_S)
     except ConnectionError as error:
         raise WorldError(
-            f"nothing answers at {address}, where this run's control channel should be "
+            f"nothing of this run answers at {address}, where its control channel should be "
             f"({error}); check that the node can be reached and that no firewall is between"
         ) from error
 

@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
-from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.admission import Admission
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.failure_detector import FailureDetector
-from allstep.monitor.service import MonitorEvent
+from allstep.monitor.service import MonitorEvent, MonitorSettings
+from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     AskStacks,
     Failure,
@@ -38,8 +38,16 @@ from allstep.protocol.messages import (
     WorkerEnded,
     encode,
 )
-from allstep.protocol.registration import RankRegistration
-from allstep.protocol.server import MessageServer, Peer, PeerConnected, PeerGone, PeerMessage, same_run
+from allstep.protocol.registration import RankRegistration, spans
+from allstep.protocol.server import (
+    Happening,
+    MessageServer,
+    Peer,
+    PeerConnected,
+    PeerGone,
+    PeerMessage,
+    same_attempt,
+)
 from allstep.protocol.worker_exit import WorkerExit
 
 _PERIOD = 1.0  # between two looks at progress, and two heartbeats to relays
@@ -53,12 +61,8 @@ class Hub:
         self,
         selector: selectors.BaseSelector,
         listener: socket.socket,
+        settings: MonitorSettings,
         *,
-        nonce: str,
-        attempt: int,
-        world_size: int,
-        limits: HangLimits,
-        supervised: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to serve.
@@ -66,21 +70,18 @@ class Hub:
         Args:
             selector: the driver's.
             listener: a listening socket, the hub's from now on.
-            nonce: what every rank has to know.
-            attempt: the present start's number.
-            world_size: how many ranks there are.
-            limits: how long sections may last.
-            supervised: the driver will call `worker_ended` for every rank, so that a closed connection is not yet
-                an end; false where a closed connection is the only news there will be.
+            settings: what is watched, and how.
             clock: seconds, never turned back.
         """
         self._clock = DrivenClock(clock)
         self._events: list[MonitorEvent] = []
-        self._server = MessageServer(selector, listener, self, admits=same_run(nonce, attempt), clock=clock)
+        world_size, limits = settings.world_size, settings.limits
+        admits = same_attempt(settings.attempt)
+        self._server = MessageServer(selector, listener, self, key=settings.key, admits=admits, clock=clock)
         self._detector = FailureDetector(
             world_size,
-            attempt=attempt,
-            supervised=supervised,
+            attempt=settings.attempt,
+            supervised=settings.supervised,
             limits=limits,
             clock=self._clock,
             events=self._events,
@@ -94,8 +95,14 @@ class Hub:
 
     # What the driver does.
 
-    def expect_node(self, node_rank: int, ranks: Collection[int]) -> None:
-        """A node with these ranks will connect; if it does not within twice the limit for links, it is lost."""
+    def expect_node(self, node_rank: int, ranks: Collection[int] | None = None) -> None:
+        """Let a node connect; all others are refused.
+
+        Args:
+            node_rank: which node.
+            ranks: its ranks, where they are known. Then it is lost if it does not connect within twice the limit for
+                links.
+        """
         self._links.expect(node_rank, ranks)
 
     def ready(self, key: selectors.SelectorKey) -> None:
@@ -199,6 +206,11 @@ class Hub:
         """How each rank that came introduced itself."""
         return {rank: record.registration for rank, record in self._detector.records.items() if record.registration}
 
+    def connection(self, rank: int) -> Connection | None:
+        """The connection of a rank that reports to this very service; None where a relay, or nothing, is between."""
+        peer = self._admission.peers.get(rank)
+        return None if peer is None or peer in self._links else peer.connection
+
     def diagnosis(self) -> Diagnosis | None:
         """The diagnosis as it stands now: the cause of the verdict, and what has become of the others since."""
         return self._detector.diagnosis()
@@ -207,23 +219,27 @@ class Hub:
 
     def _handle(self) -> None:
         """Act on what came in, and on what that leads to."""
-        while happened := self._server.take():
-            for each in happened:
-                match each:
-                    case PeerConnected(peer, RankHello() as hello):
-                        peer.rank = hello.registration.rank
-                        self._arrive(hello, peer)
-                    case PeerConnected(peer, NodeHello() as hello):
-                        self._links.connected(peer, hello)
-                    case PeerMessage(peer, message) if peer in self._links:
-                        self._from_relay(peer, self._links.heard(peer), message)
-                    case PeerMessage(peer, message):
-                        self._from_rank(peer, peer.rank, message)
-                    case PeerGone(peer, why) if peer in self._links:
-                        self._lose_relay(peer, why)
-                    case PeerGone(peer, why):
-                        self._admission.close_peer(peer, why)
+        self._server.handle(self._act)
         self._admission.decide()
+
+    def _act(self, happening: Happening) -> None:
+        match happening:
+            case PeerConnected(peer, RankHello() as hello):
+                peer.rank = hello.registration.rank
+                self._arrive(hello, peer)
+            case PeerConnected(peer, NodeHello() as hello):
+                if objection := self._links.objection(hello):
+                    self._server.refuse(peer, objection)
+                else:
+                    self._links.connected(peer, hello)
+            case PeerMessage(peer, message) if peer in self._links:
+                self._from_relay(peer, self._links.heard(peer), message)
+            case PeerMessage(peer, message):
+                self._from_rank(peer, peer.rank, message)
+            case PeerGone(peer, why) if peer in self._links:
+                self._lose_relay(peer, why)
+            case PeerGone(peer, why):
+                self._admission.close_peer(peer, why)
 
     def _arrive(self, hello: RankHello, peer: Peer) -> None:
         if self._order is not None:
@@ -233,7 +249,7 @@ class Hub:
 
     def _from_relay(self, peer: Peer, ranks: Collection[int], message: Message) -> None:
         match message:
-            case RankHello():
+            case RankHello() if message.registration.rank in ranks:
                 self._arrive(message, peer)
             case WorkerEnded(end) if end.rank in ranks:
                 self.worker_ended(end)
@@ -300,7 +316,7 @@ class NodeLinks:
         self._clock = clock
         self._hellos: dict[Peer, NodeHello] = {}
         self._heard: dict[Peer, float] = {}
-        self._expected: dict[int, tuple[Collection[int], float]] = {}
+        self._expected: dict[int, tuple[Collection[int] | None, float]] = {}
 
     def __contains__(self, peer: Peer) -> bool:
         return peer in self._hellos
@@ -308,15 +324,27 @@ class NodeLinks:
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._hellos))
 
-    def expect(self, node_rank: int, ranks: Collection[int]) -> None:
-        """A node with these ranks will connect, within twice the limit."""
+    def expect(self, node_rank: int, ranks: Collection[int] | None) -> None:
+        """Let a node connect; where its ranks are known, it has to, within twice the limit."""
         self._expected[node_rank] = ranks, self._clock.now() + 2 * self._link
 
+    def objection(self, hello: NodeHello) -> str:
+        """Why a relay is not one that is waited for; empty where it is."""
+        node, claimed = hello.node_rank, set(hello.ranks)
+        if node not in self._expected:
+            return f"node {node} ({hello.host}) is not waited for: it came before, or is none of this run's"
+        ranks = self._expected[node][0]
+        if ranks is not None and claimed != set(ranks):
+            return f"node {node} ({hello.host}) says it has ranks {spans(claimed)}, and it has {spans(ranks)}"
+        taken = {rank for each in self._hellos.values() for rank in each.ranks}
+        if not claimed or not claimed <= set(range(self._world_size)) or claimed & taken:
+            return f"node {node} ({hello.host}) says it has ranks {spans(claimed)}, which it cannot have"
+        return ""
+
     def connected(self, peer: Peer, hello: NodeHello) -> None:
-        """A relay introduced itself."""
-        ranks = tuple(rank for rank in hello.ranks if 0 <= rank < self._world_size)
-        self._hellos[peer], self._heard[peer] = replace(hello, ranks=ranks), self._clock.now()
-        self._expected.pop(hello.node_rank, None)
+        """A relay introduced itself, to which there is no objection."""
+        self._hellos[peer], self._heard[peer] = hello, self._clock.now()
+        del self._expected[hello.node_rank]
 
     def heard(self, peer: Peer) -> Collection[int]:
         """Something came from a relay; return the ranks that it stands for."""
@@ -340,10 +368,12 @@ class NodeLinks:
 
     def absent(self) -> list[tuple[Collection[int], str]]:
         """The ranks of nodes that did not connect in time, each told once, and what became of them in words."""
-        late = [node for node, (_, until) in self._expected.items() if self._clock.now() > until]
+        now = self._clock.now()
+        late = {node: ranks for node, (ranks, until) in self._expected.items() if ranks is not None and now > until}
+        for node in late:
+            del self._expected[node]
         return [
-            (self._expected.pop(node)[0], f"was lost with node {node}, which did not connect to this one")
-            for node in late
+            (ranks, f"was lost with node {node}, which did not connect to this one") for node, ranks in late.items()
         ]
 
     def unheard(self) -> set[int]:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from allstep.diagnosis.rank_outcome import RankOutcome, outcome_of
 from allstep.diagnosis.record import Moment, RankRecord
 from allstep.monitor.own_stacks import read_stacks
+from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     Failure,
     FailureCaught,
@@ -78,6 +79,11 @@ class NodeRanks:
     def spared(self) -> tuple[int, ...]:
         """The ranks that need no order to leave, since an exception of their own ends them."""
         return tuple(rank for rank, record in self.records.items() if record.leaves_by_itself)
+
+    def connection(self, rank: int) -> Connection | None:
+        """The present connection of one of them."""
+        peer = self._peers.get(rank)
+        return None if peer is None else peer.connection
 
     def present(self) -> list[int]:
         """The ranks whose World is open."""

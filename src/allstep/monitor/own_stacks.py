@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import re
 import tempfile
 from typing import BinaryIO
 
@@ -25,6 +26,7 @@ from allstep.diagnosis.stacks import without_current_thread
 WITHOUT_HEARTBEAT_S = 2.0
 """Seconds without a heartbeat after which the stacks are written to the file."""
 
+_DESCRIPTOR = re.compile(r"/proc/[0-9]+/fd/[0-9]+")  # of a process: nobody can plant a link of that name
 _LARGEST = 256 << 10  # bytes of stacks that are read
 
 
@@ -107,7 +109,7 @@ def read_stacks(address: str) -> str:
     link, _, name = address.rpartition("/")
     try:
         # The number may be another file's by now, or another process' on another machine: only the name tells.
-        if not name or not os.readlink(link).startswith(f"/memfd:{name}"):
+        if not name or not _DESCRIPTOR.fullmatch(link) or not os.readlink(link).startswith(f"/memfd:{name}"):
             return ""
         with open(link, "rb") as file:
             size = os.fstat(file.fileno()).st_size

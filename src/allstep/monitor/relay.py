@@ -16,15 +16,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
 from allstep.diagnosis.root_cause import Diagnosis, diagnosis_of
 from allstep.errors import ChannelError
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.node_ranks import NodeRanks
-from allstep.monitor.service import AllArrived, Finished, MonitorEvent, Ordered, Verdict
+from allstep.monitor.service import AllArrived, MonitorEvent, MonitorSettings, Verdict
 from allstep.monitor.uplink import Uplink
+from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     AskStacks,
     Finish,
@@ -37,7 +37,7 @@ from allstep.protocol.messages import (
     decode,
 )
 from allstep.protocol.registration import RankRegistration
-from allstep.protocol.server import MessageServer, PeerConnected, PeerGone, PeerMessage, same_run
+from allstep.protocol.server import Happening, MessageServer, PeerConnected, PeerGone, PeerMessage, same_attempt
 from allstep.protocol.worker_exit import WorkerExit
 
 
@@ -48,15 +48,11 @@ class Relay:
         self,
         selector: selectors.BaseSelector,
         listener: socket.socket,
-        upstream: tuple[str, int],
+        settings: MonitorSettings,
         *,
-        nonce: str,
-        attempt: int,
+        upstream: tuple[str, int],
         node_rank: int,
         ranks: Sequence[int],
-        world_size: int,
-        limits: HangLimits,
-        supervised: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begin to serve, and to connect to the head.
@@ -64,27 +60,24 @@ class Relay:
         Args:
             selector: the driver's.
             listener: a listening socket, the relay's from now on.
+            settings: the head's.
             upstream: host and port of the head's hub.
-            nonce: what every rank, and this relay, has to know.
-            attempt: the present start's number.
             node_rank: of this node.
             ranks: that run here.
-            world_size: how many ranks the whole world has.
-            limits: the head's, of which `link` counts here.
-            supervised: the driver will call `worker_ended` for every rank of this node.
             clock: seconds, never turned back.
 
         Raises:
             OSError: the head's name does not resolve.
         """
-        self._attempt = attempt
-        self._supervised = supervised
-        self._world_size = world_size
-        self._server = MessageServer(selector, listener, self, admits=same_run(nonce, attempt), clock=clock)
+        self._settings = settings
+        admits = same_attempt(settings.attempt)
+        self._server = MessageServer(selector, listener, self, key=settings.key, admits=admits, clock=clock)
         self._head_name = f"{upstream[0]}:{upstream[1]}"
-        self._hello = NodeHello(nonce, attempt, node_rank, socket.gethostname(), tuple(ranks))
+        self._hello = NodeHello(settings.attempt, node_rank, socket.gethostname(), tuple(ranks))
         self._clock = DrivenClock(clock)
-        self._uplink = Uplink(selector, self, upstream, self._hello, link=limits.link, clock=self._clock)
+        self._uplink = Uplink(
+            selector, self, upstream, self._hello, key=settings.key, link=settings.limits.link, clock=self._clock
+        )
         self._ranks = NodeRanks(self._server, ranks, clock, lambda line, now: self._uplink.send(line, at_once=now))
         self._events: list[MonitorEvent] = []
         self._finished = False
@@ -157,14 +150,18 @@ class Relay:
         """How each rank that came introduced itself."""
         return {rank: record.registration for rank, record in self._ranks.records.items() if record.registration}
 
+    def connection(self, rank: int) -> Connection | None:
+        """The connection of a rank of this node."""
+        return self._ranks.connection(rank)
+
     def diagnosis(self) -> Diagnosis | None:
         """The loss of the head, as this node sees it."""
         if self._head_loss is None:
             return None
         diagnosis = diagnosis_of(
-            self._head_loss, self._ranks.outcomes(supervised=self._supervised), attempt=self._attempt
+            self._head_loss, self._ranks.outcomes(supervised=self._settings.supervised), attempt=self._settings.attempt
         )
-        return replace(diagnosis, world_size=self._world_size)
+        return replace(diagnosis, world_size=self._settings.world_size)
 
     def close(self) -> None:
         """Let go of all sockets, after what waits was offered to the head once more."""
@@ -176,7 +173,7 @@ class Relay:
         self._uplink.give_up(how)
         # The head also closes when the attempt is over, or after it has refused all ranks. A supervisor is told of the
         # second too: it waits for the head's last word, which will not come.
-        over = self._finished or (self._ranks_refused and not self._supervised)
+        over = self._finished or (self._ranks_refused and not self._settings.supervised)
         if over or self._head_loss is not None:
             return
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
@@ -206,30 +203,31 @@ class Relay:
                 self._ranks.order_out(message)
                 # Without a code the order only says that a failure was judged; no rank has to end of it.
                 if message.code is not None:
-                    self._events.append(Ordered(message.reason, message.code, message.spared))
+                    self._events.append(message)
             case Notice(text, printer):
                 self._ranks.notify(text, printer)
             case AskStacks():
                 self._ranks.ask_stacks(line)
-            case Finish(text, code):
+            case Finish():
                 self._finished = True
-                self._events.append(Finished(text, code))
+                self._events.append(message)
+
+    def _act(self, happening: Happening) -> None:
+        match happening:
+            case PeerConnected(peer, RankHello() as hello, line):
+                self._ranks.arrive(peer, hello, line)
+            case PeerConnected(peer):
+                self._server.refuse(peer, "this is a relay, and takes no other relays")
+            case PeerMessage(peer, message, line):
+                self._ranks.received(peer, message, line)
+            case PeerGone(peer, why):
+                self._ranks.gone(peer, why)
 
     def _handle(self) -> None:
         """Act on what came from the head and from the ranks."""
         for line in self._uplink.take():
             self._from_head(line)
-        while happened := self._server.take():
-            for each in happened:
-                match each:
-                    case PeerConnected(peer, RankHello() as hello, line):
-                        self._ranks.arrive(peer, hello, line)
-                    case PeerConnected(peer):
-                        self._server.refuse(peer, "this is a relay, and takes no other relays")
-                    case PeerMessage(peer, message, line):
-                        self._ranks.received(peer, message, line)
-                    case PeerGone(peer, why):
-                        self._ranks.gone(peer, why)
+        self._server.handle(self._act)
         # Last, so that what the head sent before it closed has been acted on.
         if self._uplink.lost:
             self._lose_head(self._uplink.lost)

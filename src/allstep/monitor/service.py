@@ -11,12 +11,35 @@ from __future__ import annotations
 
 import selectors
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.root_cause import Diagnosis
+from allstep.protocol.connection import Connection
+from allstep.protocol.messages import Finish, Leave
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorSettings:
+    """What a hub and its relays have to know of the ranks that they watch over.
+
+    Attributes:
+        key: what every rank and relay has to have; see `protocol.handshake`.
+        attempt: the present start's number.
+        world_size: how many ranks the whole world has.
+        limits: how long sections, and links between nodes, may be silent.
+        supervised: the driver calls `worker_ended` for every rank of its node, so that a closed connection is not yet
+            an end; false where a closed connection is the only news there will be.
+    """
+
+    key: str
+    attempt: int
+    world_size: int
+    limits: HangLimits = field(default_factory=HangLimits)
+    supervised: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +67,10 @@ class AllEnded:
     """The end of every worker is known. A verdict, if there is one, came before."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ordered:
-    """At a relay: the head ordered the ranks to leave, and they were told; the driver kills those that do not.
-
-    `spared` are ranks of any node that are on their way out with an exception of their own.
-    """
-
-    reason: str
-    code: int
-    spared: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """At a relay: the attempt is over. `text` is the last word about the run, or empty where it goes on with another
-    attempt; `code` is the exit status, of the run or, without a supervisor, of the ranks.
-    """
-
-    text: str
-    code: int
-
-
-MonitorEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Ordered | Finished
-"""What `Service.take` gives."""
+MonitorEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Leave | Finish
+"""What `Service.take` gives. `Leave` and `Finish` come at a relay, as the head sent them: the ranks were
+ordered to leave, and were told, so that the driver kills those that do not; the attempt is over.
+"""
 
 
 class Service(Protocol):
@@ -121,6 +124,9 @@ class Service(Protocol):
 
     def registrations(self) -> Mapping[int, RankRegistration]:
         """How each rank that came introduced itself."""
+
+    def connection(self, rank: int) -> Connection | None:
+        """The connection of a rank that reports to this very service; None where a relay, or nothing, is between."""
 
     def diagnosis(self) -> Diagnosis | None:
         """What the verdict says, and what has become of the ranks since; None before there is one."""

@@ -2,7 +2,7 @@
 
 `start_sidecar` is called by one rank of each node. It starts `sidecar_process.py` by its path in a session of its own,
 with nothing on its standard streams, and returns when the sidecar listens. The caller holds the write end of the
-sidecar's lifeline, through which it also gives the setup, so that the nonce is on no command line. The sidecar ends
+sidecar's lifeline, through which it also gives the setup, so that the key is on no command line. The sidecar ends
 when its lifeline has closed, no rank is connected any more, and nothing is left to judge.
 
 After a verdict it writes the report to its starter's standard error, of which it holds a duplicate, orders the ranks to
@@ -35,7 +35,7 @@ class SidecarSetup:
     """What a sidecar is told.
 
     Attributes:
-        nonce: the secret that its ranks, and relays, have to know.
+        key: what its ranks, and relays, have to have.
         attempt: the present start's number.
         world_size: how many ranks the whole world has.
         host: where to listen, as `protocol.address.listen` takes it.
@@ -44,10 +44,12 @@ class SidecarSetup:
         upstream: HOST:PORT of the head's hub, which makes this one a relay; empty: this is the head.
         node_rank: of this node.
         ranks: of this node, for a relay.
+        nodes: how many there are, for the head.
         run: the run's name, for the report.
+        secrets: what is not to be in the report.
     """
 
-    nonce: str
+    key: str
     attempt: int
     world_size: int
     host: str = HERE
@@ -56,7 +58,9 @@ class SidecarSetup:
     upstream: str = ""
     node_rank: int = 0
     ranks: tuple[int, ...] = ()
+    nodes: int = 1
     run: str = ""
+    secrets: tuple[str, ...] = ()
 
 
 class Sidecar:

@@ -33,12 +33,16 @@ from allstep.diagnosis.report import failure_json, failure_text, straggler_line
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.hub import Hub
+from allstep.monitor.peer_process import holds_other_end
 from allstep.monitor.relay import Relay
 from allstep.monitor.report_output import write_bounded, write_report
-from allstep.monitor.service import AllArrived, Finished, Ordered, Service, StragglerSeen, Verdict
+from allstep.monitor.service import AllArrived, MonitorSettings, Service, StragglerSeen, Verdict
 from allstep.monitor.sidecar import SidecarSetup
 from allstep.protocol.address import listen, split_address
 from allstep.protocol.connection import is_ready
+from allstep.protocol.descriptors import raise_descriptor_limit
+from allstep.protocol.masking import mask, mask_all
+from allstep.protocol.messages import Finish, Leave
 
 LEAVE_S = 1.0
 """Seconds that a rank has to leave on order, before it is killed."""
@@ -59,35 +63,24 @@ class SidecarLoop:
         self._lifeline_open = True
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
-        limits = HangLimits.parse(setup.limits)
-        self._service: Service = (
-            Relay(
-                self._selector,
-                listener,
-                split_address(setup.upstream),
-                nonce=setup.nonce,
-                attempt=setup.attempt,
-                node_rank=setup.node_rank,
-                ranks=setup.ranks,
-                world_size=setup.world_size,
-                limits=limits,
-                supervised=False,
-            )
-            if setup.upstream
-            else Hub(
-                self._selector,
-                listener,
-                nonce=setup.nonce,
-                attempt=setup.attempt,
-                world_size=setup.world_size,
-                limits=limits,
-                supervised=False,
-            )
-        )
+        self._service = self._open_service(listener)
         self._processes: dict[int, int] = {}  # pidfd of each rank of this node
         self._kill: list[tuple[float, frozenset[int]]] = []
         self._end_at: float | None = None
         self._code = 0
+
+    def _open_service(self, listener: socket.socket) -> Service:
+        setup, limits = self._setup, HangLimits.parse(self._setup.limits)
+        settings = MonitorSettings(setup.key, setup.attempt, setup.world_size, limits, supervised=False)
+        if setup.upstream:
+            head = split_address(setup.upstream)
+            return Relay(
+                self._selector, listener, settings, upstream=head, node_rank=setup.node_rank, ranks=setup.ranks
+            )
+        hub = Hub(self._selector, listener, settings)
+        for node in range(1, setup.nodes):
+            hub.expect_node(node)
+        return hub
 
     def run(self) -> None:
         """Serve until no rank needs it."""
@@ -139,21 +132,32 @@ class SidecarLoop:
                 case StragglerSeen(rank, ratio):
                     printer = min(self._service.present(), default=0)
                     self._service.notify(f"allstep: {straggler_line(rank, ratio)}\n", printer)
-                case Ordered(_, code, spared):
+                case Leave(code=int(code), spared=spared):
                     self._expect_end(code, frozenset(spared))
-                case Finished(_, code):
+                case Finish(_, code):
                     self._expect_end(code, frozenset())
 
     def _hold_processes(self) -> None:
-        """Hold on to each rank's process of this node, so that a later SIGKILL hits no other process."""
+        """Hold on to each rank's process of this node, so that a later SIGKILL hits no other process.
+
+        A rank says itself which process it is. It is believed where the kernel says that this process holds its
+        connection: else whoever speaks for a rank could have any process of this user killed.
+        """
         for fd in self._processes.values():
             os.close(fd)
         self._processes.clear()
         here = self._setup.node_rank, socket.gethostname()
         for rank, registration in self._service.registrations().items():
-            if (registration.node_rank, registration.host) == here:
-                with contextlib.suppress(OSError, AttributeError):
-                    self._processes[rank] = os.pidfd_open(registration.pid)
+            connection = self._service.connection(rank)
+            if (registration.node_rank, registration.host) != here or connection is None:
+                continue
+            with contextlib.suppress(OSError, AttributeError):
+                descriptor = os.pidfd_open(registration.pid)
+                # Asked when the process is held: its number cannot become another's in between.
+                if holds_other_end(registration.pid, connection.sock):
+                    self._processes[rank] = descriptor
+                else:
+                    os.close(descriptor)
 
     def _conclude(self, diagnosis: Diagnosis) -> None:
         cause = diagnosis.cause
@@ -166,7 +170,7 @@ class SidecarLoop:
         living = [rank for rank in self._service.present() if rank not in hung] or self._service.present()
         # A rank that hangs cannot print; the one that failed prints beside its own traceback where it can.
         printer = cause.rank if cause.rank in own and cause.rank in living else min(living, default=None)
-        report = f"allstep: {report}"
+        report = f"allstep: {mask(report, self._setup.secrets)}"
         if self._stderr is not None and write_bounded(self._stderr, report):
             printer, report = None, ""
         self._service.order_leave(
@@ -180,9 +184,10 @@ class SidecarLoop:
 
     def _write(self, diagnosis: Diagnosis) -> None:
         if self._setup.attempt_folder:
+            content = mask_all(failure_json(diagnosis, name=self._setup.run), self._setup.secrets)
             name = f"failure_node_{self._setup.node_rank}.json" if self._setup.upstream else "failure.json"
             with contextlib.suppress(OSError):  # the report is printed all the same
-                write_report(Path(self._setup.attempt_folder) / name, failure_json(diagnosis, name=self._setup.run))
+                write_report(Path(self._setup.attempt_folder) / name, content)
 
     def _expect_end(self, code: int, own: frozenset[int]) -> None:
         now = time.monotonic()
@@ -208,6 +213,7 @@ def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
     """Serve until no rank needs it; the setup comes as a line on the lifeline, the port goes to `answer`."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    raise_descriptor_limit()
     line = b""
     while not line.endswith(b"\n"):
         byte = os.read(lifeline, 1)
@@ -215,7 +221,7 @@ def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
             return
         line += byte
     values = json.loads(line)
-    setup = SidecarSetup(**{**values, "ranks": tuple(values["ranks"])})
+    setup = SidecarSetup(**{**values, "ranks": tuple(values["ranks"]), "secrets": tuple(values["secrets"])})
     try:
         listener = listen(setup.host)
         loop = SidecarLoop(setup, lifeline, listener, stderr)

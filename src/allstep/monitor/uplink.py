@@ -2,9 +2,9 @@
 
 The relay drives it: `ready` for its socket, `tick` at the latest at `deadline`. `send` takes encoded messages before
 the connection stands, too. `take` gives the lines that came. `lost` says how the head was lost, and the uplink is then
-closed: it could not be reached within `CONNECT_S` at any address of its name, it closed the connection, or it was
-silent for longer than `link`. Each end sends something once a second, so silence means that the other end, or the
-network, is gone.
+closed: the head could not be reached within `CONNECT_S` at any address of its name, did not prove itself, closed the
+connection, or was silent for longer than `link`. Each end sends something once a second, so silence means that the
+other end, or the network, is gone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Uplink:
         head: tuple[str, int],
         hello: NodeHello,
         *,
+        key: str,
         link: float,
         clock: DrivenClock,
     ) -> None:
@@ -47,6 +48,7 @@ class Uplink:
             owner: whom the socket, once ready, is given to.
             head: the host and port of the hub.
             hello: how this node introduces itself.
+            key: what the head has to have.
             link: seconds of silence after which the head is lost.
             clock: the relay's.
 
@@ -61,7 +63,13 @@ class Uplink:
         self._clock = clock
         addresses = resolve(*head)  # once: a resolver that hangs must not keep the relay from its ranks later
         self._connector = Connector(
-            [head], within=CONNECT_S, answer=ANSWER_S, clock=clock.now, addresses=lambda host, port: addresses
+            [head],
+            key=key,
+            within=CONNECT_S,
+            answer=ANSWER_S,
+            proof=CONNECT_S,  # its loop may be busy with thousands of others
+            clock=clock.now,
+            addresses=lambda host, port: addresses,
         )
         self._connection: Connection | None = None
         self._watched: socket.socket | None = None
@@ -87,7 +95,7 @@ class Uplink:
             self._connect()
             return
         self._connection.flush()
-        lines = self._connection.receive()
+        lines = list(self._connection.receive())
         if lines:  # any line shows that the head is there
             self._heard = self._clock.now()
             self._lines += lines
@@ -156,7 +164,7 @@ class Uplink:
         if connector.failed:
             self.give_up(f"could not be reached within {CONNECT_S:g} s ({connector.failed})")
         elif connector.connection is None:
-            self._watch(connector.sock, selectors.EVENT_WRITE)
+            self._watch(connector.sock, connector.events)
         else:
             self._connection, self._heard = connector.connection, self._clock.now()
             self._connection.send(encode(self._hello))

@@ -30,7 +30,7 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def new_nonce() -> str:
+def new_key() -> str:
     """A secret for one start of one run."""
     return secrets.token_hex(16)
 

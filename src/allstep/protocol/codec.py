@@ -1,9 +1,10 @@
 """Frozen dataclasses as lines of JSON with a version: one line, one message.
 
 Contract: a `Codec` knows the message types of one protocol. `encode` writes a message, its line's end included;
-`decode` checks that a line has the fields of its type and that each has its type, so its reader need not. Fields
-that a newer side adds are passed over. What can go wrong: `ChannelError` for a line that is not a message of this
-version.
+`decode` checks that a line has the fields of its type and that each has its type, so its reader need not. Numbers are
+finite and fit into 64 bits. Texts have only characters that can be written out again: half a surrogate pair, which JSON
+and Python's file names may have, becomes its escape. Fields that a newer side adds are passed over. What can go wrong:
+`ChannelError` for a line that is not a message of this version, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 from allstep.errors import ChannelError
+
+_LEAST, _MOST = -(1 << 63), (1 << 63) - 1  # of the numbers in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Codec:
             ChannelError: it is not JSON, not a message, of another version, or a field is missing or of another type.
         """
         try:
-            body = json.loads(line)
+            body = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ChannelError(f"not a message of {self._protocol}: {line[:80]!r}") from error
         if not isinstance(body, dict) or "v" not in body:
@@ -67,12 +70,13 @@ class Codec:
         # The version is looked at before the type: another version may have types that this one does not know.
         if body["v"] != self._version:
             raise ChannelError(
-                f"a message of version {str(body['v'])[:20]} of {self._protocol}, and this is version "
+                f"a message of version {_shown(body['v'])} of {self._protocol}, and this is version "
                 f"{self._version}; install the same allstep on all nodes"
             )
-        kind = self._kinds.get(str(body.get("type")))
+        name = body.get("type")
+        kind = self._kinds.get(name) if isinstance(name, str) else None
         if kind is None:
-            raise ChannelError(f"not a message of {self._protocol}: it is of type {str(body.get('type'))[:40]!r}")
+            raise ChannelError(f"not a message of {self._protocol}: it is of type {_shown(name)}")
         return self._build(kind, body)
 
     def _learn(self, kind: type[Any]) -> None:
@@ -94,10 +98,8 @@ class Codec:
                 continue  # its default holds
             value: Any = body[each.name]
             if not _is(value, each.accepted) or not _are(value, each.items):
-                raise ChannelError(f"a {kind.__name__} whose {each.name} is {str(value)[:40]!r}")
-            if each.nested is not None:
-                value = self._build(each.nested, value)
-            values[each.name] = tuple(value) if each.accepted == (list,) else value
+                raise ChannelError(f"a {kind.__name__} whose {each.name} is {_shown(value)}")
+            values[each.name] = self._build(each.nested, value) if each.nested is not None else _taken(value)
         return kind(**values)
 
 
@@ -126,10 +128,42 @@ def _item(hint: type) -> tuple[type, ...]:
 
 def _is(value: Any, accepted: tuple[type, ...]) -> bool:
     # In Python a bool is an int; in a message it is none.
-    return isinstance(value, accepted) and (value.__class__ is not bool or bool in accepted)
+    if not isinstance(value, accepted) or (value.__class__ is bool and bool not in accepted):
+        return False
+    return _LEAST <= value <= _MOST if isinstance(value, int | float) else True  # refuses an overflow to infinity too
 
 
 def _are(value: Any, accepted: tuple[type, ...]) -> bool:
     if not accepted:
         return True
-    return all(isinstance(item, accepted) for item in (value.values() if isinstance(value, dict) else value))
+    return all(_is(item, accepted) for item in (value.values() if isinstance(value, dict) else value))
+
+
+def _taken(value: Any) -> Any:
+    """A value that has its type, as a message holds it."""
+    if isinstance(value, str):
+        return _writable(value)
+    if isinstance(value, list):
+        return tuple(map(_taken, value))
+    if isinstance(value, dict):
+        return {_writable(key): _taken(each) for key, each in value.items()}
+    return value
+
+
+def _writable(text: str) -> str:
+    """The text, with what no encoding has spelled out: it would raise wherever it is written or hashed."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value that was refused, for an error."""
+    # The text of a mapping or list could be as long as the line.
+    if isinstance(value, str):
+        return ascii(value[:40])
+    return str(value)[:40] if isinstance(value, int | float | None) else "a collection"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

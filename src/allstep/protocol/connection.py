@@ -4,9 +4,10 @@
 what the other side has room for; the rest waits in `backlog` for `flush`. Neither blocks and neither raises: once the
 connection is over, `ended` says why. The length of a line, and what waits for a slow reader, are bounded.
 
-`Connector` makes the connection: it tries one address after another, again and again, until one answers or the time is
-over. It never blocks, but for resolving a name. An event loop drives it (a relay's, a machine's that joins a run), or
-`connect` does, for a rank that has nothing else to do. What can go wrong is in `failed`, for the caller's own error.
+`Connector` makes the connection: it tries one address after another, again and again, until one answers and proves that
+it has the key (`handshake`), or the time is over. Until then this side has told nothing about itself. It never blocks,
+but for resolving a name. An event loop drives it (a relay's, a machine's that joins a run), or `connect` does, for a
+rank that has nothing else to do. What can go wrong is in `failed`, for the caller's own error.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ import contextlib
 import errno
 import os
 import select
+import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+
+from allstep.errors import ChannelError
+from allstep.protocol.handshake import LONGEST as LONGEST_HANDSHAKE
+from allstep.protocol.handshake import ConnectingHandshake
 
 Target = tuple[str, int]
 """A host and a port to connect to."""
@@ -51,6 +57,7 @@ class Connection:
         self.longest = longest
         self.ended = ""
         self._in = bytearray()
+        self._searched = 0  # bytes of `_in` that have no line's end
         self._out = bytearray()
 
     @property
@@ -58,8 +65,8 @@ class Connection:
         """Bytes that wait to be sent."""
         return len(self._out)
 
-    def receive(self) -> list[bytes]:
-        """The lines that have come, without their ends."""
+    def receive(self) -> Iterator[bytes]:
+        """The lines that have come, without their ends, one by one: `longest` may be changed between two of them."""
         for _ in range(_CHUNKS):
             try:
                 data = self.sock.recv(_CHUNK)
@@ -103,14 +110,29 @@ class Connection:
         self._end("closed")
         self.sock.close()
 
-    def _lines(self) -> list[bytes]:
-        *lines, rest = self._in.split(b"\n")
-        if max(map(len, (*lines, rest))) > self.longest:
-            self._end(f"it sent a line of more than {self.longest} bytes")
-            self._in.clear()
-            return []
-        self._in = rest
-        return [bytes(line) for line in lines if line]
+    def _lines(self) -> Iterator[bytes]:
+        while True:
+            # From where the last search ended: a line that comes byte by byte is not searched from its beginning.
+            length = self._in.find(b"\n", self._searched)
+            if max(length, 0 if length >= 0 else len(self._in)) > self.longest:
+                self._refuse(f"it sent a line of more than {self.longest} bytes")
+                return
+            if length == 0:
+                self._refuse("it sent an empty line")  # nobody of ours does, and a million of them cost time
+                return
+            if length < 0:
+                self._searched = len(self._in)
+                return
+            line = bytes(self._in[:length])
+            del self._in[: length + 1]
+            self._searched = 0
+            yield line
+
+    def _refuse(self, why: str) -> None:
+        """Read no more of what came, and end."""
+        self._end(why)
+        self._in.clear()
+        self._searched = 0
 
     def _end(self, why: str) -> None:
         self.ended = self.ended or why  # the first reason is the cause
@@ -128,13 +150,14 @@ def resolve(host: str, port: int) -> list[SocketAddress]:
 class Connector:
     """A connection in the making.
 
-    The driver waits until `sock` can be written to, or until `deadline`, and then calls `advance`. Afterwards either
-    `connection` is there, or `failed` says why there will be none, or it waits on. `sock` changes with each attempt,
-    and is None in the pause between two rounds through all addresses.
+    The driver waits until `sock` is ready for `events`, or until `deadline`, and then calls `advance`. Afterwards
+    either `connection` is there, or `failed` says why there will be none, or it waits on. `sock` changes with each
+    attempt, and is None in the pause between two rounds through all addresses.
 
     Attributes:
         target: the host and port of the last attempt.
         problems: why the last attempt at each target failed.
+        others: targets at which something answered that is not ours.
         until: the time on the clock at which to give up; may be moved.
     """
 
@@ -142,9 +165,11 @@ class Connector:
         self,
         targets: Sequence[Target],
         *,
+        key: str,
         within: float,
         clock: Callable[[], float] = time.monotonic,
         answer: float,
+        proof: float | None = None,
         retry: bool = True,
         addresses: Callable[[str, int], Sequence[SocketAddress]] = resolve,
     ) -> None:
@@ -152,30 +177,48 @@ class Connector:
 
         Args:
             targets: hosts and ports, each with all of its addresses, in the order in which to try them.
+            key: what the other side has to have.
             within: seconds in which one must have answered.
             clock: seconds, never turned back.
             answer: seconds that each address has to answer.
-            retry: begin again when all have been tried; else that is the end.
+            proof: seconds that it then has to prove itself, also where `within` has passed; by default as `answer`.
+            retry: begin again when all have been tried; else that is the end. Where the only target is another's
+                service, it is the end too.
             addresses: resolves a target, anew in each round, since a name may come to resolve only later.
         """
-        self.sock: socket.socket | None = None
         self.connection: Connection | None = None
         self.failed = ""
         self.target = targets[0]
         self.problems: dict[Target, str] = {}
         self.until = clock() + within
         self._targets = targets
+        self._key = key
         self._resolve = addresses
         self._clock = clock
         self._answer = answer
+        self._proof = answer if proof is None else proof
         self._retry = retry
+        self._sock: socket.socket | None = None
+        self._unproven: Connection | None = None
+        self._handshake: ConnectingHandshake | None = None
+        self.others: set[Target] = set()
         self._attempts = self._round()
         self._next_at = clock()
         self.advance()
 
+    @property
+    def sock(self) -> socket.socket | None:
+        """The socket to wait for."""
+        return self._sock if self._unproven is None else self._unproven.sock
+
+    @property
+    def events(self) -> int:
+        """What to wait for on it, as `selectors` has it."""
+        return selectors.EVENT_WRITE if self._unproven is None else selectors.EVENT_READ
+
     def deadline(self) -> float:
         """When `advance` is due, on the clock, though the socket did not become ready."""
-        return min(self._next_at, self.until)
+        return self._next_at if self._unproven is not None else min(self._next_at, self.until)
 
     def advance(self) -> None:
         """Act on a socket that is ready, or on the time that has passed."""
@@ -183,13 +226,15 @@ class Connector:
             return
         now = self._clock()
         # A socket that was connected, and one that was refused, can both be written to; SO_ERROR tells them apart.
-        if self.sock is not None and is_ready(self.sock.fileno(), writing=True):
-            self._conclude(self.sock, self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-        elif self.sock is not None and now >= self._next_at:
+        if self._sock is not None and is_ready(self._sock.fileno(), writing=True):
+            self._conclude(self._sock, self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+        elif self._sock is not None and now >= self._next_at:
             self._fail("it does not answer")
+        if self._unproven is not None:
+            self._shake_hands(self._unproven, now)
         if self.sock is None and self.connection is None and now >= self._next_at:
             self._try_next(now)
-        if self.connection is None and now >= self.until:
+        if self.connection is None and self._unproven is None and now >= self.until:
             self._give_up()
 
     def reject(self, why: str) -> None:
@@ -201,9 +246,12 @@ class Connector:
 
     def close(self) -> None:
         """Close the socket of an attempt that is on its way; a connection that was made is its taker's."""
-        if self.sock is not None:
-            self.sock.close()
-            self.sock = None
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._unproven is not None:
+            self._unproven.close()
+            self._unproven = self._handshake = None
 
     def _round(self) -> Iterator[tuple[Target, SocketAddress]]:
         for target in self._targets:
@@ -218,14 +266,14 @@ class Connector:
     def _try_next(self, now: float) -> None:
         attempt = next(self._attempts, None)
         if attempt is None:
-            if not self._retry:
+            if not self._retry or (self.others and len(self._targets) == 1):
                 self._give_up()
             self._attempts = self._round()
             self._next_at = now + PAUSE_S  # at once again would only keep both sides busy
             return
         self.target, (family, address) = attempt
         self._next_at = now + self._answer
-        self.sock = sock = socket.socket(family, socket.SOCK_STREAM)
+        self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
         error = sock.connect_ex(address)
         if error != errno.EINPROGRESS:
@@ -235,8 +283,29 @@ class Connector:
         """The system has said what came of an attempt."""
         if error:
             self._fail(os.strerror(error))
-        else:
-            self.connection, self.sock = Connection(sock), None
+            return
+        self._unproven, self._sock = Connection(sock, LONGEST_HANDSHAKE), None
+        self._handshake = ConnectingHandshake(self._key, self.target[1])
+        self._unproven.send(self._handshake.first)
+        self._next_at = self._clock() + self._proof
+
+    def _shake_hands(self, unproven: Connection, now: float) -> None:
+        """Go on with the handshake."""
+        assert self._handshake is not None
+        line = next(unproven.receive(), None)
+        if line is not None:
+            try:
+                unproven.send(self._handshake.prove(line))
+            except ChannelError as error:
+                self.others.add(self.target)
+                self._fail(str(error))
+                return
+            unproven.longest = LONGEST_LINE
+            self.connection, self._unproven, self._handshake = unproven, None, None
+        elif unproven.ended:
+            self._fail(f"it did not prove that it is this run's: {unproven.ended}")
+        elif now >= self._next_at:
+            self._fail("it accepts and says nothing; its process may be frozen")
 
     def _give_up(self) -> None:
         self.close()
@@ -248,18 +317,28 @@ class Connector:
         self._next_at = self._clock()
 
 
-def connect(targets: Sequence[Target], *, within: float, answer: float, retry: bool = True) -> Connection:
-    """Connect to the first target that answers, and wait for that; the arguments are those of `Connector`.
+def connect(
+    targets: Sequence[Target],
+    *,
+    key: str,
+    within: float,
+    answer: float,
+    proof: float | None = None,
+    retry: bool = True,
+) -> Connection:
+    """Connect to the first target that answers and has the key, and wait for that; see `Connector` for the arguments.
 
     Raises:
         ConnectionError: none did; the text says why.
     """
-    with contextlib.closing(Connector(targets, within=within, answer=answer, retry=retry)) as connector:
+    connector = Connector(targets, key=key, within=within, answer=answer, proof=proof, retry=retry)
+    with contextlib.closing(connector):
         while connector.connection is None:
             if connector.failed:
                 raise ConnectionError(connector.failed)
             descriptor = None if connector.sock is None else connector.sock.fileno()
-            is_ready(descriptor, connector.deadline() - time.monotonic(), writing=True)
+            writing = connector.events == selectors.EVENT_WRITE
+            is_ready(descriptor, connector.deadline() - time.monotonic(), writing=writing)
             connector.advance()
         return connector.connection
 

@@ -2,7 +2,7 @@
 
 Who sends what:
 
-- A rank to its monitor: `RankHello` first, with the run's nonce. Then `Heartbeat` once a second, `Failure` when an
+- A rank to its monitor: `RankHello` first. Then `Heartbeat` once a second, `Failure` when an
   exception is first seen and `FailureCaught` when that was caught, `Stacks` when asked, and `Goodbye` before it closes.
 - The monitor to a rank: `Welcome` when all ranks have come and fit, or `Refused`. Then `AskStacks`, `Notice`, `Leave`.
 - A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `WorkerEnded`, `RankLost`
@@ -10,7 +10,8 @@ Who sends what:
 - A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
   `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
-`codec` has how they are written, read and checked.
+Before any of them, both sides have proved to each other that they have the run's key (`handshake`). `codec` has how
+they are written, read and checked.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from allstep.protocol.codec import Codec
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 3
+VERSION = 4
 """Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
@@ -34,7 +35,6 @@ SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "i
 class RankHello:
     """A rank introduces itself. `patience` is how many seconds it gives the others to arrive."""
 
-    nonce: str
     attempt: int
     registration: RankRegistration
     stacks_file: str = ""
@@ -155,7 +155,6 @@ class AskStacks:
 class NodeHello:
     """A relay introduces itself and the ranks that it stands for."""
 
-    nonce: str
     attempt: int
     node_rank: int
     host: str
@@ -184,7 +183,11 @@ class RankLost:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The attempt is over; `text` and `code` as in `monitor.service.Finished`."""
+    """The attempt is over.
+
+    `text` is the last word about the run, or empty where it goes on with another attempt; `code` is the exit status, of
+    the run or, without a supervisor, of the ranks.
+    """
 
     text: str
     code: int
@@ -194,8 +197,6 @@ class Finish:
 class JoinRequest:
     """A machine wants to take part in a run. `facts` are settings that must be the same on all machines, as text."""
 
-    run: str
-    token: str
     nodes: int
     node_rank: int
     workers: int
@@ -216,11 +217,14 @@ class JoinPending:
 
 @dataclass(frozen=True, slots=True)
 class AttemptStart:
-    """An attempt begins: its names, the ports of its services on node 0, and which ranks are this machine's."""
+    """An attempt begins: its names, the ports of its services on node 0, and which ranks are this machine's.
+
+    The attempt's key is derived from the run's and `salt`, on each machine by itself.
+    """
 
     run_id: str
     attempt: int
-    nonce: str
+    salt: str
     channel_port: int
     master_port: int
     first_rank: int
@@ -240,7 +244,6 @@ class RunOver:
 class NodeResigned:
     """A machine of the run will not come again, for this reason."""
 
-    token: str
     node_rank: int
     reason: str
 

@@ -250,8 +250,11 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)  # with a handler in place Python writes to `noted`
     signal.set_wakeup_fd(noted, warn_on_full_buffer=False)
     caller = socket.socket(fileno=descriptor)
+    waiting = select.poll()  # `select` takes no descriptor above 1023
+    for fd in (descriptor, wakeup):
+        waiting.register(fd, select.POLLIN)
     while True:
-        ready = select.select([descriptor, wakeup], [], [])[0]
+        ready = [fd for fd, _ in waiting.poll()]
         if wakeup in ready:
             os.read(wakeup, 4096)
             _reap(alive)

@@ -34,8 +34,8 @@ from allstep.errors import ArgumentError, RanksError
 from allstep.faults import FaultPlan
 from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.monitor.hub import Hub
-from allstep.monitor.service import Verdict
-from allstep.protocol.address import new_nonce
+from allstep.monitor.service import MonitorSettings, Verdict
+from allstep.protocol.address import new_key
 from allstep.protocol.server import SocketKey
 from allstep.protocol.worker_exit import WorkerExit, signal_name
 from allstep.testing.fork_server import ForkedRank, own_server
@@ -149,15 +149,15 @@ def _error(ended: CallEnd, world_size: int, timeout: float) -> RanksError:
 def _call_ranks(function: bytes, world_size: int, given: Mapping[str, str], timeout: float) -> CallEnd:
     """Describe each rank's process as the launcher would, and make the call."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **given}
-    nonce, run_id = new_nonce(), f"test-{uuid.uuid4().hex[:8]}"
+    key, run_id = new_key(), f"test-{uuid.uuid4().hex[:8]}"
     listener = socket.create_server(("127.0.0.1", 0))  # the hub's to close
     channel: dict[str, str] = {}
     if "ALLSTEP_CHANNEL" not in given:  # else the caller serves the ranks
         service = f"127.0.0.1:{listener.getsockname()[1]}" if world_size > 1 else ""
-        channel = {"ALLSTEP_CHANNEL": service, "ALLSTEP_NONCE": nonce}
+        channel = {"ALLSTEP_CHANNEL": service, "ALLSTEP_KEY": key}
     selector = selectors.DefaultSelector()
     limits = HangLimits.parse(variables.get("ALLSTEP_LIMITS", ""))
-    hub = Hub(selector, listener, nonce=nonce, attempt=0, world_size=world_size, limits=limits, supervised=True)
+    hub = Hub(selector, listener, MonitorSettings(key, 0, world_size, limits))
     main = MainModule.of_this_process()
     with contextlib.closing(selector), contextlib.closing(hub), ReservedPort() as reserved:
         calls = []

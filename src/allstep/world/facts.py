@@ -1,7 +1,8 @@
 """What must be the same on all ranks, as text by name: a pure function of what the caller of `init` gives.
 
 Contract: every rank sends its facts when it registers; they are compared before a process group is opened. Nested
-mappings are taken apart, so that a difference is named by its own key: `config.optimizer.lr`.
+mappings are taken apart, so that a difference is named by its own key: `config.optimizer.lr`. Of a secret, known by its
+name, only a short sum is sent.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 
 from allstep.errors import ArgumentTypeError
+from allstep.protocol.masking import masked_value
 
 _LONGEST = 200
 
@@ -44,12 +46,12 @@ def _flat(prefix: str, values: Mapping[str, object]) -> Iterator[tuple[str, str]
         if isinstance(value, Mapping) and value:
             yield from _flat(f"{prefix}{key}.", value)
         else:
-            yield prefix + key, _short(str(value))
+            yield prefix + key, _short(masked_value(key, str(value)))
 
 
 def _short(text: str) -> str:
     """Long text by its ends and a digest, so that a registration stays small and any difference shows."""
     if len(text) <= _LONGEST:
         return text
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()[:12]
     return f"{text[: _LONGEST // 2]}... ({len(text)} characters, sha256 {digest})"

@@ -14,6 +14,7 @@ WorldError that says so.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,9 @@ from allstep.errors import WorldError
 from allstep.monitor.client import Client
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.placement import Placement
-from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_nonce
+from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_key
 from allstep.protocol.connection import connect
+from allstep.protocol.masking import secret_values
 from allstep.protocol.messages import RankHello
 from allstep.protocol.registration import RankRegistration
 from allstep.world.bounded_store import BoundedStore, poll
@@ -36,13 +38,13 @@ class MonitorService:
 
     Attributes:
         address: host and port.
-        nonce: the secret of this start, without which the service turns a process away.
+        key: the secret of this start, without which the service turns a process away.
         supervised: whether it is the service of the supervisor that started this process.
         sidecar: the process that this rank started for it, if any.
     """
 
     address: str
-    nonce: str
+    key: str
     supervised: bool = False
     sidecar: Sidecar | None = None
 
@@ -57,7 +59,7 @@ def supervised_service(placement: Placement) -> MonitorService | None:
     address = os.environ.get("ALLSTEP_CHANNEL")
     if placement.launcher != "allstep" or not address:
         return None
-    return MonitorService(address, os.environ.get("ALLSTEP_NONCE", ""), supervised=True)
+    return MonitorService(address, os.environ.get("ALLSTEP_KEY", ""), supervised=True)
 
 
 def sidecar_service(store: BoundedStore, placement: Placement, timeout: float, deadline: float) -> MonitorService:
@@ -78,16 +80,16 @@ def sidecar_service(store: BoundedStore, placement: Placement, timeout: float, d
         store.set(f"node/{placement.node_rank}/{placement.local_rank}", str(placement.rank))
     if placement.local_rank == 0:
         if placement.node_rank == 0:
-            nonce = new_nonce()
-            sidecar = _start(placement, nonce)
+            key = new_key()
+            sidecar = _start(placement, key)
         else:
-            port, nonce = _published(store, 0, placement, timeout, deadline)
+            port, key = _published(store, 0, placement, timeout, deadline)
             assert placement.rendezvous is not None
             ranks = _ranks_of_node(store, placement, deadline)
-            sidecar = _start(placement, nonce, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
-        store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {nonce}")
-    port, nonce = _published(store, placement.node_rank, placement, timeout, deadline)
-    return MonitorService(join_address(HERE, int(port)), nonce, sidecar=sidecar)
+            sidecar = _start(placement, key, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
+        store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {key}")
+    port, key = _published(store, placement.node_rank, placement, timeout, deadline)
+    return MonitorService(join_address(HERE, int(port)), key, sidecar=sidecar)
 
 
 def head_service(store: BoundedStore, placement: Placement, deadline: float) -> MonitorService | None:
@@ -95,14 +97,14 @@ def head_service(store: BoundedStore, placement: Placement, deadline: float) -> 
     key = "service/0"
     if not poll(lambda: store.check([key]), deadline):
         return None
-    port, _, nonce = store.get(key).decode().partition(" ")
+    port, _, secret = store.get(key).decode().partition(" ")
     assert placement.rendezvous is not None
     host = placement.rendezvous.host if placement.nodes > 1 else HERE
     try:
-        connect([(host, int(port))], within=_MARGIN_S, answer=_MARGIN_S, retry=False).close()
+        connect([(host, int(port))], key=secret, within=_MARGIN_S, answer=_MARGIN_S, retry=False).close()
     except ConnectionError:
         return None
-    return MonitorService(join_address(host, int(port)), nonce)
+    return MonitorService(join_address(host, int(port)), secret)
 
 
 def join(service: MonitorService, placement: Placement, registration: RankRegistration, timeout: float) -> Client:
@@ -111,13 +113,13 @@ def join(service: MonitorService, placement: Placement, registration: RankRegist
     Raises:
         WorldError: the ranks did not all come, or do not fit together.
     """
-    hello = RankHello(nonce=service.nonce, attempt=placement.attempt, registration=registration)
-    return Client.connect(service.address, hello, timeout)
+    hello = RankHello(attempt=placement.attempt, registration=registration)
+    return Client.connect(service.address, service.key, hello, timeout)
 
 
-def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence[int] = ()) -> Sidecar:
+def _start(placement: Placement, key: str, upstream: str = "", ranks: Sequence[int] = ()) -> Sidecar:
     setup = SidecarSetup(
-        nonce=nonce,
+        key=key,
         attempt=placement.attempt,
         world_size=placement.world_size,
         host=EVERYWHERE if placement.nodes > 1 and not upstream else HERE,
@@ -126,7 +128,9 @@ def _start(placement: Placement, nonce: str, upstream: str = "", ranks: Sequence
         upstream=upstream,
         node_rank=placement.node_rank,
         ranks=tuple(ranks),
+        nodes=placement.nodes,
         run=placement.run_id,
+        secrets=tuple(secret_values(sys.argv[1:], os.environ)),
     )
     return start_sidecar(setup)
 
@@ -151,5 +155,5 @@ def _published(
             f"rank {placement.rank} of {placement.world_size} waited {timeout:g} s for {who}, which did not arrive; "
             "check that its process started, can reach the store, and calls init; or give init a longer timeout"
         )
-    port, _, nonce = store.get(key).decode().partition(" ")
-    return port, nonce
+    port, _, secret = store.get(key).decode().partition(" ")
+    return port, secret
