@@ -95,7 +95,7 @@ def test_row_21_a_second_run_on_the_same_ports_is_turned_away(tmp_path: Path, la
     assert f"port {port} in use" in server.err
     # On a busy machine the store of the first may take longer to answer than the second is patient.
     assert re.search(rf"port {port}: (another job's store|something answers that is not a torch store)", client.err)
-    assert "another run's service is at this address: the nonce is not this run's" in stranger.err
+    assert "what answers does not have this run's key" in stranger.err
     assert job.code == 0, job.text
     assert "failed" not in job.text
 
