@@ -42,7 +42,7 @@ def rank_main(place: dict[str, str]) -> None:
 
 def start_all(world_size: int) -> None:
     context = multiprocessing.get_context("spawn")
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
         run_id = uuid.uuid4().hex[:8]
         processes = [
             context.Process(

@@ -298,7 +298,7 @@ def measure(name: str, timeout: float, limit: float) -> Outcome:
     command = [sys.executable, __file__, "--case", name, "--timeout", str(timeout), "--folder"]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        port = stack.enter_context(ReservedPort()).port
+        port = stack.enter_context(ReservedPort(shared=True)).port
         began = time.monotonic()
         processes = []
         for rank in range(RANKS):

@@ -114,7 +114,7 @@ def seconds_together(jobs: list[Job]) -> float:
 
 
 def test_row_25_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
         jobs = by_hand(tmp_path, "meets.py", *(place(rank, 3, reserved.port, PATIENCE="5") for rank in range(2)))
     assert seconds_together(jobs) < NEVER
     for job in jobs:
@@ -129,7 +129,7 @@ def test_row_25_a_rank_that_ends_before_it_comes_is_not_waited_for(tmp_path: Pat
 
 
 def test_row_26_two_processes_with_one_rank_are_both_named(tmp_path: Path) -> None:
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
         places = [place(rank, 3, reserved.port, PATIENCE="10") for rank in (0, 1, 1)]
         jobs = by_hand(tmp_path, "meets.py", *places)
     assert {job.code for job in jobs} == {1}
@@ -140,7 +140,7 @@ def test_row_26_two_processes_with_one_rank_are_both_named(tmp_path: Path) -> No
 
 
 def test_row_27_world_sizes_that_differ_are_found_at_once(tmp_path: Path) -> None:
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
         places = [place(0, 2, reserved.port), place(1, 3, reserved.port)]
         jobs = by_hand(tmp_path, "meets.py", *places)
     assert seconds_together(jobs) < NEVER

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def over_two_nodes(folder: Path, fault: FaultPlan, script: str, *arguments: str) -> list[Job]:
     """A torchrun for each of two nodes, all on this machine, with one rank each."""
     variables = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | fault.to_environ()
-    with ReservedPort() as reserved, contextlib.ExitStack() as stack:
+    with ReservedPort(shared=True) as reserved, contextlib.ExitStack() as stack:
         running = []
         for node in range(2):
             at = ["--nnodes=2", f"--node-rank={node}", "--master-addr=127.0.0.1", f"--master-port={reserved.port}"]

@@ -27,7 +27,7 @@ def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody(tmp_path: Path) 
     with contextlib.ExitStack() as stack:
         driven = stack.enter_context(serving(2, limits="silence=10", clock=time.monotonic))
         port = stack.enter_context(jitter(driven.port, MOST_LATE))
-        store = stack.enter_context(ReservedPort())
+        store = stack.enter_context(ReservedPort(shared=True))
         running = []
         for rank in range(2):
             variables = worker_environment(

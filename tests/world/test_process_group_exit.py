@@ -61,7 +61,7 @@ with allstep.init(timeout=600):
 def start(tmp_path: Path):
     """Starts a script as two ranks; whatever is left of them at the end is killed."""
     processes: list[subprocess.Popen[str]] = []
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
 
         def start_two(script: str, agents_port: int | None = None) -> list[subprocess.Popen[str]]:
             agent = {} if agents_port is None else {"TORCHELASTIC_USE_AGENT_STORE": "True"}

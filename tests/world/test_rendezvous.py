@@ -50,7 +50,7 @@ def rendezvous_all(places: list[Placement], timeout: float = 30.0, processes: li
 @pytest.fixture
 def ports() -> Iterator[tuple[int, ...]]:
     with contextlib.ExitStack() as stack:
-        yield tuple(stack.enter_context(ReservedPort()).port for _ in range(3))
+        yield tuple(stack.enter_context(ReservedPort(shared=True)).port for _ in range(3))
 
 
 def assert_one_store(infos) -> None:

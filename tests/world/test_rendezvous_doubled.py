@@ -45,13 +45,13 @@ def check(folder: Path, places: list[dict[str, str]]) -> None:
 @pytest.mark.nightly
 @pytest.mark.parametrize("ranks", [RANK_1_TWICE, RANK_0_TWICE])
 def test_all_ranks_of_a_node_hear_which_two_processes_are_one_rank(tmp_path: Path, ranks: tuple[int, ...]) -> None:
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
         check(tmp_path, [place(rank, 3, reserved.port) for rank in ranks])
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(RANK_1_TWICE, marks=pytest.mark.nightly), RANK_0_TWICE])
 def test_ranks_of_several_nodes_hear_it_too(tmp_path: Path, ranks: tuple[int, ...]) -> None:
-    with ReservedPort() as reserved:
+    with ReservedPort(shared=True) as reserved:
         check(tmp_path, [on_nodes(rank, reserved.port) for rank in ranks])
 
 

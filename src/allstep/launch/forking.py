@@ -76,9 +76,11 @@ class Template:
                 "stdout": own.stdout[1],
                 "stderr": own.stderr[1],
                 "lifeline": own.lifeline[1],
+                "store": plan.store_fd,
             }
             for plan, own in zip(plans, pipes, strict=True)
         ]
+        stores = [plan.store_fd for plan in plans if plan.store_fd is not None]
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as undo:
             # Workers wait at `release` until this process closes its end, which closing `self._undo` does.
             lifeline, release = _pipe(theirs, undo)[0], _pipe(theirs, undo)[0]
@@ -98,7 +100,7 @@ class Template:
                     common,
                     pipes[0],
                     first,
-                    [lifeline, release, report, plan_file, *(fd for each in pipes for fd in each.theirs)],
+                    [lifeline, release, report, plan_file, *(fd for each in pipes for fd in each.theirs), *stores],
                 )
             )
             self._undo = undo.pop_all()

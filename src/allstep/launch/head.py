@@ -109,11 +109,12 @@ class _HeadMachine:
         """Run one attempt everywhere; return the run's exit status, or None where another is to follow."""
         several = self._assembly is not None
         key = self._assembly.new_attempt_key() if self._assembly is not None else new_key()
-        with ReservedPort() as reserved, contextlib.ExitStack() as stack:
-            # Without other machines nothing outside this one can reach the service.
-            listener = listen(EVERYWHERE if several else HERE)
+        # Without other machines nothing outside this one can reach the services.
+        host = EVERYWHERE if several else HERE
+        with ReservedPort(host) as reserved, contextlib.ExitStack() as stack:
+            listener = listen(host)
             channel_port = listener.getsockname()[1]
-            share = self._share(key, channel_port, reserved.port)
+            share = self._share(key, channel_port, reserved)
             settings = MonitorSettings(key, self._number, share.world_size, self._limits)
             hub = Hub(self._machine.loop.selector, listener, settings)
             stack.callback(hub.close)
@@ -126,7 +127,7 @@ class _HeadMachine:
                 self._inform_nodes(hub, self._assembly, status)
         return status
 
-    def _share(self, key: str, channel_port: int, master_port: int) -> Share:
+    def _share(self, key: str, channel_port: int, reserved: ReservedPort) -> Share:
         """This machine's part of the attempt; the other machines' follow from it."""
         launch = self._machine.launch
         nodes = launch.nodes
@@ -138,7 +139,8 @@ class _HeadMachine:
             key=key,
             channel=join_address(HERE, channel_port),
             master_addr=nodes.host if nodes is not None else "127.0.0.1",
-            master_port=master_port,
+            master_port=reserved.port,
+            store_fd=reserved.fileno(),
             workers=launch.workers,
             first_rank=0,
             world_size=self._assembly.world_size() if self._assembly is not None else launch.workers,

@@ -123,7 +123,12 @@ def start_worker(plan: WorkerPlan, pipes: Pipes, *, pidfd: bool = True) -> Worke
         OSError: the process cannot be started.
     """
     command = plan.command_line(os.getpid(), pipes.lifeline[1])
-    return watched(spawn(command, plan.environment, pipes, plan, [pipes.lifeline[1]]), pidfd=pidfd)
+    return watched(spawn(command, plan.environment, pipes, plan, _descriptors(plan, pipes)), pidfd=pidfd)
+
+
+def _descriptors(plan: WorkerPlan, pipes: Pipes) -> list[int]:
+    """What a worker has open from the start, besides its standard streams."""
+    return [pipes.lifeline[1], *([] if plan.store_fd is None else [plan.store_fd])]
 
 
 def spawn(

@@ -36,6 +36,7 @@ RESERVED = frozenset(
         master_port=0,
         run_id="",
         attempt_folder="",
+        store_fd=0,
     )
 )
 """Variables that the launcher sets itself for each worker."""

@@ -4,7 +4,8 @@ Contract: the supervisor (`forking`) starts this file by its path, as
 `python template.py SUPERVISOR_PID LIFELINE_FD PLAN_FD script|module TARGET [ARGUMENT...]`, in a session of its own
 and with the variables that all workers share. PLAN_FD is a file with a JSON object:
 - `modules`: what to import; `module:name` for a name that a module imports when it is first used.
-- `ranks`: for each its own `environment`, and its `stdout`, `stderr` and `lifeline` descriptors.
+- `ranks`: for each its own `environment`, its `stdout`, `stderr` and `lifeline` descriptors, and `store`, the socket on
+  which it serves the ranks' store, or null.
 - `report` and `release`: descriptors of two pipes, the first to write to, the second to read from.
 What it does:
 1. It imports the modules. When one cannot be imported, or they have left something that processes cannot share (a
@@ -88,7 +89,7 @@ def _import_all(modules: list[str]) -> bool:
 
 def _known_descriptors(plan: dict[str, Any], lifeline: int) -> set[int]:
     """The descriptors that this process was given, and its standard ones."""
-    ends = {rank[name] for rank in plan["ranks"] for name in ("stdout", "stderr", "lifeline")}
+    ends = {rank[name] for rank in plan["ranks"] for name in ("stdout", "stderr", "lifeline", "store")} - {None}
     return {0, 1, 2, lifeline, plan["release"], plan["report"]} | ends
 
 
@@ -140,7 +141,8 @@ def _become_worker(rank: dict[str, Any], plan: dict[str, Any], supervisor: int) 
     os.dup2(rank["stdout"], 1)
     os.dup2(rank["stderr"], 2)
     for each in plan["ranks"]:
-        for fd in (each["stdout"], each["stderr"], *([each["lifeline"]] if each is not rank else [])):
+        others = [fd for fd in (each["lifeline"], each["store"]) if fd is not None] if each is not rank else []
+        for fd in (each["stdout"], each["stderr"], *others):
             os.close(fd)
     os.environ.update(rank["environment"])
     if "numpy.random" in sys.modules:

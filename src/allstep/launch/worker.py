@@ -14,10 +14,12 @@ is the read end of a pipe, the lifeline: the supervisor holds the write end and 
   that processes which the script spawns find its `__main__` too.
 - a script that ends by an exception is ended once threads, exit handlers and what it left in open files are done with;
   modules are not taken apart one by one.
+- where this process is to serve the ranks' store, torch's own rendezvous (`init_process_group`) serves it on the socket
+  that the supervisor reserved, and ALLSTEP_STORE_FD becomes `PID:FD`, so that `allstep.init` does the same.
 - while torch is imported the garbage collector is off: the import makes hundreds of thousands of objects, nearly all of
   which stay, and looking through them again and again took a tenth of its time.
-Standard library only, and nothing of allstep but `interpreter.py` and `open_files.py`: the script decides what is
-imported.
+Standard library only, and nothing of allstep but `interpreter.py`, `open_files.py` and `store_socket.py`: the script
+decides what is imported.
 """
 
 import sys
@@ -35,23 +37,28 @@ import pkgutil
 import select
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 _INTERPRETER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "interpreter.py")
-_OPEN_FILES = os.path.join(os.path.dirname(os.path.dirname(_INTERPRETER)), "open_files.py")
+_OPEN_FILES, _STORE_SOCKET = (
+    os.path.join(os.path.dirname(os.path.dirname(_INTERPRETER)), name) for name in ("open_files.py", "store_socket.py")
+)
 
 if TYPE_CHECKING:
-    from allstep import open_files
+    from allstep import open_files, store_socket
     from allstep.launch import interpreter
 else:
     # By their paths, since allstep's own __init__ is not to run, and under no names that a script could meet.
     interpreter, open_files = ModuleType("_allstep_interpreter"), ModuleType("_allstep_open_files")
+    store_socket = ModuleType("_allstep_store_socket")
     SourceFileLoader(interpreter.__name__, _INTERPRETER).exec_module(interpreter)
     SourceFileLoader(open_files.__name__, _OPEN_FILES).exec_module(open_files)
+    SourceFileLoader(store_socket.__name__, _STORE_SOCKET).exec_module(store_socket)
 
+_RENDEZVOUS = "torch.distributed.rendezvous"
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -66,7 +73,9 @@ def run(kind: str, target: str, arguments: list[str]) -> None:
     """Be the script, in a process that is tied to its supervisor; an exception leaves as it would without allstep."""
     note_early_signals()
     faulthandler.enable()
-    sys.meta_path.insert(0, _QuietImport("torch", "torch._dynamo"))
+    sys.meta_path.insert(0, _AroundImport({"torch": _quietly, "torch._dynamo": _quietly}))
+    if "ALLSTEP_STORE_FD" in os.environ:
+        serve_store_on(int(os.environ["ALLSTEP_STORE_FD"]))
     try:
         (run_module if kind == "module" else run_script)(target, arguments)
     except SystemExit:
@@ -151,38 +160,62 @@ def note_early_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
-class _QuietImport:
-    """On `sys.meta_path`: finds modules where they are anyway, and turns the collector off while they are executed."""
+def serve_store_on(descriptor: int) -> None:
+    """Have torch's own rendezvous serve the ranks' store on this socket, as soon as that is imported."""
+    os.set_inheritable(descriptor, False)
+    # With the pid: the variable goes on to processes that the script starts, which do not have the socket.
+    os.environ["ALLSTEP_STORE_FD"] = f"{os.getpid()}:{descriptor}"
+    if _RENDEZVOUS in sys.modules:
+        store_socket.use_for_rendezvous(sys.modules[_RENDEZVOUS])
+    else:
+        sys.meta_path.insert(0, _AroundImport({_RENDEZVOUS: _with_store_socket}))
 
-    def __init__(self, *names: str) -> None:
-        self._names = set(names)
+
+class _AroundImport:
+    """On `sys.meta_path`: finds modules where they are anyway, and has a function execute each.
+
+    Args:
+        around: by module, a function that is called with the module and with what executes it.
+    """
+
+    def __init__(self, around: dict[str, Callable[[ModuleType, Callable[[ModuleType], None]], None]]) -> None:
+        self._around = around
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
-        if name not in self._names:
+        around = self._around.pop(name, None)
+        if around is None:
             return None
-        self._names.discard(name)
-        if not self._names:
+        if not self._around:
             sys.meta_path.remove(self)  # nothing is left to do, and every later import would come by here
         spec = PathFinder.find_spec(name, path)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):
-            _execute_quietly(spec.loader)
+            _execute_by(spec.loader, around)
         return spec
 
 
-def _execute_quietly(loader: SourceFileLoader) -> None:
+def _execute_by(loader: SourceFileLoader, around: Callable[[ModuleType, Callable[[ModuleType], None]], None]) -> None:
     execute = loader.exec_module
 
     def exec_module(module: ModuleType) -> None:
         del vars(loader)["exec_module"]  # the script finds the loader as the interpreter would have left it
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            execute(module)
-        finally:
-            if collecting:
-                gc.enable()
+        around(module, execute)
 
     vars(loader)["exec_module"] = exec_module
+
+
+def _quietly(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        execute(module)
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _with_store_socket(module: ModuleType, execute: Callable[[ModuleType], None]) -> None:
+    execute(module)
+    store_socket.use_for_rendezvous(module)
 
 
 def run_script(path: str, arguments: list[str]) -> None:

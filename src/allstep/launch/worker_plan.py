@@ -38,7 +38,8 @@ class Command:
 class WorkerPlan:
     """One worker to start: its run and place in it, its whole environment, and what its bootstrap is to run.
 
-    `descriptors` is how many it may open; None leaves it what this process may.
+    `descriptors` is how many it may open; None leaves it what this process may. `store_fd` is the socket that it is to
+    serve the ranks' store on, a descriptor of this process, where that is its part.
     """
 
     run_id: str
@@ -47,6 +48,7 @@ class WorkerPlan:
     environment: Mapping[str, str]
     command: Command
     descriptors: int | None = None
+    store_fd: int | None = None
 
     def command_line(self, supervisor_pid: int, lifeline: int) -> list[str]:
         """Return the command line, for a supervisor of this pid that holds the other end of the pipe `lifeline`."""
@@ -76,6 +78,7 @@ class Share:
         nodes: how many machines there are.
         max_restarts: the highest attempt that there may be.
         folder: where this attempt's files go, or None for nowhere.
+        store_fd: the socket at `master_port`, where this machine has rank 0.
     """
 
     run_id: str
@@ -91,6 +94,7 @@ class Share:
     nodes: int = 1
     max_restarts: int = 0
     folder: Path | None = None
+    store_fd: int | None = None
 
     @property
     def ranks(self) -> range:
@@ -121,6 +125,7 @@ def plan_workers(
     """
     inherited = {**environ, **settings.env}
     inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)  # of a run that this one was started in
+    inherited.pop("ALLSTEP_STORE_FD", None)
     inherited.pop(SECRET, None)  # the machines' own; whoever has it can join any run of this user
     inherited.setdefault("PYTHONUNBUFFERED", "1")  # into a pipe Python would hold lines back that are to be seen
     if share.workers > 1:  # otherwise each would start as many threads as there are cores
@@ -154,9 +159,11 @@ def plan_workers(
                 key=share.key,
                 # Absolute: a script may change its folder before it asks.
                 attempt_folder=str(share.folder.resolve()) if share.folder is not None else None,
+                store_fd=share.store_fd if rank == 0 else None,
             ),
             command=command,
             descriptors=descriptors,
+            store_fd=share.store_fd if rank == 0 else None,
         )
         for local_rank, rank in enumerate(share.ranks)
     )

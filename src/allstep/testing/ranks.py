@@ -159,7 +159,7 @@ def _call_ranks(function: bytes, world_size: int, given: Mapping[str, str], time
     limits = HangLimits.parse(variables.get("ALLSTEP_LIMITS", ""))
     hub = Hub(selector, listener, MonitorSettings(key, 0, world_size, limits))
     main = MainModule.of_this_process()
-    with contextlib.closing(selector), contextlib.closing(hub), ReservedPort() as reserved:
+    with contextlib.closing(selector), contextlib.closing(hub), ReservedPort(shared=True) as reserved:
         calls = []
         for rank in range(world_size):
             place = worker_environment(

@@ -7,6 +7,10 @@ all ranks have registered and fit together. Where they do not, it raises the sam
 two processes with one rank, or differences in world size, backend, devices or facts. The error comes as soon as the
 last rank has registered.
 
+The service and its ranks prove to each other that they have a key (`protocol.handshake`). The supervisor gives it to
+its workers. A sidecar's is derived from what the ranks have in common (`rank_secret`) and a random text in the store,
+which everybody can read who reaches it. Where the ranks have nothing in common, the key is as open as the store.
+
 What can go wrong: nothing answers at the address, a sidecar does not start, ranks do not come in time. Each is a
 WorldError that says so.
 """
@@ -15,18 +19,22 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from allstep.errors import WorldError
+from allstep.errors import ConfigurationError, WorldError
 from allstep.monitor.client import Client
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.placement import Placement
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_key
 from allstep.protocol.connection import connect
+from allstep.protocol.foreign_text import one_line
+from allstep.protocol.handshake import derived_key
 from allstep.protocol.masking import secret_values
 from allstep.protocol.messages import RankHello
 from allstep.protocol.registration import RankRegistration
+from allstep.protocol.user_secret import VARIABLE, user_secret
 from allstep.world.bounded_store import BoundedStore, poll
 
 _MARGIN_S = 2.0
@@ -54,6 +62,33 @@ class MonitorService:
             self.sidecar.release()
 
 
+def rank_secret(placement: Placement, environ: Mapping[str, str]) -> str:
+    """What this rank has in common with the others of its run and with nobody else; empty where there is nothing.
+
+    Under `allstep run` that is the attempt's key. Else it is the user's secret: ALLSTEP_SECRET, or the file at home.
+    Machines that torchrun or a person brought together need not share a home, so there the variable alone counts.
+
+    Raises:
+        WorldError: the secret is not one.
+    """
+    if placement.launcher == "allstep":
+        return environ.get("ALLSTEP_KEY", "")
+    if placement.nodes > 1 and placement.launcher != "slurm" and VARIABLE not in environ:
+        return ""
+    try:
+        return user_secret(environ)
+    except ConfigurationError as error:
+        raise WorldError(str(error)) from error
+    except OSError as error:
+        warnings.warn(
+            f"the ranks have no secret by which to know each other, so that whoever reaches their store can end the "
+            f"run: none can be kept here ({error}); set {VARIABLE} to the same on all of them",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return ""
+
+
 def supervised_service(placement: Placement) -> MonitorService | None:
     """The service of the supervisor that started this process; None where there is none."""
     address = os.environ.get("ALLSTEP_CHANNEL")
@@ -76,20 +111,22 @@ def sidecar_service(store: BoundedStore, placement: Placement, timeout: float, d
         torch.distributed.DistNetworkError: the store went away.
     """
     sidecar: Sidecar | None = None
+    secret = rank_secret(placement, os.environ)
     if placement.node_rank:
         store.set(f"node/{placement.node_rank}/{placement.local_rank}", str(placement.rank))
     if placement.local_rank == 0:
         if placement.node_rank == 0:
-            key = new_key()
-            sidecar = _start(placement, key)
+            salt = new_key()
+            sidecar = _start(placement, _service_key(secret, salt))
         else:
-            port, key = _published(store, 0, placement, timeout, deadline)
+            port, salt = _published(store, 0, placement, timeout, deadline)
             assert placement.rendezvous is not None
             ranks = _ranks_of_node(store, placement, deadline)
-            sidecar = _start(placement, key, upstream=join_address(placement.rendezvous.host, int(port)), ranks=ranks)
-        store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {key}")
-    port, key = _published(store, placement.node_rank, placement, timeout, deadline)
-    return MonitorService(join_address(HERE, int(port)), key, sidecar=sidecar)
+            upstream = join_address(placement.rendezvous.host, port)
+            sidecar = _start(placement, _service_key(secret, salt), upstream=upstream, ranks=ranks)
+        store.set(f"service/{placement.node_rank}", f"{sidecar.address.rpartition(':')[2]} {salt}")
+    port, salt = _published(store, placement.node_rank, placement, timeout, deadline)
+    return MonitorService(join_address(HERE, port), _service_key(secret, salt), sidecar=sidecar)
 
 
 def head_service(store: BoundedStore, placement: Placement, deadline: float) -> MonitorService | None:
@@ -97,14 +134,15 @@ def head_service(store: BoundedStore, placement: Placement, deadline: float) -> 
     key = "service/0"
     if not poll(lambda: store.check([key]), deadline):
         return None
-    port, _, secret = store.get(key).decode().partition(" ")
+    port, salt = _read_service(store, key)
     assert placement.rendezvous is not None
     host = placement.rendezvous.host if placement.nodes > 1 else HERE
+    service_key = _service_key(rank_secret(placement, os.environ), salt)
     try:
-        connect([(host, int(port))], key=secret, within=_MARGIN_S, answer=_MARGIN_S, retry=False).close()
+        connect([(host, port)], key=service_key, within=_MARGIN_S, answer=_MARGIN_S, retry=False).close()
     except ConnectionError:
         return None
-    return MonitorService(join_address(host, int(port)), secret)
+    return MonitorService(join_address(host, port), service_key)
 
 
 def join(service: MonitorService, placement: Placement, registration: RankRegistration, timeout: float) -> Client:
@@ -142,12 +180,13 @@ def _ranks_of_node(store: BoundedStore, placement: Placement, deadline: float) -
     """
     keys = [f"node/{placement.node_rank}/{local_rank}" for local_rank in range(placement.local_world_size)]
     poll(lambda: store.check(keys), deadline - _MARGIN_S)
-    return [int(store.get(key)) for key in keys if store.check([key])]
+    found = [store.get(key).decode(errors="replace") for key in keys if store.check([key])]
+    return [int(rank) for rank in found if rank.isdecimal() and len(rank) < 10]
 
 
 def _published(
     store: BoundedStore, node: int, placement: Placement, timeout: float, deadline: float
-) -> tuple[str, str]:
+) -> tuple[int, str]:
     key = f"service/{node}"
     if not poll(lambda: store.check([key]), deadline):
         who = "rank 0" if node == 0 else f"local rank 0 of node {node}"
@@ -155,5 +194,16 @@ def _published(
             f"rank {placement.rank} of {placement.world_size} waited {timeout:g} s for {who}, which did not arrive; "
             "check that its process started, can reach the store, and calls init; or give init a longer timeout"
         )
-    port, _, secret = store.get(key).decode().partition(" ")
-    return port, secret
+    return _read_service(store, key)
+
+
+def _read_service(store: BoundedStore, key: str) -> tuple[int, str]:
+    """The port of a service and the text that its key is derived from; anybody may have written them."""
+    port, _, salt = store.get(key).decode(errors="replace").partition(" ")
+    if not port.isdecimal() or not 0 < int(port[:6]) < 65536:
+        raise WorldError(f"the ranks' store has no port of a service at {key}, but {one_line(port)!r}")
+    return int(port), salt
+
+
+def _service_key(secret: str, salt: str) -> str:
+    return derived_key(secret, "service", salt)

@@ -3,8 +3,15 @@
 Contract: every rank of a world of several calls `rendezvous` once per start. Rank 0 serves a store on the first
 candidate port that is free, and writes the name of the run into it. (Where a launcher's agent serves one, that is
 used.) The other ranks try the candidates in turn and accept only a store that holds this name, so another job's store
-or service on a port is passed over. After the call a rank holds a store with keys of this start alone, and the
-monitoring service at which all ranks register, where a sidecar had to be started for it.
+or service on a port is passed over.
+
+Anybody can know the name, so its value in the store is a proof that rank 0 has what only this run's ranks have
+(`monitor_link.rank_secret`), made for this port: what was read from the real store is of no use at another. A store
+with the name and without the proof is an impostor's and ends the run. Where the ranks have no secret, only the first
+candidate is tried: which of two stores is theirs could not be told.
+
+After the call a rank holds a store with keys of this start alone, and the monitoring service at which all ranks
+register, where a sidecar had to be started for it.
 
 A second process with a rank that is taken already is sent to the same service, so that all ranks are told of it. What
 can go wrong: ports in use, a host that does not answer, rank 0 missing, a second process of a rank whose first one has
@@ -17,25 +24,33 @@ times this rank has called `rendezvous` in this store.
 from __future__ import annotations
 
 import contextlib
+import hmac
+import os
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
+from allstep.protocol.address import EVERYWHERE, HERE, listen
+from allstep.protocol.handshake import derived_key
 from allstep.protocol.registration import two_processes
+from allstep.store_socket import VARIABLE, on_given_socket
 from allstep.world.bounded_store import BoundedStore, abandon_thread, poll
-from allstep.world.monitor_link import MonitorService, head_service, sidecar_service
+from allstep.world.monitor_link import MonitorService, head_service, rank_secret, sidecar_service
 from allstep.world.torch_private import PrefixStore, TCPStore
 
 _CONNECT_S = 2.0  # for a port to accept
 _HANDSHAKE_S = (1.0, 16.0)  # for a store to answer its client, at first and at most: it is doubled from try to try
 _IDENTIFY_S = 0.5  # for the run's name to be there, which rank 0 writes right after it began to serve
 _ABANDON_S = 5.0  # that rank 0's server stays after a failure, for ranks that have yet to read why
+_LOOPBACK = (HERE, "localhost")
 _FOUND_KEY = "found"  # counts the ranks that need the store no more to find the others
 
 
@@ -76,12 +91,14 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
         WorldError: this rank did not find the others' store, or another process has its rank.
     """
     assert placement.rendezvous is not None
-    place = placement.rendezvous
+    secret = rank_secret(placement, os.environ)
+    ports = placement.rendezvous.ports if secret else placement.rendezvous.ports[:1]
+    place = replace(placement.rendezvous, ports=ports)
     deadline = time.monotonic() + timeout
-    name = f"allstep/{placement.run_id}/{placement.attempt}"
+    name = StoreName(f"allstep/{placement.run_id}/{placement.attempt}", secret)
 
     def enter(client: TCPStore, server: TCPStore | None = None) -> RendezvousInfo:
-        store, rival = _own_space(client, name, placement.rank, process, deadline)
+        store, rival = _own_space(client, name.text, placement.rank, process, deadline)
         if rival:
             text = two_processes(placement.rank, rival, process)
             return RendezvousInfo(store, service=_service_for_rival(store, placement, deadline, text, starts_service))
@@ -92,7 +109,7 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
 
     if placement.rank == 0 and not place.agent_store:
         try:
-            server, port = _serve(place, timeout)
+            server, port = _serve(place, timeout, alone=placement.nodes == 1)
         except WorldError:
             # No port is free. If a store of this very run holds one, another process is rank 0 too, and both are told.
             taken = [_try_port(place.host, port, name, _HANDSHAKE_S[0], timeout) for port in place.ports]
@@ -101,7 +118,7 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
                 raise
             return enter(stores[0])  # another process is rank 0 of this run
         try:
-            server.set(name, "served here")
+            server.set(name.text, name.proof(port))
             return enter(_client("127.0.0.1", port, _HANDSHAKE_S[1], timeout), server)
         except BaseException:
             del server  # else the traceback would keep the port taken
@@ -115,15 +132,37 @@ def rendezvous(placement: Placement, process: str, timeout: float, *, starts_ser
                 raise WorldError(_not_found(placement, timeout, f"the store was lost: {error}")) from error
 
 
-def _serve(place: Rendezvous, timeout: float) -> tuple[TCPStore, int]:
-    problems = []
+@dataclass(frozen=True, slots=True)
+class StoreName:
+    """The name of a run in its store, and the secret of its ranks; empty where they have none."""
+
+    text: str
+    secret: str
+
+    def proof(self, port: int) -> str:
+        """The value of the name in the store that rank 0 serves at this port."""
+        return derived_key(self.secret, "store", self.text, port)
+
+
+def _serve(place: Rendezvous, timeout: float, *, alone: bool) -> tuple[TCPStore, int]:
+    """Serve at the first free port: on the supervisor's socket, or one of our own; on loopback where that is enough."""
+    problems: list[tuple[int, Exception]] = []
+    host = HERE if alone and place.host in _LOOPBACK else EVERYWHERE
+    make: Callable[..., TCPStore] = partial(
+        on_given_socket(TCPStore),
+        "127.0.0.1",
+        is_master=True,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+    )
     for port in place.ports:
         try:
-            server = TCPStore("127.0.0.1", port, None, True, timedelta(seconds=timeout), wait_for_workers=False)
-        except dist.DistNetworkError as error:
+            if VARIABLE not in os.environ:
+                with contextlib.suppress(TypeError), listen(host, port) as own:  # TypeError: it takes no socket
+                    return make(port=port, master_listen_fd=os.dup(own.fileno())), port
+            return make(port=port), port
+        except (OSError, dist.DistNetworkError) as error:
             problems.append((port, error))
-        else:
-            return server, port
     ports = ", ".join(str(port) for port, _ in problems)
     raise WorldError(
         f"rank 0 cannot serve the store on {socket.gethostname()}: port {ports} in use. Another job, or another "
@@ -132,7 +171,7 @@ def _serve(place: Rendezvous, timeout: float) -> tuple[TCPStore, int]:
     ) from problems[-1][1]
 
 
-def _find(place: Rendezvous, name: str | None, placement: Placement, deadline: float, timeout: float) -> TCPStore:
+def _find(place: Rendezvous, name: StoreName | None, placement: Placement, deadline: float, timeout: float) -> TCPStore:
     seen: dict[int, str] = {}
     found: list[TCPStore] = []
     patience = _HANDSHAKE_S[0]
@@ -155,8 +194,12 @@ def _find(place: Rendezvous, name: str | None, placement: Placement, deadline: f
     return found[0]
 
 
-def _try_port(host: str, port: int, name: str | None, patience: float, timeout: float) -> TCPStore | str:
-    """The store of this run, or what is there instead."""
+def _try_port(host: str, port: int, name: StoreName | None, patience: float, timeout: float) -> TCPStore | str:
+    """The store of this run, or what is there instead.
+
+    Raises:
+        WorldError: it has this run's name, and is not this run's.
+    """
     try:
         # torch's client prints a page of text for each failed attempt, so it is only shown a port that answers.
         socket.create_connection((host, port), timeout=_CONNECT_S).close()
@@ -167,11 +210,20 @@ def _try_port(host: str, port: int, name: str | None, patience: float, timeout: 
     try:
         store = _client(host, port, patience, timeout)
         asked = BoundedStore(store, patience)
-        if name is None or poll(lambda: asked.check([name]), time.monotonic() + _IDENTIFY_S):
+        if name is None:
             return store
+        if not poll(lambda: asked.check([name.text]), time.monotonic() + _IDENTIFY_S):
+            return "another job's store"
+        proof = asked.get(name.text)
     except (TimeoutError, WorldError, dist.DistError):
         return "something answers that is not a torch store"
-    return "another job's store"
+    if not hmac.compare_digest(proof, name.proof(port).encode()):
+        raise WorldError(
+            f"the store at {host}, port {port}, says it is that of run {name.text!r}, and does not have the secret of "
+            "this run's ranks: somebody wants to be taken for rank 0, or the machines have different secrets. Set "
+            "ALLSTEP_SECRET to the same on all of them, as `openssl rand -hex 16` gives one"
+        )
+    return store
 
 
 def _client(host: str, port: int, patience: float, timeout: float) -> TCPStore:
