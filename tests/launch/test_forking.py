@@ -56,7 +56,7 @@ with open(f"said_{rank}.json", "w") as file:
         "files": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in (0, 1, 2)),
     }, file)
 """
-UNLIKE = ("MASTER_PORT", "ALLSTEP_KEY", "ALLSTEP_CHANNEL", "ALLSTEP_LAUNCH", "TEST_JOB_MARK")
+UNLIKE = ("MASTER_PORT", "ALLSTEP_STORE_FD", "ALLSTEP_KEY", "ALLSTEP_CHANNEL", "ALLSTEP_LAUNCH", "TEST_JOB_MARK")
 
 
 def said(folder: Path, env: dict[str, str], *options: str) -> list[dict[str, object]]:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from allstep.protocol.authentication import derived_key
 from allstep.protocol.connection import connect
-from allstep.protocol.handshake import derived_key
 from allstep.protocol.messages import JoinRequest, encode
 from allstep.protocol.user_secret import user_secret
 from allstep.version import __version__

@@ -8,8 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from allstep.protocol.authentication import ConnectingHandshake, ListeningHandshake
 from allstep.protocol.connection import Connection
-from allstep.protocol.handshake import ConnectingHandshake, ListeningHandshake
 
 KEY = "5ec4e7"
 HOST = "127.0.0.1"

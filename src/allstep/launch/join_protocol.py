@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from allstep.errors import ConfigurationError, LaunchError
 from allstep.launch.machine import Launch
 from allstep.launch.settings import check_run_name
+from allstep.protocol.authentication import derived_key
 from allstep.protocol.foreign_text import one_line
-from allstep.protocol.handshake import derived_key
 from allstep.protocol.masking import masked_arguments, short_sum
 from allstep.protocol.messages import AttemptStart, JoinRequest
 from allstep.protocol.user_secret import VARIABLE, secret_file, user_secret

@@ -27,7 +27,7 @@ class MonitorSettings:
     """What a hub and its relays have to know of the ranks that they watch over.
 
     Attributes:
-        key: what every rank and relay has to have; see `protocol.handshake`.
+        key: what every rank and relay has to have; see `protocol.authentication`.
         attempt: the present start's number.
         world_size: how many ranks the whole world has.
         limits: how long sections, and links between nodes, may be silent.

@@ -17,6 +17,7 @@ HIDDEN = "***"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
 _SECRET_WORDS = {"key", "pwd", "passphrase", "credential", "credentials"}
+_ABOUT = {"file", "path", "dir", "folder", "name", "type", "length", "size", "count", "limit", "dim"}
 _SECRET_ENDS = ("token", "secret", "password", "passwd", "apikey", "accesskey", "secretkey", "privatekey")
 _IN_URL = re.compile(r"(?<=://)([^/@\s:]*):[^/@\s]+(?=@)")  # https://user:password@host
 _SHORTEST = 6  # characters of a value that is looked for in a text; a shorter one is in many words
@@ -25,6 +26,9 @@ _SHORTEST = 6  # characters of a value that is looked for in a text; a shorter o
 def is_secret(name: str) -> bool:
     """Whether a thing of this name is a secret."""
     words = [word.lower() for word in _WORDS.findall(name)]
+    # A shell's PWD is where it is, and the file of a password is none.
+    if words == ["pwd"] or (words and words[-1] in _ABOUT):
+        return False
     return any(word in _SECRET_WORDS or word.endswith(_SECRET_ENDS) for word in words)
 
 

@@ -1,7 +1,7 @@
 """The listening side of a service: its sockets, who may connect, and what they send.
 
 The owner drives a `MessageServer` with `ready` and `tick`, and has each thing that happened handled by `handle`: a peer
-connected, sent a message, or is gone. A newcomer first proves that it has the key (`handshake`), and its first message
+connected, sent a message, or is gone. A newcomer first proves that it has the key (`authentication`), and its first message
 is one that the owner `admits`. All others are turned away:
 - Who does not have the key learns nothing. It has `INTRODUCTION_S` and a few hundred bytes to prove itself.
 - One that has the key and that the owner objects to is told why.
@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from allstep.errors import ChannelError
+from allstep.protocol.authentication import LONGEST as LONGEST_HANDSHAKE
+from allstep.protocol.authentication import ListeningHandshake
 from allstep.protocol.connection import LONGEST_LINE, Connection
 from allstep.protocol.descriptors import descriptor_limit
-from allstep.protocol.handshake import LONGEST as LONGEST_HANDSHAKE
-from allstep.protocol.handshake import ListeningHandshake
 from allstep.protocol.messages import NodeHello, RankHello, Refused, decode, encode
 
 INTRODUCTION_S = 10.0

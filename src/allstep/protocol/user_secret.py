@@ -3,7 +3,7 @@
 ALLSTEP_SECRET wins where it is set: a scheduler carries it to all processes of a job. Otherwise it is in a file of the
 user's own, `allstep/secret` in the folder for configuration (XDG_CONFIG_HOME, or `.config` at home). The first process
 that looks for the file draws it. Where machines share the user's home they so have the same secret without anybody
-doing anything. Keys for one run are derived from it (`handshake.derived_key`), and it is never sent.
+doing anything. Keys for one run are derived from it (`authentication.derived_key`), and it is never sent.
 
 The file is only believed where nobody else could have read or written it, as ssh does with its keys.
 """

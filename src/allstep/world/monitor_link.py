@@ -7,7 +7,7 @@ all ranks have registered and fit together. Where they do not, it raises the sam
 two processes with one rank, or differences in world size, backend, devices or facts. The error comes as soon as the
 last rank has registered.
 
-The service and its ranks prove to each other that they have a key (`protocol.handshake`). The supervisor gives it to
+The service and its ranks prove to each other that they have a key (`protocol.authentication`). The supervisor gives it to
 its workers. A sidecar's is derived from what the ranks have in common (`rank_secret`) and a random text in the store,
 which everybody can read who reaches it. Where the ranks have nothing in common, the key is as open as the store.
 
@@ -28,9 +28,9 @@ from allstep.monitor.client import Client
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.placement import Placement
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_key
+from allstep.protocol.authentication import derived_key
 from allstep.protocol.connection import connect
 from allstep.protocol.foreign_text import one_line
-from allstep.protocol.handshake import derived_key
 from allstep.protocol.masking import secret_values
 from allstep.protocol.messages import RankHello
 from allstep.protocol.registration import RankRegistration

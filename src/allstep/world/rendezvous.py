@@ -39,7 +39,7 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.protocol.address import EVERYWHERE, HERE, listen
-from allstep.protocol.handshake import derived_key
+from allstep.protocol.authentication import derived_key
 from allstep.protocol.registration import two_processes
 from allstep.store_socket import VARIABLE, on_given_socket
 from allstep.world.bounded_store import BoundedStore, abandon_thread, poll
