@@ -5,9 +5,9 @@ what the other side has room for; the rest waits in `backlog` for `flush`. Neith
 connection is over, `ended` says why. The length of a line, and what waits for a slow reader, are bounded.
 
 `Connector` makes the connection: it tries one address after another, again and again, until one answers and proves that
-it has the key (`authentication`), or the time is over. Until then this side has told nothing about itself. It never blocks,
-but for resolving a name. An event loop drives it (a relay's, a machine's that joins a run), or `connect` does, for a
-rank that has nothing else to do. What can go wrong is in `failed`, for the caller's own error.
+it has the key (`authentication`), or the time is over. Until then this side has told nothing about itself. It never
+blocks, but for resolving a name. An event loop drives it (a relay's, a machine's that joins a run), or `connect` does,
+for a rank that has nothing else to do. What can go wrong is in `failed`, for the caller's own error.
 """
 
 from __future__ import annotations

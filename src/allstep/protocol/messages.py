@@ -10,8 +10,8 @@ Who sends what:
 - A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
   `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
-Before any of them, both sides have proved to each other that they have the run's key (`authentication`). `codec` has how
-they are written, read and checked.
+Before any of them, both sides have proved to each other that they have the run's key (`authentication`). `codec` has
+how they are written, read and checked.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The listening side of a service: its sockets, who may connect, and what they send.
 
 The owner drives a `MessageServer` with `ready` and `tick`, and has each thing that happened handled by `handle`: a peer
-connected, sent a message, or is gone. A newcomer first proves that it has the key (`authentication`), and its first message
-is one that the owner `admits`. All others are turned away:
+connected, sent a message, or is gone. A newcomer first proves that it has the key (`authentication`), and its first
+message is one that the owner `admits`. All others are turned away:
 - Who does not have the key learns nothing. It has `INTRODUCTION_S` and a few hundred bytes to prove itself.
 - One that has the key and that the owner objects to is told why.
 - Nobody's bytes raise through the owner's loop. What cannot be read or handled costs its sender the connection.

@@ -7,9 +7,9 @@ all ranks have registered and fit together. Where they do not, it raises the sam
 two processes with one rank, or differences in world size, backend, devices or facts. The error comes as soon as the
 last rank has registered.
 
-The service and its ranks prove to each other that they have a key (`protocol.authentication`). The supervisor gives it to
-its workers. A sidecar's is derived from what the ranks have in common (`rank_secret`) and a random text in the store,
-which everybody can read who reaches it. Where the ranks have nothing in common, the key is as open as the store.
+The service and its ranks prove to each other that they have a key (`protocol.authentication`). The supervisor gives it
+to its workers. A sidecar's is derived from what the ranks have in common (`rank_secret`) and a random text in the
+store, which everybody can read who reaches it. Where the ranks have nothing in common, the key is as open as the store.
 
 What can go wrong: nothing answers at the address, a sidecar does not start, ranks do not come in time. Each is a
 WorldError that says so.
