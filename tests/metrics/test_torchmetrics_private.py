@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassPrecision, MulticlassRecall
 from torchmetrics.wrappers import ClasswiseWrapper
@@ -17,7 +20,7 @@ from allstep import Alone, Engine, Events
 from allstep.coordination import Coordinator
 from allstep.errors import MetricError
 from allstep.metrics import Metrics, torchmetrics_private
-from allstep.metrics.torchmetrics_private import bookkeeping, overrides_sync, warn_once, write_count
+from allstep.metrics.torchmetrics_private import DRAWING_NOTHING, bookkeeping, overrides_sync, warn_once, write_count
 from allstep.testing import simulate
 from tests.metrics.noting import Noting, batches
 from tests.metrics.worlds import all_same_bits, on_one, over_ranks, take
@@ -160,3 +163,26 @@ def test_what_torchmetrics_keeps_in_each_metric_is_read_off_a_bare_one() -> None
     metric = Noting()
     assert set(vars(metric)) - bookkeeping() == {"given", "count"}
     assert {"compute_on_cpu", "update", "compute", "training"} <= bookkeeping()
+
+
+# Functions and methods that draw random numbers; `sample` and `shuffle` are numpy's and Python's.
+DRAWS = re.compile(
+    r"(?:\b(?:rand|randn|randint|randperm|rand_like|randn_like|randint_like|multinomial|bernoulli|poisson|normal)|"
+    r"\.(?:uniform_|normal_|random_|exponential_|bernoulli_|sample|shuffle|choice|permutation))\("
+)
+
+
+def test_modules_that_are_said_to_draw_nothing_name_no_function_that_draws() -> None:
+    root = Path(torchmetrics.__file__).parent
+    sources = [
+        path
+        for name in (each.partition(".")[2] for each in DRAWING_NOTHING if each.startswith("torchmetrics."))
+        for base in (root, root / "functional")
+        for path in [*(base / name).glob("*.py"), *base.glob(f"{name}.py")]
+    ]
+    assert len(sources) > 100
+    lines = [line.strip() for path in sources for line in path.read_text().splitlines()]
+    code = [line for line in lines if not line.startswith((">>>", "... "))]  # what docstrings show draws its input
+    assert [line for line in code if DRAWS.search(line)] == []
+    drawing = (root / "image" / "inception.py").read_text()
+    assert DRAWS.search(drawing)

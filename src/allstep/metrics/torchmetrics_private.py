@@ -32,6 +32,12 @@ _KNOWN_SYNCS = frozenset({"torchmetrics.detection.mean_ap", "torchmetrics.detect
 # Methods that torchmetrics' classes call from `compute` alone: retrieval metrics compute each query with `_metric`.
 COMPUTE_ONLY_METHODS = frozenset({"_metric"})
 
+# Modules whose classes and functions draw no random numbers, in torchmetrics 1.6 to 1.9, as their sources show.
+DRAWING_NOTHING = (
+    *("torchmetrics.aggregation", "torchmetrics.classification", "torchmetrics.regression", "torchmetrics.retrieval"),
+    "allstep.metrics.running",
+)
+
 
 def is_library_class(kind: type) -> bool:
     """Whether a class is torchmetrics' or allstep's own, so that how it keeps what it counts is known."""
