@@ -144,10 +144,17 @@ def classification(count: int, **options: Any) -> dict[str, Metric]:
 
 def by_allstep(world: World, count: int) -> Callable[[], object]:
     engine = Engine(lambda engine, batch: batch, uneven="longest", idle="skip")
-    Metrics(classification(count)).attach(engine)
+    metrics = classification(count)
+    Metrics(metrics).attach(engine)
     engine.run(batches(world.rank))
     reduction: Any = engine.extension.reductions[0]
-    return lambda: reduction(engine)
+    batch = batches(world.rank)[0]
+
+    def prepare() -> None:
+        for metric in metrics.values():
+            metric.update(*batch)
+
+    return Prepared(prepare, lambda: reduction(engine))
 
 
 def by_torchmetrics(world: World, count: int) -> Callable[[], object]:
@@ -155,7 +162,12 @@ def by_torchmetrics(world: World, count: int) -> Callable[[], object]:
     for batch in batches(world.rank):
         for metric in metrics.values():
             metric.update(*batch)
-    return lambda: [metric.compute() for metric in metrics.values()]
+
+    def prepare() -> None:
+        for metric in metrics.values():
+            metric.update(*batch)
+
+    return Prepared(prepare, lambda: [metric.compute() for metric in metrics.values()])
 
 
 def by_ignite(world: World, count: int) -> Callable[[], object]:
@@ -169,28 +181,28 @@ def by_ignite(world: World, count: int) -> Callable[[], object]:
     ]
     metrics = [kinds[at % len(kinds)]() for at in range(count)]
 
-    def epoch_end() -> object:
+    def prepare() -> None:
         for metric in metrics:  # a result is kept, and the states of some are overwritten by it
             metric.reset()
             metric.update(batch)
-        begin()
-        return [metric.compute() for metric in metrics]
 
     batch = batches(world.rank)[0]
-    begin = Begin()
-    epoch_end.begin = begin  # type: ignore[attr-defined]
-    return epoch_end
+    return Prepared(prepare, lambda: [metric.compute() for metric in metrics])
 
 
-class Begin:
-    """When what is to be timed begins, for a contender that has to prepare each repetition."""
+class Prepared:
+    """An epoch's end behind an update with the epoch's last batch, as it comes in a loop; only the end is timed."""
 
-    def __init__(self) -> None:
-        self.at = 0.0
+    def __init__(self, prepare: Callable[[], object], end: Callable[[], object]) -> None:
+        self._prepare = prepare
+        self._end = end
+        self.began = 0.0
 
-    def __call__(self) -> None:
+    def __call__(self) -> object:
+        self._prepare()
         dist.barrier()
-        self.at = time.perf_counter()
+        self.began = time.perf_counter()
+        return self._end()
 
 
 def by_lightning(world: World, count: int) -> Callable[[], object]:
@@ -199,9 +211,10 @@ def by_lightning(world: World, count: int) -> Callable[[], object]:
 
     strategy = DDPStrategy(parallel_devices=[torch.device("cpu")] * world.world_size)
     values = [batch[0].mean() for batch in batches(world.rank)]
-    begin = Begin()
+    results = _ResultCollection(training=False)
 
-    def epoch_end() -> object:
+    def prepare() -> None:
+        nonlocal results
         results = _ResultCollection(training=False)
         for value in values[:2]:
             for at in range(count):
@@ -215,11 +228,8 @@ def by_lightning(world: World, count: int) -> Callable[[], object]:
                     sync_dist_fn=strategy.reduce,
                     batch_size=ROWS,
                 )
-        begin()
-        return results.metrics(on_step=False)
 
-    epoch_end.begin = begin  # type: ignore[attr-defined]
-    return epoch_end
+    return Prepared(prepare, lambda: results.metrics(on_step=False))
 
 
 def by_accelerate(world: World, count: int) -> Callable[[], object]:
@@ -254,8 +264,7 @@ def timed(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     end = time.perf_counter()
-    prepared = getattr(run, "begin", None)
-    took = torch.tensor(end - (begin if prepared is None else prepared.at), dtype=torch.float64)
+    took = torch.tensor(end - (run.began if isinstance(run, Prepared) else begin), dtype=torch.float64)
     dist.all_reduce(took, op=dist.ReduceOp.MAX)
     return float(took)
 
@@ -274,7 +283,7 @@ def measure(world: World, count: int, repetitions: int) -> dict[str, tuple[Traff
     traffic = {}
     for name, run in runs.items():
         run()
-        prepared = hasattr(run, "begin")
+        prepared = isinstance(run, Prepared)
         with observed() as given:
             run()
         traffic[name] = Traffic(len(given) - prepared, sum(given))
