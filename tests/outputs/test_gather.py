@@ -54,6 +54,26 @@ def test_ragged_outputs_are_a_list_in_the_datasets_order() -> None:
     assert len(found[0]["wide"]) == 11
 
 
+NAMES = ["", "é", "a longer name", "日本", "x\0y"]
+
+
+def naming(engine: Engine, batch: Any) -> Any:
+    (x,) = batch
+    names = [f"{NAMES[int(i) % len(NAMES)]}{int(i)}" for i in x]
+    return {"id": names, "path": np.array(names), "y": x}
+
+
+@pytest.mark.parametrize(("samples", "world_size"), [(11, 3), (2, 4), (11, 1)])
+def test_texts_are_a_list_in_the_datasets_order(samples: int, world_size: int) -> None:
+    def rank(coordinator: Coordinator) -> Any:
+        return gathered(coordinator, Gather("id", "path", "y"), samples, shuffle=True, step=naming)
+
+    right = [f"{NAMES[i % len(NAMES)]}{i}" for i in range(samples)]
+    for found in simulate(rank, world_size) if world_size > 1 else [rank(Alone())]:
+        assert found["id"] == found["path"] == right
+        assert found["y"].tolist() == [*range(samples)]
+
+
 def test_copies_from_every_device_that_outputs_were_on_are_waited_for() -> None:
     with FakeTensorMode():
         near, far = torch.empty(2, device="cuda:0"), torch.empty(2, device="cuda:1")

@@ -117,7 +117,8 @@ def test_an_output_without_a_value_for_each_sample_says_what_it_is() -> None:
         (lambda x: [{"boxes": i} for i in x], "'y[0]' is a mapping of boxes"),
         (lambda x: x.sum(), "'y' is one number"),
         (lambda x: 3.5, "'y' is a float"),
-        (lambda x: ["text"] * len(x), "'y' has a str for a sample"),
+        (lambda x: [b"text"] * len(x), "'y' has a bytes for a sample"),
+        (lambda x: ["text", *[1] * (len(x) - 1)] if len(x) > 1 else [b"text"], " for a sample"),
         (lambda x: [object()] * len(x), "'y' has a object for a sample"),
     ]
     for make, said in cases:

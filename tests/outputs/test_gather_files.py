@@ -61,6 +61,21 @@ def test_names_of_any_kind_keep_their_outputs_apart(tmp_path: Path, format: Any)
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("samples", "world_size"), [(11, 3), (2, 4)])
+def test_texts_are_written_and_read_as_they_were(tmp_path: Path, format: Any, samples: int, world_size: int) -> None:
+    def step(engine: Any, batch: Any) -> Any:
+        return {"id": [f"é{'日' * int(i)}\udce9" for i in batch[0]]}
+
+    def rank(coordinator: Coordinator) -> Any:
+        return gathered(
+            coordinator, Gather("id", folder=tmp_path, limit=0, format=format), samples, shuffle=True, step=step
+        )
+
+    for parts in simulate(rank, world_size):
+        assert parts.load()["id"] == [f"é{'日' * i}\udce9" for i in range(samples)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_an_earlier_run_left_in_the_folder_is_replaced(tmp_path: Path, format: Any) -> None:
     def rank(coordinator: Coordinator, step: Any, other: Any) -> Any:
         gather = Gather("wide", folder=tmp_path, limit=0, format=other or format)

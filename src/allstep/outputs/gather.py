@@ -2,7 +2,8 @@
 
 Contract: attached to one engine before its run, on every rank alike: ranks compare their settings when the run begins.
 Each iteration of this rank's own is copied to the host. Over allstep's own loader the sampler says by arithmetic which
-sample stood where, so that the order is the dataset's at any world size; over other data it is by iteration, then rank.
+sample stood where, so that the order is the dataset's at any world size; over other data, and where collation made more
+or fewer samples than were dealt, it is by iteration, then rank.
 An epoch that was resumed in its middle has what this process saw of it, and rank 0 logs what is missing.
 
 Protocol, at each epoch's end. Every rank tells all others how much it has, or why it has nothing (`RankSummary`). Then
@@ -77,9 +78,10 @@ class BatchRecord:
 class Gather:
     """Outputs of all ranks in sample order, in `engine.state.gathered` at each epoch's end.
 
-    There it is a mapping from each name to a tensor with a row a sample, or to a list of tensors where shapes differ,
-    on the host; "index" has the samples' indices in the dataset, int64, where allstep's loader dealt them. Parts in a
-    folder are a `Parts`, which `load()`s that.
+    There it is a mapping from each name to a tensor with a row a sample, to a list of tensors where shapes differ, or
+    to a list of texts where the step returns those, such as samples' names. All is on the host. "index" has the
+    samples' indices in the dataset, int64, where allstep's loader dealt them. Parts in a folder are a `Parts`, which
+    `load()`s that.
 
     An epoch that a run goes on with in its middle has what was seen of it since this object was attached; what that
     lacks is logged, and "index" tells which samples there are.
@@ -182,10 +184,13 @@ class Gather:
         positions = torch.full((samples, POSITION_SIZE), number, dtype=torch.int64)
         if whole and hasattr(sampler, "indices") and state.dataloader is self._data:
             indices = sampler.indices(number)  # type: ignore[union-attr]
-            if len(indices) != samples:
-                raise ArgumentError(f"the output has {samples} samples, but the batch had {len(indices)}")
-            positions[:, 0] = torch.from_numpy(indices)
-            return BatchRecord(positions, values, has_indices=True)
+            if len(indices) == samples:
+                positions[:, 0] = torch.from_numpy(indices)
+                return BatchRecord(positions, values, has_indices=True)
+            # Collation may have left samples out, or made several of one; which of them is not known then.
+            counted = engine.extension.samples_in_batch()
+            if counted != samples:
+                raise ArgumentError(f"the output has {samples} samples, but the batch had {counted}")
         return BatchRecord(positions, values, has_indices=False)
 
     def _gather(self, engine: Engine) -> None:

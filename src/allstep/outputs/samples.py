@@ -2,18 +2,18 @@
 
 Contract: pure functions, in the order in which a sample passes them. `named_outputs` copies a step's output to the
 host, so that the step may use its memory again. A rank keeps what it has seen as `Samples`, in the order in which it
-saw it: for each sample where it stands and, by name, a tensor. `pack_samples` and `unpack_samples` are each other's
-inverse, given equal names. `join_samples` joins those of all ranks, of which any may have none. Tensors of one shape
-and type become one tensor with a row a sample; others stay a list, which `flatten_column` turns into two plain tensors
-and `restore_column` back. What can go wrong: the output lacks a name, or something in it has no value a sample
-(ArgumentError).
+saw it: for each sample where it stands and, by name, a tensor or a text. `pack_samples` and `unpack_samples` are each
+other's inverse, given equal names. `join_samples` joins those of all ranks, of which any may have none. Tensors of one
+shape and type become one tensor with a row a sample; others, and texts, stay a list, which `flatten_column` turns into
+two plain tensors and `restore_column` back. What can go wrong: the output lacks a name, or something in it has no value
+a sample (ArgumentError).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ import torch
 from allstep.errors import ArgumentError
 from allstep.metrics.packing import Packed, element_parts, read_elements
 
-# One batch of an output: a tensor with a row a sample, or a list with a tensor a sample.
-BatchOutput: TypeAlias = torch.Tensor | list[torch.Tensor]
+# One batch of an output: a tensor with a row a sample, or a list with a tensor, or a text, a sample.
+BatchOutput: TypeAlias = torch.Tensor | list[torch.Tensor] | list[str]
 
-# All samples of an output, in the same two ways.
-Column: TypeAlias = torch.Tensor | list[torch.Tensor]
+# All samples of an output, in the same three ways.
+Column: TypeAlias = torch.Tensor | list[torch.Tensor] | list[str]
+
+_ROWS, _RAGGED, _TEXTS = range(3)  # how a column travels
 
 POSITION_SIZE = 2  # integers that say where a sample stands: its index in the dataset, where known, and the iteration
 
@@ -71,7 +73,7 @@ def named_outputs(output: Any, names: Sequence[str]) -> dict[str, BatchOutput]:
 
 def _on_host(name: str, value: Any) -> BatchOutput:
     if isinstance(value, np.ndarray):
-        value = torch.from_numpy(value)
+        value = value.tolist() if value.dtype.kind == "U" and value.ndim == 1 else torch.from_numpy(value)
     if isinstance(value, torch.Tensor):
         if value.ndim == 0:
             raise ArgumentError(f"output {name!r} is one number; give a tensor with a value a sample")
@@ -79,7 +81,11 @@ def _on_host(name: str, value: Any) -> BatchOutput:
     if isinstance(value, Mapping):
         raise ArgumentError(_in_words(name, value))
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-        raise ArgumentError(f"output {name!r} is a {type(value).__name__}; give a tensor, or a list with one a sample")
+        raise ArgumentError(
+            f"output {name!r} is a {type(value).__name__}; give a tensor, or a list with a tensor or a text a sample"
+        )
+    if all(isinstance(each, str) for each in value):  # names and ids of samples
+        return [str(each) for each in value]
     return [_sample(name, each) for each in value]
 
 
@@ -144,22 +150,29 @@ def _ordered(column: Column, order: torch.Tensor) -> Column:
 
 
 def flatten_column(name: str, column: Column) -> dict[str, torch.Tensor]:
-    """A column as plain tensors, by a kind and the name: "rows", or all "values" in one row and each sample's "shapes".
+    """A column as plain tensors, by a kind and the name.
 
-    No two names have a tensor of the same key.
+    These are "rows"; or all "values" in one row and each sample's "shapes"; or, of texts, the "characters" as UTF-8 and
+    each sample's "lengths" in bytes. No two names have a tensor of the same key.
 
     Raises:
         ArgumentError: samples differ in type or number of dimensions.
     """
     if isinstance(column, torch.Tensor):
         return {f"rows.{name}": column}
-    if len({(sample.dtype, sample.ndim) for sample in column}) > 1:
+    if _are_texts(column):
+        characters, lengths = _as_tensors(column)
+        return {f"characters.{name}": characters, f"lengths.{name}": lengths}
+    samples = cast(list[torch.Tensor], column)
+    if len({(sample.dtype, sample.ndim) for sample in samples}) > 1:
         raise ArgumentError(
             f"samples of {name!r} differ in type or number of dimensions; they cannot be written to a file"
         )
-    dimensions = column[0].ndim if column else 0
-    shapes = torch.tensor([list(sample.shape) for sample in column], dtype=torch.int64).reshape(len(column), dimensions)
-    values = torch.cat([sample.reshape(-1) for sample in column]) if column else torch.empty(0)
+    dimensions = samples[0].ndim if samples else 0
+    shapes = torch.tensor([list(sample.shape) for sample in samples], dtype=torch.int64).reshape(
+        len(samples), dimensions
+    )
+    values = torch.cat([sample.reshape(-1) for sample in samples]) if samples else torch.empty(0)
     return {f"values.{name}": values, f"shapes.{name}": shapes}
 
 
@@ -167,9 +180,31 @@ def restore_column(name: str, tensors: Mapping[str, torch.Tensor]) -> Column:
     """The column that `flatten_column` gave."""
     if f"rows.{name}" in tensors:
         return tensors[f"rows.{name}"]
+    if f"lengths.{name}" in tensors:
+        return _as_texts(tensors[f"characters.{name}"], tensors[f"lengths.{name}"])
     shapes = [torch.Size(shape) for shape in tensors[f"shapes.{name}"].tolist()]
     rows = torch.split(tensors[f"values.{name}"], [shape.numel() for shape in shapes]) if shapes else ()
     return [row.reshape(shape) for row, shape in zip(rows, shapes, strict=True)]
+
+
+def _are_texts(column: Sequence[Any]) -> TypeGuard[Sequence[str]]:
+    return bool(column) and all(isinstance(sample, str) for sample in column)
+
+
+def _as_tensors(texts: Sequence[str]) -> list[torch.Tensor]:
+    """Texts as their bytes in UTF-8, uint8, and how many each has, int64."""
+    # What came from a file system may hold bytes that are no text; they come back as they were.
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return [
+        torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy()),
+        torch.tensor([len(each) for each in encoded], dtype=torch.int64),
+    ]
+
+
+def _as_texts(characters: torch.Tensor, lengths: torch.Tensor) -> list[str]:
+    data, ends = characters.numpy().tobytes(), lengths.cumsum(0).tolist()
+    begins = [0, *ends[:-1]]
+    return [data[begin:end].decode("utf-8", "surrogatepass") for begin, end in zip(begins, ends, strict=True)]
 
 
 # As bytes
@@ -181,9 +216,14 @@ def pack_samples(samples: Samples, names: Sequence[str]) -> Packed:
     parts = element_parts([samples.positions], manifest)
     for name in names:
         column = samples.columns[name]
-        ragged = isinstance(column, list)
-        elements = column if isinstance(column, list) else [column]
-        manifest += [ragged, len(elements)]
+        elements: Sequence[torch.Tensor]
+        if isinstance(column, torch.Tensor):
+            form, elements = _ROWS, [column]
+        elif _are_texts(column):
+            form, elements = _TEXTS, _as_tensors(column)
+        else:
+            form, elements = _RAGGED, cast(list[torch.Tensor], column)
+        manifest += [form, len(elements)]
         parts += element_parts(elements, manifest)
     return Packed(manifest, parts)
 
@@ -195,7 +235,7 @@ def unpack_samples(manifest: Sequence[int], payload: torch.Tensor, names: Sequen
     positions = next(elements)
     columns: dict[str, Column] = {}
     for name in names:
-        ragged, count = next(numbers), next(numbers)
+        form, count = next(numbers), next(numbers)
         found = [next(elements) for _ in range(count)]
-        columns[name] = found if ragged else found[0]
+        columns[name] = found[0] if form == _ROWS else _as_texts(*found) if form == _TEXTS else found
     return Samples(positions, columns)

@@ -11,6 +11,7 @@ World through `internals` only.
 from allstep.world.initialization import init
 from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
+from allstep.world.numbers import to_numbers
 from allstep.world.world import World, internals
 
-__all__ = ["World", "WorldInternals", "init", "internals", "to_device"]
+__all__ = ["World", "WorldInternals", "init", "internals", "to_device", "to_numbers"]

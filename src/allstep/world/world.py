@@ -39,6 +39,7 @@ from allstep.world.device import choose_transport, seed_device
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
+from allstep.world.numbers import to_numbers
 from allstep.world.process_group import Group
 from allstep.world.seed import seed_generators
 
@@ -148,6 +149,10 @@ class World:
         """Move all tensors of a nested structure to this rank's device; see `allstep.world.to_device`."""
         self._check_open("to_device")
         return to_device(value, self.device)
+
+    def to_numbers(self, value: Any) -> Any:
+        """Results such as `state.metrics` in plain numbers, for JSON and logs; see `allstep.world.to_numbers`."""
+        return to_numbers(value)
 
     def loader(
         self,
