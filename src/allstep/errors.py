@@ -15,6 +15,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | WorldError | the process group cannot be set up, or a World is used outside `init` and `close` | RuntimeError |
 | CollectiveError | a collective is given what it cannot carry | ValueError |
 | ParallelError | a module cannot be wrapped as asked | ValueError |
+| ModelChangedError | a wrapped model has changed so that its gradients would not be reduced | ParallelError |
 | DataError | a dataset, sampler or loader argument is wrong, or data is shorter than declared | ValueError |
 | EngineError | an engine is used in a way that cannot work | RuntimeError |
 | AgreementError | ranks that have to act alike did not; raised on all that take part | RuntimeError |
@@ -106,6 +107,10 @@ class CollectiveError(AllstepError, ValueError):
 
 class ParallelError(AllstepError, ValueError):
     """A module cannot be wrapped for several ranks as asked."""
+
+
+class ModelChangedError(ParallelError):
+    """A wrapped model has changed so that DDP would not reduce its gradients; the message says what and what to do."""
 
 
 class DataError(AllstepError, ValueError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,36 +10,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from allstep import Engine
-from allstep.checkpoint import Checkpoint
 from allstep.checkpoint.encoding import decode, encode
 from allstep.checkpoint.torch_private import module_versions, shard_boxes, wraps_tensors
 from allstep.errors import UnsupportedStateError
 from allstep.testing import run_ranks
 from allstep.world import World
-
-
-def save_own_buffers(world: World, folder: Path) -> list[float]:
-    """Ranks whose buffers differ save a module in DDP; what the checkpoint holds, and what the ranks hold after it."""
-    module = nn.Linear(2, 2)
-    module.register_buffer("seen", torch.zeros(3))
-    wrapped = world.wrap(module)
-    assert isinstance(wrapped, DistributedDataParallel)
-    wrapped.get_buffer("module.seen").fill_(20 + world.rank)  # as a forward pass on this rank's batch does
-    checkpoint = Checkpoint(folder, {"module": wrapped}, every=None, strict=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(DistributedDataParallel, "_sync_buffers")
-        checkpoint.save(Engine(lambda engine, batch: None), wait=True)
-    found = checkpoint.store.choose()
-    assert found is not None
-    return [checkpoint.store.load(found).state["module"]["seen"][0].item(), module.get_buffer("seen")[0].item()]
-
-
-@pytest.mark.slow
-def test_buffers_are_broadcast_without_ddps_own_method(tmp_path: Path) -> None:
-    assert run_ranks(save_own_buffers, 2, tmp_path) == [[20.0, 20.0]] * 2
 
 
 def locate_shards(world: World) -> list[tuple[Any, Any]]:

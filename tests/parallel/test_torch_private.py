@@ -1,4 +1,4 @@
-"""torch without a private name that `parallel` uses: plain DDP, and one warning that names it."""
+"""torch without a private name that `parallel` uses: DDP that is not timed, and one warning that names it."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def train_plainly(world: World, name: str) -> tuple[str, bool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TIMING)
-def test_ddp_is_plain_where_its_waits_cannot_be_timed(name):
-    assert run_ranks(train_plainly, 2, name) == [("DistributedDataParallel", True)] * 2
+def test_ddp_is_not_timed_where_its_waits_cannot_be(name):
+    assert run_ranks(train_plainly, 2, name) == [("Replica", True)] * 2
 
 
 def test_nothing_is_said_where_torch_has_all_names():

@@ -30,12 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allstep.checkpoint.encoding import FromRankZero
 from allstep.checkpoint.reading import ShardedLike
-from allstep.checkpoint.torch_private import broadcast_buffers, module_versions, set_module_versions
+from allstep.checkpoint.torch_private import module_versions, set_module_versions
 from allstep.engine import Engine
 from allstep.engine.resume import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError, UnsupportedStateError
-from allstep.parallel import unwrap
+from allstep.parallel import broadcasts_buffers, unify_buffers, unwrap
 from allstep.world import World, internals
 
 
@@ -308,8 +308,8 @@ class ModuleAdapter:
         """The whole state, and this rank's buffers that nobody broadcasts."""
         # Buffers become what the next forward pass would make of them, so that ranks save the same.
         for replica in self._replicas():
-            if replica.broadcast_buffers and any(True for _ in replica.buffers()):
-                broadcast_buffers(replica)
+            if broadcasts_buffers(replica):
+                unify_buffers(replica)
         names = _PlainNames(self.module)
         state = self.module.state_dict()
         own = self._own_buffers(state)

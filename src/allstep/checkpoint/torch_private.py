@@ -5,7 +5,6 @@ called, so that a torch without it costs one warning and some speed, and never a
 
 | name | what for | since torch | without it |
 | --- | --- | --- | --- |
-| DistributedDataParallel._sync_buffers | all of a module's buffers broadcast at once | before 2.9 | one by one |
 | DTensor.__create_chunk_list__ | where a rank's shard lies | before 2.9 | computed, for Shard and Replicate |
 | Tensor.__tensor_flatten__ | knowing a tensor that is made of others | before 2.9 | saving one fails in the copy |
 | _metadata of a state dict | the versions of submodules | before 2.9 | saved without versions |
@@ -21,30 +20,11 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import UnsupportedStateError
 
 log = logging.getLogger("allstep.checkpoint")
-
-
-def broadcast_buffers(replica: DistributedDataParallel) -> None:
-    """Give a DDP module's buffers the values that its next forward pass would broadcast: those of the group's rank 0.
-
-    A collective: every rank of the module's group calls it. Uses `DistributedDataParallel._sync_buffers`, which sends
-    all buffers in a few messages; torch has had it since before 2.9. Without it each buffer is broadcast by itself.
-    """
-    sync = getattr(replica, "_sync_buffers", None)
-    if callable(sync):
-        sync()
-        return
-    _warn_once("DistributedDataParallel._sync_buffers", "a save broadcasts buffers one by one")
-    group = replica.process_group
-    with torch.no_grad():
-        for buffer in replica.buffers():
-            dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
 
 
 def shard_boxes(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -1,11 +1,12 @@
 """What one rank says in a vote, and what all ranks together said.
 
-Contract: a `Vote` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed
-element by element in one reduction; every rank reads the same `VoteResult` from the sum. So one tiny reduction answers
-how many ranks have a batch for each coming iteration, how many samples those hold, and who wants what. Ranks that came
-to different votes are noticed by all who took part: each vector says which vote it is meant for, by its occasion and
-by a number for its place in the run with the square of that number. W ranks gave the same number exactly where W times
-the sum of the squares is the square of the sum, so that no rank needs to know its own to see it.
+Contract: a `Vote` becomes a vector of 64-bit integers of an agreed length; the vectors of all ranks are summed element
+by element in one reduction; every rank reads the same `VoteResult` from the sum. So one tiny reduction answers how many
+ranks have a batch for each coming iteration, how many samples those hold, and who wants what. Ranks that came to
+different votes are noticed by all who took part: each vector says which vote it is meant for, by its occasion and by a
+number for its place in the run with the square of that number. W ranks gave the same number exactly where W times the
+sum of the squares is the square of the sum, so that no rank needs to know its own to see it. The numbers of backward
+passes and the fingerprints of models are compared in the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from enum import IntEnum
 
 _SAMPLE_BITS = 44  # of a number of the body; how many ranks have a batch is counted above them
 _SAMPLES = (1 << _SAMPLE_BITS) - 1
-_HEADER = 14
+_HEADER = 19
 _PLACE_BITS = 20  # so that the squares of as many ranks as `having` holds can be summed
 _RANK_BITS = 20  # for counting ranks inside one number
 MOST_DOUBLINGS = 3
@@ -44,6 +45,9 @@ class Vote:
         needs_batch: whether it has never had a batch and will have to take part without one.
         unread: batches of this pass that it has not taken, and the samples in them as far as known.
         microseconds: what the last window took here.
+        model_changed: whether its wrapped modules have changed, so that they are to be compared and wrapped again.
+        fingerprint: of the model at an epoch's end.
+        backward_passes: how many of those that reduce gradients it has made in the run.
         doublings: how many times, up to `MOST_DOUBLINGS`, the default lookahead may be doubled as far as this rank's
             memory is concerned.
     """
@@ -61,6 +65,9 @@ class Vote:
     unread: int = 0
     microseconds: int = 0
     doublings: int = 0
+    model_changed: bool = False
+    backward_passes: int = 0
+    fingerprint: int = 0
 
     @property
     def place(self) -> int:
@@ -87,6 +94,11 @@ class Vote:
             self.microseconds,
             # One count of ranks for each doubling, so that the sum over ranks tells the least of them.
             sum(1 << _RANK_BITS * at for at in range(self.doublings)),
+            self.model_changed,
+            passes := self.backward_passes % (1 << _PLACE_BITS),
+            passes**2,
+            model := self.fingerprint % (1 << _PLACE_BITS),
+            model**2,
         ]
         body = [0 if n is None else 1 << _SAMPLE_BITS | n for n in self.samples]
         padding = [0] * (length - len(header) - len(body))
@@ -114,11 +126,24 @@ class VoteResult:
     unread: int
     microseconds: int
     doublings: int
+    model_changed: int
+    backward_passes: int
+    backward_squares: int
+    fingerprints: int
+    fingerprint_squares: int
 
     def is_for(self, vote: Vote, world_size: int) -> bool:
         """Whether all ranks came to the vote that `vote` was meant for."""
         same_occasion = self.occasions[vote.occasion] == world_size
         return same_occasion and self.squares * world_size == self.places**2
+
+    def same_backward_passes(self, world_size: int) -> bool:
+        """Whether all ranks have made the same number of backward passes that reduce gradients."""
+        return self.backward_squares * world_size == self.backward_passes**2
+
+    def same_fingerprints(self, world_size: int) -> bool:
+        """Whether the models of all ranks are the same, as far as this vote tells."""
+        return self.fingerprint_squares * world_size == self.fingerprints**2
 
     def least_doublings(self, world_size: int) -> int:
         """How many times the default lookahead may be doubled as far as all ranks are concerned."""

@@ -7,7 +7,8 @@ one is given, and neither has startup: a script that trains in a loop of its own
 
 `overdue` is asked once a second whether the run hangs. It does when a rank is silent, or when one has been in a section
 for longer than allowed and no other rank explains that: one that is elsewhere, or further back, and within its own
-limit. Then stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
+limit. It also does when all ranks have waited for 20 s, not all in the same place: each then waits for another. Then
+stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
 
 A `HangDetector` belongs to one monitor. It makes a `RankProgress` of each record and asks these functions. Besides the
 limits it keeps only which ranks were found slow, so that each is reported once. It reads no clock: the monitor passes
@@ -21,6 +22,7 @@ import statistics
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from allstep.diagnosis.backward_passes import explain_passes
 from allstep.diagnosis.record import RankRecord
 from allstep.diagnosis.stacks import waits_in
 from allstep.errors import ConfigurationError
@@ -43,6 +45,12 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
 
 SLOW = 1.5
 """How many times the others' median of its own step time makes a rank a straggler."""
+
+DEADLOCK_S = 20.0
+"""Seconds after which ranks that all wait, each in another place, are known to wait for each other."""
+
+_GRADIENTS = ("gradients", "buffers")
+_TIMED = {"main_first"}  # waits with a limit of their own
 
 _FREE = ("startup", "idle")  # where a rank may stay for ever, but not while others wait for it
 _NOTICEABLE = 0.002  # seconds a step; below it, differences are the machine's
@@ -165,8 +173,8 @@ def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[
         limits: of this run.
         longest: what `longest_stays` found, in seconds by section.
     """
-    # A silent rank needs no limit of a section: it cannot even say where it is.
-    if silent(ranks, limits):
+    # A silent rank needs no limit of a section: it cannot even say where it is. Nor do ranks that wait for each other.
+    if silent(ranks, limits) or _wait_for_each_other(ranks):
         return True
     over: list[RankProgress] = []
     within: list[RankProgress] = []
@@ -181,6 +189,12 @@ def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[
         each for each in within if not each.waits and each.still <= patience.get(each.heartbeat.section, math.inf)
     ]
     return any(not any(_explains(other, each) for other in within) for each in over)
+
+
+def _wait_for_each_other(ranks: Sequence[RankProgress]) -> bool:
+    """Whether all ranks say that they wait, and not in the same place, for so long that none can be on its way."""
+    waits = {each.heartbeat.waiting for each in ranks}
+    return len(waits) > 1 and "" not in waits and not waits & _TIMED and min(each.still for each in ranks) > DEADLOCK_S
 
 
 def silent(ranks: Sequence[RankProgress], limits: HangLimits) -> list[RankProgress]:
@@ -273,6 +287,18 @@ def _divergence(groups: Mapping[tuple[str, str], Sequence[RankProgress]]) -> str
     )
 
 
+def _with_passes(hang: Hang, ranks: Sequence[RankProgress]) -> Hang:
+    """What ranks know of their backward passes, where some wait for gradients and others do not."""
+    in_backward = [each for each in ranks if each.waits in _GRADIENTS]
+    if not in_backward or len(in_backward) == len(ranks):
+        return hang
+    beats = {each.rank: each.heartbeat for each in ranks}
+    said = explain_passes(
+        {rank: beat.left_out for rank, beat in beats.items()}, {rank: beat.most_passes for rank, beat in beats.items()}
+    )
+    return Hang(hang.behind, "; ".join(filter(None, (hang.explanation, said))))
+
+
 def _ranks(group: Sequence[RankProgress]) -> str:
     one = len(group) == 1
     return f"{'rank' if one else 'ranks'} {spans(each.rank for each in group)} wait{'s' if one else ''}"
@@ -320,7 +346,7 @@ class HangDetector:
     def diagnose(self, records: Collection[RankRecord], age: Age) -> Hang:
         """Who is behind, once stacks were gathered."""
         ranks = _progress(records, age)
-        return diagnose(ranks, self._limits) if ranks else Hang({}, "")
+        return _with_passes(diagnose(ranks, self._limits), ranks) if ranks else Hang({}, "")
 
     def suspects(self, records: Collection[RankRecord], age: Age) -> Hang:
         """Who is behind, where others have failed because of a rank that did not report.

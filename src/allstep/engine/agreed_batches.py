@@ -189,7 +189,8 @@ class AgreedBatches:
     def close_epoch(self) -> None:
         """Hold the vote of an epoch's end, on what was asked for in its handlers."""
         self.drain()
-        self._hold(Occasion.EPOCH_END)
+        replicas = self._run.replicas
+        self._hold(Occasion.EPOCH_END, fingerprint=0 if replicas is None else replicas.fingerprint())
         self._window_began += monotonic_ns() - self._paused_at  # handlers of the epoch's end are no part of a window
 
     def confirm_end(self) -> None:
@@ -250,6 +251,9 @@ class AgreedBatches:
         iterations = int(min(wanted, self._run.ends_at - self._run.state.iteration - offset))
         if offset == 0 and self._agreement.needs_fillers:
             self._buffer.first()  # where there is none, there is nothing to take part with
+        replicas = self._run.replicas
+        if replicas is not None and offset:
+            replicas.check()  # this vote lands a window too late to follow a change
         samples = self._buffer.look(offset, offset + iterations)
         self._buffer.read_ahead(offset + iterations)
         # It would have to run the step with nothing at all, so another rank gives it a batch.
@@ -260,7 +264,12 @@ class AgreedBatches:
             needs_batch=self._agreement.needs_fillers and begins_without,
             microseconds=self._window_took // 1000,
             doublings=self._doublings(),
+            model_changed=replicas is not None and not offset and replicas.have_changed(at_start=self._is_epochs_first),
         )
+
+    @property
+    def _is_epochs_first(self) -> bool:
+        return self._run.state.iteration == self._run.epoch_began_at
 
     def _doublings(self) -> int:
         """How often the default lookahead may be doubled before the batches that this rank holds take too much."""
@@ -309,7 +318,7 @@ class Voting:
 
     def cast(self, occasion: Occasion, **more: Any) -> PendingVote:
         """Begin a vote. `more` is what a `Vote` of this occasion says."""
-        requests = self._run.take_requests()
+        requests, replicas = self._run.take_requests(), self._run.replicas
         asked = {each.kind for each in requests}
         vote = Vote(
             occasion,
@@ -320,6 +329,7 @@ class Voting:
             interrupt=RequestKind.INTERRUPT in asked,
             replace_data=RequestKind.REPLACE_DATA in asked,
             gave_less=self._buffer.gave_less is not None,
+            backward_passes=0 if replicas is None else replicas.backward_passes,
             **more,
         )
         self._sequence += 1
@@ -331,11 +341,18 @@ class Voting:
         # First: the numbers of ranks that came to different votes mean nothing together.
         if not result.is_for(pending.vote, self._run.coordinator.world_size):
             self._say_diverged(pending.vote)
+        replicas = self._run.replicas
+        if replicas is not None and not result.same_backward_passes(self._run.coordinator.world_size):
+            replicas.say_passes_differ(result.backward_passes)
+        if replicas is not None and not result.same_fingerprints(self._run.coordinator.world_size):
+            replicas.say_drift()
         if result.gave_less:
             self._say_gave_less()
         # Names and reasons cost another collective, so only where somebody asked for something.
         if result.requests:
             self.landed += [each for said in self._run.coordinator.gather(pending.requests) for each in said]
+        if result.model_changed and replicas is not None:
+            replicas.settle()
         # On every rank, since all take part in giving one away.
         if result.needs_batch:
             self._share_batch()

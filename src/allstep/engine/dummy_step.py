@@ -2,9 +2,10 @@
 
 Contract: where ranks agree, the loop calls what `agreed_step` makes of the user's step. In an iteration that is not
 this rank's own (`state.active` is False) the step runs on a filler batch, because the other ranks' collectives, in
-backward, in forward and in the step itself, wait for this rank's. Then the gradients that reach the parameters of
-wrapped modules are zero, whatever the filler's loss was, non-finite included. Their buffers are afterwards as they were
-before, or as DDP made them rank 0's. Inside an accumulation group gradients are added up and not reduced.
+backward, in forward and in the step itself, wait for this rank's. So does one whose batch has no samples. Then the
+gradients that reach the parameters of wrapped modules are zero, whatever the filler's loss was, non-finite included.
+Their buffers are afterwards as they were before, or as DDP made them rank 0's. Inside an accumulation group gradients
+are added up and not reduced.
 
 Where nobody votes, `counted_step` counts each batch before the step, which may change the batch, has it.
 """
@@ -27,19 +28,22 @@ def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Modul
     state, skips = run.state, run.settings.idle == "skip"
 
     def agreed(batch: Any) -> Any:
-        if state.active and state.group_end and state.samples:
-            output = step(batch)
-        elif not state.active and skips:
-            output = None
-        else:
-            with ExitStack() as stack:
-                if not state.active:
-                    stack.enter_context(without_trace(modules))
-                elif not state.samples:  # the mean over nothing is not a number
-                    stack.enter_context(without_gradient(modules))
-                if not state.group_end:
-                    stack.enter_context(without_reduction(modules))
+        try:
+            if state.active and state.group_end and state.samples:
                 output = step(batch)
+            elif not state.active and skips:
+                output = None
+            else:
+                with ExitStack() as stack:
+                    if not state.active or not state.samples:  # the mean over nothing is not a number
+                        stack.enter_context(without_trace(modules))
+                    if not state.group_end:
+                        stack.enter_context(without_reduction(modules))
+                    output = step(batch)
+        except Exception as error:
+            if run.replicas is not None:
+                run.replicas.raise_explained(error, state.iteration)
+            raise
         run.steps_in_group = 0 if state.group_end else run.steps_in_group + 1
         return output
 

@@ -28,6 +28,7 @@ from allstep.engine.loop import RunLoop
 from allstep.engine.monitoring import RunMonitor, fault_injection, is_nested, monitored, nesting, with_faults
 from allstep.engine.passes import Passes
 from allstep.engine.registry import EventKey, Registry, RemovableEventHandle
+from allstep.engine.replicas import modules_in_step
 from allstep.engine.run import Run
 from allstep.engine.run_plan import (
     RunArguments,
@@ -42,6 +43,7 @@ from allstep.engine.run_plan import (
     is_evaluation,
     settle_terms,
 )
+from allstep.engine.skipping import skip
 from allstep.engine.source import END, is_one_shot
 from allstep.engine.state import State
 from allstep.errors import ArgumentTypeError, EngineError
@@ -100,6 +102,7 @@ class Engine:
         self._given_coordinator = coordinator
         self.process_function = process_function
         self.state = self._run.state
+        self.state._skip = partial(skip, self._run)
         self.modules: list[nn.Module] = []
         self.logger: logging.Logger = self._run.logger
         self.extension = Extension(self._run, self._registry)
@@ -379,9 +382,12 @@ class Engine:
                 state.max_epochs = state.max_iters = None  # begin anew, though it was left in its middle
             source = state.dataloader if data is None else data
             opens_at, arguments = resume.go_to_position(run, source, arguments)
+            run.modules, run.replicas = modules_in_step(self.modules, run.coordinator)
             run.handshake = shake_hands(
-                run, source, arguments, modules=self._modules_in_step(), reductions=self.extension.reductions
+                run, source, arguments, modules=run.modules, reductions=self.extension.reductions
             )
+            if run.replicas is not None:
+                run.replicas.unify_buffers()
             length = checked_length(source) if run.handshake is None else run.handshake.length
         terms = settle_terms(
             state,
@@ -439,7 +445,7 @@ class Engine:
         step: Callable[[Any], Any] = MethodType(self.process_function, self)
         fire: Callable[..., None] = self._fire_event if self._overrides_firing else partial(self._registry.fire, self)
         if run.handshake is not None:
-            step = agreed_step(run, step, self._modules_in_step())
+            step = agreed_step(run, step, run.modules)
         elif run.counts_samples:
             step = counted_step(run, step)
         step = with_faults(run, step)
@@ -471,9 +477,4 @@ class Engine:
     def _leave(self) -> None:
         resume.leave(self._run, self._passes)
         self._passes = None
-
-    def _modules_in_step(self) -> list[nn.Module]:
-        """Wrapped modules whose gradients the step's backward passes reduce over ranks."""
-        world = World.current()
-        known = [*(() if world is None else internals(world).wrapped_modules()), *self.modules]
-        return list(dict.fromkeys(known))
+        self._run.modules, self._run.replicas = [], None  # not kept alive between runs

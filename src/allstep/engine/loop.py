@@ -34,6 +34,7 @@ from allstep.engine.passes import Passes
 from allstep.engine.registry import HandlerSlot
 from allstep.engine.run import LOOK_NOW, Run
 from allstep.engine.run_plan import is_done
+from allstep.engine.skipping import end_skip
 from allstep.engine.source import END
 from allstep.errors import EngineError
 
@@ -200,6 +201,7 @@ class RunLoop:
                 if completed.due <= iteration:
                     fire(Events.ITERATION_COMPLETED)
                 if iteration >= run.until:
+                    end_skip(run)
                     passes.finish_window()
                     if holding and (yield from self._heed()):
                         return
@@ -207,6 +209,7 @@ class RunLoop:
                         return
                     self._look_ahead()
         except BaseException as error:
+            end_skip(run, failed=True)
             # Only where the step itself, or a handler before it, raised.
             run.step_is_open = done < state.iteration
             if isinstance(error, StopIteration):

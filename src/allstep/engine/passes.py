@@ -246,7 +246,7 @@ class Passes:
         return run.ends_at if self._agreed is None or self.batches is None else min(run.ends_at, run.window_ends_at)
 
     def report_unread(self) -> None:
-        """Say what ranks left unread in the epoch that has ended."""
+        """Say what ranks left unread in the epoch that has ended, and make their buffers those of one model."""
         agreed, run = self._agreed, self._run
         if agreed is None:
             return
@@ -256,6 +256,8 @@ class Passes:
             run.logger.warning(
                 "epoch %d ended when a rank ran out of data; unread, as far as known: %s", run.state.epoch, left
             )
+        if run.replicas is not None:
+            run.replicas.unify_buffers()
         self._let_hold(votes_anew=False)
 
     def close_epoch(self) -> None:
@@ -271,6 +273,8 @@ class Passes:
         """
         if self._agreed is not None:
             self._agreed.confirm_end()
+            if self._run.replicas is not None:
+                self._run.replicas.unify_buffers()
             for request in self._agreed.take_landed():
                 if request.kind is RequestKind.TERMINATE:
                     note_end(self._run, request)

@@ -17,8 +17,11 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from allstep.coordination import Alone, Coordinator, Request, RequestKind, Uneven
 from allstep.engine.batch_sizes import BatchCounter
+from allstep.engine.replicas import Replicas
 from allstep.engine.run_plan import StepSettings
 from allstep.engine.source import END
 from allstep.engine.state import State
@@ -107,6 +110,10 @@ class Run:
         counter: what counts them there.
         pass_offset: there the number, in its pass, of the batch of the run's first iteration; negative in later passes.
 
+        modules: wrapped modules whose gradients the step's backward passes reduce.
+        replicas: what ranks say of them; None where there is one rank.
+        skipped: the present iteration's batch, where `state.skip()` was called; None without.
+
         coordinator: how the ranks of this run agree.
         handshake: what they agreed at its start; None where there is nothing to agree on.
         logger: where the run reports.
@@ -143,6 +150,10 @@ class Run:
     counts_samples: bool = False
     counter: BatchCounter | None = None
     pass_offset: int = 0
+
+    modules: list[nn.Module] = field(default_factory=list)
+    replicas: Replicas | None = None
+    skipped: Any = None
 
     coordinator: Coordinator = field(default_factory=Alone)
     handshake: Handshake | None = None

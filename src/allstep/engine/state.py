@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from allstep.coordination import Outcome
+from allstep.errors import EngineError
 
 
 class State:
@@ -51,12 +53,30 @@ class State:
         self.unread: tuple[Any, ...] = ()
         self.stop_reason: str | None = None
         self.outcome: Outcome | None = None
+        self._skip: Callable[[], None] | None = None  # set by the engine that this is the state of
         for name, value in attributes.items():
             setattr(self, name, value)
+
+    def skip(self) -> None:
+        """Have this rank's batch count for nothing in the present iteration; called in the step, on any rank alone.
+
+        The step goes on to its backward pass, because the other ranks wait for this one there: the gradients that come
+        of it are zero, even those of a loss that is NaN. `weight` is 0, `samples` 0 and `active` false until the
+        iteration ends, so metrics leave it out. Other ranks keep their weights. Called before the forward pass it
+        leaves no trace in buffers either, such as BatchNorm's statistics.
+
+        Raises:
+            EngineError: this is not the state of an engine that is running.
+        """
+        if self._skip is None:
+            raise EngineError("state.skip() was called on a state that no engine runs; call engine.state.skip()")
+        self._skip()
 
     def __repr__(self) -> str:
         lines = ["State:"]
         for name, value in vars(self).items():
+            if name.startswith("_"):
+                continue
             shown = value if isinstance(value, int | float | str | type(None)) else type(value)
             lines.append(f"\t{name}: {shown}")
         return "\n".join(lines) + "\n"

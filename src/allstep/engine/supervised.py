@@ -17,7 +17,7 @@ from allstep.coordination import Coordinator
 from allstep.engine.engine import Engine
 from allstep.engine.events import Events
 from allstep.parallel import Precision, autocast, grad_scaler, unwrap
-from allstep.world import World, to_device
+from allstep.world import World, internals, to_device
 
 PrepareBatch = Callable[[Any, torch.device, bool], tuple[Any, Any]]
 
@@ -115,11 +115,12 @@ def create_supervised_evaluator(
 ) -> Engine:
     """An engine whose step is a forward pass in evaluation mode, without gradients.
 
-    The module inside a DDP wrapper is called, so that no collective runs. Ranks may have different amounts of data: one
-    that runs out fires the events of the remaining iterations and does not call the step (`uneven="longest"`,
-    `idle="skip"`). A run that an exception or `terminate` left is not gone on with: the next one is whole. To evaluate
-    on some ranks only, give `coordinator=Alone()`.
-    Arguments are those of `create_supervised_trainer`; the default output is `(y_pred, y)`.
+    The module inside a DDP wrapper is called, so that no collective runs in a step. When a run starts, all ranks get
+    rank 0's buffers, such as BatchNorm's statistics, unless the model is wrapped with `broadcast_buffers=False`. Ranks
+    may have different amounts of data: one that runs out fires the events of the remaining iterations and does not call
+    the step (`uneven="longest"`, `idle="skip"`). A run that an exception or `terminate` left is not gone on with: the
+    next one is whole. To evaluate on some ranks only, give `coordinator=Alone()`. Arguments are those of
+    `create_supervised_trainer`; the default output is `(y_pred, y)`.
     """
     target = _device_of(model, device)
     module = unwrap(model)
@@ -132,9 +133,22 @@ def create_supervised_evaluator(
                 y_pred = model_transform(model_fn(module, x))
             return output_transform(x, y, y_pred)
 
-    return Engine(
+    evaluator = Engine(
         step, coordinator=coordinator, uneven="longest", idle="skip", resumes=False, name="supervised evaluator"
     )
+
+    @evaluator.on(Events.STARTED)
+    def evaluate_one_model() -> None:
+        # What is in DDP is one model's already. An average of weights is not in DDP, and has each rank's statistics.
+        world = World.current()
+        if world is not None and evaluator.coordinator.world_size > 1 and not _is_in_ddp(world, module):
+            world.unify_buffers(module)
+
+    return evaluator
+
+
+def _is_in_ddp(world: World, module: nn.Module) -> bool:
+    return any(unwrap(each) is module and each is not module for each in internals(world).wrapped_modules())
 
 
 class _AccumulationGroup:

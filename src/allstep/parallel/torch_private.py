@@ -1,14 +1,15 @@
 """Names that torch does not promise to keep, for `parallel`: each with a feature test and a way to go on without it.
 
-Contract: no other module of this package uses a private name of torch. `can_time_ddp` and `can_rebuild_buckets` are
-asked before the names are used. Where this torch lacks one, they warn once, return False, and DDP is used plainly.
+Contract: no other module of this package uses a private name of torch. `can_queue_callbacks`,
+`can_time_ddp` and `can_rebuild_buckets` are asked before the names are used. Where this torch lacks one, they warn once
+and return False, and DDP is used without what is named below.
 All names were there before torch 2.9, the oldest that allstep supports.
 
 | name | what for | without it |
 | --- | --- | --- |
-| autograd.Variable._execution_engine | a call when a backward pass has all gradients | plain DDP |
-| DistributedDataParallel._pre_forward | the time in which DDP synchronises buffers | plain DDP |
-| torch._compile._disable_dynamo | leaving the timing out of what is compiled | plain DDP |
+| autograd.Variable._execution_engine | a call when a backward pass has all gradients | not timed, not counted |
+| DistributedDataParallel._pre_forward | the time in which DDP synchronises buffers | not timed |
+| torch._compile._disable_dynamo | leaving the timing out of what is compiled | not timed |
 | Reducer._rebuild_buckets | DDP's final bucket layout before the first iteration | DDP's own layouts |
 | DistributedDataParallel._has_rebuilt_buckets | telling DDP that the layout is final | DDP's own layouts |
 | torch._dynamo.eval_frame.OptimizedModule | knowing what torch.compile returned | only the attribute below |
@@ -34,15 +35,18 @@ _warned: set[str] = set()
 
 def can_time_ddp() -> bool:
     """Whether this torch lets the waits of DDP be measured."""
-    has_all = True
-    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
-    if not hasattr(engine, "queue_callback"):
-        has_all = _without("torch.autograd.Variable._execution_engine", _NOT_TIMED)
+    has_all = can_queue_callbacks()
     if not hasattr(DistributedDataParallel, "_pre_forward"):
         has_all = _without("DistributedDataParallel._pre_forward", _NOT_TIMED)
     if _disable_dynamo() is None:
         has_all = _without("torch._compile._disable_dynamo", _NOT_TIMED)
     return has_all
+
+
+def can_queue_callbacks() -> bool:
+    """Whether this torch tells when a backward pass has all gradients."""
+    engine = getattr(torch.autograd.Variable, "_execution_engine", None)
+    return hasattr(engine, "queue_callback") or _without("torch.autograd.Variable._execution_engine", _NOT_TIMED)
 
 
 def queue_backward_callback(callback: Callable[[], None]) -> None:
@@ -115,7 +119,7 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
     return None
 
 
-_NOT_TIMED = "DDP is used plainly, so the time in which a rank waits for gradients counts as its own"
+_NOT_TIMED = "backward passes are not watched, so the time in which a rank waits for gradients counts as its own"
 _NOT_FIXED = "DDP lays its buckets out by itself, so a resumed run may differ in the last bits"
 
 

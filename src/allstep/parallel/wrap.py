@@ -3,6 +3,7 @@
 Contract: `World.wrap` calls `wrap_module` with its device and size. Before: every rank has built the same module and
 calls this at the same point, since DDP compares and broadcasts parameters. After: the module is on the device, and
 gradients of a world of several are averaged over ranks in backward. A world of one gets its own module back, moved.
+`rewrap` follows a module that has changed since; see `allstep.parallel.replica`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ParallelError
-from allstep.parallel.buckets import fix_buckets
+from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
 from allstep.protocol.heartbeat import RankActivity
@@ -41,8 +42,8 @@ def wrap_module(
         deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
             all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
-        activity: told on the CPU when this rank waits for the others; see `allstep.parallel.timed_ddp`. None measures
-            nothing.
+        activity: told of backward passes and, on the CPU, when this rank waits for the others; see
+            `allstep.parallel.timed_ddp`. None measures nothing.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -70,14 +71,38 @@ def wrap_module(
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
     is_timed = activity is not None and device.type == "cpu" and can_time_ddp()
-    wrapped = (TimedDDP if is_timed else DistributedDataParallel)(module, **(defaults | ddp_options))
-    if deterministic:
-        fix_buckets(wrapped)
+    wrapped = (TimedDDP if is_timed else Replica)(
+        module, deterministic=deterministic, sync_batchnorm=sync_batchnorm, **(defaults | ddp_options)
+    )
     # Only now, so that the pass that fixes the buckets is not measured.
-    if isinstance(wrapped, TimedDDP):
-        wrapped.activity = activity
+    wrapped.activity = activity
     hold_group(wrapped)
     return wrapped
+
+
+def rewrap(module: nn.Module) -> None:
+    """Have DDP follow what has changed in a wrapped module since: parameters frozen, unfrozen, added, replaced or cast.
+
+    The wrapper stays the same object.
+
+    Collective: every rank calls it behind the same change. All ranks get rank 0's parameters and buffers, so that new
+    ones begin alike. Hooks, options and gradients stay, and so does the optimizer, which must be given new parameters
+    as without DDP. In a world of one it does nothing.
+
+    Args:
+        module: what `wrap` gave, compiled or not.
+
+    Raises:
+        ParallelError: the module is not one that `wrap` put into DDP, or DDP cannot wrap it as it is now.
+    """
+    while not isinstance(module, DistributedDataParallel) and (original := compiled_from(module)) is not None:
+        module = original
+    if not isinstance(module, Replica):
+        raise ParallelError(
+            f"rewrap was given a {type(module).__name__}, which world.wrap has not put into DDP"
+            + ("; wrap it: model = world.wrap(module)" if isinstance(module, nn.Module) else "")
+        )
+    module.rewrap()
 
 
 def hold_group(module: DistributedDataParallel) -> None:

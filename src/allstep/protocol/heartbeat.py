@@ -49,6 +49,10 @@ class RankActivity:
         self._own = [0.0] * RECENT  # seconds of the last steps without waiting, as a ring
         self._steps = 0
         self._runs = 0
+        self._forwards: dict[int, int] = {}  # by module, the iteration of a forward pass that has had no backward yet
+        self._left_out = 0
+        self._passes: dict[int, tuple[int, int]] = {}  # by module, an iteration and the backward passes in it
+        self._most_passes = 0
 
     def enter(self, section: str) -> None:
         """Say that the rank is now in `section`, one of `SECTIONS`, or made progress in the one where it is."""
@@ -134,6 +138,35 @@ class RankActivity:
         self._step_began = now
         self._waited = 0.0
 
+    def forward_ends(self, module: int) -> None:
+        """A forward pass of a module has ended whose backward pass is to reduce gradients."""
+        earlier = self._forwards.get(module, 0)
+        if earlier and earlier != self.iteration:
+            self._left_out = earlier
+        self._forwards[module] = self.iteration
+
+    def backward_begins(self, module: int) -> None:
+        """The backward pass of a module begins, in which gradients are reduced."""
+        self._forwards.pop(module, None)
+        iteration, count = self._passes.get(module, (0, 0))
+        count = count + 1 if iteration == self.iteration else 1
+        self._passes[module] = self.iteration, count
+        if count > self._most_passes:
+            self._most_passes = count
+
+    @property
+    def left_out(self) -> int:
+        """The last iteration whose forward pass had no backward pass; 0 where each had one."""
+        # One that was in the present step may still be on its way to its backward pass, unless the step is over.
+        over = self.section_name != "step" or self.waiting not in ("", "buffers", "gradients")
+        pending = [at for at in list(self._forwards.values()) if at and (at < self.iteration or over)]
+        return max([self._left_out, *pending])
+
+    @property
+    def most_passes(self) -> int:
+        """The most backward passes that a module had in one iteration."""
+        return self._most_passes
+
     def _progress(self) -> None:
         now = self._clock()
         lasted = now - self._since
@@ -156,5 +189,7 @@ class RankActivity:
             engine=self.engine,
             # A copy first: the other thread may add a section while this one goes through them.
             longest={name: round(lasted, 3) for name, lasted in list(self._longest.items())},
+            left_out=self.left_out,
+            most_passes=self._most_passes,
             own_step=round(statistics.median(self._own), 6) if self._steps >= RECENT else 0.0,
         )

@@ -48,6 +48,8 @@ class Heartbeat:
     `seconds` is the age of its last progress, `waiting` what it waits for its peers in (empty where it does not),
     `engine` the name of the engine that runs, `longest` the longest stay in each section so far in seconds, and
     `own_step` the median seconds of a step without waiting, over the recent steps (0 before there are enough).
+    `left_out` is the last iteration whose forward pass had no backward pass (0: each had one), `most_passes` the most
+    backward passes of a module in one iteration.
     """
 
     rank: int
@@ -61,6 +63,8 @@ class Heartbeat:
     engine: str = ""
     longest: Mapping[str, float] = field(default_factory=dict)
     own_step: float = 0.0
+    left_out: int = 0
+    most_passes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,12 +36,13 @@ from allstep.version import __version__
 from allstep.world import current, early_signals
 from allstep.world.collectives import Collectives
 from allstep.world.device import choose_backend, choose_device, open_xla_device, visible_hardware
+from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
 from allstep.world.failures import Reporter
 from allstep.world.monitor_link import MonitorService, join, sidecar_service, supervised_service
 from allstep.world.process_group import Group, adopt_group, open_group
 from allstep.world.rendezvous import rendezvous
-from allstep.world.world import World, make_current, seconds
+from allstep.world.world import World, make_current
 
 _TIMEOUT = timedelta(minutes=10)
 

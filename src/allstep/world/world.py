@@ -28,7 +28,7 @@ from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import ArgumentError, WorldError
 from allstep.exit_codes import PREEMPTED
 from allstep.faults import RankPosition, strike
-from allstep.parallel import unwrap, wrap_module
+from allstep.parallel import rewrap, unify_buffers, unwrap, wrap_module
 from allstep.placement import Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
@@ -36,6 +36,7 @@ from allstep.world import current, early_signals
 from allstep.world.bounded_store import first_then_rest
 from allstep.world.collectives import Collectives, NamedWaits, Number, Op
 from allstep.world.device import choose_transport, seed_device
+from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
@@ -141,9 +142,27 @@ class World:
         return wrapped
 
     def unwrap(self, module: nn.Module) -> nn.Module:
-        """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank."""
+        """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank.
+
+        Its buffers are one model's at each end of an engine's epoch and at the start of each run; see `unify_buffers`.
+        """
         self._check_open("unwrap")
         return unwrap(module)
+
+    def rewrap(self, module: nn.Module) -> None:
+        """Have DDP follow parameters of a wrapped module that were frozen, unfrozen, added, replaced or cast since.
+
+        Collective; args and errors as in `allstep.parallel.rewrap`. An engine does it by itself where an epoch starts.
+        """
+        with self._collective("rewrap"):
+            if self.world_size > 1:
+                rewrap(module)
+
+    def unify_buffers(self, module: nn.Module) -> None:
+        """Give a module's buffers, such as BatchNorm's statistics, the values of rank 0; wrapped or not. Collective."""
+        with self._collective("unify_buffers"):
+            if self.world_size > 1:
+                unify_buffers(module)
 
     def to_device(self, value: T) -> T:
         """Move all tensors of a nested structure to this rank's device; see `allstep.world.to_device`."""
@@ -422,22 +441,3 @@ def make_current(world: World) -> None:
     """Make a World the current one, and have it closed when the interpreter ends with it open."""
     current.install(world)
     atexit.register(world._leave_at_exit)
-
-
-def seconds(name: str, value: float | timedelta) -> float:
-    """A duration in seconds.
-
-    Args:
-        name: of the argument, for the message.
-        value: seconds, or a timedelta.
-
-    Raises:
-        ArgumentError: it is no positive duration.
-    """
-    try:
-        result = value.total_seconds() if isinstance(value, timedelta) else float(value)
-    except (TypeError, ValueError):
-        result = 0.0
-    if not result > 0:
-        raise ArgumentError(f"{name} is {value!r}; it must be a positive number of seconds or timedelta")
-    return result
