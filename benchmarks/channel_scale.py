@@ -25,12 +25,11 @@ from typing import ClassVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from allstep.diagnosis.hang import HangLimits
 from allstep.monitor import hub as hub_module
 from allstep.monitor.failure_detector import FailureDetector
 from allstep.monitor.hub import Hub
-from allstep.monitor.service import AllArrived, Verdict
-from allstep.protocol.connection import Connection
+from allstep.monitor.service import AllArrived, MonitorSettings, Verdict
+from allstep.protocol.connection import connect
 from allstep.protocol.messages import (
     Failure,
     Heartbeat,
@@ -65,7 +64,9 @@ def serve(world_size: int) -> None:
     listener.listen(1024)
     selector = selectors.DefaultSelector()
     hub_module.FailureDetector = MeasuredDetector
-    hub = Hub(selector, listener, key=KEY, attempt=0, world_size=world_size, limits=HangLimits())
+    hub = Hub(selector, listener, MonitorSettings(KEY, 0, world_size))
+    for node in range(world_size):
+        hub.expect_node(node)
     latencies = MeasuredDetector.latencies
     print(listener.getsockname()[1], flush=True)
     os.set_blocking(0, False)
@@ -106,14 +107,14 @@ class Node:
     """One relay's connection, and the ranks that it speaks for."""
 
     def __init__(self, port: int, number: int, ranks: range, world_size: int) -> None:
-        self.connection = Connection(socket.create_connection(("127.0.0.1", port), timeout=30))
+        self.connection = connect([("127.0.0.1", port)], key=KEY, within=30, answer=30)
         self.ranks = ranks
         self.number = 0
         self.left = False
-        lines = [encode(NodeHello(KEY, 0, number, f"node{number}", tuple(ranks)))]
+        lines = [encode(NodeHello(0, number, f"node{number}", tuple(ranks)))]
         for rank in ranks:
             registration = RankRegistration(rank, world_size, f"node{number}", rank, "cuda", "nccl", f"GPU-{rank}")
-            lines.append(encode(RankHello(KEY, 0, registration)))
+            lines.append(encode(RankHello(0, registration)))
         self.connection.send(b"".join(lines))
         self.template = json.loads(
             encode(Heartbeat(0, 0, 0, 1, 1, "step", 0.01, "", "trainer", {"data": 0.1, "step": 0.5}, 0.012))
