@@ -12,6 +12,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | ConfigurationError | a configuration file or command-line option is wrong | ValueError |
 | LaunchError | the launcher cannot start the workers | RuntimeError |
 | ChannelError | a message of the control channel cannot be read, or its other end is gone | ConnectionError |
+| OtherVersionError | the other end of the control channel speaks another version of it | ChannelError |
 | WorldError | the process group cannot be set up, or a World is used outside `init` and `close` | RuntimeError |
 | CollectiveError | a collective is given what it cannot carry | ValueError |
 | ParallelError | a module cannot be wrapped as asked | ValueError |
@@ -92,6 +93,10 @@ class LaunchError(AllstepError, RuntimeError):
 
 class ChannelError(AllstepError, ConnectionError):
     """The control channel carried something that is not a message of this version, or its other end is gone."""
+
+
+class OtherVersionError(ChannelError):
+    """The other end of the control channel speaks another version of it."""
 
 
 class WorldError(AllstepError, RuntimeError):

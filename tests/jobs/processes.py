@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
+import resource
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+import pytest
+
+from allstep.protocol.connection import is_ready
 
 LIMIT = 90.0
 """Seconds that a test waits for anything at most."""
@@ -27,7 +31,7 @@ def watch(processes: Iterable[int]) -> list[int]:
 def await_end(watched: Iterable[int], limit: float = LIMIT) -> float:
     """Wait until the processes behind these pidfds have ended; when the last did, on `time.monotonic`."""
     for fd in watched:
-        assert select.select([fd], [], [], limit)[0], "the process is still there"
+        assert is_ready(fd, limit), "the process is still there"
         os.close(fd)
     return time.monotonic()
 
@@ -76,3 +80,21 @@ def command_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return f"{pid}: " + Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return str(pid)
+
+
+@contextlib.contextmanager
+def many_open_files() -> Iterator[None]:
+    """Descriptors below 1,024, where `select` ends, are all in use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this system allows too few open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    try:
+        while held[-1] < 1024:
+            held.append(os.dup(held[0]))
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

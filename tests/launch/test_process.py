@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from allstep.launch.process import Pipes, WorkerProcess, start_worker
 from allstep.launch.worker_plan import Command, WorkerPlan
+from allstep.protocol.connection import is_ready
 from tests.jobs.launchers import script
 from tests.jobs.processes import LIMIT, alive
 
@@ -34,7 +34,7 @@ def test_the_end_of_a_worker_makes_its_descriptor_readable_and_is_told(
 ) -> None:
     worker, pipes = start(script(tmp_path, text), pidfd)
     try:
-        assert select.select([worker.exit_fd], [], [], LIMIT)[0]
+        assert is_ready(worker.exit_fd, LIMIT)
         assert worker.returncode() == returncode
         worker.send(signal.SIGTERM)  # to one that has ended: nothing
     finally:
@@ -48,13 +48,13 @@ def test_release_kills_a_worker_and_what_it_started(pidfd: bool, tmp_path: Path)
     worker, pipes = start(script(tmp_path, text), pidfd)
     try:
         child = int(os.read(pipes.stdout[0], 100))
-        assert not select.select([worker.exit_fd], [], [], 0)[0]
+        assert not is_ready(worker.exit_fd)
         assert alive(child)
         copy = os.pidfd_open(child)
     finally:
         worker.release(LIMIT)
         pipes.close()
-    assert select.select([copy], [], [], LIMIT)[0]
+    assert is_ready(copy, LIMIT)
     os.close(copy)
 
 

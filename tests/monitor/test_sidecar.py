@@ -6,7 +6,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from allstep.monitor.hub import Hub
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.protocol.address import new_key
 from allstep.protocol.connection import is_ready
+from tests.jobs.processes import many_open_files
 from tests.monitor.driving import BOUND, Caller, RankProcess, gone, listening, rank_processes, registration, wait_for
 
 pytestmark = pytest.mark.slow
@@ -227,24 +227,6 @@ def test_the_end_of_a_process_is_seen_whatever_its_descriptors_number():
         process.kill()
         wait_for(lambda: is_ready(pidfd))
         os.close(pidfd)
-
-
-@contextlib.contextmanager
-def many_open_files() -> Iterator[None]:
-    """Descriptors below 1,024, where `select` ends, are all in use."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < 2048:
-        pytest.skip("this system allows too few open files")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
-    held = [os.open(os.devnull, os.O_RDONLY)]
-    try:
-        while held[-1] < 1024:
-            held.append(os.dup(held[0]))
-        yield
-    finally:
-        for fd in held:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_limits_that_cannot_be_read_start_nothing():

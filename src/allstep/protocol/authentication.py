@@ -12,8 +12,7 @@ drawn at random, or come from a text of some length (`user_secret`).
 Nothing that comes after is encrypted or signed: who can change packets on their way between two machines is not kept
 out (see docs/explanation/security.md).
 
-What can go wrong: `ChannelError` for a line that is not the expected one, and its kind `WrongKeyError` for a proof that
-is not right.
+What can go wrong: `ChannelError` for a line that is not the expected one, or a proof that is not right.
 """
 
 from __future__ import annotations
@@ -56,10 +55,6 @@ class Proof:
 _CODEC = Codec("the control channel", VERSION, (Challenge, Answer, Proof))
 
 
-class WrongKeyError(ChannelError):
-    """The other side does not have the key."""
-
-
 class ConnectingHandshake:
     """The side that connects.
 
@@ -81,14 +76,14 @@ class ConnectingHandshake:
         """Check the other side's answer, and return the line that proves this side.
 
         Raises:
-            ChannelError: it is no answer, or (`WrongKeyError`) not from one that has the key.
+            ChannelError: it is no answer, or not from one that has the key.
         """
         answer = _CODEC.decode(line)
         if not isinstance(answer, Answer):
             raise ChannelError("it did not answer the challenge")
         texts = self._challenge, answer.challenge
         if not _equal(answer.proof, _proof(self._key, "listens", self._port, *texts)):
-            raise WrongKeyError("what answers does not have this run's key")
+            raise ChannelError("what answers does not have this run's key")
         return _CODEC.encode(Proof(_proof(self._key, "connects", self._port, *texts)))
 
 
@@ -113,7 +108,7 @@ class ListeningHandshake:
         """Take the other side's next line; return what to send, or nothing where it has proved itself.
 
         Raises:
-            ChannelError: it is not the line that has to come, or (`WrongKeyError`) not from one that has the key.
+            ChannelError: it is not the line that has to come, or not from one that has the key.
         """
         message = _CODEC.decode(line)
         if isinstance(message, Challenge) and not self.answered:
@@ -123,7 +118,7 @@ class ListeningHandshake:
         if not isinstance(message, Proof) or not self.answered:
             raise ChannelError("it did not begin with a challenge")
         if not _equal(message.proof, _proof(self._key, "connects", self._port, *self._texts)):
-            raise WrongKeyError("it does not have this run's key")
+            raise ChannelError("it does not have this run's key")
         return b""
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from typing import Any
 
-from allstep.errors import ChannelError
+from allstep.errors import ChannelError, OtherVersionError
 
 _LEAST, _MOST = -(1 << 63), (1 << 63) - 1  # of the numbers in a message
 
@@ -59,7 +59,8 @@ class Codec:
         """A message from a line.
 
         Raises:
-            ChannelError: it is not JSON, not a message, of another version, or a field is missing or of another type.
+            ChannelError: it is not JSON, not a message, or a field is missing or of another type.
+            OtherVersionError: it is of another version.
         """
         try:
             body = json.loads(line, parse_constant=_refuse_constant)
@@ -69,7 +70,7 @@ class Codec:
             raise ChannelError(f"not a message of {self._protocol}: {line[:80]!r}")
         # The version is looked at before the type: another version may have types that this one does not know.
         if body["v"] != self._version:
-            raise ChannelError(
+            raise OtherVersionError(
                 f"a message of version {_shown(body['v'])} of {self._protocol}, and this is version "
                 f"{self._version}; install the same allstep on all nodes"
             )

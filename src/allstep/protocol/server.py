@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from allstep.errors import ChannelError
+from allstep.errors import ChannelError, OtherVersionError
 from allstep.protocol.authentication import LONGEST as LONGEST_HANDSHAKE
 from allstep.protocol.authentication import ListeningHandshake
 from allstep.protocol.connection import LONGEST_LINE, Connection
@@ -276,8 +276,9 @@ class MessageServer:
             if peer.introduced:
                 self._drop(peer, f"it sent {error}")
             else:
-                # Another version of this protocol is told so; what is not this protocol learns nothing.
-                self._turn_away(peer, str(error) if b'"v"' in line else "")
+                # Another version of this protocol is told so; who else has not proved itself learns nothing.
+                told = peer.handshake is None or isinstance(error, OtherVersionError)
+                self._turn_away(peer, str(error) if told else "")
             return
         if peer.introduced:
             self._happened.append(PeerMessage(peer, message, line))
