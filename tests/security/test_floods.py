@@ -89,7 +89,7 @@ def test_who_does_not_introduce_itself_in_time_is_closed_on() -> None:
 @pytest.mark.parametrize(
     "flood", [b"\n" * (1 << 20), b"x" * (1 << 20), b"x\n" * (1 << 19)], ids=["lines", "line", "short"]
 )
-def test_row_b6_a_mebibyte_of_anything_costs_its_sender_the_connection_at_once(flood: bytes) -> None:
+def test_row_b6_a_mebibyte_of_anything_costs_its_sender_the_connection(flood: bytes) -> None:
     with serving(1) as hub, contextlib.closing(Connection(socket.create_connection((HOST, hub.port)))) as stranger:
         stranger.send(flood)
         hub.until(lambda: (stranger.flush(), list(stranger.receive()), stranger.ended)[2])
@@ -110,7 +110,7 @@ def test_a_line_that_comes_in_pieces_is_searched_once() -> None:
         assert time.monotonic() - began < 20
 
 
-def test_a_service_may_open_what_the_system_allows_and_gives_its_children_what_there_was() -> None:
+def test_a_service_opens_what_the_system_allows_and_its_children_do_not() -> None:
     before = raise_descriptor_limit()
     try:
         assert descriptor_limit() >= min(before, 1 << 16)

@@ -145,7 +145,7 @@ def test_what_a_head_says_is_checked_cut_and_spelled_out(message: Message, words
 
 
 @pytest.mark.slow
-def test_row_b2_a_stranger_is_told_neither_name_nor_arguments_nor_given_a_place(tmp_path: Path) -> None:
+def test_row_b2_a_stranger_is_told_nothing_and_given_no_place(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, "print('ran')")), free_port()
     arguments = ["--name", "exp", target, "--api-token=abcdefgh"]
     with node(tmp_path, 0, port, *arguments) as first:

@@ -44,7 +44,7 @@ def test_row_b3_a_store_of_this_runs_name_without_the_secret_ends_the_run(ports:
         rendezvous(placement(1, ports), "me", 10.0, starts_service=False)
 
 
-def test_row_b3_what_was_read_from_the_real_store_is_of_no_use_at_another_port(ports: tuple[int, ...]) -> None:
+def test_row_b3_a_proof_of_the_real_store_is_of_no_use_at_another_port(ports: tuple[int, ...]) -> None:
     infos = rendezvous_all([placement(rank, ports[1:]) for rank in range(2)])
     assert_one_store(infos)
     real = TCPStore(HOST, ports[1], None, False, timedelta(seconds=5), wait_for_workers=False)
@@ -54,7 +54,7 @@ def test_row_b3_what_was_read_from_the_real_store_is_of_no_use_at_another_port(p
         rendezvous(placement(1, ports), "me", 10.0, starts_service=False)
 
 
-def test_row_b3_without_a_secret_a_taken_port_is_an_error_and_not_passed_over(
+def test_row_b3_without_a_secret_a_taken_port_is_an_error(
     ports: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -68,7 +68,7 @@ def test_row_b3_without_a_secret_a_taken_port_is_an_error_and_not_passed_over(
     assert squatter.num_keys() >= 0
 
 
-def test_row_b3_a_squatter_on_the_first_port_of_the_head_is_told_nothing_and_passed_over() -> None:
+def test_row_b3_a_squatter_on_the_heads_first_port_is_told_nothing() -> None:
     with (
         answering(key="squatter's") as (proven, first),
         answering() as (_, second),
