@@ -111,3 +111,24 @@ def test_neighbouring_places_are_told_apart(sequence: int, iteration: int, apart
 def test_the_least_of_the_doublings_is_read_from_their_sum(doublings: list[int]) -> None:
     result = result_of(*(Vote(Occasion.WINDOW, 0, doublings=each) for each in doublings), iterations=0)
     assert result.least_doublings(len(doublings)) == min(doublings)
+
+
+@pytest.mark.parametrize(
+    ("counts", "same"), [((0, 0, 0), True), ((7, 7, 7), True), ((7, 8, 7), False), ((0, 1, 2), False)]
+)
+def test_ranks_see_whether_they_made_the_same_number_of_backward_passes(counts, same):
+    result = result_of(*(Vote(Occasion.WINDOW, 0, backward_passes=each) for each in counts), iterations=0)
+    assert result.same_backward_passes(3) is same
+    assert result.backward_passes == sum(counts)
+
+
+def test_ranks_see_whether_their_models_are_the_same():
+    large = (1 << 60) + 12345
+    alike = result_of(*(Vote(Occasion.EPOCH_END, 0, fingerprint=large) for _ in range(4)), iterations=0)
+    apart = result_of(*(Vote(Occasion.EPOCH_END, 0, fingerprint=large + each) for each in (0, 0, 1)), iterations=0)
+    assert (alike.same_fingerprints(4), apart.same_fingerprints(3)) == (True, False)
+
+
+def test_a_changed_model_is_counted():
+    result = result_of(*(Vote(Occasion.WINDOW, 0, model_changed=each) for each in (True, False, True)), iterations=0)
+    assert result.model_changed == 2

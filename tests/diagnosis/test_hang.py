@@ -65,6 +65,16 @@ def test_waiting_in_a_run_for_a_rank_that_begins_none_is_a_hang_in_the_end():
     assert hangs(at(0, 150, waits="agreement"), at(1, 150, section="startup"))
 
 
+def test_ranks_that_all_wait_in_different_places_hang_after_twenty_seconds():
+    wide = HangLimits.parse("step=300,handler=300,silence=60")
+    apart = [at(0, 21, waits="gradients"), at(1, 22, waits="agreement")]
+    assert overdue(apart, wide, {})
+    assert not overdue([at(0, 19, waits="gradients"), at(1, 22, waits="agreement")], wide, {})
+    assert not overdue([*apart, at(2, 25)], wide, {})  # this one works
+    assert not overdue([at(0, 21, waits="gradients"), at(1, 22, waits="gradients")], wide, {})
+    assert not overdue([at(0, 21, waits="main_first"), at(1, 22, waits="agreement")], wide, {})
+
+
 def test_silence_is_a_hang_whatever_the_section_allows():
     assert hangs(at(0), at(1, section="checkpoint", age=6))
     assert not hangs(at(0), at(1, section="checkpoint", age=4))

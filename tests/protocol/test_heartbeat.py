@@ -143,3 +143,34 @@ def test_it_may_be_read_from_another_thread_at_any_moment(activity: RankActivity
     stop.set()
     thread.join()
     assert not problems
+
+
+def test_a_forward_pass_without_its_backward_pass_is_told_by_iteration(activity: RankActivity):
+    model, other = 1, 2
+    for iteration in (1, 2, 3):
+        activity.step_begins(1, iteration)
+        activity.forward_ends(model)
+        activity.forward_ends(other)
+        assert activity.heartbeat(0, 0, 1).left_out == (2 if iteration == 3 else 0)  # it may still come
+        activity.backward_begins(other)
+        if iteration != 2:
+            activity.backward_begins(model)
+    assert activity.heartbeat(0, 0, 1).left_out == 2
+
+
+def test_one_left_out_in_the_last_step_is_told_once_the_rank_waits_elsewhere(activity: RankActivity):
+    activity.step_begins(1, 4)
+    activity.forward_ends(1)
+    with activity.wait("buffers"):
+        assert activity.left_out == 0
+    with activity.wait("agreement"):
+        assert activity.left_out == 4
+
+
+def test_the_most_backward_passes_of_a_module_in_an_iteration_are_told(activity: RankActivity):
+    for iteration, passes in ((1, 3), (2, 5), (3, 2)):
+        activity.step_begins(1, iteration)
+        for _ in range(passes):
+            activity.backward_begins(1)
+        activity.backward_begins(2)
+    assert activity.heartbeat(0, 0, 1).most_passes == 5

@@ -3,6 +3,7 @@ They train what one process would, or one error on all ranks says what to do."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -273,3 +274,35 @@ def test_ranks_that_train_different_models_are_named_by_one_warning():
     assert "rank 1's first.weight is not that of rank 0" in first[0]
     assert second == []
     assert run_ranks(drifting, 1) == [[]]
+
+
+def past_ddp(world: World, how: str) -> list[str]:
+    """Train with gradients that DDP does not reduce."""
+    net = models.new_net()
+    model = world.wrap(net)
+    optimizer = models.optimizer_for(net)
+
+    def step(engine: Engine, batch: Any) -> None:
+        optimizer.zero_grad()
+        with model.no_sync() if how == "no_sync" and world.world_size > 1 else contextlib.nullcontext():
+            called = world.unwrap(model) if how == "module" else model
+            (models.loss_of(called, *batch) * engine.state.weight).backward()
+        optimizer.step()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Engine(step).run(world.loader(models.samples(), global_batch_size=6), max_epochs=2)
+    return [str(each.message) for each in caught if "different models" in str(each.message)]
+
+
+@pytest.mark.parametrize("how", ["module", "no_sync"])
+def test_a_step_that_trains_past_ddp_is_named_by_a_warning(how):
+    first, second, third = run_ranks(past_ddp, 3, how)
+    assert len(first) == 1
+    assert "rank 1's first.weight, rank 2's first.weight" in first[0]
+    assert "model.module(x) or inside model.no_sync()" in first[0]
+    assert second == third == []
+
+
+def test_a_step_that_trains_alike_is_not_warned_of():
+    assert run_ranks(past_ddp, 2, "as it should be") == [[], []]

@@ -10,7 +10,7 @@ time: there `check` raises `ModelChangedError` on the rank that sees a change.
 one), before the handlers of an epoch's end, and before those of the run's end.
 
 At an epoch's end a vote carries a fingerprint of the parameters that are reduced. Where ranks differ, one warning says
-so: they have all been given the same gradients, and something else in the step was not the same.
+so: they were not given the same gradients, or something else in the step was not the same.
 
 What it costs: a comparison of one flag a parameter in each vote, and a walk through the modules at an epoch's start and
 at most four times a second; one sum over the parameters at an epoch's end. `backward_passes` is a count that each vote
@@ -62,7 +62,6 @@ class Replicas:
         self._coordinator = coordinator
         self._activity = activity
         self._passes_before = self._count_passes()
-        self._passes_at_epoch = self._passes_before
         self._drift_is_said = False
         self._walked_at = 0.0
 
@@ -166,11 +165,10 @@ class Replicas:
 
     def fingerprint(self) -> int:
         """A number of the parameters that are reduced, the same where these are; 0 where nothing was trained."""
-        passes = self._count_passes()
-        if passes == self._passes_at_epoch:
+        reduced = [each for _, each in self._reduced() if _has_bits(each)]
+        if all(each.grad is None for each in reduced):
             return 0
-        self._passes_at_epoch = passes
-        sums = [_bits(each) for _, each in self._reduced() if _has_bits(each)]
+        sums = [_bits(each) for each in reduced]
         total = 0
         for each in torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else ():
             total = (total * 1_000_003 + each) % (1 << 61)
@@ -190,7 +188,7 @@ class Replicas:
             warnings.warn(
                 f"ranks train different models: at an epoch's end {shown} is not that of rank 0. Something in the step "
                 "decides by this rank's own numbers, such as an optimizer that is given a loss which is not reduced "
-                "over ranks (LBFGS), or changes gradients or parameters on some ranks only",
+                "over ranks (LBFGS), or trains past DDP, by model.module(x) or inside model.no_sync()",
                 stacklevel=2,
             )
             self._drift_is_said = True

@@ -61,6 +61,8 @@ class Replica(DistributedDataParallel):
         self._known = _parameters(self)
         self._tensors = list(self._known.values())  # also keeps them alive, so that no other takes an address
         self._required = list(map(_requires_grad, self._tensors))
+        self._trained = [each for each in self._tensors if each.requires_grad]
+        self._frozen = [each for each in self._tensors if not each.requires_grad]
         self._described = [(each.dtype, each.device, each.shape) for each in self._tensors]
 
     # Noticing
@@ -94,7 +96,8 @@ class Replica(DistributedDataParallel):
 
     def has_new_flags(self) -> bool:
         """Whether `requires_grad` of a known parameter is not what it was: the quick part of `changes`."""
-        return list(map(_requires_grad, self._tensors)) != self._required
+        # Every forward pass asks this: about 20 ns a parameter.
+        return not all(map(_requires_grad, self._trained)) or any(map(_requires_grad, self._frozen))
 
     @not_compiled
     def _check_unchanged(self) -> None:
