@@ -44,6 +44,15 @@ def test_waiting_for_one_that_waits_itself_is_a_hang():
     assert hangs(at(0, 50, waits="gradients"), at(1, 50, section="handler", waits="all_reduce #1"))
 
 
+def test_ranks_that_all_wait_in_different_places_need_no_limit_of_a_section():
+    elsewhere = at(0, 12, section="handler", waits="agreement", engine="evaluator")
+    assert hangs(elsewhere, at(1, 11, waits="agreement"), at(2, 11, waits="agreement"))
+    assert not hangs(elsewhere, at(1, 9, waits="agreement"))  # not long enough
+    assert not hangs(elsewhere, at(1, 9, iteration=6))  # one works
+    assert not hangs(elsewhere, at(1, 50, waits="agreement", engine="evaluator", section="handler"))  # the same place
+    assert not overdue([elsewhere, at(1, 11, waits="agreement")], HangLimits.parse("apart=off"), {})
+
+
 def test_waiting_for_one_that_left_the_loop_is_a_hang_in_the_end():
     assert not hangs(at(0, 50, waits="gradients"), at(1, 60, section="idle"))
     assert hangs(at(0, 150, waits="gradients"), at(1, 150, section="idle"))

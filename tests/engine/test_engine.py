@@ -33,10 +33,12 @@ def test_the_order_of_events_of_a_whole_run() -> None:
         ("GET_BATCH_STARTED", 1, 0),
         ("GET_BATCH_COMPLETED", 1, 0),
         ("ITERATION_STARTED", 1, 1),
+        ("OPTIMIZER_STEP_COMPLETED", 1, 1),
         ("ITERATION_COMPLETED", 1, 1),
         ("GET_BATCH_STARTED", 1, 1),
         ("GET_BATCH_COMPLETED", 1, 1),
         ("ITERATION_STARTED", 1, 2),
+        ("OPTIMIZER_STEP_COMPLETED", 1, 2),
         ("ITERATION_COMPLETED", 1, 2),
         ("EPOCH_COMPLETED", 1, 2),
         ("EPOCH_STARTED", 2, 2),
@@ -44,10 +46,12 @@ def test_the_order_of_events_of_a_whole_run() -> None:
         ("DATALOADER_STOP_ITERATION", 2, 2),
         ("GET_BATCH_COMPLETED", 2, 2),
         ("ITERATION_STARTED", 2, 3),
+        ("OPTIMIZER_STEP_COMPLETED", 2, 3),
         ("ITERATION_COMPLETED", 2, 3),
         ("GET_BATCH_STARTED", 2, 3),
         ("GET_BATCH_COMPLETED", 2, 3),
         ("ITERATION_STARTED", 2, 4),
+        ("OPTIMIZER_STEP_COMPLETED", 2, 4),
         ("ITERATION_COMPLETED", 2, 4),
         ("EPOCH_COMPLETED", 2, 4),
         ("COMPLETED", 2, 4),
@@ -108,7 +112,8 @@ def test_without_data_batches_are_none_and_no_batch_events_are_fired() -> None:
     engine.run(max_epochs=2, epoch_length=3)
     assert batches == [None] * 6
     assert {name for name, _, _ in seen} == {
-        *["STARTED", "EPOCH_STARTED", "ITERATION_STARTED", "ITERATION_COMPLETED", "EPOCH_COMPLETED", "COMPLETED"]
+        *["STARTED", "EPOCH_STARTED", "ITERATION_STARTED", "OPTIMIZER_STEP_COMPLETED", "ITERATION_COMPLETED"],
+        *["EPOCH_COMPLETED", "COMPLETED"],
     }
 
 

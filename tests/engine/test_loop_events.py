@@ -20,6 +20,9 @@ class Ended(Exception):
     """The model's run or epoch ended."""
 
 
+STEP_DONE = ("OPTIMIZER_STEP_COMPLETED", "ITERATION_COMPLETED")
+
+
 class Model:
     """What a run over `range(length)` does, written as the words of the events' documentation, with exceptions."""
 
@@ -74,6 +77,7 @@ class Model:
                     done += 1
                     self.fire("ITERATION_STARTED", batch)
                     self.look()
+                    self.fire("OPTIMIZER_STEP_COMPLETED", batch)
                     self.fire("ITERATION_COMPLETED", batch)
                     self.look()
                     if done == self.epoch_length:
@@ -102,7 +106,7 @@ def what_the_engine_does(data: Any, epoch_length: int | None, requests: dict[int
     fired = iter(range(100_000))
 
     def note(name: str) -> None:
-        has_batch = name in ("GET_BATCH_COMPLETED", "ITERATION_STARTED", "ITERATION_COMPLETED")
+        has_batch = name in ("GET_BATCH_COMPLETED", "ITERATION_STARTED") or name in STEP_DONE
         seen.append((name, engine.state.epoch, engine.state.iteration, engine.state.batch if has_batch else None))
         if name in PLACES:
             request = requests.get(next(fired))

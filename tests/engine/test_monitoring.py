@@ -146,16 +146,17 @@ def test_a_suspended_run_is_idle_and_goes_on_where_it_was():
 def test_without_a_monitor_the_loop_uses_the_bare_step_and_data():
     callers: list[tuple[str, str]] = []
 
-    class Batches:
+    class Iterating:
         left = 2
-
-        def __iter__(self) -> Iterator[int]:
-            return self
 
         def __next__(self) -> int:
             self.left -= 1
             callers.append(("data", sys._getframe(1).f_code.co_name))
             return self.left
+
+    class Batches:
+        def __iter__(self) -> Iterator[int]:
+            return Iterating()
 
     def step(engine: Engine, batch: int) -> None:
         callers.append(("step", sys._getframe(1).f_code.co_name))

@@ -7,8 +7,8 @@ one is given, and neither has startup: a script that trains in a loop of its own
 
 `overdue` is asked once a second whether the run hangs. It does when a rank is silent, or when one has been in a section
 for longer than allowed and no other rank explains that: one that is elsewhere, or further back, and within its own
-limit. It also does when all ranks have waited for 20 s, not all in the same place: each then waits for another. Then
-stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
+limit. It also does when all ranks have waited for longer than `apart`, not all in the same place: each then waits for
+another. Then stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
 
 A `HangDetector` belongs to one monitor. It makes a `RankProgress` of each record and asks these functions. Besides the
 limits it keeps only which ranks were found slow, so that each is reported once. It reads no clock: the monitor passes
@@ -46,9 +46,6 @@ _BOUNDS: Mapping[str, tuple[float, float]] = {
 SLOW = 1.5
 """How many times the others' median of its own step time makes a rank a straggler."""
 
-DEADLOCK_S = 20.0
-"""Seconds after which ranks that all wait, each in another place, are known to wait for each other."""
-
 _GRADIENTS = ("gradients", "buffers")
 _TIMED = {"main_first"}  # waits with a limit of their own
 
@@ -58,15 +55,20 @@ _NOTICEABLE = 0.002  # seconds a step; below it, differences are the machine's
 
 @dataclass(frozen=True, slots=True)
 class HangLimits:
-    """Seconds. `silence` is how long a rank may go without a heartbeat, `link` two nodes without a word."""
+    """Seconds. `silence` is how long a rank may go without a heartbeat, `link` two nodes without a word.
+
+    `apart` is how long all ranks may wait for their peers in different places: each then waits for another. No work
+    makes such a wait longer, only the last bytes of a collective that some have left already.
+    """
 
     bounds: Mapping[str, tuple[float, float]] = field(default_factory=lambda: _BOUNDS)
     silence: float = 15.0
     link: float = 15.0
+    apart: float = 15.0
 
     @classmethod
     def parse(cls, text: str) -> HangLimits:
-        """Limits from text like `step=60,data=5:300,silence=15,link=15`; what is not named keeps its default.
+        """Limits from text like `step=60,data=5:300,silence=15,link=15,apart=15`; what is not named keeps its default.
 
         One number bounds a section from above, two bound what is learnt from both sides, and `off` takes the limit
         away.
@@ -75,7 +77,7 @@ class HangLimits:
             ConfigurationError: an unknown name, or not seconds.
         """
         bounds = dict(_BOUNDS)
-        single = {"silence": cls().silence, "link": cls().link}
+        single = {name: getattr(cls(), name) for name in ("silence", "link", "apart")}
         for part in filter(None, (part.strip() for part in text.split(","))):
             name, _, value = (piece.strip() for piece in part.partition("="))
             if name in bounds:
@@ -174,7 +176,7 @@ def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[
         longest: what `longest_stays` found, in seconds by section.
     """
     # A silent rank needs no limit of a section: it cannot even say where it is. Nor do ranks that wait for each other.
-    if silent(ranks, limits) or _wait_for_each_other(ranks):
+    if silent(ranks, limits) or _wait_for_each_other(ranks, limits):
         return True
     over: list[RankProgress] = []
     within: list[RankProgress] = []
@@ -191,10 +193,13 @@ def overdue(ranks: Sequence[RankProgress], limits: HangLimits, longest: Mapping[
     return any(not any(_explains(other, each) for other in within) for each in over)
 
 
-def _wait_for_each_other(ranks: Sequence[RankProgress]) -> bool:
+def _wait_for_each_other(ranks: Sequence[RankProgress], limits: HangLimits) -> bool:
     """Whether all ranks say that they wait, and not in the same place, for so long that none can be on its way."""
     waits = {each.heartbeat.waiting for each in ranks}
-    return len(waits) > 1 and "" not in waits and not waits & _TIMED and min(each.still for each in ranks) > DEADLOCK_S
+    if "" in waits or waits & _TIMED or any(each.still <= limits.apart or each.away for each in ranks):
+        return False
+    # Engines all wait in "agreement", each with the ranks that run it.
+    return len({(each.heartbeat.engine, each.heartbeat.waiting) for each in ranks}) > 1
 
 
 def silent(ranks: Sequence[RankProgress], limits: HangLimits) -> list[RankProgress]:

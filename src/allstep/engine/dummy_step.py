@@ -44,7 +44,11 @@ def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Modul
             if run.replicas is not None:
                 run.replicas.raise_explained(error, state.iteration)
             raise
-        run.steps_in_group = 0 if state.group_end else run.steps_in_group + 1
+        if state.group_end:
+            run.steps_in_group = 0
+        else:
+            run.steps_in_group += 1
+            state.inner_iterations += 1
         return output
 
     return agreed

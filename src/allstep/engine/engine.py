@@ -39,8 +39,6 @@ from allstep.engine.run_plan import (
     check_choice,
     check_step,
     checked_length,
-    is_done,
-    is_evaluation,
     settle_terms,
 )
 from allstep.engine.skipping import skip
@@ -377,15 +375,11 @@ class Engine:
         length, opens_at = None, None
         if not is_suspended:
             run.coordinator, run.logger = self.coordinator, self.logger
-            resume.settle_counters(run)
-            if is_evaluation(run.settings, state, nested=is_nested()) and not run.was_loaded:
-                state.max_epochs = state.max_iters = None  # begin anew, though it was left in its middle
+            run.modules, run.replicas = modules_in_step(self.modules, run.coordinator)
+            resume.settle_counters(run, nested=is_nested())
             source = state.dataloader if data is None else data
             opens_at, arguments = resume.go_to_position(run, source, arguments)
-            run.modules, run.replicas = modules_in_step(self.modules, run.coordinator)
-            run.handshake = shake_hands(
-                run, source, arguments, modules=run.modules, reductions=self.extension.reductions
-            )
+            run.handshake = shake_hands(run, source, arguments, reductions=self.extension.reductions)
             if run.replicas is not None:
                 run.replicas.unify_buffers()
             length = checked_length(source) if run.handshake is None else run.handshake.length
@@ -397,7 +391,7 @@ class Engine:
             arguments.epoch_length,
             length=length,
             epochs_completed=run.epochs_completed,
-            resuming=is_suspended or run.was_loaded,
+            resuming=is_suspended or run.was_loaded or run.unfinished is not None,
         )
         is_finished = run.was_loaded and state.outcome == "finished" and not asks_for_more(terms, state)
         finished = state.stop_reason if is_finished else None
@@ -412,7 +406,7 @@ class Engine:
             state.stop_reason, state.outcome = finished, "finished"
             self.logger.warning("nothing to run: the run was finished: %s", finished)
             return False
-        if not is_suspended and is_done(state.iteration, state.epoch, state.max_epochs, state.max_iters):
+        if self.extension.is_complete and run.unfinished is None and not is_suspended:
             self._leave()
             self.logger.warning(
                 "nothing to run: all that was asked is done, %d epochs and %d iterations", state.epoch, state.iteration
@@ -431,6 +425,8 @@ class Engine:
         state.dataloader = data
         if terms.fresh:
             run.forget_progress()
+        if run.unfinished is None:
+            self._registry.forget_unfinished()
         if not is_spent:
             run.kept = []
         state.weight, state.group_end, state.active, state.samples = 1.0, True, True, None
@@ -444,18 +440,21 @@ class Engine:
         # The loop calls both without naming the engine: a step and a handler are given it as their first argument.
         step: Callable[[Any], Any] = MethodType(self.process_function, self)
         fire: Callable[..., None] = self._fire_event if self._overrides_firing else partial(self._registry.fire, self)
+        finish: Callable[..., None] = partial(self._registry.finish, self)
         if run.handshake is not None:
             step = agreed_step(run, step, run.modules)
         elif run.counts_samples:
             step = counted_step(run, step)
         step = with_faults(run, step)
         if monitor is not None:
-            step, fire = monitor.step(step), monitor.fire(fire)
+            step, fire, finish = monitor.step(step), monitor.fire(fire), monitor.fire(finish)
         iterate = iter if monitor is None else monitor.iterate
         continues = not terms.fresh and not is_spent
         self._passes = Passes(run, continues=continues, opens_at=opens_at, iterate=iterate)
         slots = self._registry.slots
-        run.drive = RunLoop(run, self._passes, step=step, fire=fire, slots=slots, monitor=monitor).drive()
+        run.drive = RunLoop(
+            run, self._passes, step=step, fire=fire, finish=finish, slots=slots, monitor=monitor
+        ).drive()
 
     def _go_on(self) -> None:
         """Drive the loop until it ends or is suspended."""

@@ -58,7 +58,7 @@ class EventEnum(Enum):
 
 
 class Events(EventEnum):
-    """What every engine fires. Counters for filters: `iteration` or `epoch`, as noted.
+    """What every engine fires. Counters for filters: `iteration`, `optimizer_steps` or `epoch`, as noted.
 
     The loop's order::
 
@@ -71,6 +71,7 @@ class Events(EventEnum):
                 GET_BATCH_COMPLETED               (iterations completed before)
                 ITERATION_STARTED                 (iteration)
                 the step
+                OPTIMIZER_STEP_COMPLETED          (optimizer_steps) when the iteration ends an accumulation group
                 ITERATION_COMPLETED               (iteration)
             TERMINATE_SINGLE_EPOCH                after terminate_epoch(); handlers may take `iter_counter`
             EPOCH_COMPLETED                       (epoch)
@@ -86,6 +87,7 @@ class Events(EventEnum):
     GET_BATCH_COMPLETED = "get_batch_completed"
     DATALOADER_STOP_ITERATION = "dataloader_stop_iteration"
     ITERATION_STARTED = "iteration_started"
+    OPTIMIZER_STEP_COMPLETED = "optimizer_step_completed"
     ITERATION_COMPLETED = "iteration_completed"
     EPOCH_COMPLETED = "epoch_completed"
     TERMINATE_SINGLE_EPOCH = "terminate_single_epoch"
@@ -101,6 +103,7 @@ COUNTERS: dict[EventEnum, str] = {
     Events.GET_BATCH_STARTED: "iteration",
     Events.GET_BATCH_COMPLETED: "iteration",
     Events.ITERATION_STARTED: "iteration",
+    Events.OPTIMIZER_STEP_COMPLETED: "optimizer_steps",
     Events.ITERATION_COMPLETED: "iteration",
     Events.EPOCH_COMPLETED: "epoch",
     Events.COMPLETED: "epoch",

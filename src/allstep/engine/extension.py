@@ -13,7 +13,12 @@ from allstep.engine.registry import Registry
 from allstep.engine.run import Run
 from allstep.engine.run_plan import is_done
 
-_WITH_A_BATCH = frozenset({Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED, Events.ITERATION_COMPLETED})
+_WITH_A_BATCH = frozenset(
+    {
+        *(Events.GET_BATCH_COMPLETED, Events.ITERATION_STARTED),
+        *(Events.OPTIMIZER_STEP_COMPLETED, Events.ITERATION_COMPLETED),
+    }
+)
 
 
 class Extension:
@@ -49,6 +54,11 @@ class Extension:
         """Whether all epochs or iterations that were asked for have been run."""
         state = self._run.state
         return is_done(state.iteration, self._run.epochs_completed, state.max_epochs, state.max_iters)
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether the present iteration was begun before, in an accumulation group that was not completed."""
+        return self._run.state.iteration <= self._run.redone_until
 
     @property
     def is_idle(self) -> bool:

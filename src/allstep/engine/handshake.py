@@ -63,7 +63,6 @@ def shake_hands(
         run: where this rank stands; not changed.
         data: what is to be run over.
         arguments: those of `Engine.run`.
-        modules: whose gradients the step's backward passes reduce.
         reductions: what is reduced at the engine's events.
 
     Raises:
@@ -75,7 +74,7 @@ def shake_hands(
     """
     coordinator, settings = run.coordinator, run.settings
     group_size = group_size_over(data, settings.accumulate)
-    check_accumulation(modules, group_size)
+    check_accumulation(run.modules, group_size)
     is_alone = coordinator.world_size == 1
     if is_alone:
         check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
@@ -112,6 +111,7 @@ def _describe(
         "state.epoch_length": state.epoch_length,
         "state.max_epochs": state.max_epochs,
         "state.max_iters": state.max_iters,
+        "the event whose handlers are left": None if run.unfinished is None else run.unfinished.event.name,
     }
     is_declared = settings.samples_in is None and declared_counts(data) is not None
     return RunDescription(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)

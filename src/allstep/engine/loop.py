@@ -22,7 +22,8 @@ An iteration costs one comparison an event (`slot.due`) and one (`run.until`) fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
@@ -32,7 +33,7 @@ from allstep.engine.events import EventEnum, Events
 from allstep.engine.monitoring import RunMonitor
 from allstep.engine.passes import Passes
 from allstep.engine.registry import HandlerSlot
-from allstep.engine.run import LOOK_NOW, Run
+from allstep.engine.run import LOOK_NOW, Run, UnfinishedEvent
 from allstep.engine.run_plan import is_done
 from allstep.engine.skipping import end_skip
 from allstep.engine.source import END
@@ -53,6 +54,7 @@ class RunLoop:
         passes: where batches come from.
         step: `batch -> output`.
         fire: `(event, *arguments)`: calls the handlers of an event that are due.
+        finish: `(event)`: calls those of them that an exception has left.
         slots: the handlers of each event, and when the first of them is due.
         monitor: who is told of exceptions; None without.
     """
@@ -64,6 +66,7 @@ class RunLoop:
         *,
         step: Callable[[Any], Any],
         fire: Callable[..., None],
+        finish: Callable[[EventEnum], None],
         slots: Mapping[Any, HandlerSlot],
         monitor: RunMonitor | None,
     ) -> None:
@@ -71,6 +74,7 @@ class RunLoop:
         self._passes = passes
         self._step = step
         self._fire = fire
+        self._finish = finish
         self._slots = slots
         self._monitor = monitor
 
@@ -85,6 +89,7 @@ class RunLoop:
             self._passes.keep_unused()
             raise
         except BaseException as error:
+            run.has_failed = True
             # Before any handler: what a handler raises or waits for must not hide the first cause.
             if self._monitor is not None:
                 self._monitor.saw(error)
@@ -110,9 +115,12 @@ class RunLoop:
         self._announce(Events.STARTED)
         if run.holding:
             yield from self._heed()
-        while RequestKind.TERMINATE not in run.holding and not self._is_done():
+        if run.unfinished is not None and run.unfinished.event is Events.EPOCH_COMPLETED:
+            yield from self._finish_epoch()
+        while RequestKind.TERMINATE not in run.holding and (run.unfinished is not None or not self._is_done()):
             # Not before the first epoch: there an empty iterator is an error, and not the end of a run.
-            if run.state.iteration and passes.is_one_shot and not self._has_another_epoch():
+            begins = run.state.iteration and run.unfinished is None
+            if begins and passes.is_one_shot and not self._has_another_epoch():
                 break
             yield from self._epoch()
             if passes.is_dry:
@@ -125,6 +133,8 @@ class RunLoop:
         run.epoch_is_open = True
         passes.set_epoch(state.epoch - 1)
         self._announce(Events.EPOCH_STARTED)
+        if run.unfinished is not None:  # of the iteration after which the last run failed
+            self._finish_event(run.unfinished)
         if not (holding and (yield from self._heed())) and not self._epoch_is_over():
             passes.open_or_go_on()
             if not (holding and (yield from self._heed())):
@@ -133,7 +143,7 @@ class RunLoop:
             return
         # An iteration that was begun and cut by terminate_epoch() counts as one of this epoch.
         run.step_is_open = False
-        iterations = state.iteration - run.epoch_began_at
+        began_at, iterations = run.epoch_began_at, state.iteration - run.epoch_began_at
         cut = RequestKind.TERMINATE_EPOCH in holding
         if cut:
             self._announce(Events.TERMINATE_SINGLE_EPOCH, iterations)
@@ -147,7 +157,8 @@ class RunLoop:
         passes.report_unread()
         if not (cut and run.skips_epoch_completed):
             state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
-            self._announce(Events.EPOCH_COMPLETED)
+            with self._may_be_left(Events.EPOCH_COMPLETED, began_at, is_cut=cut):
+                self._announce(Events.EPOCH_COMPLETED)
         passes.close_epoch()
         holding.discard(RequestKind.TERMINATE_EPOCH)  # one that came too late for this epoch is not for the next
         state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
@@ -212,8 +223,34 @@ class RunLoop:
             end_skip(run, failed=True)
             # Only where the step itself, or a handler before it, raised.
             run.step_is_open = done < state.iteration
+            if completed.unfinished and not run.step_is_open:
+                run.unfinished = UnfinishedEvent(Events.ITERATION_COMPLETED, run.epoch_began_at)
             if isinstance(error, StopIteration):
                 raise EngineError(_STOP_ITERATION) from error
+            raise
+
+    def _finish_epoch(self) -> Generator[None, None, None]:
+        """Call the handlers of EPOCH_COMPLETED that an exception has left, and end the epoch as ever."""
+        assert self._run.unfinished is not None
+        self._finish_event(self._run.unfinished)
+        self._passes.close_epoch()
+        self._run.holding.discard(RequestKind.TERMINATE_EPOCH)
+        if self._run.holding:
+            yield from self._heed()
+
+    def _finish_event(self, left: UnfinishedEvent) -> None:
+        self._run.unfinished = None
+        with self._may_be_left(left.event, left.epoch_began_at, is_cut=left.is_cut):
+            self._finish(left.event)
+
+    @contextmanager
+    def _may_be_left(self, event: Events, epoch_began_at: int, *, is_cut: bool) -> Iterator[None]:
+        """Note what is left of an event, when one of its handlers raises in the body."""
+        try:
+            yield
+        except BaseException:
+            if self._slots[event].unfinished:
+                self._run.unfinished = UnfinishedEvent(event, epoch_began_at, is_cut)
             raise
 
     def _refill(self) -> bool:

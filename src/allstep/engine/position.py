@@ -20,7 +20,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class RunPosition:
     max_epochs: int | None
     max_iters: int | None
     passes_began_at: int = 0
+    inner_iterations: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,16 @@ def translated(position: RunPosition, old_group: int, length: int, group: int, l
         moved_begin = moved(position.epoch_began_at)
         limit = None if position.max_iters is None else moved(position.max_iters)
     done = length - left if position.iteration > position.epoch_began_at else 0
-    return RunPosition(moved_begin + done, position.epochs_completed, moved_begin, length, position.max_epochs, limit)
+    reached = moved_begin + done
+    optimizer_steps = position.iteration - position.inner_iterations
+    return replace(
+        position,
+        iteration=reached,
+        epoch_began_at=moved_begin,
+        epoch_length=length,
+        max_iters=limit,
+        inner_iterations=reached - optimizer_steps,  # the same groups, of another number of iterations
+    )
 
 
 class PositionHistory(Iterator[Any]):

@@ -40,13 +40,15 @@ class HandlerRegistration:
 class HandlerSlot:
     """The handlers of one event, and when the first of them is due."""
 
-    __slots__ = ("attribute", "due", "event", "pinned", "registrations")
+    __slots__ = ("attribute", "due", "event", "pinned", "registrations", "unfinished")
 
     def __init__(self, event: EventKey, attribute: str | None, pinned: bool) -> None:
         self.event = event
         self.attribute = attribute
         self.pinned = pinned
         self.registrations: list[HandlerRegistration] = []
+        # When one has raised: that one and those behind it, which were not called.
+        self.unfinished: list[HandlerRegistration] = []
         self.due: float = ALWAYS if pinned else NEVER
 
     def schedule(self, count: int) -> None:
@@ -62,11 +64,26 @@ class HandlerSlot:
 
         One that is added meanwhile is called too, one that is removed is called for the last time.
         """
-        for (
-            registration
-        ) in self.registrations:  # `remove` replaces this list, so that it does not change under the loop
-            if registration.filter is None or registration.filter.matches(engine, count):
-                registration.call(engine, *event_args)
+        self._call(self.registrations, engine, count, event_args)
+
+    def finish(self, engine: Any, count: int) -> None:
+        """Call those that an exception of one of them has left, and that are still handlers of the event."""
+        known = {id(each) for each in self.registrations}
+        left, self.unfinished = self.unfinished, []
+        self._call([each for each in left if id(each) in known], engine, count, ())
+
+    def _call(
+        self, registrations: list[HandlerRegistration], engine: Any, count: int, event_args: tuple[Any, ...]
+    ) -> None:
+        registration = None
+        try:
+            for registration in registrations:  # `remove` replaces the list, so that it does not change under the loop
+                if registration.filter is None or registration.filter.matches(engine, count):
+                    registration.call(engine, *event_args)
+        except BaseException:
+            at = next((at for at, each in enumerate(registrations) if each is registration), 0)
+            self.unfinished = registrations[at:]
+            raise
         if self.due != ALWAYS:
             self.schedule(count + 1)
 
@@ -89,6 +106,10 @@ class Registry:
         self.slots: dict[EventKey, HandlerSlot] = {}
         self.last_event: EventKey | None = None
         self.register(Events, COUNTERS)
+        # The first of ITERATION_COMPLETED while anybody listens: a loop without listeners asks for no group's end.
+        self._optimizer_step = HandlerRegistration(self._tell_of_optimizer_step, None, self._tell_of_optimizer_step)
+        if pinned:
+            self._listen_for_optimizer_steps()
 
     def register(self, events: Iterable[EventKey], counters: Mapping[Any, str]) -> None:
         """Make these events known, with the state's attribute that counts each; one that is absent is made, at 0."""
@@ -117,6 +138,17 @@ class Registry:
         slot = self.slots[event]
         slot.call(engine, self._count(slot), event_args)
 
+    def finish(self, engine: Any, event: Any) -> None:
+        """Call the handlers of an event that an exception of one of them has left, beginning with that one."""
+        self.last_event = event
+        slot = self.slots[event]
+        slot.finish(engine, self._count(slot))
+
+    def forget_unfinished(self) -> None:
+        """Leave out what exceptions have left."""
+        for slot in self.slots.values():
+            slot.unfinished = []
+
     def add(self, event: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Compile `handler`, to be called with these arguments too, and append it to the event's slot."""
         if isinstance(event, EventsList):
@@ -133,6 +165,8 @@ class Registry:
         call = _compile(handler, takes_engine, takes_event, args, kwargs)
         slot.registrations.append(HandlerRegistration(handler, chosen, call))
         slot.schedule(self._count(slot))
+        if slot.event is Events.OPTIMIZER_STEP_COMPLETED:
+            self._listen_for_optimizer_steps()
 
     def has(self, handler: Callable[..., Any], event: Any | None = None) -> bool:
         """Whether `handler` listens to `event`, or, without one, to any."""
@@ -155,11 +189,30 @@ class Registry:
             raise ArgumentError(f"{handler!r} is not a handler of {slot.event}; see has_event_handler")
         slot.registrations = kept
         slot.schedule(0)
+        if slot.event is Events.OPTIMIZER_STEP_COMPLETED and not kept and not self._pinned:
+            self.remove(self._optimizer_step.handler, Events.ITERATION_COMPLETED)
 
     def schedule(self) -> None:
         """Bring every slot up to date with the state's counters."""
         for slot in self.slots.values():
             slot.schedule(self._count(slot))
+
+    def _listen_for_optimizer_steps(self) -> None:
+        completed = self.slots[Events.ITERATION_COMPLETED]
+        if self._optimizer_step not in completed.registrations:
+            completed.registrations = [self._optimizer_step, *completed.registrations]
+            completed.schedule(self._count(completed))
+
+    def _tell_of_optimizer_step(self, engine: Any) -> None:
+        """Fire OPTIMIZER_STEP_COMPLETED if this iteration ends a group, and go on with what is being fired."""
+        if not self._state.group_end:
+            return
+        around, event = self.last_event, Events.OPTIMIZER_STEP_COMPLETED
+        if self.slots[event].unfinished:
+            self.finish(engine, event)
+        elif self._pinned or self.slots[event].due <= self._state.optimizer_steps:
+            engine._fire_event(event)
+        self.last_event = around
 
     def _count(self, slot: HandlerSlot) -> int:
         return getattr(self._state, slot.attribute) if slot.attribute else 0

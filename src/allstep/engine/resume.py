@@ -23,12 +23,12 @@ from allstep.engine.position import (
     sampler_of,
 )
 from allstep.engine.run import Run
-from allstep.engine.run_plan import RunArguments, begins_anew
+from allstep.engine.run_plan import RunArguments, begins_anew, is_evaluation
 from allstep.engine.source import END, is_one_shot, pass_position
 from allstep.errors import ArgumentError
 
 _COUNTS = {
-    *("iteration", "epoch", "epochs_completed", "epoch_began_at", "passes_began_at"),
+    *("iteration", "inner_iterations", "epoch", "epochs_completed", "epoch_began_at", "passes_began_at"),
     *("epoch_length", "max_epochs", "max_iters"),
 }
 
@@ -36,13 +36,16 @@ _COUNTS = {
 def save(run: Run, passes: Passes | None, user_keys: Iterable[str]) -> dict[str, Any]:
     """What `Engine.state_dict` gives; see there. `passes` are those of the run that is under way, if one is."""
     state, iteration = run.state, run.steps_done
+    inner = state.inner_iterations - run.steps_in_group
+    epochs_completed, epoch_began_at = run.epochs_to_save
     terms = {"max_epochs": state.max_epochs} if state.max_iters is None else {"max_iters": state.max_iters}
     data = _position_in_data(run, passes, iteration)
     return {
         "iteration": iteration,
-        "epochs_completed": run.epochs_completed,
-        "epoch_began_at": run.epoch_began_at,
+        "epochs_completed": epochs_completed,
+        "epoch_began_at": epoch_began_at,
         "epoch_length": state.epoch_length,
+        **({"inner_iterations": inner} if inner else {}),
         **({"passes_began_at": run.passes_began_at} if run.passes_began_at else {}),
         **terms,
         **({} if data is None else {"data": data}),
@@ -59,11 +62,12 @@ def _position_in_data(run: Run, passes: Passes | None, iteration: int) -> dict[s
         return dict(run.loaded_place) if run.was_loaded and run.loaded_place is not None else None
     sampler, epoch, done = sampler_of(state.dataloader), 0, 0
     if sampler is not None:
+        epochs_completed, epoch_began_at = run.epochs_to_save
         epoch, done = pass_position(
             iteration,
-            run.epoch_began_at,
+            epoch_began_at,
             state.epoch_length,
-            run.epochs_completed,
+            epochs_completed,
             sampler.batches_in_epoch,
             passes_began_at=run.passes_began_at,
         )
@@ -77,6 +81,7 @@ def load(run: Run, state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> N
     user_keys = list(user_keys)
     # First, so that a state that is refused changes nothing.
     position = position_from(state_dict, user_keys)
+    run.forget_progress()
     _stand_at(run, position)
     state = run.state
     state.dataloader = None
@@ -87,13 +92,43 @@ def load(run: Run, state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> N
     run.loaded_place, run.data_state, run.was_loaded = state_dict.get("data"), END, True
 
 
-def settle_counters(run: Run) -> None:
-    """Bring the counters back to what was completed, after a run that ended in the middle of an epoch."""
+def settle_counters(run: Run, *, nested: bool) -> None:
+    """Bring the counters back to what was completed, after a run that was left in its middle.
+
+    An evaluation is then to begin anew. For any other run the gradients that its step trains are as they were
+    before what is done again. `nested` says that an engine is running around this one.
+    """
     state = run.state
+    if is_evaluation(run.settings, state, nested=nested) and not run.was_loaded:
+        state.max_epochs = state.max_iters = None
+    elif run.has_failed and (run.step_is_open or run.steps_in_group):
+        _undo_step(run)
+    if run.steps_in_group:
+        # Done again, and its handlers with it.
+        run.redone_until, run.unfinished = state.iteration, None
     state.iteration = run.steps_done
+    state.inner_iterations -= run.steps_in_group
     state.epoch = run.epochs_completed
     run.steps_in_group = 0
-    run.step_is_open = run.epoch_is_open = False
+    run.step_is_open = run.epoch_is_open = run.has_failed = False
+
+
+def _undo_step(run: Run) -> None:
+    """Begin what an exception has left, an iteration or its accumulation group, with no gradient; say what remains."""
+    for parameter in (parameter for module in run.modules for parameter in module.parameters()):
+        parameter.grad = None
+    gradients = (
+        f"The gradients of {len(run.modules)} modules are cleared"
+        if run.modules
+        else "It knows no module whose gradients it could clear: call zero_grad() before backward(), or append the "
+        "model to engine.modules"
+    )
+    run.logger.warning(
+        "the run goes on with iteration %d, after a failure, and does it again with its batch. %s. What else the step "
+        "changed is not undone: random numbers that it drew, running statistics, an optimizer's step that it had begun",
+        run.steps_done + 1,
+        gradients,
+    )
 
 
 def go_to_position(run: Run, data: Any, arguments: RunArguments) -> tuple[int | None, RunArguments]:
@@ -109,13 +144,19 @@ def go_to_position(run: Run, data: Any, arguments: RunArguments) -> tuple[int | 
     saved = run.loaded_place if run.was_loaded else None
     run.loaded_place = None
     if not run.was_loaded and not begins_anew(
-        state, arguments.max_epochs, max_iters, epochs_completed=run.epochs_completed, resuming=False
+        state,
+        arguments.max_epochs,
+        max_iters,
+        epochs_completed=run.epochs_completed,
+        resuming=run.unfinished is not None,
     ):
         saved = _place_left(run, data)
     if saved is None:
         return None, arguments
     terms = state.epoch_length, state.max_epochs, state.max_iters
-    position = RunPosition(state.iteration, state.epoch, run.epoch_began_at, *terms, run.passes_began_at)
+    position = RunPosition(
+        state.iteration, state.epoch, run.epoch_began_at, *terms, run.passes_began_at, state.inner_iterations
+    )
     restored = restore_position(data, saved, position, group_size_over(data, run.settings.accumulate))
     _stand_at(run, restored.position)
     if max_iters == position.max_iters:
@@ -183,13 +224,13 @@ def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Ru
         epochs = iteration // length if length else 0
         began_at = epochs * (length or 0)
     most = state_dict.get("max_epochs"), state_dict.get("max_iters")
-    return RunPosition(iteration, epochs, began_at, length, *most, state_dict.get("passes_began_at") or 0)
+    series, inner = state_dict.get("passes_began_at") or 0, state_dict.get("inner_iterations") or 0
+    return RunPosition(iteration, epochs, began_at, length, *most, series, inner)
 
 
 def _stand_at(run: Run, position: RunPosition) -> None:
     state = run.state
-    run.forget_progress()
     state.iteration, state.epoch = position.iteration, position.epochs_completed
     state.epoch_length, state.max_epochs = position.epoch_length, position.max_epochs
     state.max_iters, run.epoch_began_at = position.max_iters, position.epoch_began_at
-    run.passes_began_at = position.passes_began_at
+    run.passes_began_at, state.inner_iterations = position.passes_began_at, position.inner_iterations

@@ -21,6 +21,7 @@ from torch import nn
 
 from allstep.coordination import Alone, Coordinator, Request, RequestKind, Uneven
 from allstep.engine.batch_sizes import BatchCounter
+from allstep.engine.events import Events
 from allstep.engine.replicas import Replicas
 from allstep.engine.run_plan import StepSettings
 from allstep.engine.source import END
@@ -75,6 +76,21 @@ class Handshake:
     is_one_shot: bool
 
 
+@dataclass(frozen=True, slots=True)
+class UnfinishedEvent:
+    """An event some of whose handlers were not called, because one of them raised; a run that goes on calls them first.
+
+    Attributes:
+        event: ITERATION_COMPLETED or EPOCH_COMPLETED, whose iteration or epoch is done all the same.
+        epoch_began_at: iterations that were done when the epoch began.
+        is_cut: the epoch was ended before its length.
+    """
+
+    event: Events
+    epoch_began_at: int
+    is_cut: bool = False
+
+
 @dataclass(slots=True)
 class Run:
     """Where a run stands, what it was asked, and what it goes on with.
@@ -89,6 +105,10 @@ class Run:
             ends here, so that the group is begun again.
         passes_began_at: iterations that were done when the first of the passes began that follow on each other without
             a break. 0 unless an epoch was cut short.
+        unfinished: the event whose handlers an exception has left; None without.
+        redone_until: iterations up to this one were begun before, and are done again because their accumulation group
+            was not completed.
+        has_failed: an exception ended the last run.
 
         requests: what was asked for on this rank and not voted on yet.
         holding: what holds now, and the loop has not acted on yet.
@@ -130,6 +150,9 @@ class Run:
     step_is_open: bool = False
     steps_in_group: int = 0
     passes_began_at: int = 0
+    unfinished: UnfinishedEvent | None = None
+    redone_until: int = 0
+    has_failed: bool = False
 
     requests: list[Request] = field(default_factory=list)
     holding: set[RequestKind] = field(default_factory=set)
@@ -184,6 +207,17 @@ class Run:
         return self.state.epoch - self.epoch_is_open
 
     @property
+    def epochs_to_save(self) -> tuple[int, int]:
+        """Epochs that have ended, and iterations done before the next, as a saved state says it.
+
+        An epoch whose end has not been told to all its handlers is one that still has to end.
+        """
+        left = self.unfinished
+        if left is None or left.event is not Events.EPOCH_COMPLETED or left.is_cut:
+            return self.epochs_completed, self.epoch_began_at
+        return self.epochs_completed - 1, left.epoch_began_at
+
+    @property
     def ends_at(self) -> float:
         """The iteration at which the epoch, or the run, ends; infinity while unknown."""
         length, most = self.state.epoch_length, self.state.max_iters
@@ -215,4 +249,6 @@ class Run:
     def forget_progress(self) -> None:
         """Begin with all counters at zero."""
         self.state.iteration = self.state.epoch = self.epoch_began_at = self.steps_in_group = self.passes_began_at = 0
-        self.epoch_is_open = self.step_is_open = False
+        self.state.inner_iterations = 0
+        self.epoch_is_open = self.step_is_open = self.has_failed = False
+        self.unfinished, self.redone_until = None, 0

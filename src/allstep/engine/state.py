@@ -28,6 +28,7 @@ class State:
             group, over all ranks: 1.0 in a world of one without gradient accumulation, 0.0 in a filler.
         group_end: whether the optimizer is due after this iteration: always, without gradient accumulation.
         active: whether this rank has a batch of its own in this iteration; False while it runs a filler.
+        inner_iterations: iterations that ended no accumulation group; 0 without gradient accumulation.
         samples: samples in this rank's batch, 0 in a filler; None in a world of one where nothing weighs by them.
         unread: what each rank left unread when the last epoch ended because another one ran out.
         stop_reason: which rank ended the run and why; None while nobody did.
@@ -49,6 +50,7 @@ class State:
         self.weight: float = 1.0
         self.group_end: bool = True
         self.active: bool = True
+        self.inner_iterations: int = 0
         self.samples: int | None = None
         self.unread: tuple[Any, ...] = ()
         self.stop_reason: str | None = None
@@ -71,6 +73,11 @@ class State:
         if self._skip is None:
             raise EngineError("state.skip() was called on a state that no engine runs; call engine.state.skip()")
         self._skip()
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Accumulation groups that have ended since the run started anew: steps that an optimizer was due for."""
+        return self.iteration - self.inner_iterations
 
     def __repr__(self) -> str:
         lines = ["State:"]

@@ -56,6 +56,7 @@ class Metrics:
             None  # given before `attach`, which says which share is this rank's
         )
         self._engine: Engine | None = None
+        self._taken_until = 0  # the last iteration that is in the states
         self._handles: list[RemovableEventHandle] = []
         self._reductions: list[EventReduction] = []
 
@@ -146,6 +147,7 @@ class Metrics:
 
     def reset(self) -> None:
         """Forget what was counted on this rank."""
+        self._taken_until = 0
         self._set.unmerged.clear()
         for entry in self.entries.values():
             entry.reset()
@@ -170,6 +172,7 @@ class Metrics:
         every = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
         share = every if isinstance(state_dict, Mapping) else every[slice(*self._share())]
         load_states(self._set, share, every)
+        self._taken_until = 0
         # One mapping is this rank's own whatever the number of ranks, so that only lists have to be looked at again.
         deferred = self._engine is None and not isinstance(state_dict, Mapping)
         self._saved = every if deferred else None
@@ -192,6 +195,10 @@ class Metrics:
 
     def _take(self, engine: Engine) -> None:
         state = engine.state
+        # An accumulation group that is begun again after a failure: what its batches gave is in the states.
+        if state.iteration <= self._taken_until and engine.extension.is_repeated:
+            return
+        self._taken_until = state.iteration
         # A filler stands in for a batch that this rank does not have: its output would be counted twice over ranks.
         if state.active and state.samples != 0 and self._feeding is not None:
             self._feeding.take(state.output, self._samples)
