@@ -14,8 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from torch import nn
-
 from allstep.coordination import LONGEST_WINDOW, MOST_DOUBLINGS, ComparedLine, agree_length, check_same
 from allstep.engine.batch_sizes import declared_counts
 from allstep.engine.position import group_size_over
@@ -54,9 +52,7 @@ class RunDescription:
     schema: tuple[ComparedLine, ...] = ()
 
 
-def shake_hands(
-    run: Run, data: Any, arguments: RunArguments, *, modules: Iterable[nn.Module], reductions: Iterable[Reduction]
-) -> Handshake | None:
+def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Iterable[Reduction]) -> Handshake | None:
     """Agree with the other ranks on the coming run over `data`; None where there is nothing to agree on.
 
     Args:
