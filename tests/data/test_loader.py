@@ -3,7 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
 from torch.utils.data import RandomSampler as TorchRandomSampler
 
 from allstep.data import Loader, make_loader
@@ -62,7 +62,7 @@ def test_augmentation_differs_between_epochs_seeds_and_positions() -> None:
 
 
 def test_epochs_reach_workers_that_live_on() -> None:
-    (persistent,) = loaders(Draws(), num_workers=2)
+    (persistent,) = loaders(Draws(), num_workers=2, persistent_workers=True)
     assert persistent.persistent_workers
     for epoch in (0, 1, 5):
         assert torch.equal(read([persistent], epoch), read(loaders(Draws()), epoch))
@@ -142,9 +142,9 @@ def test_unseeded_workers_get_seeds_by_epoch_and_rank() -> None:
     assert len({seeds(0, 0), seeds(0, 1), seeds(1, 0), seeds(0, 0, seed=4)}) == 4
 
 
-def test_lengths_and_tails_are_those_of_the_rank() -> None:
+def test_lengths_are_the_epochs_and_tails_those_of_the_rank() -> None:
     ranks = loaders(TensorDataset(torch.arange(9)), 4, global_batch_size=4)
-    assert [len(loader) for loader in ranks] == [3, 2, 2, 2]
+    assert [len(loader) for loader in ranks] == [3, 3, 3, 3]
     assert [len(list(loader)) for loader in ranks] == [3, 2, 2, 2]
 
 
@@ -199,8 +199,8 @@ def test_defaults_follow_device_and_workers_and_give_way_to_options() -> None:
 
     assert (made().pin_memory, made(device_type="cuda").pin_memory) == (False, True)
     assert made(device_type="cuda", pin_memory=False).pin_memory is False
-    assert (made().persistent_workers, made(num_workers=1).persistent_workers) == (False, True)
-    assert made(num_workers=1, persistent_workers=False).persistent_workers is False
+    assert (made().persistent_workers, made(num_workers=1).persistent_workers) == (False, False)
+    assert made(num_workers=1, persistent_workers=True).persistent_workers is True
     generator = torch.Generator().manual_seed(5)
     state = generator.get_state()
     chosen = made(generator=generator)
@@ -213,7 +213,9 @@ def test_defaults_follow_device_and_workers_and_give_way_to_options() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"sampler": TorchRandomSampler(Draws())}, "sampler was given"),
+        ({"sampler": TorchRandomSampler(Draws()), "shuffle": True}, "each decides the order"),
+        ({"sampler": DistributedSampler(Draws(), 2, 0)}, "deals samples to ranks"),
+        ({"sampler": iter(range(3))}, "has no length"),
         ({"batch_sampler": [[0]]}, "batch_sampler was given"),
         ({"sample_seeding": "always"}, "sample_seeding is 'always'"),
         ({"in_order": False}, "in_order=False"),

@@ -34,7 +34,7 @@ def test_micro_batches_are_the_global_batches_in_order_and_bounded(drawn):
     plain = samplers(length, batch, 1, None, drop_last=drop_last, shuffle=True, seed=3)[0]
     counts = ranks[0].counts(0, ranks[0].global_length)
     given_ = [list(sampler) for sampler in ranks]
-    assert [len(sampler) for sampler in ranks] == [len(each) for each in given_]
+    assert [sampler.batches_of_rank for sampler in ranks] == [len(each) for each in given_]
     taken = [iter(each) for each in given_]
     micro = [[i for rank in range(world) if row[rank] for i in next(taken[rank])] for row in counts.tolist()]
     assert all(micro)

@@ -56,7 +56,8 @@ def test_any_world_trains_the_same_global_batches_and_each_sample_once(
 def test_lengths_and_counts_say_what_the_ranks_yield(length: int, batch: int, world_size: int, drop_last: bool) -> None:
     samplers = world(length, world_size, global_batch_size=batch, drop_last=drop_last)
     yielded = [list(sampler) for sampler in samplers]
-    assert [len(sampler) for sampler in samplers] == [len(one) for one in yielded]
+    assert [sampler.batches_of_rank for sampler in samplers] == [len(one) for one in yielded]
+    assert {len(sampler) for sampler in samplers} == {max(map(len, yielded))}
     for sampler in samplers:
         total = sampler.global_length
         assert total == max(map(len, yielded))
@@ -72,7 +73,8 @@ def test_lengths_and_counts_say_what_the_ranks_yield(length: int, batch: int, wo
 
 def test_a_tail_smaller_than_the_world_leaves_the_high_ranks_one_batch_short() -> None:
     samplers = world(10, 4, global_batch_size=4)
-    assert [len(sampler) for sampler in samplers] == [3, 3, 2, 2]
+    assert [sampler.batches_of_rank for sampler in samplers] == [3, 3, 2, 2]
+    assert [len(sampler) for sampler in samplers] == [3] * 4
     assert samplers[3].global_length == 3
     assert samplers[3].counts(2).tolist() == [1, 1, 0, 0]
     assert all(all(batch for batch in sampler) for sampler in samplers)
@@ -111,7 +113,7 @@ def test_a_saved_place_resumes_at_any_world_and_batch_size(
     rest = [flat(part[b] for part in yielded if b < len(part)) for b in range(len(counts))]
     assert flat(rest) == flat(epoch[done:])
     assert [len(one) for one in rest] == counts.sum(axis=1).tolist()
-    assert [len(one) for one in yielded] == [max(0, len(sampler) - resumed_at) for sampler in samplers]
+    assert [len(one) for one in yielded] == [max(0, sampler.batches_of_rank - resumed_at) for sampler in samplers]
     assert all(len(one) == new_batch for one in rest[:-1])
     if batch == new_batch:
         assert rest == epoch[done:]

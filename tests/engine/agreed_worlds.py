@@ -291,7 +291,8 @@ def expect(drawn: Drawn, cut: set[tuple[int, int]], ended: tuple[int, int, bool]
     `ended` is (epoch, iteration, whether that epoch was complete).
     """
     ranks = [_Pass(shelf) for shelf in drawn.shelves]
-    out = Outcome(epoch_length=drawn.epoch_length or _known_length(drawn))
+    counted = drawn.epoch_length or _known_length(drawn)  # else an epoch is what the data gives
+    out = Outcome(epoch_length=counted)
     if _known_length(drawn) == 0:
         out.is_empty = True
         return out
@@ -334,14 +335,14 @@ def expect(drawn: Drawn, cut: set[tuple[int, int]], ended: tuple[int, int, bool]
         epoch, done, is_dry = epoch + 1, 0, False
         if not is_open:
             open_all(epoch)
-        while (epoch, iteration) not in cut and (out.epoch_length is None or done < out.epoch_length):
+        while (epoch, iteration) not in cut and (counted is None or done < counted):
             if ended == (epoch, iteration, False) or iteration == drawn.max_iters:
                 return out
             if not has_next():
                 if iteration == 0:
                     out.is_empty = True
                     return out
-                if out.epoch_length is None:
+                if counted is None and done:
                     out.epoch_length = done
                     break
                 if in_pass == 0:

@@ -263,13 +263,13 @@ def test_interrupt_with_terminate_epoch_suspends_after_the_epochs_end() -> None:
     assert seen == [("EPOCH_COMPLETED", 1, 2), ("INTERRUPT", 1, 2)]
 
 
-def test_set_data_gives_the_next_batch_and_keeps_the_epochs_length() -> None:
+def test_set_data_keeps_the_length_of_the_present_epoch_and_no_other() -> None:
     engine = Engine(nothing)
     batches = batches_of(engine)
     engine.add_event_handler(Events.ITERATION_COMPLETED(once=4), lambda: engine.set_data([10, 11]))
     state = engine.run(range(3), max_epochs=3)
-    assert batches == [0, 1, 2, 0, 10, 11, 10, 11, 10]
-    assert state.epoch_length == 3
+    assert batches == [0, 1, 2, 0, 10, 11, 10, 11]
+    assert state.epoch_length == 2
     assert state.dataloader == [10, 11]
 
 

@@ -28,7 +28,7 @@ class Model:
 
     def __init__(self, length: int, epoch_length: int | None, known: bool, requests: dict[int, str]) -> None:
         self.length = length
-        self.epoch_length = epoch_length or (length if known else None)
+        self.counted = epoch_length or (length if known else None)
         self.requests = requests
         self.seen: list[Entry] = []
         self.fired = self.epoch = self.iteration = 0
@@ -65,8 +65,7 @@ class Model:
                     self.fire("GET_BATCH_STARTED")
                     self.look()
                     if position == self.length:
-                        if self.epoch_length is None:
-                            self.epoch_length = done
+                        if self.counted is None and done:
                             break
                         self.fire("DATALOADER_STOP_ITERATION")
                         position = 0
@@ -80,7 +79,7 @@ class Model:
                     self.fire("OPTIMIZER_STEP_COMPLETED", batch)
                     self.fire("ITERATION_COMPLETED", batch)
                     self.look()
-                    if done == self.epoch_length:
+                    if done == self.counted:
                         break
                     if self.iteration == max_iters:
                         self.asked.add("terminate")

@@ -38,6 +38,7 @@ def test_the_state_of_a_run_says_where_it_stands_in_plain_numbers() -> None:
         "epochs_completed": 1,
         "epoch_began_at": 3,
         "epoch_length": 3,
+        "epoch_is_pass": True,
         "max_epochs": 4,
     }
 

@@ -287,7 +287,7 @@ class Checkpoint:
         if state.outcome == "failed" or not state.group_end or not schedule.iteration_is_due(state.iteration):
             return
         # At an epoch's end the handlers of EPOCH_COMPLETED are still to come: it is saved after them.
-        if state.epoch_length is None or state.iteration - engine.extension.epoch_began_at < state.epoch_length:
+        if state.iteration < engine.extension.epoch_ends_at:
             self.save(engine)
 
     def _after_epoch(self, engine: Engine) -> None:

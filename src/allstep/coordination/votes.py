@@ -17,7 +17,7 @@ from enum import IntEnum
 
 _SAMPLE_BITS = 44  # of a number of the body; how many ranks have a batch is counted above them
 _SAMPLES = (1 << _SAMPLE_BITS) - 1
-_HEADER = 19
+_HEADER = 20
 _PLACE_BITS = 20  # so that the squares of as many ranks as `having` holds can be summed
 _RANK_BITS = 20  # for counting ranks inside one number
 MOST_DOUBLINGS = 3
@@ -42,6 +42,7 @@ class Vote:
         samples: for each coming iteration the samples this rank has for it; None where it has no batch.
         terminate: whether it asks for the run's end; likewise `terminate_epoch`, `interrupt` and `replace_data`.
         gave_less: whether its data ended before what it had declared.
+        other_length: whether its data has another length than was agreed.
         needs_batch: whether it has never had a batch and will have to take part without one.
         unread: batches of this pass that it has not taken, and the samples in them as far as known.
         microseconds: what the last window took here.
@@ -61,6 +62,7 @@ class Vote:
     interrupt: bool = False
     replace_data: bool = False
     gave_less: bool = False
+    other_length: bool = False
     needs_batch: bool = False
     unread: int = 0
     microseconds: int = 0
@@ -89,6 +91,7 @@ class Vote:
             self.interrupt,
             self.replace_data,
             self.gave_less,
+            self.other_length,
             self.needs_batch,
             self.unread,
             self.microseconds,
@@ -122,6 +125,7 @@ class VoteResult:
     interrupt: int
     replace_data: int
     gave_less: int
+    other_length: int
     needs_batch: int
     unread: int
     microseconds: int

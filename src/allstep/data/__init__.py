@@ -17,6 +17,7 @@ from allstep.data.sampler import IndexBatch, ShardedBatchSampler
 from allstep.data.seeding import SampleSeeding
 from allstep.data.stream_sharding import PlacedIterable, shard
 from allstep.data.worker_signals import WorkerStart
+from allstep.data.zipped import ZippedLoaders, zip_loaders
 
 __all__ = [
     "EpochBatches",
@@ -27,7 +28,9 @@ __all__ = [
     "SampleSeeding",
     "ShardedBatchSampler",
     "WorkerStart",
+    "ZippedLoaders",
     "epoch_key",
     "make_loader",
     "shard",
+    "zip_loaders",
 ]

@@ -3,7 +3,9 @@
 Contract: `World.loader` (or anyone who knows a rank) calls `make_loader`; what comes back is a torch DataLoader. The
 engine calls `set_epoch` before each epoch and `skip_batches` to go on inside one. Iterating draws nothing from the
 global generators: worker seeds come from a generator of the loader's own, seeded anew from (seed, epoch, rank) for each
-iteration. What an iterator yields is settled when it is made; a later `set_epoch` concerns the next.
+iteration. What an iterator yields is settled when it is made; a later `set_epoch` concerns the next. So passes that
+overlap do not disturb each other, whatever the workers. As torch's does by default, each pass has new workers, which
+see the dataset as it is then.
 
 Map-style datasets go through a `ShardedBatchSampler` (`loader.batch_sampler`) and, unless seeding is off, a
 `SeededDataset`; iterable datasets through a `PlacedIterable`, in which `shard` knows the rank. Both read as the dataset
@@ -13,18 +15,20 @@ they wrap, which is `loader.source`. Arguments that contradict this raise a Data
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe
 from torch.utils.data import default_collate as torch_collate
 
+from allstep.data.epochs import wants_epoch
 from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
 from allstep.data.seeding import SampleSeeding, SeededDataset, keep_collated
 from allstep.data.stream_sharding import PlacedIterable
 from allstep.data.torch_private import child_processes, workers_of
+from allstep.data.worker_passes import begin_pass
 from allstep.data.worker_signals import WorkerStart, end_with_rank
 from allstep.errors import DataError
 
@@ -35,7 +39,9 @@ _SEEDINGS = ("sample", "batch", "off")
 class Loader(DataLoader[Any]):
     """What `make_loader` makes: a DataLoader that knows its epoch and its place in it.
 
-    `len(loader)` is this rank's number of batches. `source` is the dataset as it was given.
+    `len(loader)` is the epoch's number of batches, the same on every rank; where an epoch's last batch has fewer
+    samples than there are ranks, the high ranks have none in it and give one batch fewer. `source` is the dataset as it
+    was given.
     """
 
     def __init__(self, dataset: Dataset[Any], *, source: Dataset[Any], seed: int, rank: int, **options: Any) -> None:
@@ -70,6 +76,8 @@ class Loader(DataLoader[Any]):
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
         if self.sharded_sampler is not None:
+            if isinstance(self.dataset, SeededDataset):
+                self.dataset.tell_epoch(epoch)  # before the sampler asks for its length
             self.sharded_sampler.set_epoch(epoch)
             return
         if epoch != self._stream_epoch:
@@ -108,14 +116,23 @@ class Loader(DataLoader[Any]):
         if self._own_generator:
             # Seeded by place, so that a resumed epoch gives its workers the seeds that they had.
             self.generator.manual_seed(key_of(self.seed, self.epoch, _WORKERS, self.rank) >> 1)
-        before = child_processes()
-        iterator = super().__iter__()
-        end_with_rank(workers_of(iterator, self.num_workers, before))
+        if self.sharded_sampler is not None:
+            self.sharded_sampler.warn_of_same_order()
+        iterator = begin_pass(self, Loader._iterate)
+        if self.sharded_sampler is not None:
+            self.sharded_sampler.leave_position()
         dropped, self._drop_first = self._drop_first, 0
         # `self` stands for the end: no batch is the loader.
         for _ in range(dropped):
             if next(iterator, self) is self:
                 break
+        return iterator
+
+    def _iterate(self) -> Any:
+        """What torch makes of the loader; its workers end with this process at the latest."""
+        before = child_processes()
+        iterator = super().__iter__()
+        end_with_rank(workers_of(iterator, self.num_workers, before))
         return iterator
 
     def _positioned(self) -> ShardedBatchSampler:
@@ -147,6 +164,7 @@ def make_loader(
     global_batch_size: int | None = None,
     max_batch_per_rank: int | None = None,
     shuffle: bool = False,
+    sampler: Iterable[int] | None = None,
     drop_last: bool = False,
     sample_seeding: SampleSeeding = "sample",
     device_type: str = "cpu",
@@ -165,32 +183,31 @@ def make_loader(
         max_batch_per_rank: the most samples that a rank takes in one iteration. A global batch of which a rank's share
             is larger is taken in several iterations; an engine adds up their gradients. Map-style datasets only.
         shuffle: see `ShardedBatchSampler`.
+        sampler: indices in the order that they are dealt in, such as a torch `WeightedRandomSampler`; in place of
+            `shuffle`, and with a length. What it draws depends on `seed` and the epoch, not on the rank.
         drop_last: see `ShardedBatchSampler`.
         sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
             once for each rank's "batch" (the same at any number of workers), or not at all ("off"). An iterable
             dataset is never seeded.
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
-            `persistent_workers` (True with workers) and `generator` (the loader's own). Workers ignore SIGTERM and
-            SIGUSR1, which are for the ranks; a `worker_init_fn` is called after that is settled.
+            and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
+            `worker_init_fn` is called after that is settled.
 
     Raises DataError for arguments that cannot work together.
     """
     if sample_seeding not in _SEEDINGS:
         raise DataError(f"sample_seeding is {sample_seeding!r}; it must be one of {', '.join(_SEEDINGS)}")
-    for name in ("sampler", "batch_sampler"):
-        if dataloader_options.pop(name, None) is not None:
-            raise DataError(
-                f"{name} was given, but the loader brings its own, which deals samples to ranks; choose the order with "
-                f"shuffle and the dataset, or use a plain torch DataLoader with your {name}"
-            )
-    # What a user would want unasked: workers that live on from epoch to epoch, and pinned memory for CUDA.
+    if dataloader_options.pop("batch_sampler", None) is not None:
+        raise DataError(
+            "batch_sampler was given, but the loader brings its own, which deals samples to ranks; choose the order "
+            "with sampler and the size with batch_size. A plain DataLoader takes your batch_sampler, which then has to "
+            "give each rank other batches"
+        )
+    if sampler is not None and shuffle:
+        raise DataError("shuffle=True and a sampler were given, and each decides the order; give one of them")
     has_workers = dataloader_options.get("num_workers", 0) > 0
-    options = {
-        "pin_memory": device_type == "cuda",
-        "persistent_workers": has_workers,
-        **dataloader_options,
-    }
+    options = {"pin_memory": device_type == "cuda", **dataloader_options}
     if has_workers:
         options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
     if isinstance(dataset, IterableDataset):
@@ -198,6 +215,8 @@ def make_loader(
             raise DataError(
                 "shuffle=True over an iterable dataset, whose order only the dataset decides; shuffle there"
             )
+        if sampler is not None:
+            raise DataError("a sampler was given for an iterable dataset, whose order only the dataset decides")
         if max_batch_per_rank is not None:
             raise DataError(
                 "max_batch_per_rank was given for an iterable dataset, whose batches are not dealt from a global one; "
@@ -219,10 +238,11 @@ def make_loader(
         rank=rank,
         world_size=world_size,
         shuffle=shuffle,
+        sampler=sampler,
         drop_last=drop_last,
         seed=seed,
     )
-    if sample_seeding == "off":
+    if sample_seeding == "off" and not wants_epoch(dataset):
         return Loader(dataset, source=dataset, seed=seed, rank=rank, **options)
     seeded = SeededDataset(dataset, options.get("collate_fn") or torch_collate, seed=seed, seeding=sample_seeding)
     # Collation happens in the dataset, after its seeding; DataLoader must not do it again.

@@ -17,13 +17,15 @@ after a resume: the next iteration begins at batch `next_batch`, and only that o
 because a DataLoader with workers makes two iterators and uses the second.
 
 What can go wrong: in an epoch's last batch, when it has fewer samples than the world has ranks, the high ranks have
-none. Such a rank yields one batch fewer; `len(sampler)` is this rank's number of batches, `global_length` the world's,
-and `counts` says who has how many.
+none. Such a rank yields one batch fewer; `len(sampler)` is the epoch's number of batches, the same on every rank, and
+`counts` says who has how many. A dataset may be longer in another epoch: its length is read where an epoch begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sized
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +36,10 @@ from torch.utils.data import Sampler
 from allstep.data.batches import EpochBatches, micro_batches
 from allstep.data.keys import epoch_key
 from allstep.data.permutation import MAX_LENGTH, Permutation
+from allstep.data.sampler_order import SamplerOrder
 from allstep.errors import DataError
 
+_Order = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 _ORDER_VERSION = 1  # of saved states; another is refused, since its order would be another
 _FIRST_CHUNK = 1 << 10  # samples that are looked up in the order at once, at first
 _LARGEST_CHUNK = 1 << 16
@@ -77,6 +81,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         max_batch_per_rank: the most samples that a rank takes in a batch; a larger share of a global batch is taken in
             `accumulate` batches, the same number on every rank.
         shuffle: a random order each epoch, else the dataset's own.
+        sampler: indices in the order that is dealt out, in place of either; see `SamplerOrder`.
         drop_last: leave out a last global batch that is smaller than the others.
         seed: any integer, the same on every rank.
 
@@ -93,12 +98,10 @@ class ShardedBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
         shuffle: bool = False,
+        sampler: Iterable[int] | None = None,
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
-        length = int(data) if isinstance(data, (int, np.integer)) else _length_of(data)
-        if not 0 <= length <= MAX_LENGTH:
-            raise DataError(f"the dataset's length is {length}; it must lie between 0 and 2**62")
         if world_size < 1 or not 0 <= rank < world_size:
             raise DataError(f"rank is {rank} and world_size {world_size}; ranks count from 0 to world_size - 1")
         if not isinstance(seed, (int, np.integer)):
@@ -108,11 +111,14 @@ class ShardedBatchSampler(Sampler[list[int]]):
         self.shuffle = shuffle
         self.drop_last = drop_last
         self.seed = int(seed)
-        self.length = length
+        self.sampler_order = None if sampler is None else SamplerOrder(sampler, self.seed)
+        self._data = data if self.sampler_order is None else self.sampler_order
+        self.length = _length_of(self._data)
         self.global_batch_size = resolve_global_batch(batch_size, global_batch_size, world_size)
         self.accumulate = _resolve_accumulate(self.global_batch_size, world_size, max_batch_per_rank)
         self._epoch = 0
         self._position = _Position(self._epoch_batches())
+        self._read_to_end = self._warned = False  # since the epoch was set
 
     @property
     def epoch(self) -> int:
@@ -134,8 +140,18 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """Number of the world's batches in an epoch that is not resumed inside."""
         return self._epoch_batches().total
 
-    def __len__(self) -> int:
+    @property
+    def batches_of_rank(self) -> int:
+        """Number of the batches in which this rank has a sample: one fewer than `len`, or as many."""
         return self._position.batches.of_rank(self.rank)
+
+    @property
+    def present_batches(self) -> EpochBatches:
+        """The batches of the pass that was begun last; they do not change when another pass begins."""
+        return self._position.batches
+
+    def __len__(self) -> int:
+        return self.global_length
 
     def counts(self, start: int, stop: int | None = None) -> npt.NDArray[np.int64]:
         """Samples that each rank has in batch `start`, int64 of shape (world_size,), by arithmetic.
@@ -153,16 +169,41 @@ class ShardedBatchSampler(Sampler[list[int]]):
     def indices(self, number: int) -> npt.NDArray[np.int64]:
         """Dataset indices of this rank's part in batch `number` of the epoch, int64, by arithmetic."""
         positions = np.arange(*self._position.batches.part(number, self.rank), dtype=np.int64)
-        if not self.shuffle:
-            return positions
-        order: npt.NDArray[np.int64] = Permutation(self.length, epoch_key(self.seed, self._epoch))(positions)
-        return order
+        order = self._order()
+        return positions if order is None else order(positions)
 
     def set_epoch(self, epoch: int) -> None:
         """The next iteration is of this epoch (counted from 0). Another epoch than before begins at its first batch."""
+        self._read_to_end = False
         if epoch != self._epoch:
             self._epoch = epoch
-            self._position = _Position(self._epoch_batches())
+            self._begin_anew()
+
+    def dealing(self) -> dict[str, Any]:
+        """What has to be the same on every rank for each sample to come to one of them."""
+        order = self.sampler_order
+        drawn = {} if order is None else {"what the sampler draws": zlib.crc32(order.of(self._epoch).tobytes())}
+        return {
+            "the dataset's length": self.length,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "global_batch_size": self.global_batch_size,
+            "accumulate": self.accumulate,
+            "drop_last": self.drop_last,
+            "world_size": self.world_size,
+            **drawn,
+        }
+
+    def warn_of_same_order(self) -> None:
+        """Warn once where a pass begins in the shuffled order that another was read to its end in."""
+        if self.shuffle and self._read_to_end and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a loader with shuffle=True is read again in the order of epoch {self._epoch}: call "
+                "loader.set_epoch(epoch) before each pass, as an Engine does for a loader that it is given or can find "
+                "in its data",
+                stacklevel=3,
+            )
 
     def skip_batches(self, count: int) -> None:
         """The next iteration, and only that, begins at batch `count` of the epoch, whatever position was set before.
@@ -191,10 +232,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
                 "give the number of its batches that steps consumed"
             )
         return {
-            "version": _ORDER_VERSION,
-            "length": self.length,
-            "shuffle": self.shuffle,
-            "seed": self.seed,
+            **self._order_state(),
             "epoch": self._epoch if epoch is None else epoch,
             "samples_taken": self._position.batches.first(batches_done),
         }
@@ -204,7 +242,11 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
         Raises DataError, and changes nothing, when the state is of another dataset length, order or seed.
         """
-        mine = {"version": _ORDER_VERSION, "length": self.length, "shuffle": self.shuffle, "seed": self.seed}
+        self.length = _length_of(self._data)
+        mine = self._order_state()
+        # Where none of an epoch's samples is taken, any number of them may follow: the dataset may have grown.
+        if state.get("samples_taken") == 0:
+            del mine["length"]
         missing = sorted((mine.keys() | {"epoch", "samples_taken"}) - state.keys())
         if missing:
             raise DataError(f"the sampler state lacks {', '.join(missing)}; load what state_dict() of a sampler gave")
@@ -224,14 +266,33 @@ class ShardedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._position.next_batch == 0:
-            self._position = _Position(self._epoch_batches())
-        order = Permutation(self.length, epoch_key(self.seed, self._epoch)) if self.shuffle else None
-        return self._begin(self._position, order, self._epoch)
+            self._begin_anew()
+        return self._begin(self._position, self._order(), self._epoch)
 
-    def _begin(self, position: _Position, order: Permutation | None, epoch: int) -> Iterator[list[int]]:
+    def leave_position(self) -> None:
+        """The iteration that was begun has taken the position, so that another one begins at batch 0."""
+        self._position = _Position(self._position.batches)
+
+    def _begin(self, position: _Position, order: _Order | None, epoch: int) -> Iterator[list[int]]:
         if self._position is position:
-            self._position = _Position(position.batches)
+            self.leave_position()
         yield from _index_batches(position.batches, self.rank, position.next_batch, order, epoch)
+        self._read_to_end = self._read_to_end or epoch == self._epoch
+
+    def _begin_anew(self) -> None:
+        self.length = _length_of(self._data)
+        self._position = _Position(self._epoch_batches())
+
+    def _order(self) -> _Order | None:
+        """The present epoch's order, from positions to dataset indices; None for the dataset's own."""
+        if self.sampler_order is not None:
+            return self.sampler_order.of(self._epoch).__getitem__
+        return Permutation(self.length, epoch_key(self.seed, self._epoch)) if self.shuffle else None
+
+    def _order_state(self) -> dict[str, Any]:
+        """What a saved place is valid for."""
+        state = {"version": _ORDER_VERSION, "length": self.length, "shuffle": self.shuffle, "seed": self.seed}
+        return state if self.sampler_order is None else {**state, "sampler": type(self.sampler_order.sampler).__name__}
 
     def _epoch_batches(self, origin: int = 0) -> EpochBatches:
         sizes = self.length, self.global_batch_size, self.world_size
@@ -269,18 +330,21 @@ def _resolve_accumulate(global_batch: int, world_size: int, most: int | None) ->
     return micro_batches(global_batch, world_size, int(most))
 
 
-def _length_of(data: Sized) -> int:
+def _length_of(data: Sized | int) -> int:
     try:
-        return len(data)
+        length = int(data) if isinstance(data, int | np.integer) else len(data)
     except TypeError as error:
         raise DataError(
             f"{type(data).__name__} has no length; a sampler needs a map-style dataset with __len__, "
             "or the number of samples itself"
         ) from error
+    if not 0 <= length <= MAX_LENGTH:
+        raise DataError(f"the dataset's length is {length}; it must lie between 0 and 2**62")
+    return length
 
 
 def _index_batches(
-    batches: EpochBatches, rank: int, start: int, order: Permutation | None, epoch: int
+    batches: EpochBatches, rank: int, start: int, order: _Order | None, epoch: int
 ) -> Iterator[list[int]]:
     # A run of batches is looked up in the order at once; the run grows, so that the first batch comes at once.
     number, stop = start, batches.total

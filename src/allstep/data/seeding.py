@@ -5,47 +5,25 @@ process, hands it an `IndexBatch`, which says epoch and position. Before each sa
 numpy's legacy global generator and torch's default CPU generator are seeded from (seed, epoch, position). Collation
 happens here too, and goes on from the last seed. In the main process the three generators are put back afterwards, also
 when the dataset raises; a worker process has its own, and they stay as they are. Generators of other devices and those
-that a dataset owns are not touched.
+that a dataset owns are not touched. A dataset that has `set_epoch` is told the epoch of each batch before that is
+loaded, in whatever process it is, so that workers which live on and passes that overlap hear of theirs.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from allstep.data.epochs import tell_epoch, wants_epoch
+from allstep.data.generators import generators_kept, seed_cpu_generators
 from allstep.data.keys import key_of, stream
 from allstep.data.sampler import IndexBatch
 
 SampleSeeding = Literal["sample", "batch", "off"]
 
 _SAMPLES = 1  # sets the seeds of samples apart from other keys of the same seed and epoch
-_MASK32 = 0xFFFFFFFF
-
-
-def seed_cpu_generators(key: int) -> None:
-    """Seed Python's `random`, numpy's global generator and torch's CPU generator from a 64-bit key."""
-    random.seed(key)
-    np.random.seed(key & _MASK32)
-    # torch.manual_seed would also reach the accelerators, at eighty times the cost, and change what the model draws.
-    torch.default_generator.manual_seed(key >> 1)
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Leave the three global generators as they were found."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
 
 
 class SeededDataset(Dataset[Any]):
@@ -61,6 +39,7 @@ class SeededDataset(Dataset[Any]):
         self.collate = collate
         self.seed = seed
         self.seeding = seeding
+        self._told: int | None = None if wants_epoch(source) else -1  # -1 where nobody listens
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]
@@ -74,8 +53,17 @@ class SeededDataset(Dataset[Any]):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.source, name)
 
+    def tell_epoch(self, epoch: int) -> None:
+        """Tell the dataset the epoch, if it wants to know and was told another one last."""
+        if self._told != -1 and self._told != epoch:
+            self._told = epoch
+            tell_epoch(self.source, epoch)
+
     def __getitems__(self, batch: IndexBatch) -> Any:
         """The collated batch for the indices in `batch`."""
+        self.tell_epoch(batch.epoch)
+        if self.seeding == "off":
+            return self.collate(self._fetch(list(batch)))
         # A worker draws for nothing else, so its generators need not be put back.
         if get_worker_info() is not None:
             return self._load(batch)

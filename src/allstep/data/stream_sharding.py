@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from allstep.data.epochs import tell_epoch
 from allstep.errors import DataError
 
 T = TypeVar("T")
@@ -61,8 +62,8 @@ def _resolve(rank: int | None, world_size: int | None) -> tuple[int, int]:
 class PlacedIterable(IterableDataset[Any]):
     """An iterable dataset that knows its rank; reads as the dataset it wraps, which is `source`.
 
-    `set_epoch` reaches the copies of the dataset in running workers: each calls the source's own `set_epoch`, if it has
-    one, when its next iteration begins.
+    `set_epoch` reaches the copies of the dataset in running workers: each tells the source, or the datasets inside it
+    that have `set_epoch`, when its next iteration begins.
     """
 
     def __init__(self, source: IterableDataset[Any], rank: int, world_size: int) -> None:
@@ -86,9 +87,7 @@ class PlacedIterable(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         with _placed(self.place):
-            set_epoch = getattr(self.source, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(int(self.epoch))
+            tell_epoch(self.source, int(self.epoch))
             iterator = iter(self.source)
         return self._elements(iterator)
 

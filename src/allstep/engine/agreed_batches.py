@@ -36,6 +36,7 @@ from allstep.coordination import (
     RequestKind,
     Vote,
     VoteResult,
+    agree_length,
     agree_window,
     next_window,
     read_result,
@@ -121,17 +122,20 @@ class AgreedBatches:
             self._left_behind = (self._left_behind[0] + batches, self._left_behind[1] + samples)
         return self._buffer.kept()
 
-    def open_pass(self, reader: BatchReader | None = None, *, is_one_shot: bool = False) -> None:
+    def open_pass(
+        self, reader: BatchReader | None = None, *, is_one_shot: bool = False, other_length: bool = False
+    ) -> None:
         """Take from `reader`, or go on with the same one: a vote on the first window is held at once.
 
         A window that was agreed and is not run is agreed anew. `is_one_shot` says that what is read cannot be read
-        again.
+        again, `other_length` that this rank's data has another length than was agreed: then all ranks agree on the
+        pass's length again.
         """
         self._left = 0
         if reader is not None:
             self._buffer.begin(reader, is_one_shot=is_one_shot)
             self._unread_is_said = False
-        self._pending = self._cast_window(offset=0)
+        self._pending = self._cast_window(offset=0, other_length=other_length)
         self._enter_next_window()
 
     def abandon_pass(self, *, group_is_undone: bool = False) -> list[Any]:
@@ -231,7 +235,7 @@ class AgreedBatches:
             agreement.policy,
             world_size,
             agreement.group_size,
-            group_goes_on=run.state.epoch_length is not None,
+            group_goes_on=run.epoch_is_counted,
             carried=self._buffer.carried,
         )
         if ledger.is_uneven and agreement.policy == "error":
@@ -246,7 +250,7 @@ class AgreedBatches:
         elif longest and not agreement.is_synchronous and not self._voting.landed and run.window_ends_at < run.ends_at:
             self._pending = self._cast_window(offset=ledger.iterations)
 
-    def _cast_window(self, offset: int) -> PendingVote:
+    def _cast_window(self, offset: int, *, other_length: bool = False) -> PendingVote:
         wanted = self._groups * self._agreement.group_size
         iterations = int(min(wanted, self._run.ends_at - self._run.state.iteration - offset))
         if offset == 0 and self._agreement.needs_fillers:
@@ -265,6 +269,7 @@ class AgreedBatches:
             microseconds=self._window_took // 1000,
             doublings=self._doublings(),
             model_changed=replicas is not None and not offset and replicas.have_changed(at_start=self._is_epochs_first),
+            other_length=other_length,
         )
 
     @property
@@ -348,6 +353,8 @@ class Voting:
             replicas.say_drift()
         if result.gave_less:
             self._say_gave_less()
+        if result.other_length:
+            self._agree_length()
         # Names and reasons cost another collective, so only where somebody asked for something.
         if result.requests:
             self.landed += [each for said in self._run.coordinator.gather(pending.requests) for each in said]
@@ -370,6 +377,13 @@ class Voting:
             "same number, or choose uneven='shortest' or 'longest'",
             counts=tuple(count for count, _ in said),
         )
+
+    def _agree_length(self) -> None:
+        """Agree again on the batches in the pass that begins, since some rank's data has other ones than before."""
+        run, policy = self._run, self._run.handshake.agreement.policy if self._run.handshake else "shortest"
+        said: list[tuple[int | None, int | None]] = run.coordinator.gather(run.own_lengths)
+        run.pass_length = agree_length([exact for exact, _ in said], policy)
+        run.show_length(agree_length([length for _, length in said], policy))
 
     def _share_batch(self) -> None:
         """Give every rank that never had a batch one of the first rank that has any."""

@@ -43,7 +43,8 @@ def dealt_counts(data: Any) -> tuple[Counts, int] | None:
     A batch may hold other than what was dealt for it, where the user collates.
     """
     sampler = getattr(data, "batch_sampler", None)
-    counts_of = getattr(sampler, "counts", None)
+    # Those of the pass that is begun: another pass over the same loader is not to change them.
+    counts_of = getattr(getattr(sampler, "present_batches", sampler), "counts", None)
     if counts_of is not None and hasattr(sampler, "global_length"):
         length, rank = sampler.global_length, sampler.rank  # type: ignore[union-attr]
 

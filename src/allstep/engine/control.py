@@ -53,6 +53,7 @@ def land(run: Run, request: Request) -> None:
     """Let a request hold, which all ranks have agreed where they vote."""
     if request.kind is RequestKind.REPLACE_DATA:
         run.needs_new_vote = True  # on every rank: the iterations that were agreed counted the old data
+        run.note_replacement()
         if request.rank == run.coordinator.rank and run.proposed_data is not END:
             run.state.dataloader = run.new_data = run.proposed_data
             run.proposed_data = END

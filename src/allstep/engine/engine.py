@@ -42,7 +42,7 @@ from allstep.engine.run_plan import (
     settle_terms,
 )
 from allstep.engine.skipping import skip
-from allstep.engine.source import END, is_one_shot
+from allstep.engine.source import END
 from allstep.engine.state import State
 from allstep.errors import ArgumentTypeError, EngineError
 from allstep.world import World, internals
@@ -253,7 +253,7 @@ class Engine:
         control.ask(self._run, RequestKind.INTERRUPT, reason)
 
     def set_data(self, data: Any) -> None:
-        """Take batches from `data`; the epoch's length stays.
+        """Take batches from `data`; the present epoch's length stays.
 
         Alone, and between passes, from the next batch on; with several ranks, inside a pass, when it has been voted on,
         as an end by `terminate` is. Ranks may replace their data one by one.
@@ -282,9 +282,9 @@ class Engine:
 
         `iteration` counts the steps that were completed, up to the end of the last whole accumulation group, and
         `epoch_began_at` those of them before the present epoch, of which `epochs_completed` came before it;
-        `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `data` is there when
-        the data can tell its place: its `position`, the same on all ranks, or its `own` state, each rank's. `finished`
-        is there when the run was ended as finished: why.
+        `epoch_length` and `max_epochs` or `max_iters` are the run's terms. All are plain numbers. `epoch_is_pass` is
+        there when the epoch's length is the data's; `data` when the data can tell its place: its `position`, the same
+        on all ranks, or its `own` state, each rank's; `finished` when the run was ended as finished: why.
         """
         return resume.save(self._run, self._passes, self.state_dict_user_keys)
 
@@ -336,7 +336,7 @@ class Engine:
                 epoch is iterated again within it, longer data goes on in the next epoch.
             max_epochs: epochs to run, 1 by default.
             max_iters: iterations to run, instead of `max_epochs`.
-            epoch_length: iterations in an epoch; by default `len(data)`, else learnt when the data first ends. With
+            epoch_length: iterations in an epoch; by default an epoch is one pass over the data as it is then. With
                 several ranks it is the same on all: the least of their lengths, under "longest" the greatest.
             uneven: what ends a pass over the data when ranks have different numbers of batches: the first rank without
                 one ("shortest"), the last one, the others taking part at weight zero ("longest"), or an error on all
@@ -392,6 +392,7 @@ class Engine:
             length=length,
             epochs_completed=run.epochs_completed,
             resuming=is_suspended or run.was_loaded or run.unfinished is not None,
+            epoch_was_pass=run.epoch_is_pass,
         )
         is_finished = run.was_loaded and state.outcome == "finished" and not asks_for_more(terms, state)
         finished = state.stop_reason if is_finished else None
@@ -399,7 +400,7 @@ class Engine:
             self._begin(terms, data, opens_at, monitor)
         elif data is not None and data is not state.dataloader:
             self.logger.warning("the run goes on with the data it was suspended with; to change it, use set_data()")
-        state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
+        run.take_terms(terms)
         if finished is not None:
             # Beginning has forgotten why the run was finished; a save of this state is to say so again.
             self._leave()
@@ -420,15 +421,13 @@ class Engine:
         run, state = self._run, self.state
         if data is None and not terms.fresh:
             data = state.dataloader
-        # An iterator that is run over again stands behind what it gave: nothing is skipped in it.
-        is_spent = is_one_shot(data) and data is state.dataloader
+        is_spent = run.has_read(data)
         state.dataloader = data
         if terms.fresh:
             run.forget_progress()
         if run.unfinished is None:
             self._registry.forget_unfinished()
-        if not is_spent:
-            run.kept = []
+        run.kept = run.kept if is_spent else []
         state.weight, state.group_end, state.active, state.samples = 1.0, True, True, None
         state.unread, state.stop_reason, state.outcome = (), None, None
         run.forget_requests()

@@ -40,6 +40,11 @@ class Extension:
         return self._run.epoch_began_at
 
     @property
+    def epoch_ends_at(self) -> float:
+        """The iteration at which the present epoch ends; infinity where only the end of its data tells."""
+        return self._run.epoch_ends_at
+
+    @property
     def epoch_is_open(self) -> bool:
         """Whether epoch `state.epoch` has begun and not ended."""
         return self._run.epoch_is_open

@@ -10,13 +10,15 @@ it reduces over ranks (its metrics). Ranks exchange it in one gather.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from allstep.coordination import LONGEST_WINDOW, MOST_DOUBLINGS, ComparedLine, agree_length, check_same
+from allstep.data.compositions import is_one_shot, whole_dataset_of
 from allstep.engine.batch_sizes import declared_counts
-from allstep.engine.position import group_size_over
+from allstep.engine.position import group_size_over, sampler_of
 from allstep.engine.run import Agreement, Handshake, Run
 from allstep.engine.run_plan import RunArguments, check_accumulation, check_agreement, length_of
 from allstep.errors import DataError, TermsError, UnevenDataError
@@ -39,17 +41,23 @@ class RunDescription:
 
     Attributes:
         terms: what must be the same on all ranks.
-        length: batches in a pass of this rank's data, None when it does not know.
+        length: batches in a pass of this rank's data as it says, None when it does not know.
+        exact_length: the same where it is sure.
         is_declared: whether its batches need not be read to be counted.
         is_one_shot: whether its data is an iterator.
         schema: what it reduces over ranks at the engine's events.
+        dealing: how the loader deals samples to ranks, if it is one of allstep.
+        whole_dataset: what a plain DataLoader reads from end to end, so that ranks see whether all read the same.
     """
 
     terms: Mapping[str, Any]
     length: int | None
+    exact_length: int | None
     is_declared: bool
     is_one_shot: bool
     schema: tuple[ComparedLine, ...] = ()
+    dealing: Mapping[str, Any] | None = None
+    whole_dataset: tuple[str, int] | None = None
 
 
 def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Iterable[Reduction]) -> Handshake | None:
@@ -82,6 +90,8 @@ def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Ite
     _check_terms([each.terms for each in said])
     check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
     check_same([each.schema for each in said])
+    _check_dealing([each.dealing for each in said])
+    _warn_of_whole_datasets([each.whole_dataset for each in said], coordinator.rank)
     length = _agreed_length([each.length for each in said], arguments)
     agreement = _agreement(
         arguments,
@@ -90,7 +100,8 @@ def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Ite
         needs_reading=not all(each.is_declared for each in said),
         needs_fillers=settings.idle == "filler",
     )
-    return Handshake(agreement, length, any(each.is_one_shot for each in said))
+    exact = agree_length([each.exact_length for each in said], arguments.uneven)
+    return Handshake(agreement, length, exact, any(each.is_one_shot for each in said))
 
 
 def _describe(
@@ -110,7 +121,11 @@ def _describe(
         "the event whose handlers are left": None if run.unfinished is None else run.unfinished.event.name,
     }
     is_declared = settings.samples_in is None and declared_counts(data) is not None
-    return RunDescription(terms, length_of(data), is_declared, hasattr(data, "__next__"), schema)
+    exact, _ = run.own_lengths
+    sampler = sampler_of(data)
+    dealing = None if sampler is None or run.coordinator.world_size == 1 else sampler.dealing()
+    whole = None if run.coordinator.world_size == 1 else whole_dataset_of(data)
+    return RunDescription(terms, length_of(data), exact, is_declared, is_one_shot(data), schema, dealing, whole)
 
 
 def _check_terms(terms: Sequence[Mapping[str, Any]]) -> None:
@@ -122,6 +137,29 @@ def _check_terms(terms: Sequence[Mapping[str, Any]]) -> None:
                 f"ranks are about to run different things: {key} is {shown}. Give every rank the same, or an engine "
                 "that does not run on all ranks coordinator=Alone()"
             )
+
+
+def _check_dealing(said: Sequence[Mapping[str, Any] | None]) -> None:
+    """Raise TermsError where ranks deal out different samples: some would be taken twice and others not at all."""
+    dealt = {rank: each for rank, each in enumerate(said) if each is not None}
+    for key in next(iter(dealt.values()), {}):
+        if len({each[key] for each in dealt.values()}) > 1:
+            shown = ", ".join(f"rank {rank}: {each[key]!r}" for rank, each in dealt.items())
+            raise TermsError(
+                f"the loaders of the ranks deal out different samples: {key} is {shown}. Give every rank's loader the "
+                "same dataset, sizes, seed and sampler"
+            )
+
+
+def _warn_of_whole_datasets(said: Sequence[tuple[str, int] | None], rank: int) -> None:
+    """Say once where every rank reads the same dataset from end to end, as a plain DataLoader does."""
+    first = said[0]
+    if len(said) > 1 and first is not None and all(each == first for each in said) and rank == 0:
+        warnings.warn(
+            f"each of {len(said)} ranks reads all samples of the same dataset: a plain DataLoader with a {first[0]} "
+            "does not deal them out; make it with world.loader(dataset, batch_size=..., shuffle=... or sampler=...)",
+            stacklevel=2,
+        )
 
 
 def _agreed_length(lengths: Sequence[int | None], arguments: RunArguments) -> int | None:

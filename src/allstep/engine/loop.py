@@ -295,7 +295,7 @@ class RunLoop:
 
     def _epoch_is_over(self) -> bool:
         run, state = self._run, self._run.state
-        if state.epoch_length is not None and state.iteration - run.epoch_began_at >= state.epoch_length:
+        if state.iteration >= run.epoch_ends_at:
             return True
         if state.max_iters is not None and state.iteration >= state.max_iters:
             run.holding.add(RequestKind.TERMINATE)

@@ -9,6 +9,7 @@ gives nothing (`DataError`), or that cannot be begun again (one warning, and the
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +21,7 @@ from allstep.engine.control import land, note_end
 from allstep.engine.position import PositionHistory, stateful_of
 from allstep.engine.prefetch import make_reader
 from allstep.engine.run import Run
-from allstep.engine.run_plan import length_of
+from allstep.engine.run_plan import length_of, lengths_of
 from allstep.engine.source import END, Source, pass_position
 from allstep.errors import DataError
 
@@ -62,22 +63,29 @@ class Passes:
         self._history_began_at = 0
         self._source = Source(run.state.dataloader, iterate)
         self._unused, run.kept = run.kept, []
+        self._pass_is_over = self._said_longer = False
+        run.pass_length = run.own_lengths[0] if run.handshake is None else run.handshake.exact_length
+        run.replaced_in_epoch = False
 
     # Opening a pass
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data that epoch `epoch`, counted from 0, begins."""
+        self._run.replaced_in_epoch = False
         self.take_new_data()
         self._source.set_epoch(epoch)
 
     def open_or_go_on(self) -> None:
         """Have batches to take, of a new pass or of the one that the last epoch left."""
         self.take_new_data()
-        if self._run.needs_new_vote:
+        if self._run.needs_new_vote and self._pass_is_over:
+            self._run.needs_new_vote = False
+            self._open()  # on every rank: those whose data was not replaced begin another pass as well
+        elif self._run.needs_new_vote:
             self._vote_anew()
         elif self.batches is None:
             self._open()
-        elif self._agreed is not None:
+        elif self._agreed is not None and not self._pass_is_over:
             self._agreed.advance()
             self._let_hold()
 
@@ -91,6 +99,8 @@ class Passes:
         run.holding.discard(RequestKind.REPLACE_DATA)
         self._continues, self._opens_at, self._history = False, None, None
         self._source, self.batches, run.pass_is_open, self._unused = Source(data, self._iterate), None, False, []
+        if self._agreed is None:
+            run.note_replacement()
         if run.epoch_is_open:
             # Ranks that agree open it in their next vote, all of them together.
             self._source.set_epoch(run.state.epoch - 1)
@@ -104,12 +114,13 @@ class Passes:
         # Good for the first pass only: later ones begin at the beginning.
         opens_at, self._opens_at = self._opens_at, None
         if self._continues and opens_at is None:
+            length = length_of(self._source.data) if run.handshake is None else run.handshake.length
             begun_in, skip = pass_position(
                 state.iteration,
                 run.epoch_began_at,
                 state.epoch_length,
                 present,
-                length_of(self._source.data) if run.handshake is None else run.handshake.length,
+                None if run.epoch_is_pass else length,
                 passes_began_at=run.passes_began_at,
             )
         self._continues = False
@@ -126,7 +137,8 @@ class Passes:
     def _begin_pass(self, position: int = 0, *, is_new: bool = True) -> None:
         source, run = self._source, self._run
         assert source.batches is not None
-        run.pass_is_open = True
+        run.pass_is_open, self._pass_is_over = True, False
+        other_length = self._note_lengths()
         # A pass that goes on with replaced data of some rank is the same one for all others.
         if is_new:
             self._pass_began_at = self._taken()
@@ -144,8 +156,21 @@ class Passes:
             # A state of the data is kept for each batch that is read ahead, so it counts as a part of it.
             bytes_besides = (lambda: 0) if self._history is None else self._history.bytes_of_state
             reader = make_reader(source.data, batches, position, run.settings.samples_in, bytes_besides)
-            self._agreed.open_pass(reader, is_one_shot=source.is_one_shot)
+            self._agreed.open_pass(reader, is_one_shot=source.is_one_shot, other_length=other_length)
             self._let_hold()
+
+    def _note_lengths(self) -> bool:
+        """Note how long the data of an epoch that begins is; whether that is not what ranks have agreed."""
+        run = self._run
+        if run.state.iteration > run.epoch_began_at:  # the epoch's length stays
+            return False
+        before, run.own_lengths = run.own_lengths, lengths_of(self._source.data)
+        if self._agreed is not None:
+            return before != run.own_lengths
+        run.pass_length = run.own_lengths[0]
+        if run.own_lengths[1] is not None:
+            run.show_length(run.own_lengths[1])
+        return False
 
     def _put_back_unused(self) -> None:
         if self._unused:
@@ -159,16 +184,16 @@ class Passes:
 
         True when the pass was left and this epoch goes on in another: `begin_next` is to follow.
         """
-        run, state = self._run, self._run.state
+        run = self._run
         if self.is_dry:
             return False
         if self._taken() == 0:
             raise DataError(
                 f"data is empty{self._who_is_empty()}: it gave no batch; give at least one{self._or_longest()}"
             )
-        # The first end of data of unknown length is the end of the epoch.
-        if state.epoch_length is None:
-            state.epoch_length = self._taken() - run.epoch_began_at
+        # Where an epoch is a pass, the end of the data is the end of the epoch.
+        if not run.epoch_is_counted and self._taken() > run.epoch_began_at:
+            run.show_length(self._taken() - run.epoch_began_at)
         # A pass that gave nothing would be begun again for ever.
         elif self._taken() > self._pass_began_at:
             self.leave_pass()
@@ -236,6 +261,7 @@ class Passes:
 
     def finish_window(self) -> None:
         """Go on to the next window, if the present one has ended."""
+        self._notice_longer()
         if self._agreed is not None and self._run.state.iteration >= self._run.window_ends_at:
             self._agreed.advance()
             self._let_hold()
@@ -243,7 +269,9 @@ class Passes:
     def next_stop(self) -> float:
         """The iteration at which the epoch, the run or the present window ends, infinity while unknown."""
         run = self._run
-        return run.ends_at if self._agreed is None or self.batches is None else min(run.ends_at, run.window_ends_at)
+        if self._agreed is not None and self.batches is not None:
+            return min(run.ends_at, run.window_ends_at)
+        return min(run.ends_at, self._longer_at())
 
     def report_unread(self) -> None:
         """Say what ranks left unread in the epoch that has ended, and make their buffers those of one model."""
@@ -265,6 +293,11 @@ class Passes:
         if self._agreed is not None:
             self._agreed.close_epoch()
             self._let_hold(votes_anew=False)
+        # The next epoch is another pass, whatever is left in this one or was added to its data meanwhile.
+        if self._run.epoch_is_pass and not self.is_one_shot:
+            self._pass_is_over = True
+            if self._agreed is None and self.batches is not None:
+                self.batches = iter(())
 
     def confirm_end(self) -> None:
         """Check that all ranks end the run here, and take what the end means from requests of the last window.
@@ -338,15 +371,54 @@ class Passes:
     # What can go wrong
 
     def say_dry(self) -> None:
-        """Warn that the data has ended for good, before what was asked for was done."""
+        """Warn that the data has ended for good, before what was asked for was done.
+
+        Raises DataError where that is not an iterator's end, but a rank without a batch for this epoch.
+        """
+        where = self._where_dry()
         state = self._run.state
         total = state.max_iters
         if total is None and state.epoch_length is not None and state.max_epochs is not None:
             total = state.epoch_length * state.max_epochs
         self.is_dry = True
         warnings.warn(
-            f"the data ran dry: {self._taken()} of {total} iterations were done; give data that can be iterated again, "
-            "or new data with engine.set_data() in a handler of DATALOADER_STOP_ITERATION",
+            f"the data ran dry{where}: {self._taken()} of {total} iterations were done; give data that can be iterated "
+            "again, or new data with engine.set_data() in a handler of DATALOADER_STOP_ITERATION",
+            stacklevel=2,
+        )
+
+    def _where_dry(self) -> str:
+        """On which ranks a pass gave nothing. Raises DataError where some of them do not have a spent iterator."""
+        run = self._run
+        if self._agreed is None or run.coordinator.world_size == 1:
+            return ""
+        said = run.coordinator.gather((self._agreed.total(), self._source.is_one_shot))
+        empty = [str(rank) for rank, (batches, is_one_shot) in enumerate(said) if not batches and not is_one_shot]
+        if empty and any(batches for batches, _ in said):
+            raise DataError(
+                f"data is empty on rank {', '.join(empty)} in epoch {run.state.epoch}, while other ranks have batches: "
+                f"give every rank at least one batch in each epoch{self._or_longest()}"
+            )
+        dry = [str(rank) for rank, (batches, _) in enumerate(said) if not batches]
+        return f" on rank {', '.join(dry)}"
+
+    def _longer_at(self) -> float:
+        """The iteration in which the data has certainly given more than its length; infinity without one."""
+        run, told = self._run, self._run.own_lengths[1]
+        if told is None or self._said_longer or not run.epoch_is_pass or run.pass_length is not None:
+            return math.inf
+        # Each worker of a DataLoader rounds its own part of an iterable dataset.
+        return run.epoch_began_at + told + max(1, getattr(self._source.data, "num_workers", 0))
+
+    def _notice_longer(self) -> None:
+        """Warn where the data goes on behind the length that it told, as endless data does: so does the epoch."""
+        if self._run.state.iteration < self._longer_at():
+            return
+        self._said_longer = True
+        told = self._run.own_lengths[1]
+        warnings.warn(
+            f"{type(self._source.data).__name__} has a length of {told} batches and gives more: the epoch ends where "
+            f"the data does; for data without an end, give run() an epoch_length, such as {told}",
             stacklevel=2,
         )
 

@@ -141,6 +141,8 @@ def restore_position(
         return RestoredPosition(position, None)
     if position.iteration == position.epoch_began_at:
         sampler.load_state_dict({**saved["position"], "epoch": position.epochs_completed, "samples_taken": 0})
+    if saved["position"]["length"] != sampler.length:  # grown between epochs: those before were as long as they were
+        return RestoredPosition(replace(position, epoch_length=sampler.batches_in_epoch), sampler.next_batch)
     left = sampler.global_length - sampler.next_batch
     return RestoredPosition(
         translated(position, saved["group_size"], sampler.batches_in_epoch, group_size, left), sampler.next_batch

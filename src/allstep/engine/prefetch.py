@@ -241,7 +241,7 @@ def make_reader(
     declared = declared_counts(data) if samples_in is None else None
     count = BatchCounter(data, samples_in)
     if declared is None:
-        of_rank = len_of(data)
+        of_rank = getattr(getattr(data, "batch_sampler", None), "batches_of_rank", len_of(data))
         return AheadReader(
             batches,
             count,

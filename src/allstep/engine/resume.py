@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from allstep.data.compositions import is_one_shot
 from allstep.engine.events import is_count
 from allstep.engine.passes import Passes
 from allstep.engine.position import (
@@ -23,8 +24,8 @@ from allstep.engine.position import (
     sampler_of,
 )
 from allstep.engine.run import Run
-from allstep.engine.run_plan import RunArguments, begins_anew, is_evaluation
-from allstep.engine.source import END, is_one_shot, pass_position
+from allstep.engine.run_plan import RunArguments, begins_anew, is_evaluation, lengths_of
+from allstep.engine.source import END, pass_position
 from allstep.errors import ArgumentError
 
 _COUNTS = {
@@ -46,6 +47,7 @@ def save(run: Run, passes: Passes | None, user_keys: Iterable[str]) -> dict[str,
         "epoch_began_at": epoch_began_at,
         "epoch_length": state.epoch_length,
         **({"inner_iterations": inner} if inner else {}),
+        **({"epoch_is_pass": True} if run.epoch_is_pass else {}),
         **({"passes_began_at": run.passes_began_at} if run.passes_began_at else {}),
         **terms,
         **({} if data is None else {"data": data}),
@@ -68,7 +70,7 @@ def _position_in_data(run: Run, passes: Passes | None, iteration: int) -> dict[s
             epoch_began_at,
             state.epoch_length,
             epochs_completed,
-            sampler.batches_in_epoch,
+            None if run.epoch_is_pass else sampler.batches_in_epoch,
             passes_began_at=run.passes_began_at,
         )
     own = run.data_state if passes is None else passes.own_state(iteration)
@@ -82,7 +84,7 @@ def load(run: Run, state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> N
     # First, so that a state that is refused changes nothing.
     position = position_from(state_dict, user_keys)
     run.forget_progress()
-    _stand_at(run, position)
+    _stand_at(run, position, epoch_is_pass=state_dict.get("epoch_is_pass") is True)
     state = run.state
     state.dataloader = None
     state.stop_reason = state_dict.get("finished")
@@ -141,6 +143,7 @@ def go_to_position(run: Run, data: Any, arguments: RunArguments) -> tuple[int | 
         `max_iters` in iterations of this data.
     """
     state, max_iters = run.state, arguments.max_iters
+    run.own_lengths = exact, length = lengths_of(data)
     saved = run.loaded_place if run.was_loaded else None
     run.loaded_place = None
     if not run.was_loaded and not begins_anew(
@@ -158,7 +161,13 @@ def go_to_position(run: Run, data: Any, arguments: RunArguments) -> tuple[int | 
         state.iteration, state.epoch, run.epoch_began_at, *terms, run.passes_began_at, state.inner_iterations
     )
     restored = restore_position(data, saved, position, group_size_over(data, run.settings.accumulate))
-    _stand_at(run, restored.position)
+    _stand_at(run, restored.position, epoch_is_pass=run.epoch_is_pass)
+    # Behind a last batch, and of several workers, a state may not tell data that has ended from data that begins: then
+    # the epoch is counted out.
+    is_full = state.iteration - run.epoch_began_at == state.epoch_length
+    has_own_state = exact is None and restored.opens_at is not None
+    if has_own_state and run.epoch_is_pass and (is_full or getattr(data, "num_workers", 0) > 0):
+        run.own_lengths = state.epoch_length, length
     if max_iters == position.max_iters:
         arguments = replace(arguments, max_iters=state.max_iters)
     return restored.opens_at, arguments
@@ -228,8 +237,9 @@ def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Ru
     return RunPosition(iteration, epochs, began_at, length, *most, series, inner)
 
 
-def _stand_at(run: Run, position: RunPosition) -> None:
+def _stand_at(run: Run, position: RunPosition, *, epoch_is_pass: bool) -> None:
     state = run.state
+    run.shown_length = position.epoch_length if epoch_is_pass else END
     state.iteration, state.epoch = position.iteration, position.epochs_completed
     state.epoch_length, state.max_epochs = position.epoch_length, position.max_epochs
     state.max_iters, run.epoch_began_at = position.max_iters, position.epoch_began_at

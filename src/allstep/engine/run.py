@@ -20,10 +20,11 @@ from typing import Any
 from torch import nn
 
 from allstep.coordination import Alone, Coordinator, Request, RequestKind, Uneven
+from allstep.data.compositions import is_one_shot
 from allstep.engine.batch_sizes import BatchCounter
 from allstep.engine.events import Events
 from allstep.engine.replicas import Replicas
-from allstep.engine.run_plan import StepSettings
+from allstep.engine.run_plan import RunTerms, StepSettings
 from allstep.engine.source import END
 from allstep.engine.state import State
 
@@ -69,10 +70,18 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True)
 class Handshake:
-    """What the ranks agreed at a run's start. `length` is that of a pass for all, None when a rank does not know."""
+    """What the ranks agreed at a run's start.
+
+    Attributes:
+        agreement: how they agree from then on.
+        length: batches in a pass of all ranks, as far as their data says; None when a rank does not know.
+        exact_length: the same where it is sure for every rank, so that nobody reads to the end to find it.
+        is_one_shot: whether some rank's data is an iterator.
+    """
 
     agreement: Agreement
     length: int | None
+    exact_length: int | None
     is_one_shot: bool
 
 
@@ -99,6 +108,10 @@ class Run:
         settings: what the engine was made with.
         state: the counters and results that users see.
         epoch_began_at: iterations that were done when the present epoch began.
+        shown_length: what the engine put into `state.epoch_length` by itself; END where somebody gave it.
+        own_lengths: batches in a pass of this rank's data when that was last agreed: for sure, and as it says.
+        pass_length: batches in the present pass of all ranks; None where only reading to its end tells.
+        replaced_in_epoch: data was replaced inside the present epoch, whose length stays.
         epoch_is_open: epoch `state.epoch` has begun and not ended.
         step_is_open: iteration `state.iteration` is counted and its step has not returned.
         steps_in_group: steps done of an accumulation group that is not complete. Its gradients are lost when the run
@@ -146,6 +159,10 @@ class Run:
     settings: StepSettings
     state: State = field(default_factory=State)
     epoch_began_at: int = 0
+    shown_length: Any = END
+    own_lengths: tuple[int | None, int | None] = (None, None)
+    pass_length: int | None = None
+    replaced_in_epoch: bool = False
     epoch_is_open: bool = False
     step_is_open: bool = False
     steps_in_group: int = 0
@@ -218,13 +235,45 @@ class Run:
         return self.epochs_completed - 1, left.epoch_began_at
 
     @property
+    def epoch_is_pass(self) -> bool:
+        """Whether an epoch is one pass over the data, since nobody gave an epoch's length."""
+        return self.shown_length is not END and bool(self.state.epoch_length == self.shown_length)
+
+    @property
+    def epoch_is_counted(self) -> bool:
+        """Whether the epoch ends after a number of iterations, also where a pass over the data ends before."""
+        return not self.epoch_is_pass or (self.replaced_in_epoch and self.pass_length is not None)
+
+    @property
+    def epoch_ends_at(self) -> float:
+        """The iteration at which the epoch ends; infinity where the end of its data decides."""
+        length = self.pass_length if self.epoch_is_pass else self.state.epoch_length
+        return math.inf if length is None else self.epoch_began_at + length
+
+    @property
     def ends_at(self) -> float:
         """The iteration at which the epoch, or the run, ends; infinity while unknown."""
-        length, most = self.state.epoch_length, self.state.max_iters
-        return min(
-            math.inf if length is None else self.epoch_began_at + length,
-            math.inf if most is None else most,
-        )
+        most = self.state.max_iters
+        return min(self.epoch_ends_at, math.inf if most is None else most)
+
+    def has_read(self, data: Any) -> bool:
+        """Whether data is an iterator that was run over before: it stands behind what it gave, nothing is skipped."""
+        return is_one_shot(data) and data is self.state.dataloader
+
+    def take_terms(self, terms: RunTerms) -> None:
+        """Go by what was settled for the run that begins or goes on."""
+        state = self.state
+        state.epoch_length, state.max_epochs, state.max_iters = terms.epoch_length, terms.max_epochs, terms.max_iters
+        self.shown_length = terms.epoch_length if terms.epoch_is_pass else END
+
+    def note_replacement(self) -> None:
+        """Data of some rank is replaced: inside an epoch that has begun the epoch's length stays."""
+        self.replaced_in_epoch = self.epoch_is_open and self.state.iteration > self.epoch_began_at
+
+    def show_length(self, length: int | None) -> None:
+        """Say in the state how many iterations an epoch has, unless somebody gave that number."""
+        if self.epoch_is_pass:
+            self.state.epoch_length = self.shown_length = length
 
     def count_batch(self, batch: Any) -> int:
         """Samples in the batch of the present iteration, where nobody votes."""

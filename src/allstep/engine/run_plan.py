@@ -7,11 +7,12 @@ that a refused call loses nothing. An error names the argument, its value and wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from allstep.coordination import POLICIES, Uneven
 from allstep.engine.events import is_count
@@ -98,9 +99,13 @@ def check_agreement(uneven: str, window: int | None, lookahead: int | None, grou
 
 @dataclass(frozen=True, slots=True)
 class RunTerms:
-    """What a run is to do. `fresh` says that its counters begin at zero."""
+    """What a run is to do. `fresh` says that its counters begin at zero.
+
+    `epoch_length` was given where an epoch is not a pass over the data, and is what the data says where it is.
+    """
 
     fresh: bool
+    epoch_is_pass: bool
     epoch_length: int | None
     max_epochs: int | None
     max_iters: int | None
@@ -124,6 +129,28 @@ def length_of_all(data: Any) -> int | None:
     """Number of batches of the whole world in one pass over data that is dealt to ranks; None for other data."""
     of_all = getattr(getattr(data, "batch_sampler", None), "global_length", None)
     return None if of_all is None else int(of_all)
+
+
+def exact_length(data: Any) -> int | None:
+    """Batches in a pass over `data` where it gives exactly so many; None where only reading to its end tells.
+
+    A sequence and a sampler do. The length of an iterable dataset is in samples and in torch only an estimate of
+    batches: each worker rounds its own part. What the `__len__` of any other object means nobody knows.
+    """
+    sampler = getattr(data, "batch_sampler", None)
+    dealt = getattr(sampler, "batches_in_epoch", None)
+    if dealt is not None:
+        return int(dealt)
+    if isinstance(data, DataLoader):
+        is_plain = sampler is None or type(sampler) is BatchSampler
+        return len_of(data) if is_plain and not isinstance(data.dataset, IterableDataset) else None
+    return len(data) if isinstance(data, Sequence) and not hasattr(data, "__next__") else None
+
+
+def lengths_of(data: Any) -> tuple[int | None, int | None]:
+    """Batches in a pass over `data`: exactly, and as it says."""
+    exact = exact_length(data)
+    return exact, length_of(data) if exact is None else exact
 
 
 def len_of(data: Any) -> int | None:
@@ -185,6 +212,7 @@ def settle_terms(
     length: int | None,
     epochs_completed: int,
     resuming: bool,
+    epoch_was_pass: bool,
 ) -> RunTerms:
     """Decide what a run with these arguments does, from the state that the last one left.
 
@@ -195,6 +223,7 @@ def settle_terms(
         length: batches in one pass over the data, as agreed by all ranks; None while unknown.
         epochs_completed: epochs that ended, not counting one that was left in its middle.
         resuming: the state was loaded or the run is suspended, so that a finished state is not begun anew.
+        epoch_was_pass: an epoch of the last run was a pass over its data.
 
     Raises:
         ArgumentTypeError: data is not iterable.
@@ -234,9 +263,11 @@ def settle_terms(
                 )
     if not begins_anew(state, max_epochs, max_iters, epochs_completed=epochs_completed, resuming=resuming):
         settled = _length_to_continue(state, data, length, epoch_length)
-        return RunTerms(False, settled, max_epochs or state.max_epochs, max_iters or state.max_iters)
+        is_pass = epoch_length is None and (epoch_was_pass or state.epoch_length is None)
+        return RunTerms(False, is_pass, settled, max_epochs or state.max_epochs, max_iters or state.max_iters)
     settled = _length_to_begin(state, data, length, epoch_length)
-    return RunTerms(True, settled, None if max_iters else (max_epochs or 1), max_iters)
+    is_pass = epoch_length is None and data is not None
+    return RunTerms(True, is_pass, settled, None if max_iters else (max_epochs or 1), max_iters)
 
 
 def _length_to_begin(state: State, data: Any, length: int | None, epoch_length: int | None) -> int | None:

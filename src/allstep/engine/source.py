@@ -1,8 +1,8 @@
 """One data of a run: its iterator, where a pass over it begins, and what is put back in front of it.
 
 Contract: `Passes` makes one `Source` for each data it is given. `open` begins a pass, at its first batch or inside it;
-a pass longer than an epoch goes on in the next. Samplers are told the epoch before iteration begins. What can go wrong:
-the data gives nothing, or fewer batches than a continued run has consumed.
+a pass longer than an epoch goes on in the next. Samplers and datasets are told the epoch before iteration begins. What
+can go wrong: the data gives nothing, or fewer batches than a continued run has consumed.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from typing import Any
 
+from torch.utils.data import DataLoader
+
+from allstep.data.compositions import hook_of, is_one_shot, tell_data_epoch
 from allstep.data.loader import warn_of_dropping
+from allstep.data.worker_passes import PersistentPass, begin_pass
 from allstep.engine.filler import apart
 from allstep.errors import DataError
 
 # Stands for "no more batches", or "none given": None is a batch like any other.
 END: Any = object()
-
-
-def is_one_shot(data: Any) -> bool:
-    """Whether data is an iterator, so that what it gave is gone."""
-    return hasattr(data, "__next__")
 
 
 class Source:
@@ -32,6 +31,7 @@ class Source:
         self.data = data
         self._iterate = iterate
         self.batches: Iterator[Any] | None = None
+        self._pass: Iterator[Any] | None = None
 
     @property
     def is_one_shot(self) -> bool:
@@ -40,9 +40,7 @@ class Source:
 
     def set_epoch(self, epoch: int) -> None:
         """Tell the data, or its sampler, that epoch `epoch`, counted from 0, begins."""
-        hook = _hook(self.data, "set_epoch")
-        if hook is not None:
-            hook(epoch)
+        tell_data_epoch(self.data, epoch)
 
     @property
     def given(self) -> int:
@@ -70,11 +68,11 @@ class Source:
         Raises:
             DataError: the data has no batch, or ends before `skip` batches.
         """
-        hook = _hook(self.data, "skip_batches") if skip else None
+        hook = hook_of(self.data, "skip_batches") if skip else None
         if hook is not None:
             hook(skip)
         if not self.is_one_shot:
-            self.batches = repeat(None) if self.data is None else self._iterate(self.data)
+            self.batches = repeat(None) if self.data is None else self._begin()
         elif self.batches is None:  # it cannot be begun again, and what was put back is in front of it
             self.batches = _PutBackIterator(self._iterate(self.data))
         assert self.batches is not None
@@ -89,6 +87,14 @@ class Source:
                         f"data ended after {done} batches, but the run to continue has consumed {skip} of this epoch; "
                         "give the data that it was started with"
                     )
+
+    def _begin(self) -> Iterator[Any]:
+        """A pass over data that can be begun again, in place of the last one."""
+        if isinstance(self._pass, PersistentPass):
+            self._pass.is_over = True  # where an epoch ended by count, its end was not read
+        data = self.data
+        self._pass = begin_pass(data, self._iterate) if isinstance(data, DataLoader) else self._iterate(data)
+        return self._pass
 
     def has_more(self) -> bool:
         """Whether a one-shot iterator has another batch, which is read now and kept to be given next."""
@@ -157,13 +163,3 @@ def pass_position(
     offset = (iteration - passes_began_at) % length
     before = epoch_began_at - (iteration - offset)  # iterations of the pass that came before this epoch
     return epoch - max(0, -(-before // epoch_length)), offset
-
-
-def _hook(data: Any, name: str) -> Callable[[int], object] | None:
-    # The data itself first, then from the outside in: a batch sampler may hand the call on to the sampler it wraps.
-    batch_sampler = getattr(data, "batch_sampler", None)
-    for owner in (data, batch_sampler, getattr(batch_sampler, "sampler", None), getattr(data, "sampler", None)):
-        hook = getattr(owner, name, None)
-        if callable(hook):
-            return hook  # type: ignore[no-any-return]
-    return None

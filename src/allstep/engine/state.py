@@ -15,7 +15,7 @@ class State:
     Attributes:
         iteration: iterations begun since the run started anew, over all epochs; 1 during the first.
         epoch: epochs begun; 1 during the first.
-        epoch_length: iterations in an epoch; None while unknown.
+        epoch_length: iterations in an epoch, as far as its data tells beforehand; None while unknown.
         max_epochs: epochs after which the run is done, or None.
         max_iters: iterations after which the run is done, or None.
         batch: what the step was given last.

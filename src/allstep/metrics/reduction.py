@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
+from allstep.data.generators import generators_kept, seed_cpu_generators
 from allstep.data.keys import key_of
-from allstep.data.seeding import generators_kept, seed_cpu_generators
 from allstep.engine import Engine, EventEnum, FilteredEvent
 from allstep.errors import ArgumentError, MetricError, NotComputableError
 from allstep.metrics.describe import Schema, StateLine

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import atexit
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
@@ -181,6 +181,7 @@ class World:
         global_batch_size: int | None = None,
         max_batch_per_rank: int | None = None,
         shuffle: bool = False,
+        sampler: Iterable[int] | None = None,
         drop_last: bool = False,
         sample_seeding: SampleSeeding = "sample",
         seed: int | None = None,
@@ -194,6 +195,7 @@ class World:
             global_batch_size: samples all ranks take in a batch; give this or `batch_size`.
             max_batch_per_rank: the most samples that a rank takes in one iteration; see `allstep.data.make_loader`.
             shuffle: a random order each epoch.
+            sampler: an order of your own in place of that, such as torch's `WeightedRandomSampler`.
             drop_last: leave out a last global batch that is smaller than the others.
             sample_seeding: seed augmentation for each "sample", for each rank's "batch", or not at all ("off").
             seed: of order and augmentation; by default this World's `seed`, or 0.
@@ -212,6 +214,7 @@ class World:
             global_batch_size=global_batch_size,
             max_batch_per_rank=max_batch_per_rank,
             shuffle=shuffle,
+            sampler=sampler,
             drop_last=drop_last,
             sample_seeding=sample_seeding,
             device_type=self.device.type,
