@@ -64,6 +64,14 @@ def test_a_parameter_that_is_gone_is_a_change(new):
     assert replica.changes() == ["1.bias is gone"]
 
 
+def test_a_cast_and_back_is_a_change_because_ddps_hooks_are_gone(new):
+    replica = new()
+    replica.module[0].double().float()
+    assert replica.changes() == ["0.weight was moved or cast, and back", "0.bias was moved or cast, and back"]
+    rewrap(replica)
+    assert replica.changes() == []
+
+
 def test_a_layer_that_moves_within_the_model_is_none(new):
     module = model()
     replica = new(module)

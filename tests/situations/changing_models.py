@@ -162,7 +162,23 @@ def prune(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     torch.nn.utils.prune.l1_unstructured(net.first, "weight", amount=4)
 
 
+def cast_and_back(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """The same to look at; what DDP has put its hooks on is gone. A move to another device and back does that too."""
+    net.double()
+    net.float()
+
+
 CHANGES = {
     each.__name__: each
-    for each in (freeze_first, add_adapter, replace_second, cast, assign_state, parametrize, share_weight, prune)
+    for each in (
+        freeze_first,
+        add_adapter,
+        replace_second,
+        cast,
+        cast_and_back,
+        assign_state,
+        parametrize,
+        share_weight,
+        prune,
+    )
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from allstep import Engine, Events, World
+from allstep import Checkpoint, Engine, Events, World
 from allstep.errors import DivergenceError, ModelChangedError, RanksError
 from allstep.testing import run_ranks
 from tests.situations import changing_models as models
@@ -23,12 +24,14 @@ from tests.situations.changing_models import (
 
 
 def test_a_layer_unfrozen_after_an_epoch_is_reduced(same_at_every_world_size):
+    """Lightning-AI/pytorch-lightning#20340, facebookresearch/detectron2#2486."""
     same_at_every_world_size(over_ranks, plainly(unfreeze_first, freeze_first), unfreeze_first, freeze_first)
 
 
 def test_a_change_after_an_epoch_trains_as_in_one_process(same_at_every_world_size):
+    """JDAI-CV/fast-reid#178, NVIDIA/Megatron-LM#6087, pytorch/pytorch#104336."""
     expected = {name: plainly(change) for name, change in CHANGES.items()}
-    assert len(expected) == 8
+    assert len(expected) == 9
     same_at_every_world_size(all_changes_over_ranks, expected)
 
 
@@ -86,6 +89,104 @@ def test_a_change_within_an_epoch_is_an_error_that_says_how():
     assert isinstance(raised.value.__cause__, ModelChangedError)
     assert "first.weight requires gradients now; first.bias requires gradients now" in str(raised.value)
     assert "Call world.rewrap(model) on every rank" in str(raised.value)
+
+
+def further(world: World) -> list[list[float]]:
+    """A change in one of two models; a change under gradient accumulation, where a batch has two halves."""
+    nets = [models.new_net(), models.new_net()]
+    freeze_first(nets[0], models.optimizer_for(nets[0]))
+    wrapped = [world.wrap(each) for each in nets]
+    optimizer = torch.optim.SGD([*nets[0].parameters(), *nets[1].parameters()], lr=0.2, momentum=0.9)
+
+    def step(engine: Engine, batch: Any) -> None:
+        (sum(models.loss_of(each, *batch) for each in wrapped) * engine.state.weight).backward()
+        if engine.state.group_end:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    trainer = Engine(step, accumulate=2)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), lambda: nets[0].first.requires_grad_(True))
+    trainer.run(world.loader(models.samples(), global_batch_size=models.GLOBAL_BATCH // 2), max_epochs=models.EPOCHS)
+    return [models.values_of(each) for each in nets]
+
+
+def test_a_change_in_one_of_two_models_under_accumulation(same_at_every_world_size):
+    same_at_every_world_size(
+        further, [plainly(unfreeze_first, freeze_first), plainly(lambda net, optimizer: None)], tolerance=1e-5
+    )
+
+
+def resumed(world: World, folder: Path, from_state: bool) -> list[bytes]:
+    """An unbroken run that unfreezes behind its first epoch, or one that goes on from there with another wrap."""
+    net = models.new_net()
+    optimizer = models.optimizer_for(net)
+    if not from_state:
+        freeze_first(net, optimizer)
+    model = world.wrap(net)
+    trainer = models.trainer_of(world, model, optimizer)
+    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer, "trainer": trainer}, every=None)
+    if from_state:
+        checkpoint.resume()
+    else:
+
+        @trainer.on(Events.EPOCH_COMPLETED(once=1))
+        def unfreeze() -> None:
+            unfreeze_first(net, optimizer)
+            checkpoint.save(trainer, wait=True)
+
+    trainer.run(world.loader(models.samples(), global_batch_size=models.GLOBAL_BATCH), max_epochs=models.EPOCHS)
+    return [each.detach().numpy().tobytes() for each in net.parameters()]
+
+
+def test_a_run_resumed_behind_a_change_equals_the_unbroken_one_to_the_bit(tmp_path):
+    unbroken = run_ranks(resumed, 3, tmp_path, False)
+    assert run_ranks(resumed, 3, tmp_path, True) == unbroken == [unbroken[0]] * 3
+
+
+class Branching(nn.Module):
+    """Uses its second layer every other time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes, self.calls = nn.Linear(3, 1), nn.Linear(3, 1), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.always(x) + (self.sometimes(x) if self.calls % 2 else 0.0)
+
+
+def branching(world: World, **options: Any) -> list[float]:
+    torch.manual_seed(7)
+    net = Branching()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+    trainer = models.trainer_of(world, world.wrap(net, **options) if options else world.wrap(net), optimizer)
+    trainer.run(world.loader(models.samples(), global_batch_size=6), max_epochs=2)
+    return models.values_of(net)
+
+
+def branching_as_told(world: World) -> list[float]:
+    return branching(world, find_unused_parameters=True)
+
+
+def test_a_branch_that_is_not_always_used_is_named_with_the_remedy():
+    """pytorch/pytorch#43259, pytorch/pytorch#112152."""
+    with pytest.raises(RanksError) as raised:
+        run_ranks(branching, 2)
+    assert isinstance(raised.value.__cause__, ModelChangedError)
+    assert "sometimes.weight; sometimes.bias got no gradient in the iteration before iteration 3" in str(raised.value)
+    assert "find_unused_parameters=True" in str(raised.value)
+
+
+def test_a_branch_that_is_not_always_used_trains_with_that_remedy(same_at_every_world_size):
+    torch.manual_seed(7)
+    net = Branching()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+    for _ in range(2):
+        for x, y in zip(*(each.split(6) for each in models.samples().tensors), strict=True):
+            optimizer.zero_grad()
+            models.loss_of(net, x, y).backward()
+            optimizer.step()
+    same_at_every_world_size(branching_as_told, models.values_of(net))
 
 
 def adapter_within_an_epoch(world: World) -> None:
@@ -182,6 +283,7 @@ def adversarial(world: World) -> list[list[float]]:
 
 
 def test_a_gans_step_may_freeze_its_discriminator(same_at_every_world_size):
+    """junyanz/pytorch-CycleGAN-and-pix2pix#594, jolibrain/joliGEN#104."""
     bare = adversaries()
     optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in bare]
     for _ in range(3):

@@ -98,6 +98,7 @@ def looked_at(world: World, folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_an_evaluation_and_a_save_are_of_one_model_on_all_ranks(world_size, tmp_path):
+    """pytorch/pytorch#13711, huggingface/pytorch-image-models#110."""
     said = run_ranks(looked_at, world_size, tmp_path)
     for found in said:
         assert found == said[0]
@@ -150,6 +151,7 @@ def one_sample(world: World) -> None:
 
 
 def test_batchnorm_with_one_sample_on_a_rank_says_what_to_choose():
+    """fastai/fastai#1352, meetps/pytorch-semseg#214."""
     with pytest.raises(RanksError) as raised:
         run_ranks(one_sample, 2)
     assert isinstance(raised.value.__cause__, DataError)

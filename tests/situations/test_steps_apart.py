@@ -80,6 +80,7 @@ def skipped_plainly(world_size: int) -> list[float]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_batch_that_one_rank_skips_adds_nothing(world_size):
+    """Lightning-AI/pytorch-lightning#4956, #5359."""
     for when in ("before", "after"):
         said = run_ranks(skipping, world_size, models.new_net, when)
         for found in said:
@@ -184,6 +185,7 @@ def leaves_out(world: World, iterations: int) -> None:
 
 
 def test_a_batch_left_out_on_one_rank_is_an_error_in_words():
+    """Lightning-AI/pytorch-lightning#5243, NVIDIA-NeMo/Speech#3801."""
     with pytest.raises(RanksError) as raised:
         run_ranks(leaves_out, 2, 300)
     assert isinstance(raised.value.__cause__, DivergenceError)
@@ -222,6 +224,7 @@ def reduced_line_search(world: World) -> list[float]:
 
 
 def test_lbfgs_with_a_reduced_loss_trains_as_in_one_process(same_at_every_world_size):
+    """pytorch/pytorch#30439."""
     net = models.new_net()
     optimizer = torch.optim.LBFGS(net.parameters(), lr=0.5, max_iter=8, line_search_fn="strong_wolfe")
 
@@ -297,6 +300,7 @@ def past_ddp(world: World, how: str) -> list[str]:
 
 @pytest.mark.parametrize("how", ["module", "no_sync"])
 def test_a_step_that_trains_past_ddp_is_named_by_a_warning(how):
+    """jingyaogong/minimind#854, rosinality/swapping-autoencoder-pytorch#22."""
     first, second, third = run_ranks(past_ddp, 3, how)
     assert len(first) == 1
     assert "rank 1's first.weight, rank 2's first.weight" in first[0]

@@ -19,6 +19,7 @@ carries.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from time import monotonic
@@ -36,6 +37,7 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.world import World, internals
 
 _WALK_EVERY_S = 0.25
+_UNUSED = "Expected to have finished reduction in the prior iteration"  # how DDP's error about unused parameters begins
 _ONE_SAMPLE = "Expected more than 1 value per channel"  # how torch's error about BatchNorm begins
 
 
@@ -188,7 +190,8 @@ class Replicas:
             warnings.warn(
                 f"ranks train different models: at an epoch's end {shown} is not that of rank 0. Something in the step "
                 "decides by this rank's own numbers, such as an optimizer that is given a loss which is not reduced "
-                "over ranks (LBFGS), or trains past DDP, by model.module(x) or inside model.no_sync()",
+                "over ranks (LBFGS); or the step trains past DDP, by model.module(x) or inside model.no_sync(); or it "
+                "uses only some of the parameters, which needs world.wrap(model, find_unused_parameters=True)",
                 stacklevel=2,
             )
             self._drift_is_said = True
@@ -221,6 +224,12 @@ class Replicas:
                 "more, and drop_last=True where the last batch is smaller; or give the model a normalisation without "
                 "statistics of the batch, such as GroupNorm, or sync_batchnorm=True on CUDA"
             ) from error
+        if _UNUSED in str(error) and not self._changes() and (names := self._without_gradients(str(error))):
+            raise ModelChangedError(
+                f"on rank {self._coordinator.rank} {in_short(names)} got no gradient in the iteration before iteration "
+                f"{iteration}, and DDP waits for one of each parameter. Wrap a model that does not use all of them "
+                "each time by world.wrap(model, find_unused_parameters=True)"
+            ) from error
         if isinstance(error, RuntimeError) and (changes := self._changes()):
             raise ModelChangedError(
                 f"a wrapped model has changed, and DDP failed in iteration {iteration}: {in_short(changes)}. Change "
@@ -228,8 +237,20 @@ class Replicas:
                 "every rank right behind the change"
             ) from error
 
+    def _without_gradients(self, text: str) -> list[str]:
+        """Names of the parameters that DDP's error tells the places of; empty where several models may be meant."""
+        reduced = [name for name, _ in self._reduced()]
+        places = _indices(text) if len(self._replicas) == 1 else []
+        return [reduced[at] for at in places if at < len(reduced)]
+
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _indices(text: str) -> list[int]:
+    """The parameters that DDP's error about unused ones names, by their places among those that it reduces."""
+    found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
+    return [] if found is None else list(map(int, found[1].split()))
 
 
 def _has_bits(parameter: torch.Tensor) -> bool:

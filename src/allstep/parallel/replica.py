@@ -1,8 +1,8 @@
 """DDP that notices when the model it wraps has changed, and wraps it again in place.
 
 DDP decides once, when it is made, which parameters it reduces: those that require gradients then. One that is unfrozen,
-added or replaced later is trained by each rank on its own, silently. One that is frozen later, or cast, breaks a pass
-further on.
+added or replaced later is trained by each rank on its own, silently, and so is one that was moved to another device and
+back. One that is frozen later, or cast, breaks a pass further on.
 
 Contract: `wrap_module` makes a `Replica` wherever there are peers. `changes` compares what is reduced with what
 requires gradients now, in words that are the same on ranks whose models changed alike. `rewrap` follows the change; it
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ModelChangedError, ParallelError
@@ -64,6 +65,8 @@ class Replica(DistributedDataParallel):
         self._trained = [each for each in self._tensors if each.requires_grad]
         self._frozen = [each for each in self._tensors if not each.requires_grad]
         self._described = [(each.dtype, each.device, each.shape) for each in self._tensors]
+        # DDP's hooks are on the nodes that gather gradients. One that is moved or cast, and back, has another node.
+        self._nodes = [get_gradient_edge(each).node if each.requires_grad else None for each in self._tensors]
 
     # Noticing
 
@@ -90,6 +93,8 @@ class Replica(DistributedDataParallel):
                 found.append(f"{name} is frozen now")
             if needs and described != self._described[place]:
                 found.append(f"{name} was {_said(self._described[place])} and is {_said(described)}")
+            elif needs and self._required[place] and get_gradient_edge(parameter).node is not self._nodes[place]:
+                found.append(f"{name} was moved or cast, and back")
         names = list(self._known)
         gone = [names[place] for place in at.values() if self._required[place] and names[place] not in now]
         return found + [f"{name} is gone" for name in gone if not tolerates_unused]
@@ -169,10 +174,15 @@ class Replica(DistributedDataParallel):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        # A copy tells nobody, and is in torch's default group.
-        state.pop("activity", None)
+        # A copy tells nobody, is in torch's default group, and notes its own parameters.
+        for name in ("activity", "_known", "_tensors", "_required", "_trained", "_frozen", "_described", "_nodes"):
+            state.pop(name, None)
         state["given"] = {name: each for name, each in self.given.items() if name != "process_group"}
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._note_parameters()
 
 
 def in_short(changes: list[str]) -> str:
