@@ -27,6 +27,8 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | MetricError | a metric cannot be used as asked, or failed on one rank only | RuntimeError |
 | NotComputableError | a metric has seen no sample on any rank | RuntimeError |
 | CheckpointError | a checkpoint cannot be saved, found, read or removed | RuntimeError |
+| FolderInUseError | a folder of checkpoints belongs to another job that is alive | CheckpointError |
+| FolderLostError | another job has taken over the folder that this one saves to | CheckpointError |
 | DamagedCheckpointError | a checkpoint does not hold what it says it holds | CheckpointError |
 | NewerCheckpointError | a checkpoint has a later format than this version reads | DamagedCheckpointError |
 | UnsupportedStateError | state to be saved holds a value that a checkpoint cannot keep | CheckpointError, TypeError |
@@ -174,6 +176,14 @@ class CheckpointError(AllstepError, RuntimeError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(str(message)))
+
+
+class FolderInUseError(CheckpointError):
+    """A folder of checkpoints belongs to another job that is alive; the message names that job and the remedies."""
+
+
+class FolderLostError(CheckpointError):
+    """Another job has taken over the folder that this one saves to, so this one saves no more and has to end."""
 
 
 class DamagedCheckpointError(CheckpointError):

@@ -41,6 +41,11 @@ def states(folder: Path) -> dict[str, str]:
     return {entry.name: entry.state for entry in entries(str(folder))}
 
 
+def listed(folder: Path) -> list[str]:
+    """What is in a folder of checkpoints but whose it is."""
+    return sorted(name for name in os.listdir(folder) if name != "owner")
+
+
 def newest(folder: Path) -> dict[str, Any]:
     """The state in the newest checkpoint."""
     store = Store(str(folder))

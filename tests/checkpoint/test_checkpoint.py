@@ -9,7 +9,7 @@ import torch
 
 from allstep import Engine, Events
 from allstep.checkpoint import Checkpoint, Store, entries
-from allstep.errors import ArgumentError
+from allstep.errors import ArgumentError, CheckpointError
 from tests.checkpoint.storages import Failing, Gated
 
 
@@ -158,7 +158,8 @@ def test_a_save_that_failed_is_tried_again_at_the_end(tmp_path):
 def test_metrics_that_cannot_be_had_fail_the_save_and_not_the_training(tmp_path, caplog):
     engine = Engine(lambda e, b: None)
     checkpoint = Checkpoint(tmp_path, {"engine": engine}, every=1, metrics=lambda engine: {"a": 1 / 0}).attach(engine)
-    engine.run([1, 2])
+    with pytest.raises(CheckpointError, match="nothing of this run was saved"):
+        engine.run([1, 2])
     assert engine.state.iteration == 2
     assert checkpoint.store.choose() is None
     assert "the metrics cannot be had: ZeroDivisionError" in caplog.text

@@ -16,6 +16,7 @@ from allstep.checkpoint import LocalStorage, Store, entries
 from tests.checkpoint.storages import (
     Failing,
     Recording,
+    listed,
     newest,
     some_state,
     states,
@@ -41,9 +42,11 @@ def test_files_and_folders_are_synchronised_before_the_rename(tmp_path: Path, mo
         synced.append("the rename")
         rename(old, new)
 
+    store = Store(str(tmp_path))
+    store.claim()
     monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(os, "rename", noted_rename)
-    assert Store(str(tmp_path)).save(1, some_state()).wait()
+    assert store.save(1, some_state()).wait()
     temporary = next(name for name in synced if name.startswith("tmp-"))
     files = ["rank_00000.safetensors", "rank_00000.json", "state.json"]
     assert synced == [*files, temporary, "manifest.json", temporary, "the rename", tmp_path.name]
@@ -63,7 +66,7 @@ def test_a_failed_save_is_reported_leaves_no_trace_and_the_next_one_works(
         assert not pending.wait()
     assert "step 2 was not saved" in caplog.text
     assert "the disk is on fire" in str(pending.error)
-    assert os.listdir(tmp_path) == ["save-000001-step-1"]
+    assert listed(tmp_path) == ["save-000001-step-1"]
     storage.failing = False
     assert store.save(3, some_state(3)).wait()
     assert newest(tmp_path)["trainer"] == {"iteration": 3}
@@ -74,14 +77,14 @@ def test_what_cannot_be_saved_fails_the_save_and_is_named(tmp_path: Path) -> Non
     pending = store.save(1, {"model": {}, "scheduler": {"fn": lambda: None}})
     assert not pending.wait()
     assert "scheduler['fn'] is a function" in str(pending.error)
-    assert os.listdir(tmp_path) == []
+    assert listed(tmp_path) == []
     assert not store.save(2, {"a/b": 1}).wait()
     assert store.save(3, {"model": {"w": torch.ones(1)}}).wait()
 
 
 def test_facts_that_json_cannot_hold_fail_the_save(tmp_path: Path) -> None:
     assert not Store(str(tmp_path)).save(1, some_state(), facts={"model": torch.nn.Linear(1, 1)}).wait()
-    assert os.listdir(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 def test_a_disk_without_room_fails_the_save_before_anything_is_written(tmp_path: Path) -> None:
@@ -94,7 +97,7 @@ def test_a_disk_without_room_fails_the_save_before_anything_is_written(tmp_path:
     assert not pending.wait()
     assert "free some space" in str(pending.error)
     assert not [call for call in storage.calls if call.startswith("write")]
-    assert os.listdir(tmp_path) == []
+    assert listed(tmp_path) == []
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small_d
     pending = store.save(2, {"model": {"w": torch.ones(1 << 20)}})
     assert not pending.wait()
     assert "No space left" in str(pending.error)
-    assert os.listdir(small_disk) == ["save-000001-step-1"]
+    assert listed(small_disk) == ["save-000001-step-1"]
     assert torch.equal(newest(small_disk)["model"]["w"], torch.ones(1 << 18))
     checked = Store(str(small_disk)).save(2, {"model": {"w": torch.ones(1 << 20)}})
     assert not checked.wait()
@@ -157,7 +160,8 @@ def test_the_best_are_kept_beside_the_newest(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_that_name_is_never_written_over(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
+    store.claim()
     (tmp_path / "save-000001-step-1").mkdir()
     pending = store.save(1, some_state())
     assert not pending.wait()
-    assert os.listdir(tmp_path) == ["save-000001-step-1"]
+    assert listed(tmp_path) == ["save-000001-step-1"]

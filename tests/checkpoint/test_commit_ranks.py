@@ -15,7 +15,7 @@ from allstep.checkpoint import Buffer, FsspecStorage, LocalStorage, Store, entri
 from allstep.errors import CheckpointError
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World
-from tests.checkpoint.storages import Failing, Gated, same, some_state
+from tests.checkpoint.storages import Failing, Gated, listed, same, some_state
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ def save_what_differs(world: World, folder: Path, how: str) -> str:
     pending = store.save(1, state, own)
     assert not pending.wait()
     world.barrier()  # rank 0 has cleaned up when its own wait returns
-    assert os.listdir(folder) == []
+    assert listed(folder) == []
     world.barrier()
     assert store.save(2, {"model": {"w": torch.zeros(3)}}).wait()
     return str(pending.error)
@@ -72,7 +72,7 @@ def test_a_rank_that_cannot_write_fails_the_save_on_all(tmp_path: Path) -> None:
         assert "rank 1: OSError" in error
         assert "on fire" in error
         assert name == "save-000001-step-1"
-    assert os.listdir(tmp_path) == ["save-000001-step-1"]
+    assert listed(tmp_path) == ["save-000001-step-1"]
 
 
 def fail_to_make_the_manifest(world: World, folder: Path) -> str:
@@ -124,7 +124,9 @@ def test_training_goes_on_while_a_slow_rank_writes(tmp_path: Path) -> None:
 
 
 def choose_name(world: World, folder: Path) -> str:
-    found = Store(str(folder)).choose()
+    store = Store(str(folder))
+    store.claim()
+    found = store.choose()
     assert found is not None
     return found.name
 
@@ -148,7 +150,7 @@ def test_a_rank_that_dies_in_a_save_leaves_the_checkpoint_before(who: int, tmp_p
     with pytest.raises(RanksError, match=f"rank {who} of 2 died with exit code -9"):
         run_ranks(die_in_a_save, 2, tmp_path, who)
     assert run_ranks(choose_name, 2, tmp_path) == ["save-000001-step-1"] * 2
-    assert os.listdir(tmp_path) == ["save-000001-step-1"]
+    assert listed(tmp_path) == ["save-000001-step-1"]
 
 
 def save_without_rename(world: World, folder: Path) -> tuple[bool, bool]:
@@ -191,4 +193,4 @@ def save_once_more(world: World, folder: Path) -> str:
 def test_a_save_on_one_rank_alone_is_an_error_that_says_so(tmp_path: Path) -> None:
     said = run_ranks(save_once_more, 2, tmp_path)
     assert "rank 1: it saves save-000001-step-10, and rank 0 save-000001-step-5; call save on every rank" in said[1]
-    assert os.listdir(tmp_path) == []
+    assert listed(tmp_path) == []

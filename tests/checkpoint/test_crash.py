@@ -28,13 +28,22 @@ def save_until_dead(folder: str, moment: int) -> None:
     for step in range(1, SAVES):
         assert calm.save(step, some_state(step)).wait()
     storage = Deadly(folder, moment)
-    Store("", storage=storage, keep_last=2).save(SAVES, some_state(SAVES)).wait()
+    going_on(Store("", storage=storage, keep_last=2)).save(SAVES, some_state(SAVES)).wait()
     assert storage.survived
+
+
+def going_on(store: Store) -> Store:
+    """From the newest checkpoint, so that the ones before it are of the store's own lineage."""
+    found = store.choose()
+    assert found is not None
+    store.load(found)
+    return store
 
 
 def check(folder: Path) -> int:
     """The step of the checkpoint that a new run resumes from, which is whole; nothing else than whole ones is left."""
     store = Store(str(folder))
+    store.claim()
     found = store.choose()
     assert found is not None
     assert found.passed_over == ()
@@ -76,7 +85,7 @@ def save_with_a_deadly_rank(world: World, folder: Path, moment: int, who: int) -
     for step in range(1, SAVES):
         assert calm.save(step, some_state(step)).wait()
     storage = Deadly(str(folder), moment) if world.rank == who else None
-    Store(str(folder), storage=storage, keep_last=2).save(SAVES, some_state(SAVES)).wait()
+    going_on(Store(str(folder), storage=storage, keep_last=2)).save(SAVES, some_state(SAVES)).wait()
     signal.pause()  # the one that dies is to be the first to end
 
 

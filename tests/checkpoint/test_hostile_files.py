@@ -59,7 +59,7 @@ def test_numbers_and_dimensions_of_a_state_file_are_bounded(where: str, numbers:
 
 
 def test_the_check_of_many_pieces_takes_time_in_their_number() -> None:
-    count = 30_000
+    count = 10_000
     columns = [Box((0, at), (7, 1)) for at in range(count)]
     began = time.monotonic()
     assert covers((7, count), columns)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torchmetrics
@@ -125,7 +127,8 @@ def train_with_unready(world, folder, unready, strict):
     # Before the model, whose buffers are broadcast when its state is asked for.
     objects = {"metric": metric, "model": model, "trainer": trainer}
     checkpoint = Checkpoint(folder, objects, every=2, strict=strict).attach(trainer)
-    trainer.run([1] * 6)
+    with nullcontext() if strict else pytest.raises(CheckpointError, match="nothing of this run was saved"):
+        trainer.run([1] * 6)
     checkpoint.close()
     assert checkpoint.store.choose() is None
     return trainer.state.iteration
@@ -196,3 +199,44 @@ def test_what_a_store_saved_without_an_engine_loads_into_objects_of_its_names(tm
     assert torch.equal(other.weight, model.weight)
     with pytest.raises(CheckpointError, match="the checkpoint lacks optimizer; it has model"):
         Checkpoint(tmp_path, {"optimizer": torch.optim.SGD(model.parameters(), lr=1.0)}, every=None).resume()
+
+
+def grown(folder, resumes):
+    """A trainer whose optimizer gets a second parameter group in a handler after the first epoch."""
+    torch.manual_seed(0)
+    body, head = nn.Linear(2, 3), nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(head.parameters())
+
+    def step(engine, batch):
+        optimizer.zero_grad()
+        head(body(torch.full((2, 2), float(engine.state.iteration)))).sum().backward()
+        optimizer.step()
+
+    trainer = Engine(step)
+
+    def unfreeze():
+        optimizer.add_param_group({"params": list(body.parameters()), "lr": 0.01})
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), unfreeze)
+    objects = {"body": body, "head": head, "optimizer": optimizer, "trainer": trainer}
+    checkpoint = Checkpoint(folder, objects).attach(trainer)
+    found = checkpoint.store.choose()
+    if resumes == "with its groups" and found is not None and found.manifest.facts["epoch"] >= 1:
+        unfreeze()
+    if resumes:
+        checkpoint.resume()
+    return trainer, [*body.parameters(), *head.parameters()]
+
+
+def test_groups_that_were_added_on_the_way_are_asked_for_in_words(tmp_path):
+    trainer, expected = grown(tmp_path / "whole", "")
+    trainer.run([0] * 3, max_epochs=4)
+    trainer, _ = grown(tmp_path / "c", "")
+    trainer.run([0] * 3, max_epochs=2)
+    with pytest.raises(
+        CheckpointError, match=r"saved with 2 parameter groups \(of 2, 2 parameters\), and this run's has 1 p"
+    ):
+        grown(tmp_path / "c", "as it is")
+    trainer, parameters = grown(tmp_path / "c", "with its groups")
+    trainer.run([0] * 3, max_epochs=4)
+    assert all(map(torch.equal, parameters, expected))

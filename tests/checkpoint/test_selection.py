@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from allstep.checkpoint import Store
+from allstep.checkpoint import Store, find_entry, remove, verify
 from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
 from allstep.checkpoint.storage import HASH_ALGORITHM, hash_bytes
 from allstep.errors import CheckpointError
@@ -52,17 +52,51 @@ def test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_used(
 
 
 @pytest.mark.parametrize("name", ["rank_00000.safetensors", "rank_00000.json", "state.json", "manifest.json"])
-def test_a_file_that_cannot_be_read_is_tried_again_and_then_passed_over(name: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_tried_again_and_is_then_an_error(name: str, tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for step in (1, 2):
         assert store.save(step, some_state(step)).wait()
-    for times, chosen in ((1, "save-000002-step-2"), (10**9, "save-000001-step-1")):
-        storage = Unreadable(str(tmp_path), "save-000002-step-2", name, times)
-        found = Store("", storage=storage, patience=0.2).choose()
-        assert found is not None
-        assert found.name == chosen
-    assert "the server is away" in found.passed_over[0][1]
+    found = Store("", storage=Unreadable(str(tmp_path), "save-000002-step-2", name, 1), patience=0.2).choose()
+    assert found is not None
+    assert found.name == "save-000002-step-2"
+    away = Store("", storage=Unreadable(str(tmp_path), "save-000002-step-2", name, 10**9), patience=0.2)
+    with pytest.raises(CheckpointError, match=r"may be whole: .*the server is away.*--resume"):
+        away.choose()
+    named = away.choose(str(tmp_path / "save-000001-step-1"))  # whoever says so goes on without it
+    assert named is not None
     assert set(states(tmp_path).values()) == {"whole"}
+
+
+def test_what_cannot_be_read_for_a_while_costs_no_checkpoint(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), keep_last=2)
+    for step in (1, 2):
+        assert store.save(step, some_state(step)).wait()
+    storage = Unreadable(str(tmp_path), "save-000002-step-2", "manifest.json", 10**9)
+    again = Store("", storage=storage, patience=0.2, keep_last=1)
+    with pytest.raises(CheckpointError, match="may be whole"):
+        again.resume()
+    for step in (3, 4, 5):  # by a script that catches it and begins anew
+        assert again.save(step, some_state(step)).wait()
+    assert list(states(tmp_path)) == ["save-000001-step-1", "save-000002-step-2", "save-000005-step-5"]
+
+
+def test_a_checkpoint_that_was_given_another_name_is_still_one(tmp_path: Path) -> None:
+    store = Store(str(tmp_path), keep_last=1)
+    assert store.save(1, some_state(1)).wait()
+    (tmp_path / "save-000001-step-1").rename(tmp_path / "best")
+    for step in (2, 3):
+        assert store.save(step, some_state(step)).wait()
+    assert states(tmp_path) == {"best": "whole", "save-000003-step-3": "whole"}  # and retention leaves it alone
+    found = store.choose(str(tmp_path / "best"))
+    assert found is not None
+    assert store.load(found).state["trainer"] == {"iteration": 1}
+    newest_named = store.choose()
+    assert newest_named is not None
+    assert newest_named.name == "save-000003-step-3"
+    best = find_entry(str(tmp_path), "best")
+    assert verify(best) == []
+    remove(best)
+    assert list(states(tmp_path)) == ["save-000003-step-3"]
 
 
 def test_verification_by_size_notices_truncation_and_not_a_flipped_bit(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from allstep.checkpoint import LocalStorage, Store
 from allstep.checkpoint.manifest import MANIFEST
+from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.checkpoint.storages import Unreadable, flip, some_state
@@ -43,7 +44,10 @@ def choose_half_blind(
     world: World, folder: Path, looks: int, blind: int, hidden: str = "rank_00000.safetensors"
 ) -> tuple[str, tuple[Any, ...]]:
     storage = Blind(str(folder), hidden, looks) if world.rank == blind else LocalStorage(str(folder))
-    found = Store("", storage=storage, patience=1.0 if looks > 1000 else 60.0).choose()
+    try:
+        found = Store("", storage=storage, patience=1.0 if looks > 1000 else 60.0).choose()
+    except CheckpointError as error:
+        return str(error), ()
     assert found is not None
     return found.name, found.passed_over
 
@@ -62,36 +66,36 @@ def test_a_file_or_folder_that_appears_late_on_one_rank_is_waited_for(blind: int
     assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
 
 
-def test_a_manifest_that_only_rank_0_never_sees_quarantines_nothing(tmp_path: Path) -> None:
-    run_ranks(save_twice, 2, tmp_path)
-    chosen = run_ranks(choose_half_blind, 2, tmp_path, 10**9, 0, MANIFEST)
-    assert [name for name, _ in chosen] == ["save-000001-step-1"] * 2
-    assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
-
-
-def test_a_file_that_one_rank_never_sees_leads_all_to_the_one_before(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("blind", "hidden", "said"),
+    [
+        (0, MANIFEST, "there is no manifest.json"),
+        (1, "rank_00000.safetensors", "rank 1 finds that rank_00000.safetensors is missing"),
+    ],
+)
+def test_what_one_rank_never_sees_may_be_whole_and_is_an_error(
+    blind: int, hidden: str, said: str, tmp_path: Path
 ) -> None:
     run_ranks(save_twice, 2, tmp_path)
-    for name, passed_over in run_ranks(choose_half_blind, 2, tmp_path, 10**9, 1):
-        assert name == "save-000001-step-1"
-        assert "rank 1 finds that rank_00000.safetensors is missing" in passed_over[0][1]
+    for error, _ in run_ranks(choose_half_blind, 2, tmp_path, 10**9, blind, hidden):
+        assert "save-000002-step-2 cannot be read, and may be whole" in error
+        assert hidden == MANIFEST or said in error
     assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
 
 
-def choose_while_unreadable(world: World, folder: Path) -> str:
+def choose_while_unreadable(world: World, folder: Path) -> None:
     times = 10**9 if world.rank == 1 else 0
     storage = Unreadable(str(folder), "save-000002-step-2", "rank_00001.json", times)  # of rank 1's share
-    found = Store("", storage=storage, patience=0.2).choose()
-    assert found is not None
-    return found.name
+    store = Store("", storage=storage, patience=0.2)
+    with pytest.raises(CheckpointError, match=r"may be whole: rank 1 finds that rank_00001\.json cannot be read"):
+        store.choose()
+    named = store.choose(str(folder / "save-000001-step-1"))
+    assert named is not None
 
 
-def test_a_file_that_one_rank_cannot_read_leads_all_to_the_one_before(
-    tmp_path: Path,
-) -> None:
+def test_a_file_that_one_rank_cannot_read_is_an_error_on_all(tmp_path: Path) -> None:
     run_ranks(save_twice, 2, tmp_path)
-    assert run_ranks(choose_while_unreadable, 2, tmp_path) == ["save-000001-step-1"] * 2
+    run_ranks(choose_while_unreadable, 2, tmp_path)
     assert not (tmp_path / "save-000002-step-2" / "set_aside.json").exists()
 
 

@@ -130,7 +130,9 @@ def test_a_save_without_its_manifest_is_removed_by_the_next_start(files: int, me
     assert not Store("", storage=Dying(memory, files)).save(2, some_state(2)).wait()
     if files:
         assert [entry.state for entry in entries(memory)] == ["whole", "unfinished"]
-    found = Store(memory).choose()
+    store = Store(memory)
+    store.claim()
+    found = store.choose()
     assert found is not None
     assert found.manifest.step == 1
     assert len(entries(memory)) == 1

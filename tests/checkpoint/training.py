@@ -55,6 +55,7 @@ class Job:
     accumulate: int = 1
     most: int | None = None
     every: Any = 2
+    keep_last: int = 3
     batch: int = 12
     window: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -88,7 +89,7 @@ class Run:
             **dict(job.options),
         )
         objects = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler, "engine": self.engine}
-        self.checkpoint = Checkpoint(job.folder, objects, every=job.every).attach(self.engine)
+        self.checkpoint = Checkpoint(job.folder, objects, every=job.every, keep_last=job.keep_last).attach(self.engine)
 
     def step(self, engine: Engine, batch: Any) -> torch.Tensor:
         x, y, index = batch

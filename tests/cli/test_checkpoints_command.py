@@ -12,6 +12,7 @@ import torch
 
 from allstep.checkpoint import Store
 from allstep.cli.main import main
+from tests.checkpoint.storages import listed
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_rm_removes_those_named_and_nothing_when_one_is_not_there(
     assert main(["checkpoints", "rm", str(folder), "save-000001-step-10", "save-000009-step-9"]) == 2
     assert "has no checkpoint save-000009-step-9; there is save-000001-step-10, save" in capsys.readouterr().err
     assert main(["checkpoints", "rm", str(folder), "save-000001-step-10"]) == 0
-    assert [path.name for path in folder.iterdir()] == ["save-000002-step-20"]
+    assert listed(folder) == ["save-000002-step-20"]
 
 
 def test_a_wrong_command_line_is_2(capsys: pytest.CaptureFixture[str]) -> None:

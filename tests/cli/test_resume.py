@@ -12,6 +12,7 @@ import pytest
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.checkpoint import training
+from tests.checkpoint.storages import listed
 from tests.jobs.job import Job
 from tests.jobs.launchers import script
 from tests.jobs.running import run
@@ -42,7 +43,7 @@ def first_epoch(world: World, folder: str) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     run_ranks(first_epoch, 2, str(folder / "saved"))
-    names = sorted(path.name for path in (folder / "saved").iterdir())
+    names = listed(folder / "saved")
     assert names == ["save-000001-step-2", "save-000002-step-4", "save-000003-step-5"]
     return folder
 

@@ -12,7 +12,7 @@ from tests.jobs.launchers import ROOT
 FAULTS = "tests/faults/"
 CHECKPOINT = "tests/checkpoint/"
 
-ELSEWHERE: dict[int, list[str]] = {
+ELSEWHERE: dict[int | str, list[str]] = {
     11: [f"{FAULTS}test_preemption.py::test_a_run_resumed_after_sigterm_to_all_equals_an_unbroken_one"],
     12: [f"{FAULTS}test_preemption.py::test_sigterm_to_one_rank_stops_all_together"],
     14: [f"{FAULTS}test_preemption.py::test_usr1_before_torch_is_imported_is_remembered"],
@@ -34,7 +34,7 @@ ELSEWHERE: dict[int, list[str]] = {
     40: [f"{CHECKPOINT}test_selection.py::test_a_damaged_checkpoint_is_quarantined_and_the_one_before_it_used"],
     41: [
         f"{CHECKPOINT}test_selection_ranks.py::test_a_file_or_folder_that_appears_late_on_one_rank_is_waited_for",
-        f"{CHECKPOINT}test_selection_ranks.py::test_a_file_that_one_rank_never_sees_leads_all_to_the_one_before",
+        f"{CHECKPOINT}test_selection_ranks.py::test_what_one_rank_never_sees_may_be_whole_and_is_an_error",
     ],
     42: [f"{FAULTS}test_world_sizes.py::test_global_batches_are_those_of_the_unbroken_run"],
     43: [f"{FAULTS}test_saving_meanwhile.py::test_one_save_is_under_way_and_training_goes_on_to_the_same_end"],
@@ -42,6 +42,23 @@ ELSEWHERE: dict[int, list[str]] = {
         "tests/slurm/test_requeue.py::test_a_job_that_gets_usr1_is_requeued_and_goes_on",
         "tests/slurm/test_failure.py::test_a_task_that_raises_is_the_cause_and_all_tasks_of_all_nodes_end",
         "tests/slurm/test_placement.py::test_a_batch_script_without_srun_is_a_world_of_one_with_a_warning",
+    ],
+    "A1": [f"{CHECKPOINT}test_failed_runs.py::test_saves_that_fall_due_before_the_vote_tells_of_a_nan_are_withheld"],
+    "A2": [
+        f"{CHECKPOINT}test_selection.py::test_what_cannot_be_read_for_a_while_costs_no_checkpoint",
+        f"{CHECKPOINT}test_selection_ranks.py::test_a_file_that_one_rank_cannot_read_is_an_error_on_all",
+    ],
+    "A3": [f"{CHECKPOINT}test_second_job.py::test_resume_none_keeps_the_old_run"],
+    "A4": [
+        f"{CHECKPOINT}test_second_job.py::test_a_second_job_is_refused_with_the_name_of_the_first_and_harms_nothing",
+        f"{CHECKPOINT}test_owner.py::test_a_job_that_lost_the_folder_saves_no_more_and_removes_nothing",
+    ],
+    "A5": [f"{CHECKPOINT}test_ends.py::test_a_script_that_ends_waits_for_its_save_and_says_so"],
+    "A6": [f"{CHECKPOINT}test_ends.py::test_an_unsaved_preemption_does_not_end_with_85"],
+    "A7": ["tests/launch/test_worker_files.py::test_an_exception_leaves_all_files_written"],
+    "A8": [
+        f"{CHECKPOINT}test_ends.py::test_ranks_that_leave_the_world_right_behind_a_save_have_saved",
+        f"{CHECKPOINT}test_ends.py::test_what_goes_wrong_behind_the_rename_is_no_failed_save",
     ],
 }
 """By row, tests beside those of this folder that have the row in their name; by the beginning of their names."""
@@ -59,8 +76,11 @@ NAMED = {
 }
 
 
-@pytest.mark.parametrize("row", range(1, 47))
-def test_every_row_of_the_matrix_has_a_test_by_day(row: int) -> None:
+LOST_DATA = [f"A{number}" for number in range(1, 9)]  # of data that would be lost
+
+
+@pytest.mark.parametrize("row", [*range(1, 47), *LOST_DATA])
+def test_every_row_of_the_matrix_has_a_test_by_day(row: int | str) -> None:
     found = [by_day for name, by_day in NAMED.items() if name.startswith(f"test_row_{row}_")]
     for place in ELSEWHERE.get(row, []):
         path, _, beginning = place.partition("::")

@@ -2,8 +2,8 @@
 
 From a training script down to the disk: `checkpoint` (what attaches to an engine) asks `schedule` when, `objects` and
 `rng` what; `store` takes a `snapshot` (`encoding`, `sharding`, `safetensors_file`) and has `commit` write it through
-`storage`. On the way back `selection` chooses, `reading` reads. `manifest` and `catalog` say what is in a
-folder, `retention` what stays there.
+`storage`, in the thread of a `pending_save`. On the way back `selection` chooses, `reading` reads. `manifest` and
+`catalog` say what is in a folder, `owner` whose it is, `retention` what stays there.
 `torch_private` holds the names that torch does not promise to keep.
 
 Not here: where an engine stands and how it goes on (`allstep.engine`), what metrics save of themselves
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from allstep.checkpoint.exporting import export
     from allstep.checkpoint.manifest import Manifest
     from allstep.checkpoint.objects import PerRank
+    from allstep.checkpoint.pending_save import PendingSave
     from allstep.checkpoint.selection import Found
     from allstep.checkpoint.storage import Buffer, FsspecStorage, LocalStorage, Storage
-    from allstep.checkpoint.store import Loaded, PendingSave, Store
+    from allstep.checkpoint.store import Loaded, Store
 
 _HOMES = {
     "Buffer": "storage",
@@ -38,7 +39,7 @@ _HOMES = {
     "Loaded": "store",
     "LocalStorage": "storage",
     "Manifest": "manifest",
-    "PendingSave": "store",
+    "PendingSave": "pending_save",
     "PerRank": "objects",
     "Storage": "storage",
     "Store": "store",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from allstep.checkpoint.manifest import (
+    MANIFEST,
     QUARANTINE,
     CheckpointName,
     Manifest,
@@ -60,12 +61,22 @@ def entries(folder: str) -> list[Entry]:
     """
     storage = open_storage(folder)
     try:
-        names = [name for name in storage.folders() if read_name(name) or is_temporary(name)]
+        names = [name for name in storage.folders() if is_temporary(name) or is_checkpoint(storage, name)]
     except Exception as error:  # file systems behind fsspec have errors of their own
         raise CheckpointError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
-    # Committed ones by their order, then what is unfinished.
+    # Those that were given other names, committed ones by their order, then what is unfinished.
     names.sort(key=lambda name: (is_temporary(name), read_name(name) or CheckpointName(0, 0)))
     return [_entry(storage, name) for name in names]
+
+
+def is_checkpoint(storage: Storage, name: str) -> bool:
+    """Whether a folder is a checkpoint, under its own name or one that somebody gave it: that has a manifest too."""
+    if read_name(name) is not None:
+        return True
+    try:
+        return not is_temporary(name) and MANIFEST in storage.files(name)
+    except Exception:  # a folder that is nothing of ours may be closed to us
+        return False
 
 
 def find_entry(folder: str, name: str | None) -> Entry:

@@ -1,13 +1,14 @@
 """`Checkpoint`: saves everything that a run needs to go on, and brings it back.
 
 Contract: every rank makes one with the same objects and attaches it to the engine that trains. `resume`, before the
-run, finds the newest whole checkpoint, or the one that was asked for, and loads it into the objects. What is decided
-here is decided alike on every rank. All methods are called from the main thread.
+run, makes this job the owner of the folder, finds the newest whole checkpoint, or the one that was asked for, and loads
+it into the objects. What is decided here is decided alike on every rank. All methods are called from the main thread.
 
 When a run saves: on the last iteration of an accumulation group only, after all other handlers of the same event. It
 saves when a checkpoint is due, when the run is terminated, preemption included, and at its end. A run that was
-terminated as failed is not saved there. An exception saves nothing, but a save under way is given a moment to end
-before the exception goes on, since other ranks still take part in it.
+terminated as failed is not saved there, nor is a save committed once a rank has asked for such an end. An exception
+saves nothing, but a save under way is given a moment to end before the exception goes on, since other ranks still take
+part in it. A run raises at its end where that could not be saved and it was preempted, or nothing of it was saved.
 
 How a save goes: `collect_states` asks the objects for their states, the store copies them, and training goes on while a
 thread writes. Nothing below calls back into a `Checkpoint`.
@@ -23,7 +24,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -33,13 +34,14 @@ import torch
 from allstep.checkpoint import rng
 from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.objects import ObjectAdapter, adapters_for, collect_states
+from allstep.checkpoint.resumption import Resumption, generators_restorer, saved_metrics
 from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.schedule import SaveEvery, Schedule, read_every
 from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
 from allstep.checkpoint.store import Busy, Loaded, Store
 from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
-from allstep.errors import ArgumentError, CheckpointError
+from allstep.errors import ArgumentError, CheckpointError, FolderInUseError, Preempted
 from allstep.world import World
 
 T = TypeVar("T")
@@ -61,27 +63,14 @@ class _RunSaves:
         handles: of the handlers that the run was given.
         saved_at: where the last one that was begun was taken; see `_place`.
         lacks_rating: whether that one was left unrated though there were metrics.
+        ended_at: the place of which a save at the run's end was tried last.
     """
 
     schedule: Schedule
     handles: list[RemovableEventHandle]
     saved_at: tuple[int, int, str | None] | None = None
     lacks_rating: bool = False
-
-
-@dataclass(slots=True)
-class _Resumption:
-    """What `resume` leaves to be done when the run begins.
-
-    Attributes:
-        restore_generators: puts this rank's random generators back.
-        inside_epoch: whether an engine goes on inside an epoch, so that it is done again before the first batch.
-        handles: of the handlers that do so.
-    """
-
-    restore_generators: Callable[[], None]
-    inside_epoch: bool
-    handles: list[RemovableEventHandle] = field(default_factory=list)
+    ended_at: tuple[int, int, str | None] | None = None
 
 
 class Checkpoint:
@@ -103,12 +92,12 @@ class Checkpoint:
         verify: see `Store`.
         strict: see `Store`.
         busy: see `Store`.
+        take_over: see `Store`.
 
     Raises:
         ArgumentError: `every`, keep_last, keep_best, verify or busy has no such value, or a fact has a name that is
             taken.
         UnsupportedStateError: an object has no state that can be saved.
-        CheckpointError: the folder cannot be used.
     """
 
     def __init__(
@@ -124,6 +113,7 @@ class Checkpoint:
         verify: Verify = "full",
         strict: bool = False,
         busy: Busy = "wait",
+        take_over: bool = False,
     ) -> None:
         if taken := sorted(_OWN_FACTS & dict(facts or {}).keys()):
             raise ArgumentError(
@@ -141,10 +131,16 @@ class Checkpoint:
             self.store = folder
         else:
             self.store = Store(
-                os.fspath(folder), keep_last=keep_last, keep_best=keep_best, verify=verify, strict=strict, busy=busy
+                os.fspath(folder),
+                keep_last=keep_last,
+                keep_best=keep_best,
+                verify=verify,
+                strict=strict,
+                busy=busy,
+                take_over=take_over,
             )
         self._runs: dict[Engine, _RunSaves] = {}
-        self._resumption: _Resumption | None = None
+        self._resumption: Resumption | None = None
         self._has_loaded_engines = False
 
     def attach(self, engine: Engine) -> Checkpoint:
@@ -178,9 +174,13 @@ class Checkpoint:
             What was loaded; None where there is nothing to resume from.
 
         Raises:
-            CheckpointError: the path that was asked for has none, or objects are missing in it, on every rank.
+            FolderInUseError: the checkpoint is attached, and its folder belongs to another job that is alive.
+            CheckpointError: the path that was asked for has none, one that may be whole cannot be read now, or objects
+                are missing in it; on every rank.
         """
         script_at = os.fspath(at)
+        if self._engines:
+            self._claim()  # before anything is read that another job would go on changing
         with _checkpoint_section():
             overruled = overruled_resume(script_at, os.environ)
             if overruled is not None and _rank() == 0:
@@ -241,6 +241,7 @@ class Checkpoint:
             metrics if is_rated else None,
             facts,
             refusal=states.failure or failure,
+            distrust=partial(_failure_of, engine),
         )
         run = self._runs.get(engine)
         if run is not None:
@@ -257,9 +258,20 @@ class Checkpoint:
         except Exception as error:  # a user's function; a save that fails does not stop training
             return {}, f"the metrics cannot be had: {type(error).__name__}: {error}"
 
+    def _claim(self) -> None:
+        try:
+            with _checkpoint_section():
+                self.store.claim()
+        except FolderInUseError:
+            raise
+        except CheckpointError as error:  # each save tries it again
+            if _rank() == 0:
+                log.error("nothing can be saved in %s as it is now: %s", self.store.folder, error)
+
     # Handlers of an attached engine
 
     def _start(self, engine: Engine) -> None:
+        self._claim()
         # Added when the run begins, and so called after all handlers that were added before it.
         before = self._runs.get(engine)
         for handle in before.handles if before is not None else ():
@@ -303,13 +315,31 @@ class Checkpoint:
                 log.warning("not saved, since the run has failed: %s", engine.state.stop_reason)
             return
         is_run_over = engine.state.outcome != "left"
-        run = self._runs[engine]
+        run, place = self._runs[engine], _place(engine.state_dict())
         # The last save counts only if it was committed, and of this very place.
-        is_saved = committed and run.saved_at == _place(engine.state_dict())
-        if not is_saved or (is_run_over and run.lacks_rating):
+        is_saved = committed and run.saved_at == place
+        if is_saved and not (is_run_over and run.lacks_rating):
+            return
+        # COMPLETED comes behind TERMINATE, and what could not be saved then is not tried again so soon.
+        if run.ended_at != place:
+            run.ended_at = place
             with _checkpoint_section():
                 self._save(engine, is_run_over=is_run_over)
-                self.store.wait()
+                committed = self.store.wait()
+            if not committed and not is_saved:
+                self._leave_unsaved(engine)
+
+    def _leave_unsaved(self, engine: Engine) -> None:
+        """Have the run raise where its end is lost: a preempted one would be started again for ever."""
+        unsaved = self.store.unsaved
+        if isinstance(engine.extension.leaving, Preempted):
+            unsaved = CheckpointError(
+                f"the run was preempted at iteration {engine.state.iteration} and that place was not saved: "
+                f"{self.store.last_failure}. It ends as failed and not as preempted, since starting it again would not "
+                "help before that is put right"
+            )
+        if unsaved is not None:
+            engine.extension.leave_with(unsaved)
 
     def _at_exception(self, engine: Engine) -> None:
         # The engine has reported the exception before it fires this event, so nobody learns of it later for the wait.
@@ -332,7 +362,7 @@ class Checkpoint:
         for name, adapter in self._adapters.items():
             if name in known:
                 adapter.load(loaded.state.get(name), [each.get(name) for each in per_rank], rank)
-        metrics = _saved_metrics(loaded, rank)
+        metrics = saved_metrics(loaded, rank)
         engines = {name: each for name, each in self.objects.items() if isinstance(each, Engine)}
         for name, engine in engines.items():
             self._has_loaded_engines |= name in known
@@ -340,8 +370,8 @@ class Checkpoint:
             # What the engine has under such a name already is not replaced.
             engine.state.metrics = {**metrics, **engine.state.metrics}
         self._end_resumption()
-        self._resumption = _Resumption(
-            _restore_generators(loaded, rank, epoch),
+        self._resumption = Resumption(
+            generators_restorer(loaded, rank, epoch),
             any(each.state.iteration > each.extension.epoch_began_at for each in engines.values()),
         )
         if self._resumption.inside_epoch:
@@ -352,8 +382,8 @@ class Checkpoint:
             ]
 
     def _end_resumption(self) -> None:
-        for handle in self._resumption.handles if self._resumption is not None else ():
-            handle.remove()
+        if self._resumption is not None:
+            self._resumption.end()
         self._resumption = None
 
 
@@ -362,25 +392,15 @@ def _place(engine_state: Mapping[str, Any]) -> tuple[int, int, str | None]:
     return engine_state["iteration"], engine_state["epochs_completed"], engine_state.get("finished")
 
 
+def _failure_of(engine: Engine) -> str | None:
+    """Why the run is of no use, as far as this rank knows; asked from the thread that writes."""
+    return engine.extension.failing
+
+
 def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1
     return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
-
-
-def _saved_metrics(loaded: Loaded, rank: int) -> dict[str, float]:
-    """The metrics that a rank had at a save, rated or not; rank 0's for a rank beyond those that saved."""
-    states = loaded.per_rank
-    own = states[rank if rank < len(states) else 0] if states else None
-    before = dict(own.get("metrics", {})) if isinstance(own, Mapping) else {}
-    return {**before, **loaded.manifest.metrics}
-
-
-def _restore_generators(loaded: Loaded, rank: int, epoch: int) -> Callable[[], None]:
-    own = loaded.per_rank[rank] if rank < len(loaded.per_rank) else None
-    if isinstance(own, Mapping) and "generators" in own:
-        return partial(rng.restore, own["generators"])
-    return partial(rng.seed_for_rank, int(loaded.manifest.facts.get("seed") or 0), epoch, rank)
 
 
 # The open World. Without one a checkpoint is of a single process.

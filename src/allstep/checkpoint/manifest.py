@@ -98,6 +98,20 @@ class FileRecord(BaseModel):
     hash: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
+class Branch(BaseModel):
+    """A line of saves, each made by going on from the one before it, and how far it belongs to a lineage.
+
+    Attributes:
+        id: new with each line; "" for all that was saved under format 1, which did not tell lines apart.
+        through: the order of the last save of the line that belongs.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")]
+    through: Count
+
+
 class Manifest(BaseModel):
     """What a checkpoint says about itself.
 
@@ -111,6 +125,9 @@ class Manifest(BaseModel):
         metrics: by name.
         facts: what the caller gave, such as the run's configuration.
         files: every file but the manifest.
+        parent: the save that this one came from, by the name of its folder, or by its address where that is elsewhere;
+            None at a beginning.
+        lineage: the lines of saves that lead to this one, its own last.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -124,6 +141,8 @@ class Manifest(BaseModel):
     metrics: dict[str, float]
     facts: dict[str, Any]
     files: dict[FileName, FileRecord]
+    parent: Annotated[str, Field(max_length=4096)] | None = None
+    lineage: Annotated[tuple[Branch, ...], Field(max_length=10_000)] = ()
 
     @property
     def size(self) -> int:

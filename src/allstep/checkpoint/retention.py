@@ -3,22 +3,28 @@
 Contract: a run's store asks after a commit and at no other time. Nothing here imports torch: the command line removes
 checkpoints too.
 
+Only saves of a run's own lineage are counted and removed: those that its present state came from. A run that begins
+anew beside older saves, or goes on from one of them and leaves later ones aside, keeps those that are not its own.
+
 A removal that is cut short never leaves half a checkpoint: the folder is renamed to an unfinished save first or, where
-there is no rename, loses its manifest first. The next start removes the rest. A folder of checkpoints belongs to one
-run at a time, so `remove_unfinished` takes every save that is not committed for one whose process has ended. Where
-there is rename, a checkpoint without its manifest was committed once, so it counts as damaged and not as unfinished.
+there is no rename, loses its manifest first. The next owner removes the rest. Only the owner of a folder calls
+`remove_unfinished` (see `owner`), before its own first save, so every save that is not committed is of a job that has
+ended or lost the folder. Where there is rename, a checkpoint without its manifest was committed once, so it counts as
+damaged and not as unfinished.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from allstep.checkpoint.manifest import (
     MANIFEST,
     QUARANTINE,
+    Branch,
     CheckpointName,
     Manifest,
     is_temporary,
@@ -81,9 +87,58 @@ def _is_keep_best(value: object) -> bool:
     return _is_count(count) and isinstance(metric, str) and direction in ("max", "min")
 
 
-def remove_expendable(storage: Storage, retention: Retention) -> None:
-    """Remove the checkpoints that retention does not keep. Asked after a commit and at no other time."""
-    for name in retention.expendable(_committed(storage)):
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Which saves of a folder a run's next save comes from.
+
+    Attributes:
+        parent: the save before it; see `Manifest`.
+        branches: finished lines that lead to it, each with its last save that does.
+        own: the line that it goes on.
+    """
+
+    parent: str | None
+    branches: tuple[Branch, ...]
+    own: str
+
+    @staticmethod
+    def new() -> Lineage:
+        """Of a run that came from no save."""
+        return Lineage(None, (), secrets.token_hex(8))
+
+    @staticmethod
+    def of(root: str, name: str, manifest: Manifest, folder: str, next_order: int) -> Lineage:
+        """Of a run that goes on from a save.
+
+        Args:
+            root: where that save is.
+            name: of its folder.
+            manifest: of it.
+            folder: where the run saves.
+            next_order: the order of the run's first save there.
+        """
+        if root != folder:
+            return replace(Lineage.new(), parent=f"{root}/{name}")
+        *before, last = manifest.lineage or (Branch(id="", through=manifest.order),)
+        if manifest.order == next_order - 1 and last.id:
+            return Lineage(name, tuple(before), last.id)  # nothing else came after it: its line simply goes on
+        return Lineage(name, (*before, Branch(id=last.id, through=manifest.order)), secrets.token_hex(8))
+
+    def at(self, order: int) -> tuple[Branch, ...]:
+        """What the manifest of a save of this order says."""
+        return (*self.branches, Branch(id=self.own, through=order))
+
+    def has(self, manifest: Manifest) -> bool:
+        """Whether a save is one that this run's state came from."""
+        line = manifest.lineage[-1].id if manifest.lineage else ""
+        through = {branch.id: branch.through for branch in self.branches}
+        return line == self.own or manifest.order <= through.get(line, -1)
+
+
+def remove_expendable(storage: Storage, retention: Retention, lineage: Lineage) -> None:
+    """Remove the checkpoints of a lineage that retention does not keep. Asked after a commit and at no other time."""
+    own = [(name, manifest) for name, manifest in _committed(storage) if lineage.has(manifest)]
+    for name in retention.expendable(own):
         remove_checkpoint(storage, str(name))
 
 
@@ -108,12 +163,14 @@ _REMOVED_TOKEN = "dead"  # hexadecimal, as `CheckpointName.temporary` asks
 
 def remove_checkpoint(storage: Storage, folder: str) -> None:
     """Remove a checkpoint, committed or not."""
-    name = read_name(folder)
     if not storage.has_rename:
         storage.remove_file(folder, MANIFEST)
-    elif name is not None:
-        storage.rename(folder, name.temporary(_REMOVED_TOKEN))
-        folder = name.temporary(_REMOVED_TOKEN)
+    elif not is_temporary(folder):
+        # One that somebody has given another name has no order of its own any more.
+        name = read_name(folder) or CheckpointName(0, 0)
+        removed = name.temporary(_REMOVED_TOKEN if name.order else secrets.token_hex(8))
+        storage.rename(folder, removed)
+        folder = removed
     storage.remove_folder(folder)
 
 

@@ -12,10 +12,10 @@ what all found. So all return the same, and none returns a checkpoint that was n
 - Where ranks disagree about what they see, those that see less wait for it, up to a limit.
 - What cannot be read is tried again within the same limit. Where all see the same damage nobody waits.
 - A damaged checkpoint, one in which something was read and is wrong, is quarantined: the reason is put into a file in
-  it, and the one before it is tried.
-- One that some ranks do not see, or cannot read, is passed over and left as it is.
-
-Everything that is passed over is reported on every rank.
+  it, and the one before it is tried. It is reported on every rank.
+- One that some ranks do not see, or cannot read, may be whole. Nothing older is chosen in its place, for that would
+  train anew what it holds: it is an error on every rank, which says how to go on without it.
+- One that is not finished yet, which is seen only where there is no rename, is no checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from allstep.checkpoint.catalog import Verify, quarantine, wrong_hashes, wrong_s
 from allstep.checkpoint.manifest import MANIFEST, QUARANTINE, CheckpointName, Manifest, load_manifest, read_name
 from allstep.checkpoint.storage import Storage
 from allstep.coordination import Coordinator
-from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError, printable
+from allstep.errors import (
+    CheckpointError,
+    DamagedCheckpointError,
+    FolderInUseError,
+    NewerCheckpointError,
+    printable,
+)
 from allstep.world.bounded_store import poll
 
 T = TypeVar("T")
@@ -40,6 +46,7 @@ log = logging.getLogger("allstep.checkpoint")
 
 RESUME_VARIABLE = "ALLSTEP_RESUME"
 LAUNCH_VARIABLE = "ALLSTEP_LAUNCH"
+TAKE_OVER_VARIABLE = "ALLSTEP_TAKE_OVER"
 
 
 def resume_from(at: str, environ: Mapping[str, str]) -> str:
@@ -60,6 +67,18 @@ def launches_of(environ: Mapping[str, str]) -> list[str]:
     # Under `allstep run` torchrun's variables are inherited from outside, if at all, and say nothing of this launch.
     names = [f"allstep-{launch}"] if launch else [] if elastic in ("", "none") else [f"torchrun-{elastic}"]
     return [*names, *([f"slurm-{job}"] if job else [])]
+
+
+def attempts_of(environ: Mapping[str, str]) -> dict[str, int]:
+    """The same names, each with the number of this start among those of its launch."""
+    numbers = {"allstep": "ALLSTEP_ATTEMPT", "torchrun": "TORCHELASTIC_RESTART_COUNT", "slurm": "SLURM_RESTART_COUNT"}
+    found = {name: environ.get(numbers[name.partition("-")[0]], "") for name in launches_of(environ)}
+    return {name: int(text) if text.isdecimal() and len(text) < 10 else 0 for name, text in found.items()}
+
+
+def asks_to_take_over(environ: Mapping[str, str]) -> bool:
+    """Whether the command line says to take a folder over from a job that is alive."""
+    return environ.get(TAKE_OVER_VARIABLE, "") not in ("", "0")
 
 
 def restarted_launches(environ: Mapping[str, str]) -> list[str]:
@@ -109,10 +128,11 @@ class _Listing:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What all ranks found: why a checkpoint cannot be used, and whether that is damage."""
+    """What all ranks found: why a checkpoint cannot be used, and whether that is damage, or it is not finished."""
 
     problem: str | None
     damaged: bool = False
+    unfinished: bool = False
 
 
 def choose(
@@ -128,7 +148,7 @@ def choose(
         only: the name of the one checkpoint that will do; it is not quarantined.
 
     Raises:
-        CheckpointError: `only` is not there or does not verify, on every rank.
+        CheckpointError: `only` is not there or does not verify, or one that may be whole cannot be read.
     """
     folders = [only] if only else _candidates(storage, coordinator)
     passed_over: list[tuple[str, str]] = []
@@ -143,6 +163,12 @@ def choose(
         assert finding.problem is not None
         if only:
             raise CheckpointError(f"checkpoint {storage.root}/{only} cannot be used: {finding.problem}")
+        if not finding.damaged and not finding.unfinished:
+            raise CheckpointError(
+                f"checkpoint {storage.root}/{folder} cannot be read, and may be whole: {finding.problem}. Try again "
+                "when it can be read, such as when a file server is back; or say what to go on from, with allstep run "
+                "--resume PATH or checkpoint.resume(PATH)"
+            )
         passed_over.append((folder, finding.problem))
         log.warning("checkpoint %s/%s is passed over: %s", storage.root, folder, printable(finding.problem))
         if finding.damaged and coordinator.rank == 0:
@@ -154,18 +180,24 @@ def ask_rank_zero(coordinator: Coordinator, ask: Callable[[], T]) -> T:
     """What rank 0 finds, on every rank.
 
     Raises:
+        FolderInUseError: what rank 0 asked for is another job's; on every rank.
         CheckpointError: rank 0 met an error; on every rank.
     """
     answer: T | None = None
     failure: str | None = None
+    in_use: str | None = None
     if coordinator.rank == 0:
         try:
             answer = ask()
+        except FolderInUseError as error:
+            in_use = str(error)
         except Exception as error:  # file systems behind fsspec have errors of their own
             failure = f"{type(error).__name__}: {error}"
-    answer, failure = coordinator.broadcast((answer, failure), 0)
+    answer, failure, in_use = coordinator.broadcast((answer, failure, in_use), 0)
+    if in_use is not None:
+        raise FolderInUseError(in_use)
     if failure is not None:
-        raise CheckpointError(f"rank 0 cannot read the checkpoints: {failure}")
+        raise CheckpointError(f"rank 0 cannot use the checkpoints: {failure}")
     return cast(T, answer)
 
 
@@ -200,8 +232,13 @@ def _read_manifest(storage: Storage, coordinator: Coordinator, folder: str, pati
         poll(lambda: _sees_manifest(storage, folder), time.monotonic() + patience)
     found = ask_rank_zero(coordinator, partial(_load_manifest, storage, folder, patience))
     if isinstance(found, _Finding) and not seen[0]:
-        # Without rename, one that has no manifest may be a save that another run has under way.
-        return replace(found, damaged=found.damaged and storage.has_rename and not any(seen))
+        # Without rename, one that has no manifest is a save that was not committed, or not yet.
+        is_seen = any(seen)
+        return replace(
+            found,
+            damaged=found.damaged and storage.has_rename and not is_seen,
+            unfinished=found.damaged and not storage.has_rename and not is_seen,
+        )
     return found
 
 

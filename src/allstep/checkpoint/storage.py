@@ -10,6 +10,10 @@ rename; an object is there, whole, once its writing has ended, and the arrival o
 Files are hashed while they are written and read, with XXH3 of 128 bits. That finds truncation and flipped bits at the
 speed of memory. It is no defence against forgery; against that stands that nothing in a checkpoint is executed.
 
+Small files that several jobs may want at once are made with `create_file`, which only one of them can do, and changed
+with `replace_file`; whoever reads one finds it whole. A place that cannot tell who was first says so with
+`creates_exclusively`.
+
 What can go wrong: OSError as the operating system gives it, errors of the file systems behind fsspec, and
 CheckpointError where an address needs a package that is not installed. Imports no torch.
 """
@@ -18,8 +22,10 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
@@ -63,6 +69,7 @@ class Storage(Protocol):
 
     root: str
     has_rename: bool
+    creates_exclusively: bool
 
     def folders(self) -> list[str]:
         """Names of the folders here; none where the root does not exist."""
@@ -75,6 +82,12 @@ class Storage(Protocol):
 
     def write(self, folder: str, name: str, blocks: Iterable[Buffer]) -> None:
         """Write a new file, durably."""
+
+    def create_file(self, folder: str, name: str, data: bytes) -> None:
+        """Write a small file, whole at once; the folder is made too. Raises FileExistsError where there is one."""
+
+    def replace_file(self, folder: str, name: str, data: bytes) -> None:
+        """Write a small file, whole at once, in place of what is there."""
 
     def open(self, folder: str, name: str) -> BinaryIO:
         """Open a file for reading."""
@@ -131,10 +144,30 @@ def hash_file(file: BinaryIO) -> str:
     return str(digest.hexdigest())
 
 
+def in_words(error: Exception, root: str) -> str:
+    """Why something could not be written below `root`, with what to do where the operating system's word hides it."""
+    said = f"{type(error).__name__}: {error}"
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    return said if remedy is None else f"{remedy.format(root=root)} ({said})"
+
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk of {root} has no room left, or no inodes for new files (df, df -i); free some, or keep "
+    "fewer checkpoints",
+    errno.EDQUOT: "the quota for {root} is used up; free some of it, or keep fewer checkpoints",
+    errno.EFBIG: "a file in {root} would be larger than this process may write (ulimit -f), or than the file system "
+    "takes; raise the limit, or save on more ranks, which write a file each",
+    errno.EROFS: "{root} is mounted for reading only; choose another folder for checkpoints",
+    errno.EACCES: "this user may not write to {root}; choose another folder, or have its permissions changed",
+    errno.EPERM: "this user may not write to {root}; choose another folder, or have its permissions changed",
+}
+
+
 class LocalStorage:
     """A folder in a file system that has rename and fsync."""
 
     has_rename = True
+    creates_exclusively = True
 
     def __init__(self, root: str) -> None:
         self.root = os.path.abspath(root)
@@ -173,6 +206,42 @@ class LocalStorage:
                 _write_all(file.fileno(), block)
             os.fsync(file.fileno())
 
+    def create_file(self, folder: str, name: str, data: bytes) -> None:
+        """See `Storage`."""
+        (self._path / folder).mkdir(parents=True, exist_ok=True)
+        final = self._path / folder / name
+        with self._beside(folder, name, data) as temporary:
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                # Over NFS an answer may be lost, and the call that is made again then meets its own work.
+                if os.stat(temporary).st_nlink != 2:
+                    raise
+            except OSError as error:
+                if error.errno not in _NO_LINKS:
+                    raise
+                with open(final, "xb") as file:
+                    file.write(data)
+        _sync(self._path / folder)
+
+    def replace_file(self, folder: str, name: str, data: bytes) -> None:
+        """See `Storage`."""
+        with self._beside(folder, name, data) as temporary:
+            os.replace(temporary, self._path / folder / name)
+
+    @contextmanager
+    def _beside(self, folder: str, name: str, data: bytes) -> Iterator[Path]:
+        """A new file with this content beside where it is to be, for as long as it is not moved."""
+        path = self._path / folder / f".{name}.{secrets.token_hex(8)}"
+        try:
+            with open(path, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
     def open(self, folder: str, name: str) -> BinaryIO:
         """See `Storage`."""
         return open(self._path / folder / name, "rb")
@@ -209,6 +278,9 @@ class LocalStorage:
         return usage.f_bavail * usage.f_frsize if usage.f_blocks else None
 
 
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)  # of file systems that know no hard links
+
+
 def _write_all(descriptor: int, block: Buffer) -> None:
     view = memoryview(block)
     while view:  # os.write may take a part of it only
@@ -230,6 +302,7 @@ class FsspecStorage:
     """A folder in an fsspec file system."""
 
     has_rename = False
+    creates_exclusively = True  # until it is seen not to
 
     def __init__(self, root: str) -> None:
         import fsspec
@@ -264,6 +337,38 @@ class FsspecStorage:
         with self._fs.open(f"{self._path}/{folder}/{name}", "wb") as file:
             for block in blocks:
                 file.write(block)
+
+    def create_file(self, folder: str, name: str, data: bytes) -> None:
+        """See `Storage`. Where the file system behind knows no such write, the last of two that write at once wins."""
+        path = f"{self._path}/{folder}/{name}"
+        if name in self.files(folder):
+            raise FileExistsError(errno.EEXIST, "there is one already", path)
+        if _has_folders(self._fs):
+            self._fs.makedirs(f"{self._path}/{folder}", exist_ok=True)
+        if self._create(path, data):
+            # The same again has to fail: file systems take the word and differ in what they make of it.
+            self.creates_exclusively = not self._create(path, data)
+        else:
+            raise FileExistsError(errno.EEXIST, "somebody else has just made it", path)
+
+    def _create(self, path: str, data: bytes) -> bool:
+        """Write a file where there is none; return whether that was so."""
+        try:
+            self._fs.pipe_file(path, data, mode="create")
+        except TypeError:  # it knows no mode
+            self._fs.pipe_file(path, data)
+        except FileExistsError:
+            return False
+        except OSError:
+            self._fs.invalidate_cache()
+            if not self._fs.exists(path):
+                raise
+            return False  # how an object store says that its condition was not met
+        return True
+
+    def replace_file(self, folder: str, name: str, data: bytes) -> None:
+        """See `Storage`."""
+        self._fs.pipe_file(f"{self._path}/{folder}/{name}", data)
 
     def open(self, folder: str, name: str) -> BinaryIO:
         """See `Storage`."""

@@ -2,47 +2,51 @@
 
 Contract: every rank makes one and calls the same methods at the same points, from its main thread. `save` returns when
 this rank's part of the state is copied. The rest happens in a thread, over a process group of its own, with one save
-under way at a time. A save that fails is reported on every rank and leaves the other checkpoints as they are; it stops
-training only where the store is strict. A folder belongs to one run at a time: opening a store removes what earlier
-attempts left unfinished.
+under way at a time (`pending_save`). A save that fails is reported on every rank and leaves the other checkpoints as
+they are; it stops training only where the store is strict.
 
-A save is one `Save` record. The store makes it and puts the snapshot in; the thread of its `PendingSave` writes it
-(`allstep.checkpoint.commit`). What a rank reads from a `PendingSave` after `wait` is the same on all ranks. Its thread
-has ended when `wait` returns. Where the interpreter ends before, the thread is waited for, within bounds: one that
-still runs then can abort the process.
+A folder belongs to one job at a time (`owner`). `claim`, or the first `save`, makes this job its owner, and removes
+what owners before it left unfinished. Looking, choosing and loading need no claim and change nothing but to quarantine
+what is damaged. Where the folder has been taken over by another job, `save` and `wait` raise on every rank.
+
+A save is one `Save` record. The store makes it and puts the snapshot in; a thread writes it (`commit`). Which saves it
+comes from, its lineage, follows from what was loaded before the first save.
+
+A World that is closed, and a script that ends, wait for the save under way first.
 
 A store knows nothing of engines, modules and random generators: it is given plain nested state, and gives it back.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
-import threading
+import os
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
 
-from allstep.checkpoint.catalog import Verify
-from allstep.checkpoint.commit import Save, write_save
-from allstep.checkpoint.manifest import CheckpointName, Manifest, next_order, read_name
+from allstep.checkpoint.catalog import Verify, is_checkpoint
+from allstep.checkpoint.commit import Save
+from allstep.checkpoint.manifest import CheckpointName, Manifest, next_order
+from allstep.checkpoint.owner import Ownership, claim_folder, claim_of_this_process
+from allstep.checkpoint.pending_save import PendingSave
 from allstep.checkpoint.reading import CheckpointReader
-from allstep.checkpoint.retention import KeepBest, Retention, remove_unfinished
-from allstep.checkpoint.selection import Found, ask_rank_zero, choose, was_saved_by
+from allstep.checkpoint.retention import KeepBest, Lineage, Retention, remove_unfinished
+from allstep.checkpoint.selection import Found, ask_rank_zero, asks_to_take_over, attempts_of, choose, was_saved_by
 from allstep.checkpoint.snapshot import SnapshotBuffer, take_snapshot
-from allstep.checkpoint.storage import Storage, open_storage
+from allstep.checkpoint.storage import Storage, in_words, open_storage
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
-from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
+from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError, FolderInUseError
+from allstep.world import World, internals
 
 Busy = Literal["wait", "skip"]
 
 log = logging.getLogger("allstep.checkpoint")
-
-_AT_EXIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,80 +64,6 @@ class Loaded:
     manifest: Manifest
 
 
-class PendingSave:
-    """A save that was begun, or left out because another was under way."""
-
-    def __init__(self, step: int, save: Save | None, *, strict: bool) -> None:
-        """Made by `Store.save`.
-
-        Args:
-            step: the iteration after which it was taken.
-            save: the record of the save; None where it was left out.
-            strict: see `Store`.
-        """
-        self.step = step
-        self._save = save
-        self._strict = strict
-        self._thread: threading.Thread | None = None
-
-    @property
-    def name(self) -> str | None:
-        """Of the checkpoint's folder; None where the save was left out."""
-        return None if self._save is None else str(self._save.name)
-
-    @property
-    def error(self) -> CheckpointError | None:
-        """Why it failed, once it has."""
-        return None if self._save is None else self._save.error
-
-    @property
-    def skipped(self) -> bool:
-        """Whether it was left out."""
-        return self._save is None
-
-    def start(self, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
-        """Write the save in a thread; the arguments are those of `write_save`."""
-        # A daemon, so that a disk that hangs does not keep a process from ending for ever.
-        self._thread = threading.Thread(
-            target=self._write, args=(storage, coordinator, retention), daemon=True, name=f"allstep-{self.name}"
-        )
-        atexit.register(self._thread.join, _AT_EXIT_S)
-        self._thread.start()
-
-    def done(self) -> bool:
-        """Whether it has ended here, well or not; other ranks may be a moment behind."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end and say whether the checkpoint is committed.
-
-        Args:
-            timeout: seconds after which it is left to go on, which counts as not committed; on this rank alone.
-
-        Raises:
-            CheckpointError: it failed, and the store is strict.
-        """
-        if self._thread is not None:
-            self._thread.join(timeout)
-            # Asked of the thread and not of the outcome, which is there a moment before the thread has ended.
-            if self._thread.is_alive():
-                return False
-            atexit.unregister(self._thread.join)
-            self._thread = None
-        if self.error is not None and self._strict:
-            raise self.error
-        return self.error is None and not self.skipped
-
-    def _write(self, storage: Storage, coordinator: Coordinator, retention: Retention) -> None:
-        save = self._save
-        assert save is not None
-        try:
-            write_save(save, storage, coordinator, retention)
-        finally:
-            if save.manifest is None and save.error is None:  # SystemExit and the like, which end the thread
-                save.error = save.failure("its thread did not finish")
-
-
 class Store:
     """A folder of checkpoints."""
 
@@ -148,6 +78,7 @@ class Store:
         verify: Verify = "full",
         strict: bool = False,
         busy: Busy = "wait",
+        take_over: bool = False,
         patience: float = 30.0,
         timeout: float = 3600.0,
         storage: Storage | None = None,
@@ -163,13 +94,14 @@ class Store:
             verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
             strict: a failed save raises, in `PendingSave.wait`, the next `save`, or `wait`.
             busy: what `save` does while another is under way: wait for it, or leave the new one out.
+            take_over: claim the folder also from another job that is alive, which then saves no more; as
+                `allstep run --take-over` says too.
             patience: seconds for which `choose` waits for files that some ranks do not see, or that cannot be read.
             timeout: seconds that ranks wait for each other in a save.
             storage: in place of `folder`'s own.
 
         Raises:
             ArgumentError: verify, busy, keep_last or keep_best has no such value.
-            CheckpointError: rank 0 cannot read the folder; on every rank.
         """
         if verify not in get_args(Verify) or busy not in get_args(Busy):
             raise ArgumentError(
@@ -186,12 +118,35 @@ class Store:
         self._buffer = SnapshotBuffer()
         self._last: PendingSave | None = None
         self._has_warned = False
-        self._next_order, self._token = ask_rank_zero(self._coordinator, self._clean_up)
+        self._take_over = take_over or asks_to_take_over(os.environ)
+        self._is_claimed = False
+        self._ownership: Ownership | None = None  # rank 0's
+        self._next_order, self._token = 0, ""
+        self._loaded: Found | None = None
+        self._lineage: Lineage | None = None
+        self._has_committed = False
+        self._said_unsaved = False
+        world = World.current()
+        if world is not None:
+            internals(world).before_close(weakref.WeakMethod(self._before_world_closes))
 
     @property
     def folder(self) -> str:
         """Where the checkpoints are."""
         return self._storage.root
+
+    def claim(self) -> None:
+        """Become the owner of the folder now, rather than at the first save; again is no more than once.
+
+        Where it is held by another job that may be alive, this takes up to a minute.
+
+        Raises:
+            FolderInUseError: it belongs to another job that is alive; on every rank.
+            CheckpointError: rank 0 cannot use the folder; on every rank.
+        """
+        if not self._is_claimed:
+            self._next_order, self._token = ask_rank_zero(self._coordinator, self._claim)
+            self._is_claimed = True
 
     def save(
         self,
@@ -202,6 +157,7 @@ class Store:
         facts: Mapping[str, Any] | None = None,
         *,
         refusal: str | None = None,
+        distrust: Callable[[], str | None] = lambda: None,
     ) -> PendingSave:
         """Copy the state and begin to write it.
 
@@ -213,15 +169,27 @@ class Store:
             metrics: numbers by name, for `keep_best` and for people; None where nothing was measured.
             facts: what else the manifest should say, as JSON takes it.
             refusal: why this rank has no state to save, which fails the save on every rank.
+            distrust: why the run's state is of no use, as far as this rank knows when asked. What a rank distrusts
+                now is not committed. Where one does before it is written, nothing is removed for it.
 
         Raises:
+            FolderInUseError: the folder belongs to another job that is alive.
+            FolderLostError: another job has taken the folder over.
             CheckpointError: the save before failed, and the store is strict.
         """
+        try:
+            self.claim()
+        except FolderInUseError:
+            raise
+        except CheckpointError as error:  # a disk that cannot be written to now may be another time
+            refusal = str(error)
         if self._busy == "skip" and self._is_busy_anywhere():
             return PendingSave(step, None, strict=self._strict)
         self.wait()  # also for the memory: the snapshot before is written from the same buffer
         if metrics is not None:
             self._warn_unless_rated(metrics)
+        if self._lineage is None:
+            self._lineage = self._lineage_of_loaded()
         name = CheckpointName(self._next_order, step)
         self._next_order += 1
         save = Save(
@@ -229,6 +197,10 @@ class Store:
             name.temporary(self._token) if self._storage.has_rename else str(name),
             dict(metrics or {}),
             dict(facts or {}),
+            self._lineage,
+            distrust,
+            distrust(),
+            said_before=None if self._last is None else self._last.reason,
             refusal=refusal,
         )
         if save.refusal is None:
@@ -238,7 +210,7 @@ class Store:
             except Exception as error:  # the other ranks hear of it in the commit, and must not wait for this one
                 save.refusal = f"{type(error).__name__}: {error}"
         self._last = PendingSave(step, save, strict=self._strict)
-        self._last.start(self._storage, self._background, self._retention)
+        self._last.start(self._storage, self._background, self._retention, self._ownership)
         return self._last
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -249,21 +221,49 @@ class Store:
 
         Raises:
             CheckpointError: it failed, and the store is strict. It is raised once.
+            FolderLostError: another job has taken the folder over.
         """
-        if self._last is None:
+        last = self._last
+        if last is None:
             return True
         try:
-            return self._last.wait(timeout)
+            return last.wait(timeout)
         except CheckpointError:
             self._last = None  # so that it is raised once, and the next save goes on
             raise
+        finally:
+            self._note_end(last)
+
+    @property
+    def unsaved(self) -> CheckpointError | None:
+        """Set when saves were begun and all have failed, so that nothing at all of this run was saved; given once."""
+        last = self._last
+        if last is None or self._has_committed or self._said_unsaved or last.error is None:
+            return None
+        self._said_unsaved = True
+        return CheckpointError(f"nothing of this run was saved in {self.folder}: {last.reason}")
+
+    @property
+    def last_failure(self) -> str | None:
+        """Why the last save failed, where it did."""
+        return None if self._last is None else self._last.reason
 
     def close(self) -> None:
-        """Wait for the save under way and let go of the memory."""
+        """Wait for the save under way, give the folder back and let go of the memory.
+
+        Raises:
+            CheckpointError: the last save failed and the store is strict, or nothing at all was saved.
+        """
         try:
             self.wait()
+            if (unsaved := self.unsaved) is not None:
+                raise unsaved
         finally:
             self._buffer = SnapshotBuffer()
+            self._is_claimed = False
+            if self._ownership is not None:
+                self._ownership.release()
+                self._ownership = None
 
     def choose(self, at: str = "auto") -> Found | None:
         """The checkpoint to resume from, verified, the same on every rank.
@@ -275,13 +275,14 @@ class Store:
             None with "auto" where there is none.
 
         Raises:
-            CheckpointError: a path was given, and there is nothing there that can be used; on every rank.
+            CheckpointError: a path was given, and there is nothing there that can be used; or one that is newer than
+                the newest whole one cannot be read, be it whole or not. On every rank.
         """
         if at == "auto":
             return choose(self._storage, self._coordinator, verify=self._verify, patience=self._patience)
-        # The name tells one checkpoint from a folder of them; nothing is asked of the file system.
         parent, _, last = at.rstrip("/").rpartition("/")
-        only = last if read_name(last) is not None else None
+        is_one = ask_rank_zero(self._coordinator, lambda: is_checkpoint(open_storage(parent or "."), last))
+        only = last if is_one else None
         storage = open_storage((parent or ".") if only else at)
         found = choose(storage, self._coordinator, verify=self._verify, patience=self._patience, only=only)
         if found is None:
@@ -314,6 +315,7 @@ class Store:
                 kind = DamagedCheckpointError if any(other and other[0] for other in failures) else CheckpointError
                 raise kind(f"checkpoint {found.root}/{found.name} was not loaded: rank {rank}: {each[1]}")
         assert loaded is not None
+        self._loaded = found
         return loaded
 
     def resume(
@@ -354,8 +356,13 @@ class Store:
                 return found
         return None if at == "none" else self.choose(at)
 
-    def _clean_up(self) -> tuple[int, str]:
-        """On rank 0: remove what is unfinished; the order of the first save, and a name for its temporary folders."""
+    def _claim(self) -> tuple[int, str]:
+        """On rank 0: own the folder and sweep it; the order of the first save, and a name for temporary folders."""
+        mine = claim_of_this_process(attempts_of(os.environ))
+        try:
+            self._ownership = claim_folder(self._storage, mine, take_over=self._take_over)
+        except OSError as error:
+            raise CheckpointError(in_words(error, self._storage.root)) from error
         folders = self._storage.folders()  # before the removal: their orders are not used again
         for folder, problem in remove_unfinished(self._storage).items():
             if problem is None:
@@ -363,6 +370,28 @@ class Store:
             else:
                 log.warning("%s/%s was left unfinished and cannot be removed: %s", self._storage.root, folder, problem)
         return next_order(folders), uuid.uuid4().hex[:8]
+
+    def _lineage_of_loaded(self) -> Lineage:
+        found = self._loaded
+        if found is None:
+            return Lineage.new()
+        return Lineage.of(found.root, found.name, found.manifest, self._storage.root, self._next_order)
+
+    def _note_end(self, last: PendingSave) -> None:
+        """Take note of what became of the last save, once it has ended."""
+        if last.done() and last.committed and self._lineage is not None:
+            self._has_committed = True
+            self._lineage = replace(self._lineage, parent=last.name)
+
+    def _before_world_closes(self, failed: bool) -> None:
+        """Ranks leave the World when all of them have written."""
+        last = self._last
+        if last is None:
+            return
+        last.before_world_closes(failed)
+        self._note_end(last)
+        if not failed and (unsaved := self.unsaved) is not None:
+            raise unsaved
 
     def _is_busy_anywhere(self) -> bool:
         # One rank's thread may have ended while another's has not; all must leave the save out, or none.

@@ -28,6 +28,8 @@ def ask(
         return
     why = reason or f"{kind.value}() at iteration {run.state.iteration}"
     request = Request(kind, run.coordinator.rank, why, skip, outcome)
+    if kind is RequestKind.TERMINATE and outcome == "failed":
+        run.failing = run.failing or why
     if run.votes and not agreed:
         run.requests.append(request)
     else:

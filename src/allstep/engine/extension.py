@@ -66,6 +66,14 @@ class Extension:
         return self._run.state.iteration <= self._run.redone_until
 
     @property
+    def failing(self) -> str | None:
+        """Why the run that is under way has failed, as far as this rank knows, also before the others do; else None.
+
+        May be asked from any thread.
+        """
+        return self._run.failing if self._run.is_under_way else None
+
+    @property
     def is_idle(self) -> bool:
         """Whether this rank has no batch in the present iteration, so that `state.output` means nothing.
 

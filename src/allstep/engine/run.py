@@ -131,6 +131,7 @@ class Run:
         new_data: data that replaces what is being run over, as soon as a batch is wanted; END without.
         needs_new_vote: some rank's data was replaced, so that the coming iterations are to be voted on anew.
         leaving: what `Engine.run` raises at the run's end, in place of returning.
+        failing: why the run has failed, as this rank has asked for, from before the others know.
 
         is_running: `Engine.run` is under way.
         drive: the loop, while a run is under way or suspended.
@@ -179,6 +180,7 @@ class Run:
     new_data: Any = END
     needs_new_vote: bool = False
     leaving: BaseException | None = None
+    failing: str | None = None
 
     is_running: bool = False
     drive: Generator[None, None, None] | None = None
@@ -293,7 +295,7 @@ class Run:
         self.holding.clear()
         self.skips_completed = self.skips_epoch_completed = self.needs_new_vote = False
         self.proposed_data = self.new_data = END
-        self.leaving = None
+        self.leaving = self.failing = None
 
     def forget_progress(self) -> None:
         """Begin with all counters at zero."""

@@ -344,6 +344,13 @@ class LaunchSettings:
         "what a script's Checkpoint goes on from: its newest (auto), the one at PATH, or nothing (none)",
         default="auto",
     )
+    take_over: bool = _option(
+        False,
+        _SWITCH,
+        "true|false",
+        "save to a folder of checkpoints also where another job that is alive owns it, which then saves no more",
+        constant=True,
+    )
     share_imports: bool = _option(
         True,
         _SWITCH,

@@ -136,6 +136,8 @@ def plan_workers(
         inherited["ALLSTEP_FAULT"] = settings.fault
     if settings.resume is not None:
         inherited["ALLSTEP_RESUME"] = settings.resume
+    if settings.take_over:
+        inherited["ALLSTEP_TAKE_OVER"] = "1"
     return tuple(
         WorkerPlan(
             run_id=share.run_id,

@@ -1,13 +1,15 @@
 """What the packages above need from a World besides what a script uses: the one door for them.
 
 Contract: `allstep.world.internals(world)` gives the record. The engine asks its coordinator how to agree, tells its
-activity where the loop is, and tells its reporter what a run raised. Checkpoints ask which modules are wrapped. No
-caller replaces a field. The record holds as long as the World is open.
+activity where the loop is, and tells its reporter what a run raised. Checkpoints ask which modules are wrapped, and
+finish what is under way before the World closes. No caller replaces a field. The record holds as long as the World is
+open.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -31,10 +33,31 @@ class WorldInternals:
     activity: RankActivity
     reporter: Reporter | None
     _wrapped: list[weakref.ref[nn.Module]] = field(default_factory=list)
+    _before_close: list[weakref.WeakMethod[Callable[[bool], None]]] = field(default_factory=list)
 
     def add_wrapped(self, module: nn.Module) -> None:
         """Take note of a module that `World.wrap` gave; it is not kept alive by this."""
         self._wrapped.append(weakref.ref(module))
+
+    def before_close(self, finish: weakref.WeakMethod[Callable[[bool], None]]) -> None:
+        """Have a method called once before the ranks leave each other; it is not kept alive by this.
+
+        It is told whether the World ends by an exception. What it raises leaves `close` when the World is closed.
+        """
+        self._before_close = [*(each for each in self._before_close if each() is not None), finish]
+
+    def finish(self, *, failed: bool) -> Exception | None:
+        """Call these methods; the first exception of one."""
+        methods = [method for reference in self._before_close if (method := reference()) is not None]
+        self._before_close.clear()
+        raised: Exception | None = None
+        for method in methods:
+            try:
+                with self.activity.section("checkpoint"):
+                    method(failed)
+            except Exception as error:  # the other methods, and the other ranks, are still to be served
+                raised = raised or error
+        return raised
 
     def wrapped_modules(self) -> list[nn.Module]:
         """What `World.wrap` gave, in order, as far as it is still in use."""

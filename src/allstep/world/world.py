@@ -404,7 +404,9 @@ class World:
         current.remove(self)
         atexit.unregister(self._leave_at_exit)
         reporter = self._internals.reporter
+        raised: Exception | None = None
         try:
+            raised = self._internals.finish(failed=failed)
             if not in_order and reporter is not None:
                 reporter.left_open()
             strike(RankPosition("exit", self.rank, self.placement.attempt))
@@ -415,6 +417,8 @@ class World:
                 reporter.end(failed=failed)
         finally:
             early_signals.restore_default_action()
+        if raised is not None:
+            raise raised
 
     def _check_open(self, name: str) -> None:
         if self._closed:
