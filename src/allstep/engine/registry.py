@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from allstep.engine.events import COUNTERS, NEVER, AnyEvent, EventEnum, Events, EventsList, Filter, FilteredEvent
 from allstep.engine.state import State
 from allstep.errors import ArgumentError, ArgumentTypeError
@@ -260,6 +262,9 @@ def _calling_form(
     # A handler of the exception with one parameter means the exception and not the engine.
     if event is Events.EXCEPTION_RAISED or not signature.parameters.keys().isdisjoint(carried):
         forms.insert(1, (False, True))
+    # The step of a scheduler would take the engine for an epoch, which it may be given and need not.
+    if isinstance(getattr(handler, "__self__", None), LRScheduler):
+        forms.insert(0, (False, False))
     for takes_engine, takes_event in forms:
         leading = ("engine",) if takes_engine else ()
         try:

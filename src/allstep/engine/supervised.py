@@ -8,6 +8,7 @@ waits for the device: outputs stay tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -82,7 +83,13 @@ def create_supervised_trainer(
             loss = loss_fn(y_pred, y)
         used_scaler.scale(loss * state.weight).backward()  # type: ignore[no-untyped-call]
         if state.group_end:
-            used_scaler.step(optimizer)
+            try:
+                used_scaler.step(optimizer)
+            except BaseException:
+                # The scaler noted that it had unscaled these gradients, and would take the next ones for unscaled too.
+                with suppress(AssertionError):  # it had not begun
+                    used_scaler.update()
+                raise
             used_scaler.update()
         group.begins = state.group_end
         return output_transform(x, y, y_pred, loss.detach())
