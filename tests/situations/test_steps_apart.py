@@ -4,6 +4,8 @@ They train what one process would, or one error on all ranks says what to do."""
 from __future__ import annotations
 
 import contextlib
+import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -161,6 +163,15 @@ def test_a_batch_of_no_samples_leaves_no_trace_in_buffers():
 def test_skip_outside_a_run_says_where_it_belongs():
     with pytest.raises(EngineError, match="outside a run"):
         Engine(lambda engine, batch: None).state.skip()
+
+
+def test_a_copy_of_a_state_belongs_to_no_engine():
+    state = Engine(lambda engine, batch: None).run([1])
+    for copied in (copy.deepcopy(state), pickle.loads(pickle.dumps(state))):
+        assert copied.iteration == 1
+        assert "skip" not in repr(copied)
+        with pytest.raises(EngineError, match="no engine runs"):
+            copied.skip()
 
 
 # Steps that come apart

@@ -268,13 +268,14 @@ def modules_in_step(given: Iterable[nn.Module], coordinator: Coordinator) -> tup
 
     Args:
         given: modules of the engine, besides those that the current World has wrapped.
-        coordinator: how the ranks of the run agree; where it has one rank, there are no `Replicas`.
+        coordinator: how the ranks of the run agree. Where these are not all ranks of the World, or one alone, there are
+            no `Replicas`: the collectives of a model are those of all its ranks.
     """
     world = World.current()
     inner = None if world is None else internals(world)
     wrapped = [] if inner is None else inner.wrapped_modules()
     modules = list(dict.fromkeys([*wrapped, *given]))
-    if coordinator.world_size == 1:
+    if coordinator.world_size == 1 or (world is not None and coordinator.world_size != world.world_size):
         return modules, None
     unreduced = [each for each in wrapped if not isinstance(each, DistributedDataParallel)]
     activity = RankActivity() if inner is None else inner.activity

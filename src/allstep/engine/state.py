@@ -35,6 +35,8 @@ class State:
         outcome: what that end means for a run that goes on from it, as `terminate` was told; None while nobody did.
     """
 
+    _skip: Callable[[], None] | None = None  # set by the engine that this is the state of
+
     def __init__(self, **attributes: Any) -> None:
         self.iteration: int = 0
         self.epoch: int = 0
@@ -55,7 +57,6 @@ class State:
         self.unread: tuple[Any, ...] = ()
         self.stop_reason: str | None = None
         self.outcome: Outcome | None = None
-        self._skip: Callable[[], None] | None = None  # set by the engine that this is the state of
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -78,6 +79,10 @@ class State:
     def optimizer_steps(self) -> int:
         """Accumulation groups that have ended since the run started anew: steps that an optimizer was due for."""
         return self.iteration - self.inner_iterations
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, pickled or not, is the state of no engine.
+        return {name: value for name, value in vars(self).items() if name != "_skip"}
 
     def __repr__(self) -> str:
         lines = ["State:"]

@@ -148,10 +148,14 @@ def create_supervised_evaluator(
     def evaluate_one_model() -> None:
         # What is in DDP is one model's already. An average of weights is not in DDP, and has each rank's statistics.
         world = World.current()
-        if world is not None and evaluator.coordinator.world_size > 1 and not _is_in_ddp(world, module):
+        if world is not None and _agrees_with_all(evaluator, world) and not _is_in_ddp(world, module):
             world.unify_buffers(module)
 
     return evaluator
+
+
+def _agrees_with_all(engine: Engine, world: World) -> bool:
+    return engine.coordinator.world_size == world.world_size > 1
 
 
 def _is_in_ddp(world: World, module: nn.Module) -> bool:
