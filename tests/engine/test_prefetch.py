@@ -133,3 +133,26 @@ def test_samples_in_must_count(counted: Any) -> None:
     engine = Engine(lambda e, b: None, accumulate=2, samples_in=lambda batch: counted)
     with pytest.raises(DataError, match="samples_in returned"):
         engine.run(batches(4))
+
+
+class CountsCopies(list[float]):
+    """A batch that counts how often it is copied."""
+
+    copies = 0
+
+    def __copy__(self) -> CountsCopies:
+        CountsCopies.copies += 1
+        return CountsCopies(self)
+
+
+def test_a_batch_is_kept_once_a_pass_and_not_for_each_vote() -> None:
+    def copies(epochs: int, length: int) -> int:
+        CountsCopies.copies = 0
+        data = [CountsCopies([1.0, 2.0]) for _ in range(length)]
+        Engine(lambda e, b: None, accumulate=2).run(data, max_epochs=epochs)
+        return CountsCopies.copies
+
+    once = copies(1, 4)
+    assert once > 0
+    assert copies(1, 40) == once
+    assert copies(3, 40) == 3 * once

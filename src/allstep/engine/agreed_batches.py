@@ -253,7 +253,7 @@ class AgreedBatches:
     def _cast_window(self, offset: int, *, other_length: bool = False) -> PendingVote:
         wanted = self._groups * self._agreement.group_size
         iterations = int(min(wanted, self._run.ends_at - self._run.state.iteration - offset))
-        if offset == 0 and self._agreement.needs_fillers:
+        if offset == 0 and self._agreement.needs_fillers and not self._buffer.has_filler:
             self._buffer.first()  # where there is none, there is nothing to take part with
         replicas = self._run.replicas
         if replicas is not None and offset:
