@@ -187,6 +187,54 @@ def test_a_sample_that_collation_doubles_weighs_twice(same_at_every_world_size: 
     same_at_every_world_size(train_with_more_samples, right)
 
 
+def train_with_workers(world: World) -> float:
+    options = {"num_workers": 2, "persistent_workers": False}
+    loader = world.loader(Numbers(), global_batch_size=5, collate_fn=leave_out_bad, **options)
+    return fit(world, loader, lambda b: list(b) or [0.0], epochs=2)
+
+
+def train_in_micro_batches(world: World) -> float:
+    loader = world.loader(Numbers(), global_batch_size=6, max_batch_per_rank=1, collate_fn=leave_out_bad)
+    return fit(world, loader, lambda b: list(b) or [0.0])
+
+
+def train_from_a_saved_place(world: World) -> list[float]:
+    """One engine stops inside the epoch, with batches read ahead; another goes on from its state."""
+    seen: list[float] = []
+
+    def engine_of() -> tuple[Engine, Any]:
+        loader = world.loader(Numbers(), global_batch_size=3, collate_fn=leave_out_bad)
+        return Engine(lambda e, b: seen.extend(b.tolist() if e.state.active else []), name="trainer"), loader
+
+    first, loader = engine_of()
+    first.add_event_handler(Events.ITERATION_COMPLETED(once=2), first.terminate)
+    first.run(loader, max_epochs=1, uneven="longest", window=1)
+    state = first.state_dict()
+    second, loader = engine_of()
+    second.load_state_dict(state)
+    second.run(loader, uneven="longest")
+    return seen
+
+
+def of_all(ranks: Sequence[list[float]]) -> list[float]:
+    return sorted(value for each in ranks for value in each)
+
+
+def test_batches_that_workers_collate_are_counted_as_they_are(same_at_every_world_size: Judge) -> None:
+    right = fitted([[0.0, 3.0, 4.0], [5.0, 6.0, 8.0, 9.0]] * 2)
+    same_at_every_world_size(train_with_workers, right)
+
+
+def test_micro_batches_without_samples_left_weigh_nothing(same_at_every_world_size: Judge) -> None:
+    """Of a global batch taken one sample at a time, some micro-batches are empty after collation."""
+    same_at_every_world_size(train_in_micro_batches, fitted([[0.0, 3.0, 4.0, 5.0], [6.0, 8.0, 9.0]]))
+
+
+def test_a_saved_place_does_not_count_what_was_read_ahead(same_at_every_world_size: Judge) -> None:
+    right = [value for value in VALUES if value not in (1.0, 2.0, 7.0)]
+    same_at_every_world_size(train_from_a_saved_place, right, join=of_all)
+
+
 class Filtering(Numbers):
     """A dataset that fetches many at once and leaves out what it cannot read."""
 
