@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from allstep import Engine, World
+from allstep.metrics import Mean, Metrics
 
 RATE = 0.5
 
@@ -76,3 +78,27 @@ def fitted(groups: Iterable[Sequence[float]]) -> float:
 def in_groups(values: Sequence[float], size: int) -> list[Sequence[float]]:
     """Values in groups of so many, the last of which may be smaller."""
     return [values[at : at + size] for at in range(0, len(values), size)]
+
+
+def mean_over(world: World, data: Any, values_of: Any, **options: Any) -> float:
+    """What `Mean` says of the mean of each batch."""
+    engine = Engine(lambda e, b: sum(values_of(b)) / len(values_of(b)), **options)
+    Metrics({"mean": Mean()}).attach(engine)
+    return float(engine.run(data, uneven="longest").metrics["mean"])
+
+
+VALUES = [float(value) for value in range(10)]
+
+
+class Numbers(Dataset[float]):
+    """Ten numbers."""
+
+    def __len__(self) -> int:
+        return len(VALUES)
+
+    def __getitem__(self, index: int) -> float:
+        return VALUES[index]
+
+
+def leave_out_bad(samples: list[float]) -> Any:
+    return torch.tensor([value for value in samples if value not in (1.0, 2.0, 7.0)])
