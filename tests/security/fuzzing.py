@@ -21,6 +21,7 @@ from allstep.launch.join_server import JoinServer
 from allstep.monitor.hub import Hub
 from allstep.monitor.relay import Relay
 from allstep.monitor.service import MonitorSettings
+from allstep.protocol.authentication import ListeningHandshake
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import VERSION, JoinRequest, Message, NodeHello, RankHello, encode
 from tests.monitor.driving import Clock, listening, registration
@@ -198,6 +199,42 @@ def relay(come: Message | None, rank: int | None) -> MonitorPort:
     return MonitorPort(make, come, rank)
 
 
+class HeadPort(MonitorPort):
+    """A relay whose head is the test's; where the relay has left one head, another relay comes."""
+
+    def __init__(self) -> None:
+        self.heads = listening()
+        super().__init__(self._make, None, None)
+
+    def _make(self, selector: selectors.BaseSelector, listener: socket.socket, clock: Clock) -> Relay:
+        upstream = HOST, self.heads.getsockname()[1]
+        settings = MonitorSettings(KEY, 0, WORLD_SIZE)
+        return Relay(selector, listener, settings, upstream=upstream, node_rank=1, ranks=(0, 1), clock=clock)
+
+    def _connected(self) -> Connection:
+        self.service.close()
+        self.listener = listening()
+        self.number = self.listener.getsockname()[1]
+        self.service = self._make(self.selector, self.listener, self.clock)
+        while True:
+            connection = Connection(self.heads.accept()[0])
+            handshake = ListeningHandshake(KEY, self.heads.getsockname()[1])
+            while (line := self._line(connection)) is not None and (reply := handshake.receive(line)):
+                connection.send(reply)
+            if line is not None:
+                return connection
+            connection.close()  # of a relay that was there before
+
+    def _line(self, connection: Connection) -> bytes | None:
+        while (line := next(connection.receive(), None)) is None and not connection.ended:
+            self.turn()
+        return line
+
+    def close(self) -> None:
+        super().close()
+        self.heads.close()
+
+
 class JoinPort(Port):
     """Where machines join."""
 
@@ -223,6 +260,7 @@ PORTS: dict[str, Callable[[], Any]] = {
     "a relay at a hub": lambda: hub(NodeHello(0, 1, "h1", (1, 2)), 1),
     "a rank at a relay": lambda: relay(HELLO, 1),
     "a stranger at a relay": lambda: relay(None, None),
+    "a head at a relay": HeadPort,
     "a machine that joins": lambda: JoinPort(None, None),
 }
 

@@ -236,7 +236,7 @@ class Client:
                     self._handle(line)
 
     def _handle(self, line: bytes) -> None:
-        with contextlib.suppress(ChannelError):
+        with contextlib.suppress(Exception):  # whatever the monitor sends, the heartbeats go on
             match decode(line):
                 case Leave() as order:
                     self._obey(order)

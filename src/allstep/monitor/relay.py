@@ -226,7 +226,10 @@ class Relay:
     def _handle(self) -> None:
         """Act on what came from the head and from the ranks."""
         for line in self._uplink.take():
-            self._from_head(line)
+            try:
+                self._from_head(line)
+            except Exception as error:  # whatever it sent, this node's loop goes on
+                self._lose_head(f"sent what could not be handled ({type(error).__name__})")
         self._server.handle(self._act)
         # Last, so that what the head sent before it closed has been acted on.
         if self._uplink.lost:
