@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import random
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +17,10 @@ from allstep.errors import ChannelError
 from allstep.protocol.authentication import ConnectingHandshake, ListeningHandshake
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import VERSION, Notice, RankHello, decode, encode
+from tests.jobs.launchers import environment
 from tests.monitor.driving import Caller, registration, serving, world
 from tests.protocol.proving import HOST, KEY
+from tests.protocol.test_messages import EXAMPLES
 from tests.security.fuzzing import PORTS, opened, random_line
 
 SURROGATE = b'{"v":%d,"type":"RankHello","nonce":"\\ud800","attempt":0,"registration":{}}\n' % VERSION
@@ -135,3 +140,17 @@ def test_a_million_lines_are_messages_or_the_one_error() -> None:
             continue
         if not isinstance(message, Notice):
             encode(message)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_what_coverage_leads_to_is_a_message_or_the_one_error(tmp_path: Path) -> None:
+    pytest.importorskip("atheris", reason="pip install atheris, which has wheels for Linux only")
+    for number, example in enumerate(EXAMPLES):
+        (tmp_path / str(number)).write_bytes(encode(example))
+    program = Path(__file__).with_name("coverage_guided.py")
+    done = subprocess.run(
+        [sys.executable, program, "1000000", tmp_path], env=environment(), capture_output=True, text=True, timeout=1700
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Done 1000000 runs" in done.stderr

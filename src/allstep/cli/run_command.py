@@ -8,14 +8,17 @@ looks like. `allstep.launch.supervisor` does the rest, and its exit status is th
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import COMMAND_LINE_ONLY, OPTIONS, LaunchSettings, Option
 from allstep.launch.supervisor import launch
 from allstep.launch.worker_plan import Command
+from allstep.protocol.foreign_text import printable
+from allstep.protocol.masking import mask, secret_values
 
 USAGE = "allstep run [options] [-m] script [args ...]"
 
@@ -51,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command with these arguments and return the exit code."""
     # Before the parser, which would take options of the script for ours.
     own, rest = split_command(argv, OPTIONS_WITH_VALUE)
-    parser = _parser()
+    parser = _parser(secret_values(argv, os.environ))
     given = vars(parser.parse_args(own))  # without defaults, so that a file's values show through
     module = given.pop("module", False)
     config = given.pop("config", None)
@@ -92,9 +95,18 @@ def _joined(variables: Sequence[dict[str, str]]) -> dict[str, str]:
     return {name: value for each in variables for name, value in each.items()}
 
 
-def _parser() -> argparse.ArgumentParser:
+class _RunParser(argparse.ArgumentParser):
+    """Says what is wrong with a command line without repeating the `secrets` in it."""
+
+    secrets: frozenset[str] = frozenset()
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(mask(message, self.secrets)))
+
+
+def _parser(secrets: frozenset[str]) -> argparse.ArgumentParser:
     """Return the parser of our own options; what is not given is left out of its result."""
-    parser = argparse.ArgumentParser(
+    parser = _RunParser(
         prog="allstep run",
         usage=USAGE,
         description=DESCRIPTION,
@@ -103,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
+    parser.secrets = secrets
     for option in (*COMMAND_LINE_ONLY, *OPTIONS):
         if not option.flag:  # only a file can set it
             continue
