@@ -72,16 +72,20 @@ def names_in(path: Path) -> dict[str, bool]:
 
 
 NAMED = {
-    name: by_day for path in sorted(Path(__file__).parent.glob("test_*.py")) for name, by_day in names_in(path).items()
+    name: by_day
+    for folder in (Path(__file__).parent, ROOT / "tests" / "security")
+    for path in sorted(folder.glob("test_*.py"))
+    for name, by_day in names_in(path).items()
 }
 
 
 LOST_DATA = [f"A{number}" for number in range(1, 9)]  # of data that would be lost
+INTRUDERS = [f"B{number}" for number in range(1, 8)]  # of who would get in
 
 
-@pytest.mark.parametrize("row", [*range(1, 47), *LOST_DATA])
+@pytest.mark.parametrize("row", [*range(1, 47), *LOST_DATA, *INTRUDERS])
 def test_every_row_of_the_matrix_has_a_test_by_day(row: int | str) -> None:
-    found = [by_day for name, by_day in NAMED.items() if name.startswith(f"test_row_{row}_")]
+    found = [by_day for name, by_day in NAMED.items() if name.startswith(f"test_row_{row}_".lower())]
     for place in ELSEWHERE.get(row, []):
         path, _, beginning = place.partition("::")
         matching = [by_day for name, by_day in names_in(ROOT / path).items() if name.startswith(beginning)]

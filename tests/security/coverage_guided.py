@@ -1,4 +1,4 @@
-"""What atheris runs: `coverage_guided.py RUNS` feeds lines that it makes up by coverage to all that reads foreign bytes.
+"""What atheris runs: `coverage_guided.py RUNS SEEDS` feeds lines that coverage leads it to to what reads foreign bytes.
 
 The one error that may be raised is ChannelError. Anything else ends the process with atheris' report and status.
 """

@@ -94,7 +94,7 @@ def said_by_allstep(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_row_b7_reports_and_records_have_no_secret_and_only_their_user_reads_them(tmp_path: Path) -> None:
+def test_row_b7_reports_have_no_secret_and_only_their_user_reads_them(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         job = run(
