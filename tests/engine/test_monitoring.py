@@ -13,7 +13,7 @@ import torch
 from allstep.engine import Engine, Events
 from allstep.placement import Placement
 from allstep.world import World, internals
-from allstep.world.world import make_current
+from allstep.world.lifetime import make_current
 from tests.engine.recording import nothing
 from tests.world.watching import watched_world
 

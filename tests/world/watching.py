@@ -13,8 +13,8 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import Failure
 from allstep.world import World
 from allstep.world.failures import Reporter
+from allstep.world.lifetime import make_current
 from allstep.world.monitor_link import MonitorService
-from allstep.world.world import make_current
 
 
 class NotingClient:

@@ -4,7 +4,8 @@
 
 `StacksTimer` is for a rank whose lock is held. `faulthandler` has one timer in a process, which needs no lock; while a
 rank has a stacks file, the timer is its. The rank winds it up with each heartbeat, so that it runs out only when the
-heartbeats stop, and then it writes the stacks to the file.
+heartbeats stop, and then it writes the stacks to the file. It stands still while the process forks: the interpreter of
+a child waits at its end for the timer's thread, which a child does not have.
 
 The rank tells its monitor the file's address. Any process of the same user on the same machine can read it with
 `read_stacks`, for as long as the rank lives. It is in memory and in no folder, so nothing is left however the rank
@@ -19,6 +20,9 @@ import faulthandler
 import os
 import re
 import tempfile
+import threading
+import weakref
+from collections.abc import Callable
 from typing import BinaryIO
 
 from allstep.diagnosis.stacks import without_current_thread
@@ -60,8 +64,15 @@ class StacksTimer:
         self.address = ""
         self._descriptor: int | None = None
         self._runs = False
+        self._is_forking = threading.Lock()
         with contextlib.suppress(OSError):
             self._descriptor, self.address = make_stacks_file()
+        itself = weakref.ref(self)  # what is registered stays registered for the life of the process
+        os.register_at_fork(
+            before=lambda: _tell(itself(), StacksTimer._before_fork),
+            after_in_parent=lambda: _tell(itself(), StacksTimer._after_fork),
+            after_in_child=lambda: _tell(itself(), StacksTimer._forget),
+        )
 
     def wind_up(self) -> None:
         """Begin to count again, and forget stacks of a time that is over.
@@ -69,6 +80,24 @@ class StacksTimer:
         Where that fails there are none from now on: the script may have closed the descriptor, and another file can
         then get its number.
         """
+        with self._is_forking:
+            self._wind_up()
+
+    def _before_fork(self) -> None:
+        self._is_forking.acquire()  # the thread that sends heartbeats would wind it up in between
+        if self._runs:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _after_fork(self) -> None:
+        if self._runs:
+            self._wind_up()
+        self._is_forking.release()
+
+    def _forget(self) -> None:
+        """Leave the timer and its file to the process that this one was forked from."""
+        self._is_forking, self._runs, self._descriptor = threading.Lock(), False, None
+
+    def _wind_up(self) -> None:
         if self._descriptor is None:
             return
         try:
@@ -89,6 +118,11 @@ class StacksTimer:
             with contextlib.suppress(OSError):
                 os.close(self._descriptor)
         self._runs, self._descriptor = False, None
+
+
+def _tell(timer: StacksTimer | None, act: Callable[[StacksTimer], None]) -> None:
+    if timer is not None:
+        act(timer)
 
 
 def make_stacks_file() -> tuple[int, str]:

@@ -33,16 +33,17 @@ from allstep.placement import Placement, Rendezvous, detect
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.registration import RankRegistration
 from allstep.version import __version__
-from allstep.world import current, early_signals
+from allstep.world import early_signals
 from allstep.world.collectives import Collectives
 from allstep.world.device import choose_backend, choose_device, open_xla_device, visible_hardware
 from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
 from allstep.world.failures import Reporter
+from allstep.world.lifetime import make_current
 from allstep.world.monitor_link import MonitorService, join, sidecar_service, supervised_service
 from allstep.world.process_group import Group, adopt_group, open_group
 from allstep.world.rendezvous import rendezvous
-from allstep.world.world import World, make_current
+from allstep.world.world import World
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -74,7 +75,9 @@ def init(
         WorldError: a World is open already, device or backend do not fit, the ranks did not meet, or they differ in
             what must be the same.
     """
-    if current.current() is not None:
+    present = World.current()
+    if present is not None:
+        present._check_open("init")  # in a process that was forked from a rank, it says so
         raise WorldError(
             "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
         )

@@ -14,7 +14,6 @@ ends; nccl's communicators are aborted.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import time
 import warnings
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world.bounded_store import BoundedStore, poll
+from allstep.world.lifetime import keep_for_ever
 from allstep.world.rendezvous import RendezvousInfo
 from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_store, open_groups
 
@@ -58,6 +58,10 @@ class Group:
         assert isinstance(made, dist.ProcessGroup)
         self._made.append(made)
         return made
+
+    def parts(self) -> list[object]:
+        """What has threads, or sockets that other ranks hear from when they are closed."""
+        return [*open_groups(self._made), self.rendezvous.store.raw, self.rendezvous.server]
 
     def leave(self, *, failed: bool, patience: float) -> None:
         """End the group, if it is allstep's.
@@ -153,7 +157,7 @@ def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> No
     for group, backend in backends.items():
         # With one reference too many the destructor of a gloo group, which waits for pending collectives, never runs.
         if "gloo" in backend:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+            keep_for_ever([group])
     with contextlib.suppress(RuntimeError):
         if any("nccl" in backend for backend in backends.values()):
             abort_nccl_groups(list(backends))

@@ -5,8 +5,7 @@ between, each method that crosses ranks is called by every rank at the same poin
 single-process meaning and no process group exists. Used after `close`, methods raise WorldError; attributes stay
 readable. When an exception leaves the `with` block nothing waits for the other ranks.
 
-This file is the face that a script sees. The work is done in the modules beside it: collectives in `collectives`, the
-end of a process group in `process_group`, reports of exceptions in `failures`.
+This file is the face that a script sees. The work is done in the modules beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from allstep.world.device import choose_transport, seed_device
 from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
+from allstep.world.lifetime import NoCoordinator, inherited_from, keep_for_ever
 from allstep.world.move import to_device
 from allstep.world.numbers import to_numbers
 from allstep.world.process_group import Group
@@ -76,7 +76,7 @@ class World:
         self._group = group
         self._timeout = timeout
         self._main_first_count = 0
-        self._closed = False
+        self._closed = ""  # why it can no longer be used
         activity = RankActivity() if activity is None else activity
         transport = choose_transport(device, group.backend) if group is not None else device
         coordinator: Coordinator = (
@@ -390,21 +390,26 @@ class World:
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED))
         self._leave(failed=failed, patience=self._timeout)
 
-    def _leave_at_exit(self) -> None:
-        """End a World that is still open when the interpreter ends."""
-        # Set by the interpreter when it has printed an uncaught exception.
-        failed = getattr(sys, "last_value", None) is not None
-        self._leave(failed=failed, patience=min(self._timeout, _AT_EXIT_S), in_order=False)
+    def _end_at_exit(self) -> None:
+        """The interpreter ends, and this World is open."""
+        printed = getattr(sys, "last_value", None) is not None  # an uncaught exception, by the interpreter
+        self._leave(failed=printed, patience=min(self._timeout, _AT_EXIT_S), in_order=False)
+
+    def _end_in_child(self) -> None:
+        """This process was forked from the rank, whose World is none of its business."""
+        if not self._closed:
+            self._closed = why = inherited_from(self.rank)
+            self._internals.coordinator, self._internals.reporter = NoCoordinator(self.rank, self.world_size, why), None
+            keep_for_ever([] if self._group is None else self._group.parts())
 
     def _leave(self, *, failed: bool, patience: float, in_order: bool = True) -> None:
         if self._closed:
             return
         # First of all, so that whatever fails below, a next call of `init` can open another World.
-        self._closed = True
+        self._closed = "is closed; call allstep.init() for a new one"
         current.remove(self)
-        atexit.unregister(self._leave_at_exit)
+        atexit.unregister(self._end_at_exit)
         reporter = self._internals.reporter
-        raised: Exception | None = None
         try:
             raised = self._internals.finish(failed=failed)
             if not in_order and reporter is not None:
@@ -421,8 +426,9 @@ class World:
             raise raised
 
     def _check_open(self, name: str) -> None:
+        """Raise WorldError unless this World can be used; `name` is what for."""
         if self._closed:
-            raise WorldError(f"{name} was used on a World that is closed; call allstep.init() for a new one")
+            raise WorldError(f"{name} was used on a World that {self._closed}")
 
     def _waits(self, name: str) -> AbstractContextManager[None]:
         """To be entered around what waits for the other ranks."""
@@ -442,9 +448,3 @@ class World:
 def internals(world: World) -> WorldInternals:
     """The inner parts of a World, for the packages above this one; scripts do not need them."""
     return world._internals
-
-
-def make_current(world: World) -> None:
-    """Make a World the current one, and have it closed when the interpreter ends with it open."""
-    current.install(world)
-    atexit.register(world._leave_at_exit)
