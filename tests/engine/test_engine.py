@@ -1,14 +1,17 @@
 """What a whole run does: the order of events, outputs, lengths, and what users set and see."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from allstep.engine import Engine, Events
+from allstep.engine import Engine, Events, create_supervised_evaluator
 from allstep.errors import EngineError
 from tests.engine.recording import NoLength, batches_of, nothing, record, same
 
@@ -179,3 +182,33 @@ def test_the_engine_says_nothing_when_all_is_well(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.DEBUG):
         Engine(nothing).run(range(3), max_epochs=2)
     assert not caplog.records
+
+
+def with_schedule() -> Engine:
+    engine = Engine(nothing)
+    engine.add_event_handler(Events.OPTIMIZER_STEP_COMPLETED, lambda: None)
+    return engine
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Engine(nothing), with_schedule, lambda: create_supervised_evaluator(nn.Linear(1, 1))],
+    ids=["plain", "with a schedule", "evaluator"],
+)
+def test_data_of_an_engine_that_is_let_go_waits_for_no_collector(make: Callable[[], Engine]) -> None:
+    # A DataLoader whose persistent workers are left to the collector cannot end them, which takes seconds each.
+    engine, data = make(), DataLoader(TensorDataset(torch.ones(4, 1), torch.ones(4, 1)), batch_size=2)
+    gc.disable()
+    try:
+        engine.run(data)
+        left = weakref.ref(data)
+        del engine, data
+        assert left() is None
+    finally:
+        gc.enable()
+
+
+def test_a_state_that_outlives_its_engine_says_so_when_it_is_to_skip() -> None:
+    state = Engine(nothing).state
+    with pytest.raises(EngineError, match="outside a run"):
+        state.skip()

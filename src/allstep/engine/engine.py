@@ -41,7 +41,7 @@ from allstep.engine.run_plan import (
     checked_length,
     settle_terms,
 )
-from allstep.engine.skipping import skip
+from allstep.engine.skipping import skip_of
 from allstep.engine.source import END
 from allstep.engine.state import State
 from allstep.errors import ArgumentTypeError, EngineError
@@ -100,7 +100,7 @@ class Engine:
         self._given_coordinator = coordinator
         self.process_function = process_function
         self.state = self._run.state
-        self.state._skip = partial(skip, self._run)
+        self.state._skip = skip_of(self._run)
         self.modules: list[nn.Module] = []
         self.logger: logging.Logger = self._run.logger
         self.extension = Extension(self._run, self._registry)

@@ -10,8 +10,10 @@ brings it up to date; it must be called when a counter was moved other than by c
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -109,7 +111,9 @@ class Registry:
         self.last_event: EventKey | None = None
         self.register(Events, COUNTERS)
         # The first of ITERATION_COMPLETED while anybody listens: a loop without listeners asks for no group's end.
-        self._optimizer_step = HandlerRegistration(self._tell_of_optimizer_step, None, self._tell_of_optimizer_step)
+        # Weak, so that a registry does not hold itself: an engine that is let go frees its data at once.
+        tell = partial(Registry._tell_of_optimizer_step, weakref.proxy(self))
+        self._optimizer_step = HandlerRegistration(tell, None, tell)
         if pinned:
             self._listen_for_optimizer_steps()
 

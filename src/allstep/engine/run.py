@@ -100,7 +100,7 @@ class UnfinishedEvent:
     is_cut: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Run:
     """Where a run stands, what it was asked, and what it goes on with.
 

@@ -15,6 +15,8 @@ The end of the iteration, or an exception, takes all of this back (`end_skip`).
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -35,9 +37,19 @@ class SkippedBatch:
     had_finite_buffers: bool
 
 
-def skip(run: Run) -> None:
+def skip_of(run: Run) -> Callable[[], None]:
+    """`skip` for the state of `run`, which does not keep the run alive.
+
+    In a cycle, data and batches of an engine that is gone would wait for Python's collector, and a loader with
+    persistent workers cannot end them there.
+    """
+    reference = weakref.ref(run)
+    return lambda: skip(reference())
+
+
+def skip(run: Run | None) -> None:
     """Have this rank's present batch count for nothing; see the module. A second call in one iteration does nothing."""
-    if not run.is_running:
+    if run is None or not run.is_running:
         raise EngineError("state.skip() was called outside a run; call it in the step, for the batch that it was given")
     if run.skipped is not None:
         return

@@ -145,10 +145,10 @@ def create_supervised_evaluator(
     )
 
     @evaluator.on(Events.STARTED)
-    def evaluate_one_model() -> None:
+    def evaluate_one_model(engine: Engine) -> None:
         # What is in DDP is one model's already. An average of weights is not in DDP, and has each rank's statistics.
         world = World.current()
-        if world is not None and _agrees_with_all(evaluator, world) and not _is_in_ddp(world, module):
+        if world is not None and _agrees_with_all(engine, world) and not _is_in_ddp(world, module):
             world.unify_buffers(module)
 
     return evaluator
