@@ -84,6 +84,7 @@ def test_an_end_whose_save_fails_is_not_0(tmp_path: Path) -> None:
     assert "no inodes for new files" in job.err
 
 
+@pytest.mark.nightly
 def test_a_fork_of_a_script_does_not_wait_for_its_save(tmp_path: Path) -> None:
     forks = (
         SLOW
@@ -305,6 +306,7 @@ print(pending.error)
 """
 
 
+@pytest.mark.nightly
 def test_a_limit_of_file_sizes_is_said_in_words(tmp_path: Path) -> None:
     job = plain(tmp_path, LIMITED)
     assert "ulimit -f" in job.out

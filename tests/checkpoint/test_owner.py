@@ -128,7 +128,8 @@ def test_a_live_owner_is_taken_over_by_hand_and_does_not_take_it_back(storage: S
     third.release()
 
 
-def test_one_of_many_that_come_at_once_gets_the_folder(storage: Storage) -> None:
+def test_one_of_many_that_come_at_once_gets_the_folder(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
     dead = claim_folder(storage, job("dead"), beat=1000)
     owners: list[Ownership] = []
     refused: list[str] = []

@@ -84,6 +84,7 @@ def test_a_job_that_is_taken_over_saves_no_more_and_ends_with_an_error(tmp_path:
     assert steps(tmp_path)[-1] == 7
 
 
+@pytest.mark.nightly
 def test_a_restart_takes_the_folder_of_the_attempt_before_over_at_once(tmp_path: Path) -> None:
     (tmp_path / "die").touch()
     done = run(tmp_path, *job(tmp_path, "--max-restarts", "1"), env=ENV)

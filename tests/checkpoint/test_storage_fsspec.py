@@ -12,7 +12,9 @@ import pytest
 
 from allstep.checkpoint import Store, entries, find_entry, remove, verify
 from allstep.checkpoint.manifest import MANIFEST, QUARANTINE
+from allstep.checkpoint.owner import claim_folder, claim_of_this_process
 from allstep.checkpoint.storage import Buffer, FsspecStorage
+from allstep.errors import FolderInUseError
 from tests.checkpoint.storages import same, some_state
 
 _numbers = itertools.count()
@@ -98,6 +100,21 @@ def test_a_damaged_one_is_quarantined(address: str) -> None:
     assert verify(find_entry(address, "save-000002-step-2"))
     remove(find_entry(address, "save-000002-step-2"))
     assert [entry.state for entry in entries(address)] == ["whole"]
+
+
+def test_a_second_job_is_refused_by_a_conditional_write(address: str) -> None:
+    storage = FsspecStorage(address)
+    mine = claim_of_this_process({})
+    owned = claim_folder(storage, mine.model_copy(update={"token": "first", "machine": "a"}), beat=0.2)
+    assert storage.creates_exclusively
+    with pytest.raises(FileExistsError):
+        storage.create_file("owner", "claim-000001.json", b"{}")
+    other = mine.model_copy(update={"token": "second", "machine": "b"})
+    with pytest.raises(FolderInUseError, match="belong to a job that is alive"):
+        claim_folder(storage, other, silent=30)
+    owned.check()
+    owned.release()
+    claim_folder(storage, other).release()
 
 
 class Interrupted(Exception):

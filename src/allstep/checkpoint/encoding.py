@@ -37,6 +37,7 @@ _DEEPEST = 100  # levels; far more than any state has, and far fewer than Python
 _INLINE_ARRAY = 16 << 10  # bytes; a larger numpy array is stored as a tensor instead of as text
 _NUMBER = re.compile(r"-?\d+")
 _LARGEST_STATE_FILE = 256 << 20  # bytes of JSON; reading it takes some twenty times as much memory
+_MOST_OF_ONE_HASH = 1000  # keys; those of numbers are known to whoever writes a file
 _ARRAY_KINDS = "biufcSUmM"  # numpy's kinds of plain elements: no objects, no records
 
 Fetch = Callable[[str], torch.Tensor]
@@ -206,7 +207,7 @@ def _decode(node: Any, fetch: Fetch) -> Any:
 
 
 def _decode_ordered(node: dict[str, Any], fetch: Fetch) -> Any:
-    ordered: Any = collections.OrderedDict(_pairs(node["$ordered"], fetch))
+    ordered: Any = collections.OrderedDict(_spread(_pairs(node["$ordered"], fetch)))
     if "$versions" in node:
         set_module_versions(ordered, _decode(node["$versions"], fetch))
     return ordered
@@ -214,6 +215,15 @@ def _decode_ordered(node: dict[str, Any], fetch: Fetch) -> Any:
 
 def _pairs(content: list[list[Any]], fetch: Fetch) -> list[tuple[Any, Any]]:
     return [(_decode(key, fetch), _decode(item, fetch)) for key, item in content]
+
+
+def _spread(pairs: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Keys with their values, unless so many keys have one hash that a dict of them would take for ever to make."""
+    if len(pairs) > _MOST_OF_ONE_HASH:
+        hashes = collections.Counter(hash(key) for key, _ in pairs)
+        if max(hashes.values()) > _MOST_OF_ONE_HASH:
+            raise ValueError("keys that were chosen for their hashes")
+    return pairs
 
 
 def _decode_size(content: list[int]) -> torch.Size:
@@ -244,10 +254,10 @@ _DECODERS: dict[str, Callable[[Any, Fetch], Any]] = {
     "$device": lambda content, _: torch.device(content),
     "$tuple": lambda content, fetch: tuple(_decode(item, fetch) for item in content),
     "$size": lambda content, _: _decode_size(content),
-    "$set": lambda content, fetch: {_decode(item, fetch) for item in content},
-    "$frozenset": lambda content, fetch: frozenset(_decode(item, fetch) for item in content),
-    "$dict": lambda content, fetch: dict(_pairs(content, fetch)),
-    "$counter": lambda content, fetch: collections.Counter(dict(_pairs(content, fetch))),
+    "$set": lambda content, fetch: {item for item, _ in _spread([(_decode(each, fetch), None) for each in content])},
+    "$frozenset": lambda content, fetch: frozenset(_DECODERS["$set"](content, fetch)),
+    "$dict": lambda content, fetch: dict(_spread(_pairs(content, fetch))),
+    "$counter": lambda content, fetch: collections.Counter(dict(_spread(_pairs(content, fetch)))),
     "$array": _decode_array,
     "$scalar": lambda content, fetch: _decode_array(content, fetch)[()],
 }

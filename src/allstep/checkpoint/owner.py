@@ -51,6 +51,7 @@ OWNER = "owner"
 BEAT_S = 10.0
 SILENT_S = 60.0  # more than a network file system may show an old state of a file
 _SILENT_BY_CLOCK_S = 600.0  # more than clocks of one cluster differ
+_READS = 10  # of a claim that is renewed all the time
 _LARGEST_CLAIM = 64 << 10  # bytes
 _RELEASE_S = 5.0  # that the end of a process waits for a beat under way
 
@@ -274,6 +275,7 @@ def _number(name: str) -> int:
 
 
 def _newest(storage: Storage) -> _HoldingClaim:
+    failures = 0
     while True:
         number = max(map(_number, storage.files(OWNER)), default=0)
         if not number:
@@ -283,6 +285,11 @@ def _newest(storage: Storage) -> _HoldingClaim:
                 content = file.read(_LARGEST_CLAIM)
         except FileNotFoundError:
             continue  # its successor has removed it just now
+        except OSError:
+            failures += 1  # object stores say so where it was renewed between opening and reading
+            if failures > _READS:
+                raise
+            continue
         try:
             return _HoldingClaim(number, content, Claim.model_validate(json.loads(content)))
         except (ValidationError, ValueError, RecursionError):
@@ -295,7 +302,8 @@ def _written(claim: Claim) -> bytes:
 
 def _remove_older(storage: Storage, number: int) -> None:
     for name in storage.files(OWNER):
-        if 0 < _number(name) < number:
+        # ".claim-000007.json.TOKEN" was being written by a job that has died.
+        if 0 < _number(f"{name.removeprefix('.').partition('.')[0]}.json") < number:
             with contextlib.suppress(Exception):  # what stays is no more than untidy
                 storage.remove_file(OWNER, name)
 

@@ -5,7 +5,8 @@ end. A rank decides alone and calls no collective; all ranks stop at the same it
 and `state.stop_reason` names the rank. The run has failed then: a `Checkpoint` does not save its state, so that the
 run can go on from an earlier one. Looking at a tensor on a device makes the host wait for the step that computes
 it: with `every=N` that happens once in N iterations, and outputs in between are not looked at. (A loss that became NaN
-through its parameters stays NaN.) On the CPU there is nothing to wait for.
+through its parameters stays NaN.) What is saved in between may be NaN already, so N is to be smaller than the number of
+iterations that `keep_last` checkpoints reach back. On the CPU there is nothing to wait for.
 """
 
 from __future__ import annotations
