@@ -54,7 +54,8 @@ def test_saves_that_fall_due_before_the_vote_tells_of_a_nan_are_withheld(who: in
     assert ends[0] == ends[1]
     assert ends[0][1] == "failed"
     assert ends[0][0] > 220, "the vote came before another save was due; the test shows nothing"
-    assert steps(tmp_path) == [140, 160, 180]
+    # An older one stays where the failure was known before the save of 180 was written.
+    assert steps(tmp_path)[-3:] == [140, 160, 180]
     store = Store(str(tmp_path))
     found = store.choose()
     assert found is not None

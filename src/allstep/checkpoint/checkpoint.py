@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -241,7 +242,7 @@ class Checkpoint:
             metrics if is_rated else None,
             facts,
             refusal=states.failure or failure,
-            distrust=partial(_failure_of, engine),
+            distrust=partial(_failure_of, weakref.ref(engine)),
         )
         run = self._runs.get(engine)
         if run is not None:
@@ -392,9 +393,10 @@ def _place(engine_state: Mapping[str, Any]) -> tuple[int, int, str | None]:
     return engine_state["iteration"], engine_state["epochs_completed"], engine_state.get("finished")
 
 
-def _failure_of(engine: Engine) -> str | None:
+def _failure_of(reference: weakref.ref[Engine]) -> str | None:
     """Why the run is of no use, as far as this rank knows; asked from the thread that writes."""
-    return engine.extension.failing
+    engine = reference()  # which no save keeps alive
+    return None if engine is None else engine.extension.failing
 
 
 def _is_number(value: Any) -> bool:

@@ -48,6 +48,7 @@ class RunDescription:
         schema: what it reduces over ranks at the engine's events.
         dealing: how the loader deals samples to ranks, if it is one of allstep.
         whole_dataset: what a plain DataLoader reads from end to end, so that ranks see whether all read the same.
+        modules: names of the wrapped modules that are alive here.
     """
 
     terms: Mapping[str, Any]
@@ -58,6 +59,7 @@ class RunDescription:
     schema: tuple[ComparedLine, ...] = ()
     dealing: Mapping[str, Any] | None = None
     whole_dataset: tuple[str, int] | None = None
+    modules: frozenset[str] = frozenset()
 
 
 def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Iterable[Reduction]) -> Handshake | None:
@@ -92,6 +94,8 @@ def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Ite
     check_same([each.schema for each in said])
     _check_dealing([each.dealing for each in said])
     _warn_of_whole_datasets([each.whole_dataset for each in said], coordinator.rank)
+    if run.replicas is not None:
+        run.replicas.keep(frozenset.intersection(*(each.modules for each in said)))
     length = _agreed_length([each.length for each in said], arguments)
     agreement = _agreement(
         arguments,
@@ -125,7 +129,10 @@ def _describe(
     sampler = sampler_of(data)
     dealing = None if sampler is None or run.coordinator.world_size == 1 else sampler.dealing()
     whole = None if run.coordinator.world_size == 1 else whole_dataset_of(data)
-    return RunDescription(terms, length_of(data), exact, is_declared, is_one_shot(data), schema, dealing, whole)
+    modules = frozenset() if run.replicas is None else run.replicas.names
+    return RunDescription(
+        terms, length_of(data), exact, is_declared, is_one_shot(data), schema, dealing, whole, modules
+    )
 
 
 def _check_terms(terms: Sequence[Mapping[str, Any]]) -> None:

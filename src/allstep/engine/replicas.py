@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from time import monotonic
 from typing import NoReturn
 
@@ -49,16 +49,20 @@ class Replicas:
         unreduced: what `World.wrap` gave without DDP, because it had nothing to train then.
         coordinator: how the ranks of the run agree.
         activity: told while this rank waits for the others' buffers.
+
+    Attributes:
+        names: by which ranks tell each other which of these modules they have.
     """
 
     def __init__(
         self,
-        modules: Iterable[nn.Module],
+        modules: Mapping[str, nn.Module],
         unreduced: Iterable[nn.Module],
         coordinator: Coordinator,
         activity: RankActivity,
     ) -> None:
-        self._modules = list(modules)
+        self._named_modules = dict(modules)
+        self._modules = list(modules.values())
         self._replicas = [each for each in self._modules if isinstance(each, Replica)]
         self._unreduced = list(unreduced)
         self._coordinator = coordinator
@@ -66,6 +70,23 @@ class Replicas:
         self._passes_before = self._count_passes()
         self._drift_is_said = False
         self._walked_at = 0.0
+
+    @property
+    def names(self) -> frozenset[str]:
+        """By which ranks tell each other which of these modules they have."""
+        return frozenset(self._named_modules)
+
+    def keep(self, names: Container[str]) -> None:
+        """Leave out modules that some rank has no more.
+
+        A model that a script has let go of stays until the garbage collector comes by, which is not at the same time on
+        all ranks; and what only some ranks have can be in no collective.
+        """
+        self._named_modules = {name: each for name, each in self._named_modules.items() if name in names}
+        self._modules = list(self._named_modules.values())
+        self._replicas = [each for each in self._modules if isinstance(each, Replica)]
+        self._unreduced = [each for each in self._unreduced if each in self._modules]
+        self._passes_before = self._count_passes()
 
     # Changes
 
@@ -273,10 +294,13 @@ def modules_in_step(given: Iterable[nn.Module], coordinator: Coordinator) -> tup
     """
     world = World.current()
     inner = None if world is None else internals(world)
-    wrapped = [] if inner is None else inner.wrapped_modules()
+    numbered = {} if inner is None else inner.numbered_modules()
+    wrapped = list(numbered.values())
     modules = list(dict.fromkeys([*wrapped, *given]))
     if coordinator.world_size == 1 or (world is not None and coordinator.world_size != world.world_size):
         return modules, None
     unreduced = [each for each in wrapped if not isinstance(each, DistributedDataParallel)]
     activity = RankActivity() if inner is None else inner.activity
-    return modules, Replicas(modules, unreduced, coordinator, activity)
+    names = {module: f"wrapped {number}" for number, module in numbered.items()}
+    named = {names.get(module, f"given {at - len(wrapped)}"): module for at, module in enumerate(modules)}
+    return modules, Replicas(named, unreduced, coordinator, activity)

@@ -61,4 +61,8 @@ class WorldInternals:
 
     def wrapped_modules(self) -> list[nn.Module]:
         """What `World.wrap` gave, in order, as far as it is still in use."""
-        return [module for reference in self._wrapped if (module := reference()) is not None]
+        return list(self.numbered_modules().values())
+
+    def numbered_modules(self) -> dict[int, nn.Module]:
+        """The same, each with its number among all that were wrapped, which is the same on every rank."""
+        return {at: module for at, reference in enumerate(self._wrapped) if (module := reference()) is not None}
