@@ -35,6 +35,7 @@ class Leader:
             environ={},
             nodes=None,
         )
+        self.secrets: tuple[str, ...] = ()
         self.loop = EventLoop()
         self.said: list[str] = []
         self.stopped_by: signal.Signals | None = None
