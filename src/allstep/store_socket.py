@@ -47,11 +47,17 @@ def on_given_socket(make: Callable[..., Any]) -> Callable[..., Any]:
     return make_store
 
 
+def is_given() -> bool:
+    """Whether this very process was given a socket, and not the one that started it."""
+    pid, _, number = os.environ.get(VARIABLE, "").partition(":")
+    return pid == str(os.getpid()) and number.isdecimal()
+
+
 def _listening(port: object) -> int | None:
     """A copy of the socket that this process was given for the port, which listens; None where there is none."""
-    pid, _, number = os.environ.get(VARIABLE, "").partition(":")
-    if pid != str(os.getpid()) or not number.isdecimal():
+    if not is_given():
         return None
+    number = os.environ[VARIABLE].partition(":")[2]
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(number))) as copy:
         if copy.getsockname()[1] == port:  # else the script has closed it, and another has its number
             copy.listen(_BACKLOG)

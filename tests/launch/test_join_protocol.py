@@ -50,6 +50,7 @@ def test_two_machines_of_one_rank_are_both_named_and_one_may_come_again() -> Non
     [
         (node(1, nodes=4), "node 1 (pid 11 on h1) was started with --nnodes 4, node 0 (pid 10 on h0) with --nnodes 3"),
         (node(1, workers=0), "says that it has 0 workers"),
+        (node(1, workers=1 << 40), "says that it has 1099511627776 workers"),
         (node(3), "says node rank 3, but there are 3 nodes"),
         (
             node(1, facts={"the script": "other.py"}),

@@ -77,7 +77,7 @@ class JoinedNodes:
             )
         if not 0 <= request.node_rank < self.own.nodes:
             return f"{request.process} says node rank {request.node_rank}, but there are {self.own.nodes} nodes"
-        if request.workers < 1:
+        if not 1 <= request.workers <= MOST_WORKERS:
             return f"node {request.node_rank} ({request.process}) says that it has {request.workers} workers"
         # The same process may come again over a new connection, when the old one broke.
         there = self.requests.get(request.node_rank)
@@ -143,6 +143,9 @@ def objection_to_start(start: AttemptStart, workers: int) -> str:
         return one_line(f"an attempt cannot be {start}")
     return ""
 
+
+MOST_WORKERS = 1 << 14
+"""Workers of one machine, at most: the head keeps a record of each, so a number out of nowhere would cost memory."""
 
 _LONGEST_NAME = 200  # characters of a folder's name
 

@@ -202,7 +202,7 @@ class JoinServer:
         # A machine of another run may come every second for as long as this one lasts.
         if text not in self._said and len(self._said) < _SAID:
             self._said.add(text)
-            self._say(text)
+            self._say(one_line(text))
 
 
 def _joins(message: object) -> str | None:

@@ -71,13 +71,14 @@ class ForkedRank:
     `outcome` becomes readable when the call is over, and `status` when the process has ended.
     """
 
-    def __init__(self, server: ForkServer, call: bytes) -> None:
+    def __init__(self, server: ForkServer, call: bytes, store: int) -> None:
         self.outcome, outcome = Pipe(duplex=False)
         self.status, status = Pipe(duplex=False)
         lifeline, self._lifeline = os.pipe()
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         try:
-            self.pid = server.fork(call, (status.fileno(), outcome.fileno(), lifeline, self._stacks.fileno()))
+            ends = status.fileno(), outcome.fileno(), lifeline, self._stacks.fileno(), store
+            self.pid = server.fork(call, ends)
         except BaseException:
             self._close()
             raise
@@ -154,7 +155,7 @@ class ForkServer:
 
         Args:
             call: the pickled call.
-            descriptors: status, outcome, lifeline and stacks, which stay the caller's to close.
+            descriptors: status, outcome, lifeline, stacks and store, which stay the caller's to close.
 
         Raises:
             RanksError: the server cannot fork, or has died.
@@ -232,6 +233,7 @@ class RankDescriptors(NamedTuple):
     outcome: int
     lifeline: int
     stacks: int
+    store: int
     stdout: int = -1
     stderr: int = -1
 
@@ -337,7 +339,7 @@ def _fork(call: bytes, ends: RankDescriptors, own: list[int]) -> int | str:
                 os.close(fd)
         from allstep.testing.rank_process import run_call
 
-        run_call(call, server, Connection(ends.outcome, readable=False), ends.lifeline, ends.stacks)
+        run_call(call, server, Connection(ends.outcome, readable=False), ends.lifeline, ends.stacks, ends.store)
     finally:
         os._exit(1)  # whatever happens, a rank must not go on as a second server
 

@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
-from allstep.launch.worker import tie_to_supervisor
+from allstep.launch.worker import serve_store_on, tie_to_supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Outcome:
         return message
 
 
-def run_call(call: bytes, server: int, outcome: Connection, lifeline: int, stacks: int) -> NoReturn:
+def run_call(call: bytes, server: int, outcome: Connection, lifeline: int, stacks: int, store: int) -> NoReturn:
     """Be a rank for one call.
 
     Args:
@@ -95,6 +95,7 @@ def run_call(call: bytes, server: int, outcome: Connection, lifeline: int, stack
         outcome: where the `Outcome` goes.
         lifeline: a pipe that nothing is ever sent through; its other end closes with the caller.
         stacks: descriptor of the file for stacks.
+        store: the socket at the port where the ranks' store is to be, which rank 0 serves it on.
     """
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -103,17 +104,21 @@ def run_call(call: bytes, server: int, outcome: Connection, lifeline: int, stack
     faulthandler.register(signal.SIGQUIT, stacks)
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed()  # started processes draw different numbers; forked ones would draw the same
-    message = perform(pickle.loads(call)).to_bytes()
+    message = perform(pickle.loads(call), store).to_bytes()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     outcome.send_bytes(message)
     os._exit(0)
 
 
-def perform(call: Call) -> Outcome:
+def perform(call: Call, store: int) -> Outcome:
     """Make the call."""
     os.environ.clear()
     os.environ.update(call.environment)
+    if os.environ.get("RANK") == "0":
+        serve_store_on(store)
+    else:
+        os.close(store)
     os.chdir(call.folder)
     sys.path[:] = call.path
     sys.argv[:] = call.arguments

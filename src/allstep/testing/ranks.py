@@ -35,7 +35,7 @@ from allstep.faults import FaultPlan
 from allstep.launch.environment import ReservedPort, worker_environment
 from allstep.monitor.hub import Hub
 from allstep.monitor.service import MonitorSettings, Verdict
-from allstep.protocol.address import new_key
+from allstep.protocol.address import HERE, new_key
 from allstep.protocol.server import SocketKey
 from allstep.protocol.worker_exit import WorkerExit, signal_name
 from allstep.testing.fork_server import ForkedRank, own_server
@@ -159,7 +159,7 @@ def _call_ranks(function: bytes, world_size: int, given: Mapping[str, str], time
     limits = HangLimits.parse(variables.get("ALLSTEP_LIMITS", ""))
     hub = Hub(selector, listener, MonitorSettings(key, 0, world_size, limits))
     main = MainModule.of_this_process()
-    with contextlib.closing(selector), contextlib.closing(hub), ReservedPort(shared=True) as reserved:
+    with contextlib.closing(selector), contextlib.closing(hub), ReservedPort(HERE) as reserved:
         calls = []
         for rank in range(world_size):
             place = worker_environment(
@@ -173,15 +173,16 @@ def _call_ranks(function: bytes, world_size: int, given: Mapping[str, str], time
             )
             environment = {**variables, **place, **channel}
             calls.append(Call(environment, os.getcwd(), tuple(sys.path), tuple(sys.argv), main, function))
-        return _RunningCall(selector, hub).run(calls, timeout)
+        return _RunningCall(selector, hub, reserved.fileno()).run(calls, timeout)
 
 
 class _RunningCall:
     """A call whose processes run. It drives the hub of their control channel as a supervisor does."""
 
-    def __init__(self, selector: selectors.BaseSelector, hub: Hub) -> None:
+    def __init__(self, selector: selectors.BaseSelector, hub: Hub, store: int) -> None:
         self._selector = selector
         self._hub = hub
+        self._store = store
         self._processes: list[ForkedRank] = []
         self._ended = CallEnd()
 
@@ -196,7 +197,7 @@ class _RunningCall:
         server = own_server()
         try:
             for rank, call in enumerate(calls):
-                process = ForkedRank(server, pickle.dumps(call))
+                process = ForkedRank(server, pickle.dumps(call), self._store)
                 self._processes.append(process)
                 self._selector.register(process.outcome, selectors.EVENT_READ, rank)
                 self._selector.register(process.status, selectors.EVENT_READ, rank)

@@ -41,7 +41,7 @@ from allstep.placement import Placement, Rendezvous
 from allstep.protocol.address import EVERYWHERE, HERE, listen
 from allstep.protocol.authentication import derived_key
 from allstep.protocol.registration import two_processes
-from allstep.store_socket import VARIABLE, on_given_socket
+from allstep.store_socket import is_given, on_given_socket
 from allstep.world.bounded_store import BoundedStore, abandon_thread, poll
 from allstep.world.monitor_link import MonitorService, head_service, rank_secret, sidecar_service
 from allstep.world.torch_private import PrefixStore, TCPStore
@@ -157,7 +157,7 @@ def _serve(place: Rendezvous, timeout: float, *, alone: bool) -> tuple[TCPStore,
     )
     for port in place.ports:
         try:
-            if VARIABLE not in os.environ:
+            if not is_given():
                 with contextlib.suppress(TypeError), listen(host, port) as own:  # TypeError: it takes no socket
                     return make(port=port, master_listen_fd=os.dup(own.fileno())), port
             return make(port=port), port
