@@ -1,7 +1,7 @@
 """Opens a World and says so.
 
-PATIENCE is its time limit in seconds, LR_OF_K the setting of rank K. With TAKE, rank 0 finds its port taken; with STAY,
-the ranks stay until there is a file `go`.
+PATIENCE is its time limit in seconds, LR_OF_K the setting of rank K. With TAKE, rank 1 tries to take rank 0's port
+first; with STAY, the ranks stay until there is a file `go`.
 """
 
 import os
@@ -13,9 +13,11 @@ from allstep import init
 if __name__ == "__main__":
     own = os.environ.get(f"LR_OF_{os.environ.get('RANK')}", "0.1")
     patience = float(os.environ.get("PATIENCE", "300"))
-    if "TAKE" in os.environ and os.environ["RANK"] == "0":
-        taken = socket.create_server(("", int(os.environ["MASTER_PORT"])))
-        print("takes port", taken.getsockname()[1], flush=True)
+    if "TAKE" in os.environ and os.environ["RANK"] == "1":
+        try:
+            taken = socket.create_server(("", int(os.environ["MASTER_PORT"])))
+        except OSError as error:
+            print("cannot take the port:", error.strerror, flush=True)
     print("arriving", os.getpid(), flush=True)
     with init(timeout=patience, facts={"optimizer": {"name": "sgd", "lr": float(own)}}) as world:
         place = os.environ["MASTER_PORT"], os.environ.get("ALLSTEP_CHANNEL", "-")
