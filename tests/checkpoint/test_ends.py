@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import allstep
 from allstep import Engine, Events, Preemption
 from allstep.checkpoint import Checkpoint, LocalStorage, Store, entries
 from allstep.errors import CheckpointError, Preempted
@@ -261,6 +262,22 @@ def test_a_store_of_which_nothing_was_saved_raises_when_it_is_closed(tmp_path: P
     with pytest.raises(CheckpointError, match="nothing of this run was saved"):
         store.close()
     store.close()
+
+
+def save_in_a_world(storage: LocalStorage) -> Store:
+    with allstep.init():
+        store = Store("", storage=storage)
+        store.save(1, some_state())
+    return store
+
+
+def test_a_world_that_closes_with_nothing_saved_raises(tmp_path: Path) -> None:
+    storage = Failing(str(tmp_path), "state.json")
+    with pytest.raises(CheckpointError, match="nothing of this run was saved"):
+        save_in_a_world(storage)
+    storage.failing = False
+    save_in_a_world(storage)
+    assert list(states(tmp_path).values()) == ["whole"]
 
 
 @pytest.fixture
