@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from allstep.launch.process import Pipes, WorkerProcess, start_worker
+from allstep.launch.forking import ForkedChild
+from allstep.launch.process import Pipes, WorkerProcess, start_worker, watched
 from allstep.launch.worker_plan import Command, WorkerPlan
 from allstep.protocol.connection import is_ready
 from tests.jobs.launchers import script
@@ -40,6 +41,22 @@ def test_the_end_of_a_worker_makes_its_descriptor_readable_and_is_told(
     finally:
         worker.release(LIMIT)
         pipes.close()
+
+
+def test_a_worker_that_leads_no_group_yet_is_killed_all_the_same() -> None:
+    waits, release = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(release)
+        os.read(waits, 1)  # where a worker that was forked from a template waits, before it leads a group
+        os._exit(0)
+    worker = watched(ForkedChild(pid))
+    worker.kill_group()
+    assert is_ready(worker.exit_fd, LIMIT)
+    assert worker.returncode() == -signal.SIGKILL
+    worker.release(LIMIT)
+    os.close(waits)
+    os.close(release)
 
 
 @pytest.mark.parametrize("pidfd", [True, False])

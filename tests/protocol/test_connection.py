@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import pytest
 
 from allstep.protocol import connection as module
-from allstep.protocol.connection import Connection, Connector, connect, is_ready, resolve
+from allstep.protocol.connection import Connection, Connector, connect, is_ready
+from allstep.protocol.name_lookup import NameLookup, resolve
 from tests.protocol.proving import BOUND, HOST, KEY, answer, answering
 
 
@@ -121,6 +122,59 @@ def test_a_name_that_begins_to_resolve_later_is_reached(monkeypatch):
     with answering() as (_, (_, port)), connecting(("head", port), addresses=addresses) as connector:
         assert drive(connector).problems == {("head", port): "Name or service not known"}
         assert asked == ["head", "head"]
+
+
+def test_a_name_server_that_does_not_answer_holds_nothing_up():
+    answers = threading.Event()
+
+    def lookup(host: str, port: int) -> list:
+        answers.wait(BOUND)
+        return resolve(HOST, port)
+
+    with answering() as (_, (_, port)), connecting(("head", port), addresses=NameLookup(lookup)) as connector:
+        begun = time.monotonic()
+        for _ in range(3):
+            connector.advance()
+            is_ready(None, connector.deadline() - time.monotonic())
+        assert time.monotonic() - begun < BOUND / 2
+        assert connector.problems == {("head", port): "its name server does not answer"}
+        answers.set()
+        assert drive(connector).connection is not None
+
+
+def test_a_target_behind_one_whose_name_server_is_silent_is_reached():
+    answers = threading.Event()
+
+    def lookup(host: str, port: int) -> list:
+        answers.wait(BOUND)
+        return []
+
+    with (
+        answering() as (_, target),
+        connecting(("head", 1), target, addresses=NameLookup(lookup), answer=0.3) as connector,
+    ):
+        assert drive(connector).target == target
+        answers.set()
+
+
+def test_numbers_are_looked_up_nowhere():
+    def lookup(host: str, port: int) -> list:
+        raise AssertionError(host)
+
+    assert NameLookup(lookup)("127.0.0.1", 7) == [(socket.AF_INET, ("127.0.0.1", 7))]
+    assert NameLookup(lookup)("::1", 7)
+
+
+def test_a_name_that_cannot_be_one_is_an_error_in_words():
+    look = NameLookup()
+
+    def found() -> object:
+        while (addresses := look("a" * 70 + ".example", 7)) is None:
+            pass
+        return addresses
+
+    with pytest.raises(OSError, match="no name of a host"):
+        found()
 
 
 def test_without_an_answer_in_time_the_reason_is_told():

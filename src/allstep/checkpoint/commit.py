@@ -384,7 +384,9 @@ def _unseen(storage: Storage, folder: str, files: Mapping[str, FileRecord]) -> s
         present = storage.files(folder)
         return all(present.get(name) == record.size for name, record in files.items())
 
-    poll(sees_all, time.monotonic() + _LOOKS_S)
+    # One look may take longer than all the time there is, and then tells only what was there when it began.
+    if not poll(sees_all, time.monotonic() + _LOOKS_S):
+        sees_all()
     for name, record in files.items():
         if present.get(name) != record.size:
             return (

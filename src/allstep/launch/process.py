@@ -88,6 +88,7 @@ class WorkerProcess:
         """Kill the process and what it started, but for what left its process group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS refuses where only the dead are left
             os.killpg(self.child.pid, signal.SIGKILL)
+        self.send(signal.SIGKILL)  # one that was forked a moment ago leads no group yet
 
     def returncode(self) -> int:
         """Return how it ended, as subprocess has it (-N: signal N), once `exit_fd` is readable."""

@@ -65,9 +65,6 @@ class Relay:
             node_rank: of this node.
             ranks: that run here.
             clock: seconds, never turned back.
-
-        Raises:
-            OSError: the head's name does not resolve.
         """
         self._settings = settings
         admits = same_attempt(settings.attempt)

@@ -13,7 +13,7 @@ import selectors
 import socket
 
 from allstep.monitor.driven_clock import DrivenClock
-from allstep.protocol.connection import Connection, Connector, resolve
+from allstep.protocol.connection import Connection, Connector
 from allstep.protocol.messages import NodeHeartbeat, NodeHello, encode
 from allstep.protocol.server import SocketKey, SocketOwner
 
@@ -51,9 +51,6 @@ class Uplink:
             key: what the head has to have.
             link: seconds of silence after which the head is lost.
             clock: the relay's.
-
-        Raises:
-            OSError: the head's name does not resolve.
         """
         self.lost = ""
         self._selector = selector
@@ -61,7 +58,6 @@ class Uplink:
         self._hello = hello
         self._link = link
         self._clock = clock
-        addresses = resolve(*head)  # once: a resolver that hangs must not keep the relay from its ranks later
         self._connector = Connector(
             [head],
             key=key,
@@ -69,7 +65,6 @@ class Uplink:
             answer=ANSWER_S,
             proof=CONNECT_S,  # its loop may be busy with thousands of others
             clock=clock.now,
-            addresses=lambda host, port: addresses,
         )
         self._connection: Connection | None = None
         self._watched: socket.socket | None = None

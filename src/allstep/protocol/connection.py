@@ -6,7 +6,7 @@ connection is over, `ended` says why. The length of a line, and what waits for a
 
 `Connector` makes the connection: it tries one address after another, again and again, until one answers and proves that
 it has the key (`authentication`), or the time is over. Until then this side has told nothing about itself. It never
-blocks, but for resolving a name. An event loop drives it (a relay's, a machine's that joins a run), or `connect` does,
+blocks. An event loop drives it (a relay's, a machine's that joins a run), or `connect` does,
 for a rank that has nothing else to do. What can go wrong is in `failed`, for the caller's own error.
 """
 
@@ -20,17 +20,14 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from allstep.errors import ChannelError
 from allstep.protocol.authentication import LONGEST as LONGEST_HANDSHAKE
 from allstep.protocol.authentication import ConnectingHandshake
+from allstep.protocol.name_lookup import NameLookup, SocketAddress
 
 Target = tuple[str, int]
 """A host and a port to connect to."""
-
-SocketAddress = tuple[int, tuple[Any, ...]]
-"""One of a target's addresses: its family, and what a socket of that family takes."""
 
 LONGEST_LINE = 4 << 20
 """Bytes of a line, at most: the stacks of a rank with many threads take some tens of thousands."""
@@ -41,6 +38,7 @@ LARGEST_BACKLOG = 16 << 20
 PAUSE_S = 0.25
 """Seconds between two rounds through all addresses."""
 
+_NO_MORE = object()  # addresses in this round
 _CHUNK = 1 << 16
 _CHUNKS = 16  # read at a time, so that one busy peer does not keep the others waiting
 
@@ -138,15 +136,6 @@ class Connection:
         self.ended = self.ended or why  # the first reason is the cause
 
 
-def resolve(host: str, port: int) -> list[SocketAddress]:
-    """All addresses of a host.
-
-    Raises:
-        OSError: the name does not resolve.
-    """
-    return [(found[0], found[4]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-
-
 class Connector:
     """A connection in the making.
 
@@ -171,7 +160,7 @@ class Connector:
         answer: float,
         proof: float | None = None,
         retry: bool = True,
-        addresses: Callable[[str, int], Sequence[SocketAddress]] = resolve,
+        addresses: Callable[[str, int], Sequence[SocketAddress] | None] | None = None,
     ) -> None:
         """Begin to connect.
 
@@ -184,7 +173,8 @@ class Connector:
             proof: seconds that it then has to prove itself, also where `within` has passed; by default as `answer`.
             retry: begin again when all have been tried; else that is the end. Where the only target is another's
                 service, it is the end too.
-            addresses: resolves a target, anew in each round, since a name may come to resolve only later.
+            addresses: resolves a target, anew in each round, since a name may come to resolve only later; None while
+                its addresses are not known. By default a `NameLookup`.
         """
         self.connection: Connection | None = None
         self.failed = ""
@@ -193,7 +183,7 @@ class Connector:
         self.until = clock() + within
         self._targets = targets
         self._key = key
-        self._resolve = addresses
+        self._resolve = NameLookup() if addresses is None else addresses
         self._clock = clock
         self._answer = answer
         self._proof = answer if proof is None else proof
@@ -253,24 +243,33 @@ class Connector:
             self._unproven.close()
             self._unproven = self._handshake = None
 
-    def _round(self) -> Iterator[tuple[Target, SocketAddress]]:
+    def _round(self) -> Iterator[tuple[Target, SocketAddress] | None]:
+        """Every address of every target; None where the next one is not known yet."""
         for target in self._targets:
             try:
-                found = self._resolve(*target)
+                # The time that each address has to answer, a name server has too; then the next target's turn comes.
+                until = self._clock() + self._answer
+                while (found := self._resolve(*target)) is None and self._clock() < until:
+                    self.problems[target] = "its name server does not answer"
+                    yield None
             except OSError as error:
                 self.problems[target] = error.strerror or str(error)
                 continue
-            for address in found:
+            for address in found or ():
                 yield target, address
 
     def _try_next(self, now: float) -> None:
-        attempt = next(self._attempts, None)
+        attempt = next(self._attempts, _NO_MORE)
         if attempt is None:
+            self._next_at = now + PAUSE_S
+            return
+        if attempt is _NO_MORE:
             if not self._retry or (self.others and len(self._targets) == 1):
                 self._give_up()
             self._attempts = self._round()
             self._next_at = now + PAUSE_S  # at once again would only keep both sides busy
             return
+        assert isinstance(attempt, tuple)
         self.target, (family, address) = attempt
         self._next_at = now + self._answer
         self._sock = sock = socket.socket(family, socket.SOCK_STREAM)
