@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import py_compile
 import re
 import subprocess
 import sys
@@ -47,6 +48,11 @@ def plain(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> J
         ["script.py", "--nproc", "3", "-m", "--", "--help", ""],
         ["deep/script.py", "x"],
         ["link.py"],
+        ["link/../script.py"],
+        ["link/../folder"],
+        ["./deep/../script.py"],
+        ["__pycache__/compiled.pyc"],
+        ["compiled_without_a_suffix"],
         ["folder", "x"],
         ["archive.zip"],
         ["-m", "package.module", "-m", "x"],
@@ -59,6 +65,13 @@ def test_argv_path_and_main_are_what_plain_python_gives(command: list[str], tmp_
         script(tmp_path, SAY_ALL, name)
     (tmp_path / "package/__init__.py").touch()
     (tmp_path / "link.py").symlink_to("deep/script.py")
+    # The kernel takes `link/..` for `elsewhere`, where other files are.
+    (tmp_path / "elsewhere/inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/inner")
+    for name in ("elsewhere/script.py", "elsewhere/folder/__main__.py"):
+        script(tmp_path, SAY_ALL + "print('elsewhere')", name)
+    for name in ("__pycache__/compiled.pyc", "compiled_without_a_suffix"):
+        py_compile.compile(str(tmp_path / "script.py"), str(tmp_path / name), dfile="script.py")
     subprocess.run(
         [sys.executable, "-m", "zipfile", "-c", "../archive.zip", "__main__.py"], cwd=tmp_path / "folder", check=True
     )

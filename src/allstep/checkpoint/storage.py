@@ -170,7 +170,7 @@ class LocalStorage:
     creates_exclusively = True
 
     def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root)
+        self.root = str(Path(root).absolute())  # `link/..` stays what the kernel takes it for
         self._path = Path(self.root)
 
     def folders(self) -> list[str]:

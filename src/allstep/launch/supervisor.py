@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allstep.errors import LaunchError
@@ -103,7 +104,7 @@ def _with_absolute_resume(settings: LaunchSettings) -> LaunchSettings:
     """The same settings, with a local path to resume from made absolute: a script may change its folder."""
     if settings.resume in (None, "auto", "none") or "://" in str(settings.resume):
         return settings
-    path = os.path.abspath(str(settings.resume))
+    path = str(Path(str(settings.resume)).absolute())
     if not os.path.isdir(path):
         raise LaunchError(
             f"resume is {settings.resume}, and there is no folder of that name (in {os.getcwd()}); give the path of a "

@@ -32,14 +32,16 @@ import faulthandler
 import fcntl
 import gc
 import io
+import marshal
 import os
 import pkgutil
 import select
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import FrameType, ModuleType, TracebackType
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader, SourcelessFileLoader
+from importlib.util import MAGIC_NUMBER
+from types import CodeType, FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 _INTERPRETER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "interpreter.py")
@@ -59,6 +61,7 @@ else:
     SourceFileLoader(store_socket.__name__, _STORE_SOCKET).exec_module(store_socket)
 
 _RENDEZVOUS = "torch.distributed.rendezvous"
+_PYC_HEADER = 16  # bytes before the code, since Python 3.7
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
@@ -219,24 +222,37 @@ def _with_store_socket(module: ModuleType, execute: Callable[[ModuleType], None]
 
 
 def run_script(path: str, arguments: list[str]) -> None:
-    """Run a file, or a folder or zip archive with a `__main__.py`, as `python PATH ARGUMENT...` does."""
+    """Run a file, compiled or not, or a folder or zip archive with a `__main__.py`, as `python PATH` does."""
     sys.argv = [path, *arguments]
     sys.orig_argv = [sys.executable, path, *arguments]
-    if pkgutil.get_importer(os.path.abspath(path)) is not None:
-        sys.path.insert(0, os.path.abspath(path))
+    # Not os.path.abspath: for `link/../train.py` it names another file than the kernel opens.
+    absolute = os.path.join(os.getcwd(), path)
+    if pkgutil.get_importer(absolute) is not None:
+        sys.path.insert(0, absolute)
         _new_main()
         interpreter.run_folder_as_main(path)
         return
     if not sys.flags.safe_path:
         sys.path.insert(0, os.path.dirname(os.path.realpath(path)))
-    absolute = os.path.abspath(path)
     with io.open_code(absolute) as file:
-        code = compile(file.read(), absolute, "exec", dont_inherit=True)
+        content = file.read()
+    is_compiled = absolute.endswith(".pyc") or content.startswith(MAGIC_NUMBER)
+    code = _compiled(content) if is_compiled else compile(content, absolute, "exec", dont_inherit=True)
     main = _new_main()
     main.__file__ = absolute
-    main.__loader__ = SourceFileLoader("__main__", absolute)
+    main.__loader__ = (SourcelessFileLoader if is_compiled else SourceFileLoader)("__main__", absolute)
     vars(main)["__cached__"] = None  # as the interpreter has it for a script
     exec(code, main.__dict__)
+
+
+def _compiled(content: bytes) -> CodeType:
+    """The code in a compiled file."""
+    if not content.startswith(MAGIC_NUMBER):
+        raise RuntimeError("Bad magic number in .pyc file")
+    code = marshal.loads(content[_PYC_HEADER:])
+    if not isinstance(code, CodeType):
+        raise RuntimeError("Bad code object in .pyc file")
+    return code
 
 
 def run_module(name: str, arguments: list[str]) -> None:

@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
@@ -42,7 +43,7 @@ class MainModule:
         if spec is not None:
             return cls(name=spec.name)
         path = getattr(main, "__file__", None)
-        return cls(path=os.path.abspath(path)) if path else cls()
+        return cls(path=str(Path(path).absolute())) if path else cls()
 
 
 @dataclass(frozen=True, slots=True)
