@@ -37,18 +37,23 @@ def ensure_possible(environ: Mapping[str, str]) -> None:
 class Hosts:
     """Hosts 0 and 1, named host0 and host1, between `open` and `close`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, own_name: str | None = None) -> None:
+        """`own_name` is the address that each host's own name has there, "" for none; by default the real one."""
         self.names = ("host0", "host1")
         self.addresses = ("10.77.0.1", "10.77.0.2")
         self._folder = folder
+        self._own_name = own_name
         self.namespaces = tuple(f"allstep-{os.getpid()}-{index}" for index in range(2))
         self._undo = contextlib.ExitStack()
 
     def open(self) -> None:
         """Make them."""
         with self._undo as undo:
-            table = "".join(f"{ip} {name}\n" for ip, name in zip(self.addresses, self.names, strict=True))
-            (self._folder / "hosts").write_text(f"127.0.0.1 localhost\n{table}")
+            for own, host in enumerate(self.names):
+                known = zip(self.addresses, self.names, strict=True)
+                table = [f"{ip} {name}\n" for ip, name in known if self._own_name is None or name != host]
+                as_named = f"{self._own_name} {host}\n" if self._own_name else ""
+                (self._folder / f"hosts{own}").write_text(f"127.0.0.1 localhost\n{as_named}{''.join(table)}")
             for namespace in self.namespaces:
                 _ip("netns", "add", namespace)
                 undo.callback(_ip, "netns", "delete", namespace)
@@ -69,9 +74,10 @@ class Hosts:
         """Start `allstep run` as one of the two nodes, in a folder of its own."""
         own = folder / self.names[host]
         own.mkdir()
-        node = ["--nnodes", "2", "--node-rank", str(host), "--rdzv", f"{self.names[0]}:29400"]
+        head = self.names[0] if self._own_name is None else self.addresses[0]
+        node = ["--nnodes", "2", "--node-rank", str(host), "--rdzv", f"{head}:29400"]
         become = 'echo "$0" > /proc/sys/kernel/hostname; mount --bind "$1" /etc/hosts; shift; exec "$@"'
-        inside = ["unshare", "--uts", "--mount", "sh", "-c", become, self.names[host], self._folder / "hosts"]
+        inside = ["unshare", "--uts", "--mount", "sh", "-c", become, self.names[host], self._folder / f"hosts{host}"]
         enter = ["nsenter", f"--net=/run/netns/{self.namespaces[host]}"]
         argv = [*enter, *inside, *ALLSTEP, "run", *node, *arguments]
         with start(own, argv, env={"PATH": SYSTEM_PATH, "OMP_NUM_THREADS": "1"}) as running:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from allstep.diagnosis.hang import HangLimits
+from tests.hosts.conftest import opened_hosts
 from tests.hosts.hosts import Hosts
 from tests.jobs.launchers import script
 from tests.jobs.processes import await_end, pids, watch
@@ -45,6 +46,20 @@ with allstep.init() as world:
 def test_a_run_trains_over_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
     target = script(tmp_path, TRAIN.replace("STEPS", "10"))
     with hosts.started(0, tmp_path, target) as first, hosts.started(1, tmp_path, target) as second:
+        for rank, running in enumerate((first, second)):
+            job = running.end()
+            assert job.code == 0, job.text
+            assert f"[{rank}] steps 10 of 2 nodes\n" in job.out
+
+
+@pytest.mark.parametrize("own_name", ["127.0.1.1", ""], ids=["loopback", "unknown"])
+def test_a_run_trains_where_the_hosts_own_names_are_of_no_use(own_name: str, tmp_path: Path) -> None:
+    target = script(tmp_path, TRAIN.replace("STEPS", "10"))
+    with (
+        opened_hosts(tmp_path, own_name) as hosts,
+        hosts.started(0, tmp_path, target) as first,
+        hosts.started(1, tmp_path, target) as second,
+    ):
         for rank, running in enumerate((first, second)):
             job = running.end()
             assert job.code == 0, job.text

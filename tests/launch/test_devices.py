@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from allstep.launch.devices import (
     probe_hardware,
     visible_devices,
 )
+from tests.jobs.launchers import script
+from tests.jobs.running import run
 
 NONE = CudaHardware()
 FOUR = CudaHardware(("GPU-aa01", "GPU-aa02", "GPU-bb03", "GPU-cc04"))
@@ -77,15 +80,42 @@ def test_the_listing_of_nvidia_smi_gives_gpus_and_mig_instances() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("script", "gpus"),
-    [("echo 'GPU 0: H200 (UUID: GPU-12ab)'", ("GPU-12ab",)), ("echo 'GPU 0: H200 (UUID: GPU-12ab)'; exit 9", ())],
-)
-def test_the_probe_believes_nvidia_smi_unless_it_fails(
-    script: str, gpus: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    assert probe_hardware() == CudaHardware(gpus)
+@pytest.fixture
+def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts a script in the place of nvidia-smi."""
+
+    def put(script: str) -> None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    return put
+
+
+def test_the_probe_believes_nvidia_smi(nvidia_smi: Callable[[str], None]) -> None:
+    nvidia_smi("echo 'GPU 0: H200 (UUID: GPU-12ab)'")
+    assert probe_hardware() == CudaHardware(("GPU-12ab",))
+
+
+def test_the_probe_says_how_nvidia_smi_failed(nvidia_smi: Callable[[str], None], monkeypatch) -> None:
+    monkeypatch.setattr("allstep.launch.devices._devices_shown", lambda: 2)
+    nvidia_smi("echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 9")
+    found = probe_hardware()
+    assert found.gpus == ("", "")
+    assert found.doubt == (
+        "nvidia-smi failed with exit code 9 and said: Failed to initialize NVML: Driver/library version mismatch. "
+        "The driver shows 2 GPUs"
+    )
+    assert visible_devices({}, lambda: found).doubt == found.doubt
+    assert visible_devices({}, lambda: CudaHardware(doubt="why")) == Devices(doubt="why")
+
+
+def test_a_number_of_workers_that_is_in_doubt_is_told(nvidia_smi: Callable[[str], None], tmp_path: Path) -> None:
+    nvidia_smi("echo 'No devices were found' >&2; exit 6")
+    env = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "0"}
+    target = script(tmp_path, "print('ran')")
+    job = run(tmp_path, target, env=env)
+    assert "warning: nvidia-smi failed with exit code 6 and said: No devices were found" in job.err
+    assert "1 worker will be started; give --nproc for another number" in job.err
+    assert "warning" not in run(tmp_path, "--nproc", "1", target, env=env).err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +44,28 @@ def test_tasks_of_a_step_are_distinct_ranks_of_one_world(
     assert {task["launcher"] for task in tasks} == {"slurm"}
     shared = [(task["run_id"], task["nodes"], json.dumps(task["rendezvous"])) for task in tasks]
     assert len(set(shared)) == 1
+
+
+def test_where_each_task_was_put_by_hand_ranks_meet_at_rank_0s_node(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("n2\nn1\nn2\n")
+    options = ("-N2", "-n3", "--distribution=arbitrary")
+    show = f"unset MASTER_ADDR; exec {sys.executable} -c '{SHOW_PLACE}'"
+    done = cluster.srun(*options, "sh", "-c", show, env={"SLURM_HOSTFILE": str(tmp_path / "hosts")})
+    assert done.returncode == 0, done.stderr
+    tasks = places(done.stdout)
+    assert [task["node_rank"] for task in tasks] == [0, 1, 0]
+    assert {task["rendezvous"]["host"] for task in tasks} == {"n2"}
+    unknown = f"unset MASTER_ADDR SLURM_HOSTFILE; exec {sys.executable} -c '{SHOW_PLACE}'"
+    done = cluster.srun(*options, "sh", "-c", unknown, env={"SLURM_HOSTFILE": str(tmp_path / "hosts")})
+    assert "Set MASTER_ADDR to the name that SLURM has for the node of rank 0" in done.stderr
+
+
+def test_ranks_that_were_put_on_nodes_by_hand_form_a_world(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("n2\nn1\nn2\n")
+    sums = "import allstep; world = allstep.init(); print(world.rank, world.all_reduce(1)); world.close()"
+    options = ("-N2", "-n3", "--distribution=arbitrary", sys.executable, "-c", sums)
+    done = cluster.srun(*options, env={"SLURM_HOSTFILE": str(tmp_path / "hosts")})
+    assert sorted(done.stdout.split("\n")) == ["", "0 3", "1 3", "2 3"], done.stderr
 
 
 def test_a_batch_script_without_srun_is_a_world_of_one_with_a_warning(cluster: Cluster) -> None:

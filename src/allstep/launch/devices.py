@@ -15,27 +15,35 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from allstep.protocol.foreign_text import one_line
+
+_PROBE_S = 30
 _GPU = re.compile(r"^GPU \d+: .*\(UUID: (GPU-[0-9a-fA-F-]+)\)", re.MULTILINE)
 _MIG = re.compile(r"^\s+MIG .*\(UUID: (MIG-[^)\s]+)\)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class CudaHardware:
-    """What a probe found: the GPUs in order (their UUIDs, or "" where only their number is known) and MIG instances."""
+    """What a probe found: the GPUs in order (their UUIDs, or "" where only their number is known) and MIG instances.
+
+    `doubt` says why this may be less than there is.
+    """
 
     gpus: tuple[str, ...] = ()
     mig: tuple[str, ...] = ()
+    doubt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Devices:
     """The CUDA devices that workers may use, as CUDA_VISIBLE_DEVICES would name them.
 
-    `apart` is true where each worker must be shown its own device alone.
+    `apart` is true where each worker must be shown its own device alone; `doubt` says why there may be more.
     """
 
     names: tuple[str, ...] = ()
     apart: bool = False
+    doubt: str = ""
 
 
 def visible_devices(environ: Mapping[str, str], probe: Callable[[], CudaHardware]) -> Devices:
@@ -47,13 +55,13 @@ def visible_devices(environ: Mapping[str, str], probe: Callable[[], CudaHardware
         return Devices()
     hardware = probe()
     if not hardware.gpus:
-        return Devices()
+        return Devices(doubt=hardware.doubt)
     if entries is None:
         names = hardware.mig or tuple(str(index) for index in range(len(hardware.gpus)))
     else:
         names = _resolved(entries, hardware)
     # A CUDA process that sees several MIG instances uses the first one only.
-    return Devices(names, apart=any(name.startswith("MIG-") for name in names))
+    return Devices(names, any(name.startswith("MIG-") for name in names), hardware.doubt)
 
 
 def device_environment(devices: Devices, local_rank: int, workers: int) -> dict[str, str]:
@@ -91,11 +99,27 @@ def probe_hardware() -> CudaHardware:
     """Ask the driver's own tool, and where that is missing look at what the driver shows of itself."""
     try:
         listing = subprocess.run(
-            ["nvidia-smi", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False
+            ["nvidia-smi", "-L"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_S,
+            check=False,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return CudaHardware(("",) * _devices_shown())
-    return parse_listing(listing.stdout) if listing.returncode == 0 else CudaHardware()
+    except subprocess.TimeoutExpired:
+        return _doubted(f"nvidia-smi did not answer in {_PROBE_S} s")
+    if listing.returncode:
+        said = next(filter(None, (line.strip() for line in (listing.stderr + listing.stdout).splitlines())), "nothing")
+        return _doubted(f"nvidia-smi failed with exit code {listing.returncode} and said: {one_line(said)}")
+    return parse_listing(listing.stdout)
+
+
+def _doubted(problem: str) -> CudaHardware:
+    """What is known where the driver's tool is there and does not answer."""
+    shown = _devices_shown()
+    return CudaHardware(("",) * shown, doubt=f"{problem}. The driver shows {shown} GPU{'' if shown == 1 else 's'}")
 
 
 def _devices_shown() -> int:

@@ -27,6 +27,7 @@ from allstep.launch.devices import probe_hardware, visible_devices
 from allstep.launch.event_loop import SignalPipe
 from allstep.launch.folder import default_name
 from allstep.launch.head import lead
+from allstep.launch.init_process import leave_init_to_parent
 from allstep.launch.machine import Launch, Machine
 from allstep.launch.settings import LaunchSettings, shown_ranks
 from allstep.launch.worker_plan import Command, worker_count
@@ -46,6 +47,7 @@ def launch(settings: LaunchSettings, command: Command) -> int:
         ConfigurationError: a setting cannot be met here.
         PlacementError: a SLURM step says inconsistently which machine this is.
     """
+    leave_init_to_parent()
     return supervise(prepare(settings, command, os.environ))
 
 
@@ -64,6 +66,9 @@ def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, 
     environ = {**inherited, "ALLSTEP_LAUNCH": secrets.token_hex(8)}
     devices = visible_devices({**environ, **settings.env}, probe_hardware)
     workers = worker_count(settings, devices)
+    if devices.doubt and settings.nproc == "auto":
+        start = f"{workers} worker{'' if workers == 1 else 's'} will be started; give --nproc for another number"
+        print(f"allstep: warning: {devices.doubt}: {start}", file=sys.stderr, flush=True)
     nodes = _nodes(settings, environ)
     if nodes is None:
         shown_ranks(settings.show, workers)  # with several machines it is checked when all have come

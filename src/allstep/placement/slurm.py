@@ -15,6 +15,7 @@ of SLURM's `scontrol show hostnames`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Mapping
@@ -69,13 +70,15 @@ class SlurmStep:
         agree(environ, "WORLD_SIZE", world_size, "SLURM_STEP_NUM_TASKS")
         agree(environ, "LOCAL_RANK", local_rank, "SLURM_LOCALID")
         agree(environ, "LOCAL_WORLD_SIZE", tasks[node_rank], "SLURM_STEP_TASKS_PER_NODE")
+        # Node 0 is everywhere the one with rank 0, which serves the others.
+        first = _first_node(environ, hosts) if world_size > 1 else 0
         return Placement(
             launcher="slurm",
             rank=rank,
             world_size=world_size,
             local_rank=local_rank,
             local_world_size=tasks[node_rank],
-            node_rank=node_rank,
+            node_rank=(node_rank - first) % len(hosts),
             nodes=len(hosts),
             rendezvous=_rendezvous(environ, hosts, f"slurm {job}.{step} {attempt}") if world_size > 1 else None,
             run_id=f"{job}.{step}",
@@ -133,13 +136,36 @@ def _check_not_inherited(
 
 
 def _rendezvous(environ: Mapping[str, str], hosts: tuple[str, ...], job: str) -> Rendezvous:
-    """MASTER_ADDR and MASTER_PORT where set; else the step's first node, or this machine when it is the only one."""
+    """MASTER_ADDR and MASTER_PORT where set; else the node of rank 0, or this machine when it is the only one."""
     remedy = "Correct it, or unset it to have it derived from the step"
-    host = hosts[0] if len(hosts) > 1 else "127.0.0.1"
+    host = hosts[_first_node(environ, hosts)] if len(hosts) > 1 else "127.0.0.1"
     if "MASTER_ADDR" in environ:
         host = text(environ, "MASTER_ADDR", remedy)
     ports = (port(environ, "MASTER_PORT", remedy),) if "MASTER_PORT" in environ else derive_ports(job)
     return Rendezvous(host=host, ports=ports)
+
+
+def _first_node(environ: Mapping[str, str], hosts: tuple[str, ...]) -> int:
+    """Which of the step's nodes has rank 0: the first, unless the user said where each task runs.
+
+    Raises PlacementError where that is not known.
+    """
+    if environ.get("SLURM_DISTRIBUTION") != "arbitrary" or len(hosts) == 1:
+        return 0
+    listed = environ.get("SLURM_ARBITRARY_NODELIST", "")
+    if not listed and "SLURM_HOSTFILE" in environ:
+        with contextlib.suppress(OSError, UnicodeError), open(environ["SLURM_HOSTFILE"], encoding="utf-8") as file:
+            listed = next((line.split()[0] for line in file if line.strip() and not line.startswith("#")), "")
+    named: list[str] = []
+    for names in filter(None, (listed, environ.get("MASTER_ADDR", ""))):
+        with contextlib.suppress(ArgumentError):
+            named += [host for host in expand_hosts(names)[:1] if host in hosts]
+    if not named:
+        problem = "tasks were put on nodes one by one, so rank 0 need not be on the first, and nothing says where it is"
+        fail(
+            environ, "SLURM_DISTRIBUTION", problem, "Set MASTER_ADDR to the name that SLURM has for the node of rank 0"
+        )
+    return hosts.index(named[0])
 
 
 class SlurmShell:

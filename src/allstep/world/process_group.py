@@ -26,6 +26,7 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world.bounded_store import BoundedStore, poll
+from allstep.world.interface import name_interface
 from allstep.world.lifetime import keep_for_ever
 from allstep.world.rendezvous import RendezvousInfo
 from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_store, open_groups
@@ -108,6 +109,9 @@ def open_group(placement: Placement, info: RendezvousInfo, backend: str, device:
     Raises:
         WorldError: the backend could not connect them.
     """
+    assert placement.rendezvous is not None
+    # Every group over several nodes has a gloo group beside it, for what engines agree on.
+    remedy = name_interface(placement.rendezvous) if placement.nodes > 1 else ""
     try:
         dist.init_process_group(
             backend,
@@ -122,7 +126,7 @@ def open_group(placement: Placement, info: RendezvousInfo, backend: str, device:
         forget_groups(abort=True)
         raise WorldError(
             f"rank {placement.rank} of {placement.world_size}: {backend} could not connect the ranks, which "
-            f"had met at {placement.rendezvous}: {error}"
+            f"had met at {placement.rendezvous}: {error}" + (f". {remedy[0].upper()}{remedy[1:]}" if remedy else "")
         ) from error
     info.store.add("connected", 1)
     return Group(backend, info, placement.rank, placement.world_size)
