@@ -34,7 +34,7 @@ class NameLookup:
 
     def __init__(self, lookup: Callable[[str, int], Sequence[SocketAddress]] = resolve) -> None:
         self._lookup = lookup
-        self._under_way: dict[tuple[str, int], _Answer] = {}
+        self._under_way: dict[tuple[str, int], _LookupUnderWay] = {}
 
     def __call__(self, host: str, port: int) -> Sequence[SocketAddress] | None:
         """The addresses; None while they are not known."""
@@ -44,7 +44,7 @@ class NameLookup:
             pass  # it is a name
         answer = self._under_way.get((host, port))
         if answer is None:
-            answer = self._under_way[host, port] = _Answer(self._lookup, host, port)
+            answer = self._under_way[host, port] = _LookupUnderWay(self._lookup, host, port)
         answer.thread.join(_SOON_S)
         if answer.thread.is_alive():
             return None
@@ -54,7 +54,7 @@ class NameLookup:
         return answer.addresses
 
 
-class _Answer:
+class _LookupUnderWay:
     def __init__(self, lookup: Callable[[str, int], Sequence[SocketAddress]], host: str, port: int) -> None:
         self.addresses: Sequence[SocketAddress] = ()
         self.error: OSError | None = None
