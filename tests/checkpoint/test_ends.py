@@ -33,7 +33,6 @@ import allstep.checkpoint.pending_save as pending_save
 
 class Slow(LocalStorage):
     def write(self, folder, name, blocks):
-        print("writing", flush=True)
         time.sleep(float(sys.argv[1]))
         super().write(folder, name, blocks)
 
