@@ -74,8 +74,8 @@ def test_waiting_in_a_run_for_a_rank_that_begins_none_is_a_hang_in_the_end():
     assert hangs(at(0, 150, waits="agreement"), at(1, 150, section="startup"))
 
 
-def test_ranks_that_all_wait_in_different_places_hang_after_twenty_seconds():
-    wide = HangLimits.parse("step=300,handler=300,silence=60")
+def test_ranks_that_all_wait_in_different_places_hang_when_apart_is_over():
+    wide = HangLimits.parse("step=300,handler=300,silence=60,apart=20")
     apart = [at(0, 21, waits="gradients"), at(1, 22, waits="agreement")]
     assert overdue(apart, wide, {})
     assert not overdue([at(0, 19, waits="gradients"), at(1, 22, waits="agreement")], wide, {})

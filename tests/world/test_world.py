@@ -171,7 +171,7 @@ def test_a_world_shows_only_what_a_script_uses():
     attributes = {"placement", "device", "backend", "seed"}
     models_and_data = {"wrap", "unwrap", "rewrap", "unify_buffers", "to_device", "loader"}
     collectives = {"all_reduce", "all_gather", "broadcast", "gather_objects", "barrier", "main_first"}
-    other = {"current", "section", "print", "seed_everything", "close"}
+    other = {"current", "section", "print", "to_numbers", "seed_everything", "close"}
     with allstep.init(device="cpu") as world:
         shown = {name for name in dir(world) if not name.startswith("_")}
     assert shown == place | attributes | models_and_data | collectives | other
