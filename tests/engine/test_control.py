@@ -293,3 +293,17 @@ def test_new_data_at_the_end_of_the_old_is_iterated_once() -> None:
     engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda: engine.set_data(told))
     engine.run(range(3), epoch_length=5)
     assert told.calls == ["set 0", "iter"]
+
+
+def test_a_skip_ends_with_its_iteration_also_where_the_run_was_suspended_in_it() -> None:
+    weights: list[float] = []
+    engine = Engine(lambda engine, batch: weights.append(engine.state.weight))
+
+    @engine.on(Events.ITERATION_STARTED(once=1))
+    def skip_and_suspend() -> None:
+        engine.state.skip()
+        engine.interrupt()
+
+    engine.run(range(3))
+    engine.run()
+    assert weights == [0.0, 1.0, 1.0]

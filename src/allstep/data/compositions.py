@@ -32,6 +32,7 @@ from allstep.data.epochs import tell_epoch
 _DEEPEST = 3  # attributes of attributes that are looked at for loaders
 _WHOLE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _MOST_PARTS = 256  # of a dataset that are looked at to tell it from another rank's
+_MOST_IN_A_LEVEL = 4096  # attributes and elements that are looked at for loaders, of each depth
 _MOST_ELEMENTS = 64  # of a tensor, evenly spaced
 
 
@@ -63,27 +64,30 @@ def loaders_inside(data: Any) -> list[DataLoader[Any]]:
     """The DataLoaders that data holds in its attributes, in containers or in iterables among them."""
     found: dict[int, DataLoader[Any]] = {}
     seen: set[int] = set()
-
-    def look(value: Any, depth: int) -> None:
-        if isinstance(value, DataLoader):
-            found[id(value)] = value
-            return
-        if id(value) in seen or depth > _DEEPEST:
-            return
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            parts: Iterable[Any] = value.values()
-        elif isinstance(value, list | tuple | set):
-            parts = value
-        elif hasattr(value, "__iter__") and hasattr(value, "__dict__") and not isinstance(value, type):
-            parts = vars(value).values()
-        else:
-            return
-        for part in islice(parts, _MOST_PARTS):
-            look(part, depth + 1)
-
-    look(data, 0)
+    level = [data]
+    # Level by level, so that a large data set beside the loaders does not use up what may be looked at.
+    for _ in range(_DEEPEST + 2):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, DataLoader):
+                found[id(value)] = value
+            elif id(value) not in seen:
+                seen.add(id(value))
+                below += islice(_held_by(value), min(_MOST_PARTS, _MOST_IN_A_LEVEL - len(below)))
+        level = below
     return list(found.values())
+
+
+def _held_by(value: Any) -> Iterable[Any]:
+    """What a container, or an iterable with attributes, holds; nothing of all else."""
+    if isinstance(value, Mapping):
+        return value.values()
+    if isinstance(value, list | tuple | set):
+        return value
+    if hasattr(value, "__iter__") and hasattr(value, "__dict__") and not isinstance(value, type):
+        attributes: dict[str, Any] = vars(value)
+        return attributes.values()
+    return ()
 
 
 def is_one_shot(data: Any) -> bool:

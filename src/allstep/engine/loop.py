@@ -291,7 +291,8 @@ class RunLoop:
 
     def _look_ahead(self) -> None:
         """Bring `run.until` up to date with the state and with what holds."""
-        self._run.until = LOOK_NOW if self._run.holding else self._passes.next_stop()
+        run = self._run
+        run.until = LOOK_NOW if run.holding or run.skipped is not None else self._passes.next_stop()
 
     def _epoch_is_over(self) -> bool:
         run, state = self._run, self._run.state
