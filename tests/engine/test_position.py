@@ -130,6 +130,22 @@ def test_other_data_is_read_forward_with_a_warning_that_says_how_much() -> None:
     assert rest == [[6, 7], [8]]
 
 
+def test_going_on_in_an_order_that_cannot_be_drawn_again_says_what_is_lost() -> None:
+    loader = DataLoader(range(8), batch_size=2, shuffle=True)
+    engine = Engine(nothing)
+    engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), engine.terminate)
+    engine.run(loader)
+    with pytest.warns(UserWarning, match=r"2 batches .* RandomSampler draws another order now: samples .* come twice"):
+        engine.run(loader)
+    ordered = DataLoader(range(8), batch_size=2)
+    again = Engine(nothing)
+    again.add_event_handler(Events.ITERATION_COMPLETED(once=2), again.terminate)
+    again.run(ordered)
+    with pytest.warns(UserWarning, match="are read and dropped") as said:
+        again.run(ordered)
+    assert not any("another order" in str(each.message) for each in said)
+
+
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 5), st.data())
 def test_a_translated_place_has_done_as_many_optimizer_steps(group: int, steps: int, epochs: int, data: Any) -> None:
     old_group = data.draw(st.integers(1, 6))

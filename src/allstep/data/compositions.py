@@ -30,7 +30,8 @@ from torch.utils.data import (
 from allstep.data.epochs import tell_epoch
 
 _DEEPEST = 3  # attributes of attributes that are looked at for loaders
-_WHOLE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_WHOLE = (SequentialSampler, *_RANDOM)
 _MOST_PARTS = 256  # of a dataset that are looked at to tell it from another rank's
 _MOST_IN_A_LEVEL = 4096  # attributes and elements that are looked at for loaders, of each depth
 _MOST_ELEMENTS = 64  # of a tensor, evenly spaced
@@ -88,6 +89,14 @@ def _held_by(value: Any) -> Iterable[Any]:
         attributes: dict[str, Any] = vars(value)
         return attributes.values()
     return ()
+
+
+def draws_each_pass(data: Any) -> str:
+    """The name of a plain DataLoader's sampler of torch's that draws an order of its own for each pass, else empty."""
+    if not isinstance(data, DataLoader):
+        return ""
+    sampler = data.sampler if data.batch_sampler is None else getattr(data.batch_sampler, "sampler", None)
+    return type(sampler).__name__ if isinstance(sampler, _RANDOM) else ""
 
 
 def is_one_shot(data: Any) -> bool:

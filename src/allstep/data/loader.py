@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe
 from torch.utils.data import default_collate as torch_collate
 
+from allstep.data.compositions import draws_each_pass
 from allstep.data.epochs import wants_epoch
 from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
@@ -146,10 +147,13 @@ class Loader(DataLoader[Any]):
 
 
 def warn_of_dropping(batches: int, data: Any) -> None:
-    """Say that a run goes on inside an epoch by reading `batches` batches and dropping them."""
+    """Say that a run goes on inside an epoch by reading `batches` batches and dropping them, and what that loses."""
+    drawn = draws_each_pass(data)
+    lost = f" Its {drawn} draws another order now: samples of this epoch may come twice, or never." if drawn else ""
     warnings.warn(
-        f"{batches} batches of {type(data).__name__} are read and dropped to get to where the run goes on; to go on at "
-        "once, give a map-style dataset to world.loader, or data with state_dict() and load_state_dict()",
+        f"{batches} batches of {type(data).__name__} are read and dropped to get to where the run goes on.{lost} To go "
+        "on at once and exactly, give a map-style dataset to world.loader, or data with state_dict() and "
+        "load_state_dict()",
         stacklevel=2,
     )
 
