@@ -11,11 +11,14 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def jitter(port: int, most: float) -> Iterator[int]:
-    """Pass connections on to a port of this machine, up to `most` seconds later; gives the port to connect to."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def jitter(port: int, most: float) -> Iterator[str]:
+    """Pass connections on to a port of 127.0.0.1, up to `most` seconds later; gives the address to connect to.
+
+    It has the same port, since what a service proves to those who connect is bound to its port.
+    """
+    with socket.create_server(("127.0.0.2", port)) as listener:
         threading.Thread(target=_accept, args=(listener, port, most), daemon=True).start()
-        yield listener.getsockname()[1]
+        yield f"127.0.0.2:{port}"
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)
 

@@ -26,7 +26,7 @@ MOST_LATE = 2.0
 def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         driven = stack.enter_context(serving(2, limits="silence=10", clock=time.monotonic))
-        port = stack.enter_context(jitter(driven.port, MOST_LATE))
+        address = stack.enter_context(jitter(driven.port, MOST_LATE))
         store = stack.enter_context(ReservedPort(shared=True))
         running = []
         for rank in range(2):
@@ -38,7 +38,7 @@ def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody(tmp_path: Path) 
                 master_addr="127.0.0.1",
                 master_port=store.port,
                 run_id="late",
-                channel=f"127.0.0.1:{port}",
+                channel=address,
                 key=KEY,
             )
             variables |= FaultPlan.at(1, 2).slow(0.1).to_environ() | {"OMP_NUM_THREADS": "1"}
