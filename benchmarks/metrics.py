@@ -298,8 +298,14 @@ def taking(metrics: Metrics, batch: Batch, output: object) -> Callable[[], objec
     """The event at which metrics take an iteration's output."""
     engine = Engine(lambda engine, batch: batch, coordinator=Alone())
     metrics.attach(engine)
-    engine.state.output, engine.state.batch = output, batch
-    return lambda: engine.fire_event(Events.ITERATION_COMPLETED)
+    state = engine.state
+    state.output, state.batch = output, batch
+
+    def take() -> None:
+        state.iteration += 1  # each iteration is taken once
+        engine.fire_event(Events.ITERATION_COMPLETED)
+
+    return take
 
 
 @dataclass(frozen=True)
