@@ -107,6 +107,20 @@ for _ in range(300):
 """
 
 
+AGAIN = """\
+    model = Replica(model.module, deterministic=True, sync_batchnorm=False)
+    hold_group(model)
+    model.rewrap()
+"""
+REWRAPPED = "from allstep.parallel.replica import Replica" + OUTLIVES.replace("    hold_group(model)\n", AGAIN)
+
+
+@pytest.mark.slow
+def test_a_rewrapped_model_that_outlives_its_group_is_freed_too():
+    done = subprocess.run([sys.executable, "-c", REWRAPPED], capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_a_model_that_outlives_its_group_is_freed_and_nothing_stands_still():
     done = subprocess.run([sys.executable, "-c", OUTLIVES], capture_output=True, text=True, timeout=110, check=False)

@@ -139,15 +139,15 @@ class VoteResult:
     def is_for(self, vote: Vote, world_size: int) -> bool:
         """Whether all ranks came to the vote that `vote` was meant for."""
         same_occasion = self.occasions[vote.occasion] == world_size
-        return same_occasion and self.squares * world_size == self.places**2
+        return same_occasion and _gave_one_number(self.places, self.squares, world_size)
 
     def same_backward_passes(self, world_size: int) -> bool:
         """Whether all ranks have made the same number of backward passes that reduce gradients."""
-        return self.backward_squares * world_size == self.backward_passes**2
+        return _gave_one_number(self.backward_passes, self.backward_squares, world_size)
 
     def same_fingerprints(self, world_size: int) -> bool:
         """Whether the models of all ranks are the same, as far as this vote tells."""
-        return self.fingerprint_squares * world_size == self.fingerprints**2
+        return _gave_one_number(self.fingerprints, self.fingerprint_squares, world_size)
 
     def least_doublings(self, world_size: int) -> int:
         """How many times the default lookahead may be doubled as far as all ranks are concerned."""
@@ -171,3 +171,8 @@ def read_result(vector: Sequence[int], iterations: int) -> VoteResult:
     body = vector[_HEADER : _HEADER + iterations]
     having, samples = tuple(v >> _SAMPLE_BITS for v in body), tuple(v & _SAMPLES for v in body)
     return VoteResult((window, epoch_end, run_end), having, samples, *sums)
+
+
+def _gave_one_number(total: int, squares: int, world_size: int) -> bool:
+    """Whether all ranks gave the same number, by the sum of their numbers and that of the squares."""
+    return squares * world_size == total**2
