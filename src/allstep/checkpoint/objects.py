@@ -32,21 +32,12 @@ from allstep.checkpoint.encoding import FromRankZero
 from allstep.checkpoint.reading import ShardedLike
 from allstep.checkpoint.torch_private import module_versions, set_module_versions
 from allstep.engine import Engine
+from allstep.engine.extension import Stateful
 from allstep.engine.resume import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError, UnsupportedStateError
 from allstep.parallel import broadcasts_buffers, unify_buffers, unwrap
 from allstep.world import World, internals
-
-
-class Stateful(Protocol):
-    """What can be saved as it is."""
-
-    def state_dict(self) -> Any:
-        """The state to save."""
-
-    def load_state_dict(self, state_dict: Any, /) -> Any:
-        """Take the state over."""
 
 
 @dataclass(frozen=True, slots=True)

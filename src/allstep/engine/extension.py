@@ -7,6 +7,9 @@ it may be called from handlers and between runs. Nothing here crosses ranks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Protocol
+
 from allstep.engine.events import Events
 from allstep.engine.handshake import Reduction
 from allstep.engine.registry import Registry
@@ -21,18 +24,58 @@ _WITH_A_BATCH = frozenset(
 )
 
 
+class Stateful(Protocol):
+    """What a checkpoint can save and load."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What is to be saved."""
+        ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """Take back what `state_dict` gave."""
+        ...
+
+
 class Extension:
     """The door of one engine for what extends it.
 
     Attributes:
         reductions: what is reduced over ranks at the engine's events; ranks compare it when a run begins. Append and
             remove between runs, on every rank alike.
+        states: what is attached to the engine and has a state to be saved with it, by name; see `add_state`.
     """
 
     def __init__(self, run: Run, registry: Registry) -> None:
         self._run = run
         self._registry = registry
         self.reductions: list[Reduction] = []
+        self.states: dict[str, Stateful] = {}
+
+    def add_state(self, stateful: Stateful, name: str | None = None) -> str:
+        """Have a `Checkpoint` of this engine save and load `stateful` by itself; called by its `attach`.
+
+        Args:
+            stateful: has `state_dict` and `load_state_dict`. The same object given again keeps its name.
+            name: what it is called in checkpoints; by default its class's name. Where that is taken, a number follows,
+                in the order of attaching, which is therefore the same on every rank and in every start of a script.
+
+        Returns:
+            The name that it has.
+        """
+        for known, other in self.states.items():
+            if other is stateful:
+                return known
+        first = name or type(stateful).__name__
+        chosen, number = first, 1
+        while chosen in self.states:
+            number += 1
+            chosen = f"{first} {number}"
+        self.states[chosen] = stateful
+        return chosen
+
+    def remove_state(self, stateful: Stateful) -> None:
+        """Undo `add_state`; nothing where it was not called."""
+        self.states = {name: other for name, other in self.states.items() if other is not stateful}
 
     @property
     def epoch_began_at(self) -> int:
