@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from allstep.engine import Engine as Engine
     from allstep.engine import Events as Events
     from allstep.engine import State as State
-    from allstep.engine import create_supervised_evaluator as create_supervised_evaluator
-    from allstep.engine import create_supervised_trainer as create_supervised_trainer
     from allstep.errors import AllstepError as AllstepError
     from allstep.handlers import EarlyStopping as EarlyStopping
     from allstep.handlers import Preemption as Preemption
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
     from allstep.metrics import Min as Min
     from allstep.metrics import Sum as Sum
     from allstep.outputs import Gather as Gather
+    from allstep.trainers import create_supervised_evaluator as create_supervised_evaluator
+    from allstep.trainers import create_supervised_trainer as create_supervised_trainer
     from allstep.world import World as World
     from allstep.world import init as init
 
@@ -58,8 +58,8 @@ _HOMES = {
     "TerminateOnNan": "allstep.handlers",
     "TimeLimit": "allstep.handlers",
     "World": "allstep.world",
-    "create_supervised_evaluator": "allstep.engine",
-    "create_supervised_trainer": "allstep.engine",
+    "create_supervised_evaluator": "allstep.trainers",
+    "create_supervised_trainer": "allstep.trainers",
     "init": "allstep.world",
     "shard": "allstep.data",
 }

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from allstep import Engine, Events
 from allstep.coordination import Uneven
-from allstep.engine import create_supervised_evaluator
 from allstep.testing import run_ranks
+from allstep.trainers import create_supervised_evaluator
 from allstep.world import World, internals
 from tests.engine.agreed_worlds import Drawn, Log, drawn_worlds, run_rank
 from tests.engine.test_agreed_batches_worlds import ACTS, check_logs, check_replaced_logs

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from allstep.coordination import Alone
-from allstep.engine import Engine, Events, create_supervised_evaluator
+from allstep.engine import Engine, Events
 from allstep.testing import SimulatedRank, simulate
+from allstep.trainers import create_supervised_evaluator
 from tests.engine.simulated_data import batches
 
 pytestmark = pytest.mark.usefixtures("quiet")

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from allstep.engine import Engine, Events, create_supervised_evaluator
+from allstep.engine import Engine, Events
 from allstep.errors import EngineError
+from allstep.trainers import create_supervised_evaluator
 from tests.engine.recording import NoLength, batches_of, nothing, record, same
 
 

@@ -11,8 +11,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.coordination import Alone
-from allstep.engine import Engine, create_supervised_evaluator, create_supervised_trainer
+from allstep.engine import Engine
 from allstep.testing import run_ranks
+from allstep.trainers import create_supervised_evaluator, create_supervised_trainer
 from allstep.world import World
 from tests.engine.recording import NoLength
 

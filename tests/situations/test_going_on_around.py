@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from allstep import Engine, Events, Metrics, World
-from allstep.engine import create_supervised_evaluator, create_supervised_trainer
 from allstep.metrics import Mean
+from allstep.trainers import create_supervised_evaluator, create_supervised_trainer
 from tests.situations.judge import Judge
 from tests.situations.test_going_on import (
     BATCHES,

@@ -37,7 +37,7 @@ from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.objects import ObjectAdapter, adapters_for, collect_states
 from allstep.checkpoint.resumption import Resumption, generators_restorer, saved_metrics
 from allstep.checkpoint.retention import KeepBest
-from allstep.checkpoint.schedule import SaveEvery, Schedule, read_every
+from allstep.checkpoint.save_schedule import SaveEvery, SaveSchedule, read_every
 from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
 from allstep.checkpoint.store import Busy, Loaded, Store
 from allstep.engine import Engine, Events
@@ -67,7 +67,7 @@ class _RunSaves:
         ended_at: the place of which a save at the run's end was tried last.
     """
 
-    schedule: Schedule
+    schedule: SaveSchedule
     handles: list[RemovableEventHandle]
     saved_at: tuple[int, int, str | None] | None = None
     lacks_rating: bool = False
@@ -283,7 +283,7 @@ class Checkpoint:
             engine.add_event_handler(Events.TERMINATE | Events.COMPLETED, self._at_end),
             engine.add_event_handler(Events.EXCEPTION_RAISED, self._at_exception),
         ]
-        schedule = Schedule(self._times, engine.coordinator, engine.state.iteration)
+        schedule = SaveSchedule(self._times, engine.coordinator, engine.state.iteration)
         self._runs[engine] = _RunSaves(schedule, handles, None if before is None else before.saved_at)
         if self._resumption is not None:
             self._resumption.restore_generators()

@@ -1,9 +1,10 @@
-"""The loop: `Engine`, its `Events` and its `State`, and ready supervised trainers and evaluators.
+"""The loop: `Engine`, its `Events` and its `State`.
 
 What lives here: everything about one run of one engine. `engine` is the face that users call; `run` is the record that
 the others are handed; `loop` runs the iterations, `passes` gives it batches, and `agreed_batches` has ranks agree on
 them. What does not: how a vote travels (`coordination`), where data comes from (`data`), what is made of outputs
-(`metrics`, `outputs`), saving to files (`checkpoint`), and decisions to stop (`handlers`). Those use `extension`.
+(`metrics`, `outputs`), saving to files (`checkpoint`), decisions to stop (`handlers`), and ready engines (`trainers`).
+Those use `extension`.
 """
 
 from allstep.engine.engine import Engine
@@ -11,7 +12,6 @@ from allstep.engine.events import EventEnum, Events, EventsList, FilteredEvent
 from allstep.engine.extension import Extension
 from allstep.engine.registry import RemovableEventHandle
 from allstep.engine.state import State
-from allstep.engine.supervised import create_supervised_evaluator, create_supervised_trainer
 
 __all__ = [
     "Engine",
@@ -22,6 +22,4 @@ __all__ = [
     "FilteredEvent",
     "RemovableEventHandle",
     "State",
-    "create_supervised_evaluator",
-    "create_supervised_trainer",
 ]

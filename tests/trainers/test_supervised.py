@@ -6,8 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from allstep.engine import Engine, Events, create_supervised_evaluator, create_supervised_trainer
+from allstep.engine import Engine, Events
 from allstep.errors import ParallelError
+from allstep.trainers import create_supervised_evaluator, create_supervised_trainer
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

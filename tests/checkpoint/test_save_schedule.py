@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from allstep.checkpoint.schedule import SaveTimes, Schedule, read_every
+from allstep.checkpoint.save_schedule import SaveSchedule, SaveTimes, read_every
 from allstep.coordination import Alone
 from allstep.errors import ArgumentError
 from allstep.testing import SimulatedRank, simulate
@@ -39,7 +39,7 @@ def test_what_cannot_be_meant_is_an_error(every):
 
 
 def test_iterations_are_due_at_the_first_group_after_each_multiple():
-    schedule, due = Schedule(SaveTimes(iterations=5), Alone(), 0), []
+    schedule, due = SaveSchedule(SaveTimes(iterations=5), Alone(), 0), []
     for iteration in range(3, 30, 3):
         if schedule.iteration_is_due(iteration):
             due.append(iteration)
@@ -48,18 +48,18 @@ def test_iterations_are_due_at_the_first_group_after_each_multiple():
 
 
 def test_a_resumed_run_counts_on():
-    assert not Schedule(SaveTimes(iterations=5), Alone(), 7).iteration_is_due(9)
-    assert Schedule(SaveTimes(iterations=5), Alone(), 7).iteration_is_due(10)
+    assert not SaveSchedule(SaveTimes(iterations=5), Alone(), 7).iteration_is_due(9)
+    assert SaveSchedule(SaveTimes(iterations=5), Alone(), 7).iteration_is_due(10)
 
 
 def test_epochs_are_due():
-    schedule = Schedule(SaveTimes(epochs=2), Alone(), 0)
+    schedule = SaveSchedule(SaveTimes(epochs=2), Alone(), 0)
     assert [schedule.epoch_is_due(epoch, 10 * epoch) for epoch in range(1, 5)] == [False, True, False, True]
 
 
 def due_by_its_clock(coordinator: SimulatedRank, paces: list[float]) -> tuple[list[int], int]:
     now = 0.0
-    schedule, due = Schedule(SaveTimes(seconds=60), coordinator, 0, clock=lambda: now), []
+    schedule, due = SaveSchedule(SaveTimes(seconds=60), coordinator, 0, clock=lambda: now), []
     for iteration in range(1, 2001):
         now += paces[coordinator.rank]
         if schedule.iteration_is_due(iteration):

@@ -68,7 +68,7 @@ def _read_one(each: object) -> tuple[str, float]:
     )
 
 
-class Schedule:
+class SaveSchedule:
     """Whether a checkpoint is due, of one run."""
 
     def __init__(
