@@ -48,6 +48,7 @@ class Vote:
         microseconds: what the last window took here.
         model_changed: whether its wrapped modules have changed, so that they are to be compared and wrapped again.
         fingerprint: of the model at an epoch's end.
+        sums: further numbers, as many on every rank, of which only the totals are wanted.
         backward_passes: how many of those that reduce gradients it has made in the run.
         doublings: how many times, up to `MOST_DOUBLINGS`, the default lookahead may be doubled as far as this rank's
             memory is concerned.
@@ -70,6 +71,7 @@ class Vote:
     model_changed: bool = False
     backward_passes: int = 0
     fingerprint: int = 0
+    sums: Sequence[int] = ()
 
     @property
     def place(self) -> int:
@@ -78,7 +80,7 @@ class Vote:
         return (self.sequence * 1_000_003 + self.iteration) % (1 << _PLACE_BITS)
 
     def vector(self, length: int) -> list[int]:
-        """The vote as `length` integers, which must be at least `vector_length(len(self.samples))`."""
+        """The vote as `length` integers, at least `vector_length(len(self.samples), len(self.sums))`."""
         # Counted one by one: the sum tells that all ranks mean the same occasion.
         kinds = [0, 0, 0]
         kinds[self.occasion] = 1
@@ -104,8 +106,8 @@ class Vote:
             model**2,
         ]
         body = [0 if n is None else 1 << _SAMPLE_BITS | n for n in self.samples]
-        padding = [0] * (length - len(header) - len(body))
-        return [*map(int, header), *body, *padding]
+        padding = [0] * (length - len(header) - len(body) - len(self.sums))
+        return [*map(int, header), *body, *padding, *self.sums]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class VoteResult:
     `having[i]` is the number of ranks with a batch for the i-th coming iteration, `samples[i]` what they hold.
     """
 
+    sums: tuple[int, ...]
     occasions: tuple[int, int, int]
     having: tuple[int, ...]
     samples: tuple[int, ...]
@@ -160,17 +163,19 @@ class VoteResult:
         return self.terminate + self.terminate_epoch + self.interrupt + self.replace_data
 
 
-def vector_length(iterations: int) -> int:
-    """Length of the vectors of votes on up to `iterations` iterations."""
-    return _HEADER + iterations
+def vector_length(iterations: int, sums: int = 0) -> int:
+    """Length of the vectors of votes on up to `iterations` iterations that carry `sums` further numbers."""
+    return _HEADER + iterations + sums
 
 
-def read_result(vector: Sequence[int], iterations: int) -> VoteResult:
-    """Read the sum of all ranks' vectors, of a vote on `iterations` iterations."""
-    window, epoch_end, run_end, *sums = vector[:_HEADER]
+def read_result(vector: Sequence[int], iterations: int, sums: int = 0) -> VoteResult:
+    """Read the sum of all ranks' vectors, of a vote on `iterations` iterations that carries `sums` numbers."""
+    window, epoch_end, run_end, *header = vector[:_HEADER]
     body = vector[_HEADER : _HEADER + iterations]
     having, samples = tuple(v >> _SAMPLE_BITS for v in body), tuple(v & _SAMPLES for v in body)
-    return VoteResult((window, epoch_end, run_end), having, samples, *sums)
+    # Numbers come last, behind what a shorter window leaves empty.
+    further = tuple(vector[len(vector) - sums :])
+    return VoteResult(further, (window, epoch_end, run_end), having, samples, *header)
 
 
 def _gave_one_number(total: int, squares: int, world_size: int) -> bool:

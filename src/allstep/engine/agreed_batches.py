@@ -43,6 +43,7 @@ from allstep.coordination import (
     vector_length,
 )
 from allstep.engine.prefetch import BatchBuffer, BatchReader
+from allstep.engine.rank_sums import land_sums, read_sums
 from allstep.engine.run import Run
 from allstep.engine.source import END
 from allstep.errors import DataError, DivergenceError, UnevenDataError
@@ -172,13 +173,14 @@ class AgreedBatches:
     def report_unread(self) -> tuple[Unread, ...]:
         """What each rank left unread, when the pass ended because one ran out; called where an epoch has ended."""
         self._paused_at = monotonic_ns()
-        if self._agreement.policy == "longest":
+        is_longest = self._agreement.policy == "longest"
+        if is_longest and not self._voting.sums:
             return ()
         # The vote under way is about iterations that do not come; all ranks read it before they hold another.
         self.drain()
         now, before = self._buffer.unread(), self._left_behind
         self._left_behind = (0, 0)
-        result = self._hold(Occasion.EPOCH_END, unread=now[0] + before[0])
+        result = self._hold(Occasion.EPOCH_END, unread=0 if is_longest else now[0] + before[0])
         if not result.unread:
             return ()
         said = self._run.coordinator.gather((now, before))
@@ -312,12 +314,14 @@ class Voting:
 
     Attributes:
         landed: what has been agreed to do, and was not taken yet.
+        sums: the numbers that votes carry for handlers: those that were there when the run began.
     """
 
     def __init__(self, run: Run, buffer: BatchBuffer, most_iterations: int) -> None:
         self._run = run
         self._buffer = buffer
-        self._vector_length = vector_length(max(_LEAST_ITERATIONS_IN_A_VECTOR, most_iterations))
+        self.sums = tuple(run.sums)
+        self._vector_length = vector_length(max(_LEAST_ITERATIONS_IN_A_VECTOR, most_iterations), len(self.sums))
         self._sequence = 0
         self.landed: list[Request] = []
 
@@ -335,6 +339,7 @@ class Voting:
             replace_data=RequestKind.REPLACE_DATA in asked,
             gave_less=self._buffer.gave_less is not None,
             backward_passes=0 if replicas is None else replicas.backward_passes,
+            sums=read_sums(self.sums),
             **more,
         )
         self._sequence += 1
@@ -342,10 +347,11 @@ class Voting:
 
     def read(self, pending: PendingVote) -> VoteResult:
         """Wait for a vote and act on all that it says besides the window: names, fillers, errors."""
-        result = read_result(pending.sum.wait(), len(pending.vote.samples))
+        result = read_result(pending.sum.wait(), len(pending.vote.samples), len(self.sums))
         # First: the numbers of ranks that came to different votes mean nothing together.
         if not result.is_for(pending.vote, self._run.coordinator.world_size):
             self._say_diverged(pending.vote)
+        land_sums(self.sums, result.sums)
         replicas = self._run.replicas
         if replicas is not None and not result.same_backward_passes(self._run.coordinator.world_size):
             replicas.say_passes_differ(result.backward_passes)

@@ -7,11 +7,12 @@ it may be called from handlers and between runs. Nothing here crosses ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from allstep.engine.events import Events
+from allstep.engine.events import AnyEvent, Events
 from allstep.engine.handshake import Reduction
+from allstep.engine.rank_sums import RankSum
 from allstep.engine.registry import Registry
 from allstep.engine.run import Run
 from allstep.engine.run_plan import is_done
@@ -76,6 +77,38 @@ class Extension:
     def remove_state(self, stateful: Stateful) -> None:
         """Undo `add_state`; nothing where it was not called."""
         self.states = {name: other for name, other in self.states.items() if other is not stateful}
+
+    def sum_over_ranks(self, name: str, read: Callable[[], int], landed: Callable[[int], None]) -> RankSum:
+        """Have a number summed over the ranks in the votes of the coming runs; called by `attach`, on every rank alike.
+
+        Args:
+            name: what ranks compare when a run begins.
+            read: gives this rank's number, an int, when a vote is cast.
+            landed: called with the total of all ranks, at the same iteration on all of them: about once a window, with
+                what they said one window before, and just before EPOCH_COMPLETED with what they say then. Alone, only
+                before EPOCH_COMPLETED.
+
+        Returns:
+            What `remove_sum` takes.
+        """
+        number = RankSum(name, read, landed)
+        self._run.sums.append(number)
+        return number
+
+    def remove_sum(self, number: RankSum) -> None:
+        """Undo `sum_over_ranks`, between runs, on every rank alike; nothing where that was done."""
+        self._run.sums = [each for each in self._run.sums if each is not number]
+
+    def surround(self, event: AnyEvent, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Have `before` called ahead of all handlers that an event has now, and `after` behind them.
+
+        Called again, they are put around those that it has then.
+        """
+        self._registry.surround(event, before, after)
+
+    def reschedule(self) -> None:
+        """Have filters asked anew when they are due; to be called when one of them has changed its mind."""
+        self._registry.schedule()
 
     @property
     def epoch_began_at(self) -> int:

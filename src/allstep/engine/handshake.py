@@ -123,6 +123,7 @@ def _describe(
         "state.max_epochs": state.max_epochs,
         "state.max_iters": state.max_iters,
         "the event whose handlers are left": None if run.unfinished is None else run.unfinished.event.name,
+        "what handlers sum over ranks": tuple(each.name for each in run.sums),
     }
     is_declared = settings.samples_in is None and declared_counts(data) is not None
     exact, _ = run.own_lengths

@@ -20,6 +20,7 @@ from allstep.engine.batch_sizes import BatchCounter
 from allstep.engine.control import land, note_end
 from allstep.engine.position import PositionHistory, stateful_of
 from allstep.engine.prefetch import make_reader
+from allstep.engine.rank_sums import land_sums, read_sums
 from allstep.engine.run import Run
 from allstep.engine.run_plan import length_of, lengths_of
 from allstep.engine.source import END, Source, pass_position
@@ -274,9 +275,13 @@ class Passes:
         return min(run.ends_at, self._longer_at())
 
     def report_unread(self) -> None:
-        """Say what ranks left unread in the epoch that has ended, and make their buffers those of one model."""
+        """Say what ranks left unread in the epoch that has ended, and make their buffers those of one model.
+
+        What handlers want summed over ranks is told them here, for their part of the epoch's end.
+        """
         agreed, run = self._agreed, self._run
         if agreed is None:
+            land_sums(run.sums, read_sums(run.sums))
             return
         unread = run.state.unread = agreed.report_unread()
         if unread and run.coordinator.rank == 0:

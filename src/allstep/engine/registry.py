@@ -174,6 +174,17 @@ class Registry:
         if slot.event is Events.OPTIMIZER_STEP_COMPLETED:
             self._listen_for_optimizer_steps()
 
+    def surround(self, event: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Call `before` ahead of all handlers that the event has now, `after` behind them; called again, anew."""
+        slot = self.slot(event)
+        chosen = event.filter if isinstance(event, FilteredEvent) else None
+        inside = [each for each in slot.registrations if each.handler not in (before, after)]
+        first, last = (
+            HandlerRegistration(each, chosen, _compile(each, False, False, (), {})) for each in (before, after)
+        )
+        slot.registrations = [first, *inside, last]
+        slot.schedule(self._count(slot))
+
     def has(self, handler: Callable[..., Any], event: Any | None = None) -> bool:
         """Whether `handler` listens to `event`, or, without one, to any."""
         if isinstance(event, EventsList):

@@ -23,6 +23,7 @@ from allstep.coordination import Alone, Coordinator, Request, RequestKind, Uneve
 from allstep.data.compositions import is_one_shot
 from allstep.engine.batch_sizes import BatchCounter
 from allstep.engine.events import Events
+from allstep.engine.rank_sums import RankSum
 from allstep.engine.replicas import Replicas
 from allstep.engine.run_plan import RunTerms, StepSettings
 from allstep.engine.source import END
@@ -147,6 +148,7 @@ class Run:
         modules: wrapped modules whose gradients the step's backward passes reduce.
         replicas: what ranks say of them; None where there is one rank.
         skipped: the present iteration's batch, where `state.skip()` was called; None without.
+        sums: numbers that handlers want summed over the ranks.
 
         coordinator: how the ranks of this run agree.
         handshake: what they agreed at its start; None where there is nothing to agree on.
@@ -196,6 +198,7 @@ class Run:
     modules: list[nn.Module] = field(default_factory=list)
     replicas: Replicas | None = None
     skipped: Any = None
+    sums: list[RankSum] = field(default_factory=list)
 
     coordinator: Coordinator = field(default_factory=Alone)
     handshake: Handshake | None = None
