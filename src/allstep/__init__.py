@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from allstep.errors import AllstepError as AllstepError
     from allstep.handlers import EarlyStopping as EarlyStopping
     from allstep.handlers import Preemption as Preemption
+    from allstep.handlers import Schedule as Schedule
     from allstep.handlers import StopOnSignal as StopOnSignal
     from allstep.handlers import TerminateOnNan as TerminateOnNan
     from allstep.handlers import TimeLimit as TimeLimit
@@ -52,6 +53,7 @@ _HOMES = {
     "Metrics": "allstep.metrics",
     "Min": "allstep.metrics",
     "Preemption": "allstep.handlers",
+    "Schedule": "allstep.handlers",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",
     "Sum": "allstep.metrics",

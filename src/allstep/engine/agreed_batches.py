@@ -245,7 +245,8 @@ class AgreedBatches:
         self._counts, self._at = list(pending.vote.samples), 0
         longest = agreement.longest_window(min(agreement.doublings, result.least_doublings(world_size)))
         self._groups = next_window(self._groups, result.microseconds, world_size, max(1, longest))
-        run.window_ends_at = run.state.iteration + ledger.iterations
+        run.window_began_at, run.group_totals = run.state.iteration, ledger.group_totals
+        run.window_ends_at = run.window_began_at + ledger.iterations
         if ledger.ends_pass:
             self._left = self._agreed_iterations(result) - ledger.iterations
         # Not where something has landed: it may end the epoch or replace data, and then these iterations do not come.

@@ -166,6 +166,16 @@ class Extension:
         samples = self._run.state.samples
         return self._run.count_batch(self._run.state.batch) if samples is None else samples
 
+    def samples_in_group(self) -> int:
+        """How many samples all ranks have in the present accumulation group, or iteration where there are no groups.
+
+        The same number on every rank, without asking the others. Where nobody votes, call `count_samples` before.
+        """
+        run = self._run
+        if run.handshake is None:
+            return self.samples_in_batch()
+        return run.group_totals[(run.state.iteration - 1 - run.window_began_at) // run.handshake.agreement.group_size]
+
     @property
     def leaving(self) -> BaseException | None:
         """What `run` raises once, in place of returning, when the run has ended; None where it returns."""

@@ -138,6 +138,8 @@ class Run:
         drive: the loop, while a run is under way or suspended.
         until: the iteration after which the loop has more to decide than which handlers are due.
         window_ends_at: the iteration at which the present agreed window ends.
+        window_began_at: iterations that were done when it began.
+        group_totals: samples of all ranks in each of its accumulation groups.
         pass_is_open: batches are being taken, so that ranks that agree have to vote before other data is taken.
         kept: what was read ahead of a one-shot iterator and not used, for the next run over it.
 
@@ -188,6 +190,8 @@ class Run:
     drive: Generator[None, None, None] | None = None
     until: float = LOOK_NOW
     window_ends_at: int = 0
+    window_began_at: int = 0
+    group_totals: tuple[int, ...] = ()
     pass_is_open: bool = False
     kept: list[Any] = field(default_factory=list)
 
