@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from allstep.engine import Events as Events
     from allstep.engine import State as State
     from allstep.errors import AllstepError as AllstepError
+    from allstep.handlers import EMA as EMA
+    from allstep.handlers import SWA as SWA
     from allstep.handlers import EarlyStopping as EarlyStopping
     from allstep.handlers import Preemption as Preemption
     from allstep.handlers import Schedule as Schedule
@@ -44,6 +46,7 @@ _HOMES = {
     "AllstepError": "allstep.errors",
     "Alone": "allstep.coordination",
     "Checkpoint": "allstep.checkpoint",
+    "EMA": "allstep.handlers",
     "EarlyStopping": "allstep.handlers",
     "Engine": "allstep.engine",
     "Events": "allstep.engine",
@@ -53,6 +56,7 @@ _HOMES = {
     "Metrics": "allstep.metrics",
     "Min": "allstep.metrics",
     "Preemption": "allstep.handlers",
+    "SWA": "allstep.handlers",
     "Schedule": "allstep.handlers",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",

@@ -62,9 +62,10 @@ def trained(
     accumulate: int = 1,
     batch: int = 6,
     epochs: int = 3,
+    batch_norm: bool = True,
 ) -> dict[str, Any]:
     """Start the script, go on from what is in the folder, and train to the end or until it is killed."""
-    job = started(world, accumulate=accumulate)
+    job = started(world, accumulate=accumulate, batch_norm=batch_norm)
     handlers = attach(job)
 
     @job.trainer.on(Events.ITERATION_COMPLETED)

@@ -5,6 +5,7 @@ What lives here: small classes with an `attach` that gives back the handler itse
 (`engine`), what is saved then (`checkpoint`), and metrics that a decision looks at (`metrics`).
 """
 
+from allstep.handlers.averaging import EMA, SWA, AveragedWeights
 from allstep.handlers.early_stopping import EarlyStopping
 from allstep.handlers.preemption import Preemption
 from allstep.handlers.schedule import Schedule
@@ -12,4 +13,14 @@ from allstep.handlers.stop_on_signal import StopOnSignal
 from allstep.handlers.terminate_on_nan import TerminateOnNan
 from allstep.handlers.time_limit import TimeLimit
 
-__all__ = ["EarlyStopping", "Preemption", "Schedule", "StopOnSignal", "TerminateOnNan", "TimeLimit"]
+__all__ = [
+    "EMA",
+    "SWA",
+    "AveragedWeights",
+    "EarlyStopping",
+    "Preemption",
+    "Schedule",
+    "StopOnSignal",
+    "TerminateOnNan",
+    "TimeLimit",
+]
