@@ -184,11 +184,12 @@ def test_attaching_after_engines_were_loaded_is_an_error_that_says_the_order(tmp
         checkpoint.attach(trainer)
 
 
-def test_attaching_after_nothing_was_found_to_resume_from_is_no_error(tmp_path):
+def test_attaching_after_resume_is_refused_on_the_first_start_too(tmp_path):
     trainer = Engine(lambda e, b: None)
     checkpoint = Checkpoint(tmp_path, {"trainer": trainer}, every=None)
     assert checkpoint.resume() is None
-    checkpoint.attach(trainer)
+    with pytest.raises(CheckpointError, match=r"attach the checkpoint before resume\(\)"):
+        checkpoint.attach(trainer)
 
 
 def test_what_a_store_saved_without_an_engine_loads_into_objects_of_its_names(tmp_path):

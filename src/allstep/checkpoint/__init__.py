@@ -1,10 +1,10 @@
 """Checkpoints: what is saved of a run, how it is written, committed, verified, chosen, removed and read.
 
 From a training script down to the disk: `checkpoint` (what attaches to an engine) asks `save_schedule` when,
-`objects` and `rng` what; `store` takes a `snapshot` (`encoding`, `sharding`, `safetensors_file`) and has `commit`
-write it through `storage`, in the thread of a `pending_save`. On the way back `selection` chooses, `reading` reads.
-`manifest` and `catalog` say what is in a folder, `owner` whose it is, `retention` what stays there. `torch_private`
-holds the names that torch does not promise to keep.
+`collection` (`references`, `objects`) and `rng` what; `store` takes a `snapshot` (`encoding`, `sharding`,
+`safetensors_file`) and has `commit` write it through `storage`, in the thread of a `pending_save`. On the way back
+`selection` chooses, `reading` reads. `manifest` and `catalog` say what is in a folder, `owner` whose it is, `retention`
+what stays there. `torch_private` holds the names that torch does not promise to keep.
 
 Not here: where an engine stands and how it goes on (`allstep.engine`), what metrics save of themselves
 (`allstep.metrics`), and the command line (`allstep.cli`).

@@ -1,8 +1,9 @@
 """`Checkpoint`: saves everything that a run needs to go on, and brings it back.
 
-Contract: every rank makes one with the same objects and attaches it to the engine that trains. `resume`, before the
-run, makes this job the owner of the folder, finds the newest whole checkpoint, or the one that was asked for, and loads
-it into the objects. What is decided here is decided alike on every rank. All methods are called from the main thread.
+Contract: every rank makes one alike and attaches it to the engine that trains; what else is to be saved it finds by
+itself, or is given (`collection`). `resume`, before the run and after all that is saved was made, makes this job the
+owner of the folder, finds the newest whole checkpoint, or the one that was asked for, and loads it into the objects.
+What is decided here is decided alike on every rank. All methods are called from the main thread.
 
 When a run saves: on the last iteration of an accumulation group only, after all other handlers of the same event. It
 saves when a checkpoint is due, when the run is terminated, preemption included, and at its end. A run that was
@@ -34,7 +35,8 @@ import torch
 
 from allstep.checkpoint import rng
 from allstep.checkpoint.catalog import Verify
-from allstep.checkpoint.objects import ObjectAdapter, adapters_for, collect_states
+from allstep.checkpoint.collection import Collection
+from allstep.checkpoint.objects import collect_states
 from allstep.checkpoint.resumption import Resumption, generators_restorer, saved_metrics
 from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.save_schedule import SaveEvery, SaveSchedule, read_every
@@ -52,7 +54,7 @@ log = logging.getLogger("allstep.checkpoint")
 AT_EXCEPTION_S = 5.0
 """Seconds for which an exception waits for a save under way."""
 
-_OWN_FACTS = frozenset({"epoch", "iteration", "stop_reason", "seed", "launches"})
+_OWN_FACTS = frozenset({"epoch", "iteration", "stop_reason", "seed", "launches", "collected"})
 
 
 @dataclass(slots=True)
@@ -79,8 +81,11 @@ class Checkpoint:
 
     Args:
         folder: a path or an address that fsspec knows, which all ranks reach; or a `Store`.
-        objects: what to save, by name: modules, optimizers, schedulers, scalers, metrics, engines, generators, and
-            whatever else has `state_dict` and `load_state_dict`. `PerRank(object)` says that ranks differ in it.
+        objects: what to save, by name, besides what is found: modules, optimizers, schedulers, scalers, metrics,
+            engines, generators, and whatever else has `state_dict` and `load_state_dict`. `PerRank(object)` says that
+            ranks differ in it. Found are the engine that the checkpoint is attached to, what is attached to that and
+            has a state, what its step and handlers use, and what the World has wrapped; an object that was given is
+            saved under the name given.
         every: when to save besides the run's end: iterations as an int, a timedelta, a text such as "epoch" or
             "10 minutes", or several of these in a tuple.
         keep_last: how many of the newest checkpoints to keep; None keeps all.
@@ -90,6 +95,7 @@ class Checkpoint:
             the epoch before, is not rated.
         facts: what else the manifest should say, such as the run's configuration; as JSON takes it. It says epoch,
             iteration, stop_reason, seed and launches by itself.
+        leave_out: objects that are not to be saved though they would be found, such as a frozen teacher.
         verify: see `Store`.
         strict: see `Store`.
         busy: see `Store`.
@@ -104,13 +110,14 @@ class Checkpoint:
     def __init__(
         self,
         folder: str | os.PathLike[str] | Store,
-        objects: Mapping[str, Any],
+        objects: Mapping[str, Any] | None = None,
         *,
         every: SaveEvery | Sequence[SaveEvery] | None = "epoch",
         keep_last: int | None = 3,
         keep_best: KeepBest | None = None,
         metrics: Callable[[Engine], Mapping[str, Any]] | None = None,
         facts: Mapping[str, Any] | None = None,
+        leave_out: Sequence[Any] = (),
         verify: Verify = "full",
         strict: bool = False,
         busy: Busy = "wait",
@@ -122,12 +129,11 @@ class Checkpoint:
                 "another name, such as config"
             )
         self._times = read_every(every)
-        self.objects = dict(objects)
         self.metrics = metrics
         self.facts = dict(facts or {})
         self._launches = launches_of(os.environ)
         self._engines: list[Engine] = []
-        self._adapters: dict[str, ObjectAdapter] = adapters_for(self.objects)
+        self._collection = Collection(objects or {}, leave_out)
         if isinstance(folder, Store):
             self.store = folder
         else:
@@ -142,22 +148,26 @@ class Checkpoint:
             )
         self._runs: dict[Engine, _RunSaves] = {}
         self._resumption: Resumption | None = None
-        self._has_loaded_engines = False
+        self._names_at_resume: frozenset[str] | None = None  # None without one, or when a run has begun since
+        self._has_resumed = False
+
+    @property
+    def objects(self) -> Mapping[str, Any]:
+        """What is saved, by name: what was given, and what was found when a run began or was resumed last."""
+        return self._collection.objects
 
     def attach(self, engine: Engine) -> Checkpoint:
         """Save during the runs of `engine`; returns self.
 
         Raises:
-            CheckpointError: `resume` has loaded engines already, without knowing which of them train.
+            CheckpointError: `resume` was called already, without knowing which engines train.
         """
-        if self._has_loaded_engines:
+        if self._has_resumed:
             raise CheckpointError(
                 "attach the checkpoint before resume(): engines are loaded as what they are for, the ones that it is "
                 "attached to as those that train, others as evaluators that begin anew"
             )
         self._engines.append(engine)
-        # Anew, since it is known only now which engines train.
-        self._adapters = adapters_for(self.objects, self._engines)
         engine.add_event_handler(Events.STARTED, self._start)
         return self
 
@@ -176,10 +186,14 @@ class Checkpoint:
 
         Raises:
             FolderInUseError: the checkpoint is attached, and its folder belongs to another job that is alive.
-            CheckpointError: the path that was asked for has none, one that may be whole cannot be read now, or objects
-                are missing in it; on every rank.
+            CheckpointError: an engine that the checkpoint is attached to is running; the path that was asked for has
+                none, one that may be whole cannot be read now, or objects are missing in it; on every rank.
         """
         script_at = os.fspath(at)
+        if any(each.is_running for each in self._engines):
+            raise CheckpointError("call resume() before run(), not inside of it: the run has begun from its beginning")
+        self._collection.refresh(self._engines)
+        self._has_resumed, self._names_at_resume = True, frozenset(self.objects)
         if self._engines:
             self._claim()  # before anything is read that another job would go on changing
         with _checkpoint_section():
@@ -188,7 +202,9 @@ class Checkpoint:
                 log.warning("the script resumes from %r, so --resume %s has no effect", script_at, overruled)
             asked, launches = _as_on_rank_zero((resume_from(script_at, os.environ), restarted_launches(os.environ)))
             is_from_command_line = script_at == "auto" and asked != "auto"
-            templates = {name: each for name, of in self._adapters.items() if (each := of.template()) is not None}
+            templates = {
+                name: each for name, of in self._collection.adapters.items() if (each := of.template()) is not None
+            }
             resumed = self.store.resume(templates, asked, launches=launches if is_from_command_line else ())
             if resumed is None:
                 return None
@@ -220,6 +236,9 @@ class Checkpoint:
     # Saving
 
     def _save(self, engine: Engine, *, is_run_over: bool = False) -> None:
+        if not self._collection.has_looked:
+            self._collection.refresh(self._engines or ([] if self._collection.given else [engine]))
+        self._collection.end_watch()
         engine_state = engine.state_dict()
         step = engine_state["iteration"]
         facts = {
@@ -228,9 +247,10 @@ class Checkpoint:
             "stop_reason": engine.state.stop_reason,
             "seed": _seed(),
             "launches": self._launches,
+            "collected": sorted(self._collection.found),
             **self.facts,
         }
-        states = collect_states(self._adapters)
+        states = collect_states(self._collection.adapters)
         metrics, failure = self._current_metrics(engine)
         is_rated = self.metrics is not None or is_run_over or not engine.extension.epoch_is_open
         # What is not rated is kept beside the generators, for state.metrics of the resumed run.
@@ -272,6 +292,11 @@ class Checkpoint:
     # Handlers of an attached engine
 
     def _start(self, engine: Engine) -> None:
+        self._collection.refresh(self._engines)
+        if self._names_at_resume is not None:
+            self._collection.refuse_late(self._names_at_resume)
+        self._names_at_resume = None
+        self._collection.watch_optimizers()
         self._claim()
         # Added when the run begins, and so called after all handlers that were added before it.
         before = self._runs.get(engine)
@@ -309,6 +334,7 @@ class Checkpoint:
             self.save(engine)
 
     def _at_end(self, engine: Engine) -> None:
+        self._collection.end_watch()
         with _checkpoint_section():
             committed = self.store.wait()  # before the last save, so that it is never left out as one too many
         if engine.state.outcome == "failed":
@@ -343,6 +369,7 @@ class Checkpoint:
             engine.extension.leave_with(unsaved)
 
     def _at_exception(self, engine: Engine) -> None:
+        self._collection.end_watch()
         # The engine has reported the exception before it fires this event, so nobody learns of it later for the wait.
         with _checkpoint_section(), suppress(CheckpointError):  # the log has it
             self.store.wait(AT_EXCEPTION_S)
@@ -353,27 +380,21 @@ class Checkpoint:
         per_rank = [each.get("objects", {}) if isinstance(each, Mapping) else {} for each in loaded.per_rank]
         # An object may have a state in common, one of each rank, or both.
         known = loaded.state.keys() | (per_rank[0].keys() if per_rank else set())
-        missing = sorted(self._adapters.keys() - known)
-        if missing and not partial:
-            raise CheckpointError(
-                f"the checkpoint lacks {', '.join(missing)}; it has {', '.join(sorted(known))}. Give what it was saved "
-                "with, or resume(partial=True) to leave them as they are"
-            )
+        self._collection.check_holds(known, "collected" in loaded.manifest.facts, partial=partial)
         rank, epoch = _rank(), 0
-        for name, adapter in self._adapters.items():
+        for name, adapter in self._collection.adapters.items():
             if name in known:
                 adapter.load(loaded.state.get(name), [each.get(name) for each in per_rank], rank)
         metrics = saved_metrics(loaded, rank)
-        engines = {name: each for name, each in self.objects.items() if isinstance(each, Engine)}
-        for name, engine in engines.items():
-            self._has_loaded_engines |= name in known
+        engines = [each for each in self.objects.values() if isinstance(each, Engine)]
+        for engine in engines:
             epoch = max(epoch, engine.state.epoch)
             # What the engine has under such a name already is not replaced.
             engine.state.metrics = {**metrics, **engine.state.metrics}
         self._end_resumption()
         self._resumption = Resumption(
             generators_restorer(loaded, rank, epoch),
-            any(each.state.iteration > each.extension.epoch_began_at for each in engines.values()),
+            any(each.state.iteration > each.extension.epoch_began_at for each in engines),
         )
         if self._resumption.inside_epoch:
             # Whichever comes first, as the loop takes a batch, or finds that the data has none left.

@@ -217,7 +217,7 @@ def _check_own_positions(rank_states: Sequence[Any]) -> None:
         raise CheckpointError(
             "the engine's place is what each rank's data told of itself, which cannot be split anew: it was saved at "
             f"world size {len(rank_states)}, and this run has {world_size}. Resume at world size {len(rank_states)}, "
-            "or leave the engine out of the objects, so that it begins anew with what else was saved"
+            "or name it in Checkpoint(leave_out=[trainer]), so that it begins anew with what else was saved"
         )
 
 

@@ -111,6 +111,14 @@ class Extension:
         self._registry.schedule()
 
     @property
+    def handlers(self) -> list[Callable[..., Any]]:
+        """What listens to the engine's events, each once."""
+        found: list[Callable[..., Any]] = []
+        for slot in self._registry.slots.values():
+            found += [each.handler for each in slot.registrations if each.handler not in found]
+        return found
+
+    @property
     def epoch_began_at(self) -> int:
         """Iterations of the run that were done when the present epoch began."""
         return self._run.epoch_began_at

@@ -61,6 +61,7 @@ class EarlyStopping:
     def attach(self, engine: Engine, event: AnyEvent = Events.COMPLETED) -> EarlyStopping:
         """Look at the score whenever `event` of `engine` is fired. Returns self."""
         engine.add_event_handler(event, self)
+        self.trainer.extension.add_state(self)
         return self
 
     def __call__(self, engine: Engine) -> None:

@@ -26,6 +26,8 @@ from allstep.metrics.torchmetrics_private import overrides_sync, prepare_to_comp
 from allstep.metrics.usage import Event, Usage, UsageName, as_usage, base_event, each_event, event_name
 from allstep.world import World
 
+_LONGEST_NAME = 100
+
 
 class Metrics:
     """Metrics by name, computed over all ranks in one reduction.
@@ -117,6 +119,7 @@ class Metrics:
         self._engine, self._feeding, self._reductions = engine, feeding, joined
         if feeding.weighs:
             engine.extension.count_samples()
+        engine.extension.add_state(self, _name_in_checkpoints(entries))
         self._handles = [
             *(engine.add_event_handler(event, self._begin, base_event(event)) for event in each_event(chosen.resets)),
             engine.add_event_handler(chosen.updates, self._take),
@@ -136,6 +139,7 @@ class Metrics:
             return
         if engine.is_running:
             raise MetricError("the engine is running; detach metrics before or after run(), on every rank alike")
+        engine.extension.remove_state(self)
         for handle in self._handles:
             handle.remove()
         for reduction in self._reductions:
@@ -303,6 +307,12 @@ def _check_reducible(metrics: MetricSet) -> None:
 
 def _reduction_at(event: Any, known: Sequence[EventReduction]) -> EventReduction:
     return next((each for each in known if each.event == event), None) or EventReduction(event)
+
+
+def _name_in_checkpoints(entries: Mapping[str, Entry]) -> str:
+    """Other metrics have another name, so that a run is not given the state of metrics that it no longer has."""
+    name = f"Metrics of {', '.join(entries)}"
+    return name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
 
 
 def _times(usage: Usage) -> str:
