@@ -148,8 +148,6 @@ class Checkpoint:
             )
         self._runs: dict[Engine, _RunSaves] = {}
         self._resumption: Resumption | None = None
-        self._names_at_resume: frozenset[str] | None = None  # None without one, or when a run has begun since
-        self._has_resumed = False
 
     @property
     def objects(self) -> Mapping[str, Any]:
@@ -162,7 +160,7 @@ class Checkpoint:
         Raises:
             CheckpointError: `resume` was called already, without knowing which engines train.
         """
-        if self._has_resumed:
+        if self._collection.was_resumed:
             raise CheckpointError(
                 "attach the checkpoint before resume(): engines are loaded as what they are for, the ones that it is "
                 "attached to as those that train, others as evaluators that begin anew"
@@ -192,8 +190,7 @@ class Checkpoint:
         script_at = os.fspath(at)
         if any(each.is_running for each in self._engines):
             raise CheckpointError("call resume() before run(), not inside of it: the run has begun from its beginning")
-        self._collection.refresh(self._engines)
-        self._has_resumed, self._names_at_resume = True, frozenset(self.objects)
+        self._collection.note_resume(self._engines)
         if self._engines:
             self._claim()  # before anything is read that another job would go on changing
         with _checkpoint_section():
@@ -292,11 +289,7 @@ class Checkpoint:
     # Handlers of an attached engine
 
     def _start(self, engine: Engine) -> None:
-        self._collection.refresh(self._engines)
-        if self._names_at_resume is not None:
-            self._collection.refuse_late(self._names_at_resume)
-        self._names_at_resume = None
-        self._collection.watch_optimizers()
+        self._collection.note_start(self._engines)
         self._claim()
         # Added when the run begins, and so called after all handlers that were added before it.
         before = self._runs.get(engine)

@@ -2,9 +2,9 @@
 
 Contract: found are, in this order, the engines that it is attached to ("trainer"), what is attached to these and said
 so (`Extension.add_state`), what their steps and handlers use (`references`), and modules that the World has wrapped.
-What was given keeps the name under which it was given and is not found once more. `refresh` looks, before a state is
-loaded and when a run starts. What comes up only then was not loaded, so that `refuse_late` raises, on the first start
-as on a later one. An object that was found and has no state that can be saved is named in one warning.
+What was given keeps the name under which it was given and is not found once more. It looks before a state is loaded
+(`note_resume`) and when a run starts (`note_start`). What comes up only then was not loaded, which is an error, on the
+first start as on a later one. An object that was found and has no state that can be saved is named in one warning.
 
 Ranks run the same script, so that they find the same under the same names. Nothing here crosses ranks.
 """
@@ -45,6 +45,7 @@ class Collection:
         found: names of those that were not given.
         adapters: how each is saved and loaded.
         has_looked: whether `refresh` was called.
+        was_resumed: whether `note_resume` was.
 
     Raises:
         UnsupportedStateError: an object that was given has no state that can be saved.
@@ -55,7 +56,8 @@ class Collection:
         self.objects: dict[str, Any] = dict(given)
         self.found: frozenset[str] = frozenset()
         self.adapters: dict[str, ObjectAdapter] = adapters_for(self.given)
-        self.has_looked = False
+        self.has_looked = self.was_resumed = False
+        self._names_at_resume: frozenset[str] | None = None  # None without one, or when a run has begun since
         self._leave_out = list(leave_out)
         self._warned: set[str] = set()
         self._watch: RemovableHandle | None = None
@@ -97,19 +99,27 @@ class Collection:
         self.found = frozenset(objects.keys() - self.given.keys())
         self.adapters = adapters_for(objects, engines)
 
-    def refuse_late(self, names_at_resume: Iterable[str]) -> None:
-        """Raise where something has come up since `resume`, which could therefore not be loaded.
+    def note_resume(self, engines: Sequence[Engine]) -> None:
+        """Look for what is about to be loaded."""
+        self.refresh(engines)
+        self.was_resumed, self._names_at_resume = True, frozenset(self.objects)
+
+    def note_start(self, engines: Sequence[Engine]) -> None:
+        """Look again where a run starts.
 
         Raises:
-            CheckpointError: it names what.
+            CheckpointError: something has come up since `note_resume`, so that nothing could be loaded into it.
         """
-        late = [name for name in self.objects if name not in set(names_at_resume)]
+        self.refresh(engines)
+        before, self._names_at_resume = self._names_at_resume, None
+        late = [] if before is None else [name for name in self.objects if name not in before]
         if late:
             raise CheckpointError(
                 f"{', '.join(late)} came after resume(), so that nothing would be loaded into it when this run is "
                 "started again, and the resumed run would not be the unbroken one. Attach, wrap and make everything "
                 "before checkpoint.resume(); what is not to be saved is named in Checkpoint(leave_out=[...])"
             )
+        self._watch_optimizers()
 
     def check_holds(self, known: Iterable[str], was_collected: bool, *, partial: bool) -> None:
         """Say what of the objects a checkpoint lacks.
@@ -149,7 +159,7 @@ class Collection:
                 else "",
             )
 
-    def watch_optimizers(self) -> None:
+    def _watch_optimizers(self) -> None:
         """Until `end_watch`, look which optimizers take a step, and name one that is not saved in a warning.
 
         An optimizer may be out of sight, such as inside another library's object.
