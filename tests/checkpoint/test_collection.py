@@ -123,7 +123,7 @@ def test_what_is_left_out_is_not_saved(tmp_path):
     assert list(checkpoint.objects) == ["trainer"]
 
 
-def test_a_found_object_whose_state_cannot_be_had_is_named_and_training_goes_on(tmp_path, caplog):
+def test_a_found_object_without_a_state_is_named_and_training_goes_on(tmp_path, caplog):
     class Odd:
         def state_dict(self):
             return {"handle": object()}
