@@ -11,6 +11,7 @@ from allstep.diagnosis.record import Moment, RankRecord
 from allstep.diagnosis.root_cause import (
     CAUSE_WINDOW_S,
     DERIVED_WAIT_S,
+    END_WAIT_S,
     EXIT_WAIT_S,
     PREEMPTION_WAIT_S,
     due,
@@ -50,6 +51,9 @@ def rank(number: int, **what: Any) -> RankRecord:
     [
         # order of arrival between equals
         ([rank(0, failed=(2, 0)), rank(1, failed=(1, 0))], 1, OutcomeKind.ERROR),
+        # an abort without words may be what a library does whose peer has gone; with words of its own it is a crash
+        ([rank(0, ended=(2, 0), code=-6), rank(1, ended=(1, 0), code=3)], 1, OutcomeKind.EXIT),
+        ([rank(0, ended=(2, 0), code=-6, stderr="Aborted"), rank(1, ended=(1, 0), code=3)], 0, OutcomeKind.SIGNAL),
         # an error of its own before an error about another, whenever it came
         ([rank(0, failed=(1, 0), derived=True), rank(1, failed=(2, 3))], 1, OutcomeKind.ERROR),
         # a signal before an exception; not one that asks politely, nor allstep's own KILL
@@ -146,8 +150,10 @@ def test_when_to_judge(records, at):
     assert due(records, supervised=True) == (None if at is None else pytest.approx(at))
 
 
-def test_without_a_supervisor_a_closed_connection_does_not_wait():
-    assert due([rank(0), rank(1, lost=(1, 10.0))], supervised=False) == pytest.approx(10.0)
+def test_without_a_supervisor_a_closed_connection_waits_a_moment_for_the_end():
+    assert due([rank(0), rank(1, lost=(1, 10.0))], supervised=False) == pytest.approx(10.0 + END_WAIT_S)
+    ended = rank(1, lost=(1, 10.0), ended=(2, 10.0), code=-9)
+    assert due([rank(0), ended], supervised=False) == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize(

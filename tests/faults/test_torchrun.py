@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests.jobs.job import Job
 from tests.jobs.running import start
 
 pytestmark = pytest.mark.slow
+
+AT = FaultPlan.at(1, 5)
 
 
 def over_two_nodes(folder: Path, fault: FaultPlan, script: str, *arguments: str) -> list[Job]:
@@ -43,6 +46,26 @@ def test_ranks_of_a_second_node_are_heard_through_its_relay(tmp_path: Path) -> N
     assert other.code != 0
     assert " failed: " not in other.text  # there is one report, and the head has it
     check_first_lines(head, "rank 1 of 2", "ValueError: the true cause", "iteration 5")
+
+
+ENDS = {
+    "kill": (AT.kill(signal.SIGKILL), "killed by SIGKILL"),
+    "segfault": (AT.segfault(), "killed by SIGSEGV"),
+    "abort": (AT.abort(), "killed by SIGABRT"),
+    "exit": (AT.exit(3), "SystemExit: 3"),
+}
+
+
+BY_NIGHT = [pytest.param(end, marks=pytest.mark.nightly) for end in ENDS if end != "kill"]
+
+
+@pytest.mark.parametrize("end", ["kill", *BY_NIGHT])
+def test_a_rank_alone_on_the_second_node_is_named_with_how_it_ended(end: str, tmp_path: Path) -> None:
+    fault, what = ENDS[end]
+    head, other = over_two_nodes(tmp_path, fault, "reduces.py", "100000")
+    assert head.code != 0
+    assert " failed: " not in other.text
+    check_first_lines(head, "rank 1 of 2 failed first", what)
 
 
 @pytest.mark.nightly

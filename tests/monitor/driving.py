@@ -202,13 +202,14 @@ def world(driven: Driven, world_size: int = 2, **hello: Any) -> Iterator[list[Ca
 class RankProcess:
     """A process with a real `Client`; see rank_process.py for what it can be told to do."""
 
-    def __init__(self, address: str, rank: int, world_size: int, *what: str, key: str = KEY) -> None:
+    def __init__(self, address: str, rank: int, world_size: int, *what: str, key: str = KEY, node: int = 0) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(RANK), address, key, str(rank), str(world_size), *what],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | {"NODE": str(node)},
         )
         self.rank = rank
 

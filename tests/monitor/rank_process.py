@@ -38,7 +38,8 @@ def main() -> None:
     address, key, rank, world_size, *what = sys.argv[1:]
     action = what[0] if what else "wait"
     activity = RankActivity()
-    registration = RankRegistration(int(rank), int(world_size), socket.gethostname(), os.getpid(), "cpu", "gloo")
+    host, node = socket.gethostname(), int(os.environ.get("NODE", "0"))
+    registration = RankRegistration(int(rank), int(world_size), host, os.getpid(), "cpu", "gloo", node_rank=node)
     try:
         client = Client.connect(address, key, RankHello(0, registration), timeout=20)
     except WorldError as error:
@@ -71,6 +72,12 @@ def main() -> None:
                 raise
         elif action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif action == "segfault":
+            ctypes.string_at(0)
+        elif action == "abort":
+            os.abort()
+        elif action == "exit":
+            os._exit(3)
         elif action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         elif action == "hold_gil":

@@ -6,6 +6,7 @@ import pytest
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
+from allstep.diagnosis.root_cause import END_WAIT_S
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.failure_detector import FailureDetector
 from allstep.monitor.service import MonitorEvent, Verdict
@@ -63,6 +64,47 @@ def test_a_supervised_node_lost_after_its_worlds_closed_is_the_cause(
         "was lost with node 1",
         84,
     )
+
+
+def test_an_unsupervised_rank_that_was_gone_before_its_node_is_the_cause() -> None:
+    detected = Detecting(supervised=False)
+    detected.detector.lost(1, "closed by the other side")
+    detected.detector.node_lost([1], "was lost with node 1")
+    detected.pass_deadlines()
+    (verdict,) = detected.events
+    assert isinstance(verdict, Verdict)
+    assert verdict.diagnosis.cause.kind is OutcomeKind.LOST
+
+
+def test_how_an_unsupervised_rank_ended_may_follow_its_connection() -> None:
+    detected = Detecting(supervised=False)
+    detected.detector.lost(1, "closed by the other side")
+    detected.now += END_WAIT_S / 2
+    detected.detector.tick()
+    assert detected.events == []
+    detected.detector.ended(WorkerExit(1, -9))
+    detected.pass_deadlines()
+    (verdict,) = detected.events
+    assert isinstance(verdict, Verdict)
+    assert (verdict.diagnosis.cause.rank, verdict.diagnosis.cause.kind) == (1, OutcomeKind.SIGNAL)
+
+
+def test_an_unsupervised_process_may_fail_once_its_world_was_closed() -> None:
+    detected = Detecting(supervised=False)
+    detected.detector.said_goodbye(1)
+    detected.detector.ended(WorkerExit(1, 3))
+    detected.pass_deadlines()
+    assert detected.events == []
+
+
+def test_an_unsupervised_process_that_left_its_world_open_is_named() -> None:
+    detected = Detecting(supervised=False)
+    detected.detector.said_goodbye(1, closed=False)
+    detected.detector.ended(WorkerExit(1, 3))
+    detected.pass_deadlines()
+    (verdict,) = detected.events
+    assert isinstance(verdict, Verdict)
+    assert (verdict.diagnosis.cause.rank, verdict.diagnosis.cause.what) == (1, "exit code 3")
 
 
 def test_an_unsupervised_node_may_go_after_its_worlds_closed() -> None:

@@ -168,6 +168,63 @@ def test_two_nodes_leave_together(capfd):
     assert capfd.readouterr().err.count("rank 1 of 2 failed first") == 1
 
 
+ENDS = {
+    "kill": "killed by SIGKILL",
+    "segfault": "killed by SIGSEGV",
+    "abort": "killed by SIGABRT",
+    "exit": "exit code 3",
+}
+
+
+@contextlib.contextmanager
+def one_rank_a_node(key: str, *actions: str) -> Iterator[tuple[list[RankProcess], list[Sidecar]]]:
+    """Ranks that are each alone on their node. A node's service goes with its rank, which held its lifeline."""
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(sidecar(len(actions), key, nodes=len(actions)))
+        services, ranks = [head], []
+        for rank in range(1, len(actions)):
+            given = {"upstream": head.address, "node_rank": rank, "ranks": [rank]}
+            services.append(stack.enter_context(sidecar(len(actions), key, **given)))
+        for rank, (service, action) in enumerate(zip(services, actions, strict=True)):
+            ranks.append(RankProcess(service.address, rank, len(actions), action, key=key, node=rank))
+            stack.callback(ranks[-1].end)
+        yield ranks, services
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(end, rank, capfd):
+    actions = ["wait", "wait"]
+    actions[rank] = end
+    with one_rank_a_node(new_key(), *actions) as (ranks, services):
+        assert ranks[1].process.stdout.readline() == "welcome\n"
+        services[1].release()
+        wait_for(lambda: ended(ranks))
+    said = capfd.readouterr().err
+    assert f"rank {rank} of 2 failed first\n  {ENDS[end]}" in said
+    assert "node" not in said.partition("failed first")[0]
+    assert "wrote nothing" not in said  # nobody read what it wrote
+
+
+def test_a_node_that_is_lost_with_its_rank_is_called_that(capfd):
+    with one_rank_a_node(new_key(), "wait", "wait") as (ranks, services):
+        for rank in ranks:
+            assert rank.process.stdout.readline() == "welcome\n"
+        os.kill(services[1].pid, signal.SIGKILL)
+        wait_for(lambda: ended(ranks[:1]))
+    assert "a node of its 2 ranks was lost\n  was lost with node 1" in capfd.readouterr().err
+
+
+def test_what_a_process_does_after_its_world_was_closed_is_no_failure(capfd):
+    key = new_key()
+    with sidecar(2, key) as service, rank_processes(service.address, ("close",), ("wait",), key=key) as ranks:
+        close(ranks[:1])
+        wait_for(lambda: ended(ranks[:1]))
+        ranks[1].process.send_signal(signal.SIGKILL)
+        wait_for(lambda: ended(ranks))
+    assert "rank 1 of 2 failed first\n  killed by SIGKILL" in capfd.readouterr().err
+
+
 def test_only_the_process_that_holds_a_ranks_connection_is_killed():
     """Ranks that do not leave are killed; a pid that somebody only says is its own is not."""
     key, host = new_key(), socket.gethostname()

@@ -47,3 +47,36 @@ def test_a_task_that_raises_is_the_cause_and_all_tasks_of_all_nodes_end(cluster:
     assert "rank 3 of 4" in report
     assert "ValueError: the true cause" in report
     assert "iteration 5" in report
+
+
+ENDS = {
+    "kill": ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+    "segfault": ("ctypes.string_at(0)", "killed by SIGSEGV"),
+    "abort": ("os.abort()", "killed by SIGABRT"),
+    "exit": ("sys.exit(3)", "SystemExit: 3"),
+    "os_exit": ("os._exit(3)", "exit code 3"),
+}
+BY_NIGHT = [(end, rank) for end in ENDS for rank in (0, 1) if (end, rank) != ("kill", 1)]
+
+
+@pytest.mark.parametrize(
+    ("end", "rank"), [("kill", 1), *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT)]
+)
+def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(
+    end: str, rank: int, cluster: Cluster, tmp_path: Path
+) -> None:
+    code, what = ENDS[end]
+    script = tmp_path / "train.py"
+    script.write_text(f"import ctypes, os, sys\n{SCRIPT}".replace('raise ValueError("the true cause")', code))
+    script.write_text(script.read_text().replace("world.rank == 3", f"world.rank == {rank}"))
+    done = cluster.srun(
+        *("-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"),
+        sys.executable,
+        str(script),
+        env={"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+        timeout=110,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("allstep: run ") == 1, done.stderr
+    report = done.stderr[done.stderr.index("allstep: run ") :]
+    assert f"rank {rank} of 2 failed first\n  {what}" in report

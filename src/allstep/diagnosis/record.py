@@ -11,6 +11,7 @@ It is forgotten when the rank is known to go on.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from allstep.protocol.messages import Failure, Heartbeat
 from allstep.protocol.registration import RankRegistration
@@ -23,6 +24,19 @@ class Moment:
 
     order: int
     at: float
+
+
+class ProcessActivity(StrEnum):
+    """What the process of a rank that sends no heartbeat does, as its node's service reads it from the kernel.
+
+    BUSY: it uses a processor or waits for a device. ASLEEP: it does neither, and is not stopped. STOPPED: as by
+    SIGSTOP. TRACED: a debugger holds it.
+    """
+
+    BUSY = "busy"
+    ASLEEP = "asleep"
+    STOPPED = "stopped"
+    TRACED = "traced"
 
 
 @dataclass(slots=True)

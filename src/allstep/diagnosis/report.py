@@ -52,7 +52,7 @@ def failure_text(
     Args:
         case: what happened.
         name: the run's name.
-        tails: the last text of ranks' output, where the caller has it; else what came with their ends.
+        tails: the last text of ranks' output, where the caller reads it; else what came with their ends is shown.
         logs: where each rank's whole output is.
     """
     cause = diagnosis.cause
@@ -64,7 +64,7 @@ def failure_text(
     last = _output(cause, tails)
     if last:
         lines += ["  its last lines of output:", *(f"    {line}".rstrip() for line in last)]
-    elif cause.kind in (OutcomeKind.SIGNAL, OutcomeKind.EXIT) and not cause.traceback:
+    elif tails is not None and cause.kind in (OutcomeKind.SIGNAL, OutcomeKind.EXIT) and not cause.traceback:
         lines.append("  it wrote nothing to standard error")
     if logs and cause.rank in logs:
         lines.append(f"  its whole output: {logs[cause.rank]}")

@@ -35,6 +35,9 @@ DERIVED_WAIT_S = 5.0
 EXIT_WAIT_S = 2.0
 """Seconds after which a closed connection counts, where the end of its process was expected and did not come."""
 
+END_WAIT_S = 0.2
+"""The same without a supervisor: the node's service tells the end of a process that it can see at once, if at all."""
+
 PREEMPTION_WAIT_S = 600.0
 """Seconds that the others have to be preempted too, once one rank was, unless they are seen to go on training."""
 
@@ -118,11 +121,13 @@ def _trains_after(record: RankRecord, at: float) -> bool:
 
 def _window(kind: OutcomeKind, supervised: bool) -> float:
     """Seconds after an end within which a cause may come that is closer to the truth."""
-    if kind is not OutcomeKind.LOST:
-        return CAUSE_WINDOW_S
-    # Without a supervisor nothing that comes later says more than a connection that closed, and the launcher is about
-    # to end the ranks that could print the report.
-    return EXIT_WAIT_S + CAUSE_WINDOW_S if supervised else 0.0
+    if supervised:
+        return CAUSE_WINDOW_S + (EXIT_WAIT_S if kind is OutcomeKind.LOST else 0.0)
+    # Without a supervisor nothing that comes later says more than the end of a process, and the launcher is about to
+    # end the ranks that could print the report, or this very service.
+    if kind in (OutcomeKind.SIGNAL, OutcomeKind.EXIT):
+        return 0.0
+    return END_WAIT_S if kind is OutcomeKind.LOST else CAUSE_WINDOW_S
 
 
 def judge(
@@ -236,8 +241,10 @@ _FAR = {
 def _distance(each: RankOutcome) -> tuple[int, int, int]:
     """How far from the cause an end of this kind usually is, then the order in which it was heard of."""
     if each.kind is OutcomeKind.SIGNAL:
-        # A crash explains anything. A signal that asks to leave may have come from who cleans up.
-        far = 1 if each.status - 128 in _POLITE else 0
+        # A crash explains anything. A signal that asks to leave may have come from who cleans up, and an abort from a
+        # library that lost a peer, where no last words tell.
+        number = each.status - 128
+        far = 1 if number in _POLITE or (number == signal.SIGABRT and not each.output) else 0
     elif each.kind in CAUSES:
         far = _FAR.get(each.kind, 1)
     else:

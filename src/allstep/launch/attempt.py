@@ -32,10 +32,10 @@ from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
 from allstep.launch.event_loop import FORWARDED_SIGNALS, STOP_SIGNALS, EventLoop
 from allstep.launch.folder import AttemptFolder
-from allstep.launch.memory import MemoryWatch
 from allstep.launch.output import RankOutput, RankStreams, Terminal
 from allstep.launch.worker_plan import WorkerPlan
 from allstep.launch.workers import Workers
+from allstep.monitor.memory import MemoryWatch
 from allstep.monitor.service import AllEnded, MonitorEvent, Service, StragglerSeen, Verdict
 from allstep.protocol.messages import Finish, Leave
 from allstep.protocol.registration import spans

@@ -123,21 +123,30 @@ class FailureDetector:
         if record.note_lost(why, self._moment()):
             self._look_soon()
 
+    def is_lost(self, rank: int) -> bool:
+        """Whether a rank's connection closed without a goodbye, and nothing is known of its process."""
+        record = self.records.get(rank)
+        return record is not None and record.lost is not None and record.end is None
+
     def node_lost(self, ranks: Collection[int], why: str) -> None:
         """A node is gone, with those of its ranks that had not ended.
 
-        A rank that had closed its World is gone with it too where the end of its process was to be reported.
+        A rank that had closed its World is gone with it too where the end of its process was to be reported. Without a
+        supervisor a node's service ends with the last of its ranks: a rank that was gone before is no loss of the node.
         """
         moment = self._moment()
         for rank in ranks:
             record = self.records.get(rank)
-            if record is not None and not record.end and not (record.goodbye and not self._supervised):
+            if record is not None and not record.end and (self._supervised or not (record.goodbye or record.lost)):
                 record.lost, record.node_lost, record.lost_why = record.lost or moment, True, why
         self._look_soon()
 
     def ended(self, end: WorkerExit) -> None:
-        """A worker's process ended."""
-        if self.records[end.rank].note_end(end, self._moment()):
+        """A worker's process ended. Without a supervisor that counts from its World's start to its close."""
+        record = self.records[end.rank]
+        if not self._supervised and (record.registration is None or (record.goodbye and not record.left_open)):
+            return
+        if record.note_end(end, self._moment()):
             self._look_soon()
             # With all ends known nothing more will come, so there is nothing to wait for.
             if all(each.end is not None for each in self.records.values()):

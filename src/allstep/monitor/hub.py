@@ -18,7 +18,7 @@ from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.admission import Admission
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.failure_detector import FailureDetector
-from allstep.monitor.service import MonitorEvent, MonitorSettings
+from allstep.monitor.service import ConnectionLost, MonitorEvent, MonitorSettings
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     AskStacks,
@@ -89,6 +89,7 @@ class Hub:
         )
         self._links = NodeLinks(world_size, limits.link, self._clock)
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
+        self._introduced = settings.introduced
         self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
         self._finished = False
@@ -226,6 +227,8 @@ class Hub:
         match happening:
             case PeerConnected(peer, RankHello() as hello):
                 peer.rank = hello.registration.rank
+                if self._introduced is not None:
+                    self._introduced(hello.registration, peer.connection)
                 self._arrive(hello, peer)
             case PeerConnected(peer, NodeHello() as hello):
                 if objection := self._links.objection(hello):
@@ -240,6 +243,8 @@ class Hub:
                 self._lose_relay(peer, why)
             case PeerGone(peer, why):
                 self._admission.close_peer(peer, why)
+                if peer.rank is not None and self._detector.is_lost(peer.rank):
+                    self._events.append(ConnectionLost(peer.rank))
 
     def _arrive(self, hello: RankHello, peer: Peer) -> None:
         if self._order is not None:

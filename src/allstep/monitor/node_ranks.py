@@ -143,16 +143,18 @@ class NodeRanks:
                 record.note_goodbye(self.moment(), closed=message.closed)
         self._send_line(line + b"\n", not isinstance(message, Heartbeat))
 
-    def gone(self, peer: Peer, why: str) -> None:
-        """A rank's connection is over."""
+    def gone(self, peer: Peer, why: str) -> int | None:
+        """A rank's connection is over; return which rank's, where it had said no goodbye."""
         if peer in self._waiting:
             self._waiting.remove(peer)
         rank = peer.rank
         if rank is None or self._peers.get(rank) is not peer:
-            return
+            return None
         del self._peers[rank]
-        if self.records[rank].note_lost(why, self.moment()):
-            self._send_up(RankLost(rank, why))
+        if not self.records[rank].note_lost(why, self.moment()):
+            return None
+        self._send_up(RankLost(rank, why))
+        return rank
 
     def ended(self, end: WorkerExit) -> None:
         """A worker of this node ended."""

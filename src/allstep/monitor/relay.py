@@ -22,7 +22,13 @@ from allstep.errors import ChannelError
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.node_ranks import NodeRanks
-from allstep.monitor.service import AllArrived, MonitorEvent, MonitorSettings, Verdict
+from allstep.monitor.service import (
+    AllArrived,
+    ConnectionLost,
+    MonitorEvent,
+    MonitorSettings,
+    Verdict,
+)
 from allstep.monitor.uplink import Uplink
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
@@ -212,13 +218,16 @@ class Relay:
     def _act(self, happening: Happening) -> None:
         match happening:
             case PeerConnected(peer, RankHello() as hello, line):
+                if self._settings.introduced is not None:
+                    self._settings.introduced(hello.registration, peer.connection)
                 self._ranks.arrive(peer, hello, line)
             case PeerConnected(peer):
                 self._server.refuse(peer, "this is a relay, and takes no other relays")
             case PeerMessage(peer, message, line):
                 self._ranks.received(peer, message, line)
             case PeerGone(peer, why):
-                self._ranks.gone(peer, why)
+                if (rank := self._ranks.gone(peer, why)) is not None:
+                    self._events.append(ConnectionLost(rank))
 
     def _handle(self) -> None:
         """Act on what came from the head and from the ranks."""

@@ -10,7 +10,7 @@ Only the driver gives orders to leave. Drivers are an attempt of the launcher, a
 from __future__ import annotations
 
 import selectors
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -31,8 +31,11 @@ class MonitorSettings:
         attempt: the present start's number.
         world_size: how many ranks the whole world has.
         limits: how long sections, and links between nodes, may be silent.
-        supervised: the driver calls `worker_ended` for every rank of its node, so that a closed connection is not yet
-            an end; false where a closed connection is the only news there will be.
+        supervised: the driver started the ranks of its node, and calls `worker_ended` for every one, so that a closed
+            connection is not yet an end. Where it is false the driver calls it if it can, at once, and only a rank's
+            connection is sure to tell that it is gone.
+        introduced: called with each rank that introduces itself to this very service, and its connection, before it is
+            answered: from then on it may end at any time.
     """
 
     key: str
@@ -40,6 +43,7 @@ class MonitorSettings:
     world_size: int
     limits: HangLimits = field(default_factory=HangLimits)
     supervised: bool = True
+    introduced: Callable[[RankRegistration, Connection], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +67,21 @@ class StragglerSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionLost:
+    """A rank of this very service let go of its connection without a goodbye: most likely its process ends.
+
+    A driver that can see how a process ends calls `worker_ended` in the same turn.
+    """
+
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
 class AllEnded:
     """The end of every worker is known. A verdict, if there is one, came before."""
 
 
-MonitorEvent = AllArrived | Verdict | StragglerSeen | AllEnded | Leave | Finish
+MonitorEvent = AllArrived | Verdict | StragglerSeen | ConnectionLost | AllEnded | Leave | Finish
 """What `Service.take` gives. `Leave` and `Finish` come at a relay, as the head sent them: the ranks were
 ordered to leave, and were told, so that the driver kills those that do not; the attempt is over.
 """

@@ -1,9 +1,12 @@
 """The sidecar's own process: run by path as `python -I -S sidecar_process.py LIFELINE ANSWER [STDERR]`; see `sidecar`.
 
 The arguments are file descriptors. Its setup comes as a line on the lifeline. Its port, or why it cannot serve, goes to
-the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to judge, or
-until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the ranks
-have.
+the answer. It serves until the lifeline has closed, no rank is connected any more and nothing is left to judge or to
+tell, or until `_END_S` after a verdict. It ignores the signals that a scheduler sends to a whole job: it ends when the
+ranks have.
+
+It holds a `ProcessWitness` of each rank of its node. The moment that one's connection is gone it tells how the process
+ends, or as soon as it has ended: a scheduler may end everything on the node a few milliseconds later.
 
 STDERR is the standard error of the rank that started it. The report is written there, since a launcher may end all
 ranks within a tenth of a second. Where there is none, a rank writes it.
@@ -33,22 +36,28 @@ from allstep.diagnosis.report import failure_json, failure_text, straggler_line
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.hub import Hub
-from allstep.monitor.peer_process import holds_other_end
+from allstep.monitor.memory import MemoryWatch
+from allstep.monitor.process_witness import ProcessWitness
 from allstep.monitor.relay import Relay
 from allstep.monitor.report_output import write_bounded, write_report
-from allstep.monitor.service import AllArrived, MonitorSettings, Service, StragglerSeen, Verdict
+from allstep.monitor.service import ConnectionLost, MonitorSettings, Service, StragglerSeen, Verdict
 from allstep.monitor.sidecar import SidecarSetup
 from allstep.protocol.address import listen, split_address
-from allstep.protocol.connection import is_ready
+from allstep.protocol.connection import Connection
 from allstep.protocol.descriptors import raise_descriptor_limit
 from allstep.protocol.masking import mask, mask_all
 from allstep.protocol.messages import Finish, Leave
+from allstep.protocol.registration import RankRegistration
+from allstep.protocol.worker_exit import WorkerExit
 
 LEAVE_S = 1.0
 """Seconds that a rank has to leave on order, before it is killed."""
 
 CLEAN_UP_S = 5.0
 """Seconds that a rank has to end that is on its way out with an exception of its own."""
+
+ENDING_S = 2.0
+"""Seconds that a process has to end once its rank's connection is gone, while that is all that is waited for."""
 
 _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
 
@@ -63,15 +72,17 @@ class SidecarLoop:
         self._lifeline_open = True
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
+        self._processes: dict[int, ProcessWitness] = {}  # of each rank of this node
         self._service = self._open_service(listener)
-        self._processes: dict[int, int] = {}  # pidfd of each rank of this node
+        self._ending: dict[int, float] = {}  # ranks whose process is about to end, and until when that is waited for
+        self._memory = MemoryWatch()
         self._kill: list[tuple[float, frozenset[int]]] = []
         self._end_at: float | None = None
         self._code = 0
 
     def _open_service(self, listener: socket.socket) -> Service:
         setup, limits = self._setup, HangLimits.parse(self._setup.limits)
-        settings = MonitorSettings(setup.key, setup.attempt, setup.world_size, limits, supervised=False)
+        settings = MonitorSettings(setup.key, setup.attempt, setup.world_size, limits, False, self._hold)
         if setup.upstream:
             head = split_address(setup.upstream)
             return Relay(
@@ -86,13 +97,19 @@ class SidecarLoop:
         """Serve until no rank needs it."""
         while not self.is_over():
             now = time.monotonic()
-            times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill)]
+            times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill), *self._ending.values()]
             until = min(at for at in times if at is not None)
+            ended = []
             for key, _ in self._selector.select(max(0.0, until - now)):
                 if key.data == "lifeline":
                     self.read_lifeline()
+                elif isinstance(key.data, int):  # a rank, whose process has ended
+                    ended.append(key.data)
                 else:
                     self._service.ready(key)
+            for rank in ended:  # behind what the process itself said last
+                self._leave_unwatched(self._processes[rank])
+                self._take_end(rank)
             if time.monotonic() >= self._service.deadline():
                 self._service.tick()
             self._act()
@@ -104,6 +121,8 @@ class SidecarLoop:
         """Let go of all sockets."""
         with contextlib.suppress(OSError):  # whatever goes wrong now, the process ends
             self._service.close()
+        for rank in list(self._processes):
+            self._let_go(rank)
         self._selector.close()
 
     def is_over(self) -> bool:
@@ -113,8 +132,10 @@ class SidecarLoop:
             return False
         if self._end_at is not None and time.monotonic() >= self._end_at:
             return True
-        needed = self._kill or self._service.undecided or self._service.connected or self._service.backlog
-        return not needed
+        now = time.monotonic()
+        self._ending = {rank: until for rank, until in self._ending.items() if until > now}
+        service = self._service
+        return not (self._kill or self._ending or service.undecided or service.connected or service.backlog)
 
     def read_lifeline(self) -> None:
         """Notice that the starter has released the sidecar, or is gone."""
@@ -125,8 +146,9 @@ class SidecarLoop:
     def _act(self) -> None:
         for event in self._service.take():
             match event:
-                case AllArrived():
-                    self._hold_processes()
+                case ConnectionLost(rank) if rank in self._processes:
+                    self._ending[rank] = time.monotonic() + ENDING_S
+                    self._take_end(rank)
                 case Verdict(diagnosis):
                     self._conclude(diagnosis)
                 case StragglerSeen(rank, ratio):
@@ -137,27 +159,40 @@ class SidecarLoop:
                 case Finish(_, code):
                     self._expect_end(code, frozenset())
 
-    def _hold_processes(self) -> None:
-        """Hold on to each rank's process of this node, so that a later SIGKILL hits no other process.
+    def _hold(self, registration: RankRegistration, connection: Connection) -> None:
+        """Hold on to a rank's process, so that its end is known, and a later SIGKILL hits no other process.
 
         A rank says itself which process it is. It is believed where the kernel says that this process holds its
-        connection: else whoever speaks for a rank could have any process of this user killed.
+        connection. A second process that says it is the same rank is left to who admits ranks.
         """
-        for fd in self._processes.values():
-            os.close(fd)
-        self._processes.clear()
+        rank, held = registration.rank, self._processes.get(registration.rank)
         here = self._setup.node_rank, socket.gethostname()
-        for rank, registration in self._service.registrations().items():
-            connection = self._service.connection(rank)
-            if (registration.node_rank, registration.host) != here or connection is None:
-                continue
-            with contextlib.suppress(OSError, AttributeError):
-                descriptor = os.pidfd_open(registration.pid)
-                # Asked when the process is held: its number cannot become another's in between.
-                if holds_other_end(registration.pid, connection.sock):
-                    self._processes[rank] = descriptor
-                else:
-                    os.close(descriptor)
+        if (registration.node_rank, registration.host) != here or (held is not None and not held.has_ended):
+            return
+        witness = ProcessWitness.of_peer(registration.pid, connection.sock)
+        if witness is not None:
+            self._let_go(rank)
+            self._processes[rank] = witness
+            self._selector.register(witness, selectors.EVENT_READ, rank)
+
+    def _let_go(self, rank: int) -> None:
+        witness = self._processes.pop(rank, None)
+        if witness is not None:
+            self._leave_unwatched(witness)
+            witness.close()
+
+    def _leave_unwatched(self, witness: ProcessWitness) -> None:
+        with contextlib.suppress(KeyError):  # it has ended, and that was seen
+            self._selector.unregister(witness)
+
+    def _take_end(self, rank: int) -> None:
+        """Tell how a rank's process ended, if that is known."""
+        witness = self._processes[rank]
+        code = witness.returncode()
+        if code is not None:
+            self._service.worker_ended(WorkerExit(rank, code, note=self._memory.note(code, "")))
+        if code is not None or witness.has_ended:
+            self._ending.pop(rank, None)
 
     def _conclude(self, diagnosis: Diagnosis) -> None:
         cause = diagnosis.cause
@@ -199,14 +234,13 @@ class SidecarLoop:
     def _kill_late(self) -> None:
         now = time.monotonic()
         for at, ranks in list(self._kill):
-            left = [rank for rank in ranks if rank in self._processes and not is_ready(self._processes[rank])]
+            left = [rank for rank in ranks if rank in self._processes and not self._processes[rank].has_ended]
             if not left:
                 self._kill.remove((at, ranks))
             elif now >= at:
                 self._kill.remove((at, ranks))
                 for rank in left:
-                    with contextlib.suppress(OSError):
-                        signal.pidfd_send_signal(self._processes[rank], signal.SIGKILL)
+                    self._processes[rank].kill()
 
 
 def main(lifeline: int, answer: int, stderr: int | None = None) -> None:

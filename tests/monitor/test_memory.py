@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.memory import MemoryWatch, counters, kills_for_memory
+from allstep.monitor.memory import MemoryWatch, counters, kills_for_memory
 
 KILLED = -signal.SIGKILL
 
