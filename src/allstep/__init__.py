@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from allstep.handlers import EMA as EMA
     from allstep.handlers import SWA as SWA
     from allstep.handlers import EarlyStopping as EarlyStopping
+    from allstep.handlers import GradientClipping as GradientClipping
     from allstep.handlers import Preemption as Preemption
     from allstep.handlers import Schedule as Schedule
     from allstep.handlers import StopOnSignal as StopOnSignal
@@ -51,6 +52,7 @@ _HOMES = {
     "Engine": "allstep.engine",
     "Events": "allstep.engine",
     "Gather": "allstep.outputs",
+    "GradientClipping": "allstep.handlers",
     "Max": "allstep.metrics",
     "Mean": "allstep.metrics",
     "Metrics": "allstep.metrics",

@@ -6,9 +6,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from allstep import EMA, Schedule
 from allstep.engine import Engine, Events
-from allstep.errors import ParallelError
+from allstep.errors import ArgumentError, ParallelError
 from allstep.trainers import create_supervised_evaluator, create_supervised_trainer
+from tests.docs.pages import DOCS, blocks
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -219,3 +221,112 @@ def test_both_are_engines() -> None:
     model, optimizer = model_and_optimizer()
     assert type(create_supervised_trainer(model, optimizer, functional.cross_entropy)) is Engine
     assert type(create_supervised_evaluator(model)) is Engine
+
+
+def test_clipping_a_schedule_and_an_average_are_options() -> None:
+    data = batches(5, 5, 3, 4)
+    model, optimizer = model_and_optimizer()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    for x, y in data:
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        scheduler.step()
+        averaged.update_parameters(model)
+    other, other_optimizer = model_and_optimizer()
+    ema = EMA(other, 0.9)
+    trainer = create_supervised_trainer(
+        other,
+        other_optimizer,
+        functional.cross_entropy,
+        clip_norm=0.1,
+        scheduler=torch.optim.lr_scheduler.ExponentialLR(other_optimizer, 0.5),
+        ema=ema,
+    )
+    trainer.run(data)
+    assert_same_bits(model, other)
+    assert_same_bits(averaged, ema)
+    assert other_optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.1 * 0.5**4
+
+
+def test_a_schedule_that_was_made_is_attached_as_it_is() -> None:
+    model, optimizer = model_and_optimizer()
+    schedule = Schedule(lambda step: 0.5**step, optimizer, warm_up=1)
+    create_supervised_trainer(model, optimizer, functional.cross_entropy, scheduler=schedule).run(batches(2, 2))
+    assert schedule.rates == [0.05]
+
+
+def test_gradients_values_may_be_clipped() -> None:
+    model, optimizer = model_and_optimizer()
+    before = parameters(model)
+    create_supervised_trainer(model, optimizer, functional.cross_entropy, clip_value=1e-3).run(batches(5))
+    for now, then in zip(parameters(model), before, strict=True):
+        assert float((now - then).abs().max()) <= 1.01e-4  # a rate of 0.1
+
+
+def two_losses(y_pred: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"entropy": functional.cross_entropy(y_pred, y), "size": y_pred.square().mean()}
+
+
+def test_of_losses_by_name_the_sum_is_trained_and_all_are_shown() -> None:
+    data = batches(5, 3)
+    model, optimizer = model_and_optimizer()
+    trainer = create_supervised_trainer(model, optimizer, two_losses)
+    shown = trainer.run(data).output
+    other, other_optimizer = model_and_optimizer()
+    create_supervised_trainer(other, other_optimizer, lambda p, y: sum(two_losses(p, y).values())).run(data)
+    assert_same_bits(model, other)
+    assert list(shown) == ["entropy", "size", "loss"]
+    assert not any(each.requires_grad for each in shown.values())
+    assert torch.equal(shown["loss"], shown["entropy"] + shown["size"])
+
+
+@pytest.mark.parametrize("names", [[], ["loss", "size"]])
+def test_losses_without_a_name_of_their_own_are_refused(names: list[str]) -> None:
+    model, optimizer = model_and_optimizer()
+    trainer = create_supervised_trainer(model, optimizer, lambda p, y: {name: p.mean() for name in names})
+    with pytest.raises(ArgumentError, match="other than 'loss'"):
+        trainer.run(batches(2))
+
+
+def test_what_the_trainer_was_given_is_saved_with_it() -> None:
+    model, optimizer = model_and_optimizer()
+    ema = EMA(model)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    trainer = create_supervised_trainer(
+        model, optimizer, functional.cross_entropy, precision="fp16", scheduler=scheduler, ema=ema
+    )
+    assert list(trainer.extension.states) == ["model", "optimizer", "scaler", "Schedule", "EMA"]
+    assert trainer.extension.states["model"] is model
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"clip_norm": 1.0, "clip_value": 1.0}, ValueError, "give one"),
+        ({"scheduler": 3}, TypeError, "scheduler is 3"),
+        ({"ema": 0.9}, TypeError, "ema is 0.9"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_named(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        create_supervised_trainer(*model_and_optimizer(), functional.cross_entropy, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_compiled_model_trains_and_evaluates_as_it_does_without() -> None:
+    data = batches(5, 5)
+    how = {"backend": "eager"}
+    plain, model = train(data), train(data, compile=how)
+    assert_same_bits(plain, model)
+    compiled = create_supervised_evaluator(model, compile=how).run(data).output[0]
+    assert torch.equal(compiled, create_supervised_evaluator(plain).run(data).output[0])
+
+
+def test_a_typical_script_with_all_of_it_has_twenty_lines() -> None:
+    script = next(block for block in blocks(DOCS / "howto" / "recipes.md") if block.is_script)
+    assert "create_supervised_trainer(model, optimizer" in script.text
+    assert len([line for line in script.text.splitlines() if line.strip()]) <= 20

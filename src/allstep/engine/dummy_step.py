@@ -1,11 +1,11 @@
 """The step as the loop calls it: counted where somebody weighs by samples, and without a trace where it runs a filler.
 
-Contract: where ranks agree, the loop calls what `agreed_step` makes of the user's step. In an iteration that is not
-this rank's own (`state.active` is False) the step runs on a filler batch, because the other ranks' collectives, in
-backward, in forward and in the step itself, wait for this rank's. So does one whose batch has no samples. Then the
-gradients that reach the parameters of wrapped modules are zero, whatever the filler's loss was, non-finite included.
-Their buffers are afterwards as they were before, or as DDP made them rank 0's. Inside an accumulation group gradients
-are added up and not reduced.
+Contract: the loop calls what `prepared_step` makes of the user's step. Where ranks agree, that is an `agreed_step`. In
+an iteration that is not this rank's own (`state.active` is False) the step runs on a filler batch, because the other
+ranks' collectives, in backward, in forward and in the step itself, wait for this rank's. So does one whose batch has
+no samples. Then the gradients that reach the parameters of wrapped modules are zero, whatever the filler's loss was,
+non-finite included. Their buffers are afterwards as they were before, or as DDP made them rank 0's. Inside an
+accumulation group gradients are added up and not reduced.
 
 Where nobody votes, `counted_step` counts each batch before the step, which may change the batch, has it.
 """
@@ -20,7 +20,17 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from allstep.engine.autocast_step import step_in_precision
 from allstep.engine.run import Run
+
+
+def prepared_step(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The step as the loop calls it, with what the settings, agreement and whoever counts samples ask of it."""
+    if run.settings.precision != "no":
+        step = step_in_precision(step, run.settings.precision, run.modules)
+    if run.handshake is not None:
+        return agreed_step(run, step, run.modules)
+    return counted_step(run, step) if run.counts_samples else step
 
 
 def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Module]) -> Callable[[Any], Any]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from allstep.coordination import OUTCOMES, Alone, Coordinator, Outcome, RequestKind, Uneven
 from allstep.engine import control, resume
-from allstep.engine.dummy_step import agreed_step, counted_step
+from allstep.engine.dummy_step import prepared_step
 from allstep.engine.events import AnyEvent, EventEnum
 from allstep.engine.extension import Extension
 from allstep.engine.handshake import shake_hands
@@ -45,6 +45,7 @@ from allstep.engine.skipping import skip_of
 from allstep.engine.source import END
 from allstep.engine.state import State
 from allstep.errors import ArgumentTypeError, EngineError
+from allstep.parallel import Precision
 from allstep.world import World, internals
 
 H = TypeVar("H", bound=Callable[..., Any])
@@ -68,6 +69,8 @@ class Engine:
             at weight zero, so that collectives in the step match, or "skip" the step; events are fired in both.
         resumes: whether `run` goes on in a run that an exception or `terminate` left. By default it does, but for a run
             of one epoch, or of `max_iters`, inside another engine's: an evaluation is done whole or anew.
+        precision: of the forward passes in the step of wrapped modules and of `modules`: "no", "fp16" or "bf16", in
+            autocast. They give on float32. With "fp16" the step is to scale its loss.
         name: what this engine is called when ranks compare what they run; by default the step's name.
 
     Attributes:
@@ -89,11 +92,12 @@ class Engine:
         uneven: Uneven = "shortest",
         idle: Literal["filler", "skip"] = "filler",
         resumes: bool | None = None,
+        precision: Precision = "no",
         name: str | None = None,
     ) -> None:
         check_step(process_function)
         name = name or str(getattr(process_function, "__qualname__", type(process_function).__qualname__))
-        self._run = Run(StepSettings(name, accumulate, samples_in, uneven, idle, resumes))
+        self._run = Run(StepSettings(name, accumulate, samples_in, uneven, idle, resumes, precision))
         self._overrides_firing = type(self)._fire_event is not Engine._fire_event
         self._registry = Registry(self._run.state, pinned=self._overrides_firing)
         self._passes: Passes | None = None
@@ -437,14 +441,9 @@ class Engine:
         run.data_state = END
 
         # The loop calls both without naming the engine: a step and a handler are given it as their first argument.
-        step: Callable[[Any], Any] = MethodType(self.process_function, self)
+        step = with_faults(run, prepared_step(run, MethodType(self.process_function, self)))
         fire: Callable[..., None] = self._fire_event if self._overrides_firing else partial(self._registry.fire, self)
         finish: Callable[..., None] = partial(self._registry.finish, self)
-        if run.handshake is not None:
-            step = agreed_step(run, step, run.modules)
-        elif run.counts_samples:
-            step = counted_step(run, step)
-        step = with_faults(run, step)
         if monitor is not None:
             step, fire, finish = monitor.step(step), monitor.fire(fire), monitor.fire(finish)
         iterate = iter if monitor is None else monitor.iterate

@@ -20,7 +20,7 @@ from allstep.data.compositions import is_one_shot, whole_dataset_of
 from allstep.engine.batch_sizes import declared_counts
 from allstep.engine.position import group_size_over, sampler_of
 from allstep.engine.run import Agreement, Handshake, Run
-from allstep.engine.run_plan import RunArguments, check_accumulation, check_agreement, length_of
+from allstep.engine.run_plan import RunArguments, check_accumulation, check_agreement, check_precision, length_of
 from allstep.errors import DataError, TermsError, UnevenDataError
 
 _DEFAULT_LOOKAHEAD = 4
@@ -81,6 +81,7 @@ def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Ite
     coordinator, settings = run.coordinator, run.settings
     group_size = group_size_over(data, settings.accumulate)
     check_accumulation(run.modules, group_size)
+    check_precision(run.modules, settings.precision)
     is_alone = coordinator.world_size == 1
     if is_alone:
         check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
@@ -117,6 +118,7 @@ def _describe(
         **asdict(arguments),
         "idle": settings.idle,
         "accumulate": group_size,
+        "precision": settings.precision,
         "state.epoch": state.epoch,
         "state.iteration": state.iteration,
         "state.epoch_length": state.epoch_length,

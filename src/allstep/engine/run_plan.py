@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
@@ -18,6 +18,7 @@ from allstep.coordination import POLICIES, Uneven
 from allstep.engine.events import is_count
 from allstep.engine.state import State
 from allstep.errors import ArgumentError, ArgumentTypeError, DataError
+from allstep.parallel import Precision
 
 SamplesIn = Callable[[Any], int]
 """`batch -> int`: how many samples a batch has."""
@@ -33,10 +34,12 @@ class StepSettings:
     uneven: Uneven = "shortest"
     idle: Literal["filler", "skip"] = "filler"
     resumes: bool | None = None
+    precision: Precision = "no"
 
     def __post_init__(self) -> None:
         check_choice("uneven", self.uneven, POLICIES)
         check_choice("idle", self.idle, ("filler", "skip"))
+        check_choice("precision", self.precision, get_args(Precision))
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise ArgumentError(f"accumulate is {self.accumulate!r}; it must be an int of at least 1")
 
@@ -83,6 +86,15 @@ def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:
         raise ArgumentError(
             f"gradients are accumulated over {group_size} iterations, and a module is in DDP with static_graph=True, "
             "which reduces them in every backward pass; wrap it without static_graph, or do not accumulate"
+        )
+
+
+def check_precision(modules: Sequence[nn.Module], precision: Precision) -> None:
+    """Raise ArgumentError when there is no module whose forward passes could be in a precision."""
+    if precision != "no" and not modules:
+        raise ArgumentError(
+            f"precision is {precision!r}, and the engine knows no module whose forward passes it is for; wrap the "
+            "model with world.wrap, or append it to engine.modules"
         )
 
 

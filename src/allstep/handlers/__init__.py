@@ -7,6 +7,7 @@ What lives here: small classes with an `attach` that gives back the handler itse
 
 from allstep.handlers.averaging import EMA, SWA, AveragedWeights
 from allstep.handlers.early_stopping import EarlyStopping
+from allstep.handlers.gradient_clipping import GradientClipping
 from allstep.handlers.preemption import Preemption
 from allstep.handlers.schedule import Schedule
 from allstep.handlers.stop_on_signal import StopOnSignal
@@ -18,6 +19,7 @@ __all__ = [
     "SWA",
     "AveragedWeights",
     "EarlyStopping",
+    "GradientClipping",
     "Preemption",
     "Schedule",
     "StopOnSignal",

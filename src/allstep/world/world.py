@@ -27,12 +27,11 @@ from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import ArgumentError, WorldError
 from allstep.exit_codes import PREEMPTED
 from allstep.faults import RankPosition, strike
-from allstep.parallel import rewrap, unify_buffers, unwrap, wrap_module
+from allstep.parallel import Precision, autocast, rewrap, unify_buffers, unwrap, wrap_module
 from allstep.placement import Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current, early_signals
-from allstep.world.bounded_store import first_then_rest
 from allstep.world.collectives import Collectives, NamedWaits, Number, Op
 from allstep.world.device import choose_transport, seed_device
 from allstep.world.duration import seconds
@@ -43,6 +42,7 @@ from allstep.world.move import to_device
 from allstep.world.numbers import to_numbers
 from allstep.world.process_group import Group
 from allstep.world.seed import seed_generators
+from allstep.world.turns import Turns
 
 T = TypeVar("T")
 
@@ -75,7 +75,6 @@ class World:
         self.seed: int | None = None
         self._group = group
         self._timeout = timeout
-        self._main_first_count = 0
         self._closed = ""  # why it can no longer be used
         activity = RankActivity() if activity is None else activity
         transport = choose_transport(device, group.backend) if group is not None else device
@@ -86,6 +85,7 @@ class World:
         )
         # Waits are named for the monitoring service; without one the search for the calling line is spared.
         self._internals = WorldInternals(coordinator, activity, reporter)
+        self._turns = Turns(placement, group, activity)
         self._collectives = Collectives(self.rank, self.world_size, device, transport)
         self._named_waits = None if group is None or reporter is None else NamedWaits(activity)
 
@@ -163,6 +163,13 @@ class World:
         with self._collective("unify_buffers"):
             if self.world_size > 1:
                 unify_buffers(module)
+
+    def autocast(self, precision: Precision = "bf16") -> AbstractContextManager[object]:
+        """Context for a forward pass and its loss in mixed precision on this rank's device: "bf16", "fp16", or "no".
+
+        Make a new one for each step. Raises ParallelError for any other precision.
+        """
+        return autocast(self.device.type, precision)
 
     def to_device(self, value: T) -> T:
         """Move all tensors of a nested structure to this rank's device; see `allstep.world.to_device`."""
@@ -308,17 +315,7 @@ class World:
         """
         self._check_open("main_first")
         limit = seconds("timeout", timeout)
-        # A key is never used twice, so each call has a number; it is the same on ranks that act alike.
-        self._main_first_count += 1
-        if self._group is None:
-            yield
-            return
-        key = f"main_first/{self._main_first_count}/{self.node_rank if local else 'all'}"
-        first = self.local_rank == 0 if local else self.is_main
-        waits = nullcontext() if first else self._waits("main_first")
-        turn = first_then_rest(self._group.rendezvous.store, key, first=first, timeout=limit, waits=waits)
-        # "idle" has no limit of its own: how long this may take is what `timeout` says.
-        with self._internals.activity.section("idle"), turn:
+        with self._turns.take(local=local, timeout=limit, waits=self._waits("main_first")):
             yield
 
     # The rest of a script
