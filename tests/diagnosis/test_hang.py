@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from allstep.diagnosis.hang import HangLimits, RankProgress, diagnose, longest_stays, overdue, stragglers
+from allstep.diagnosis.record import ProcessActivity
 from allstep.errors import ConfigurationError
 from allstep.protocol.messages import Heartbeat
 
@@ -18,11 +19,48 @@ def at(
     rank: int, seconds: float = 0.0, *, section: str = "step", iteration: int = 7, waits: str = "", **more: Any
 ) -> RankProgress:
     beat = Heartbeat(rank, 0, 1, 1, iteration, section, seconds, waits, more.get("engine", "trainer"))
-    return RankProgress(beat, more.get("age", 0.0), more.get("away", False), "", waits)
+    seen = more.get("activity"), more.get("busy", math.inf)
+    return RankProgress(beat, more.get("age", 0.0), more.get("away", False), "", waits, *seen)
 
 
 def hangs(*ranks: RankProgress) -> bool:
     return overdue(ranks, LIMITS, {})
+
+
+STOPPED, ASLEEP, BUSY, TRACED = (ProcessActivity(each) for each in ("stopped", "asleep", "busy", "traced"))
+
+
+@pytest.mark.parametrize("section", ["startup", "idle", "step"])
+def test_a_silent_rank_that_cannot_be_seen_or_is_stopped_is_frozen(section: str):
+    assert hangs(at(0), at(1, age=6, section=section))
+    assert hangs(at(0), at(1, age=6, section=section, activity=STOPPED, busy=4))
+    assert not hangs(at(0), at(1, age=4, section=section, activity=STOPPED))
+
+
+def test_a_silent_rank_that_is_busy_has_the_limit_of_its_section():
+    assert not hangs(at(0), at(1, age=9999, section="startup", activity=BUSY, busy=1))
+    assert not hangs(at(0), at(1, age=9, activity=BUSY, busy=1))
+    assert hangs(at(0), at(1, age=11, activity=BUSY, busy=1))
+
+
+def test_a_silent_rank_that_sleeps_is_frozen_where_its_section_has_a_limit():
+    assert hangs(at(0), at(1, age=6, activity=ASLEEP))
+    assert not hangs(at(0), at(1, age=9, activity=ASLEEP, busy=4))  # not for long enough
+    assert not hangs(at(0), at(1, age=9999, section="startup", activity=ASLEEP))
+
+
+def test_a_silent_rank_that_sleeps_and_holds_others_up_is_a_hang_in_the_end():
+    waits = at(0, 50, waits="gradients")
+    assert not hangs(waits, at(1, age=60, section="idle", activity=ASLEEP))
+    held = [at(0, 150, waits="gradients"), at(1, age=150, section="idle", activity=ASLEEP)]
+    assert hangs(*held)
+    (why,) = diagnose(held, LIMITS).behind.values()
+    assert "section idle" in why
+    assert "its process sleeps, in a call that holds the interpreter lock" in why
+
+
+def test_a_rank_that_a_debugger_holds_is_not_frozen():
+    assert not hangs(at(0), at(1, age=9, activity=TRACED))
 
 
 def test_progress_is_no_hang():

@@ -50,7 +50,7 @@ def test_where_others_failed_a_short_silence_is_enough_to_suspect_a_rank():
     quiet = record(2, heard=NOW - SUSPECT_S - 0.5)
     found = detector().suspects([record(0, waiting="gradients"), record(1), quiet], age)
     assert found.behind == {
-        2: "no heartbeat for 3.0 s: it is frozen (as by SIGSTOP), or holds the interpreter lock",
+        2: "no heartbeat for 3 s: it is frozen (as by SIGSTOP), or in a call that holds the interpreter lock",
     }
 
 

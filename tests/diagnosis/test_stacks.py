@@ -15,7 +15,7 @@ import torch.distributed.c10d_logger
 from torch import nn
 
 from allstep.diagnosis import torch_private
-from allstep.diagnosis.stacks import main_thread, waits_in
+from allstep.diagnosis.stacks import at_a_prompt, main_thread, waits_in
 from allstep.monitor.own_stacks import own_stacks
 from allstep.testing import run_ranks
 from allstep.world import World
@@ -51,6 +51,24 @@ TORCH = "/venv/lib/python3.11/site-packages/torch"
 )
 def test_whether_a_rank_waits_for_its_peers_shows_in_its_stack(frames, waits):
     assert waits_in(stack(*frames)) == waits
+
+
+@pytest.mark.parametrize(
+    ("frames", "waits"),
+    [
+        (
+            [("/lib/python3.11/cmd.py", "cmdloop"), ("/lib/python3.11/pdb.py", "interaction"), ("train.py", "step")],
+            True,
+        ),
+        ([("/s/IPython/terminal/debugger.py", "cmdloop"), ("train.py", "step")], True),
+        ([("/s/pydevd.py", "_do_wait_suspend"), ("train.py", "step")], True),
+        ([("/lib/python3.11/code.py", "raw_input"), ("/lib/python3.11/code.py", "interact")], True),
+        ([("train.py", "step"), ("/lib/python3.11/pdb.py", "runscript"), ("/lib/python3.11/pdb.py", "main")], False),
+        ([("/work/game.py", "interaction"), ("train.py", "step")], False),
+    ],
+)
+def test_whether_a_rank_waits_for_a_person_shows_in_its_stack(frames, waits):
+    assert at_a_prompt(stack(*frames)) is waits
 
 
 def test_the_main_threads_stack_is_found():

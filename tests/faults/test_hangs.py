@@ -70,6 +70,17 @@ def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_
     assert "_sleep_with_lock" in job.cause["stacks"]
 
 
+@pytest.mark.parametrize("how", ["computes", pytest.param("sleeps", marks=pytest.mark.nightly)])
+@also_under_torchrun_by_night
+def test_a_call_that_holds_the_interpreter_lock_may_last_where_no_limit_is(
+    how: str, tmp_path: Path, launcher: Launcher
+) -> None:
+    env = {"ALLSTEP_LIMITS": "silence=2"}
+    job = rehearse(tmp_path, "holds_the_lock.py", how, "7", launcher=launcher, env=env)
+    assert job.code == 0, job.text
+    assert job.text.count("trained on") == 2
+
+
 @also_under_torchrun_by_night
 def test_row_19_a_frozen_store_holds_up_nobody_longer_than_the_limit(tmp_path: Path, launcher: Launcher) -> None:
     fault = FaultPlan.at(0, 7).freeze()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pdb
 import select
 import signal
 import socket
@@ -83,6 +84,10 @@ def main() -> None:
         elif action == "hold_gil":
             time.sleep(0.2)  # the first beat
             ctypes.PyDLL(None).sleep(600)
+        elif action == "burn":
+            sum(range(10**12))  # one call, in which no other thread runs
+        elif action == "prompt":
+            pdb.Pdb(stdin=sys.stdin, stdout=sys.stdout, nosigint=True).set_trace()
         elif action == "fork":
             if os.fork() == 0:
                 for fd in (1, 2):

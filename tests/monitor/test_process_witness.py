@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import pytest
 
 from allstep.diagnosis.record import ProcessActivity
-from allstep.monitor.process_witness import ProcessWitness
+from allstep.monitor.process_witness import LEAST_S, ProcessWitness
 from tests.jobs.processes import freeze
 from tests.monitor.driving import wait_for
 
@@ -84,9 +84,9 @@ def test_a_process_that_is_stopped_has_not_ended() -> None:
 
 
 def activity(witness: ProcessWitness) -> ProcessActivity | None:
-    """What it does in a tenth of a second."""
+    """What it does from now on."""
     witness.activity(time.monotonic())
-    time.sleep(0.1)  # the time that is looked at
+    time.sleep(LEAST_S)  # the time that is looked at
     return witness.activity(time.monotonic())
 
 
@@ -96,6 +96,7 @@ def test_one_that_computes_is_told_from_one_that_sleeps() -> None:
         wait_for(lambda: activity(witness) is ProcessActivity.ASLEEP)
         go_on(process)
         wait_for(lambda: activity(witness) is ProcessActivity.BUSY)
+        assert witness.activity(time.monotonic()) is ProcessActivity.BUSY  # too soon to tell anew
 
 
 def test_one_that_a_debugger_holds_is_traced() -> None:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +114,51 @@ def test_a_frozen_rank_is_killed(capfd):
     ):
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [-9, 83]
-    assert "rank 0 of 2 made no progress" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "rank 0 of 2 made no progress" in said
+    assert "its process is stopped, as by SIGSTOP" in said
+
+
+def test_a_rank_at_a_debuggers_prompt_waits_for_a_person(capfd):
+    key = new_key()
+    with (
+        sidecar(2, key, limits="step=1,silence=2") as service,
+        rank_processes(service.address, ("prompt",), ("wait",), key=key) as ranks,
+    ):
+        began = time.monotonic()
+        # Twice the limit and the time that stacks are gathered for.
+        wait_for(lambda: time.monotonic() - began > 6.0 or any(rank.ended() for rank in ranks))
+        assert not any(rank.ended() for rank in ranks)
+        ranks[0].process.kill()
+        wait_for(lambda: ended(ranks))
+    assert "rank 0 of 2 failed first\n  killed by SIGKILL" in capfd.readouterr().err
+
+
+def processor_seconds(pid: int) -> float:
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("behind_a_relay", [False, True])
+def test_a_rank_in_one_long_call_that_computes_is_not_frozen(behind_a_relay, capfd):
+    key = new_key()
+    with contextlib.ExitStack() as stack:
+        service = head = stack.enter_context(sidecar(2, key, limits="silence=2", nodes=2))
+        if behind_a_relay:
+            given = {"upstream": head.address, "node_rank": 1, "ranks": [1], "limits": "silence=2"}
+            service = stack.enter_context(sidecar(2, key, **given))
+        ranks = [
+            RankProcess(head.address, 0, 2, "wait", key=key),
+            RankProcess(service.address, 1, 2, "burn", key=key, node=int(behind_a_relay)),
+        ]
+        for rank in ranks:
+            stack.callback(rank.end)
+        # Longer than the limit, and than stacks are gathered for.
+        wait_for(lambda: processor_seconds(ranks[1].process.pid) > 5.5, 120)
+        assert not any(rank.ended() for rank in ranks)
+        ranks[1].process.kill()
+        wait_for(lambda: ended(ranks))
+    assert "rank 1 of 2 failed first\n  killed by SIGKILL" in capfd.readouterr().err
 
 
 def test_a_rank_that_cleans_up_for_ever_is_killed():

@@ -5,10 +5,18 @@ the longest stay in the section that any rank has had so far, but no less than t
 than its upper one. The upper one also holds while nothing was seen. Being idle, between engines, has no limit unless
 one is given, and neither has startup: a script that trains in a loop of its own is in startup to its end.
 
-`overdue` is asked once a second whether the run hangs. It does when a rank is silent, or when one has been in a section
+`overdue` is asked once a second whether the run hangs. It does when a rank is frozen, or when one has been in a section
 for longer than allowed and no other rank explains that: one that is elsewhere, or further back, and within its own
 limit. It also does when all ranks have waited for longer than `apart`, not all in the same place: each then waits for
-another. Then stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
+another.
+
+A missing heartbeat alone makes no rank frozen: one call may hold the interpreter's lock for long. A second witness has
+to agree, its process as the kernel shows it to its node's service. One that is stopped is frozen. One that is busy is
+alive, and its section's limit decides. One that sleeps is frozen in a section that has a limit. In a section without
+one it is alive: it is a hang once others wait for it for longer than a handler may take, as if it beat. One that a
+debugger holds is not frozen. Where the process cannot be seen, silence is all there is to go by.
+
+When the run hangs, stacks are gathered, and `diagnose` says who is behind. `stragglers` are named and never ended.
 
 A `HangDetector` belongs to one monitor. It makes a `RankProgress` of each record and asks these functions. Besides the
 limits it keeps only which ranks were found slow, so that each is reported once. It reads no clock: the monitor passes
@@ -23,8 +31,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from allstep.diagnosis.backward_passes import explain_passes
-from allstep.diagnosis.record import RankRecord
-from allstep.diagnosis.stacks import waits_in
+from allstep.diagnosis.record import ProcessActivity, RankRecord
+from allstep.diagnosis.stacks import at_a_prompt, waits_in
 from allstep.errors import ConfigurationError
 from allstep.protocol.messages import Heartbeat
 from allstep.protocol.registration import spans
@@ -124,7 +132,8 @@ class RankProgress:
     """A rank that is present: its last heartbeat, and the seconds since that came.
 
     `away` is true where nothing comes from its whole node, so that its silence says nothing about the rank. `stacks` is
-    what is known of its threads, and `waits` what it waits for its peers in, by its own word or by its stack.
+    what is known of its threads, and `waits` what it waits for its peers in, by its own word or by its stack. `activity`
+    is what its process was last seen to do, and `busy` the seconds since it was last seen busy while it was silent.
     """
 
     heartbeat: Heartbeat
@@ -132,6 +141,8 @@ class RankProgress:
     away: bool = False
     stacks: str = ""
     waits: str = ""
+    activity: ProcessActivity | None = None
+    busy: float = math.inf
 
     @property
     def rank(self) -> int:
@@ -203,8 +214,23 @@ def _wait_for_each_other(ranks: Sequence[RankProgress], limits: HangLimits) -> b
 
 
 def silent(ranks: Sequence[RankProgress], limits: HangLimits) -> list[RankProgress]:
-    """The ranks whose heartbeats stopped, though their node is heard from."""
-    return [each for each in ranks if each.age > limits.silence and not each.away]
+    """The ranks whose heartbeats stopped and whose processes do nothing, though their node is heard from."""
+    return [each for each in ranks if each.age > limits.silence and not each.away and _is_frozen(each, limits)]
+
+
+def _is_frozen(each: RankProgress, limits: HangLimits) -> bool:
+    """What the second witness says of a rank that is silent."""
+    if each.activity is None or each.activity is ProcessActivity.STOPPED:
+        return True
+    if each.activity is ProcessActivity.TRACED:
+        return False
+    may_sleep = each.activity is ProcessActivity.ASLEEP and limits.bounds[each.heartbeat.section][1] == math.inf
+    return each.busy > limits.silence and not may_sleep
+
+
+def waits_for_a_person(record: RankRecord) -> bool:
+    """Whether a rank is at a debugger's prompt, or held by a debugger from outside; asked once stacks were gathered."""
+    return record.activity is ProcessActivity.TRACED or at_a_prompt(record.stacks)
 
 
 def _explains(other: RankProgress, stuck: RankProgress) -> bool:
@@ -224,8 +250,7 @@ def diagnose(ranks: Sequence[RankProgress], limits: HangLimits) -> Hang:
     """
     quiet = silent(ranks, limits)
     if quiet:
-        why = "it is frozen (as by SIGSTOP), or in a call that holds the interpreter lock"
-        return Hang({each.rank: f"no heartbeat for {each.age:.0f} s: {why}" for each in quiet}, "")
+        return Hang({each.rank: _silence(each) for each in quiet}, "")
     # The clearest case first: all wait but some, which therefore are what the others wait for.
     waiting = [each for each in ranks if each.waits]
     working = [each for each in ranks if not each.waits]
@@ -320,7 +345,23 @@ def _where(each: RankProgress) -> str:
         place += f" of engine {last.engine!r}"
     if last.epoch or last.iteration:
         place += f" at epoch {last.epoch}, iteration {last.iteration}"
-    return f"{place}, without progress for {each.still:.0f} s" + (f", waiting in {each.waits}" if each.waits else "")
+    place += f", without progress for {each.still:.0f} s"
+    if each.waits:
+        place += f", waiting in {each.waits}"
+    return f"{place}; {_silence(each)}" if each.age > SUSPECT_S else place
+
+
+_SILENT_BECAUSE = {
+    None: "it is frozen (as by SIGSTOP), or in a call that holds the interpreter lock",
+    ProcessActivity.STOPPED: "its process is stopped, as by SIGSTOP",
+    ProcessActivity.ASLEEP: "its process sleeps, in a call that holds the interpreter lock",
+    ProcessActivity.BUSY: "its process is busy, in a call that holds the interpreter lock",
+    ProcessActivity.TRACED: "a debugger holds its process",
+}
+
+
+def _silence(each: RankProgress) -> str:
+    return f"no heartbeat for {each.age:.0f} s: {_SILENT_BECAUSE[each.activity]}"
 
 
 SUSPECT_S = 2.5
@@ -362,9 +403,8 @@ class HangDetector:
         # Sooner than the limit for silence, since it is known that something is wrong.
         silent = [each for each in ranks if each.age > SUSPECT_S]
         working = [each for each in ranks if not each.waits]
-        why = "no heartbeat for {:.1f} s: it is frozen (as by SIGSTOP), or holds the interpreter lock"
         if silent:
-            return Hang({each.rank: why.format(each.age) for each in silent}, "")
+            return Hang({each.rank: _silence(each) for each in silent}, "")
         return diagnose(working, self._limits) if working else Hang({}, "")
 
     def new_stragglers(self, records: Iterable[RankRecord]) -> list[tuple[int, float]]:
@@ -387,6 +427,8 @@ def _progress(records: Iterable[RankRecord], age: Age, away: Collection[int] = (
             record.rank in away,
             record.stacks,
             heartbeat.waiting or (waits_in(record.stacks) if record.stacks else ""),
+            record.activity,
+            age(record.busy),
         )
         for record in records
         if record.present and (record.failed is None or record.only_seen)

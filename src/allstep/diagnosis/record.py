@@ -10,6 +10,7 @@ It is forgotten when the rank is known to go on.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -52,6 +53,8 @@ class RankRecord:
         ordered: when it was ordered to leave.
         hung: when it was found to be behind, with a clause about it in `hung_why`.
         awaited: a clause about what others wait for it in, once it is known that it will not come.
+        activity: what its process was last seen to do, when it was looked at.
+        busy: when its process was last seen to be busy though it was silent, on the monitor's clock.
         stacks: of its threads, as faulthandler writes them.
         trace: torch's record of its last collectives.
     """
@@ -74,6 +77,8 @@ class RankRecord:
     hung: Moment | None = None
     hung_why: str = ""
     awaited: str = ""
+    activity: ProcessActivity | None = None
+    busy: float = -math.inf
     stacks: str = ""
     trace: str = ""
 
@@ -90,6 +95,12 @@ class RankRecord:
     def note_heartbeat(self, heartbeat: Heartbeat, at: float) -> None:
         """A heartbeat came."""
         self.heartbeat, self.heard = heartbeat, at
+
+    def note_activity(self, activity: ProcessActivity, at: float) -> None:
+        """Its process was looked at."""
+        self.activity = activity
+        if activity is ProcessActivity.BUSY:
+            self.busy = at
 
     def note_goodbye(self, moment: Moment, *, closed: bool) -> None:
         """It closed its World in order, or (`closed` false) its interpreter ends with the World open."""

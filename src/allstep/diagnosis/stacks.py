@@ -1,7 +1,8 @@
 """Reading stacks and tracebacks: what a rank waits in, and which frames are the user's. Pure.
 
 `waits_in` reads what `faulthandler` wrote of a rank's threads, and says whether the main thread is in a call that waits
-for its peers. `set_off` marks a user's frames in the text of a traceback or of such stacks.
+for its peers. `at_a_prompt` says whether it waits for a person. `set_off` marks a user's frames in the text of a
+traceback or of such stacks.
 """
 
 from __future__ import annotations
@@ -19,6 +20,15 @@ _LIBRARY = re.compile(
     r"|placement|protocol|testing|world)/"
 )
 _TIMER = re.compile(r"^Timeout \(.*\)!$", re.MULTILINE)
+_PROMPTS: dict[str, tuple[str, ...]] = {
+    "pdb.py": ("interaction", "cmdloop", "_cmdloop"),
+    "debugger.py": ("interaction", "cmdloop"),  # of IPython and pudb
+    "code.py": ("interact",),
+    "embed.py": ("embed",),
+    "pydevd.py": ("do_wait_suspend", "_do_wait_suspend"),  # under debugpy, which editors use
+}
+"""The functions, by file, that stand in a stack while a person is waited for, and at no other time."""
+
 _NEAR = 6  # frames from the innermost among which a waiting call shows
 
 
@@ -46,6 +56,14 @@ def waits_in(text: str) -> str:
         return ""
     inside = [name for file, name in frames if _waits(file) and not file.endswith(LOGGING_FILE)]
     return inside[0] if inside else frames[0][1]
+
+
+def at_a_prompt(text: str) -> bool:
+    """Whether the main thread waits for what a person types: at a debugger's prompt, or in an interactive console."""
+    return any(
+        match["name"].rpartition(".")[2] in _PROMPTS.get(match["file"].rpartition("/")[2], ())
+        for match in _FRAME.finditer(main_thread(text))
+    )
 
 
 def _waits(file: str) -> bool:

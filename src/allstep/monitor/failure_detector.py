@@ -9,15 +9,17 @@ what comes later may change the diagnosis (`diagnosis`), but not that the ranks 
 
 The detector calls `ask_stacks` when it wants the stacks of all ranks: for a hang, or where ranks failed because of one
 that has said nothing. It waits for them for `GATHER_S`, reads the stacks files of those that do not answer, and judges.
+A hang is not judged while a rank waits for a person: at a debugger's prompt, or held by one from outside.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from allstep.diagnosis.hang import HangDetector, HangLimits
+from allstep.diagnosis.hang import HangDetector, HangLimits, waits_for_a_person
 from allstep.diagnosis.rank_outcome import OutcomeKind, judgement
-from allstep.diagnosis.record import Moment, RankRecord
+from allstep.diagnosis.record import Moment, ProcessActivity, RankRecord
 from allstep.diagnosis.root_cause import CAUSES, Diagnosis, due, judge, preempted_alone, revised
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.own_stacks import read_stacks
@@ -28,6 +30,9 @@ from allstep.protocol.worker_exit import WorkerExit
 
 GATHER_S = 2.0
 """Seconds that ranks have to answer with their stacks."""
+
+PATIENCE_S = 10.0
+"""Seconds from one look at a rank that waits for a person to the next."""
 
 _EXPLAIN = (*CAUSES, OutcomeKind.SEEN)
 _SOON = 0.01  # seconds after which news is looked at, so that a thousand ends are not judged a thousand times
@@ -62,6 +67,7 @@ class FailureDetector:
         self._unanswered: set[int] = set()
         self._diagnosis: Diagnosis | None = None
         self._all_ended = False
+        self._patient_until = -math.inf
 
     @property
     def undecided(self) -> bool:
@@ -101,6 +107,10 @@ class FailureDetector:
     def caught(self, rank: int) -> None:
         """A rank caught what it had reported, and goes on."""
         self.records[rank].forget_seen()
+
+    def seen(self, rank: int, activity: ProcessActivity) -> None:
+        """The process of a rank was looked at."""
+        self.records[rank].note_activity(activity, self._clock.now())
 
     def answered(self, stacks: Stacks) -> None:
         """A rank sent its stacks."""
@@ -180,7 +190,7 @@ class FailureDetector:
             return  # a failure is being judged already
         if preempted_alone(records, self._clock.now(), supervised=self._supervised):
             self._judge("")
-        elif self._hangs.hangs(records, self._clock.age, away):
+        elif self._clock.now() >= self._patient_until and self._hangs.hangs(records, self._clock.age, away):
             self._gather_stacks()
 
     # What is known.
@@ -236,6 +246,8 @@ class FailureDetector:
         self._unanswered = set(self.present())
         for record in self.records.values():  # of an earlier suspicion that came to nothing
             record.stacks = record.trace = ""
+            if self._clock.age(record.heard) < GATHER_S:
+                record.activity = None  # of a time at which it was silent
         self._ask_stacks()
 
     def _judge_by_stacks(self) -> None:
@@ -249,6 +261,9 @@ class FailureDetector:
         failed = due(records, supervised=self._supervised) is not None
         if not failed and not self._hangs.hangs(records, self._clock.age):
             return  # it moves again
+        if not failed and any(waits_for_a_person(record) for record in records if record.present):
+            self._patient_until = self._clock.now() + PATIENCE_S
+            return
         find = self._hangs.suspects if failed else self._hangs.diagnose
         hang = find(records, self._clock.age)
         moment = self._moment()

@@ -14,11 +14,13 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
+from allstep.diagnosis.record import ProcessActivity
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.admission import Admission
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.failure_detector import FailureDetector
 from allstep.monitor.service import ConnectionLost, MonitorEvent, MonitorSettings
+from allstep.monitor.silent_ranks import SilentRanks
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     AskStacks,
@@ -32,6 +34,7 @@ from allstep.protocol.messages import (
     NodeHeartbeat,
     NodeHello,
     Notice,
+    ProcessSeen,
     RankHello,
     RankLost,
     Stacks,
@@ -90,6 +93,7 @@ class Hub:
         self._links = NodeLinks(world_size, limits.link, self._clock)
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
         self._introduced = settings.introduced
+        self._silent = SilentRanks(self.connection, self._clock.age)
         self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
         self._finished = False
@@ -126,6 +130,7 @@ class Hub:
             self._tick_at = now + _PERIOD
             self._keep_links()
             self._detector.awaited(self._admission.missing)
+            self._look_at_processes()
             self._detector.watch_progress(self._links.unheard())
         self._detector.tick()
         self._handle()
@@ -167,7 +172,8 @@ class Hub:
             self._server.send(peer, encode(Finish(text, code)))
 
     def close(self) -> None:
-        """Let go of all sockets."""
+        """Let go of all sockets and processes."""
+        self._silent.close()
         self._server.close()
 
     # What is known.
@@ -258,6 +264,8 @@ class Hub:
                 self._arrive(message, peer)
             case WorkerEnded(end) if end.rank in ranks:
                 self.worker_ended(end)
+            case ProcessSeen(rank, activity) if rank in ranks and activity in set(ProcessActivity):
+                self._detector.seen(rank, ProcessActivity(activity))
             case RankLost(rank, why) if rank in ranks:
                 self._admission.lose_rank(rank, peer, why)
             case Heartbeat() | Failure() | Stacks() | Goodbye() | FailureCaught() if message.rank in ranks:
@@ -301,6 +309,11 @@ class Hub:
     def _ask_stacks(self) -> None:
         for peer in dict.fromkeys(self._admission.peers.values()):  # a relay asks all of its ranks
             self._server.send(peer, encode(AskStacks()))
+        self._look_at_processes(everyone=True)
+
+    def _look_at_processes(self, *, everyone: bool = False) -> None:
+        for rank, activity in self._silent.look(self._detector.records.values(), everyone=everyone):
+            self._detector.seen(rank, activity)
 
 
 class NodeLinks:

@@ -13,6 +13,7 @@ from dataclasses import replace
 from allstep.diagnosis.rank_outcome import RankOutcome, outcome_of
 from allstep.diagnosis.record import Moment, RankRecord
 from allstep.monitor.own_stacks import read_stacks
+from allstep.monitor.silent_ranks import SilentRanks
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     Failure,
@@ -22,6 +23,7 @@ from allstep.protocol.messages import (
     Leave,
     Message,
     Notice,
+    ProcessSeen,
     RankHello,
     RankLost,
     Stacks,
@@ -34,6 +36,7 @@ from allstep.protocol.worker_exit import WorkerExit
 ANSWER_S = 1.2
 """Seconds after which the stacks file speaks for a rank that was asked for its stacks."""
 
+_PERIOD_S = 1.0  # between two looks at the processes of silent ranks
 _STDERR = 8 << 10  # characters of a worker's standard error that the head is sent
 
 
@@ -62,6 +65,8 @@ class NodeRanks:
         self._waiting: list[Peer] = []  # those that were not welcomed yet
         self._stacks_files: dict[int, str] = {}
         self._stacks_at: float | None = None
+        self._silent = SilentRanks(self.connection, lambda heard: clock() - heard)
+        self._look_at = clock() + _PERIOD_S
         self._leave_order: Leave | None = None
         self._order = 0
 
@@ -117,7 +122,7 @@ class NodeRanks:
             if known is not None:
                 # The same process opens its next World. Its goodbye is still on its way in the older connection.
                 self._send_up(Goodbye(rank))
-            self.records[rank] = RankRecord(rank, hello.registration)
+            self.records[rank] = RankRecord(rank, hello.registration, heard=self._clock())
             self._peers[rank] = peer
             self._stacks_files[rank] = hello.stacks_file
         self._send_line(line + b"\n", True)
@@ -198,20 +203,32 @@ class NodeRanks:
             record.stacks = ""
         for peer in self._peers.values():
             self._server.send(peer, line + b"\n")
+        self._look_at_processes(everyone=True)
         self._stacks_at = self._clock() + ANSWER_S
 
-    def deadline(self) -> float | None:
+    def deadline(self) -> float:
         """When `tick` is due."""
-        return self._stacks_at
+        return self._look_at if self._stacks_at is None else min(self._look_at, self._stacks_at)
 
     def tick(self) -> None:
-        """Answer for the ranks that were asked for their stacks and cannot answer."""
+        """Look at the processes of silent ranks, and answer for those that were asked for stacks and cannot answer."""
+        if self._clock() >= self._look_at:
+            self._look_at = self._clock() + _PERIOD_S
+            self._look_at_processes()
         if self._stacks_at is None or self._clock() < self._stacks_at:
             return
         self._stacks_at = None
         for rank, record in self.records.items():
             if record.present and not record.stacks and (text := read_stacks(self._stacks_files.get(rank, ""))):
                 self._send_up(Stacks(rank, text))
+
+    def close(self) -> None:
+        """Let go of their processes."""
+        self._silent.close()
+
+    def _look_at_processes(self, *, everyone: bool = False) -> None:
+        for rank, activity in self._silent.look(self.records.values(), everyone=everyone):
+            self._send_up(ProcessSeen(rank, str(activity)))
 
     def _send_up(self, message: Message) -> None:
         self._send_line(encode(message), True)

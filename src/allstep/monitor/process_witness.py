@@ -35,6 +35,9 @@ BUSY = 0.05
 A thread that waits for the interpreter lock uses about a tenth of that, and so do libraries' watching threads.
 """
 
+LEAST_S = 0.5
+"""Seconds over which a process is looked at, at least: the kernel counts in hundredths of a second."""
+
 _STOPPED, _ENDING, _DISK = "T", "ZXx", "D"
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # none of them ends a process
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -73,6 +76,7 @@ class ProcessWitness:
             # Opened once: what is read from it is never about another process that got the number.
             self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
         self._before: tuple[float, float] | None = None  # the time of the last look, and the processor seconds then
+        self._last: ProcessActivity | None = None
 
     @classmethod
     def of_peer(cls, pid: int, sock: socket.socket) -> ProcessWitness | None:
@@ -112,7 +116,7 @@ class ProcessWitness:
         return self._kept_returncode() if self.has_ended else None
 
     def activity(self, now: float) -> ProcessActivity | None:
-        """What it has done since the last call; None where that cannot be known, as the first time.
+        """What it has done since it was last asked, at least `LEAST_S` ago; None where that is not known yet.
 
         Args:
             now: seconds on any clock that is never turned back.
@@ -120,16 +124,20 @@ class ProcessWitness:
         stat = self._read_stat()
         if stat is None or stat.state in _ENDING:
             return None
-        before, self._before = self._before, (now, stat.cpu)
         if self._is_traced():
             return ProcessActivity.TRACED
         if stat.state == _STOPPED:
             return ProcessActivity.STOPPED
         if stat.state == _DISK:
             return ProcessActivity.BUSY  # it waits for a disk or another device, and no signal would end that
-        if before is None or now <= before[0]:
-            return None
-        return ProcessActivity.BUSY if stat.cpu - before[1] >= BUSY * (now - before[0]) else ProcessActivity.ASLEEP
+        before = self._before
+        if before is not None and now - before[0] < LEAST_S:
+            return self._last
+        self._before = now, stat.cpu
+        if before is not None:
+            busy = stat.cpu - before[1] >= BUSY * (now - before[0])
+            self._last = ProcessActivity.BUSY if busy else ProcessActivity.ASLEEP
+        return self._last
 
     def close(self) -> None:
         """Let go of it."""

@@ -170,6 +170,7 @@ class Relay:
         """Let go of all sockets, after what waits was offered to the head once more."""
         self._uplink.flush()
         self._uplink.close()
+        self._ranks.close()
         self._server.close()
 
     def _lose_head(self, how: str) -> None:

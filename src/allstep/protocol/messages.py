@@ -5,8 +5,9 @@ Who sends what:
 - A rank to its monitor: `RankHello` first. Then `Heartbeat` once a second, `Failure` when an
   exception is first seen and `FailureCaught` when that was caught, `Stacks` when asked, and `Goodbye` before it closes.
 - The monitor to a rank: `Welcome` when all ranks have come and fit, or `Refused`. Then `AskStacks`, `Notice`, `Leave`.
-- A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `WorkerEnded`, `RankLost`
-  and `NodeHeartbeat`. The hub to a relay: what it would tell the ranks, `NodeHeartbeat`, and `Finish` at the end.
+- A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `WorkerEnded`, `RankLost`,
+  `ProcessSeen` and `NodeHeartbeat`. The hub to a relay: what it would tell the ranks, `NodeHeartbeat`, and `Finish` at
+  the end.
 - A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
   `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
@@ -24,7 +25,7 @@ from allstep.protocol.codec import Codec
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 4
+VERSION = 5
 """Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
@@ -186,6 +187,14 @@ class RankLost:
 
 
 @dataclass(frozen=True, slots=True)
+class ProcessSeen:
+    """What the process of a rank that sends no heartbeat does: a `ProcessActivity`'s text."""
+
+    rank: int
+    activity: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The attempt is over.
 
@@ -269,6 +278,7 @@ Message = (
     | NodeHeartbeat
     | WorkerEnded
     | RankLost
+    | ProcessSeen
     | Finish
     | JoinRequest
     | JoinPending
