@@ -139,7 +139,7 @@ def processor_seconds(pid: int) -> float:
     return (int(times[11]) + int(times[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize("behind_a_relay", [False, True])
+@pytest.mark.parametrize("behind_a_relay", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_rank_in_one_long_call_that_computes_is_not_frozen(behind_a_relay, capfd):
     key = new_key()
     with contextlib.ExitStack() as stack:

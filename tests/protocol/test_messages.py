@@ -112,7 +112,7 @@ def test_what_is_no_message_is_an_error(line):
 
 
 def test_another_version_is_an_error_that_says_so():
-    with pytest.raises(ChannelError, match=r"version 3 .* this is version 4"):
+    with pytest.raises(ChannelError, match=r"version 3 .* this is version 5"):
         decode(b'{"v":3,"type":"Welcome"}')
 
 

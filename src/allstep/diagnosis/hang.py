@@ -132,8 +132,8 @@ class RankProgress:
     """A rank that is present: its last heartbeat, and the seconds since that came.
 
     `away` is true where nothing comes from its whole node, so that its silence says nothing about the rank. `stacks` is
-    what is known of its threads, and `waits` what it waits for its peers in, by its own word or by its stack. `activity`
-    is what its process was last seen to do, and `busy` the seconds since it was last seen busy while it was silent.
+    what is known of its threads, and `waits` what it waits for its peers in, by its own word or by its stack.
+    `activity` is what its process was last seen to do, and `busy` the seconds since it was seen busy though silent.
     """
 
     heartbeat: Heartbeat
