@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from allstep.handlers import EarlyStopping as EarlyStopping
     from allstep.handlers import GradientClipping as GradientClipping
     from allstep.handlers import Preemption as Preemption
+    from allstep.handlers import ProgressBar as ProgressBar
     from allstep.handlers import Schedule as Schedule
     from allstep.handlers import StopOnSignal as StopOnSignal
     from allstep.handlers import TerminateOnNan as TerminateOnNan
@@ -60,6 +61,7 @@ _HOMES = {
     "Preemption": "allstep.handlers",
     "SWA": "allstep.handlers",
     "Schedule": "allstep.handlers",
+    "ProgressBar": "allstep.handlers",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",
     "Sum": "allstep.metrics",

@@ -8,6 +8,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | AllstepError | the base of all errors that allstep raises | Exception |
 | ArgumentError | an argument has a value that cannot be meant | ValueError |
 | ArgumentTypeError | an argument has a type that cannot be meant | TypeError |
+| MissingExtraError | a library that allstep only needs for one purpose is not installed | ImportError |
 | PlacementError | the environment does not say consistently which rank a process is | ValueError |
 | ConfigurationError | a configuration file or command-line option is wrong | ValueError |
 | LaunchError | the launcher cannot start the workers | RuntimeError |
@@ -62,6 +63,10 @@ class ArgumentError(AllstepError, ValueError):
 
 class ArgumentTypeError(AllstepError, TypeError):
     """An argument has a type that cannot be meant; the message names the argument, its value and the remedy."""
+
+
+class MissingExtraError(AllstepError, ImportError):
+    """A library that is no requirement of allstep itself is not installed; the message says how to install it."""
 
 
 class PlacementError(AllstepError, ValueError):

@@ -110,6 +110,7 @@ class Machine:
             devices=launch.devices,
             cores=launch.cores,
             descriptors=self._descriptors,
+            status_columns=self.terminal.status_columns if 0 in shown else None,  # of the main rank, if of any
         )
         self._announce(share, folder)
         attempt = Attempt(

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from allstep.launch.event_loop import EventLoop
+from allstep.launch.status_line import StatusFrames, StatusLine
 from allstep.monitor.report_output import open_private
 from allstep.protocol.foreign_text import printable
 from allstep.protocol.masking import mask
@@ -160,6 +161,8 @@ class RankOutput:
         self._lines = {
             stream: PrefixedLines(rank_prefix(rank, colour=stream in coloured)) for stream in shown_on if prefixed
         }
+        self._frames = StatusFrames()
+        self._shows_status = False
         self._last = {"stdout": bytearray(), "stderr": bytearray(), "all": bytearray()}
         self._path = log
         # Unbuffered: what a worker wrote is in the log also where the supervisor is killed.
@@ -170,6 +173,13 @@ class RankOutput:
 
     def feed(self, stream: Stream, data: bytes) -> None:
         """Pass on what was read from a stream."""
+        if stream == "stderr":
+            data, status = self._frames.feed(data)
+            if status is not None:
+                self._show_status(status)
+        self._pass_on(stream, data)
+
+    def _pass_on(self, stream: Stream, data: bytes) -> None:
         for name in (stream, "all"):
             self._last[name] += data
             del self._last[name][:-_TAIL_SIZE]
@@ -181,6 +191,10 @@ class RankOutput:
 
     def end(self, stream: Stream) -> None:
         """Pass on an unfinished last line: the stream has ended."""
+        if stream == "stderr":
+            self._pass_on(stream, self._frames.rest())
+            if self._shows_status:
+                self._show_status(b"")
         if stream in self._lines:
             self._shown_on[stream].write(self._lines[stream].rest())
 
@@ -197,6 +211,12 @@ class RankOutput:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+    def _show_status(self, text: bytes) -> None:
+        output = self._shown_on.get("stderr")
+        if isinstance(output, TerminalOutput):
+            output.show_status(text)
+            self._shows_status = bool(text)
 
     def _write_log(self, log: BinaryIO, data: bytes) -> None:
         unwritten = memoryview(data)
@@ -258,13 +278,24 @@ class Terminal:
 
     def __init__(self, loop: EventLoop, environ: Mapping[str, str], secrets: Collection[str] = ()) -> None:
         self.outputs: dict[Stream, NonBlockingOutput] = {"stdout": NonBlockingOutput(1), "stderr": NonBlockingOutput(2)}
-        self.coloured: frozenset[Stream] = frozenset()
-        if not environ.get("NO_COLOR"):
-            self.coloured = frozenset(stream for stream, output in self.outputs.items() if os.isatty(output.fd))
+        on_terminal: frozenset[Stream] = frozenset(
+            stream for stream, output in self.outputs.items() if os.isatty(output.fd)
+        )
+        self.coloured = frozenset() if environ.get("NO_COLOR") else on_terminal
+        self._status: StatusLine | None = None
+        if "stderr" in on_terminal and environ.get("TERM") != "dumb":
+            # One for both, since both are most often the same terminal.
+            self._status = status = StatusLine(self.outputs["stderr"].fd)
+            self.outputs.update((stream, TerminalOutput(self.outputs[stream].fd, status)) for stream in on_terminal)
         self.kept_in = ""
         self._secrets = secrets
         self._loop = loop
         self._told_closed = False
+
+    @property
+    def status_columns(self) -> int | None:
+        """How wide a rank's status line may be; None where standard error is no terminal."""
+        return None if self._status is None else self._status.columns
 
     @property
     def congested(self) -> bool:
@@ -339,3 +370,19 @@ class NonBlockingOutput:
             self.closed = True
             written = len(self._unwritten)
         del self._unwritten[:written]
+
+
+class TerminalOutput(NonBlockingOutput):
+    """Output to a terminal with a status line below all that is shown."""
+
+    def __init__(self, fd: int, status: StatusLine) -> None:
+        super().__init__(fd)
+        self._status = status
+
+    def write(self, data: bytes) -> None:
+        """Write above the status line."""
+        super().write(self._status.around(data))
+
+    def show_status(self, text: bytes) -> None:
+        """Have the status line say this; nothing takes it away."""
+        super().write(self._status.show(text))

@@ -15,6 +15,7 @@ from pathlib import Path
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
+from allstep.launch.status_line import VARIABLE as STATUS_LINE
 from allstep.protocol.user_secret import VARIABLE as SECRET
 
 BOOTSTRAP = str(Path(__file__).with_name("worker.py"))
@@ -111,6 +112,7 @@ def plan_workers(
     devices: Devices,
     cores: int,
     descriptors: int | None = None,
+    status_columns: int | None = None,
 ) -> tuple[WorkerPlan, ...]:
     """Plan the workers of one attempt on this machine.
 
@@ -122,10 +124,14 @@ def plan_workers(
         devices: the CUDA devices that they share.
         cores: CPU cores that this process may use.
         descriptors: how many each may open, where that is not what this process may.
+        status_columns: how wide a status line of theirs may be; None where it would not be shown.
     """
     inherited = {**environ, **settings.env}
     inherited.pop("ALLSTEP_ATTEMPT_FOLDER", None)  # of a run that this one was started in
     inherited.pop("ALLSTEP_STORE_FD", None)
+    inherited.pop(STATUS_LINE, None)
+    if status_columns is not None:
+        inherited[STATUS_LINE] = str(status_columns)
     inherited.pop(SECRET, None)  # the machines' own; whoever has it can join any run of this user
     inherited.setdefault("PYTHONUNBUFFERED", "1")  # into a pipe Python would hold lines back that are to be seen
     if share.workers > 1:  # otherwise each would start as many threads as there are cores
