@@ -26,12 +26,15 @@ if TYPE_CHECKING:
     from allstep.handlers import EMA as EMA
     from allstep.handlers import SWA as SWA
     from allstep.handlers import EarlyStopping as EarlyStopping
+    from allstep.handlers import Evaluate as Evaluate
     from allstep.handlers import GradientClipping as GradientClipping
     from allstep.handlers import Preemption as Preemption
     from allstep.handlers import ProgressBar as ProgressBar
+    from allstep.handlers import SaveBest as SaveBest
     from allstep.handlers import Schedule as Schedule
     from allstep.handlers import StopOnSignal as StopOnSignal
     from allstep.handlers import TerminateOnNan as TerminateOnNan
+    from allstep.handlers import Throughput as Throughput
     from allstep.handlers import TimeLimit as TimeLimit
     from allstep.metrics import Max as Max
     from allstep.metrics import Mean as Mean
@@ -51,6 +54,7 @@ _HOMES = {
     "EMA": "allstep.handlers",
     "EarlyStopping": "allstep.handlers",
     "Engine": "allstep.engine",
+    "Evaluate": "allstep.handlers",
     "Events": "allstep.engine",
     "Gather": "allstep.outputs",
     "GradientClipping": "allstep.handlers",
@@ -59,13 +63,15 @@ _HOMES = {
     "Metrics": "allstep.metrics",
     "Min": "allstep.metrics",
     "Preemption": "allstep.handlers",
-    "SWA": "allstep.handlers",
-    "Schedule": "allstep.handlers",
     "ProgressBar": "allstep.handlers",
+    "SWA": "allstep.handlers",
+    "SaveBest": "allstep.handlers",
+    "Schedule": "allstep.handlers",
     "State": "allstep.engine",
     "StopOnSignal": "allstep.handlers",
     "Sum": "allstep.metrics",
     "TerminateOnNan": "allstep.handlers",
+    "Throughput": "allstep.handlers",
     "TimeLimit": "allstep.handlers",
     "World": "allstep.world",
     "create_supervised_evaluator": "allstep.trainers",
