@@ -35,6 +35,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | UnsupportedStateError | state to be saved holds a value that a checkpoint cannot keep | CheckpointError, TypeError |
 | RanksError | a rank of `allstep.testing.run_ranks` failed | RuntimeError |
 | SimulationError | simulated ranks do not act alike, or one of them raised | RuntimeError |
+| Cancelled | a run that Ctrl-C ended is saved and its process is to end with status 130; not an error | SystemExit |
 | Preempted | a preempted run has saved its state and its process is to end with status 85; not an error | SystemExit |
 """
 
@@ -209,6 +210,13 @@ class RanksError(AllstepError, RuntimeError):
 
 class SimulationError(AllstepError, RuntimeError):
     """Simulated ranks do not act alike: one of them raised, or did not take part in a collective in time."""
+
+
+class Cancelled(SystemExit):
+    """A person pressed Ctrl-C: the run has ended in good order, and its process is to end with exit code 130.
+
+    It is no failure, so it is no AllstepError. `Engine.run` raises it on every rank. Uncaught, it ends the process.
+    """
 
 
 class Preempted(SystemExit):

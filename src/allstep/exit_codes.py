@@ -19,3 +19,9 @@ PEER_LOST = 84
 
 PREEMPTED = 85
 """The run was asked to make room, has saved its state, and wants to be started again."""
+
+CANCELLED = 130
+"""A person pressed Ctrl-C, and the run has ended in good order; the status of a death by SIGINT."""
+
+IN_ORDER = (0, PREEMPTED, CANCELLED)
+"""Statuses with which all ranks leave alike, so that none of them has failed."""

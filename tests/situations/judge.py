@@ -3,7 +3,7 @@
 Contract: a test asks for the fixture `same_at_every_world_size` and calls it with a function `(world, *args)` and the
 value that is expected of it, which the test computes without allstep. The function is called on 1, 2 and 3 ranks, with
 seed 0, and every rank has to return that value. By day the ranks are warm ones; by night the same test is run again as
-a script under `python`, `allstep run` and `torchrun`.
+a script: one rank under `python`, several under `allstep run` or `torchrun`, which take turns over the tests.
 
 What can go wrong: a rank raises (its traceback is in the failure), or a value differs (world size, rank and both values
 are).
@@ -27,8 +27,8 @@ from allstep.testing import run_ranks
 from tests.jobs.launchers import ROOT, command
 from tests.jobs.running import run
 
-Way = Literal["warm", "python", "allstep", "torchrun"]
-"""How ranks are started; "warm" ones are forked for the call."""
+Way = Literal["warm", "allstep", "torchrun"]
+"""How several ranks are started; "warm" ones are forked for the call."""
 
 WORLD_SIZES = (1, 2, 3)
 
@@ -79,8 +79,7 @@ class Judge:
             tolerance: by how much, absolutely or relatively, numbers that are not whole may differ.
         """
         __tracebackhide__ = True
-        # `python` starts one process, so what is said of several ranks only is not tried with it.
-        for world_size in world_sizes if self.way != "python" else [n for n in world_sizes if n == 1]:
+        for world_size in world_sizes:
             values = self._values(function, args, world_size)
             found = join(values)
             assert is_same(found, expected, tolerance), (
@@ -96,7 +95,7 @@ class Judge:
         (folder / "call").write_bytes(pickle.dumps((function, args)))
         script = folder / "script.py"
         script.write_text(_SCRIPT)
-        start = [sys.executable, script] if self.way == "python" else command(self.way, script, nproc=world_size)
+        start = [sys.executable, script] if world_size == 1 else command(self.way, script, nproc=world_size)
         job = run(folder, folder, ROOT, command=start)
         assert job.code == 0, job.text
         return [pickle.loads((folder / f"value-{rank}").read_bytes()) for rank in range(world_size)]

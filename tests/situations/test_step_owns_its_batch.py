@@ -34,7 +34,7 @@ def right(world_size: int) -> float:
 
 
 def judged(same_at_every_world_size: Judge, function: Callable[[World], Any]) -> None:
-    for world_size in (1, 2, 3) if same_at_every_world_size.way != "python" else (1,):
+    for world_size in (1, 2, 3):
         same_at_every_world_size(function, right(world_size), world_sizes=[world_size])
 
 

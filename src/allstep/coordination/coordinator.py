@@ -20,10 +20,11 @@ import torch
 
 ReduceOp = Literal["sum", "max", "min"]
 
-Outcome = Literal["left", "preempted", "finished", "failed"]
+Outcome = Literal["left", "cancelled", "preempted", "finished", "failed"]
 """What a run's end by request means for the run.
 
-"left": it stops where it stands and goes on another time. "preempted": the scheduler wants the devices, and it is to be
+"left": it stops where it stands and goes on another time. "cancelled": a person pressed Ctrl-C, and the process is to
+end; started again it goes on. "preempted": the scheduler wants the devices, and it is to be
 started again as soon as it can be. "finished": it has reached its goal, and a run that goes on from its state trains
 nothing. "failed": its present state is of no use, and it is to go on from what was saved before.
 """

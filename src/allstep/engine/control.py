@@ -36,6 +36,13 @@ def ask(
         land(run, request)
 
 
+def take_notice(run: Run) -> None:
+    """Ask for the run's end where a signal has left a notice."""
+    if run.notice is not None:
+        reason, run.notice = run.notice, None
+        ask(run, RequestKind.TERMINATE, reason, outcome="cancelled")
+
+
 def propose_data(run: Run, data: Any) -> None:
     """Have batches come from `data`: from the next one on, or inside a pass of ranks that vote when they have voted."""
     if run.votes and run.pass_is_open:

@@ -20,6 +20,7 @@ from torch import nn
 
 from allstep.coordination import OUTCOMES, Alone, Coordinator, Outcome, RequestKind, Uneven
 from allstep.engine import control, resume
+from allstep.engine.cancellation import cancellable
 from allstep.engine.dummy_step import prepared_step
 from allstep.engine.events import AnyEvent, EventEnum
 from allstep.engine.extension import Extension
@@ -227,11 +228,11 @@ class Engine:
             skip_completed: leave out COMPLETED.
             reason: what `state.stop_reason` says, after the rank.
             agreed: all ranks call this at the same iteration, so it holds at once; they check that it is so.
-            outcome: "left" where the run is to go on another time; "preempted" where the scheduler wants the devices,
-                so that a `Preemption` that is attached ends the process with exit code 85, unless the run is complete;
-                "finished" where it has reached its goal, so that a run which goes on from the saved state trains
-                nothing; "failed" where its state is of no use, so that a `Checkpoint` does not save it. Where several
-                are asked for, the last of these four holds.
+            outcome: "left" where the run is to go on another time; "cancelled" as by Ctrl-C, which ends the process
+                too; "preempted" where the scheduler wants the devices, so that a `Preemption` that is attached ends the
+                process with exit code 85, unless the run is complete; "finished" where it has reached its goal, so that
+                a run which goes on from the saved state trains nothing; "failed" where its state is of no use, so that
+                a `Checkpoint` does not save it. Where several are asked for, the last of these holds.
 
         Raises:
             ArgumentError: outcome is none of these.
@@ -360,6 +361,7 @@ class Engine:
             EngineError: the engine is running already.
             AgreementError: ranks are about to run different things, or came apart; the same on all of them.
             Exception: whatever a step, a handler or the data raised.
+            Cancelled: after Ctrl-C; see `allstep.engine.cancellation`.
         """
         if self._run.is_running:
             raise EngineError("this engine is running; a handler that wants to run something needs another Engine")
@@ -460,7 +462,7 @@ class Engine:
         assert run.drive is not None
         run.is_running = True
         try:
-            with fault_injection(run, self._registry), nesting():
+            with cancellable(run), fault_injection(run, self._registry), nesting():
                 ends = next(run.drive, END) is END
         # Also after an exception: the state tells how far the run came, and the engine can run again.
         finally:

@@ -28,7 +28,8 @@ from time import perf_counter
 from typing import Any
 
 from allstep.coordination import RequestKind
-from allstep.engine.control import land
+from allstep.engine.cancellation import cancelled
+from allstep.engine.control import land, take_notice
 from allstep.engine.events import EventEnum, Events
 from allstep.engine.monitoring import RunMonitor
 from allstep.engine.passes import Passes
@@ -213,6 +214,7 @@ class RunLoop:
                     fire(Events.ITERATION_COMPLETED)
                 if iteration >= run.until:
                     end_skip(run)
+                    take_notice(run)
                     passes.finish_window()
                     if holding and (yield from self._heed()):
                         return
@@ -293,6 +295,8 @@ class RunLoop:
         """Bring `run.until` up to date with the state and with what holds."""
         run = self._run
         run.until = LOOK_NOW if run.holding or run.skipped is not None else self._passes.next_stop()
+        if run.notice is not None:  # it may have come between the line above and its assignment
+            run.until = LOOK_NOW
 
     def _epoch_is_over(self) -> bool:
         run, state = self._run, self._run.state
@@ -317,6 +321,8 @@ class RunLoop:
         if not self._run.skips_completed:
             self._announce(Events.COMPLETED)
         times[Events.COMPLETED.name] = perf_counter() - began
+        if self._run.state.outcome == "cancelled" and self._run.leaving is None:
+            self._run.leaving = cancelled(self._run.state.stop_reason)
 
     def _announce(self, event: EventEnum, *arguments: Any) -> None:
         slot = self._slots[event]

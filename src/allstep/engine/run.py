@@ -133,6 +133,7 @@ class Run:
         needs_new_vote: some rank's data was replaced, so that the coming iterations are to be voted on anew.
         leaving: what `Engine.run` raises at the run's end, in place of returning.
         failing: why the run has failed, as this rank has asked for, from before the others know.
+        notice: what a signal has left for the loop to ask for, after the present iteration; see `cancellation`.
 
         is_running: `Engine.run` is under way.
         drive: the loop, while a run is under way or suspended.
@@ -185,6 +186,7 @@ class Run:
     needs_new_vote: bool = False
     leaving: BaseException | None = None
     failing: str | None = None
+    notice: str | None = None
 
     is_running: bool = False
     drive: Generator[None, None, None] | None = None

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from allstep.exit_codes import PREEMPTED
+from allstep.exit_codes import IN_ORDER
 from allstep.monitor.client import Client
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import Failure
@@ -187,5 +187,5 @@ class Reporter:
 def is_failure(error: BaseException) -> bool:
     """Whether a process that ends by this exception has failed; not by Ctrl-C, a preemption, or an exit with code 0."""
     if isinstance(error, SystemExit):
-        return error.code not in (None, 0, PREEMPTED)
+        return error.code is not None and error.code not in IN_ORDER
     return not isinstance(error, KeyboardInterrupt | GeneratorExit)

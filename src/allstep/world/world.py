@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import ArgumentError, WorldError
-from allstep.exit_codes import PREEMPTED
+from allstep.exit_codes import IN_ORDER
 from allstep.faults import RankPosition, strike
 from allstep.parallel import Precision, autocast, rewrap, unify_buffers, unwrap, wrap_module
 from allstep.placement import Placement
@@ -383,8 +383,8 @@ class World:
     ) -> None:
         if error is not None and self._internals.reporter is not None:
             self._internals.reporter.leaving(error)
-        # An exit with code 0, or after a preemption, is taken by all ranks alike: they leave in order.
-        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, PREEMPTED))
+        # An exit with one of these codes is taken by all ranks alike: they leave in order.
+        failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, *IN_ORDER))
         self._leave(failed=failed, patience=self._timeout)
 
     def _end_at_exit(self) -> None:
