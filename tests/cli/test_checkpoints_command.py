@@ -73,7 +73,37 @@ def test_verify_reads_every_file_and_tells_what_is_damaged(folder: Path, capsys:
     assert "save-000001-step-10: damaged\n  rank_00000.safetensors has changed" in out
     assert "save-000002-step-20: whole" in out
     assert main(["checkpoints", "verify", str(folder), "save-000002-step-20"]) == 0
+
+
+def test_ls_says_damaged_once_verify_has_found_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(folder, "save-000001-step-10")
+    assert main(["checkpoints", "ls", str(folder)]) == 0  # its sizes are right
     assert main(["checkpoints", "verify", str(folder), "--size"]) == 0
+    assert main(["checkpoints", "verify", str(folder)]) == 1
+    capsys.readouterr()
+    assert main(["checkpoints", "ls", str(folder)]) == 1
+    _, first, second = capsys.readouterr().out.splitlines()
+    assert "damaged" in first
+    assert "whole" in second
+    assert main(["checkpoints", "verify", str(folder), "--size"]) == 1
+    assert Store(str(folder)).choose() is not None  # the other one
+
+
+def test_verify_says_how_a_checkpoint_that_was_mended_is_used_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder, "save-000001-step-10")
+    assert main(["checkpoints", "verify", str(folder)]) == 1
+    damage(folder, "save-000001-step-10")  # flips the bit back
+    capsys.readouterr()
+    assert main(["checkpoints", "verify", str(folder)]) == 0
+    assert "marked as damaged before, and no run uses it before set_aside.json is removed" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for action in ("ls", "verify"):
+        assert main(["checkpoints", action, str(tmp_path / "nofolder")]) == 2
+        assert "nofolder is no folder" in capsys.readouterr().err
 
 
 def test_export_writes_the_newest_that_is_whole_or_the_one_named(folder: Path, tmp_path: Path) -> None:
@@ -116,6 +146,6 @@ def test_a_file_in_place_of_a_folder_or_no_folder_is_an_error_and_no_damage(
     file = tmp_path / "file"
     file.write_text("")
     assert main(["checkpoints", "ls", str(file)]) == 2
-    assert "file cannot be read" in capsys.readouterr().err
+    assert "file is no folder" in capsys.readouterr().err
     assert main(["checkpoints", "export", str(folder), str(tmp_path / "none" / "x.pt")]) == 2
     assert "there is no folder" in capsys.readouterr().err

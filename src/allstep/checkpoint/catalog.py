@@ -1,7 +1,7 @@
 """What is in a folder of checkpoints: listing, verification and quarantine.
 
 Contract: for any process at any time, while a run writes there too. The command line uses it, so it imports no torch.
-Only `remove` and `quarantine` change anything.
+Only `remove`, `quarantine` and `mark_damaged` change anything.
 
 Verification compares a checkpoint with its manifest. "size" looks at the list of files; "full" reads every file and
 compares hashes. A file that was read and is wrong is damage. A file that cannot be read, as while a server is away, may
@@ -14,6 +14,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from allstep.checkpoint.manifest import (
@@ -26,7 +27,7 @@ from allstep.checkpoint.manifest import (
     read_name,
 )
 from allstep.checkpoint.retention import is_unfinished, remove_checkpoint
-from allstep.checkpoint.storage import Storage, hash_file, open_storage
+from allstep.checkpoint.storage import LocalStorage, Storage, hash_file, open_storage
 from allstep.errors import CheckpointError, DamagedCheckpointError, NewerCheckpointError
 
 EntryState = Literal["whole", "damaged", "quarantined", "unfinished", "unreadable", "later format"]
@@ -69,6 +70,13 @@ def entries(folder: str) -> list[Entry]:
     return [_entry(storage, name) for name in names]
 
 
+def check_folder(folder: str) -> None:
+    """Raise CheckpointError where a path is no folder. What lies behind an address may be empty and no less there."""
+    storage = open_storage(folder)
+    if isinstance(storage, LocalStorage) and not Path(storage.root).is_dir():
+        raise CheckpointError(f"{folder} is no folder; give the one that a run saves its checkpoints to")
+
+
 def is_checkpoint(storage: Storage, name: str) -> bool:
     """Whether a folder is a checkpoint, under its own name or one that somebody gave it: that has a manifest too."""
     if read_name(name) is not None:
@@ -96,8 +104,34 @@ def find_entry(folder: str, name: str | None) -> Entry:
 
 
 def verify(entry: Entry, how: Verify = "full") -> list[str]:
-    """Everything that is wrong with a checkpoint; nothing where it is whole."""
-    return find_problems(open_storage(entry.folder), entry.name, how)
+    """Everything that is wrong with a checkpoint or keeps it from being read; nothing where it is whole."""
+    wrong, unread = find_damage(entry, how)
+    return [*wrong, *unread]
+
+
+def find_damage(entry: Entry, how: Verify = "full") -> tuple[list[str], list[str]]:
+    """What is wrong with a checkpoint, and what cannot be read of it now, be it whole or not."""
+    storage, folder = open_storage(entry.folder), entry.name
+    try:
+        manifest = load_manifest(storage, folder)
+    except DamagedCheckpointError as error:
+        return ([], [str(error)]) if isinstance(error, NewerCheckpointError) else ([str(error)], [])
+    except CheckpointError as error:
+        return [], [str(error)]
+    problems = wrong_sizes(storage, folder, manifest)
+    # Nothing is read once sizes are wrong: that is damage enough.
+    if problems or how == "size":
+        return problems, []
+    wrong, unread = wrong_hashes(storage, folder, manifest, manifest.files)
+    return wrong, list(unread.values())
+
+
+def mark_damaged(entry: Entry, problems: list[str]) -> None:
+    """Have listings and runs know what `verify` found. Raises CheckpointError where nothing can be written there."""
+    try:
+        quarantine(open_storage(entry.folder), entry.name, "; ".join(problems))
+    except Exception as error:
+        raise CheckpointError(f"{entry.folder}/{entry.name} cannot be marked as damaged: {error}") from error
 
 
 def remove(entry: Entry) -> None:
@@ -156,20 +190,6 @@ def wrong_hashes(
         if digest != manifest.files[name].hash:
             problems.append(f"{name} has changed since it was written: its hash is {digest}")
     return problems, unread
-
-
-def find_problems(storage: Storage, folder: str, how: Verify) -> list[str]:
-    """Everything that is wrong with a checkpoint, or keeps it from being read."""
-    try:
-        manifest = load_manifest(storage, folder)
-    except CheckpointError as error:
-        return [str(error)]
-    problems = wrong_sizes(storage, folder, manifest)
-    # Nothing is read once sizes are wrong: that is damage enough.
-    if problems or how == "size":
-        return problems
-    wrong, unread = wrong_hashes(storage, folder, manifest, manifest.files)
-    return [*wrong, *unread.values()]
 
 
 def quarantine(storage: Storage, folder: str, problem: str) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from allstep.checkpoint.catalog import Entry, find_problems
+from allstep.checkpoint.catalog import Entry, verify
 from allstep.checkpoint.encoding import TensorRecord, decode
 from allstep.checkpoint.manifest import STATE
 from allstep.checkpoint.reading import CheckpointReader
@@ -47,7 +47,7 @@ def export(entry: Entry, path: str, only: str | None = None) -> None:
         raise ArgumentError(f"cannot export to {path}: there is no folder {folder}")
     storage = open_storage(entry.folder)
     # All is hashed first: nobody looks at the hashes again once the values have left the checkpoint.
-    problems = find_problems(storage, entry.name, "full")
+    problems = verify(entry)
     if entry.manifest is None or problems:
         raise DamagedCheckpointError(f"checkpoint {entry.folder}/{entry.name} is damaged: {'; '.join(problems)}")
     with CheckpointReader(storage, entry.name, entry.manifest) as reader:

@@ -1,7 +1,8 @@
 """`allstep checkpoints`: what lies in a folder of checkpoints, and what to do with it.
 
-Contract: one process, beside a run or without one. `ls` and `verify` change nothing. Exit codes: 0 all well; 1 a
-checkpoint is damaged; 2 a wrong command line, or nothing of that name.
+Contract: one process, beside a run or without one. `ls` changes nothing. `verify` marks a checkpoint in which it read
+something wrong, so that listings say so and runs pass it over. Exit codes: 0 all well; 1 a checkpoint is damaged; 2 a
+wrong command line, or nothing of that name.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from allstep.errors import printable
+from allstep.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     from allstep.checkpoint.catalog import Entry
@@ -47,8 +48,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from allstep.checkpoint.catalog import entries
+    from allstep.checkpoint.catalog import check_folder, entries
 
+    check_folder(arguments.folder)
     found = entries(arguments.folder)
     if arguments.json:
         print(json.dumps([_as_json(entry) for entry in found], indent=1))
@@ -57,20 +59,31 @@ def _list(arguments: argparse.Namespace) -> int:
     else:
         _print_table([_HEADINGS, *map(_row, found)])
     # An unfinished checkpoint is what a save in progress looks like, so it is no failure.
-    return int(any(entry.state == "damaged" for entry in found))
+    return int(any(entry.state in ("damaged", "quarantined") for entry in found))
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from allstep.checkpoint.catalog import entries, find_entry, verify
+    from allstep.checkpoint.catalog import check_folder, entries, find_damage, find_entry, mark_damaged
+    from allstep.checkpoint.manifest import QUARANTINE
 
+    check_folder(arguments.folder)
     named = [find_entry(arguments.folder, name) for name in arguments.names]
     chosen = named or [entry for entry in entries(arguments.folder) if entry.state != "unfinished"]
     damaged = False
     for entry in chosen:
-        problems = verify(entry, "size" if arguments.size else "full")
-        damaged |= bool(problems)
-        print(printable(f"{entry.name}: {'damaged' if problems else 'whole'}"))
-        for problem in problems:  # what stands in a file, and names of files, are anybody's
+        wrong, unread = find_damage(entry, "size" if arguments.size else "full")
+        if arguments.size and entry.state == "quarantined":  # what was found before is not seen by sizes
+            wrong = wrong or entry.problems
+        damaged |= bool(wrong or unread)
+        print(printable(f"{entry.name}: {'damaged' if wrong else 'unreadable' if unread else 'whole'}"))
+        if wrong and entry.state == "whole":  # by its sizes, so that a listing would call it so
+            try:
+                mark_damaged(entry, wrong)
+            except CheckpointError as error:
+                unread.append(str(error))
+        if entry.state == "quarantined" and not (wrong or unread):
+            print(f"  it was marked as damaged before, and no run uses it before {QUARANTINE} is removed from it")
+        for problem in (*wrong, *unread):  # what stands in a file, and names of files, are anybody's
             print(f"  {printable(problem)}")
     if not chosen:  # so that nothing verified does not pass for all verified
         print(f"no checkpoints in {arguments.folder}")
@@ -104,7 +117,9 @@ def _row(entry: Entry) -> tuple[str, ...]:
         return (entry.name, "", "", "", "", entry.state, "")
     metrics = "  ".join(f"{name}={value:.6g}" for name, value in manifest.metrics.items())
     saved = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(manifest.created))
-    return (entry.name, str(manifest.step), _size(manifest.size), str(manifest.world_size), saved, entry.state, metrics)
+    # A quarantined one was found damaged by a run, or by `verify`.
+    state = "damaged (quarantined)" if entry.state == "quarantined" else entry.state
+    return (entry.name, str(manifest.step), _size(manifest.size), str(manifest.world_size), saved, state, metrics)
 
 
 def _size(count: float) -> str:
