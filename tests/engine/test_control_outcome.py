@@ -38,7 +38,7 @@ def test_a_run_ended_as_finished_trains_nothing_when_it_goes_on(event: Any, capl
     again.add_event_handler(Events.STARTED | Events.ITERATION_STARTED | Events.COMPLETED, fired.append)
     again.load_state_dict(state)
     for _ in range(2):
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             caplog.clear()
             again.run(range(3), max_epochs=5)
         assert "nothing to run: the run was finished: rank 0: good enough" in caplog.text

@@ -249,7 +249,7 @@ def test_a_finished_state_returns_at_once_each_time_and_says_so(
     seen = record(engine)
     for _ in range(2):
         caplog.clear()
-        with caplog.at_level(logging.WARNING):
+        with caplog.at_level(logging.INFO):
             engine.run(range(4))
         assert "nothing to run" in caplog.text
     assert seen == []

@@ -209,7 +209,7 @@ class Checkpoint:
             self._load(loaded, partial=partial)
         if _rank() == 0:
             facts = loaded.manifest.facts
-            log.warning(
+            log.info(
                 "resumed from %s: iteration %d, epoch %s, saved by %d ranks",
                 *(found.name, loaded.manifest.step, facts.get("epoch"), loaded.manifest.world_size),
             )

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from allstep.cli.parser import Parser
 from allstep.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
@@ -143,13 +144,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="allstep checkpoints",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="allstep checkpoints", description=DESCRIPTION, epilog=EPILOG)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|verify|export|rm")
     listing = _add(actions.add_parser, "ls", "a table of what is there, the newest last")
     listing.add_argument("--json", action="store_true", help="as JSON, with all that the manifests say")
@@ -166,6 +161,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(add_parser: Callable[..., argparse.ArgumentParser], name: str, summary: str) -> argparse.ArgumentParser:
-    action = add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    action = add_parser(name, help=summary, description=f"{summary.capitalize()}.")
     action.add_argument("folder", metavar="FOLDER", help="where a run saves its checkpoints")
     return action

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from allstep.cli.parser import Parser
 from allstep.errors import AllstepError
 from allstep.exit_codes import LAUNCHER_ERROR
 from allstep.protocol.foreign_text import printable
@@ -61,13 +62,11 @@ def _open_what_is_closed() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<12} {summary}" for name, summary in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="allstep",
         usage="allstep [-h] [--version] COMMAND ...",
         description="Train a PyTorch model on every device a job has, with every rank taking the same step.",
         epilog=f"commands:\n{listing}\n\n`allstep COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"allstep {__version__}")
     parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)

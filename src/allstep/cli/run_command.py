@@ -11,14 +11,14 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from allstep.cli.parser import Parser
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import COMMAND_LINE_ONLY, OPTIONS, LaunchSettings, Option
 from allstep.launch.supervisor import launch
 from allstep.launch.worker_plan import Command
-from allstep.protocol.foreign_text import printable
-from allstep.protocol.masking import mask, secret_values
+from allstep.protocol.masking import secret_values
 
 USAGE = "allstep run [options] [-m] script [args ...]"
 
@@ -95,27 +95,16 @@ def _joined(variables: Sequence[dict[str, str]]) -> dict[str, str]:
     return {name: value for each in variables for name, value in each.items()}
 
 
-class _RunParser(argparse.ArgumentParser):
-    """Says what is wrong with a command line without repeating the `secrets` in it."""
-
-    secrets: frozenset[str] = frozenset()
-
-    def error(self, message: str) -> NoReturn:
-        super().error(printable(mask(message, self.secrets)))
-
-
 def _parser(secrets: frozenset[str]) -> argparse.ArgumentParser:
     """Return the parser of our own options; what is not given is left out of its result."""
-    parser = _RunParser(
+    parser = Parser(
+        secrets=secrets,
         prog="allstep run",
         usage=USAGE,
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.secrets = secrets
     for option in (*COMMAND_LINE_ONLY, *OPTIONS):
         if not option.flag:  # only a file can set it
             continue

@@ -14,6 +14,8 @@ they wrap, which is `loader.source`. Arguments that contradict this raise a Data
 
 from __future__ import annotations
 
+import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -26,15 +28,22 @@ from allstep.data.compositions import draws_each_pass
 from allstep.data.epochs import wants_epoch
 from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
-from allstep.data.seeding import SampleSeeding, SeededDataset, keep_collated
+from allstep.data.seeding import SampleSeeding, SeededDataset, fetches_batches, keep_collated
 from allstep.data.stream_sharding import PlacedIterable
 from allstep.data.torch_private import child_processes, workers_of
 from allstep.data.worker_passes import begin_pass
 from allstep.data.worker_signals import WorkerStart, end_with_rank
-from allstep.errors import DataError
+from allstep.errors import ArgumentTypeError, DataError
+from allstep.suggestions import did_you_mean
+
+log = logging.getLogger("allstep.data")
 
 _WORKERS = 3  # sets the seeds of workers apart from other keys of the same seed and epoch
 _SEEDINGS = ("sample", "batch", "off")
+_DATALOADER_OPTIONS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
+_OWN_OPTIONS = (
+    *("global_batch_size", "max_batch_per_rank", "shuffle", "sampler", "drop_last", "sample_seeding", "seed"),
+)
 
 
 class Loader(DataLoader[Any]):
@@ -170,7 +179,7 @@ def make_loader(
     shuffle: bool = False,
     sampler: Iterable[int] | None = None,
     drop_last: bool = False,
-    sample_seeding: SampleSeeding = "sample",
+    sample_seeding: SampleSeeding | None = None,
     device_type: str = "cpu",
     **dataloader_options: Any,
 ) -> Loader:
@@ -191,17 +200,24 @@ def make_loader(
             `shuffle`, and with a length. What it draws depends on `seed` and the epoch, not on the rank.
         drop_last: see `ShardedBatchSampler`.
         sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
-            once for each rank's "batch" (the same at any number of workers), or not at all ("off"). An iterable
-            dataset is never seeded.
+            once for each rank's "batch" (the same at any number of workers), or not at all ("off"). By default
+            "batch" where the dataset gives whole batches (`__getitems__`, as Hugging Face's do), for which one sample
+            costs nearly as much as many, and "sample" elsewhere. An iterable dataset is never seeded.
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
             and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
             `worker_init_fn` is called after that is settled.
 
-    Raises DataError for arguments that cannot work together.
+    Raises DataError for arguments that cannot work together, and ArgumentTypeError for an unknown one.
     """
-    if sample_seeding not in _SEEDINGS:
+    if sample_seeding is not None and sample_seeding not in _SEEDINGS:
         raise DataError(f"sample_seeding is {sample_seeding!r}; it must be one of {', '.join(_SEEDINGS)}")
+    for option in dataloader_options:
+        if option not in _DATALOADER_OPTIONS:
+            raise ArgumentTypeError(
+                f"loader got {option}={dataloader_options[option]!r}, which is no option of it or of torch's DataLoader"
+                f"{did_you_mean(option, [*_OWN_OPTIONS, *_DATALOADER_OPTIONS])}"
+            )
     if dataloader_options.pop("batch_sampler", None) is not None:
         raise DataError(
             "batch_sampler was given, but the loader brings its own, which deals samples to ranks; choose the order "
@@ -248,6 +264,14 @@ def make_loader(
     )
     if sample_seeding == "off" and not wants_epoch(dataset):
         return Loader(dataset, source=dataset, seed=seed, rank=rank, **options)
+    if sample_seeding is None:
+        sample_seeding = "batch" if fetches_batches(dataset) else "sample"
+        if sample_seeding == "batch" and rank == 0:
+            log.info(
+                "%s gives whole batches, so random augmentation is seeded by batch: it depends on the number of ranks. "
+                'sample_seeding="sample" makes it the same at any, and fetches samples one by one',
+                type(dataset).__name__,
+            )
     seeded = SeededDataset(dataset, options.get("collate_fn") or torch_collate, seed=seed, seeding=sample_seeding)
     # Collation happens in the dataset, after its seeding; DataLoader must not do it again.
     options["collate_fn"] = keep_collated

@@ -199,7 +199,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         if self.shuffle and self._read_to_end and not self._warned:
             self._warned = True
             warnings.warn(
-                f"a loader with shuffle=True is read again in the order of epoch {self._epoch}: call "
+                f"a loader with shuffle=True is read again in the order of epoch {self._epoch + 1}: call "
                 "loader.set_epoch(epoch) before each pass, as an Engine does for a loader that it is given or can find "
                 "in its data",
                 stacklevel=3,
@@ -214,7 +214,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         first = self._position.batches.origin_batch
         if not first <= count <= self.global_length:
             raise DataError(
-                f"skip_batches({count}): epoch {self._epoch} has batches {first} to {self.global_length} "
+                f"skip_batches({count}): epoch {self._epoch + 1} has batches {first} to {self.global_length} "
                 f"of {self.global_batch_size} samples; give a number in that range"
             )
         self._position = _Position(self._position.batches, count)
@@ -228,7 +228,7 @@ class ShardedBatchSampler(Sampler[list[int]]):
         """
         if not 0 <= batches_done <= self.global_length:
             raise DataError(
-                f"state_dict({batches_done}): epoch {self._epoch} has {self.global_length} batches; "
+                f"state_dict({batches_done}): epoch {self._epoch + 1} has {self.global_length} batches; "
                 "give the number of its batches that steps consumed"
             )
         return {

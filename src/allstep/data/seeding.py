@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset, Subset, get_worker_info
 
 from allstep.data.epochs import tell_epoch, wants_epoch
 from allstep.data.generators import generators_kept, seed_cpu_generators
@@ -89,6 +89,13 @@ class SeededDataset(Dataset[Any]):
             samples: list[Any] = fetch_many(indices)
             return samples
         return [self.source[index] for index in indices]
+
+
+def fetches_batches(dataset: Dataset[Any]) -> bool:
+    """Whether a dataset fetches many samples at once by its own `__getitems__`."""
+    while isinstance(dataset, Subset):  # it has one for whatever it is a part of
+        dataset = dataset.dataset
+    return callable(getattr(dataset, "__getitems__", None))
 
 
 def keep_collated(batch: Any) -> Any:

@@ -411,11 +411,11 @@ class Engine:
             # Beginning has forgotten why the run was finished; a save of this state is to say so again.
             self._leave()
             state.stop_reason, state.outcome = finished, "finished"
-            self.logger.warning("nothing to run: the run was finished: %s", finished)
+            self.logger.info("nothing to run: the run was finished: %s", finished)
             return False
         if self.extension.is_complete and run.unfinished is None and not is_suspended:
             self._leave()
-            self.logger.warning(
+            self.logger.info(
                 "nothing to run: all that was asked is done, %d epochs and %d iterations", state.epoch, state.iteration
             )
             return False

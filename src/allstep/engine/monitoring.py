@@ -26,6 +26,7 @@ from allstep.faults.fault import When
 from allstep.faults.inject import LeftEarly
 from allstep.protocol.heartbeat import RankActivity
 from allstep.world import World, internals
+from allstep.world.duration import took_in_words
 from allstep.world.failures import Reporter
 
 Step = Callable[[Any], Any]
@@ -86,8 +87,11 @@ def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
     """The run of an engine called `name`: what it raises is reported, if there is anybody to report to."""
     world = World.current()
     inner = None if world is None else internals(world)
+    is_outermost = not is_nested()
     if inner is None or inner.reporter is None:
         yield None
+        if inner is not None and is_outermost:
+            inner.summary[name.rpartition(".")[2]] = _in_words(state)
         return
     reporter = inner.reporter
     # An exception of an earlier run was caught by the script if another run begins.
@@ -98,6 +102,17 @@ def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
         except BaseException as error:
             reporter.seen(error)
             raise
+    if is_outermost:
+        inner.summary[name.rpartition(".")[2]] = _in_words(state)
+
+
+def _in_words(state: State) -> str:
+    """How far a run came, for the summary at the job's end."""
+    epochs = f"{state.epoch} epoch{'' if state.epoch == 1 else 's'}"
+    words = f"{epochs}, {state.iteration} iteration{'' if state.iteration == 1 else 's'}"
+    if took := state.times.get(Events.COMPLETED.name):
+        words += f" in {took_in_words(took)}"
+    return words if state.stop_reason is None else f"{words}, ended by {state.stop_reason}"
 
 
 class _MonitoredIterator:

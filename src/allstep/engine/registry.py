@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from allstep.engine.events import COUNTERS, NEVER, AnyEvent, EventEnum, Events, EventsList, Filter, FilteredEvent
 from allstep.engine.state import State
 from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.suggestions import nearest
 
 EventKey: TypeAlias = EventEnum | str
 
@@ -134,9 +135,7 @@ class Registry:
         try:
             return self.slots[key]
         except (KeyError, TypeError):
-            raise ArgumentError(
-                f"{event!r} is not an event of this engine; register it first with engine.register_events"
-            ) from None
+            raise ArgumentError(self._unknown(key)) from None
 
     def fire(self, engine: Any, event: Any, *event_args: Any) -> None:
         """Call the handlers of a known event that are due, with `engine` and what the event carries."""
@@ -213,6 +212,19 @@ class Registry:
         """Bring every slot up to date with the state's counters."""
         for slot in self.slots.values():
             slot.schedule(self._count(slot))
+
+    def _unknown(self, event: Any) -> str:
+        """What to say of an event that this engine does not know."""
+        name = event if isinstance(event, str) else getattr(event, "name", "")
+        known = {getattr(each, "name", str(each)): each for each in self.slots}
+        near = nearest(str(name), known)
+        if near is None:
+            return f"{event!r} is not an event of this engine; register it first with engine.register_events"
+        instead = known[near]
+        remedy = f"did you mean {instead}?" if isinstance(instead, Events) else f"did you mean {instead!r}?"
+        if type(event).__module__.split(".")[0] == "ignite":
+            remedy = f"take {instead} of allstep, or this script's Engine from allstep.ignite"
+        return f"{event!r} is not an event of this engine; {remedy}"
 
     def _listen_for_optimizer_steps(self) -> None:
         completed = self.slots[Events.ITERATION_COMPLETED]

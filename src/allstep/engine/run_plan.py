@@ -19,6 +19,7 @@ from allstep.engine.events import is_count
 from allstep.engine.state import State
 from allstep.errors import ArgumentError, ArgumentTypeError, DataError
 from allstep.parallel import Precision
+from allstep.suggestions import did_you_mean
 
 SamplesIn = Callable[[Any], int]
 """`batch -> int`: how many samples a batch has."""
@@ -77,7 +78,8 @@ def check_step(step: Callable[..., Any]) -> None:
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise ArgumentError unless a value is one of the choices."""
     if value not in choices:
-        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        near = did_you_mean(str(value), choices)
+        raise ArgumentError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}{near}")
 
 
 def check_accumulation(modules: Iterable[nn.Module], group_size: int) -> None:

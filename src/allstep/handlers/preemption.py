@@ -80,7 +80,7 @@ class Preemption(StopOnSignal):
         except (OSError, subprocess.TimeoutExpired) as error:
             failure = str(error)
         if failure is None:
-            engine.logger.warning("SLURM job %s is put back into its queue", command[-1])
+            engine.logger.info("SLURM job %s is put back into its queue", command[-1])
         else:
             engine.logger.error("%s failed: %s; start the job again by hand", " ".join(command), failure)
 

@@ -14,7 +14,6 @@ such as `on`, `1e-3` or `010` into something else than the text that a person wa
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import yaml
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import OPTIONS, Option
+from allstep.suggestions import did_you_mean
 
 LARGEST = 1 << 20
 """Bytes of a file, at most."""
@@ -109,9 +109,8 @@ def _refuse_duplicates(path: Path, tree: yaml.MappingNode) -> None:
 def _refuse_unknown(field: str) -> Option:
     names = [option.name for option in OPTIONS]
     # One suggestion where a name is nearly right; else all, since a person is then looking for one.
-    near = difflib.get_close_matches(field, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"fields are {', '.join(names)}"
-    raise ConfigurationError(f"{field} is not a field; {hint}")
+    hint = did_you_mean(field, names) or f"; fields are {', '.join(names)}"
+    raise ConfigurationError(f"{field} is not a field{hint}")
 
 
 def _value(option: Option, node: yaml.Node) -> Any:

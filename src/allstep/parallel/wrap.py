@@ -8,17 +8,28 @@ gradients of a world of several are averaged over ranks in backward. A world of 
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from allstep.errors import ParallelError
+from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
 from allstep.protocol.heartbeat import RankActivity
+from allstep.suggestions import did_you_mean
+
+_DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
+_OWN_OPTIONS = ("sync_batchnorm", "deterministic")
+
+
+def sharded_parameter(module: nn.Module) -> str | None:
+    """The name of a parameter that is sharded over ranks; None where there is none."""
+    return next((name for name, each in module.named_parameters() if isinstance(each, DTensor)), None)
 
 
 def wrap_module(
@@ -48,12 +59,25 @@ def wrap_module(
             CUDA, `device_ids=[device.index]`.
 
     Raises:
-        ParallelError: no module was given, it is wrapped already, or SyncBatchNorm was asked for where there is none.
+        ParallelError: no module was given, it is wrapped or sharded already, or SyncBatchNorm was asked for where there
+            is none.
+        ArgumentTypeError: an option that DistributedDataParallel does not have, in a world of any size.
     """
     if not isinstance(module, nn.Module):
         raise ParallelError(f"module is {module!r}; wrap a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
+    if sharded := sharded_parameter(module):
+        raise ParallelError(
+            f"parameter {sharded} is a DTensor: the module is sharded already, by fully_shard or a tensor-parallel "
+            "plan, and reduces its gradients itself. Train it as it is, without wrap"
+        )
+    for option in ddp_options:  # also in a world of one, so that what passes alone passes over several
+        if option not in _DDP_OPTIONS:
+            raise ArgumentTypeError(
+                f"wrap got {option}={ddp_options[option]!r}, which is no option of it or of DistributedDataParallel"
+                f"{did_you_mean(option, [*_OWN_OPTIONS, *_DDP_OPTIONS])}"
+            )
     if world_size == 1:
         return module.to(device)
     if sync_batchnorm:

@@ -40,10 +40,11 @@ from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
 from allstep.world.failures import Reporter
 from allstep.world.lifetime import make_current
+from allstep.world.log_output import show_log
 from allstep.world.monitor_link import MonitorService, join, sidecar_service, supervised_service
 from allstep.world.process_group import Group, adopt_group, open_group
 from allstep.world.rendezvous import rendezvous
-from allstep.world.world import World
+from allstep.world.world import World, internals
 
 _TIMEOUT = timedelta(minutes=10)
 
@@ -103,6 +104,7 @@ def init(
         world.close()
         raise
     make_current(world)
+    internals(world).hide_log = show_log(is_main=world.is_main)
     return world
 
 

@@ -8,6 +8,8 @@ open.
 
 from __future__ import annotations
 
+import logging
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,7 +18,11 @@ from torch import nn
 
 from allstep.coordination import Coordinator
 from allstep.protocol.heartbeat import RankActivity
+from allstep.suggestions import hint_for
+from allstep.world.duration import took_in_words
 from allstep.world.failures import Reporter
+
+log = logging.getLogger("allstep.world")
 
 
 @dataclass(slots=True)
@@ -27,11 +33,16 @@ class WorldInternals:
         coordinator: how the engines of this world agree.
         activity: where this rank is; the monitoring service is told from it.
         reporter: tells exceptions to that service; None where no service watches over the ranks.
+        summary: what is said at a good end, by what it is about; each writer replaces its own.
+        hide_log: stops showing what is logged; see `log_output`.
     """
 
     coordinator: Coordinator
     activity: RankActivity
     reporter: Reporter | None
+    summary: dict[str, str] = field(default_factory=dict)
+    hide_log: Callable[[], None] = lambda: None
+    _opened_at: float = field(default_factory=time.monotonic)
     _wrapped: list[weakref.ref[nn.Module]] = field(default_factory=list)
     _before_close: list[weakref.WeakMethod[Callable[[bool], None]]] = field(default_factory=list)
 
@@ -57,7 +68,21 @@ class WorldInternals:
                     method(failed)
             except Exception as error:  # the other methods, and the other ranks, are still to be served
                 raised = raised or error
+        if not failed and raised is None and self.summary:
+            took = time.monotonic() - self._opened_at
+            log.info(
+                "done in %s: %s", took_in_words(took), "; ".join(f"{of}: {what}" for of, what in self.summary.items())
+            )
+        self.hide_log()
         return raised
+
+    def note_exception(self, error: BaseException) -> None:
+        """An exception leaves the World's `with` block: it is given a hint where there is one, and told on."""
+        hint = hint_for(error)
+        if hint is not None:
+            error.add_note(hint)
+        if self.reporter is not None:
+            self.reporter.leaving(error)
 
     def wrapped_modules(self) -> list[nn.Module]:
         """What `World.wrap` gave, in order, as far as it is still in use."""

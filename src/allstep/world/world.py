@@ -190,7 +190,7 @@ class World:
         shuffle: bool = False,
         sampler: Iterable[int] | None = None,
         drop_last: bool = False,
-        sample_seeding: SampleSeeding = "sample",
+        sample_seeding: SampleSeeding | None = None,
         seed: int | None = None,
         **dataloader_options: Any,
     ) -> Loader:
@@ -204,7 +204,7 @@ class World:
             shuffle: a random order each epoch.
             sampler: an order of your own in place of that, such as torch's `WeightedRandomSampler`.
             drop_last: leave out a last global batch that is smaller than the others.
-            sample_seeding: seed augmentation for each "sample", for each rank's "batch", or not at all ("off").
+            sample_seeding: seed augmentation for each "sample", each rank's "batch", or "off"; see `make_loader`.
             seed: of order and augmentation; by default this World's `seed`, or 0.
             dataloader_options: passed on to torch's DataLoader.
 
@@ -381,8 +381,8 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self._internals.reporter is not None:
-            self._internals.reporter.leaving(error)
+        if error is not None:
+            self._internals.note_exception(error)
         # An exit with one of these codes is taken by all ranks alike: they leave in order.
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, *IN_ORDER))
         self._leave(failed=failed, patience=self._timeout)

@@ -1,0 +1,46 @@
+"""Suggestions for names that are nearly right: options, keywords, events, choices.
+
+Contract: pure functions of names. `did_you_mean` is put behind the sentence of an error that says what is wrong.
+`hint_for` reads Python's own message about a keyword that a function does not take, where the function is allstep's;
+Python itself suggests one from 3.13 on. Standard library only, since the launching parent imports this.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+from importlib import import_module
+
+_UNEXPECTED = re.compile(r"^([\w.]+)\(\) got an unexpected keyword argument '(\w+)'$")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like `name`, whatever the case and underscores; None where none is."""
+    plain = {each.lower().replace("_", "").replace("-", ""): each for each in known}
+    found = difflib.get_close_matches(name.lower().replace("_", "").replace("-", ""), plain, n=1)
+    return plain[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question to put behind an error, such as "; did you mean nproc?"; empty where no known name is near."""
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean {near}?"
+
+
+def hint_for(error: BaseException) -> str | None:
+    """What to add to a TypeError about an unknown keyword of a public function or class of allstep."""
+    found = _UNEXPECTED.match(str(error)) if isinstance(error, TypeError) else None
+    if found is None:
+        return None
+    called, keyword = found.groups()
+    names = called.split(".")
+    target: object = import_module("allstep")
+    for name in names:
+        target = getattr(target, name, None)
+    if not callable(target):
+        return None
+    known = [name for name in inspect.signature(target).parameters if name != "self"]
+    near = nearest(keyword, known)
+    return None if near is None else f"Did you mean {near}?"

@@ -1,0 +1,82 @@
+"""Names that are nearly right get a suggestion, wherever they are given."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+
+import pytest
+import torch
+
+import allstep
+from allstep.cli.main import main
+from allstep.data import make_loader
+from allstep.engine import Engine
+from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.parallel import wrap_module
+from allstep.suggestions import hint_for, nearest
+
+
+def test_case_and_underscores_do_not_matter() -> None:
+    assert nearest("batchsize", ["epoch", "batch_size"]) == "batch_size"
+    assert nearest("--NPROCS", ["--nproc", "--nnodes"]) == "--nproc"
+    assert nearest("colour", ["batch_size"]) is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggested"),
+    [
+        (["run", "--nprocs", "2", "train.py"], "--nproc"),
+        (["run", "--max-restart=2", "train.py"], "--max-restarts"),
+        (["rnu", "train.py"], "run"),
+        (["checkpoints", "lss", "folder"], "ls"),
+        (["checkpoints", "ls", "folder", "--jason"], "--json"),
+    ],
+)
+def test_the_command_line_suggests(argv: list[str], suggested: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    assert f"did you mean {suggested}?" in capsys.readouterr().err
+
+
+def test_a_wrong_keyword_of_wrap_is_the_same_error_in_a_world_of_any_size() -> None:
+    for world_size in (1, 2):
+        with pytest.raises(ArgumentTypeError, match=r"find_unused_params=True.* did you mean find_unused_parameters"):
+            wrap_module(torch.nn.Linear(1, 1), torch.device("cpu"), world_size, find_unused_params=True)
+
+
+def test_a_wrong_keyword_of_loader_is_told_with_the_right_one() -> None:
+    with pytest.raises(ArgumentTypeError, match=r"batchsize=2.*did you mean batch_size"):
+        make_loader(torch.arange(4), rank=0, world_size=1, seed=0, batchsize=2)  # type: ignore[arg-type]
+
+
+def test_an_event_of_a_nearly_right_name_is_told_with_the_right_one() -> None:
+    engine = Engine(lambda engine, batch: None)
+    with pytest.raises(ArgumentError, match=r"did you mean Events.EPOCH_COMPLETED"):
+        engine.add_event_handler("epoch_complete", lambda: None)
+
+
+def test_ignites_events_are_told_which_way_to_go() -> None:
+    ignites = enum.Enum("Events", {"EPOCH_COMPLETED": "epoch_completed"}, module="ignite.engine.events")
+    with pytest.raises(ArgumentError, match=r"take Events.EPOCH_COMPLETED of allstep, or .* from allstep.ignite"):
+        Engine(lambda engine, batch: None).add_event_handler(ignites.EPOCH_COMPLETED, lambda: None)  # type: ignore[arg-type]
+
+
+def test_a_choice_that_is_nearly_right_is_told_with_the_right_one() -> None:
+    with pytest.raises(ArgumentError, match="did you mean longest"):
+        Engine(lambda engine, batch: None, uneven="longst")  # type: ignore[arg-type]
+
+
+def test_a_wrong_keyword_of_a_public_function_gets_a_note() -> None:
+    engine = Engine(lambda engine, batch: None)
+    with pytest.raises(TypeError) as raised, allstep.init():
+        engine.run([1], max_epoch=2)  # type: ignore[call-arg]
+    text = " ".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
+    assert "Did you mean max_epochs?" in text or "Did you mean 'max_epochs'" in text
+    assert hint_for(TypeError("foo() got an unexpected keyword argument 'x'")) is None
+    assert hint_for(ValueError("Engine.run() got an unexpected keyword argument 'max_epoch'")) is None
+
+
+def test_a_field_of_a_configuration_that_is_nearly_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.yaml").write_text("nprocs: 2\n")
+    assert main(["run", "--config", str(tmp_path / "run.yaml"), "train.py"]) == 2
+    assert "nprocs is not a field; did you mean nproc?" in capsys.readouterr().err
