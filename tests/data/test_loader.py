@@ -117,12 +117,26 @@ def test_random_collation_is_the_same_at_any_number_of_workers() -> None:
 def test_datasets_that_read_many_at_once_are_asked_that_way() -> None:
     expected = read(loaders(Draws()))
     data = ManyDraws()
-    assert torch.equal(read(loaders(data, 2)), expected)
+    assert torch.equal(read(loaders(data, 2, sample_seeding="sample")), expected)
     assert all(len(indices) == 1 for indices in data.asked)
     for seeding in ("batch", "off"):
         data.asked.clear()
         read(loaders(data, sample_seeding=seeding))
         assert [len(indices) for indices in data.asked] == [6, 6, 6, 4]
+
+
+@pytest.mark.parametrize("part", [lambda data: data, lambda data: Subset(data, range(22))], ids=["whole", "subset"])
+def test_datasets_that_give_whole_batches_are_seeded_by_batch_unless_told(
+    part: Callable[[ManyDraws], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = ManyDraws()
+    with caplog.at_level("INFO", logger="allstep.data"):
+        ranks = loaders(part(data), 2)
+    assert caplog.text.count("gives whole batches, so random augmentation is seeded by batch") == 1
+    drawn = read(ranks)
+    assert max(len(indices) for indices in data.asked) == 3
+    assert len(drawn[:, 1].unique()) == 22  # still random, and
+    assert torch.equal(read(loaders(part(data), 2)), drawn)  # the same again
 
 
 def test_subsets_are_seeded_by_sample_too() -> None:

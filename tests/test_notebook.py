@@ -1,0 +1,70 @@
+"""Ranks that a cell of a notebook starts: in a real notebook, and from a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allstep.errors import RanksError
+from allstep.notebook import run
+
+CELL = """
+import torch
+import allstep.notebook
+
+factor = 3
+
+def main(world, base):
+    print("hello", world.world_size)
+    print("a half line", end="")
+    return base + factor * world.all_reduce(world.rank)
+
+print(allstep.notebook.run(main, 10, nproc=2, timeout=60))
+"""
+
+FAILS = """
+def fails(world):
+    if world.rank == 1:
+        raise ValueError("no such luck")
+    world.barrier()
+
+allstep.notebook.run(fails, nproc=2, timeout=60)
+"""
+
+
+def text_of(cell: Any) -> str:
+    return "".join(each.get("text", "") for each in cell["outputs"])
+
+
+@pytest.mark.slow
+def test_a_cell_starts_ranks_again_and_again_and_shows_what_they_print(tmp_path: Path) -> None:
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in (CELL, CELL, FAILS)])
+    client = nbclient.NotebookClient(book, timeout=200, allow_errors=True, resources={"metadata": {"path": tmp_path}})
+    client.execute()
+    for cell in book["cells"][:2]:
+        printed = text_of(cell)
+        lines = printed.splitlines()
+        assert sorted(lines[:-1]) == ["[0] a half line", "[0] hello 2", "[1] a half line", "[1] hello 2"]
+        assert lines[-1] == "[13, 13]"
+    [error] = [each for each in book["cells"][2]["outputs"] if each["output_type"] == "error"]
+    assert error["ename"] == "RanksError"
+    assert "rank 1 of 2 raised" in error["evalue"]
+    assert "no such luck" in error["evalue"]
+
+
+def test_a_function_that_nobody_can_import_runs_on_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(lambda world, base: base + world.rank, 5, nproc=2) == [5, 6]
+
+
+def test_ranks_that_do_not_finish_are_named() -> None:
+    def waits(world: Any) -> None:
+        import time
+
+        time.sleep(60)
+
+    with pytest.raises(RanksError, match="did not finish in"):
+        run(waits, nproc=1, timeout=2.0)
