@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from allstep.cli.active_environment import change_to_active_environment
 from allstep.cli.parser import Parser
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import COMMAND_LINE_ONLY, OPTIONS, LaunchSettings, Option
@@ -52,6 +53,7 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command with these arguments and return the exit code."""
+    change_to_active_environment(["run", *argv])
     # Before the parser, which would take options of the script for ours.
     own, rest = split_command(argv, OPTIONS_WITH_VALUE)
     parser = _parser(secret_values(argv, os.environ))

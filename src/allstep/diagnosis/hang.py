@@ -104,6 +104,10 @@ class HangLimits:
         return high if longest is None else min(high, max(low, MULTIPLE * longest))
 
 
+WITHOUT_LIMITS = ",".join(f"{name}=off" for name in (*_BOUNDS, "silence", "apart"))
+"""The text that takes all limits away but that of a link between nodes."""
+
+
 def _range(name: str, value: str, default: tuple[float, float]) -> tuple[float, float]:
     low, colon, high = value.partition(":")
     if not colon:  # the default lower bound holds, unless the upper one is below it

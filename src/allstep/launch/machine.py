@@ -162,9 +162,10 @@ class Machine:
     def _shared_imports(self, share: Share) -> tuple[str, ...]:
         """What this machine's workers import before they part."""
         # A single worker shares with nobody, and would only pay for one process more.
-        if share.workers == 1 or not self.launch.settings.share_imports or not can_fork():
-            return ()
-        return shared_imports(self.launch.command, self.launch.settings.env)
+        settings = self.launch.settings
+        if share.workers == 1 or not settings.share_imports or settings.debug_rank is not None or not can_fork():
+            return ()  # nor can one have the terminal whose streams are the others' too
+        return shared_imports(self.launch.command, settings.env)
 
     def _announce(self, share: Share, folder: AttemptFolder | None) -> None:
         here = f"{share.workers} worker{'s' if share.workers > 1 else ''}"

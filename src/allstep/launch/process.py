@@ -142,9 +142,10 @@ def spawn(
     with _blocked(signal.SIGUSR1):
         process = subprocess.Popen(
             command,
-            stdin=None if plan.world_size == 1 else subprocess.DEVNULL,  # one worker reads the terminal: a debugger's
-            stdout=pipes.stdout[1],
-            stderr=pipes.stderr[1],
+            # A single worker reads the terminal, as does one that a person debugs.
+            stdin=None if plan.world_size == 1 or plan.has_terminal else subprocess.DEVNULL,
+            stdout=None if plan.has_terminal else pipes.stdout[1],
+            stderr=None if plan.has_terminal else pipes.stderr[1],
             env=dict(environment),
             pass_fds=inherited,
             start_new_session=True,

@@ -337,6 +337,12 @@ class LaunchSettings:
         None, _LIMITS, "TEXT", "seconds that a section may last without progress, such as step=60,data=300"
     )
     fault: str | None = _option(None, _FAULT, "TEXT", "rehearse a fault, such as rank=1,iteration=7,kill=9")
+    debug_rank: int | None = _option(
+        None,
+        _COUNT_FROM_ZERO,
+        "R",
+        "give rank R of this machine the terminal, for breakpoint() and pdb; nothing is limited in time then",
+    )
     resume: str | None = _option(
         None,
         _TEXT,

@@ -17,6 +17,7 @@ import os
 import secrets
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,7 @@ def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, 
         ConfigurationError: a setting cannot be met here.
         PlacementError: a SLURM step says inconsistently which machine this is.
     """
-    settings = _with_absolute_resume(settings)
+    settings = _without_limits_to_debug(_with_absolute_resume(settings))
     if not command.module:
         _check_script(command.target)
     # Names this launch for scripts that want to do something once in all its attempts.
@@ -118,6 +119,15 @@ def _with_absolute_resume(settings: LaunchSettings) -> LaunchSettings:
     return replace(settings, resume=path)
 
 
+def _without_limits_to_debug(settings: LaunchSettings) -> LaunchSettings:
+    """The same settings, and where one rank is debugged no limit but those that were given: a person takes long."""
+    if settings.debug_rank is None or settings.limits is not None:
+        return settings
+    from allstep.diagnosis.hang import WITHOUT_LIMITS
+
+    return replace(settings, limits=WITHOUT_LIMITS)
+
+
 def _check_script(path: str) -> None:
     if not os.path.exists(path):
         raise LaunchError(f"script {path} does not exist (in {os.getcwd()}); for a module use -m")
@@ -125,6 +135,21 @@ def _check_script(path: str) -> None:
         raise LaunchError(f"script {path} cannot be read")
     if os.path.isdir(path) and not os.path.isfile(os.path.join(path, "__main__.py")):
         raise LaunchError(f"script {path} is a folder without a __main__.py")
+    _check_syntax(path)
+
+
+def _check_syntax(path: str) -> None:
+    """Say a syntax error once, before every rank would. What is no source text is left to the interpreter."""
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        return
+    try:
+        source = Path(path).read_bytes()
+        compile(source, path, "exec", dont_inherit=True)
+    except SyntaxError as error:
+        text = "".join(traceback.format_exception_only(error)).rstrip()
+        raise LaunchError(f"script {path} is not valid Python, so no rank was started\n{text}") from error
+    except (OSError, ValueError, RecursionError, MemoryError):
+        return  # each worker says what is wrong
 
 
 def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:

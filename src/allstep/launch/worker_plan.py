@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from allstep.errors import ConfigurationError
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
@@ -40,7 +41,8 @@ class WorkerPlan:
     """One worker to start: its run and place in it, its whole environment, and what its bootstrap is to run.
 
     `descriptors` is how many it may open; None leaves it what this process may. `store_fd` is the socket that it is to
-    serve the ranks' store on, a descriptor of this process, where that is its part.
+    serve the ranks' store on, a descriptor of this process, where that is its part. `has_terminal`: it has this
+    process's own standard streams in place of pipes, for a person who debugs it.
     """
 
     run_id: str
@@ -50,6 +52,7 @@ class WorkerPlan:
     command: Command
     descriptors: int | None = None
     store_fd: int | None = None
+    has_terminal: bool = False
 
     def command_line(self, supervisor_pid: int, lifeline: int) -> list[str]:
         """Return the command line, for a supervisor of this pid that holds the other end of the pipe `lifeline`."""
@@ -144,6 +147,12 @@ def plan_workers(
         inherited["ALLSTEP_RESUME"] = settings.resume
     if settings.take_over:
         inherited["ALLSTEP_TAKE_OVER"] = "1"
+    if settings.debug_rank is not None:
+        if settings.debug_rank not in share.ranks and share.nodes == 1:
+            raise ConfigurationError(
+                f"debug_rank is {settings.debug_rank}, and the ranks are {share.ranks[0]} to {share.ranks[-1]}"
+            )
+        inherited["ALLSTEP_DEBUG_RANK"] = str(settings.debug_rank)
     return tuple(
         WorkerPlan(
             run_id=share.run_id,
@@ -172,6 +181,7 @@ def plan_workers(
             command=command,
             descriptors=descriptors,
             store_fd=share.store_fd if rank == 0 else None,
+            has_terminal=rank == settings.debug_rank,
         )
         for local_rank, rank in enumerate(share.ranks)
     )
