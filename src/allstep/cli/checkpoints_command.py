@@ -143,7 +143,7 @@ def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(prog="allstep checkpoints", description=DESCRIPTION, epilog=EPILOG)
     actions = parser.add_subparsers(dest="action", required=True, metavar="ls|verify|export|rm")
     listing = _add(actions.add_parser, "ls", "a table of what is there, the newest last")
@@ -157,10 +157,13 @@ def _parser() -> argparse.ArgumentParser:
     exporting.add_argument("--only", metavar="PART", help="one part of the state, such as model")
     removing = _add(actions.add_parser, "rm", "remove checkpoints")
     removing.add_argument("names", nargs="+", metavar="NAME", help="checkpoints to remove")
+    for action in (listing, verifying, exporting, removing):
+        parser.options += action.options
+    parser.words += actions.choices
     return parser
 
 
-def _add(add_parser: Callable[..., argparse.ArgumentParser], name: str, summary: str) -> argparse.ArgumentParser:
+def _add(add_parser: Callable[..., Parser], name: str, summary: str) -> Parser:
     action = add_parser(name, help=summary, description=f"{summary.capitalize()}.")
     action.add_argument("folder", metavar="FOLDER", help="where a run saves its checkpoints")
     return action
