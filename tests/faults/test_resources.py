@@ -78,7 +78,21 @@ def test_row_36_a_rank_that_the_kernel_kills_for_memory_is_reported_so(memory_gr
     )
     assert job.code == 137, job.text
     check_first_lines(job, "rank 1 of 2 failed first", "SIGKILL", "likely out of memory")
-    assert "likely out of memory: the kernel killed 1 process for it in this memory cgroup" in job.cause["note"]
+    assert "likely out of memory: the kernel killed 1 process for it in this job's memory cgroup" in job.cause["note"]
+
+
+@also_under_torchrun_by_night
+def test_row_36_a_loaders_worker_that_the_kernel_kills_for_memory_is_reported_so(
+    memory_group: Path, tmp_path: Path, launcher: Launcher
+) -> None:
+    inside = tmp_path / "inside.py"
+    inside.write_text(INSIDE)
+    fault = FaultPlan.at(1, 9, when="data").allocate(8 * 2**30)
+    argv = command(launcher, SCRIPTS / "loads.py", nproc=2)
+    env = {"OMP_NUM_THREADS": "1"} | fault.to_environ()
+    job = run(tmp_path, command=[sys.executable, inside, memory_group / "cgroup.procs", *argv], env=env)
+    assert job.code != 0
+    check_first_lines(job, "rank 1 of 2 failed first", "DataLoader worker", "likely out of memory: the kernel killed 1")
 
 
 @also_under_torchrun_by_night

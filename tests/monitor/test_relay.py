@@ -29,12 +29,13 @@ def relaying(
     node: int = 1,
     supervised: bool = True,
     clock: Callable[[], float] | None = None,
+    remark: Callable[[], str] | None = None,
 ) -> Iterator[Driven]:
     def make(selector: selectors.BaseSelector, listener: socket.socket, clock: Callable[[], float]) -> Relay:
         return Relay(
             selector,
             listener,
-            MonitorSettings(key, 0, world_size, HangLimits.parse(limits), supervised),
+            MonitorSettings(key, 0, world_size, HangLimits.parse(limits), supervised, remark=remark),
             upstream=("127.0.0.1", port),
             node_rank=node,
             ranks=ranks,
@@ -47,11 +48,13 @@ def relaying(
 
 
 @contextlib.contextmanager
-def two_nodes(limits: str = "", *, supervised: bool = True) -> Iterator[tuple[Driven, Driven, list[Caller]]]:
+def two_nodes(
+    limits: str = "", *, supervised: bool = True, remark: Callable[[], str] | None = None
+) -> Iterator[tuple[Driven, Driven, list[Caller]]]:
     """Rank 0 at the head, ranks 1 and 2 at a relay; all welcomed."""
     with (
         serving(3, limits=limits, supervised=supervised) as hub,
-        relaying(hub.port, (1, 2), 3, limits=limits, supervised=supervised, clock=hub.clock) as relay,
+        relaying(hub.port, (1, 2), 3, limits=limits, supervised=supervised, clock=hub.clock, remark=remark) as relay,
     ):
         hub.others.append(relay)
         callers = [Caller(relay if rank else hub, rank, 3).come() for rank in range(3)]
@@ -82,6 +85,19 @@ def test_a_failure_behind_a_relay_is_judged_at_the_head_for_all_nodes():
         hub.until(lambda: any(isinstance(each, Leave) and each.spared == (2,) for each in relay.events))
         hub.service.finish("the text", 1)
         hub.until(lambda: Finish("the text", 1) in relay.events)
+
+
+def test_what_a_node_knows_of_a_failure_is_in_the_diagnosis():
+    remark = "likely out of memory"
+    with two_nodes(supervised=False, remark=lambda: remark) as (hub, _, ranks):
+        ranks[2].fail()
+        assert hub.verdict().cause.note == remark
+
+
+def test_a_node_has_no_remark_about_an_error_that_follows_from_another():
+    with two_nodes(supervised=False, remark=lambda: "likely out of memory") as (hub, _, ranks):
+        ranks[2].fail("RuntimeError", "Connection closed by peer", derived=True)
+        assert hub.verdict().cause.note == ""
 
 
 def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():

@@ -109,7 +109,7 @@ def outcome_of(record: RankRecord, *, supervised: bool) -> RankOutcome:
         waiting=heartbeat.waiting if heartbeat and place is heartbeat else "",
         traceback=failure.traceback if failure else "",
         output=record.end.stderr if record.end else "",
-        note="; ".join(filter(None, (record.end.note if record.end else "", "" if explains else _note(failure)))),
+        note="; ".join(filter(None, (_known_by_its_node(record), "" if explains else _note(failure)))),
         stacks=record.stacks,
         trace=record.trace,
     )
@@ -214,6 +214,10 @@ def _by_end(record: RankRecord, end: WorkerExit, moment: Moment | None) -> Judge
     if after_another(end):
         return OutcomeKind.DERIVED, f"{describe(code)}, after a connection to it was lost", exit_status(code), moment
     return (OutcomeKind.SIGNAL if code < 0 else OutcomeKind.EXIT), describe(code), exit_status(code), moment
+
+
+def _known_by_its_node(record: RankRecord) -> str:
+    return (record.end.note if record.end else "") or record.remark
 
 
 def _note(failure: Failure | None) -> str:

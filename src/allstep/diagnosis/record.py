@@ -55,6 +55,7 @@ class RankRecord:
         awaited: a clause about what others wait for it in, once it is known that it will not come.
         activity: what its process was last seen to do, when it was looked at.
         busy: when its process was last seen to be busy though it was silent, on the monitor's clock.
+        remark: what its node knows of the reason for its failure.
         stacks: of its threads, as faulthandler writes them.
         trace: torch's record of its last collectives.
     """
@@ -79,6 +80,7 @@ class RankRecord:
     awaited: str = ""
     activity: ProcessActivity | None = None
     busy: float = -math.inf
+    remark: str = ""
     stacks: str = ""
     trace: str = ""
 

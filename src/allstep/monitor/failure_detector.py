@@ -104,6 +104,10 @@ class FailureDetector:
         self.furthest = max(self.furthest, (failure.epoch, failure.iteration))
         self._look_soon()
 
+    def remarked(self, rank: int, text: str) -> None:
+        """The node of a rank said what it knows of its failure."""
+        self.records[rank].remark = text
+
     def caught(self, rank: int) -> None:
         """A rank caught what it had reported, and goes on."""
         self.records[rank].forget_seen()

@@ -33,6 +33,7 @@ from allstep.protocol.messages import (
     Message,
     NodeHeartbeat,
     NodeHello,
+    NodeRemark,
     Notice,
     ProcessSeen,
     RankHello,
@@ -92,7 +93,7 @@ class Hub:
         )
         self._links = NodeLinks(world_size, limits.link, self._clock)
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
-        self._introduced = settings.introduced
+        self._introduced, self._remark = settings.introduced, settings.remark
         self._silent = SilentRanks(self.connection, self._clock.age)
         self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
@@ -264,6 +265,8 @@ class Hub:
                 self._arrive(message, peer)
             case WorkerEnded(end) if end.rank in ranks:
                 self.worker_ended(end)
+            case NodeRemark(rank, text) if rank in ranks:
+                self._detector.remarked(rank, text)
             case ProcessSeen(rank, activity) if rank in ranks and activity in set(ProcessActivity):
                 self._detector.seen(rank, ProcessActivity(activity))
             case RankLost(rank, why) if rank in ranks:
@@ -279,6 +282,8 @@ class Hub:
             case Heartbeat():
                 self._detector.beat(message)
             case Failure():
+                if self._remark is not None and peer not in self._links and not message.derived:
+                    self._detector.remarked(rank, self._remark())
                 self._detector.failed(message)
             case Stacks():
                 self._detector.answered(message)

@@ -22,6 +22,7 @@ from allstep.protocol.messages import (
     Heartbeat,
     Leave,
     Message,
+    NodeRemark,
     Notice,
     ProcessSeen,
     RankHello,
@@ -48,6 +49,7 @@ class NodeRanks:
         ranks: that run here.
         clock: seconds, never turned back.
         send_line: sends a line to the head; true: at once.
+        remark: what this node knows of the reason, when a rank fails.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class NodeRanks:
         ranks: Sequence[int],
         clock: Callable[[], float],
         send_line: Callable[[bytes, bool], None],
+        remark: Callable[[], str] | None = None,
     ) -> None:
         self.records = {rank: RankRecord(rank) for rank in ranks}
         self._server = server
         self._clock = clock
         self._send_line = send_line
+        self._remark = remark
         self._peers: dict[int, Peer] = {}  # each rank's present connection
         self._waiting: list[Peer] = []  # those that were not welcomed yet
         self._stacks_files: dict[int, str] = {}
@@ -140,6 +144,8 @@ class NodeRanks:
                 record.note_heartbeat(message, self._clock())
             case Failure():
                 record.note_failure(message, self.moment())
+                if self._remark is not None and not message.derived and (text := self._remark()):
+                    self._send_up(NodeRemark(message.rank, text))
             case FailureCaught():
                 record.forget_seen()
             case Stacks():

@@ -81,7 +81,9 @@ class Relay:
         self._uplink = Uplink(
             selector, self, upstream, self._hello, key=settings.key, link=settings.limits.link, clock=self._clock
         )
-        self._ranks = NodeRanks(self._server, ranks, clock, lambda line, now: self._uplink.send(line, at_once=now))
+        self._ranks = NodeRanks(
+            self._server, ranks, clock, lambda line, now: self._uplink.send(line, at_once=now), settings.remark
+        )
         self._events: list[MonitorEvent] = []
         self._finished = False
         self._ranks_refused = False

@@ -36,6 +36,7 @@ class MonitorSettings:
             connection is sure to tell that it is gone.
         introduced: called with each rank that introduces itself to this very service, and its connection, before it is
             answered: from then on it may end at any time.
+        remark: asked when a rank of this node reports an exception of its own, for what the node knows of the reason.
     """
 
     key: str
@@ -44,6 +45,7 @@ class MonitorSettings:
     limits: HangLimits = field(default_factory=HangLimits)
     supervised: bool = True
     introduced: Callable[[RankRegistration, Connection], None] | None = None
+    remark: Callable[[], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,17 +72,25 @@ class SidecarLoop:
         self._lifeline_open = True
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
+        self._memory = MemoryWatch()
         self._processes: dict[int, ProcessWitness] = {}  # of each rank of this node
         self._service = self._open_service(listener)
         self._ending: dict[int, float] = {}  # ranks whose process is about to end, and until when that is waited for
-        self._memory = MemoryWatch()
         self._kill: list[tuple[float, frozenset[int]]] = []
         self._end_at: float | None = None
         self._code = 0
 
     def _open_service(self, listener: socket.socket) -> Service:
         setup, limits = self._setup, HangLimits.parse(self._setup.limits)
-        settings = MonitorSettings(setup.key, setup.attempt, setup.world_size, limits, False, self._hold)
+        settings = MonitorSettings(
+            setup.key,
+            setup.attempt,
+            setup.world_size,
+            limits,
+            supervised=False,
+            introduced=self._hold,
+            remark=self._memory.remark,
+        )
         if setup.upstream:
             head = split_address(setup.upstream)
             return Relay(

@@ -6,8 +6,8 @@ Who sends what:
   exception is first seen and `FailureCaught` when that was caught, `Stacks` when asked, and `Goodbye` before it closes.
 - The monitor to a rank: `Welcome` when all ranks have come and fit, or `Refused`. Then `AskStacks`, `Notice`, `Leave`.
 - A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `WorkerEnded`, `RankLost`,
-  `ProcessSeen` and `NodeHeartbeat`. The hub to a relay: what it would tell the ranks, `NodeHeartbeat`, and `Finish` at
-  the end.
+  `ProcessSeen`, `NodeRemark` and `NodeHeartbeat`. The hub to a relay: what it would tell the ranks, `NodeHeartbeat`,
+  and `Finish` at the end.
 - A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
   `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
@@ -195,6 +195,14 @@ class ProcessSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeRemark:
+    """What the node of a rank that has just failed knows of the reason, such as that memory ran out."""
+
+    rank: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     """The attempt is over.
 
@@ -279,6 +287,7 @@ Message = (
     | WorkerEnded
     | RankLost
     | ProcessSeen
+    | NodeRemark
     | Finish
     | JoinRequest
     | JoinPending
