@@ -82,7 +82,7 @@ def test_row_36_a_rank_that_the_kernel_kills_for_memory_is_reported_so(memory_gr
 
 
 @also_under_torchrun_by_night
-def test_row_36_a_loaders_worker_that_the_kernel_kills_for_memory_is_reported_so(
+def test_row_36_a_loaders_worker_that_the_kernel_kills_is_reported_so(
     memory_group: Path, tmp_path: Path, launcher: Launcher
 ) -> None:
     inside = tmp_path / "inside.py"
