@@ -56,6 +56,43 @@ def test_a_cell_starts_ranks_again_and_again_and_shows_what_they_print(tmp_path:
     assert "no such luck" in error["evalue"]
 
 
+TRAINS = """
+import torch
+import allstep
+
+world = allstep.init(seed=0)
+model = world.wrap(torch.nn.Linear(1, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+def step(engine, batch):
+    optimizer.zero_grad()
+    loss = model(batch[0]).square().mean()
+    loss.backward()
+    optimizer.step()
+
+data = torch.utils.data.TensorDataset(torch.randn(8, 1))
+trainer = allstep.Engine(step)
+checkpoint = allstep.Checkpoint("saved", {"model": model, "optimizer": optimizer, "trainer": trainer}).attach(trainer)
+checkpoint.resume()
+trainer.run(world.loader(data, batch_size=2), max_epochs=2)
+print(trainer.state.iteration)
+"""
+
+
+@pytest.mark.slow
+def test_cells_that_open_a_world_and_save_can_be_run_twice(tmp_path: Path) -> None:
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    cells = [nbformat.v4.new_code_cell(each) for each in (TRAINS, TRAINS, "allstep.World.current().close()")]
+    book = nbformat.v4.new_notebook(cells=cells)
+    nbclient.NotebookClient(book, timeout=200, resources={"metadata": {"path": tmp_path}}).execute()
+    printed = [text_of(cell) for cell in book["cells"]]
+    assert printed[0].splitlines()[-1] == "8"
+    assert "resumed from" in printed[1]
+    assert "nothing to run" in printed[1]
+    assert "done in" in printed[2]
+
+
 def test_a_function_that_nobody_can_import_runs_on_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(lambda world, base: base + world.rank, 5, nproc=2) == [5, 6]
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from allstep.engine.monitoring import is_nested
 from allstep.engine.run import LOOK_NOW, Run
 from allstep.errors import Cancelled
 from allstep.exit_codes import CANCELLED
+from allstep.world.current import is_interactive
 
 REASON = "Ctrl-C"
 
@@ -75,5 +75,4 @@ def cancellable(run: Run) -> Iterator[None]:
 
 def cancelled(reason: str | None) -> BaseException:
     """What `Engine.run` raises when the run has ended as cancelled."""
-    is_interactive = hasattr(sys, "ps1") or "ipykernel" in sys.modules
-    return KeyboardInterrupt(reason) if is_interactive else Cancelled(CANCELLED)
+    return KeyboardInterrupt(reason) if is_interactive() else Cancelled(CANCELLED)

@@ -6,6 +6,8 @@ does not know what a World is, so that the module that defines it can import thi
 
 from __future__ import annotations
 
+import sys
+
 _current: object | None = None
 
 
@@ -25,3 +27,8 @@ def remove(world: object) -> None:
 def current() -> object | None:
     """The World that is open, or None."""
     return _current
+
+
+def is_interactive() -> bool:
+    """Whether a person types lines or runs cells here, so that a World may be left open by what was run before."""
+    return hasattr(sys, "ps1") or "ipykernel" in sys.modules

@@ -35,6 +35,7 @@ from allstep.protocol.registration import RankRegistration
 from allstep.version import __version__
 from allstep.world import early_signals
 from allstep.world.collectives import Collectives
+from allstep.world.current import is_interactive
 from allstep.world.device import choose_backend, choose_device, open_xla_device, visible_hardware
 from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
@@ -69,7 +70,8 @@ def init(
             are compared as text and nested mappings key by key.
 
     Returns:
-        The World, to be used as a context manager or closed with `close`.
+        The World, to be used as a context manager or closed with `close`. In an interactive session of one process,
+        such as a notebook, a World that an earlier cell has left open is closed first.
 
     Raises:
         ArgumentError, ArgumentTypeError: timeout, seed or facts cannot be meant.
@@ -80,9 +82,12 @@ def init(
     present = World.current()
     if present is not None:
         present._check_open("init")  # in a process that was forked from a rank, it says so
-        raise WorldError(
-            "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
-        )
+        if present.world_size == 1 and is_interactive():  # a cell that is run again
+            present.close()
+        else:
+            raise WorldError(
+                "init was called while a World is open; close it first, or use allstep.World.current() to get at it"
+            )
     early_signals.note_early_signals()
     try:
         limit = seconds("timeout", timeout)
