@@ -27,7 +27,7 @@ from allstep.errors import ArgumentError, ArgumentTypeError
 from allstep.handlers.device_peaks import peak_flops
 from allstep.world import World
 
-_GIGA = 1_000_000_000
+_KILO = 1000
 
 
 class _Totals(NamedTuple):
@@ -35,7 +35,8 @@ class _Totals(NamedTuple):
 
     units: int
     microseconds: int
-    gigaflops: int
+    kiloflops: int  # of one unit
+    ranks_with_flops: int
 
 
 class Throughput:
@@ -51,7 +52,8 @@ class Throughput:
     Attributes:
         total: samples, or what is counted, of all ranks in the whole run, as of about a second ago.
         per_second: of all ranks, over about the last second; alone, since the last report. None at first.
-        flops_per_unit: for one sample, or what is counted; None while unknown.
+        flops_per_unit: on this rank, for one sample or what is counted; None while unknown. Where ranks differ,
+            "TFLOP/s" takes the mean.
 
     Raises:
         ArgumentError: every is no int of at least 1, or peak not above 0.
@@ -112,8 +114,7 @@ class Throughput:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         if self.every is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._report)
-        numbers = {self.unit: lambda: self._units, "microseconds": self._microseconds, "GFLOPs": self._gigaflops}
-        for name, read in numbers.items():
+        for name, read in self._numbers().items():
             extension.sum_over_ranks(f"{name} of Throughput", read, self._land)
         extension.add_state(self)
         return self
@@ -172,8 +173,13 @@ class Throughput:
         began = self._read_at if self._epoch_began is None else self._epoch_began
         return round((self._seconds + self._read_at - began) * 1e6)
 
-    def _gigaflops(self) -> int:
-        return round((self.flops_per_unit or 0.0) * self._units / _GIGA)
+    def _numbers(self) -> dict[str, Callable[[], int]]:
+        return {
+            self.unit: lambda: self._units,
+            "microseconds": self._microseconds,
+            "kFLOPs": lambda: 0 if self.flops_per_unit is None else max(1, round(self.flops_per_unit / _KILO)),
+            "ranks with FLOPs": lambda: int(self.flops_per_unit is not None),
+        }
 
     def _land(self, total: int) -> None:
         self._landed.append(total)
@@ -200,7 +206,7 @@ class Throughput:
             device = torch.device("cpu") if world is None else world.device
             self.peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if self._world_size == 1:  # nobody votes, so that nothing lands before the epoch's end
-            self._now = self._epoch_from = _Totals(self._units, 0, self._gigaflops())
+            self._now = self._epoch_from = _Totals(self._units, 0, 0, 0)
 
     def _begin_epoch(self) -> None:
         self._close_epoch()
@@ -220,8 +226,8 @@ class Throughput:
 
     def _report(self, engine: Engine) -> None:
         if self._world_size == 1:
-            for number in (self._units, self._microseconds(), self._gigaflops()):
-                self._land(number)
+            for read in self._numbers().values():
+                self._land(read())
         if self._before is not None:
             engine.state.metrics.update(self._rates(self._before))
 
@@ -230,9 +236,12 @@ class Throughput:
         if now is None or now.microseconds <= since.microseconds:
             return {}
         seconds = (now.microseconds - since.microseconds) / 1e6 / self._world_size
-        rates = {f"{self.unit}/s": (now.units - since.units) / seconds}
-        if self.flops_per_unit is not None:
-            flops = (now.gigaflops - since.gigaflops) * _GIGA / seconds
+        per_second = (now.units - since.units) / seconds
+        rates = {f"{self.unit}/s": per_second}
+        if now.ranks_with_flops:
+            # A number that was given is the same everywhere, and needs no rounding.
+            counted = now.kiloflops * _KILO / now.ranks_with_flops
+            flops = per_second * (counted if self._counts_flops else self.flops_per_unit or 0.0)
             rates["TFLOP/s"] = flops / 1e12
             if self.peak is not None:
                 rates["MFU"] = flops / (self.peak * self._world_size)

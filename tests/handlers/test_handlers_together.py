@@ -1,0 +1,97 @@
+"""All handlers for watching at once: over ranks, and what they cost when none is due, told by counting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from allstep import Alone, Engine, Evaluate, Events, Mean, Metrics, ProgressBar, SaveBest, Throughput
+from allstep.engine.registry import HandlerSlot
+from allstep.handlers import DeviceStats, GarbageCollection, OutputStore, Profiler, TimeProfiler, Timer
+from allstep.testing import SimulatedRank, run_ranks, simulate
+from allstep.world import World
+from tests.engine.recording import nothing
+
+NEVER = 10**9
+
+
+def attach_all(trainer: Engine, folder: str, due: int = NEVER) -> Engine:
+    """Attach every handler, with something to do in each `due` iterations; the evaluator."""
+    evaluator = Engine(lambda engine, batch: batch, coordinator=trainer.coordinator, name="evaluator")
+    Metrics({"score": Mean()}).attach(evaluator)
+    ProgressBar().attach(trainer)
+    Evaluate(evaluator, [torch.ones(1)], every=(due, "10 hours")).attach(trainer)
+    TimeProfiler(range(due, due + 1)).attach(trainer)
+    Timer(name="epoch, s").attach(trainer)
+    GarbageCollection(due).attach(trainer)
+    OutputStore(every=due).attach(trainer)
+    Profiler(f"{folder}/traces", range(due, due + 1), warm_up=0).attach(trainer)
+    DeviceStats(due).attach(trainer)
+    SaveBest(f"{folder}/best", {"trainer": trainer}, "score").attach(trainer, evaluator)
+    return evaluator
+
+
+def test_when_none_is_due_iterations_are_hardly_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Engine(nothing, coordinator=Alone())
+    attach_all(trainer, str(tmp_path))
+    looked: list[Any] = []
+    call = HandlerSlot.call
+
+    def counting(self: HandlerSlot, engine: Any, *rest: Any) -> None:
+        if engine is trainer and "EPOCH" not in self.event.name:
+            looked.append(self.event)
+        call(self, engine, *rest)
+
+    monkeypatch.setattr(HandlerSlot, "call", counting)
+    trainer.run([0] * 20_000)
+    # Two clocks are looked at: some twenty times a second, and never more than a thousand iterations apart.
+    assert set(looked) == {Events.STARTED, Events.ITERATION_COMPLETED, Events.COMPLETED}
+    assert len(looked) < 1000
+
+
+class CountingRank:
+    def __init__(self, inner: SimulatedRank) -> None:
+        self._inner = inner
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("vote", "gather", "gather_bytes", "broadcast", "reduce_tensor"):
+            self.calls.append(name)
+        return getattr(self._inner, name)
+
+
+def _collectives(coordinator: SimulatedRank, handlers: bool) -> list[str]:
+    counting = CountingRank(coordinator)
+    trainer = Engine(nothing, coordinator=counting, name="trainer")  # type: ignore[arg-type]
+    if handlers:
+        evaluator = Engine(nothing, coordinator=Alone(), name="evaluator")
+        Evaluate(evaluator, [0], every=("10 hours", "epoch")).attach(trainer)
+        Throughput(lambda batch: 1, flops=1.0).attach(trainer)
+        for handler in (TimeProfiler(), Timer(name="s"), DeviceStats(5), OutputStore()):
+            handler.attach(trainer)
+    trainer.run([0] * 30, max_epochs=2, window=1)  # else the number of votes depends on how long windows take
+    return counting.calls
+
+
+def test_handlers_add_no_collective() -> None:
+    assert simulate(_collectives, 2, True) == simulate(_collectives, 2, False)
+
+
+def _train(world: World, folder: str) -> dict[str, float]:
+    trainer = Engine(lambda engine, batch: torch.ones(2, 2).mm(torch.ones(2, 2))[0, 0])
+    attach_all(trainer, folder, due=5)
+    Throughput(torch.Tensor.numel, unit="tokens", flops=True, peak=1e9, every=5).attach(trainer)
+    trainer.run([torch.ones(3)] * 12, max_epochs=2)
+    return {name: float(value) for name, value in trainer.state.metrics.items()}
+
+
+@pytest.mark.slow
+def test_over_two_ranks_all_work_together_and_agree_on_every_number(tmp_path: Path) -> None:
+    first, second = run_ranks(_train, 2, str(tmp_path))
+    assert first == second
+    assert {"tokens/s", "TFLOP/s", "MFU", "epoch, s", "val/score", "device/memory_gib"} <= first.keys()
+    assert all(value > 0 for name, value in first.items() if "percent" not in name)
+    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["rank_0_iterations_5-5.json.gz"]
