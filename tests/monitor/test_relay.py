@@ -100,6 +100,17 @@ def test_a_node_has_no_remark_about_an_error_that_follows_from_another():
         assert hub.verdict().cause.note == ""
 
 
+def test_a_head_that_goes_after_its_order_to_leave_is_no_failure_of_its_own():
+    with two_nodes(supervised=False) as (hub, relay, ranks):
+        ranks[2].fail()
+        hub.verdict()
+        hub.service.order_leave("rank 2 failed", 84)
+        hub.until(lambda: any(isinstance(each, Leave) for each in relay.events))
+        hub.service.close()
+        relay.pass_time(1.5)
+        assert not any(isinstance(each, Verdict) for each in relay.events)
+
+
 def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():
     with two_nodes() as (hub, relay, ranks):
         ranks[1].close()

@@ -222,13 +222,13 @@ ENDS = {
 
 
 @contextlib.contextmanager
-def one_rank_a_node(key: str, *actions: str) -> Iterator[tuple[list[RankProcess], list[Sidecar]]]:
+def one_rank_a_node(key: str, *actions: str, limits: str = "") -> Iterator[tuple[list[RankProcess], list[Sidecar]]]:
     """Ranks that are each alone on their node. A node's service goes with its rank, which held its lifeline."""
     with contextlib.ExitStack() as stack:
-        head = stack.enter_context(sidecar(len(actions), key, nodes=len(actions)))
+        head = stack.enter_context(sidecar(len(actions), key, nodes=len(actions), limits=limits))
         services, ranks = [head], []
         for rank in range(1, len(actions)):
-            given = {"upstream": head.address, "node_rank": rank, "ranks": [rank]}
+            given = {"upstream": head.address, "node_rank": rank, "ranks": [rank], "limits": limits}
             services.append(stack.enter_context(sidecar(len(actions), key, **given)))
         for rank, (service, action) in enumerate(zip(services, actions, strict=True)):
             ranks.append(RankProcess(service.address, rank, len(actions), action, key=key, node=rank))
@@ -252,12 +252,25 @@ def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(end, rank, capfd):
 
 
 def test_a_node_that_is_lost_with_its_rank_is_called_that(capfd):
+    with one_rank_a_node(new_key(), "wait", "wait", limits="link=2") as (ranks, services):
+        for rank in ranks:
+            assert rank.process.stdout.readline() == "welcome\n"
+        os.kill(services[1].pid, signal.SIGSTOP)  # nothing comes from there any more
+        wait_for(lambda: ended(ranks[:1]))
+        os.kill(services[1].pid, signal.SIGCONT)
+    assert "a node of its 2 ranks was lost\n  was lost with node 1" in capfd.readouterr().err
+
+
+def test_a_rank_is_named_where_the_scheduler_ended_its_nodes_service_too(capfd):
     with one_rank_a_node(new_key(), "wait", "wait") as (ranks, services):
         for rank in ranks:
             assert rank.process.stdout.readline() == "welcome\n"
         os.kill(services[1].pid, signal.SIGKILL)
-        wait_for(lambda: ended(ranks[:1]))
-    assert "a node of its 2 ranks was lost\n  was lost with node 1" in capfd.readouterr().err
+        ranks[1].process.kill()
+        wait_for(lambda: ended(ranks))
+    said = capfd.readouterr().err
+    assert "rank 1 of 2 failed first\n  is gone" in said
+    assert "its node's service ended with it" in said
 
 
 def test_what_a_process_does_after_its_world_was_closed_is_no_failure(capfd):

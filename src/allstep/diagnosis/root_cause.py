@@ -125,7 +125,7 @@ def _window(kind: OutcomeKind, supervised: bool) -> float:
         return CAUSE_WINDOW_S + (EXIT_WAIT_S if kind is OutcomeKind.LOST else 0.0)
     # Without a supervisor nothing that comes later says more than the end of a process, and the launcher is about to
     # end the ranks that could print the report, or this very service.
-    if kind in (OutcomeKind.SIGNAL, OutcomeKind.EXIT):
+    if kind in (OutcomeKind.SIGNAL, OutcomeKind.EXIT, OutcomeKind.EARLY):
         return 0.0
     return END_WAIT_S if kind is OutcomeKind.LOST else CAUSE_WINDOW_S
 

@@ -155,13 +155,23 @@ class FailureDetector:
                 record.lost, record.node_lost, record.lost_why = record.lost or moment, True, why
         self._look_soon()
 
+    def gone_with_service(self, rank: int, why: str) -> None:
+        """The service of a node is gone, and with it most likely the node's only rank, whose end it did not tell."""
+        record = self.records[rank]
+        if not record.present:
+            self.node_lost([rank], why)
+            return
+        record.remark = "its node's service ended with it, before it told how; the launcher's own lines may"
+        self.lost(rank, why)
+
     def ended(self, end: WorkerExit) -> None:
         """A worker's process ended. Without a supervisor that counts from its World's start to its close."""
         record = self.records[end.rank]
         if not self._supervised and (record.registration is None or (record.goodbye and not record.left_open)):
             return
         if record.note_end(end, self._moment()):
-            self._look_soon()
+            # Without a supervisor this very service may be ended with the rank, within milliseconds.
+            self._look_soon(_SOON if self._supervised else 0.0)
             # With all ends known nothing more will come, so there is nothing to wait for.
             if all(each.end is not None for each in self.records.values()):
                 self._conclude()
@@ -222,9 +232,9 @@ class FailureDetector:
 
     # The way to a verdict.
 
-    def _look_soon(self) -> None:
+    def _look_soon(self, within: float = _SOON) -> None:
         if self._diagnosis is None:
-            soon = self._clock.now() + _SOON
+            soon = self._clock.now() + within
             self._look_at = soon if self._look_at is None else min(self._look_at, soon)
 
     def _look(self, now: float) -> None:

@@ -93,7 +93,7 @@ class Hub:
         )
         self._links = NodeLinks(world_size, limits.link, self._clock)
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
-        self._introduced, self._remark = settings.introduced, settings.remark
+        self._introduced, self._remark, self._supervised = settings.introduced, settings.remark, settings.supervised
         self._silent = SilentRanks(self.connection, self._clock.age)
         self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
@@ -292,14 +292,20 @@ class Hub:
             case FailureCaught():
                 self._detector.caught(rank)
 
-    def _lose_relay(self, peer: Peer, why: str) -> None:
+    def _lose_relay(self, peer: Peer, why: str, *, silent: bool = False) -> None:
         ranks, what = self._links.lose(peer, why)
         self._admission.lose_relay(peer)
-        self._lose_node(ranks, what)
+        self._lose_node(ranks, what, silent=silent)
 
-    def _lose_node(self, ranks: Collection[int], what: str) -> None:
+    def _lose_node(self, ranks: Collection[int], what: str, *, silent: bool) -> None:
         # A relay also goes when the attempt is over, or when its ranks were refused: that is no failure.
-        if not self._finished and not self._admission.refusal:
+        if self._finished or self._admission.refusal:
+            return
+        # The system of a machine that closes a connection is there: it is the service that ended. A scheduler ends it
+        # right behind the node's last rank, and can be faster than what it had to say.
+        if len(ranks) == 1 and not silent and not self._supervised:
+            self._detector.gone_with_service(next(iter(ranks)), what)
+        else:
             self._detector.node_lost(ranks, what)
 
     def _keep_links(self) -> None:
@@ -307,9 +313,9 @@ class Hub:
             self._server.send(peer, encode(NodeHeartbeat()))
         if not self._finished:
             for peer, why in self._links.silent():
-                self._lose_relay(peer, why)
+                self._lose_relay(peer, why, silent=True)
             for ranks, what in self._links.absent():
-                self._lose_node(ranks, what)
+                self._lose_node(ranks, what, silent=True)
 
     def _ask_stacks(self) -> None:
         for peer in dict.fromkeys(self._admission.peers.values()):  # a relay asks all of its ranks

@@ -87,6 +87,7 @@ class Relay:
         self._events: list[MonitorEvent] = []
         self._finished = False
         self._ranks_refused = False
+        self._told_to_leave = False
         self._head_loss: RankOutcome | None = None
 
     def ready(self, key: selectors.SelectorKey) -> None:
@@ -177,12 +178,14 @@ class Relay:
 
     def _lose_head(self, how: str) -> None:
         self._uplink.give_up(how)
-        # The head also closes when the attempt is over, or after it has refused all ranks. A supervisor is told of the
-        # second too: it waits for the head's last word, which will not come.
-        over = self._finished or (self._ranks_refused and not self._settings.supervised)
+        # The head also closes when the attempt is over, or after it has refused all ranks or told them to leave. A
+        # supervisor is told of the last two too: it waits for the head's last word, which will not come.
+        over = self._finished or ((self._ranks_refused or self._told_to_leave) and not self._settings.supervised)
         if over or self._head_loss is not None:
             return
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
+        if not self._settings.supervised:
+            what += "; where it ended with rank 0, the launcher's own lines say how that did"
         lowest, order = min(self._hello.ranks, default=0), self._ranks.moment().order
         self._head_loss = RankOutcome(
             lowest, OutcomeKind.SERVICE_LOST, what, PEER_LOST, order=order, host=self._hello.host
@@ -209,6 +212,7 @@ class Relay:
                 self._ranks.order_out(message)
                 # Without a code the order only says that a failure was judged; no rank has to end of it.
                 if message.code is not None:
+                    self._told_to_leave = True
                     self._events.append(message)
             case Notice(text, printer):
                 self._ranks.notify(text, printer)

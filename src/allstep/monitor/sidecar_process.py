@@ -118,9 +118,10 @@ class SidecarLoop:
             for rank in ended:  # behind what the process itself said last
                 self._leave_unwatched(self._processes[rank])
                 self._take_end(rank)
+            self._act()  # first, since how a process ended can be reason enough for a verdict
             if time.monotonic() >= self._service.deadline():
                 self._service.tick()
-            self._act()
+                self._act()
             self._kill_late()
         self._service.finish("", self._code)
         self.close()
