@@ -219,6 +219,7 @@ BLOWS = (
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.nightly
 def test_two_blows_cost_no_checkpoint_and_change_nothing(tmp_path: Path, small_disk: Path) -> None:
     soak(tmp_path, small_disk, blows=2, iterations=400, ranks=1, kinds=["kill_the_saver"])
 

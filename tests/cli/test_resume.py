@@ -90,8 +90,9 @@ def test_a_place_that_the_script_names_wins_over_the_command_line(folder: Path) 
 @slow
 @pytest.mark.parametrize(
     ("asked", "begins", "ranks"),
-    [("none", 1, 1), pytest.param("saved/save-000002-step-4", 5, 2, marks=pytest.mark.nightly)],
+    [("none", 1, 1), ("saved/save-000002-step-4", 5, 2)],
 )
+@pytest.mark.nightly
 def test_a_restart_goes_on_from_what_the_launch_has_saved_if_anything(
     asked: str, begins: int, ranks: int, folder: Path
 ) -> None:

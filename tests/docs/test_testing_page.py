@@ -17,6 +17,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_examples_of_real_ranks_pass(tmp_path: Path) -> None:
     function, fixture = EXAMPLES[:2]
     ended = run_pytest(tmp_path, tests=f"{function}\n{fixture.replace('test_mean', 'test_mean_again')}")

@@ -31,6 +31,7 @@ def read_png(path: Path) -> tuple[int, int, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_drawings_come_nearer_to_real_digits_over_two_processes(tmp_path: Path) -> None:
     printed = run(TWO_RANKS, "gan.py", "--epochs", 10, "--grid", tmp_path / "grid.png", folder=tmp_path)
     read = re.search(r"the classifier reads (\S+) of the test digits", printed)

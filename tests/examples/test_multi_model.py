@@ -11,6 +11,7 @@ from tests.examples.launching import TWO_RANKS, run
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_both_models_learn_over_two_processes(tmp_path: Path) -> None:
     printed = run(TWO_RANKS, "multi_model.py", folder=tmp_path)
     epochs = [

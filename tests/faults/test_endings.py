@@ -93,6 +93,7 @@ def test_under_python_a_second_signal_lets_saves_be_committed(tmp_path: Path) ->
     assert max(saved) == max(iterations(done.out), default=4)  # where it stopped
 
 
+@pytest.mark.nightly
 def test_under_python_further_signals_kill_and_leave_a_whole_checkpoint(tmp_path: Path) -> None:
     with alone(tmp_path, f"gate={tmp_path / 'gate'}", "together=0") as job:
         job.await_line("waits with tmp-save-000002")
@@ -125,6 +126,7 @@ def test_under_allstep_run_a_second_term_kills_and_leaves_a_whole_checkpoint(
     assert left(tmp_path)[0] == 3
 
 
+@pytest.mark.nightly
 def test_under_allstep_run_a_notice_then_a_term_save_what_was_trained(
     tmp_path: Path,
 ) -> None:

@@ -66,7 +66,7 @@ def test_row_20_a_port_in_use_on_several_machines_starts_nothing(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["script.py"]
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("allstep", marks=pytest.mark.nightly), "torchrun"])
+@pytest.mark.parametrize("launcher", ["allstep", pytest.param("torchrun", marks=pytest.mark.nightly)])
 def test_row_21_a_second_run_on_the_same_ports_is_turned_away(tmp_path: Path, launcher: Launcher) -> None:
     with rehearsal(tmp_path, "meets.py", launcher=launcher, env={"STAY": "1"}) as first:
         port, channel = first.await_line("met ", 2)[0].split()[-2:]

@@ -71,6 +71,7 @@ def test_sigterm_to_one_rank_stops_all_together(tmp_path):
     assert_goes_on_as_if_unbroken(tmp_path, after=max(iterations(out)))
 
 
+@pytest.mark.nightly
 def test_sigterm_to_a_rank_and_its_data_loader_workers_stops_all_together(tmp_path):
     def send(process):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -80,6 +81,7 @@ def test_sigterm_to_a_rank_and_its_data_loader_workers_stops_all_together(tmp_pa
     assert_goes_on_as_if_unbroken(tmp_path, after=max(iterations(out)))
 
 
+@pytest.mark.nightly
 def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_path):
     run_ranks(go_on, 2, str(tmp_path / "run"))
     done = run(tmp_path, *job(tmp_path), env=ENV)
@@ -88,6 +90,7 @@ def test_a_finished_run_that_is_started_again_says_so_and_trains_nothing(tmp_pat
     assert "iteration 1" not in done.out
 
 
+@pytest.mark.nightly
 def test_usr1_before_torch_is_imported_is_remembered(tmp_path):
     text = """
 print("up", flush=True)

@@ -27,7 +27,7 @@ TWICE = "rank=1,iteration=8,attempt=0,kill=9;rank=0,iteration=22,attempt=1,kill=
 @pytest.mark.parametrize(
     ("kind", "faults"),
     [
-        ("own", ONCE),
+        pytest.param("own", ONCE, marks=pytest.mark.nightly),
         pytest.param("own", TWICE, marks=pytest.mark.nightly),
         pytest.param("none", TWICE, marks=pytest.mark.nightly),
     ],
