@@ -1,10 +1,13 @@
-"""What handlers leave with an engine for checkpoints, by name."""
+"""What handlers leave with an engine for checkpoints, by name, and what they learn of its run."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from allstep.engine import Engine
+import pytest
+
+from allstep.engine import Engine, Events
+from tests.engine.recording import nothing
 
 
 class Counting(Counter[str]):
@@ -33,3 +36,21 @@ def test_a_state_that_is_removed_is_not_saved_and_others_keep_their_names() -> N
     extension.remove_state(first)
     assert list(extension.states) == ["Counting 2"]
     assert extension.states["Counting 2"] is second
+
+
+def test_a_run_inside_another_is_nested() -> None:
+    outer, inner = Engine(nothing), Engine(nothing)
+    seen: list[bool] = []
+    inner.add_event_handler(Events.COMPLETED, lambda: seen.append(inner.extension.is_nested))
+    outer.add_event_handler(Events.EPOCH_COMPLETED, lambda: inner.run([0]))
+    outer.run([0])
+    inner.run([0])
+    assert seen == [True, False]
+
+
+def test_a_run_that_has_ended_says_so_and_an_evaluation_in_it_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    outer, inner = Engine(nothing), Engine(nothing)
+    outer.add_event_handler(Events.EPOCH_COMPLETED, lambda: inner.run([0]))
+    with caplog.at_level("INFO", logger="allstep.engine"):
+        outer.run([0] * 3, max_epochs=2)
+    assert [record.getMessage()[:29] for record in caplog.records] == ["done: epoch 2, iteration 6, 0"]

@@ -117,6 +117,17 @@ def test_a_failed_run_takes_the_line_away() -> None:
     assert (screen.closed, screen.left) == (1, [])
 
 
+def test_an_evaluation_shows_its_line_and_leaves_none() -> None:
+    screen = RecordingScreen()
+    trainer = Engine(nothing, coordinator=Alone())
+    evaluator = Engine(nothing, coordinator=Alone(), name="evaluator")
+    ProgressBar(screen=screen).attach(evaluator)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run([0] * 3))
+    trainer.run([0])
+    assert screen.drawn[0].startswith("evaluator:  33%|")
+    assert (screen.left, screen.closed) == ([], 1)
+
+
 def test_in_a_log_lines_come_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
     assert isinstance(choose_screen({}, log_seconds=30), LogScreen)
     trainer = Engine(lambda engine, batch: time.sleep(0.001), coordinator=Alone())

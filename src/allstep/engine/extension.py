@@ -139,6 +139,11 @@ class Extension:
         return self._run.window_ends_at if self._run.votes else self._run.state.iteration
 
     @property
+    def is_nested(self) -> bool:
+        """Whether the present run is inside another engine's, as an evaluation in a handler is."""
+        return self._run.is_nested
+
+    @property
     def is_complete(self) -> bool:
         """Whether all epochs or iterations that were asked for have been run."""
         state = self._run.state

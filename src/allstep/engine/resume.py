@@ -100,6 +100,7 @@ def settle_counters(run: Run, *, nested: bool) -> None:
     An evaluation is then to begin anew. For any other run the gradients that its step trains are as they were
     before what is done again. `nested` says that an engine is running around this one.
     """
+    run.is_nested = nested
     state = run.state
     if is_evaluation(run.settings, state, nested=nested) and not run.was_loaded:
         state.max_epochs = state.max_iters = None

@@ -136,6 +136,7 @@ class Run:
         notice: what a signal has left for the loop to ask for, after the present iteration; see `cancellation`.
 
         is_running: `Engine.run` is under way.
+        is_nested: it is inside of another engine's, in whose step or handler it was called.
         drive: the loop, while a run is under way or suspended.
         until: the iteration after which the loop has more to decide than which handlers are due.
         window_ends_at: the iteration at which the present agreed window ends.
@@ -189,6 +190,7 @@ class Run:
     notice: str | None = None
 
     is_running: bool = False
+    is_nested: bool = False
     drive: Generator[None, None, None] | None = None
     until: float = LOOK_NOW
     window_ends_at: int = 0

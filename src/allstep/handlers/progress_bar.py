@@ -4,7 +4,8 @@ Contract: attached on every rank alike, to any engine. The main rank draws; the 
 epoch, iterations, the time they took and will take, and numbers: those in `state.metrics`, which are of all ranks, and
 those of this rank's last output. It is drawn some ten times a second, never in each iteration, so it costs the loop
 nothing; an output on a device is waited for only then. Each epoch that took a second leaves its line, and the run
-leaves one that sums it up. What can go wrong: a function for outputs that raises, as any handler.
+leaves one that sums it up. A run inside another engine's, such as an evaluation, shows its line meanwhile and leaves
+none. What can go wrong: a function for outputs that raises, as any handler.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class ProgressBar:
         self.metrics = metrics if metrics == "all" else tuple(metrics)
         self.output = output
         self.log_seconds = log_seconds
-        self._given_screen = screen
+        self._given_screen: ProgressScreen | None = screen
         self._format = _layout()
         self._handles: list[RemovableEventHandle] = []
 
@@ -75,7 +76,9 @@ class ProgressBar:
         self._handles.clear()
         if (engine.coordinator.rank if world is None else world.rank) != 0:
             return
-        self._screen = self._given_screen or choose_screen(os.environ, log_seconds=self.log_seconds)
+        if self._given_screen is None:
+            self._given_screen = choose_screen(os.environ, log_seconds=self.log_seconds)
+        self._screen = self._given_screen
         self._pace = Pace(self._screen.seconds)
         self._run_began = self._line_left = time.monotonic()
         self._began_at = engine.state.iteration
@@ -106,12 +109,15 @@ class ProgressBar:
 
     def _end_epoch(self, engine: Engine) -> None:
         now = time.monotonic()
-        if now - max(self._epoch_began, self._line_left) >= _SHORT_EPOCH_S:
+        if now - max(self._epoch_began, self._line_left) >= _SHORT_EPOCH_S and not engine.extension.is_nested:
             self._rate = (engine.state.iteration - self._epoch_from) / max(now - self._epoch_began, 1e-9)
             self._screen.leave(self._line(engine, now, has_ended=True))
             self._line_left = now
 
     def _sum_up(self, engine: Engine) -> None:
+        if engine.extension.is_nested:
+            self._screen.close()
+            return
         state, seconds = engine.state, time.monotonic() - self._run_began
         iterations = state.iteration - self._began_at
         ended = f"stopped by {state.stop_reason}" if state.stop_reason else "done"
@@ -137,7 +143,7 @@ class ProgressBar:
             "total": whole,
             "elapsed": now - self._epoch_began,
             "initial": self._epoch_from - began_at,  # where a run goes on inside an epoch
-            "prefix": f"epoch {state.epoch}{of}",
+            "prefix": engine.name if engine.extension.is_nested else f"epoch {state.epoch}{of}",
             "rate": self._rate,
             "ascii": not can_draw_blocks(),
         }

@@ -172,6 +172,7 @@ class TerminalScreen:
         return written
 
     def _stand_between(self) -> None:
+        self._terminal = sys.stderr
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream.isatty():
@@ -221,8 +222,7 @@ class NotebookScreen:
         self._handle = None
 
     def close(self) -> None:
-        """What was drawn last stays."""
-        self._handle = None
+        """What was drawn last stays, and is replaced by what the next run draws."""
 
 
 def can_draw_blocks() -> bool:
