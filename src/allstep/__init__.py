@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from allstep.errors import AllstepError as AllstepError
     from allstep.handlers import EMA as EMA
     from allstep.handlers import SWA as SWA
+    from allstep.handlers import BatchSizeFinder as BatchSizeFinder
     from allstep.handlers import EarlyStopping as EarlyStopping
     from allstep.handlers import Evaluate as Evaluate
     from allstep.handlers import GradientClipping as GradientClipping
+    from allstep.handlers import LRFinder as LRFinder
     from allstep.handlers import Preemption as Preemption
     from allstep.handlers import ProgressBar as ProgressBar
     from allstep.handlers import SaveBest as SaveBest
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "AllstepError": "allstep.errors",
     "Alone": "allstep.coordination",
+    "BatchSizeFinder": "allstep.handlers",
     "Checkpoint": "allstep.checkpoint",
     "EMA": "allstep.handlers",
     "EarlyStopping": "allstep.handlers",
@@ -58,6 +61,7 @@ _HOMES = {
     "Events": "allstep.engine",
     "Gather": "allstep.outputs",
     "GradientClipping": "allstep.handlers",
+    "LRFinder": "allstep.handlers",
     "Max": "allstep.metrics",
     "Mean": "allstep.metrics",
     "Metrics": "allstep.metrics",

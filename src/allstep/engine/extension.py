@@ -15,7 +15,7 @@ from allstep.engine.handshake import Reduction
 from allstep.engine.rank_sums import RankSum
 from allstep.engine.registry import Registry
 from allstep.engine.run import Run
-from allstep.engine.run_plan import is_done
+from allstep.engine.run_plan import StepSettings, is_done
 
 _WITH_A_BATCH = frozenset(
     {
@@ -117,6 +117,11 @@ class Extension:
         for slot in self._registry.slots.values():
             found += [each.handler for each in slot.registrations if each.handler not in found]
         return found
+
+    @property
+    def settings(self) -> StepSettings:
+        """What the engine was made with, besides its step."""
+        return self._run.settings
 
     @property
     def epoch_began_at(self) -> int:

@@ -6,11 +6,13 @@ What lives here: small classes with an `attach` that gives back the handler itse
 """
 
 from allstep.handlers.averaging import EMA, SWA, AveragedWeights
+from allstep.handlers.batch_size_finder import BatchSizeFinder, BatchSizes
 from allstep.handlers.device_stats import DeviceStats
 from allstep.handlers.early_stopping import EarlyStopping
 from allstep.handlers.evaluate import Evaluate
 from allstep.handlers.garbage_collection import GarbageCollection
 from allstep.handlers.gradient_clipping import GradientClipping
+from allstep.handlers.lr_finder import LRCurve, LRFinder
 from allstep.handlers.output_store import OutputStore
 from allstep.handlers.preemption import Preemption
 from allstep.handlers.profiler import Profiler
@@ -28,11 +30,15 @@ __all__ = [
     "EMA",
     "SWA",
     "AveragedWeights",
+    "BatchSizeFinder",
+    "BatchSizes",
     "DeviceStats",
     "EarlyStopping",
     "Evaluate",
     "GarbageCollection",
     "GradientClipping",
+    "LRCurve",
+    "LRFinder",
     "OutputStore",
     "Preemption",
     "Profiler",

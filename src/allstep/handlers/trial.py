@@ -1,0 +1,192 @@
+"""A trial: steps of a trainer that leave no trace, for finding settings before a run.
+
+Contract: `trial_engine` makes another engine that runs a trainer's step, without the trainer's handlers. In the body of
+`without_effect` it may train; behind it everything is as it was, to the last bit, also after an exception: parameters,
+buffers and gradients of the modules that the trainer trains, its optimizers and what else its checkpoint would save,
+random generators, the modes of modules, and the place in data that tells its place. What the step changes besides stays
+changed. Each rank puts back its own, and asks no other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from allstep.checkpoint import rng
+from allstep.coordination import Coordinator
+from allstep.data.compositions import is_one_shot, loaders_inside
+from allstep.engine import Engine
+from allstep.engine.position import stateful_of
+from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.world import World, internals
+
+Step: TypeAlias = Callable[[Engine, Any], Any]
+
+
+def trial_engine(
+    trainer: Engine,
+    name: str,
+    coordinator: Coordinator | None = None,
+    around: Callable[[Step], Step] = lambda step: step,
+) -> Engine:
+    """An engine with the step and settings of a trainer, and none of its handlers.
+
+    Args:
+        trainer: whose step is tried.
+        name: what for.
+        coordinator: how ranks agree; by default as the trainer's.
+        around: what is to run in place of the trainer's step, given that.
+
+    Raises:
+        ArgumentTypeError: trainer is no engine.
+    """
+    if not isinstance(trainer, Engine):
+        raise ArgumentTypeError(f"trainer is {trainer!r}; give the Engine whose step is to be tried")
+    settings = trainer.extension.settings
+    engine = Engine(
+        around(trainer.process_function),
+        coordinator=trainer.coordinator if coordinator is None else coordinator,
+        accumulate=settings.accumulate,
+        samples_in=settings.samples_in,
+        uneven=settings.uneven,
+        idle=settings.idle,
+        resumes=False,
+        precision=settings.precision,
+        name=f"{name} of {settings.name}",
+    )
+    engine.modules.extend(trainer.modules)
+    return engine
+
+
+def trained_modules(trainer: Engine) -> list[nn.Module]:
+    """The modules that a trainer's step may change.
+
+    Raises:
+        ArgumentError: none is known.
+    """
+    world = World.current()
+    states = [each for each in trainer.extension.states.values() if isinstance(each, nn.Module)]
+    wrapped = [] if world is None else internals(world).wrapped_modules()
+    modules = list(dict.fromkeys([*wrapped, *trainer.modules, *states]))
+    if not modules:
+        raise ArgumentError(
+            "trainer knows no module that its step trains, so that nothing could be put back; wrap the model with "
+            "world.wrap, or append it to trainer.modules"
+        )
+    return modules
+
+
+@contextmanager
+def without_effect(trainer: Engine, optimizer: Optimizer, data: Any = None) -> Iterator[None]:
+    """Put back behind the body what trial steps in it have changed.
+
+    Args:
+        trainer: whose step is tried.
+        optimizer: that the step uses; others are known where the trainer's checkpoint saves them.
+        data: what is run over.
+
+    Raises:
+        ArgumentError: data can be read only once, or no module is known.
+        ArgumentTypeError: optimizer is none.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise ArgumentTypeError(f"optimizer is {optimizer!r}; give the torch optimizer that the step uses")
+    if data is not None and is_one_shot(data):
+        raise ArgumentError(
+            f"data is a {type(data).__name__}, which can be read only once, so that the run would miss what a trial "
+            "read; give a loader, or a list of some batches"
+        )
+    modules = trained_modules(trainer)
+    others = [each for each in trainer.extension.states.values() if not isinstance(each, nn.Module | Optimizer)]
+    optimizers = [each for each in trainer.extension.states.values() if isinstance(each, Optimizer)]
+    if (place := stateful_of(data)) is not None:
+        others.append(place)
+    with ExitStack() as stack:
+        generators = rng.capture()
+        stack.callback(rng.restore, generators)
+        for generator in _generators_of(data):
+            stack.callback(generator.set_state, generator.get_state())
+        for each in others:
+            stack.callback(each.load_state_dict, copy.deepcopy(each.state_dict()))
+        for module in modules:
+            stack.callback(_noted_module(module))
+        for each in dict.fromkeys([optimizer, *optimizers]):
+            stack.callback(_noted_optimizer(each))
+        yield
+
+
+def _noted_module(module: nn.Module) -> Callable[[], None]:
+    """What puts a module's tensors, gradients and modes back."""
+    modes = [(each, each.training) for each in module.modules()]
+    kept = [(each, _copied(each)) for each in (*module.parameters(), *module.buffers())]
+    gradients = [(each, each.grad, _copied(each.grad)) for each in module.parameters()]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for tensor, value in kept:
+            tensor.copy_(value)
+        for parameter, gradient, value in gradients:
+            parameter.grad = gradient
+            if gradient is not None:
+                gradient.copy_(value)
+        for each, mode in modes:
+            each.training = mode
+
+    return put_back
+
+
+def _noted_optimizer(optimizer: Optimizer) -> Callable[[], None]:
+    """What puts an optimizer's groups and states back, into the tensors that it has."""
+    groups = [
+        _noted({name: each for name, each in group.items() if name != "params"}) for group in optimizer.param_groups
+    ]
+    states = {of: _noted(state) for of, state in optimizer.state.items()}
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for group, noted in zip(optimizer.param_groups, groups, strict=True):
+            group.update({**noted(), "params": group["params"]})
+        before = {of: noted() for of, noted in states.items()}
+        optimizer.state.clear()
+        optimizer.state.update(before)
+
+    return put_back
+
+
+def _noted(values: dict[str, Any]) -> Callable[[], dict[str, Any]]:
+    """What gives the values as they are now: the same tensors, filled as they were."""
+    tensors = {name: (each, _copied(each)) for name, each in values.items() if isinstance(each, torch.Tensor)}
+    others = {name: copy.deepcopy(each) for name, each in values.items() if name not in tensors}
+
+    def put_back() -> dict[str, Any]:
+        for each, value in tensors.values():
+            each.copy_(value)
+        return {**others, **{name: each for name, (each, _) in tensors.items()}}
+
+    return put_back
+
+
+def _copied(tensor: torch.Tensor | None) -> Any:
+    """A copy on the host, where there is more room; of a sharded tensor beside it."""
+    if tensor is None:
+        return None
+    return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)
+
+
+def _generators_of(data: Any) -> list[torch.Generator]:
+    """The generators of their own that loaders and samplers in data draw their order from."""
+    found: list[torch.Generator] = []
+    for loader in loaders_inside(data):
+        batch_sampler = loader.batch_sampler
+        for owner in (loader, loader.sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator) and all(generator is not each for each in found):
+                found.append(generator)
+    return found
