@@ -105,7 +105,7 @@ class Engine:
         self._given_coordinator = coordinator
         self.process_function = process_function
         self.state = self._run.state
-        self.state._skip = skip_of(self._run)
+        self._run.state.skip_with(skip_of(self._run))
         self.modules: list[nn.Module] = []
         self.logger: logging.Logger = self._run.logger
         self.extension = Extension(self._run, self._registry)

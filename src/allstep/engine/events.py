@@ -26,8 +26,19 @@ from allstep.errors import ArgumentError, ArgumentTypeError
 class EventEnum(Enum):
     """Base of event enumerations; derive from it for events of your own.
 
-    A member called with a filter gives the same event, due only then; see `Events`.
+    A member called with a filter gives the same event, due only then; see `Events`. It is equal to a member of another
+    library's enumeration of the same name, whose name and value are the same.
     """
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if isinstance(other, EventEnum) or not isinstance(other, Enum):
+            return NotImplemented
+        return type(other).__name__ == type(self).__name__ and (other.name, other.value) == (self.name, self.value)
+
+    def __hash__(self) -> int:
+        return hash(self._name_)  # as any enumeration's, so that equal events have equal hashes
 
     def __call__(
         self,

@@ -7,15 +7,20 @@ it may be called from handlers and between runs. Nothing here crosses ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import Any, Protocol
 
+from allstep.coordination import RequestKind
 from allstep.engine.events import AnyEvent, Events
 from allstep.engine.handshake import Reduction
 from allstep.engine.rank_sums import RankSum
-from allstep.engine.registry import Registry
+from allstep.engine.registry import EventKey, Registry
 from allstep.engine.run import Run
 from allstep.engine.run_plan import StepSettings, is_done
+from allstep.engine.skipping import skip_of
+from allstep.engine.source import END
+from allstep.engine.state import State
+from allstep.errors import EngineError
 
 _WITH_A_BATCH = frozenset(
     {
@@ -122,6 +127,58 @@ class Extension:
     def settings(self) -> StepSettings:
         """What the engine was made with, besides its step."""
         return self._run.settings
+
+    @property
+    def state(self) -> State:
+        """The state that the engine counts in."""
+        return self._run.state
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a run has begun and not ended; it may be suspended."""
+        return self._run.is_under_way
+
+    @property
+    def holding(self) -> Set[RequestKind]:
+        """What was asked of the run and holds now, on all ranks, without having been acted on."""
+        return self._run.holding
+
+    def note_event(self, event: EventKey) -> None:
+        """Note what is fired, for an engine that overrides `_fire_event` and keeps its handlers elsewhere."""
+        self._registry.last_event = event
+
+    def replace_state(self, state: State) -> None:
+        """Have the engine count and keep results in `state`, which has all attributes of the present one.
+
+        Raises:
+            EngineError: the engine is running.
+        """
+        if self._run.is_running:
+            raise EngineError("this engine is running; set its state before run(), or after it")
+        self._run.state = state
+        self._registry.follow(state)
+        state.skip_with(skip_of(self._run))
+
+    def end_epoch(self) -> None:
+        """Take the epoch in which the last run was left for ended, so that the next run begins another one.
+
+        Raises:
+            EngineError: the engine is running.
+        """
+        run = self._run
+        if run.is_running:
+            raise EngineError("this engine is running; terminate_epoch() ends its epoch")
+        run.epoch_is_open = run.step_is_open = False
+        run.epoch_began_at = run.passes_began_at = run.steps_done
+        run.data_state = END
+
+    def survive(self, decide: Callable[[BaseException], bool] | None) -> None:
+        """Have runs go on after an exception for which `decide` says so, once EXCEPTION_RAISED was fired for it.
+
+        After one of an iteration the next epoch begins; after any other `run` returns, without COMPLETED. Where ranks
+        vote nobody is asked: the others wait for this one, so that the exception leaves the run.
+        """
+        self._run.survives = decide
 
     @property
     def epoch_began_at(self) -> int:

@@ -78,6 +78,7 @@ class RunLoop:
         self._finish = finish
         self._slots = slots
         self._monitor = monitor
+        self._told: BaseException | None = None
 
     def drive(self) -> Generator[None, None, None]:
         """Run to the end; yield where the run is suspended."""
@@ -91,24 +92,41 @@ class RunLoop:
             raise
         except BaseException as error:
             run.has_failed = True
-            # Before any handler: what a handler raises or waits for must not hide the first cause.
-            if self._monitor is not None:
-                self._monitor.saw(error)
-            run.logger.error("the run ends at iteration %d: %r", run.state.iteration, error)
             # What was asked before is void: only a handler of the exception may end the run well.
             run.holding.clear()
             earlier = len(run.requests)
-            self._announce(Events.EXCEPTION_RAISED, error)
+            survives = self._tell_of(error)
             if run.coordinator.world_size == 1:  # with nobody to vote, a handler's word is enough
                 for request in run.requests[earlier:]:
                     land(run, request)
-            if RequestKind.TERMINATE not in run.holding:
+            ends_well = RequestKind.TERMINATE in run.holding
+            if not ends_well and not survives:
                 self._passes.keep_unused()
                 raise
             if self._monitor is not None:
                 self._monitor.ended_well()
-            self._conclude(began)
+            if ends_well:
+                self._conclude(began)
+        finally:
+            self._told = None  # it knows this frame, and so its own keeper
         self._passes.keep_unused()
+
+    def _tell_of(self, error: BaseException) -> bool:
+        """Tell of an exception, once; True when the run is to go on after it."""
+        run = self._run
+        if error is self._told:
+            return False
+        # Before any handler: what a handler raises or waits for must not hide the first cause.
+        if self._monitor is not None:
+            self._monitor.saw(error)
+        run.logger.error("the run ends at iteration %d: %r", run.state.iteration, error)
+        self._told = error
+        try:
+            self._announce(Events.EXCEPTION_RAISED, error)
+        except BaseException as another:
+            self._told = another
+            raise
+        return run.survives is not None and run.handshake is None and run.survives(error)
 
     def _epochs(self) -> Generator[None, None, None]:
         run, passes = self._run, self._passes
@@ -229,7 +247,12 @@ class RunLoop:
                 run.unfinished = UnfinishedEvent(Events.ITERATION_COMPLETED, run.epoch_began_at)
             if isinstance(error, StopIteration):
                 raise EngineError(_STOP_ITERATION) from error
-            raise
+            if run.survives is None or not isinstance(error, Exception) or not self._tell_of(error):
+                raise
+            # The iteration stays counted, and the next epoch begins a new pass as after one that was cut.
+            if self._monitor is not None:
+                self._monitor.ended_well()
+            passes.abandon_pass()
 
     def _finish_epoch(self) -> Generator[None, None, None]:
         """Call the handlers of EPOCH_COMPLETED that an exception has left, and end the epoch as ever."""

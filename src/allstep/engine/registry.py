@@ -118,6 +118,14 @@ class Registry:
         if pinned:
             self._listen_for_optimizer_steps()
 
+    def follow(self, state: State) -> None:
+        """Count by another state from now on."""
+        self._state = state
+        for slot in self.slots.values():
+            if slot.attribute and not hasattr(state, slot.attribute):
+                setattr(state, slot.attribute, 0)
+        self.schedule()
+
     def register(self, events: Iterable[EventKey], counters: Mapping[Any, str]) -> None:
         """Make these events known, with the state's attribute that counts each; one that is absent is made, at 0."""
         for event in events:

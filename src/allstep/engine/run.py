@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,7 @@ class Run:
         new_data: data that replaces what is being run over, as soon as a batch is wanted; END without.
         needs_new_vote: some rank's data was replaced, so that the coming iterations are to be voted on anew.
         leaving: what `Engine.run` raises at the run's end, in place of returning.
+        survives: `exception -> whether the run goes on`, asked after EXCEPTION_RAISED where nobody votes; None for never.
         failing: why the run has failed, as this rank has asked for, from before the others know.
         notice: what a signal has left for the loop to ask for, after the present iteration; see `cancellation`.
 
@@ -186,6 +187,7 @@ class Run:
     new_data: Any = END
     needs_new_vote: bool = False
     leaving: BaseException | None = None
+    survives: Callable[[BaseException], bool] | None = None
     failing: str | None = None
     notice: str | None = None
 

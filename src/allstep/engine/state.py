@@ -75,6 +75,10 @@ class State:
             raise EngineError("state.skip() was called on a state that no engine runs; call engine.state.skip()")
         self._skip()
 
+    def skip_with(self, skip: Callable[[], None]) -> None:
+        """Be the state of the engine whose `skip` this is; called by that engine."""
+        self._skip = skip
+
     @property
     def optimizer_steps(self) -> int:
         """Accumulation groups that have ended since the run started anew: steps that an optimizer was due for."""

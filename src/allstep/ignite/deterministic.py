@@ -1,0 +1,2 @@
+"""..."""
+from allstep.ignite.ignite_engine import IgniteEngine as DeterministicEngine
