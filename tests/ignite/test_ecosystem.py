@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,10 @@ import pytest
 
 import allstep.ignite
 from allstep.testing import run_ranks
+from tests.ignite import metric_parts
 from tests.ignite.parts import PARTS, Script
+
+assert metric_parts  # which adds its parts to the others
 
 
 def results(names: Any, folder: Path) -> dict[str, Any]:
@@ -44,8 +46,8 @@ def on_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    yield run_ranks(results_of_a_rank, 2, tmp_path_factory.mktemp("two"), timeout=90)[0]
+def on_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_ranks(results_of_a_rank, 2, tmp_path_factory.mktemp("two"), timeout=90)[0]
 
 
 @pytest.mark.parametrize("name", PARTS)

@@ -37,8 +37,7 @@ class EventEnum(Enum):
             return NotImplemented
         return type(other).__name__ == type(self).__name__ and (other.name, other.value) == (self.name, self.value)
 
-    def __hash__(self) -> int:
-        return hash(self._name_)  # as any enumeration's, so that equal events have equal hashes
+    __hash__ = Enum.__hash__  # by the name, as Ignite's is, so that equal events have equal hashes
 
     def __call__(
         self,

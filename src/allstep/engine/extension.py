@@ -42,6 +42,18 @@ class Stateful(Protocol):
         ...
 
 
+class HandlerKeeper(Protocol):
+    """Who keeps the handlers of an engine in place of its registry."""
+
+    def handlers(self) -> list[Callable[..., Any]]:
+        """What listens to the engine's events, each once."""
+        ...
+
+    def surround(self, event: Any, before: Callable[[], None], after: Callable[[], None], /) -> None:
+        """Call `before` ahead of all handlers that the event has now, `after` behind them; called again, anew."""
+        ...
+
+
 class Extension:
     """The door of one engine for what extends it.
 
@@ -56,6 +68,7 @@ class Extension:
         self._registry = registry
         self.reductions: list[Reduction] = []
         self.states: dict[str, Stateful] = {}
+        self._elsewhere: HandlerKeeper | None = None
 
     def add_state(self, stateful: Stateful, name: str | None = None) -> str:
         """Have a `Checkpoint` of this engine save and load `stateful` by itself; called by its `attach`.
@@ -109,7 +122,7 @@ class Extension:
 
         Called again, they are put around those that it has then.
         """
-        self._registry.surround(event, before, after)
+        (self._elsewhere or self._registry).surround(event, before, after)
 
     def reschedule(self) -> None:
         """Have filters asked anew when they are due; to be called when one of them has changed its mind."""
@@ -118,6 +131,8 @@ class Extension:
     @property
     def handlers(self) -> list[Callable[..., Any]]:
         """What listens to the engine's events, each once."""
+        if self._elsewhere is not None:
+            return self._elsewhere.handlers()
         found: list[Callable[..., Any]] = []
         for slot in self._registry.slots.values():
             found += [each.handler for each in slot.registrations if each.handler not in found]
@@ -143,8 +158,12 @@ class Extension:
         """What was asked of the run and holds now, on all ranks, without having been acted on."""
         return self._run.holding
 
+    def keep_handlers_elsewhere(self, keeper: HandlerKeeper) -> None:
+        """Have handlers be the business of `keeper`, for an engine that overrides `_fire_event` and calls its own."""
+        self._elsewhere = keeper
+
     def note_event(self, event: EventKey) -> None:
-        """Note what is fired, for an engine that overrides `_fire_event` and keeps its handlers elsewhere."""
+        """Note what is fired, for such an engine."""
         self._registry.last_event = event
 
     def replace_state(self, state: State) -> None:

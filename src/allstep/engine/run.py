@@ -132,7 +132,7 @@ class Run:
         new_data: data that replaces what is being run over, as soon as a batch is wanted; END without.
         needs_new_vote: some rank's data was replaced, so that the coming iterations are to be voted on anew.
         leaving: what `Engine.run` raises at the run's end, in place of returning.
-        survives: `exception -> whether the run goes on`, asked after EXCEPTION_RAISED where nobody votes; None for never.
+        survives: `exception -> whether the run goes on`, asked after EXCEPTION_RAISED where nobody votes; or None.
         failing: why the run has failed, as this rank has asked for, from before the others know.
         notice: what a signal has left for the loop to ask for, after the present iteration; see `cancellation`.
 

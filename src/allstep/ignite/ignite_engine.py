@@ -57,6 +57,7 @@ class IgniteEngine(IgniteNames, Engine):
         self.begin_as_ignite(process_function)
         self.state = IgniteState()
         self.register_events(Events.OPTIMIZER_STEP_COMPLETED)
+        self.extension.keep_handlers_elsewhere(_Handlers(self))
         # Weak, so that an engine that nobody holds any more is freed at once.
         self.extension.survive(partial(IgniteEngine._survives, weakref.proxy(self)))
 
@@ -119,7 +120,8 @@ class IgniteEngine(IgniteNames, Engine):
         elif event_name is Events.EPOCH_STARTED:
             self._ends.pop(RequestKind.TERMINATE_EPOCH, None)
         elif event_name is Events.TERMINATE_SINGLE_EPOCH:
-            event_args, event_kwargs = (), {"iter_counter": event_args[0]}  # Ignite gives it by name
+            event_kwargs = {"iter_counter": event_args[0]}  # Ignite gives it by name
+            event_args = ()
         if event_name is Events.ITERATION_COMPLETED and not self.state.active:
             self.call_without_updates(IgniteEvents.ITERATION_COMPLETED)
         else:
@@ -284,6 +286,10 @@ class IgniteEngine(IgniteNames, Engine):
         self._settled = data, epoch_length, self.state.dataloader, options
         return OriginalEngine.run(self, data, max_epochs, max_iters, epoch_length)
 
+    def prepare_data(self, data: Any) -> Any:
+        """What a run that begins or goes on takes batches from, in place of what it was given."""
+        return data
+
     def run_loop(self) -> Any:
         """Run allstep's loop on the terms that Ignite has just written into the state."""
         state = self.state
@@ -303,10 +309,26 @@ class IgniteEngine(IgniteNames, Engine):
         world = World.current()
         if world is not None and self.coordinator.world_size > 1:
             _DISTRIBUTED.enter(world)
+        if not self.is_under_way:
+            data = self.prepare_data(data)
         Engine.run(self, data, **terms, epoch_length=epoch_length, **options)
         if not self.is_under_way:
             self.logger.info("Engine run finished. Time taken: %s", _clock(state.times[Events.COMPLETED.name]))
         return state
+
+
+class _Handlers:
+    """An engine's handlers, for what extends allstep's engines."""
+
+    def __init__(self, engine: IgniteEngine) -> None:
+        self._engine = weakref.proxy(engine)
+
+    def handlers(self) -> list[Callable[..., Any]]:
+        found: list[Callable[..., Any]] = self._engine.all_handlers()
+        return found
+
+    def surround(self, event: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+        self._engine.surround_handlers(to_ignite(event), before, after)
 
 
 def _length(data: Any) -> int | None:

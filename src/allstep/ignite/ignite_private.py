@@ -1,6 +1,6 @@
 """Private names of Ignite's engine that its own handlers read, and that an engine of allstep therefore has to have.
 
-Contract: `IgniteNames` is the half of `IgniteEngine` that Ignite's handlers look into. Handlers are kept as Ignite keeps
+Contract: `IgniteNames` is the half of `IgniteEngine` that Ignite's handlers look into. Handlers are kept as Ignite has
 them, in `_event_handlers` and `_allowed_events`, because its profilers put their own in there. What Ignite's loop would
 write is answered from allstep's run. Ignite's `run` ends in `_internal_run`, which here calls allstep's loop.
 
@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakMethod, ref
 
-import ignite
 import ignite.distributed
+from ignite.engine import DeterministicEngine as OriginalDeterministicEngine
 from ignite.engine import Engine as OriginalEngine
+from ignite.engine import Events as IgniteEvents
+from ignite.engine import deterministic
 from ignite.metrics import Metric
 
+import ignite
 from allstep.errors import EngineError
 from allstep.world import World, internals
 
@@ -35,6 +38,9 @@ class IgniteNames(OriginalEngine):
 
     last_event_name: Any = None
     begins_anew = True
+    is_under_way: bool  # by the other half, as is the next
+    run_loop: Callable[[], Any]
+    state: Any
 
     def begin_as_ignite(self, step: Callable[[Any, Any], Any]) -> None:
         """Set what Ignite's constructor sets.
@@ -106,7 +112,7 @@ class IgniteNames(OriginalEngine):
             self.last_event_name = event
 
     def call_without_updates(self, event: Any) -> None:
-        """The same of an iteration in which this rank has no batch: metrics are not updated, but compute with others."""
+        """The same where this rank has no batch: metrics are not updated, but compute with the others'."""
         everybody = self._event_handlers[event]
         self._event_handlers[event] = others = [each for each in everybody if not _is_update(each[0])]
         before = len(others)
@@ -120,16 +126,65 @@ class IgniteNames(OriginalEngine):
         if event not in self._allowed_events:
             self._allowed_events.append(event)
 
+    def surround_handlers(self, event: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Put `before` ahead of all handlers of an event of Ignite's kind and `after` behind them."""
+        inside = [each for each in self._event_handlers[event] if each[0] not in (before, after)]
+        self._event_handlers[event] = [(before, (), {}), *inside, (after, (), {})]
+
+    def all_handlers(self) -> list[Callable[..., Any]]:
+        """What listens to any event, each once, without the filters around them."""
+        found: list[Callable[..., Any]] = []
+        for registered in self._event_handlers.values():
+            for handler in map(_unfiltered, (each[0] for each in registered)):
+                if handler is not None and handler not in found:
+                    found.append(handler)
+        return found
+
     def forget_place(self) -> None:
         """Forget where Ignite's loop would begin in the epoch; allstep's knows."""
         self._init_iter = None
 
 
+class DeterministicNames(IgniteNames, OriginalDeterministicEngine):
+    """What Ignite's deterministic engine does, as functions that another loop can call at the right moments."""
+
+    def begin_as_deterministic(self) -> None:
+        """Set what its constructor sets, with its handlers, which seed at the run's start and at each pass's end."""
+        self.state_dict_user_keys.append("rng_states")
+        self.state.rng_states = None
+        self._dataloader_len: int | None = None
+        self.add_event_handler(IgniteEvents.STARTED, self._init_run)
+        passes_end = IgniteEvents.DATALOADER_STOP_ITERATION | IgniteEvents.TERMINATE_SINGLE_EPOCH
+        self.add_event_handler(passes_end, self._setup_seed)
+
+    def seed_first_pass(self, *, is_drawn_by_sampler: bool) -> None:
+        """Seed for the pass in which a run begins or goes on: what is read and dropped was drawn from its beginning."""
+        self._dataloader_len = self._get_data_length(self.state.dataloader)
+        self._setup_seed(iteration=None if is_drawn_by_sampler else 0)
+
+    def random_states(self) -> list[Any]:
+        """The states of the random generators of Python, torch and numpy."""
+        return list(deterministic._get_rng_states())
+
+    def take_up_random_states(self) -> None:
+        """Go on with the generators as they were saved, inside a pass."""
+        states, length = self.state.rng_states, self._dataloader_len
+        if states is not None and length is not None and self.state.iteration % length:
+            deterministic._set_rng_states(states)
+            self.state.rng_states = None
+
+
+def _unfiltered(handler: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The handler that a filter stands around; None where it is gone."""
+    behind = getattr(handler, "_parent", None)
+    return handler if behind is None else behind()
+
+
 def _is_update(handler: Callable[..., Any]) -> bool:
     """Whether a handler gives an output to a metric of Ignite."""
-    behind = getattr(handler, "_parent", None)  # a filter stands around it
-    method = handler if behind is None else behind()
-    return isinstance(getattr(method, "__self__", None), Metric) and method.__name__ == "iteration_completed"
+    method = _unfiltered(handler)
+    is_of_metric = isinstance(getattr(method, "__self__", None), Metric)
+    return is_of_metric and getattr(method, "__name__", "") == "iteration_completed"
 
 
 class IgniteDistributed:
@@ -152,7 +207,7 @@ class IgniteDistributed:
 
     def leave(self, failed: bool = False) -> None:
         """Have it know no ranks, before their process group is gone. Without the names it keeps those that were."""
-        utils = ignite.distributed.utils
+        utils: Any = ignite.distributed.utils
         if hasattr(utils, "_set_model") and hasattr(utils, "_SerialModel"):
             utils._set_model(utils._SerialModel(), temporary=True)
 

@@ -1,7 +1,7 @@
 """`IgniteState`: the state of a run as Ignite's handlers and allstep's loop read it, in one object.
 
-Contract: `state_from` makes one of any state that a script gives to an engine, with all that was set on it. The names of
-both are in it; Ignite's way of finding an event's counter works for Ignite's events, for events of the script, and for
+Contract: `state_from` makes one of any state that a script gives to an engine, with all that was set on it. It has the
+names of both; Ignite's way of finding an event's counter works for Ignite's events, for events of the script, and for
 those of allstep that Ignite does not have.
 """
 
@@ -27,7 +27,9 @@ class IgniteState(State, OriginalState):
         self.times = dict.fromkeys(self.times)  # Ignite's are unknown, and not 0, before the first run
         for name, value in attributes.items():
             setattr(self, name, value)
-        self._update_attrs()
+        for counter in OriginalState.event_to_attr.values():  # those of events of the script, too
+            if not hasattr(self, counter):
+                setattr(self, counter, 0)
 
     def get_event_attrib_value(self, event_name: Any) -> int:
         """How often an event was fired, as its filters count."""
