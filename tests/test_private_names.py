@@ -1,4 +1,4 @@
-"""Private names of torch, torchmetrics and CPython stand in the modules made for them, and docs/architecture.md lists
+"""Private names of other libraries and CPython stand in the modules made for them, and docs/architecture.md lists
 them."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "allstep"
-GUARDED = ("torch_private.py", "torchmetrics_private.py", "interpreter.py")
-LIBRARIES = ("torch", "torchmetrics", "sys", "threading", "atexit", "runpy", "multiprocessing")
+GUARDED = ("torch_private.py", "torchmetrics_private.py", "ignite_private.py", "interpreter.py")
+LIBRARIES = ("torch", "torchmetrics", "ignite", "sys", "threading", "atexit", "runpy", "multiprocessing")
 
 
 def _is_private(name: str) -> bool:

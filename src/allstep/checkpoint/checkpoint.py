@@ -44,6 +44,7 @@ from allstep.checkpoint.selection import launches_of, overruled_resume, restarte
 from allstep.checkpoint.store import Busy, Loaded, Store
 from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
+from allstep.engine.resume import position_from
 from allstep.errors import ArgumentError, CheckpointError, FolderInUseError, Preempted
 from allstep.world import World
 
@@ -239,7 +240,7 @@ class Checkpoint:
         engine_state = engine.state_dict()
         step = engine_state["iteration"]
         facts = {
-            "epoch": engine_state["epochs_completed"],
+            "epoch": position_from(engine_state, ()).epochs_completed,
             "iteration": step,
             "stop_reason": engine.state.stop_reason,
             "seed": _seed(),
@@ -404,7 +405,7 @@ class Checkpoint:
 
 def _place(engine_state: Mapping[str, Any]) -> tuple[int, int, str | None]:
     """What tells whether a save would say anything new: iteration, epochs completed, and why the run has finished."""
-    return engine_state["iteration"], engine_state["epochs_completed"], engine_state.get("finished")
+    return engine_state["iteration"], position_from(engine_state, ()).epochs_completed, engine_state.get("finished")
 
 
 def _failure_of(reference: weakref.ref[Engine]) -> str | None:

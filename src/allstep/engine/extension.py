@@ -154,6 +154,11 @@ class Extension:
         return self._run.is_under_way
 
     @property
+    def has_failed(self) -> bool:
+        """Whether an exception ended the last run, and none has gone on from there."""
+        return self._run.has_failed
+
+    @property
     def holding(self) -> Set[RequestKind]:
         """What was asked of the run and holds now, on all ranks, without having been acted on."""
         return self._run.holding
@@ -169,14 +174,22 @@ class Extension:
     def replace_state(self, state: State) -> None:
         """Have the engine count and keep results in `state`, which has all attributes of the present one.
 
+        Where the epoch began is told by `iteration` and `epoch_length`. It may be the present state, where somebody has
+        set its counters.
+
         Raises:
             EngineError: the engine is running.
         """
-        if self._run.is_running:
+        run = self._run
+        if run.is_running:
             raise EngineError("this engine is running; set its state before run(), or after it")
-        self._run.state = state
+        run.state = state
+        done, length = state.iteration, state.epoch_length
+        run.epoch_began_at, run.passes_began_at = done - (done % length if length else 0), 0
+        run.epoch_is_open = bool(length and done % length and state.epoch > done // length)
+        run.step_is_open, run.steps_in_group = False, 0
         self._registry.follow(state)
-        state.skip_with(skip_of(self._run))
+        state.skip_with(skip_of(run))
 
     def end_epoch(self) -> None:
         """Take the epoch in which the last run was left for ended, so that the next run begins another one.

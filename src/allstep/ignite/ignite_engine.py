@@ -51,6 +51,7 @@ class IgniteEngine(IgniteNames, Engine):
     def __init__(self, process_function: Callable[[Any, Any], Any], **options: Any) -> None:
         OriginalEngine(process_function)  # its checks, before anything is made
         self._ends: dict[RequestKind, bool | str] = {}
+        self._left = 0, 0  # iteration and epoch, as the loop knows them
         self._settled: Any = None
         self._data: Any = None
         Engine.__init__(self, process_function, **options)
@@ -81,7 +82,10 @@ class IgniteEngine(IgniteNames, Engine):
 
     def add_event_handler(self, event_name: Any, handler: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Have `handler` called whenever the event is fired; as in Ignite, for events of allstep too."""
-        return OriginalEngine.add_event_handler(self, to_ignite(event_name), handler, *args, **kwargs)
+        handle = OriginalEngine.add_event_handler(self, to_ignite(event_name), handler, *args, **kwargs)
+        if handle.handler() is None:  # a bound method, for which Ignite's own handle would remove nothing
+            handle.handler = weakref.WeakMethod(handler)
+        return handle
 
     def has_event_handler(self, handler: Callable[..., Any], event_name: Any = None) -> bool:
         """Whether `handler` listens to the event, or, without one, to any."""
@@ -145,7 +149,7 @@ class IgniteEngine(IgniteNames, Engine):
 
     def _survives(self, error: BaseException) -> bool:
         """Whether Ignite would swallow an exception that handlers were told of: where there is any handler."""
-        return self.has_handlers(IgniteEvents.EXCEPTION_RAISED)
+        return self.swallows_exceptions()
 
     # Changing the course of a run
 
@@ -251,6 +255,7 @@ class IgniteEngine(IgniteNames, Engine):
         judge.state_dict_user_keys.extend(self.state_dict_user_keys)
         judge.load_state_dict(state_dict)
         Engine.load_state_dict(self, state_dict)
+        self._left = self.state.iteration, self.state.epoch
 
     # Running
 
@@ -283,7 +288,7 @@ class IgniteEngine(IgniteNames, Engine):
         if self.is_running:
             raise EngineError("this engine is running; a handler that wants to run something needs another Engine")
         self.begins_anew = False
-        self._settled = data, epoch_length, self.state.dataloader, options
+        self._settled = data, epoch_length, self.state.dataloader, self.state.epoch_length, options
         return OriginalEngine.run(self, data, max_epochs, max_iters, epoch_length)
 
     def prepare_data(self, data: Any) -> Any:
@@ -293,7 +298,7 @@ class IgniteEngine(IgniteNames, Engine):
     def run_loop(self) -> Any:
         """Run allstep's loop on the terms that Ignite has just written into the state."""
         state = self.state
-        data, epoch_length, before, options = self._settled
+        data, epoch_length, before, length_before, options = self._settled
         terms = {"max_epochs": state.max_epochs, "max_iters": state.max_iters}
         state.dataloader = before  # by which the loop tells new data from what it had
         if self.begins_anew:
@@ -301,6 +306,9 @@ class IgniteEngine(IgniteNames, Engine):
             state.max_epochs = state.max_iters = None
             if epoch_length is None and _length(data) is None:
                 epoch_length = state.epoch_length
+            state.epoch_length = length_before
+        elif not self.is_under_way and self._left != (state.iteration, state.epoch):
+            self.extension.replace_state(state)  # the script has set counters
         elif self._ends.get(RequestKind.TERMINATE):
             self.extension.end_epoch()  # as Ignite documents it, a terminated epoch is over
         self._ends.clear()
@@ -311,7 +319,10 @@ class IgniteEngine(IgniteNames, Engine):
             _DISTRIBUTED.enter(world)
         if not self.is_under_way:
             data = self.prepare_data(data)
-        Engine.run(self, data, **terms, epoch_length=epoch_length, **options)
+        try:
+            Engine.run(self, data, **terms, epoch_length=epoch_length, **options)
+        finally:
+            self._left = state.iteration, state.epoch
         if not self.is_under_way:
             self.logger.info("Engine run finished. Time taken: %s", _clock(state.times[Events.COMPLETED.name]))
         return state

@@ -4,13 +4,14 @@ Contract: `IgniteNames` is the half of `IgniteEngine` that Ignite's handlers loo
 them, in `_event_handlers` and `_allowed_events`, because its profilers put their own in there. What Ignite's loop would
 write is answered from allstep's run. Ignite's `run` ends in `_internal_run`, which here calls allstep's loop.
 
-Where a release of Ignite lacks a name, nobody reads the attribute of that name. Two names are needed: without
-`_internal_run` or `_fire_event` an engine cannot be made, and the error says for which release this was written.
+Where a release of Ignite lacks a name of an attribute, nobody reads it. The names in `NEEDED` are called: without one
+an engine cannot be made, and the error says for which releases this was written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import ismethod
 from typing import Any
 from weakref import WeakMethod, ref
 
@@ -22,10 +23,13 @@ from ignite.engine import deterministic
 from ignite.metrics import Metric
 
 import ignite
+from allstep.engine import Extension
 from allstep.errors import EngineError
 from allstep.world import World, internals
 
-NEEDED = ("_internal_run", "_fire_event")
+NEEDED = ("_internal_run", "_fire_event", "_handler_wrapper")
+NEEDED_OF_DETERMINISTIC = ("_init_run", "_setup_seed", "_get_data_length")
+NEEDED_OF_MODULE = ("_get_rng_states", "_set_rng_states")
 
 
 class IgniteNames(OriginalEngine):
@@ -38,7 +42,8 @@ class IgniteNames(OriginalEngine):
 
     last_event_name: Any = None
     begins_anew = True
-    is_under_way: bool  # by the other half, as is the next
+    is_under_way: bool  # by the other half, as are the next
+    extension: Extension
     run_loop: Callable[[], Any]
     state: Any
 
@@ -49,12 +54,7 @@ class IgniteNames(OriginalEngine):
             EngineError: the installed release of Ignite has another loop.
             ValueError: `step` is no function of (engine, batch).
         """
-        missing = [name for name in NEEDED if not hasattr(OriginalEngine, name)]
-        if missing:
-            raise EngineError(
-                f"PyTorch-Ignite {ignite.__version__} has no Engine.{missing[0]}, so allstep.ignite cannot run its "
-                "loop; install pytorch-ignite 0.5"
-            )
+        _check_has(OriginalEngine, NEEDED)
         OriginalEngine.__init__(self, step)
 
     @property
@@ -77,7 +77,10 @@ class IgniteNames(OriginalEngine):
 
     @property
     def _internal_run_generator(self) -> Iterator[Any] | None:
-        return iter(()) if self.is_under_way else None
+        # Where there is none Ignite begins a run anew whose last epoch has begun, so that one that failed in it would
+        # train all again. A run of one epoch is an evaluation as a rule, which is done whole.
+        left = self.extension.has_failed and (self.state.max_epochs or 2) > 1
+        return iter(()) if self.is_under_way or left else None
 
     @_internal_run_generator.setter
     def _internal_run_generator(self, value: Any) -> None:
@@ -99,9 +102,21 @@ class IgniteNames(OriginalEngine):
     def state_dict_user_keys(self, keys: list[str]) -> None:
         self._state_dict_user_keys = keys
 
+    def _handler_wrapper(self, handler: Callable[..., Any], event_name: Any, event_filter: Callable[..., Any]) -> Any:
+        filtered: Any = OriginalEngine._handler_wrapper(self, handler, event_name, event_filter)
+        if ismethod(handler):  # a weak reference to a bound method is dead at once, and nobody finds the handler
+            filtered._parent = WeakMethod(handler)
+        return filtered
+
     def has_handlers(self, event: Any) -> bool:
         """Whether anything listens to an event of Ignite's kind."""
         return bool(self._event_handlers.get(event))
+
+    def swallows_exceptions(self) -> bool:
+        """Whether a handler of EXCEPTION_RAISED is the script's or Ignite's; those of allstep let exceptions pass."""
+        handlers = [_unfiltered(each[0]) for each in self._event_handlers.get(IgniteEvents.EXCEPTION_RAISED, [])]
+        modules = [str(getattr(getattr(each, "func", each), "__module__", "")) for each in handlers]
+        return any(module.partition(".")[0] != "allstep" for module in modules)
 
     def call_handlers(self, event: Any, *arguments: Any, **named: Any) -> None:
         """Note the event, and call all that listen to it as Ignite does."""
@@ -149,7 +164,12 @@ class DeterministicNames(IgniteNames, OriginalDeterministicEngine):
     """What Ignite's deterministic engine does, as functions that another loop can call at the right moments."""
 
     def begin_as_deterministic(self) -> None:
-        """Set what its constructor sets, with its handlers, which seed at the run's start and at each pass's end."""
+        """Set what its constructor sets, with its handlers, which seed at the run's start and at each pass's end.
+
+        Raises EngineError where the installed release of Ignite does it in another way.
+        """
+        _check_has(OriginalDeterministicEngine, NEEDED_OF_DETERMINISTIC)
+        _check_has(deterministic, NEEDED_OF_MODULE)
         self.state_dict_user_keys.append("rng_states")
         self.state.rng_states = None
         self._dataloader_len: int | None = None
@@ -172,6 +192,15 @@ class DeterministicNames(IgniteNames, OriginalDeterministicEngine):
         if states is not None and length is not None and self.state.iteration % length:
             deterministic._set_rng_states(states)
             self.state.rng_states = None
+
+
+def _check_has(owner: Any, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not hasattr(owner, name)]
+    if missing:
+        raise EngineError(
+            f"PyTorch-Ignite {ignite.__version__} has no {owner.__name__}.{missing[0]}, by which allstep.ignite runs "
+            "its loop; install pytorch-ignite 0.5"
+        )
 
 
 def _unfiltered(handler: Callable[..., Any]) -> Callable[..., Any] | None:
