@@ -99,7 +99,7 @@ def test_an_exception_without_a_handler_leaves_the_run_and_nothing_is_lost() -> 
     assert seen == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
-def test_data_that_a_handler_puts_into_the_state_is_taken_when_the_iterator_ends() -> None:
+def test_data_that_a_handler_puts_into_the_state_is_taken_at_the_next_pass() -> None:
     engine = Engine(step)
 
     @engine.on(Events.DATALOADER_STOP_ITERATION)
