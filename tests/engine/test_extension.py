@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-
 from allstep.engine import Engine, Events
 from tests.engine.recording import nothing
 
@@ -46,11 +44,3 @@ def test_a_run_inside_another_is_nested() -> None:
     outer.run([0])
     inner.run([0])
     assert seen == [True, False]
-
-
-def test_a_run_that_has_ended_says_so_and_an_evaluation_in_it_does_not(caplog: pytest.LogCaptureFixture) -> None:
-    outer, inner = Engine(nothing), Engine(nothing)
-    outer.add_event_handler(Events.EPOCH_COMPLETED, lambda: inner.run([0]))
-    with caplog.at_level("INFO", logger="allstep.engine"):
-        outer.run([0] * 3, max_epochs=2)
-    assert [record.getMessage()[:29] for record in caplog.records] == ["done: epoch 2, iteration 6, 0"]

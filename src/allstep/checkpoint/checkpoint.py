@@ -211,7 +211,7 @@ class Checkpoint:
         if _rank() == 0:
             facts = loaded.manifest.facts
             log.info(
-                "resumed from %s: iteration %d, epoch %s, saved by %d ranks",
+                "resumed from %s: iteration %d, %s epochs completed, saved by %d ranks",
                 *(found.name, loaded.manifest.step, facts.get("epoch"), loaded.manifest.world_size),
             )
         return loaded

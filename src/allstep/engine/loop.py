@@ -343,17 +343,9 @@ class RunLoop:
         times[Events.COMPLETED.name] = perf_counter() - began
         if not self._run.skips_completed:
             self._announce(Events.COMPLETED)
-        times[Events.COMPLETED.name] = seconds = perf_counter() - began
-        self._sum_up(seconds)
+        times[Events.COMPLETED.name] = perf_counter() - began
         if self._run.state.outcome == "cancelled" and self._run.leaving is None:
             self._run.leaving = cancelled(self._run.state.stop_reason)
-
-    def _sum_up(self, seconds: float) -> None:
-        """Say how a run has ended; an evaluation is part of another run, which says it."""
-        run, state = self._run, self._run.state
-        if run.coordinator.rank == 0 and not run.is_nested:
-            ended = f"stopped by {state.stop_reason}" if state.stop_reason else "done"
-            run.logger.info("%s: epoch %d, iteration %d, %.1f s", ended, state.epoch, state.iteration, seconds)
 
     def _announce(self, event: EventEnum, *arguments: Any) -> None:
         slot = self._slots[event]
