@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from allstep.handlers import BatchSizeFinder as BatchSizeFinder
     from allstep.handlers import EarlyStopping as EarlyStopping
     from allstep.handlers import Evaluate as Evaluate
+    from allstep.handlers import Freeze as Freeze
     from allstep.handlers import GradientClipping as GradientClipping
     from allstep.handlers import LRFinder as LRFinder
     from allstep.handlers import Preemption as Preemption
@@ -59,6 +60,7 @@ _HOMES = {
     "Engine": "allstep.engine",
     "Evaluate": "allstep.handlers",
     "Events": "allstep.engine",
+    "Freeze": "allstep.handlers",
     "Gather": "allstep.outputs",
     "GradientClipping": "allstep.handlers",
     "LRFinder": "allstep.handlers",

@@ -10,6 +10,7 @@ from allstep.handlers.batch_size_finder import BatchSizeFinder, BatchSizes
 from allstep.handlers.device_stats import DeviceStats
 from allstep.handlers.early_stopping import EarlyStopping
 from allstep.handlers.evaluate import Evaluate
+from allstep.handlers.freeze import Freeze
 from allstep.handlers.garbage_collection import GarbageCollection
 from allstep.handlers.gradient_clipping import GradientClipping
 from allstep.handlers.lr_finder import LRCurve, LRFinder
@@ -35,6 +36,7 @@ __all__ = [
     "DeviceStats",
     "EarlyStopping",
     "Evaluate",
+    "Freeze",
     "GarbageCollection",
     "GradientClipping",
     "LRCurve",
