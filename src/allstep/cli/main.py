@@ -24,6 +24,7 @@ from allstep.version import __version__
 COMMANDS = {
     "run": "start a script on every device of this machine",
     "checkpoints": "list, verify, export and remove checkpoints",
+    "port": "show a script for PyTorch-Ignite in allstep's names",
 }
 
 
