@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from allstep import Alone, Engine, Evaluate, Events, Mean, Metrics, ProgressBar, SaveBest, Throughput
+from allstep import Alone, Checkpoint, Engine, Evaluate, Events, Mean, Metrics, ProgressBar, SaveBest, Throughput
 from allstep.engine.registry import HandlerSlot
 from allstep.handlers import DeviceStats, GarbageCollection, OutputStore, Profiler, TimeProfiler, Timer
 from allstep.testing import SimulatedRank, run_ranks, simulate
@@ -95,3 +95,22 @@ def test_over_two_ranks_all_work_together_and_agree_on_every_number(tmp_path: Pa
     assert {"tokens/s", "TFLOP/s", "MFU", "epoch, s", "val/score", "device/memory_gib"} <= first.keys()
     assert all(value > 0 for name, value in first.items() if "percent" not in name)
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["rank_0_iterations_5-5.json.gz"]
+
+
+def test_a_checkpoint_finds_what_handlers_keep_by_itself(tmp_path: Path) -> None:
+    def start(stop_at: int) -> tuple[float, list[int], int, float | None]:
+        trainer = Engine(lambda engine, batch: engine.state.iteration, coordinator=Alone())
+        evaluator = Engine(lambda engine, batch: torch.tensor([1.0 / trainer.state.iteration]), coordinator=Alone())
+        Metrics({"score": Mean()}).attach(evaluator)
+        throughput = Throughput(lambda batch: 10).attach(trainer)
+        store = OutputStore().attach(trainer)
+        timer = Timer(Events.ITERATION_STARTED, Events.ITERATION_COMPLETED).attach(trainer)
+        best = SaveBest(tmp_path / "best", {"trainer": trainer}, "score").attach(trainer, evaluator)
+        Evaluate(evaluator, [0], every=2).attach(trainer)
+        Checkpoint(tmp_path / "run").attach(trainer).resume()
+        trainer.add_event_handler(Events.ITERATION_COMPLETED(once=stop_at), lambda: trainer.terminate())
+        trainer.run([0] * 6)
+        return throughput.total, store.data, timer.count, best.best
+
+    start(stop_at=3)
+    assert start(stop_at=99) == (60, [1, 2, 3, 4, 5, 6], 6, 0.5)
