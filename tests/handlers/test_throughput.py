@@ -174,3 +174,25 @@ def test_an_unknown_device_has_no_peak() -> None:
 def test_wrong_arguments_are_named(options: dict[str, Any], text: str) -> None:
     with pytest.raises((ValueError, TypeError), match=text):
         Throughput(**options)
+
+
+def _operations_in_ddp(world: World) -> tuple[float | None, dict[str, Any]]:
+    model = world.wrap(nn.Linear(100, 20))
+
+    def step(engine: Engine, batch: torch.Tensor) -> None:
+        (model(batch).sum() * engine.state.weight).backward()
+
+    trainer = Engine(step)
+    throughput = Throughput(flops=True, peak=1e9).attach(trainer)
+    # The first rank's batches are smaller, which changes nothing for one sample.
+    trainer.run([torch.randn(2 + 2 * world.rank, 100)] * 4, max_epochs=2)
+    return throughput.flops_per_unit, trainer.state.metrics
+
+
+@pytest.mark.slow
+def test_operations_of_a_wrapped_model_are_those_of_all_ranks() -> None:
+    (first, metrics), (second, others) = run_ranks(_operations_in_ddp, 2)
+    assert first == second == 2 * 2 * 100 * 20
+    assert metrics == others
+    assert metrics["TFLOP/s"] * 1e12 == pytest.approx(metrics["samples/s"] * 8000)
+    assert metrics["MFU"] == pytest.approx(metrics["TFLOP/s"] * 1e12 / 2e9)
