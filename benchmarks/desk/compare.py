@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=240)
     arguments = parser.parse_args()
     total = arguments.iterations
-    scale = ["--iterations", str(total), "--evaluate", str(total // 6), "--save", str(total // 12), "--log", "4"]
+    scale = ["--iterations", str(total), "--evaluate", str(total // 6), "--save", str(total // 12), "--tell", "4"]
     print(machine_line())
     print(f"{total} iterations over 2 ranks, killed behind {total // 2 + 6}")
     print(f"{'framework':<12}{'lines':>7}{'resumed':>10}{'series':>10}{'seconds':>10}")

@@ -23,20 +23,20 @@ LENGTH, BATCH, ACCUMULATE, WARM_UP, RATE, CLIP, PATIENCE = 32, 8, 4, 5, 3e-3, 1.
 
 @dataclass(frozen=True)
 class Options:
-    """Where to write, and how long: iterations in all, between evaluations, between checkpoints and between logs."""
+    """Where to write, and how long: iterations in all, between evaluations, between checkpoints and between what is told."""
 
     out: Path
     iterations: int
     evaluate: int
     save: int
-    log: int
+    tell: int
 
     @classmethod
     def read(cls) -> Options:
         """From the command line."""
         parser = argparse.ArgumentParser()
         parser.add_argument("--out", type=Path, default=Path("out"))
-        for name, default in (("iterations", 600), ("evaluate", 200), ("save", 100), ("log", 20)):
+        for name, default in (("iterations", 600), ("evaluate", 200), ("save", 100), ("tell", 20)):
             parser.add_argument(f"--{name}", type=int, default=default)
         return cls(**vars(parser.parse_args()))
 

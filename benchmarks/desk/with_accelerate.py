@@ -78,7 +78,7 @@ def main(options):
                 if accelerator.sync_gradients:
                     schedule.step()
             place.iteration, place.done = place.iteration + 1, place.done + 1
-            if place.iteration % options.log == 0:
+            if place.iteration % options.tell == 0:
                 rate = schedule.get_last_lr()[0]
                 values = {"train/loss": loss.item(), "train/rate": rate, "train/norm": norm.item()}
                 accelerator.log(values, place.iteration)

@@ -6,18 +6,6 @@ import task
 import torch
 
 import allstep
-from allstep import (
-    Checkpoint,
-    EarlyStopping,
-    Engine,
-    Evaluate,
-    Events,
-    GradientClipping,
-    Mean,
-    Metrics,
-    Schedule,
-    Track,
-)
 
 
 def main(world, options):
@@ -39,18 +27,20 @@ def main(world, options):
         model.eval()
         return task.loss_of(world.unwrap(model), world.to_device(batch))
 
-    trainer = Engine(step, accumulate=task.ACCUMULATE, precision="bf16")
-    evaluator = Engine(evaluation_step, idle="skip", uneven="longest", resumes=False, precision="bf16")
-    Metrics({"loss": (loss := Mean()), "perplexity": math.e**loss}).attach(evaluator)
-    EarlyStopping(task.PATIENCE, lambda engine: -float(engine.state.metrics["loss"]), trainer).attach(evaluator)
-    clipping = GradientClipping(optimizer, task.CLIP).attach(trainer)
-    Schedule(lambda step: task.cosine(step, options.iterations // task.ACCUMULATE), optimizer).attach(trainer)
-    Evaluate(evaluator, world.loader(validation, batch_size=64), every=options.evaluate).attach(trainer)
+    trainer = allstep.Engine(step, accumulate=task.ACCUMULATE, precision="bf16")
+    evaluator = allstep.Engine(evaluation_step, idle="skip", uneven="longest", resumes=False, precision="bf16")
+    allstep.Metrics({"loss": (loss := allstep.Mean()), "perplexity": math.e**loss}).attach(evaluator)
+    allstep.EarlyStopping(task.PATIENCE, lambda engine: -float(engine.state.metrics["loss"]), trainer).attach(evaluator)
+    clipping = allstep.GradientClipping(optimizer, task.CLIP).attach(trainer)
+    allstep.Schedule(lambda step: task.cosine(step, options.iterations // task.ACCUMULATE), optimizer).attach(trainer)
+    allstep.Evaluate(evaluator, world.loader(validation, batch_size=64), every=options.evaluate).attach(trainer)
     norm = {"values": lambda engine: {"norm": clipping.norm}}
-    Track(options.out, ["tensorboard"], every=options.log, loss="loss", **norm).attach(trainer).watch(evaluator)
-    Checkpoint(options.out / "checkpoints", every=options.save).attach(trainer).resume()
+    allstep.Track(options.out, ["tensorboard"], every=options.tell, loss="loss", **norm).attach(trainer).watch(
+        evaluator
+    )
+    allstep.Checkpoint(options.out / "checkpoints", every=options.save).attach(trainer).resume()
 
-    @trainer.on(Events.ITERATION_COMPLETED(every=options.log))
+    @trainer.on(allstep.Events.ITERATION_COMPLETED(every=options.tell))
     def log(engine):
         world.print(f"iteration {engine.state.iteration}: loss {engine.state.output:.4f}")
 

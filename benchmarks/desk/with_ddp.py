@@ -79,7 +79,7 @@ def main(options):
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
-            if iteration % options.log == 0 and rank == 0:
+            if iteration % options.tell == 0 and rank == 0:
                 board.add_scalar("train/loss", loss.item(), iteration)
                 board.add_scalar("train/rate", schedule.get_last_lr()[0], iteration)
                 board.add_scalar("train/norm", norm.item(), iteration)

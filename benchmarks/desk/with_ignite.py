@@ -55,7 +55,7 @@ def main(rank, options):
             board.writer.add_scalar("val/perplexity", value, engine.state.iteration)
             print(f"iteration {engine.state.iteration}: perplexity {value:.4f}", flush=True)
 
-    @trainer.on(Events.ITERATION_COMPLETED(every=options.log))
+    @trainer.on(Events.ITERATION_COMPLETED(every=options.tell))
     def log(engine):
         if rank == 0:
             values = {"loss": engine.state.output, "rate": schedule.get_last_lr()[0], "norm": engine.state.norm.item()}

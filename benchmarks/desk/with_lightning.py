@@ -62,7 +62,7 @@ def main(options):
         val_check_interval=options.evaluate,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        log_every_n_steps=options.log // task.ACCUMULATE,
+        log_every_n_steps=options.tell // task.ACCUMULATE,
         logger=TensorBoardLogger(options.out, "board", version=0),
         callbacks=[saving, EarlyStopping("val/loss", patience=task.PATIENCE), LearningRateMonitor("step")],
     )
