@@ -23,7 +23,7 @@ LENGTH, BATCH, ACCUMULATE, WARM_UP, RATE, CLIP, PATIENCE = 32, 8, 4, 5, 3e-3, 1.
 
 @dataclass(frozen=True)
 class Options:
-    """Where to write, and how long: iterations in all, between evaluations, between checkpoints and between what is told."""
+    """Where to write, and iterations: in all, and from one evaluation, checkpoint and line to the next."""
 
     out: Path
     iterations: int
