@@ -24,6 +24,17 @@ def main(world, base):
 print(allstep.notebook.run(main, 10, nproc=2, timeout=60))
 """
 
+SHOWS = """
+import time
+
+def shows(world):
+    trainer = allstep.Engine(lambda engine, batch: time.sleep(0.02))
+    allstep.ProgressBar().attach(trainer)
+    trainer.run(range(40), max_epochs=2)
+
+allstep.notebook.run(shows, nproc=2, timeout=60) and None
+"""
+
 FAILS = """
 def fails(world):
     if world.rank == 1:
@@ -42,7 +53,7 @@ def text_of(cell: Any) -> str:
 def test_a_cell_starts_ranks_again_and_again_and_shows_what_they_print(tmp_path: Path) -> None:
     nbclient = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in (CELL, CELL, FAILS)])
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(each) for each in (CELL, CELL, FAILS, SHOWS)])
     client = nbclient.NotebookClient(book, timeout=200, allow_errors=True, resources={"metadata": {"path": tmp_path}})
     client.execute()
     for cell in book["cells"][:2]:
@@ -54,6 +65,9 @@ def test_a_cell_starts_ranks_again_and_again_and_shows_what_they_print(tmp_path:
     assert error["ename"] == "RanksError"
     assert "rank 1 of 2 raised" in error["evalue"]
     assert "no such luck" in error["evalue"]
+    shown = [each for each in book["cells"][3]["outputs"] if each["output_type"] == "display_data"]
+    assert shown, book["cells"][3]["outputs"]
+    assert any("40/40" in each["data"]["text/plain"] or "epoch" in each["data"]["text/plain"] for each in shown)
 
 
 TRAINS = """

@@ -3,7 +3,8 @@
 Contract: a cell calls `run(main, nproc=2)`. Each rank is a new process with an open World, forked from a warm server
 that has imported torch (see `allstep.testing.run_ranks`), so a second call of the cell starts in a moment. `main` and
 what it uses may be defined in cells: they are pickled by value, with cloudpickle. What ranks write to standard output
-and error appears below the cell with the rank before each line. None of them is left when the call returns.
+and error appears below the cell with the rank before each line; a progress bar of the main rank keeps a place of its
+own there. None of them is left when the call returns.
 
 What can go wrong: a rank raises, dies or is not done in time; then RanksError tells the first cause, as `allstep run`
 does. Interrupting the kernel ends the ranks. CUDA may be in use in the notebook, since ranks are new processes; what is
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from allstep.errors import ArgumentError
+from allstep.handlers.progress_screens import NotebookScreen, is_notebook
+from allstep.launch.status_line import VARIABLE, StatusFrames
 from allstep.testing import run_ranks
 from allstep.world import World
 
@@ -31,6 +34,7 @@ T = TypeVar("T")
 
 _LONGEST_S = 30 * 86400.0
 _BLOCK = 1 << 16  # bytes
+_COLUMNS = "100"  # of a progress bar
 
 
 def run(main: Callable[..., T], *args: Any, nproc: int = 2, timeout: float | None = None) -> list[T]:
@@ -58,7 +62,8 @@ def run(main: Callable[..., T], *args: Any, nproc: int = 2, timeout: float | Non
     # Packed, so that nobody takes names in it for those of a script that has to be imported.
     call = zlib.compress(cloudpickle.dumps((main, args)))
     with tempfile.TemporaryDirectory() as folder, _printed(Path(folder), nproc):
-        results = run_ranks(_call, nproc, folder, call, timeout=_LONGEST_S if timeout is None else timeout)
+        limit, shown = _LONGEST_S if timeout is None else timeout, {VARIABLE: _COLUMNS} if is_notebook() else {}
+        results = run_ranks(_call, nproc, folder, call, timeout=limit, env=shown)
     return [cloudpickle.loads(zlib.decompress(each)) for each in results]
 
 
@@ -94,8 +99,9 @@ def _printed(folder: Path, nproc: int) -> Iterator[None]:
         os.mkfifo(_pipe(folder, rank))
         # For writing too, so that the pipe does not end when the rank does, or before it begins.
         selector.register(os.open(_pipe(folder, rank), os.O_RDWR | os.O_NONBLOCK), selectors.EVENT_READ, _Lines(rank))
-    out = sys.stdout  # of the cell; a thread of its own would print below whichever cell runs next
-    reader = threading.Thread(target=_read, args=(selector, out), daemon=True, name="allstep notebook output")
+    # The cell's own: what a thread prints by itself would come below whichever cell runs next.
+    out, screen = sys.stdout, NotebookScreen() if is_notebook() else None
+    reader = threading.Thread(target=_read, args=(selector, out, screen), daemon=True, name="allstep notebook output")
     reader.start()
     try:
         yield
@@ -109,14 +115,23 @@ def _printed(folder: Path, nproc: int) -> Iterator[None]:
 
 
 class _Lines:
-    """A rank's text, cut into lines; each gets the rank before it."""
+    """A rank's text, cut into lines; each gets the rank before it.
+
+    Attributes:
+        progress: what the rank's progress bar says since it was asked last; None where nothing new.
+    """
 
     def __init__(self, rank: int) -> None:
         self._mark = f"[{rank}] "
         self._rest = b""
+        self._frames = StatusFrames()
+        self.progress: str | None = None
 
     def take(self, data: bytes) -> str:
-        """The whole lines that there are now. A progress bar's carriage returns end lines, and stay what they are."""
+        """The whole lines that there are now. Carriage returns end lines, and stay what they are."""
+        data, status = self._frames.feed(data)
+        if status is not None:
+            self.progress = status.decode(errors="replace")
         *whole, self._rest = (self._rest + data).replace(b"\r\n", b"\n").splitlines(keepends=True) or [b""]
         if self._rest.endswith((b"\n", b"\r")):
             whole, self._rest = [*whole, self._rest], b""
@@ -128,13 +143,16 @@ class _Lines:
         return f"{self._mark}{rest.decode(errors='replace')}\n" if rest else ""
 
 
-def _read(selector: selectors.BaseSelector, out: Any) -> None:
+def _read(selector: selectors.BaseSelector, out: Any, screen: NotebookScreen | None) -> None:
     is_over = False
     while True:
         ready = selector.select(0 if is_over else None)
         texts = [(key.data, os.read(key.fd, _BLOCK)) for key, _ in ready if key.data is not None]
         for lines, data in texts:
             out.write(lines.take(data))
+            if screen is not None and lines.progress:  # an empty one only says that nothing new comes
+                screen.draw(lines.progress)
+            lines.progress = None
         if is_over and not texts:
             break
         is_over = is_over or any(key.data is None for key, _ in ready)
