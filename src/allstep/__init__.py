@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from allstep.metrics import Min as Min
     from allstep.metrics import Sum as Sum
     from allstep.outputs import Gather as Gather
+    from allstep.tracking import Track as Track
     from allstep.trainers import create_supervised_evaluator as create_supervised_evaluator
     from allstep.trainers import create_supervised_trainer as create_supervised_trainer
     from allstep.world import World as World
@@ -79,6 +80,7 @@ _HOMES = {
     "TerminateOnNan": "allstep.handlers",
     "Throughput": "allstep.handlers",
     "TimeLimit": "allstep.handlers",
+    "Track": "allstep.tracking",
     "World": "allstep.world",
     "create_supervised_evaluator": "allstep.trainers",
     "create_supervised_trainer": "allstep.trainers",

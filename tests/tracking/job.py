@@ -1,0 +1,95 @@
+"""A tracked training job that a kill ends at any moment, and what its tools say afterwards."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from allstep import Checkpoint, Engine, Events, Mean, Metrics, Track
+
+EPOCHS, LENGTH, EVERY = 4, 12, 2
+PAUSE_S = 0.01
+
+
+def train(world, folder, tools, kill_after=None, patience=20.0):
+    """One start of the job's script; the main rank kills itself so many seconds after the run began."""
+    world.seed_everything(1)
+    model = world.wrap(nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+    x = torch.linspace(-1, 1, 36 * LENGTH).reshape(12 * LENGTH, 3)
+    data = TensorDataset(x, x.sum(1, keepdim=True))
+    loader = world.loader(data, global_batch_size=12, shuffle=True)
+
+    def step(engine, batch):
+        x, y = batch
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        (loss * engine.state.weight).backward()
+        optimizer.step()
+        time.sleep(PAUSE_S)
+        return loss.detach()
+
+    trainer, evaluator = Engine(step), Engine(lambda engine, batch: F.mse_loss(world.unwrap(model)(batch[0]), batch[1]))
+    Metrics({"error": Mean()}).attach(evaluator)
+    trainer.add_event_handler(Events.OPTIMIZER_STEP_COMPLETED, lambda: scheduler.step())
+    checkpoint = Checkpoint(f"{folder}/checkpoints", every=5).attach(trainer)
+    track = Track(f"{folder}/track", to=tools, every=EVERY, loss="loss", weights=model, patience=patience)
+    track.attach(trainer).watch(evaluator)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(loader))
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: track.log({"note": f"epoch {trainer.state.epoch}"}))
+    checkpoint.resume()
+    if kill_after is not None and world.rank == 0:
+        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    trainer.run(loader, max_epochs=EPOCHS)
+    track.close()
+
+
+def lines(folder):
+    """What the lines of JSON say, without the clock."""
+    with open(f"{folder}/track/metrics.jsonl") as file:
+        return [{name: value for name, value in json.loads(line).items() if name != "time"} for line in file]
+
+
+def table(folder):
+    """What the table says, without the clock."""
+    with open(f"{folder}/track/metrics.csv", newline="") as file:
+        return [{name: value for name, value in row.items() if name != "time"} for row in csv.DictReader(file)]
+
+
+def tensorboard(folder):
+    """What TensorBoard's own reader says: by name steps and values."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(f"{folder}/track/tensorboard", size_guidance={"scalars": 0, "tensors": 0})
+    reader.Reload()
+    series = {tag: [(each.step, each.value) for each in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    texts = {tag: [each.step for each in reader.Tensors(tag)] for tag in reader.Tags()["tensors"]}
+    return series, texts
+
+
+def mlflow(folder):
+    """What MLflow says of its newest run: by name steps and values."""
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    from mlflow import MlflowClient
+
+    client = MlflowClient(Path(f"{folder}/track/mlflow").absolute().as_uri())
+    found = client.get_experiment_by_name("allstep")
+    runs = [each for each in client.search_runs([found.experiment_id]) if "allstep.continued_by" not in each.data.tags]
+    assert len(runs) == 1
+    names = sorted(runs[0].data.metrics)
+    history = {name: client.get_metric_history(runs[0].info.run_id, name) for name in names}
+    return {name: [(each.step, each.value) for each in points] for name, points in history.items()}
+
+
+READERS = {"jsonl": lines, "csv": table, "tensorboard": tensorboard, "mlflow": mlflow}
