@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import signal
@@ -16,13 +17,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from allstep import Checkpoint, Engine, Events, Mean, Metrics, Track
+from allstep.testing import run_ranks
 
 EPOCHS, LENGTH, EVERY = 4, 12, 2
 PAUSE_S = 0.01
+IMPORTS = {"tensorboard": "tensorboard.summary.writer.event_file_writer"}
 
 
 def train(world, folder, tools, kill_after=None, patience=20.0):
     """One start of the job's script; the main rank kills itself so many seconds after the run began."""
+    os.environ["TRACKIO_DIR"] = f"{folder}/trackio"
     world.seed_everything(1)
     model = world.wrap(nn.Linear(3, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -49,6 +53,9 @@ def train(world, folder, tools, kill_after=None, patience=20.0):
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(loader))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: track.log({"note": f"epoch {trainer.state.epoch}"}))
     checkpoint.resume()
+    if world.rank == 0:  # before the clock runs, since some take longer than the job
+        for tool in tools:
+            importlib.import_module(IMPORTS.get(tool, tool))
     if kill_after is not None and world.rank == 0:
         threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
     trainer.run(loader, max_epochs=EPOCHS)
@@ -92,4 +99,23 @@ def mlflow(folder):
     return {name: [(each.step, each.value) for each in points] for name, points in history.items()}
 
 
-READERS = {"jsonl": lines, "csv": table, "tensorboard": tensorboard, "mlflow": mlflow}
+def trackio(folder):
+    """What Trackio says of the one run that it has: by name steps and values."""
+    found = run_ranks(read_trackio, 1, str(folder), timeout=60)
+    return found[0]
+
+
+def read_trackio(world, folder):
+    os.environ["TRACKIO_DIR"] = f"{folder}/trackio"  # before it is imported
+    from trackio import Api
+    from trackio.sqlite_storage import SQLiteStorage
+
+    (run,) = Api().runs("allstep")
+    series = {}
+    for row in SQLiteStorage.get_logs("allstep", run.name):
+        for name in row.keys() - {"step", "timestamp"}:
+            series.setdefault(name, []).append((row["step"], row[name]))
+    return series
+
+
+READERS = {"jsonl": lines, "csv": table, "tensorboard": tensorboard, "mlflow": mlflow, "trackio": trackio}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+
 import pytest
 
 from allstep.errors import RanksError
@@ -36,3 +39,28 @@ def test_series_after_kills_are_those_of_an_unbroken_run(ranks, tmp_path):
     assert compare(tmp_path, ["csv", "tensorboard"], ranks, [0.15, 0.25, 0.35][: 4 - ranks]) >= 1
     told = [line["step"] for line in lines(tmp_path / "whole") if "loss" in line]
     assert told == list(range(EVERY, EPOCHS * LENGTH + 1, EVERY))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("tool", ["mlflow", "trackio"])
+def test_runs_of_services_after_kills_are_those_of_an_unbroken_run(tool, tmp_path):
+    pytest.importorskip(tool)
+    assert compare(tmp_path, [tool], 2, [0.2, 0.3, 0.4]) >= 1
+
+
+@pytest.mark.nightly
+def test_two_hundred_kills_at_random_moments(tmp_path):
+    """The number by ALLSTEP_KILLS, 200 without; each job is killed until it comes to its end."""
+    for tool in ("tensorboard", "mlflow", "trackio"):
+        pytest.importorskip(tool)
+    tools = ["csv", "tensorboard", "mlflow", "trackio"]
+    draw = random.Random(0)
+    run_ranks(train, 1, str(tmp_path / "whole"), tools, timeout=100)
+    whole = {tool: READERS[tool](tmp_path / "whole") for tool in ["jsonl", *tools]}
+    kills = jobs = 0
+    while kills < int(os.environ.get("ALLSTEP_KILLS", "200")):
+        folder = tmp_path / str(jobs)
+        kills += killed_and_resumed(folder, tools, 1 + jobs % 2, [draw.uniform(0.05, 0.7) for _ in range(4)])
+        jobs += 1
+        for tool, series in whole.items():
+            assert READERS[tool](folder) == series, (tool, jobs, kills)
