@@ -108,6 +108,8 @@ class TensorBoard:
         folder: where TensorBoard looks for the run; by default "tensorboard" in the folder of the Track.
     """
 
+    package = "tensorboard"
+
     def __init__(self, folder: str | os.PathLike[str] | None = None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._writer: Any = None
@@ -115,9 +117,7 @@ class TensorBoard:
         self._withdrawn: int | None = None  # the step, for a TensorBoard that is looking on
 
     def open(self, folder: Path) -> None:
-        """Say at once where the package is missing."""
-        import tensorboard.summary.writer.event_file_writer  # noqa: F401
-
+        """Write there where no folder was given."""
         self.folder = folder / "tensorboard" if self.folder is None else self.folder
 
     def log_time(self, seconds: float) -> None:

@@ -60,6 +60,8 @@ class MLflow(_Identity):
         name: of the run.
     """
 
+    package = "mlflow"
+
     def __init__(self, experiment: str = "allstep", uri: str | None = None, name: str | None = None) -> None:
         super().__init__()
         self.experiment = experiment
@@ -157,6 +159,8 @@ class WandB(_Identity):
         options: what else `wandb.init` takes, such as `entity`, `name` or `group`.
     """
 
+    package = "wandb"
+
     def __init__(
         self, project: str = "allstep", mode: Literal["online", "offline"] | None = None, **options: Any
     ) -> None:
@@ -232,6 +236,8 @@ class Trackio(_Identity):
         name: of the run; by default the Track's folder and some letters.
         options: what else `trackio.init` takes, such as `server_url` or `space_id`.
     """
+
+    package = "trackio"
 
     def __init__(self, project: str = "allstep", name: str | None = None, **options: Any) -> None:
         super().__init__()

@@ -20,6 +20,8 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch.optim import Optimizer
 from allstep.checkpoint.references import objects_used_by
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.engine.events import is_count
-from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from allstep.metrics import Mean, Metrics, Usage
 from allstep.parallel import unwrap
 from allstep.tracking.delivery import Delivery
@@ -56,9 +58,9 @@ class Track:
         to: tools besides: "csv", "tensorboard", "mlflow", "wandb", "trackio", objects of these tools' classes, a
             `Tracker`, or a logger of Accelerate or Lightning.
         every: iterations from one record to the next.
-        loss: a name for the mean, over all ranks and samples since the last record, of what the step returns; or
-            several names, each with a function from the step's output to a number. Over several ranks this is one
-            collective at each record.
+        loss: a name for the mean, over all ranks and samples since the last record, of what the step returns, or of
+            what it returns under this name in a mapping; or several names, each with a function from the step's output
+            to a number. Over several ranks this is one collective at each record.
         rates: whether learning rates are recorded, of the optimizers that the step uses; or these, by name.
         weights: a module whose weights and gradients are recorded: their norms, of all together.
         histograms: also a histogram of each parameter and its gradient.
@@ -69,6 +71,7 @@ class Track:
     Raises:
         ArgumentError: `every` is below 1, or a tool is unknown.
         ArgumentTypeError: something in `to` is no tracker.
+        MissingExtraError: a tool is not installed.
     """
 
     state_differs_by_rank = True  # only the main rank's is more than nothing
@@ -95,7 +98,7 @@ class Track:
         self.every = every
         self.patience = patience
         self._trackers = _named(to)
-        self._losses = {loss: lambda output: output} if isinstance(loss, str) else dict(loss or {})
+        self._losses = {loss: partial(_named_output, loss)} if isinstance(loss, str) else dict(loss or {})
         self._rates = rates
         self._weights = None if weights is None else unwrap(weights)
         self._histograms = histograms
@@ -300,6 +303,10 @@ def send(folder: str | os.PathLike[str], to: Sequence[Any], patience: float = 60
     return max((each.close(max(1.0, deadline - time.monotonic())) for each in deliveries), default=0)
 
 
+def _named_output(name: str, output: Any) -> Any:
+    return output[name] if isinstance(output, Mapping) else output
+
+
 def _named(to: Sequence[Any]) -> list[tuple[str, Tracker]]:
     """The trackers with the names that they have in messages, files and checkpoints."""
     named: dict[str, Tracker] = {}
@@ -307,6 +314,9 @@ def _named(to: Sequence[Any]) -> list[tuple[str, Tracker]]:
         tracker = tracker_for(given)
         if tracker is None:
             continue
+        package = getattr(tracker, "package", None)
+        if package is not None and find_spec(package) is None:
+            raise MissingExtraError(f"{type(tracker).__name__} needs {package}: pip install 'allstep[{package}]'")
         # Of another library's logger its own name, not that of what makes it fit.
         first = type(getattr(tracker, "logger", tracker)).__name__.lower()
         name, number = first, 1
