@@ -108,7 +108,7 @@ class Delivery:
         records = self._journal.read(self._sent, _AT_A_TIME)
         if not records:
             return False
-        _call(self.tracker, "begin")
+        _call(self.tracker, "begin", self._journal.config)
         self._note(begun=max(self._again, self._sent + len(records)))
         for record in records:
             self._give(record)
@@ -129,6 +129,7 @@ class Delivery:
         _call(self.tracker, "open", self._journal.folder)
         if self.identity:
             self.tracker.load_state_dict(self.identity)
+        self._note()  # before a run of the tool is made, so that it is found again
         self._is_open = True
 
     def _reconcile(self) -> None:

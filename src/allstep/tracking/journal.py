@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from allstep.tracking.values import Record, from_line, to_line
 
@@ -58,6 +59,12 @@ class Journal:
     def last_step(self) -> int:
         """The step of the last record; 0 without any."""
         return self._steps[-1] if self._steps else 0
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The run's configuration; empty without one."""
+        first = self.read(0, 1)
+        return (first[0].config or {}) if first else {}
 
     def append(self, records: Sequence[Record]) -> None:
         """Write records behind the others; on return a killed process does not lose them."""

@@ -22,32 +22,42 @@ import numpy as np
 from allstep.tracking.values import Histogram, Image, Value
 
 _PARENT = "allstep.continues"
+_TOKEN = "allstep.token"
 
 
 class _Identity:
-    """Which run of the tool this is: its id, and the id of the run that it continues."""
+    """Which run of the tool this is: its id, and the id of the run that it continues.
+
+    The token is known before the run is made and is kept in it, so that a run is found again where a kill came between
+    making it and writing down its id.
+    """
 
     def __init__(self) -> None:
         self.run: str | None = None
         self.parent: str | None = None
+        self.token = secrets.token_hex(4)
         self._time = 0.0
-        self._config: Mapping[str, Any] = {}
 
     def log_time(self, seconds: float) -> None:
         """When the next record was made."""
         self._time = seconds
 
-    def configure(self, config: Mapping[str, Any]) -> None:
-        """Keep the configuration, for the run when it begins."""
-        self._config = config
+    def restart(self) -> None:
+        """Have another run begin, which names this one."""
+        self.run, self.parent, self.token = None, self.run or self.parent, secrets.token_hex(4)
 
     def state_dict(self) -> dict[str, Any]:
         """The ids."""
-        return {"run": self.run, "parent": self.parent}
+        return {"run": self.run, "parent": self.parent, "token": self.token}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
         """Go on in that run."""
-        self.run, self.parent = state_dict["run"], state_dict["parent"]
+        self.run, self.parent, self.token = state_dict["run"], state_dict["parent"], state_dict["token"]
+
+    def described(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration as JSON takes it, and the parent's id."""
+        known: dict[str, Any] = json.loads(json.dumps(dict(config), default=str))
+        return known if self.parent is None else {**known, _PARENT: self.parent}
 
 
 class MLflow(_Identity):
@@ -68,7 +78,7 @@ class MLflow(_Identity):
         self.uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
         self.name = name
         self._client: Any = None
-        self._metrics: list[Any] = []
+        self._is_open = False
 
     def open(self, folder: Path) -> None:
         """Remember where the runs are; nothing is asked of a server yet."""
@@ -79,23 +89,32 @@ class MLflow(_Identity):
             # Newer releases want a folder to be asked for; giving one here is asking.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
-    def configure(self, config: Mapping[str, Any]) -> None:
-        """Keep the configuration as the run's parameters; what is there already stays."""
-        client, run = self._begun()
-        known = client.get_run(run).data.params
-        for name, value in config.items():
-            if name not in known:
-                client.log_param(run, name, value)
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Find or make the run, with the configuration as its parameters."""
+        if self._client is None:
+            from mlflow import MlflowClient
 
-    def begin(self) -> None:
-        """Make the run, so that it is known by its id before it has values."""
-        self._begun()
+            self._client = MlflowClient(tracking_uri=self.uri)
+        client = self._client
+        if self.run is None:
+            found = client.get_experiment_by_name(self.experiment)
+            experiment = client.create_experiment(self.experiment) if found is None else found.experiment_id
+            runs = client.search_runs([experiment], f"tags.`{_TOKEN}` = '{self.token}'")
+            tags = {_TOKEN: self.token} if self.parent is None else {_TOKEN: self.token, _PARENT: self.parent}
+            run = runs[0] if runs else client.create_run(experiment, tags=tags, run_name=self.name)
+            self._end_parent(run.info.run_id)
+            for name in config.keys() - run.data.params.keys():
+                client.log_param(run.info.run_id, name, config[name])
+            self.run = run.info.run_id
+        elif not self._is_open:
+            client.update_run(self.run, "RUNNING")
+        self._is_open = True
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
         """Give numbers to the run, and files of the rest to its artifacts."""
         from mlflow.entities import Metric
 
-        client, run = self._begun()
+        client, run = self._client, str(self.run)
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if numbers:
             at = round(self._time * 1000)
@@ -111,7 +130,7 @@ class MLflow(_Identity):
 
     def log_again(self, values: Mapping[str, Value], step: int) -> None:
         """Log what the run does not have at this step."""
-        client, run = self._begun()
+        client, run = self._client, str(self.run)
         at = round(self._time * 1000)
 
         def is_there(name: str, value: Value) -> bool:
@@ -121,33 +140,17 @@ class MLflow(_Identity):
 
         self.log({name: value for name, value in values.items() if not is_there(name, value)}, step)
 
-    def restart(self) -> None:
-        """Begin another run, which names this one."""
-        before, self.run = self.run, None
-        self.parent = before or self.parent
-        client, run = self._begun()
-        if before is not None:
-            with contextlib.suppress(Exception):  # it may have been deleted
-                client.set_tag(before, "allstep.continued_by", run)
-                client.set_terminated(before, "KILLED")
-
     def close(self) -> None:
-        """Say that the run is over; a later start opens it again by logging."""
-        if self.run is not None and self._client is not None:
+        """Say that the run is over; a later start opens it again."""
+        if self._is_open:
             self._client.set_terminated(self.run)
+        self._is_open = False
 
-    def _begun(self) -> tuple[Any, str]:
-        """The client and the run, made when they are first needed."""
-        if self._client is None:
-            from mlflow import MlflowClient
-
-            self._client = MlflowClient(tracking_uri=self.uri)
-        if self.run is None:
-            found = self._client.get_experiment_by_name(self.experiment)
-            experiment = self._client.create_experiment(self.experiment) if found is None else found.experiment_id
-            tags = {} if self.parent is None else {_PARENT: self.parent}
-            self.run = self._client.create_run(experiment, tags=tags, run_name=self.name).info.run_id
-        return self._client, str(self.run)
+    def _end_parent(self, run: str) -> None:
+        if self.parent is not None:
+            with contextlib.suppress(Exception):  # it may have been deleted
+                self._client.set_tag(self.parent, "allstep.continued_by", run)
+                self._client.set_terminated(self.parent, "KILLED")
 
 
 class WandB(_Identity):
@@ -175,14 +178,27 @@ class WandB(_Identity):
         """Remember where offline runs are kept."""
         self._folder = folder
 
-    def begin(self) -> None:
-        """Make the run, so that it is known by its id before it has values."""
-        self._begun()
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the run, or go on in it."""
+        if self._run is not None:
+            return
+        import wandb
+
+        self._run = wandb.init(
+            project=self.project,
+            mode=self.mode,
+            dir=str(self._folder),
+            id=self.token,
+            resume="allow",
+            config=self.described(config),
+            reinit="create_new",
+            **self.options,
+        )
+        self.run = self.token
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
         """Give them to the run."""
-        run = self._begun()
-        run.log({name: self._own(value) for name, value in values.items()}, step=step)
+        self._run.log({name: self._own(value) for name, value in values.items()}, step=step)
 
     def flush(self) -> bool:
         """Not known: its own process sends."""
@@ -190,35 +206,14 @@ class WandB(_Identity):
 
     def restart(self) -> None:
         """Begin another run, which names this one."""
-        self._finish()
-        self.parent, self.run = self.run or self.parent, None
+        self.close()
+        super().restart()
 
     def close(self) -> None:
         """Wait until all is sent, or kept for `wandb sync`."""
-        self._finish()
-
-    def _finish(self) -> None:
         if self._run is not None:
             self._run.finish()
         self._run = None
-
-    def _begun(self) -> Any:
-        if self._run is None:
-            import wandb
-
-            config = {**self._config, **({} if self.parent is None else {_PARENT: self.parent})}
-            self._run = wandb.init(
-                project=self.project,
-                mode=self.mode,
-                dir=str(self._folder),
-                id=self.run,
-                resume=None if self.run is None else "allow",
-                config=config,
-                reinit="create_new",
-                **self.options,
-            )
-            self.run = self._run.id
-        return self._run
 
     def _own(self, value: Value) -> Any:
         import wandb
@@ -257,13 +252,25 @@ class Trackio(_Identity):
         """Choose a name that no other run has."""
         self.name = self.name or f"{folder.absolute().name}-{secrets.token_hex(3)}"
 
-    def begin(self) -> None:
-        """Make the run, so that it is known by its id before it has values."""
-        self._begun()
+    def begin(self, config: Mapping[str, Any]) -> None:
+        """Make the run, or go on in it."""
+        if self._run is not None:
+            return
+        import trackio
+
+        options = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False, **self.options}
+        self._run = trackio.init(
+            project=self.project,
+            name=self.run or self.name,
+            config=self.described(config),
+            resume="never" if self.run is None else "allow",
+            **options,
+        )
+        self.run, self._id = self._run.name, self._run.id
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
         """Give them to the run; of an image, where its file is."""
-        self._begun().log({name: _trackio_value(value) for name, value in values.items()}, step=step)
+        self._run.log({name: _trackio_value(value) for name, value in values.items()}, step=step)
 
     def flush(self) -> bool:
         """Not known: a thread of its own writes."""
@@ -301,23 +308,6 @@ class Trackio(_Identity):
         """Go on in that run."""
         super().load_state_dict(state_dict)
         self._id = state_dict["id"]
-
-    def _begun(self) -> Any:
-        if self._run is None:
-            import trackio
-
-            config = {**self._config, **({} if self.parent is None else {_PARENT: self.parent})}
-            name = self.run or self.name
-            options = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False, **self.options}
-            self._run = trackio.init(
-                project=self.project,
-                name=name,
-                config=json.loads(json.dumps(config, default=str)),
-                resume="never" if self.run is None else "allow",
-                **options,
-            )
-            self.run, self._id = self._run.name, self._run.id
-        return self._run
 
 
 def _trackio_value(value: Value) -> Any:

@@ -15,6 +15,7 @@ Without any of them records are sent again under their steps, for a tool that ov
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -26,9 +27,9 @@ from allstep.tracking.values import Value
 class Tracker(Protocol):
     """A tool that keeps series of values.
 
-    It may also have: `open(folder)`, called first, with the folder of the Track; `begin()`, called before values, so
-    that `state_dict` then says which run it is; `log_time(seconds)`, called before `log` with when a record was made;
-    `configure(config)`; `flush()`, after some records, which returns False where it does not know that they have
+    It may also have: `open(folder)`, called first, with the folder of the Track; `begin(config)`, called
+    ahead of values, so that `state_dict` then says which run it is; `log_time(seconds)`, called before `log` with when
+    a record was made; `configure(config)`, called where the configuration was told; `flush()`, after some records, which returns False where it does not know that they have
     arrived; `close()`; and the three methods that this module's docstring describes.
     """
 
@@ -84,8 +85,9 @@ class LightningLogger(_ForeignLogger):
     """A logger of Lightning or Fabric, as it is."""
 
     def configure(self, config: Mapping[str, Any]) -> None:
-        """Keep the configuration."""
-        self.logger.log_hyperparams(dict(config))
+        """Keep the configuration, where the logger has a place for it."""
+        with suppress(NotImplementedError):
+            self.logger.log_hyperparams(dict(config))
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
         """Keep numbers."""
