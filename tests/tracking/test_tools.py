@@ -121,6 +121,28 @@ def test_mlflow_is_asked_what_it_has_and_continues_in_a_run_that_names_its_paren
 
 
 @pytest.mark.nightly
+def test_a_folder_of_mlflow_that_a_kill_left_half_written_is_mended(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setattr("allstep.tracking.services._MADE_WITHIN_S", -1.0)
+    tool = MLflow()
+    tool.open(tmp_path)
+    tool.begin({})
+    tool.log({"x": 1.0}, 1)
+    (own,) = (tmp_path / "mlflow").glob(f"*/{tool.run}/meta.yaml")
+    own.write_text("")
+    half_made = own.parent.parent / "0123" / "meta.yaml"
+    half_made.parent.mkdir()
+    half_made.touch()
+    again = MLflow()
+    again.open(tmp_path)
+    again.load_state_dict(tool.state_dict())
+    again.begin({})
+    again.log({"x": 2.0}, 2)
+    assert [each.value for each in again._client.get_metric_history(tool.run, "x")] == [1.0, 2.0]
+    assert not half_made.exists()
+
+
+@pytest.mark.nightly
 def test_weights_and_biases_keeps_an_offline_run(tmp_path):
     pytest.importorskip("wandb")
     run_ranks(keep_offline, 1, str(tmp_path), timeout=110)

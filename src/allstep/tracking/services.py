@@ -13,6 +13,8 @@ import json
 import math
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +25,8 @@ from allstep.tracking.values import Histogram, Image, Value
 
 _PARENT = "allstep.continues"
 _TOKEN = "allstep.token"
+_META = "meta.yaml"  # in which MLflow keeps what a run, or an experiment, is
+_MADE_WITHIN_S = 2.0
 
 
 class _Identity:
@@ -79,6 +83,7 @@ class MLflow(_Identity):
         self.name = name
         self._client: Any = None
         self._is_open = False
+        self._meta: tuple[str, str] | None = None  # the run's own file, and what was in it
 
     def open(self, folder: Path) -> None:
         """Remember where the runs are; nothing is asked of a server yet."""
@@ -89,11 +94,21 @@ class MLflow(_Identity):
             # Newer releases want a folder to be asked for; giving one here is asking.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
+    def state_dict(self) -> dict[str, Any]:
+        """The ids, and what the run's own file says where runs are in a folder."""
+        return {**super().state_dict(), "meta": self._meta}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], /) -> None:
+        """Go on in that run."""
+        super().load_state_dict(state_dict)
+        self._meta = state_dict["meta"]
+
     def begin(self, config: Mapping[str, Any]) -> None:
         """Find or make the run, with the configuration as its parameters."""
         if self._client is None:
             from mlflow import MlflowClient
 
+            self._mend_folder()
             self._client = MlflowClient(tracking_uri=self.uri)
         client = self._client
         if self.run is None:
@@ -106,6 +121,8 @@ class MLflow(_Identity):
             for name in config.keys() - run.data.params.keys():
                 client.log_param(run.info.run_id, name, config[name])
             self.run = run.info.run_id
+            file = None if self._root is None else self._root / experiment / str(self.run) / _META
+            self._meta = None if file is None else (str(file), file.read_text())
         elif not self._is_open:
             client.update_run(self.run, "RUNNING")
         self._is_open = True
@@ -150,7 +167,26 @@ class MLflow(_Identity):
         if self.parent is not None:
             with contextlib.suppress(Exception):  # it may have been deleted
                 self._client.set_tag(self.parent, "allstep.continued_by", run)
-                self._client.set_terminated(self.parent, "KILLED")
+                if self._root is None:
+                    self._client.set_terminated(self.parent, "KILLED")
+
+    @property
+    def _root(self) -> Path | None:
+        """The folder where runs are; None on a server."""
+        return Path(self.uri[len("file://") :]) if self.uri is not None and self.uri.startswith("file://") else None
+
+    def _mend_folder(self) -> None:
+        """Put right what a kill left: MLflow writes a run's own file in place, and reads no run beside an empty one."""
+        if self._root is None or not self._root.exists():
+            return
+        if self._meta is not None and not Path(self._meta[0]).read_text():
+            Path(self._meta[0]).write_text(self._meta[1])
+        # What was being made and has nothing in it yet; not if somebody else may be making it just now.
+        for file in (*self._root.glob(f"*/*/{_META}"), *self._root.glob(f"*/{_META}")):
+            is_old = time.time() - file.stat().st_mtime > _MADE_WITHIN_S
+            holds = [*file.parent.glob("metrics/*"), *file.parent.glob(f"*/{_META}")]
+            if is_old and not holds and not file.stat().st_size:
+                shutil.rmtree(file.parent)
 
 
 class WandB(_Identity):

@@ -27,10 +27,15 @@ from allstep.tracking.values import Value
 class Tracker(Protocol):
     """A tool that keeps series of values.
 
-    It may also have: `open(folder)`, called first, with the folder of the Track; `begin(config)`, called
-    ahead of values, so that `state_dict` then says which run it is; `log_time(seconds)`, called before `log` with when
-    a record was made; `configure(config)`, called where the configuration was told; `flush()`, after some records, which returns False where it does not know that they have
-    arrived; `close()`; and the three methods that this module's docstring describes.
+    It may also have, besides `withdraw(step)`, `log_again(values, step)` and `restart()`, one of which is called after
+    a kill:
+
+    - `open(folder)`, called first, with the folder of the Track.
+    - `begin(config)`, called ahead of values, so that `state_dict` then says which run it is.
+    - `configure(config)`, called where the configuration was told.
+    - `log_time(seconds)`, called ahead of `log` with when the record was made, in seconds since 1970.
+    - `flush()`, called after some records, which returns False where it does not know that they have arrived.
+    - `close()`.
     """
 
     def log(self, values: Mapping[str, Value], step: int) -> None:
