@@ -13,7 +13,7 @@ import torch
 from allstep import Engine, Events, Track
 from allstep.testing import run_ranks
 from allstep.tracking import CSV, MLflow, TensorBoard, Trackio, WandB, send
-from allstep.tracking.files import _frames  # the framing of event files
+from allstep.tracking.files import frames  # the framing of event files
 
 
 def told(folder, tools, iterations=4):
@@ -74,10 +74,10 @@ def test_event_files_are_cut_also_where_a_kill_left_half_an_event(tmp_path):
         board.log({"x": step}, step)
     board.close()
     (path,) = tmp_path.glob("*tfevents*")
-    whole = len(list(_frames(path)))
+    whole = len(list(frames(path)))
     os.truncate(path, path.stat().st_size - 3)
     board.withdraw(3)
-    assert len(list(_frames(path))) == whole - 1
+    assert len(list(frames(path))) == whole - 1
     board.withdraw(0)
     assert list(tmp_path.glob("*tfevents*")) == []
 
@@ -97,7 +97,7 @@ def test_mlflow_has_numbers_parameters_and_files(tmp_path):
 
 
 @pytest.mark.nightly
-def test_mlflow_is_asked_what_it_has_and_continues_in_a_run_that_names_its_parent(tmp_path):
+def test_mlflow_is_asked_what_it_has_and_continues_in_a_named_run(tmp_path):
     pytest.importorskip("mlflow")
     tool = MLflow()
     tool.open(tmp_path)

@@ -182,7 +182,7 @@ def _end_before(path: Path, step: int) -> tuple[int, int]:
     from tensorboard.compat.proto.event_pb2 import Event
 
     end = events = 0
-    for data, behind in _frames(path):
+    for data, behind in frames(path):
         event = Event.FromString(data)
         if event.HasField("summary"):
             if event.step >= step:
@@ -192,7 +192,7 @@ def _end_before(path: Path, step: int) -> tuple[int, int]:
     return end, events
 
 
-def _frames(path: Path) -> Iterator[tuple[bytes, int]]:
+def frames(path: Path) -> Iterator[tuple[bytes, int]]:
     """Each whole event in a file, and where it ends."""
     content = path.read_bytes()
     at = 0
