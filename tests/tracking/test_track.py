@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -136,6 +138,31 @@ def test_an_iteration_that_is_not_due_calls_nothing_of_a_track(tmp_path):
     track.attach(trainer)
     trainer.run([1] * 9)
     assert calls == [4, 8]
+
+
+def test_a_tool_that_hangs_neither_stops_nor_slows_a_run(tmp_path, caplog):
+    gate = threading.Event()
+
+    class Hanging:
+        def log(self, values, step):
+            gate.wait()
+
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            pass
+
+    trainer = Engine(lambda engine, batch: 1.0)
+    track = Track(tmp_path, to=[Hanging(), "csv"], every=1, loss="loss", patience=0.5).attach(trainer)
+    began = time.monotonic()
+    trainer.run([1] * 50)
+    track.close()
+    assert time.monotonic() - began < 20
+    gate.set()
+    assert caplog.text.count("were not taken by hanging in time") == 1
+    assert len(told(tmp_path, "loss")) == 50
+    assert (tmp_path / "metrics.csv").read_text().count("\n") == 51
 
 
 @pytest.mark.parametrize(

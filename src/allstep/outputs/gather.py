@@ -41,6 +41,7 @@ from allstep.outputs.samples import (
     pack_samples,
     unpack_samples,
 )
+from allstep.world import World
 
 PIECE = 64 * 2**20  # bytes of a payload that one collective carries
 
@@ -83,8 +84,8 @@ class Gather:
     samples' indices in the dataset, int64, where allstep's loader dealt them. Parts in a folder are a `Parts`, which
     `load()`s that.
 
-    An epoch that a run goes on with in its middle has what was seen of it since this object was attached; what that
-    lacks is logged, and "index" tells which samples there are.
+    A checkpoint has what was seen of its epoch. Where it has not, an epoch that a run goes on with in its middle has
+    what was seen since; what that lacks is logged, and "index" tells which samples there are.
 
     Args:
         names: keys of the step's output; or, where it is a tuple, names for its elements in order; or one for all.
@@ -97,6 +98,8 @@ class Gather:
     Raises:
         ArgumentError: no name, one twice, or an unknown `to` or `format`.
     """
+
+    state_differs_by_rank = True  # a checkpoint keeps each rank's
 
     def __init__(
         self,
@@ -125,6 +128,8 @@ class Gather:
         self._missing = 0
         self._devices: set[torch.device] = set()
         self._data: Any = None
+        self._was_loaded = False  # and no run has gone on from it yet
+        self._engine: Engine | None = None
         self._failure: Exception | None = None
 
     def attach(self, engine: Engine) -> Gather:
@@ -137,7 +142,9 @@ class Gather:
             raise MetricError("the engine is running; attach a Gather before run(), on every rank alike")
         if any(isinstance(each, Gather) for each in engine.extension.reductions):
             raise MetricError("the engine has a Gather already; give that one all names")
+        self._engine = engine
         engine.extension.reductions.append(self)
+        engine.extension.add_state(self)
         engine.add_event_handler(Events.EPOCH_STARTED, self._begin)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._take)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._gather)
@@ -149,11 +156,49 @@ class Gather:
         form = f"{', '.join(self.names)} for {'all ranks' if self.to == 'all' else 'the main rank'}{files}"
         return (StateLine(Events.EPOCH_COMPLETED.name, "Gather", "outputs", form),)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank has of the epoch so far, on the host; to be saved by each rank for itself."""
+        for device in self._devices:  # copies from there may be under way
+            torch.cuda.synchronize(device)
+        batches = {
+            number: {"positions": each.positions, "values": dict(each.values), "has_indices": each.has_indices}
+            for number, each in self._batches.items()
+        }
+        return {"epoch": self._epoch, "seen": self._seen, "missing": self._missing, "batches": batches}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on inside the epoch of which `state_dict` gave the beginning."""
+        self._take_over([state_dict], state_dict)
+
+    def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take this rank's share of what all ranks of a checkpoint, of any number, had of the epoch."""
+        ranks = World.current() if self._engine is None else self._engine.coordinator
+        share = states if ranks is None else states[ranks.rank :: ranks.world_size]
+        self._take_over(share, states[0])
+
+    def _take_over(self, share: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> None:
+        self._epoch, self._seen, self._missing = first["epoch"], first["seen"], first["missing"]
+        found: dict[int, list[Any]] = {}
+        for state in share:
+            for number, batch in state["batches"].items():
+                found.setdefault(number, []).append(batch)
+        self._batches = {
+            number: BatchRecord(
+                torch.cat([each["positions"] for each in batches]),
+                {name: column_of([each["values"][name] for each in batches]) for name in self.names},
+                all(each["has_indices"] for each in batches),
+            )
+            for number, batches in found.items()
+        }
+        self._was_loaded, self._failure = True, None
+
     def _begin(self, engine: Engine) -> None:
         state = engine.state
         done = state.iteration - engine.extension.epoch_began_at
-        # The same epoch goes on: in the same process, over the same data, after an interruption or an error.
-        same = state.epoch == self._epoch and state.dataloader is self._data and self._failure is None
+        # The same epoch goes on: from a checkpoint, or over the same data after an interruption or an error.
+        is_known = self._was_loaded or state.dataloader is self._data
+        same = state.epoch == self._epoch and is_known and self._failure is None
+        self._was_loaded = False
         if same and 0 < done <= self._seen:  # iterations after the place from which the run goes on are run again
             self._batches = {number: batch for number, batch in self._batches.items() if number < done}
         else:
