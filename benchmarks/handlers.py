@@ -1,10 +1,11 @@
 """What handlers cost an iteration when none of them is due, and what those cost that look at every iteration.
 
 The step does nothing. In the first case an engine has a progress bar, evaluations by count and by time, a time
-profiler, a timer, garbage collection, an output store, a profiler, device statistics and a keeper of the best, none of
-which has anything to do before the end. The other cases are of one handler each, which has work in each iteration. All
-cases take turns in each round, and the least of each over the rounds counts, since noise on a machine only adds. Time
-is what the thread had of a processor. The cost of a case is its time above that of an engine without handlers.
+profiler, a timer, garbage collection, an output store, a profiler, device statistics, a keeper of the best, schedules
+by epoch and by optimizer steps, averages of weights, frozen layers and clipped gradients, none of which has anything
+to do before the end. The other cases are of one handler each, which has work in each iteration. All cases take turns
+in each round, and the least of each over the rounds counts, since noise on a machine only adds. Time is what the
+thread had of a processor. The cost of a case is its time above that of an engine without handlers.
 
 Run with `pip install 'allstep[progress,stats]'`:
 
@@ -24,7 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 
-from allstep import Alone, Engine, Evaluate, ProgressBar, SaveBest, Throughput
+from allstep import (
+    EMA,
+    SWA,
+    Alone,
+    Engine,
+    Evaluate,
+    Events,
+    Freeze,
+    GradientClipping,
+    ProgressBar,
+    SaveBest,
+    Schedule,
+    Throughput,
+)
 from allstep.handlers import DeviceStats, GarbageCollection, OutputStore, Profiler, TimeProfiler, Timer
 
 from machine import machine_line
@@ -66,6 +80,14 @@ def attach_all(engine: Engine, folder: str) -> None:
     Profiler(folder, range(NEVER, NEVER + 1)).attach(engine)
     DeviceStats(NEVER).attach(engine)
     SaveBest(folder, {"trainer": engine}, "score").attach(engine, evaluator)
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    Schedule(lambda epochs: 1.0, optimizer).attach(engine, Events.EPOCH_COMPLETED)
+    Schedule(lambda steps: 1.0, optimizer).attach(engine, Events.OPTIMIZER_STEP_COMPLETED(every=NEVER))
+    EMA(model).attach(engine, Events.OPTIMIZER_STEP_COMPLETED(every=NEVER))
+    SWA(model, start=NEVER).attach(engine)
+    Freeze(model, {"*": 1}).attach(engine)
+    GradientClipping(optimizer, max_norm=1.0).attach(engine)
 
 
 CASES: dict[str, Callable[[Engine, str], object]] = {

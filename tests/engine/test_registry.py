@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from allstep.engine import Engine, Events
+from allstep import Alone, State
+from allstep.engine import Engine, Events, FilteredEvent
+from allstep.engine.registry import Registry
 from tests.engine.recording import nothing
 
 
@@ -328,3 +330,32 @@ def test_the_name_of_the_event_being_fired_is_known_in_its_handler() -> None:
     engine.add_event_handler(Events.STARTED | Events.COMPLETED, lambda: names.append(engine.last_event_name))
     engine.run(range(1))
     assert names == [Events.STARTED, Events.COMPLETED]
+
+
+def test_handlers_of_optimizer_steps_cost_other_iterations_nothing() -> None:
+    state = State()
+    registry = Registry(state)
+    registry.add(Events.OPTIMIZER_STEP_COMPLETED(every=50), lambda: None)
+    completed = registry.slots[Events.ITERATION_COMPLETED]
+    state.iteration = 1
+    registry.schedule()
+    assert completed.due == 50
+    state.iteration, state.inner_iterations = 60, 40  # 20 steps, in groups of 3
+    registry.schedule()
+    assert completed.due == 90
+    registry.add(Events.OPTIMIZER_STEP_COMPLETED(once=21), lambda: None)
+    assert completed.due == 61
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("when", [{"every": 4}, {"once": [2, 7]}, {"every": 3, "after": 4}, {"before": 3}])
+def test_they_are_called_after_each_step_for_which_they_wait(accumulate: int, when: dict[str, Any]) -> None:
+    engine = Engine(nothing, coordinator=Alone(), accumulate=accumulate)
+    called: list[tuple[int, int]] = []
+    event = Events.OPTIMIZER_STEP_COMPLETED(**when)
+    engine.add_event_handler(event, lambda: called.append((engine.state.optimizer_steps, engine.state.iteration)))
+    engine.run(range(8), max_epochs=3)
+    ends = [at for at in range(1, 25) if at % 8 == 0 or (at % 8) % accumulate == 0]
+    assert isinstance(event, FilteredEvent)
+    assert called == [(step, at) for step, at in enumerate(ends, 1) if event.filter.matches(engine, step)]
+    assert called

@@ -290,6 +290,15 @@ def test_a_state_saved_in_an_epochs_end_resumes_with_the_next_epoch() -> None:
     assert seen == [("EPOCH_STARTED", 2, 3), ("EPOCH_COMPLETED", 2, 6)]
 
 
+def test_a_run_that_went_on_with_larger_batches_keeps_its_number_of_optimizer_steps() -> None:
+    state = saved_after(3, range(3), max_epochs=3) | {"inner_iterations": -3}  # 6 steps of before are 3 iterations now
+    engine, _, _ = run_from(state, range(3))
+    assert (engine.state.iteration, engine.state.optimizer_steps) == (9, 12)
+    assert engine.state_dict()["inner_iterations"] == -3
+    with pytest.raises(ValueError, match="inner_iterations is 'three'"):
+        Engine(nothing).load_state_dict(state | {"inner_iterations": "three"})
+
+
 def test_user_keys_are_saved_and_loaded() -> None:
     one, other = Engine(nothing), Engine(nothing)
     for engine in (one, other):

@@ -35,7 +35,7 @@ class Job:
 
 
 Attach = Callable[[Job], Mapping[str, Any]]
-"""Attaches handlers to a job; returns those with a state by name."""
+"""Attaches handlers to a job; returns those with a state, by names for the results."""
 
 
 def started(world: World, *, accumulate: int = 1, batch_norm: bool = True) -> Job:
@@ -74,8 +74,7 @@ def trained(
         if engine.state.iteration == kill_at:
             raise Killed
 
-    objects = {"model": job.model, "optimizer": job.optimizer, "trainer": job.trainer, **handlers}
-    checkpoint = Checkpoint(folder, objects, every=accumulate).attach(job.trainer)
+    checkpoint = Checkpoint(folder, every=accumulate).attach(job.trainer)  # finds by itself what has a state
     checkpoint.resume()
     loader = world.loader(dataset(), global_batch_size=batch, shuffle=True)
     try:

@@ -113,8 +113,9 @@ class Registry:
         self.register(Events, COUNTERS)
         # The first of ITERATION_COMPLETED while anybody listens: a loop without listeners asks for no group's end.
         # Weak, so that a registry does not hold itself: an engine that is let go frees its data at once.
-        tell = partial(Registry._tell_of_optimizer_step, weakref.proxy(self))
-        self._optimizer_step = HandlerRegistration(tell, None, tell)
+        weak = weakref.proxy(self)
+        tell = partial(Registry._tell_of_optimizer_step, weak)
+        self._optimizer_step = HandlerRegistration(tell, OptimizerStepFilter(weak), tell)
         if pinned:
             self._listen_for_optimizer_steps()
 
@@ -238,7 +239,7 @@ class Registry:
         completed = self.slots[Events.ITERATION_COMPLETED]
         if self._optimizer_step not in completed.registrations:
             completed.registrations = [self._optimizer_step, *completed.registrations]
-            completed.schedule(self._count(completed))
+        completed.schedule(self._count(completed))
 
     def _tell_of_optimizer_step(self, engine: Any) -> None:
         """Fire OPTIMIZER_STEP_COMPLETED if this iteration ends a group, and go on with what is being fired."""
@@ -251,8 +252,29 @@ class Registry:
             engine._fire_event(event)
         self.last_event = around
 
+    def iteration_of_optimizer_step(self) -> float:
+        """The first iteration after which a handler of OPTIMIZER_STEP_COMPLETED may be due."""
+        # An iteration ends one accumulation group at most.
+        left = self.slots[Events.OPTIMIZER_STEP_COMPLETED].due - self._state.optimizer_steps
+        return self._state.iteration + left
+
     def _count(self, slot: HandlerSlot) -> int:
         return getattr(self._state, slot.attribute) if slot.attribute else 0
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerStepFilter:
+    """Due at iterations that may be an optimizer step for which a handler of OPTIMIZER_STEP_COMPLETED waits."""
+
+    registry: Registry
+
+    def matches(self, engine: Any, count: int) -> bool:
+        """Always: whether the iteration is such a one is looked at by what is called."""
+        return True
+
+    def next_due(self, count: int) -> float:
+        """The first such iteration from `count` on."""
+        return max(count, self.registry.iteration_of_optimizer_step())
 
 
 class RemovableEventHandle:

@@ -29,7 +29,7 @@ from allstep.engine.source import END, pass_position
 from allstep.errors import ArgumentError
 
 _COUNTS = {
-    *("iteration", "inner_iterations", "epoch", "epochs_completed", "epoch_began_at", "passes_began_at"),
+    *("iteration", "epoch", "epochs_completed", "epoch_began_at", "passes_began_at"),
     *("epoch_length", "max_epochs", "max_iters"),
 }
 
@@ -208,6 +208,10 @@ def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Ru
         value = state_dict[key]
         if value is not None and not is_count(value, least=0):
             raise ArgumentError(f"{key} is {value!r} in the state to load; it must be an int of at least 0")
+    # Below 0 where a run went on with larger batches: there are fewer iterations than optimizer steps then.
+    inner = state_dict.get("inner_iterations")
+    if inner is not None and (isinstance(inner, bool) or not isinstance(inner, int)):
+        raise ArgumentError(f"inner_iterations is {inner!r} in the state to load; it must be an int")
     missing = [key for key in ("epoch_length", *user_keys) if key not in state_dict]
     if missing:
         raise ArgumentError(f"the state to load lacks {', '.join(missing)}; it has {', '.join(state_dict)}")
@@ -234,8 +238,7 @@ def position_from(state_dict: Mapping[str, Any], user_keys: Iterable[str]) -> Ru
         epochs = iteration // length if length else 0
         began_at = epochs * (length or 0)
     most = state_dict.get("max_epochs"), state_dict.get("max_iters")
-    series, inner = state_dict.get("passes_began_at") or 0, state_dict.get("inner_iterations") or 0
-    return RunPosition(iteration, epochs, began_at, length, *most, series, inner)
+    return RunPosition(iteration, epochs, began_at, length, *most, state_dict.get("passes_began_at") or 0, inner or 0)
 
 
 def _stand_at(run: Run, position: RunPosition, *, epoch_is_pass: bool) -> None:

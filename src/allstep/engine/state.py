@@ -28,7 +28,8 @@ class State:
             group, over all ranks: 1.0 in a world of one without gradient accumulation, 0.0 in a filler.
         group_end: whether the optimizer is due after this iteration: always, without gradient accumulation.
         active: whether this rank has a batch of its own in this iteration; False while it runs a filler.
-        inner_iterations: iterations that ended no accumulation group; 0 without gradient accumulation.
+        inner_iterations: iterations that ended no accumulation group; 0 without gradient accumulation. Below 0 it may
+            be where a run went on with larger batches, so that `optimizer_steps` counts those that were made.
         samples: samples in this rank's batch, 0 in a filler; None in a world of one where nothing weighs by them.
         unread: what each rank left unread when the last epoch ended because another one ran out.
         stop_reason: which rank ended the run and why; None while nobody did.
