@@ -290,7 +290,7 @@ def test_a_state_saved_in_an_epochs_end_resumes_with_the_next_epoch() -> None:
     assert seen == [("EPOCH_STARTED", 2, 3), ("EPOCH_COMPLETED", 2, 6)]
 
 
-def test_a_run_that_went_on_with_larger_batches_keeps_its_number_of_optimizer_steps() -> None:
+def test_a_run_that_went_on_with_larger_batches_keeps_its_optimizer_steps() -> None:
     state = saved_after(3, range(3), max_epochs=3) | {"inner_iterations": -3}  # 6 steps of before are 3 iterations now
     engine, _, _ = run_from(state, range(3))
     assert (engine.state.iteration, engine.state.optimizer_steps) == (9, 12)
