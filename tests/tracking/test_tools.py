@@ -130,6 +130,7 @@ def test_a_folder_of_mlflow_that_a_kill_left_half_written_is_mended(tmp_path, mo
     tool.log({"x": 1.0}, 1)
     (own,) = (tmp_path / "mlflow").glob(f"*/{tool.run}/meta.yaml")
     own.write_text("")
+    (own.parent / "metrics" / "y").touch()
     half_made = own.parent.parent / "0123" / "meta.yaml"
     half_made.parent.mkdir()
     half_made.touch()

@@ -105,10 +105,11 @@ class MLflow(_Identity):
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Find or make the run, with the configuration as its parameters."""
+        if not self._is_open:
+            self._mend_folder()
         if self._client is None:
             from mlflow import MlflowClient
 
-            self._mend_folder()
             self._client = MlflowClient(tracking_uri=self.uri)
         client = self._client
         if self.run is None:
@@ -181,6 +182,11 @@ class MLflow(_Identity):
             return
         if self._meta is not None and not Path(self._meta[0]).read_text():
             Path(self._meta[0]).write_text(self._meta[1])
+        # A series without a number yet makes its run unreadable, and so a list of all runs.
+        for run in filter(None, (self.run, self.parent)):
+            for file in self._root.glob(f"*/{run}/metrics/**/*"):
+                if file.is_file() and not file.stat().st_size:
+                    file.unlink()
         # What was being made and has nothing in it yet; not if somebody else may be making it just now.
         for file in (*self._root.glob(f"*/*/{_META}"), *self._root.glob(f"*/{_META}")):
             is_old = time.time() - file.stat().st_mtime > _MADE_WITHIN_S
