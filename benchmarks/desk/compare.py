@@ -8,6 +8,9 @@ again to the end. Printed for each are:
 - resumed: whether the parameters at the end equal the unbroken run's, to the last bit.
 - series: whether each series in TensorBoard has every step once, with the unbroken run's value.
 - seconds: of the unbroken run, start-up included.
+
+`--features` runs nothing and prints how many lines of each script have to do with each feature, by the words in them; a
+line may have to do with several.
 """
 
 from __future__ import annotations
@@ -38,8 +41,33 @@ LAUNCHED = {
 }
 
 
+FEATURES = {
+    "accumulation": r"ACCUMULATE|accumulat|is_last|no_sync|sync_gradients|group_end|state\.weight",
+    "precision": r"bf16|bfloat16|autocast",
+    "clipping": r"CLIP|clip|norm",
+    "schedule": r"[Ss]chedule|cosine|factor|get_last_lr|LearningRateMonitor|step\.step",
+    "evaluation": r"evaluat|validation|perplexity|no_grad|val/|Evaluate|eval\(",
+    "early stopping": r"PATIENCE|worse|best|better|EarlyStopping",
+    "tracking": r"board|Track|add_scalar|self\.log\(|log_with|accelerator\.log|log_every|tell",
+    "checkpoints": r"sav|[Cc]heckpoint|folder|found|place|generators|load_state|done|Project",
+}
+"""Words by which a line has to do with a feature."""
+
+
+def lines_by_feature(path: Path) -> dict[str, int]:
+    text = path.read_text().splitlines()
+    lines = [text[number - 1] for number in code_lines(path)]
+    lines = [line for line in lines if not line.startswith(("import ", "from "))]
+    return {name: sum(bool(re.search(words, line)) for line in lines) for name, words in FEATURES.items()}
+
+
 def lines_of_code(path: Path) -> int:
     """Lines that hold a token of code; a docstring is none."""
+    return len(code_lines(path))
+
+
+def code_lines(path: Path) -> list[int]:
+    """Their numbers, from 1."""
     nothing = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines: set[int] = set()
     begins = True  # a statement begins: a string here is a docstring
@@ -50,7 +78,7 @@ def lines_of_code(path: Path) -> int:
             if not (begins and token.type == tokenize.STRING):
                 lines.update(range(token.start[0], token.end[0] + 1))
             begins = False
-    return len(lines)
+    return sorted(lines)
 
 
 def command(framework: str, out: Path, scale: list[str]) -> list[str]:
@@ -116,7 +144,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(LAUNCHED), choices=LAUNCHED)
     parser.add_argument("--iterations", type=int, default=240)
+    parser.add_argument("--features", action="store_true")
     arguments = parser.parse_args()
+    if arguments.features:
+        found = {each: lines_by_feature(HERE / f"with_{each}.py") for each in arguments.only}
+        print(f"{'lines for':<16}" + "".join(f"{each:>12}" for each in found))
+        for feature in FEATURES:
+            print(f"{feature:<16}" + "".join(f"{lines[feature]:>12}" for lines in found.values()))
+        print(f"{'in all':<16}" + "".join(f"{lines_of_code(HERE / f'with_{each}.py'):>12}" for each in found))
+        return
     total = arguments.iterations
     scale = ["--iterations", str(total), "--evaluate", str(total // 6), "--save", str(total // 12), "--tell", "4"]
     print(machine_line())
