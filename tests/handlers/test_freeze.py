@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from allstep import Alone, Events, Freeze, create_supervised_trainer
-from tests.handlers.resuming import Job, check_resumes_exactly
+from allstep.testing import run_ranks
+from tests.handlers.resuming import Job, check_resumes_exactly, trained
 
 
 def trained_in_epochs(until: Mapping[str, int | None]) -> list[list[str]]:
@@ -82,3 +84,12 @@ def test_over_ranks_layers_unfreeze_and_a_killed_run_goes_on_exactly(tmp_path: P
     assert all(
         torch.equal(each, second["model"][name]) for name, each in first["model"].items() if "running" not in name
     )
+
+
+@pytest.mark.slow
+def test_a_run_with_fewer_ranks_unfreezes_in_the_same_epoch(tmp_path: Path) -> None:
+    first, _ = run_ranks(partial(trained, batch_norm=False), 2, str(tmp_path / "two"), first_layer_later)
+    run_ranks(partial(trained, batch_norm=False, epochs=2), 2, str(tmp_path / "fewer"), first_layer_later)
+    (alone,) = run_ranks(partial(trained, batch_norm=False), 1, str(tmp_path / "fewer"), first_layer_later)
+    assert min(alone["rates"]) == 13
+    torch.testing.assert_close(alone["model"], first["model"], rtol=1e-3, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from allstep import Alone, Engine, World
+from allstep import Alone, Checkpoint, Engine, Events, World
 from allstep.errors import ArgumentError, ParallelError
 from allstep.testing import run_ranks
 from allstep.trainers import create_adversarial_trainer
-from tests.handlers.resuming import same
+from tests.handlers.resuming import Killed, same
 
 
 def networks() -> tuple[nn.Module, nn.Module]:
@@ -113,3 +114,28 @@ def test_ranks_train_one_generator_and_one_discriminator_also_over_uneven_data()
     (first, iterations), (second, _) = run_ranks(_trained, 2, True)
     assert iterations == 3
     assert same(first, second)
+
+
+def _gone_on(world: World, folder: str, kill_at: int | None) -> Any:
+    generator, discriminator = (world.wrap(each) for each in networks())
+    trainer = trainer_of(generator, discriminator, coordinator=None)
+    checkpoint = Checkpoint(folder, every=1).attach(trainer)
+    checkpoint.resume()
+
+    @trainer.on(Events.ITERATION_COMPLETED)
+    def maybe_die(engine: Engine) -> None:
+        if engine.state.iteration == kill_at:
+            raise Killed
+
+    try:
+        trainer.run([each[world.rank :: world.world_size] for each in batches()], max_epochs=2)
+    except Killed:
+        checkpoint.close()
+    return [dict(world.unwrap(each).state_dict()) for each in (generator, discriminator)]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_last_bit_with_what_the_trainer_had_saved(tmp_path: Path) -> None:
+    whole = run_ranks(_gone_on, 2, str(tmp_path / "whole"), None)
+    run_ranks(_gone_on, 2, str(tmp_path / "killed"), 4)
+    assert same(run_ranks(_gone_on, 2, str(tmp_path / "killed"), None), whole)
