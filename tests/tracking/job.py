@@ -24,8 +24,8 @@ PAUSE_S = 0.01
 IMPORTS = {"tensorboard": "tensorboard.summary.writer.event_file_writer"}
 
 
-def train(world, folder, tools, kill_after=None, patience=20.0):
-    """One start of the job's script; the main rank kills itself so many seconds after the run began."""
+def train(world, folder, tools, kill=None, patience=20.0):
+    """One start of the job's script; the main rank kills itself: (after so many iterations of it, seconds later)."""
     os.environ["TRACKIO_DIR"] = f"{folder}/trackio"
     world.seed_everything(1)
     model = world.wrap(nn.Linear(3, 1))
@@ -56,8 +56,11 @@ def train(world, folder, tools, kill_after=None, patience=20.0):
     if world.rank == 0:  # before the clock runs, since some take longer than the job
         for tool in tools:
             importlib.import_module(IMPORTS.get(tool, tool))
-    if kill_after is not None and world.rank == 0:
-        threading.Timer(kill_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    if kill is not None and world.rank == 0:
+        iterations, delay = kill
+        begin = Events.ITERATION_COMPLETED(once=trainer.state.iteration + iterations)
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+        trainer.add_event_handler(begin, lambda: timer.start())
     trainer.run(loader, max_epochs=EPOCHS)
     track.close()
 
