@@ -249,3 +249,13 @@ def test_members_of_different_enumerations_are_different_events() -> None:
     engine.add_event_handler(Backward.STARTED, lambda: fired.append("backward"))
     engine.run(range(1))
     assert fired == ["engine"]
+
+
+def test_an_event_is_equal_to_anothers_librarys_of_the_same_name_and_value_only() -> None:
+    foreign = Enum("Events", {"STARTED": "started", "COMPLETED": "other"})
+    elsewhere = Enum("Signals", {"STARTED": "started"})
+    assert foreign["STARTED"] == Events.STARTED
+    assert foreign["STARTED"] == Events.STARTED
+    assert foreign["COMPLETED"] != Events.COMPLETED
+    assert elsewhere["STARTED"] != Events.STARTED
+    assert Events.STARTED != "STARTED"

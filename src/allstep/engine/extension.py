@@ -172,7 +172,7 @@ class Extension:
         self._registry.last_event = event
 
     def replace_state(self, state: State) -> None:
-        """Have the engine count and keep results in `state`, which has all attributes of the present one.
+        """Have an engine whose `state` is this one's count and keep results in `state`, which has all its attributes.
 
         Where the epoch began is told by `iteration` and `epoch_length`. It may be the present state, where somebody has
         set its counters.

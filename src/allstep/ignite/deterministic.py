@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from weakref import proxy
 
 from ignite.engine.deterministic import ReproducibleBatchSampler, update_dataloader
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from allstep.engine import Events
 from allstep.ignite.ignite_engine import IgniteEngine
@@ -22,11 +24,25 @@ from allstep.ignite.ignite_private import DeterministicNames
 
 
 class SkippingBatchSampler(ReproducibleBatchSampler):
-    """Ignite's sampler of batches that are drawn beforehand; allstep's loop tells it where to begin."""
+    """Ignite's sampler of batches that are drawn beforehand; allstep's loop tells it where to begin.
+
+    Args:
+        batch_sampler: draws the batches.
+        drawn: called when those of a pass are drawn.
+    """
+
+    def __init__(self, batch_sampler: BatchSampler, drawn: Callable[[], None]) -> None:
+        super().__init__(batch_sampler)
+        self.drawn = drawn
 
     def skip_batches(self, batches: int) -> None:
         """Begin the next pass behind so many batches."""
         self.start_iteration = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        self.setup_batch_indices()
+        self.drawn()
+        yield from self.batch_indices
 
 
 class DeterministicEngine(DeterministicNames, IgniteEngine):
@@ -70,12 +86,14 @@ class DeterministicEngine(DeterministicNames, IgniteEngine):
                 "same way again; leave out epoch_length",
                 stacklevel=4,
             )
-        return update_dataloader(data, SkippingBatchSampler(sampler))
+        return update_dataloader(
+            data, SkippingBatchSampler(sampler, partial(DeterministicEngine._take_up, proxy(self)))
+        )
 
     def _fire_event(self, event_name: Any, *event_args: Any, **event_kwargs: Any) -> None:
-        if self._opens_data and event_name is Events.GET_BATCH_STARTED:
-            self._opens_data = False
-            self.take_up_random_states()  # behind what opening the data drew
+        is_drawn_later = isinstance(getattr(self.state.dataloader, "batch_sampler", None), SkippingBatchSampler)
+        if event_name is Events.GET_BATCH_STARTED and not is_drawn_later:
+            self._take_up()
         IgniteEngine._fire_event(self, event_name, *event_args, **event_kwargs)
         # An iterator is read from before its first epoch begins, to know whether there is one.
         opens = Events.STARTED if hasattr(self.state.dataloader, "__next__") else Events.EPOCH_STARTED
@@ -85,3 +103,9 @@ class DeterministicEngine(DeterministicNames, IgniteEngine):
             for _ in range(self._to_drop):
                 next(self.state.dataloader, None)
             self._to_drop = 0
+
+    def _take_up(self) -> None:
+        """Go on with the random generators as they were saved, once what opening the data draws is drawn."""
+        if self._opens_data:
+            self._opens_data = False
+            self.take_up_random_states()
