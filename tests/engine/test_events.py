@@ -251,7 +251,7 @@ def test_members_of_different_enumerations_are_different_events() -> None:
     assert fired == ["engine"]
 
 
-def test_an_event_is_equal_to_anothers_librarys_of_the_same_name_and_value_only() -> None:
+def test_an_event_is_equal_to_another_librarys_of_its_name_and_value_only() -> None:
     foreign = Enum("Events", {"STARTED": "started", "COMPLETED": "other"})
     elsewhere = Enum("Signals", {"STARTED": "started"})
     assert foreign["STARTED"] == Events.STARTED

@@ -48,7 +48,7 @@ def test_a_run_inside_another_is_nested() -> None:
     assert seen == [True, False]
 
 
-def test_a_run_survives_what_its_owner_lets_pass_and_goes_on_with_the_next_epoch() -> None:
+def test_a_run_goes_on_with_the_next_epoch_after_what_its_owner_lets_pass() -> None:
     engine, heard = Engine(lambda engine, batch: 1 / batch), []
     engine.add_event_handler(Events.EXCEPTION_RAISED, lambda engine, error: heard.append(error))
     engine.extension.survive(lambda error: isinstance(error, ZeroDivisionError))
@@ -56,7 +56,7 @@ def test_a_run_survives_what_its_owner_lets_pass_and_goes_on_with_the_next_epoch
     assert (state.epoch, state.iteration, len(heard)) == (2, 4, 2)
 
 
-def test_an_exception_outside_an_iteration_that_is_survived_ends_the_run_in_silence() -> None:
+def test_an_exception_between_iterations_that_is_survived_ends_the_run() -> None:
     engine, heard = Engine(lambda engine, batch: None), []
     engine.add_event_handler(Events.EPOCH_COMPLETED, lambda: 1 / 0)
     engine.add_event_handler(Events.COMPLETED, lambda: heard.append("completed"))
