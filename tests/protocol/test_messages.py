@@ -29,6 +29,7 @@ from allstep.protocol.messages import (
     NodeResigned,
     Notice,
     ProcessSeen,
+    RankEnding,
     RankHello,
     RankLost,
     Refused,
@@ -59,6 +60,7 @@ EXAMPLES: list[Message] = [
     AskStacks(),
     NodeHello(0, 1, "host", (8, 9)),
     NodeHeartbeat(),
+    RankEnding(WorkerExit(1, -9), registration(1), 1, 7, "step", 2),
     WorkerEnded(WorkerExit(1, -9, True, "words", "a note")),
     RankLost(1, "why"),
     ProcessSeen(2, "busy"),
@@ -114,7 +116,7 @@ def test_what_is_no_message_is_an_error(line):
 
 
 def test_another_version_is_an_error_that_says_so():
-    with pytest.raises(ChannelError, match=r"version 3 .* this is version 5"):
+    with pytest.raises(ChannelError, match=r"version 3 .* this is version 6"):
         decode(b'{"v":3,"type":"Welcome"}')
 
 

@@ -46,8 +46,11 @@ def ensure_installed(environ: Mapping[str, str]) -> None:
 class Cluster:
     """`with Cluster(folder, nodes=2) as cluster: cluster.srun("-N2", "hostname")`."""
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 8, configuration: str = "") -> None:
+    def __init__(
+        self, folder: Path, nodes: int = 2, cpus: int = 8, configuration: str = "", proctrack: str = "linuxproc"
+    ) -> None:
         self.folder = folder
+        self._proctrack = proctrack
         self.nodes = tuple(f"n{index}" for index in range(1, nodes + 1))
         self._cpus = cpus
         self._configuration = configuration
@@ -170,6 +173,7 @@ class Cluster:
             (self.folder / "gres.conf").write_text(
                 f"Name=gpu File={self.folder}/dev/fakegpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n"
             )
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         (self.folder / "slurm.conf").write_text(
             self._slurm_conf([free_port() for _ in range(1 + len(self.nodes))], fake_gpus)
         )
@@ -197,7 +201,7 @@ SlurmctldPidFile={here}/run/slurmctld.pid
 SlurmdPidFile={here}/run/slurmd.%n.pid
 SlurmctldLogFile={here}/log/slurmctld.log
 SlurmdLogFile={here}/log/slurmd.%n.log
-ProctrackType=proctrack/linuxproc
+ProctrackType=proctrack/{self._proctrack}
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core

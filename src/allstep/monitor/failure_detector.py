@@ -164,12 +164,16 @@ class FailureDetector:
         record.remark = "its node's service ended with it, before it told how; the launcher's own lines may"
         self.lost(rank, why)
 
+    def is_news(self, end: WorkerExit) -> bool:
+        """Whether the end of a worker counts, and was not heard of before."""
+        record = self.records[end.rank]
+        counts = record.registration is not None and (record.left_open or not record.goodbye)
+        return record.end is None and (self._supervised or counts)
+
     def ended(self, end: WorkerExit) -> None:
         """A worker's process ended. Without a supervisor that counts from its World's start to its close."""
         record = self.records[end.rank]
-        if not self._supervised and (record.registration is None or (record.goodbye and not record.left_open)):
-            return
-        if record.note_end(end, self._moment()):
+        if self.is_news(end) and record.note_end(end, self._moment()):
             # Without a supervisor this very service may be ended with the rank, within milliseconds.
             self._look_soon(_SOON if self._supervised else 0.0)
             # With all ends known nothing more will come, so there is nothing to wait for.

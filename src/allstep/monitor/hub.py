@@ -4,6 +4,10 @@ Contract: that of `service.Service`. Any loop drives it: the launcher's, a sidec
 goes three ways. `Admission` lets the ranks go on when all have come and fit. `NodeLinks` keeps the relays of other
 nodes. `FailureDetector` is told what ranks report, and comes to at most one `Verdict`. A world that was closed in order
 may be opened again by the same processes.
+
+The driver of a hub without a supervisor may be ended by a scheduler right behind the last rank of its node. So
+`foretell` tells the relays of a rank's end before anything else, and once the last one ends the report is left to the
+lowest other node: it gets the text with the order to leave, or writes what it knows where neither comes.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from allstep.diagnosis.record import ProcessActivity
@@ -19,6 +23,7 @@ from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.admission import Admission
 from allstep.monitor.driven_clock import DrivenClock
 from allstep.monitor.failure_detector import FailureDetector
+from allstep.monitor.node_links import NodeLinks
 from allstep.monitor.service import ConnectionLost, MonitorEvent, MonitorSettings
 from allstep.monitor.silent_ranks import SilentRanks
 from allstep.protocol.connection import Connection
@@ -36,13 +41,14 @@ from allstep.protocol.messages import (
     NodeRemark,
     Notice,
     ProcessSeen,
+    RankEnding,
     RankHello,
     RankLost,
     Stacks,
     WorkerEnded,
     encode,
 )
-from allstep.protocol.registration import RankRegistration, spans
+from allstep.protocol.registration import RankRegistration
 from allstep.protocol.server import (
     Happening,
     MessageServer,
@@ -55,7 +61,6 @@ from allstep.protocol.server import (
 from allstep.protocol.worker_exit import WorkerExit
 
 _PERIOD = 1.0  # between two looks at progress, and two heartbeats to relays
-_UNHEARD_S = 3.0  # of a relay's silence, after which its ranks are not judged by their heartbeats
 
 
 class Hub:
@@ -95,6 +100,8 @@ class Hub:
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
         self._introduced, self._remark, self._supervised = settings.introduced, settings.remark, settings.supervised
         self._silent = SilentRanks(self.connection, self._clock.age)
+        self._foretold: dict[int, WorkerExit] = {}  # of ranks behind relays
+        self._is_left = False  # by all ranks of its own node
         self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
         self._finished = False
@@ -136,6 +143,20 @@ class Hub:
         self._detector.tick()
         self._handle()
 
+    def foretell(self, end: WorkerExit) -> None:
+        """Tell every relay how a rank of this node ends."""
+        record = self._detector.records[end.rank]
+        if self._supervised or record.registration is None or not self._detector.is_news(end):
+            return
+        direct = {rank for rank, peer in self._admission.peers.items() if peer not in self._links}
+        self._is_left = direct <= {end.rank}
+        last, reporter = record.heartbeat, self._links.first_node
+        if reporter is not None:
+            place = (last.epoch, last.iteration, last.section) if last else (0, 0, "")
+            line = encode(RankEnding(end, replace(record.registration, facts={}), *place, reporter))
+            for peer in self._links:
+                self._server.send(peer, line)
+
     def worker_ended(self, end: WorkerExit) -> None:
         """Take note of how a worker ended."""
         self._detector.ended(end)
@@ -155,8 +176,10 @@ class Hub:
         for peer in self._admission.connections() - set(self._links):
             text = report if report and peer.rank == printer else ""
             self._server.send(peer, encode(Leave(reason, None if peer.rank in spared else code, text)))
+        reporter = self._links.first_node if printer is None else None
         for peer in self._links:
-            text = report if report and printer in self._links.ranks(peer) else ""
+            writes = printer in self._links.ranks(peer) or self._links.node(peer) == reporter
+            text = report if report and writes else ""
             self._server.send(peer, encode(replace(self._order, report=text)))
         self._handle()
 
@@ -205,6 +228,11 @@ class Hub:
     def ends(self) -> Mapping[int, WorkerExit]:
         """How workers ended, by rank."""
         return self._detector.ends()
+
+    @property
+    def writes_report(self) -> bool:
+        """Whether its driver writes the report: not where its own ranks have ended, and another node is there."""
+        return not (self._is_left and self._links.first_node is not None)
 
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""
@@ -263,6 +291,8 @@ class Hub:
         match message:
             case RankHello() if message.registration.rank in ranks:
                 self._arrive(message, peer)
+            case RankEnding(end) if end.rank in ranks:
+                self._foretold[end.rank] = end
             case WorkerEnded(end) if end.rank in ranks:
                 self.worker_ended(end)
             case NodeRemark(rank, text) if rank in ranks:
@@ -295,6 +325,8 @@ class Hub:
     def _lose_relay(self, peer: Peer, why: str, *, silent: bool = False) -> None:
         ranks, what = self._links.lose(peer, why)
         self._admission.lose_relay(peer)
+        for rank in self._foretold.keys() & set(ranks):
+            self.worker_ended(self._foretold.pop(rank))
         self._lose_node(ranks, what, silent=silent)
 
     def _lose_node(self, ranks: Collection[int], what: str, *, silent: bool) -> None:
@@ -325,87 +357,3 @@ class Hub:
     def _look_at_processes(self, *, everyone: bool = False) -> None:
         for rank, activity in self._silent.look(self._detector.records.values(), everyone=everyone):
             self._detector.seen(rank, activity)
-
-
-class NodeLinks:
-    """The relays that are connected to a hub, and those that are still expected.
-
-    The hub reports which relay connected, and that something was heard from one. Each end sends something once a
-    second, so a relay from which nothing came for longer than the limit is lost.
-
-    Args:
-        world_size: ranks of all nodes.
-        link: seconds of silence after which a relay is lost.
-        clock: the hub's.
-    """
-
-    def __init__(self, world_size: int, link: float, clock: DrivenClock) -> None:
-        self._world_size = world_size
-        self._link = link
-        self._clock = clock
-        self._hellos: dict[Peer, NodeHello] = {}
-        self._heard: dict[Peer, float] = {}
-        self._expected: dict[int, tuple[Collection[int] | None, float]] = {}
-
-    def __contains__(self, peer: Peer) -> bool:
-        return peer in self._hellos
-
-    def __iter__(self) -> Iterator[Peer]:
-        return iter(list(self._hellos))
-
-    def expect(self, node_rank: int, ranks: Collection[int] | None) -> None:
-        """Let a node connect; where its ranks are known, it has to, within twice the limit."""
-        self._expected[node_rank] = ranks, self._clock.now() + 2 * self._link
-
-    def objection(self, hello: NodeHello) -> str:
-        """Why a relay is not one that is waited for; empty where it is."""
-        node, claimed = hello.node_rank, set(hello.ranks)
-        if node not in self._expected:
-            return f"node {node} ({hello.host}) is not waited for: it came before, or is none of this run's"
-        ranks = self._expected[node][0]
-        if ranks is not None and claimed != set(ranks):
-            return f"node {node} ({hello.host}) says it has ranks {spans(claimed)}, and it has {spans(ranks)}"
-        taken = {rank for each in self._hellos.values() for rank in each.ranks}
-        if not claimed or not claimed <= set(range(self._world_size)) or claimed & taken:
-            return f"node {node} ({hello.host}) says it has ranks {spans(claimed)}, which it cannot have"
-        return ""
-
-    def connected(self, peer: Peer, hello: NodeHello) -> None:
-        """A relay introduced itself, to which there is no objection."""
-        self._hellos[peer], self._heard[peer] = hello, self._clock.now()
-        del self._expected[hello.node_rank]
-
-    def heard(self, peer: Peer) -> Collection[int]:
-        """Something came from a relay; return the ranks that it stands for."""
-        self._heard[peer] = self._clock.now()
-        return self._hellos[peer].ranks
-
-    def ranks(self, peer: Peer) -> Collection[int]:
-        """The ranks that a relay stands for."""
-        return self._hellos[peer].ranks
-
-    def lose(self, peer: Peer, why: str) -> tuple[Collection[int], str]:
-        """A relay is gone; return its ranks, and what became of them in words."""
-        hello = self._hellos.pop(peer)
-        del self._heard[peer]
-        return hello.ranks, f"was lost with node {hello.node_rank} ({hello.host}): {why}"
-
-    def silent(self) -> list[tuple[Peer, str]]:
-        """The relays that are lost, and why."""
-        ages = [(peer, self._clock.age(heard)) for peer, heard in self._heard.items()]
-        return [(peer, f"nothing was heard from it for {age:.0f} s") for peer, age in ages if age > self._link]
-
-    def absent(self) -> list[tuple[Collection[int], str]]:
-        """The ranks of nodes that did not connect in time, each told once, and what became of them in words."""
-        now = self._clock.now()
-        late = {node: ranks for node, (ranks, until) in self._expected.items() if ranks is not None and now > until}
-        for node in late:
-            del self._expected[node]
-        return [
-            (ranks, f"was lost with node {node}, which did not connect to this one") for node, ranks in late.items()
-        ]
-
-    def unheard(self) -> set[int]:
-        """The ranks of nodes from which nothing has come for a moment."""
-        quiet = [peer for peer, heard in self._heard.items() if self._clock.age(heard) > _UNHEARD_S]
-        return {rank for peer in quiet for rank in self._hellos[peer].ranks}

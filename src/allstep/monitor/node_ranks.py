@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from allstep.diagnosis.rank_outcome import RankOutcome, outcome_of
 from allstep.diagnosis.record import Moment, RankRecord
 from allstep.monitor.own_stacks import read_stacks
 from allstep.monitor.silent_ranks import SilentRanks
@@ -25,6 +24,7 @@ from allstep.protocol.messages import (
     NodeRemark,
     Notice,
     ProcessSeen,
+    RankEnding,
     RankHello,
     RankLost,
     Stacks,
@@ -98,10 +98,6 @@ class NodeRanks:
         """The ranks whose World is open."""
         return [rank for rank, record in self.records.items() if record.present]
 
-    def outcomes(self, *, supervised: bool) -> list[RankOutcome]:
-        """What became of each."""
-        return [outcome_of(record, supervised=supervised) for record in self.records.values()]
-
     def moment(self) -> Moment:
         """The present place in the order of what came."""
         self._order += 1
@@ -166,6 +162,12 @@ class NodeRanks:
             return None
         self._send_up(RankLost(rank, why))
         return rank
+
+    def foretell(self, end: WorkerExit) -> None:
+        """Tell the head how a rank of this node ends."""
+        record = self.records[end.rank]
+        if record.end is None and record.registration is not None and (record.left_open or not record.goodbye):
+            self._send_up(RankEnding(end, replace(record.registration, facts={})))
 
     def ended(self, end: WorkerExit) -> None:
         """A worker of this node ended."""

@@ -6,6 +6,9 @@ heartbeats collected for a moment, everything else at once. What the head sends 
 here: it could not be reached, closed the connection before the attempt was over, or was silent for longer than
 `limits.link`. The driver then orders the ranks to leave. No call blocks, but for resolving the head's name when the
 relay is made.
+
+A scheduler may end the head's service right behind the last rank of its node. The head then has said before how that
+rank ends (`RankEnding`). It is the cause of the verdict, and one relay writes the report: the one that the head named.
 """
 
 from __future__ import annotations
@@ -16,8 +19,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
-from allstep.diagnosis.root_cause import Diagnosis, diagnosis_of
+from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome, outcome_of
+from allstep.diagnosis.record import RankRecord
+from allstep.diagnosis.root_cause import CAUSES, Diagnosis, diagnosis_of, judge
 from allstep.errors import ChannelError
 from allstep.exit_codes import PEER_LOST
 from allstep.monitor.driven_clock import DrivenClock
@@ -34,9 +38,11 @@ from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     AskStacks,
     Finish,
+    Heartbeat,
     Leave,
     NodeHello,
     Notice,
+    RankEnding,
     RankHello,
     Refused,
     Welcome,
@@ -89,6 +95,8 @@ class Relay:
         self._ranks_refused = False
         self._told_to_leave = False
         self._head_loss: RankOutcome | None = None
+        self._foretold: dict[int, RankRecord] = {}  # ranks of the head's node that it said had ended
+        self._reporter = node_rank  # which node's service writes the report of a verdict
 
     def ready(self, key: selectors.SelectorKey) -> None:
         """Act on a socket that the selector found ready."""
@@ -111,6 +119,10 @@ class Relay:
         self._uplink.tick()
         self._ranks.tick()
         self._handle()
+
+    def foretell(self, end: WorkerExit) -> None:
+        """Tell the head how a rank of this node ends."""
+        self._ranks.foretell(end)
 
     def worker_ended(self, end: WorkerExit) -> None:
         """Send the end of a worker of this node to the head."""
@@ -148,6 +160,11 @@ class Relay:
         """Whether something is known that may still become a verdict: never, the head judges."""
         return False
 
+    @property
+    def writes_report(self) -> bool:
+        """Whether the report of a verdict is this node's to write."""
+        return self._reporter == self._hello.node_rank
+
     def present(self) -> list[int]:
         """The ranks of this node whose World is open."""
         return self._ranks.present()
@@ -164,9 +181,9 @@ class Relay:
         """The loss of the head, as this node sees it."""
         if self._head_loss is None:
             return None
-        diagnosis = diagnosis_of(
-            self._head_loss, self._ranks.outcomes(supervised=self._settings.supervised), attempt=self._settings.attempt
-        )
+        supervised = self._settings.supervised
+        outcomes = [outcome_of(record, supervised=supervised) for record in self._records()]
+        diagnosis = diagnosis_of(self._head_loss, outcomes, attempt=self._settings.attempt)
         return replace(diagnosis, world_size=self._settings.world_size)
 
     def close(self) -> None:
@@ -180,19 +197,47 @@ class Relay:
         self._uplink.give_up(how)
         # The head also closes when the attempt is over, or after it has refused all ranks or told them to leave. A
         # supervisor is told of the last two too: it waits for the head's last word, which will not come.
-        over = self._finished or ((self._ranks_refused or self._told_to_leave) and not self._settings.supervised)
+        # Without one, its service may also end with the last rank of its node while ranks that have closed their World
+        # go on elsewhere.
+        closed = all(record.goodbye for record in self._ranks.records.values())
+        told = self._ranks_refused or self._told_to_leave or closed
+        over = self._finished or (told and not self._settings.supervised)
         if over or self._head_loss is not None:
             return
+        self._head_loss = self._foretold_cause() or self._link_loss(how)
+        diagnosis = self.diagnosis()
+        assert diagnosis is not None
+        self._events.append(Verdict(diagnosis))
+
+    def _records(self) -> list[RankRecord]:
+        return [*self._foretold.values(), *self._ranks.records.values()]
+
+    def _foretold_cause(self) -> RankOutcome | None:
+        """The cause where the head said that a rank of its node had failed, and is gone since."""
+        supervised = self._settings.supervised
+        ends = [outcome_of(record, supervised=supervised).kind for record in self._foretold.values()]
+        if not set(CAUSES).intersection(ends):
+            return None
+        return judge(self._records(), supervised=supervised, attempt=self._settings.attempt).cause
+
+    def _link_loss(self, how: str) -> RankOutcome:
+        self._reporter = self._hello.node_rank
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
         if not self._settings.supervised:
             what += "; where it ended with rank 0, the launcher's own lines say how that did"
         lowest, order = min(self._hello.ranks, default=0), self._ranks.moment().order
-        self._head_loss = RankOutcome(
-            lowest, OutcomeKind.SERVICE_LOST, what, PEER_LOST, order=order, host=self._hello.host
-        )
-        diagnosis = self.diagnosis()
-        assert diagnosis is not None
-        self._events.append(Verdict(diagnosis))
+        return RankOutcome(lowest, OutcomeKind.SERVICE_LOST, what, PEER_LOST, order=order, host=self._hello.host)
+
+    def _note_foretold(self, word: RankEnding) -> None:
+        moment, end = self._ranks.moment(), word.end
+        if end.rank in self._ranks.records or end.rank in self._foretold:
+            return
+        self._reporter = word.reporter
+        record = self._foretold[end.rank] = RankRecord(end.rank, word.registration)
+        if word.section:
+            last = Heartbeat(end.rank, self._settings.attempt, 0, word.epoch, word.iteration, word.section, 0.0)
+            record.note_heartbeat(last, moment.at)
+        record.note_end(end, moment)
 
     def _from_head(self, line: bytes) -> None:
         try:
@@ -208,7 +253,11 @@ class Relay:
                 self._ranks.refuse(reason)
                 # Ranks that were let in before stay in, and the head goes on listening for them.
                 self._ranks_refused = not self._ranks.present()
+            case RankEnding():
+                self._note_foretold(message)
             case Leave():
+                if message.report and message.printer < 0 and self._settings.report is not None:
+                    self._settings.report(message.report)
                 self._ranks.order_out(message)
                 # Without a code the order only says that a failure was judged; no rank has to end of it.
                 if message.code is not None:

@@ -36,6 +36,8 @@ class MonitorSettings:
             connection is sure to tell that it is gone.
         introduced: called with each rank that introduces itself to this very service, and its connection, before it is
             answered: from then on it may end at any time.
+        report: called at a relay with a report that the head leaves to this node to write, before its ranks are
+            ordered to leave.
         remark: asked when a rank of this node reports an exception of its own, for what the node knows of the reason.
     """
 
@@ -45,6 +47,7 @@ class MonitorSettings:
     limits: HangLimits = field(default_factory=HangLimits)
     supervised: bool = True
     introduced: Callable[[RankRegistration, Connection], None] | None = None
+    report: Callable[[str], None] | None = None
     remark: Callable[[], str] | None = None
 
 
@@ -101,6 +104,13 @@ class Service(Protocol):
     def tick(self) -> None:
         """Act on the time that has passed."""
 
+    def foretell(self, end: WorkerExit) -> None:
+        """Tell other nodes how a rank of this one ends, before anything else; `worker_ended` follows.
+
+        Without a supervisor a scheduler may end the driver right behind the last of its ranks. What this says is then
+        all that is ever known.
+        """
+
     def worker_ended(self, end: WorkerExit) -> None:
         """Take note of how a worker of this node ended."""
 
@@ -113,7 +123,8 @@ class Service(Protocol):
         Args:
             reason: for the process that leaves.
             code: its exit status.
-            printer: the rank that writes the report; None: none does.
+            printer: the rank that writes the report; None: none does, and where there is a report, the service of the
+                lowest other node writes it.
             report: the text.
         """
 
@@ -134,6 +145,10 @@ class Service(Protocol):
     @property
     def undecided(self) -> bool:
         """Whether something is known that may still become a verdict."""
+
+    @property
+    def writes_report(self) -> bool:
+        """Whether the report of a verdict is this driver's to write, and not another node's."""
 
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""

@@ -89,6 +89,7 @@ class SidecarLoop:
             limits,
             supervised=False,
             introduced=self._hold,
+            report=self._print,
             remark=self._memory.remark,
         )
         if setup.upstream:
@@ -199,6 +200,7 @@ class SidecarLoop:
         witness = self._processes[rank]
         code = witness.returncode()
         if code is not None:
+            self._service.foretell(WorkerExit(rank, code))
             self._service.worker_ended(WorkerExit(rank, code, note=self._memory.note(code, "")))
         if code is not None or witness.has_ended:
             self._ending.pop(rank, None)
@@ -215,7 +217,9 @@ class SidecarLoop:
         # A rank that hangs cannot print; the one that failed prints beside its own traceback where it can.
         printer = cause.rank if cause.rank in own and cause.rank in living else min(living, default=None)
         report = f"allstep: {mask(report, self._setup.secrets)}"
-        if self._stderr is not None and write_bounded(self._stderr, report):
+        if not self._service.writes_report:
+            printer = None
+        elif self._stderr is not None and write_bounded(self._stderr, report):
             printer, report = None, ""
         self._service.order_leave(
             f"rank {cause.rank}: {cause.what}",
@@ -225,6 +229,11 @@ class SidecarLoop:
         )
         self._write(diagnosis)
         self._expect_end(diagnosis.exit_code, own)
+
+    def _print(self, report: str) -> None:
+        """Write a report that was left to this node."""
+        if self._stderr is None or not write_bounded(self._stderr, report):
+            self._service.notify(report, min(self._service.present(), default=-1))
 
     def _write(self, diagnosis: Diagnosis) -> None:
         if self._setup.attempt_folder:

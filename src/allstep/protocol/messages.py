@@ -5,9 +5,9 @@ Who sends what:
 - A rank to its monitor: `RankHello` first. Then `Heartbeat` once a second, `Failure` when an
   exception is first seen and `FailureCaught` when that was caught, `Stacks` when asked, and `Goodbye` before it closes.
 - The monitor to a rank: `Welcome` when all ranks have come and fit, or `Refused`. Then `AskStacks`, `Notice`, `Leave`.
-- A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `WorkerEnded`, `RankLost`,
-  `ProcessSeen`, `NodeRemark` and `NodeHeartbeat`. The hub to a relay: what it would tell the ranks, `NodeHeartbeat`,
-  and `Finish` at the end.
+- A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `RankEnding`,
+  `WorkerEnded`, `RankLost`, `ProcessSeen`, `NodeRemark` and `NodeHeartbeat`. The hub to a relay: what it would tell the
+  ranks, `RankEnding`, `NodeHeartbeat`, and `Finish` at the end.
 - A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
   `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
@@ -25,7 +25,7 @@ from allstep.protocol.codec import Codec
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 5
+VERSION = 6
 """Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
@@ -133,7 +133,7 @@ class Leave:
     """End the process now with `code`, after writing `report` (if any) to standard error.
 
     Without a code the process only writes, and knows that its failure was judged. A relay gives its `spared` ranks no
-    code, and the report to `printer` alone (-1: to none).
+    code, and the report to `printer` alone. With a report and no printer (-1) the relay's own service writes it.
     """
 
     reason: str
@@ -169,6 +169,22 @@ class NodeHello:
 @dataclass(frozen=True, slots=True)
 class NodeHeartbeat:
     """The other end of a relay's connection is alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnding:
+    """How a rank of the sender's node ends: sent before anything else, since a scheduler may end the sender next.
+
+    `registration` and the place are what the sender knew of it. `reporter` is the node whose service writes the report
+    if the head's is gone before it could (-1: this is no word of the head's).
+    """
+
+    end: WorkerExit
+    registration: RankRegistration
+    epoch: int = 0
+    iteration: int = 0
+    section: str = ""
+    reporter: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +300,7 @@ Message = (
     | AskStacks
     | NodeHello
     | NodeHeartbeat
+    | RankEnding
     | WorkerEnded
     | RankLost
     | ProcessSeen
