@@ -22,6 +22,7 @@ import re
 import signal
 import socket
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ LEAST_S = 0.5
 """Seconds over which a process is looked at, at least: the kernel counts in hundredths of a second."""
 
 _STOPPED, _ENDING, _DISK = "T", "ZXx", "D"
+_EXITING = 0x4  # PF_EXITING of linux/sched.h
+_SURE_S = 0.0005  # from when the main thread began to end, in which the kernel has noted with which status
 _STOP_SIGNALS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)  # none of them ends a process
 _TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -49,9 +52,10 @@ _INFO_EXIT = 1 << 3
 
 
 class _Stat(NamedTuple):
-    """A line of /proc/PID/stat: the main thread's state, processor seconds of all threads, and the wait status."""
+    """A line of /proc/PID/stat: the main thread's state and whether it ends, all threads' time, and the wait status."""
 
     state: str
+    exiting: bool
     cpu: float
     status: int
 
@@ -69,12 +73,13 @@ class ProcessWitness:
     def __init__(self, pid: int) -> None:
         if not hasattr(os, "pidfd_open"):
             raise OSError("descriptors of processes take Linux")
-        self._pid = pid
+        self.pid = pid
         self._process = os.pidfd_open(pid)
         self._stat = -1
         with contextlib.suppress(OSError):
             # Opened once: what is read from it is never about another process that got the number.
             self._stat = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        self._exiting: float | None = None  # when its main thread was first seen to end
         self._before: tuple[float, float] | None = None  # the time of the last look, and the processor seconds then
         self._last: ProcessActivity | None = None
 
@@ -111,7 +116,7 @@ class ProcessWitness:
     def returncode(self) -> int | None:
         """How it ended, or is about to end, as subprocess has it (-N: signal N); None while that is not known."""
         stat = self._read_stat()
-        if stat is not None and (stat.state in _ENDING or _is_end(stat)):
+        if stat is not None and (stat.state in _ENDING or _is_end(stat) or self._ends_in_order(stat)):
             return os.waitstatus_to_exitcode(stat.status)
         return self._kept_returncode() if self.has_ended else None
 
@@ -152,12 +157,19 @@ class ProcessWitness:
         with contextlib.suppress(OSError, ValueError, IndexError):  # nothing is left once its parent has asked
             # The second field is the program's name, in which anything can be. What follows begins with the third.
             fields = os.pread(self._stat, 4096, 0).decode("ascii", "replace").rpartition(")")[2].split()
-            return _Stat(fields[0], (int(fields[11]) + int(fields[12])) / _TICKS, int(fields[49]))
+            cpu = (int(fields[11]) + int(fields[12])) / _TICKS
+            return _Stat(fields[0], bool(int(fields[6]) & _EXITING), cpu, int(fields[49]))
         return None
+
+    def _ends_in_order(self, stat: _Stat) -> bool:
+        """Whether it is sure that a process that ends without a status has none."""
+        if stat.exiting and self._exiting is None:
+            self._exiting = time.monotonic()
+        return self._exiting is not None and time.monotonic() - self._exiting >= _SURE_S
 
     def _is_traced(self) -> bool:
         with contextlib.suppress(OSError):
-            status = Path(f"/proc/{self._pid}/status").read_text("ascii", "replace")
+            status = Path(f"/proc/{self.pid}/status").read_text("ascii", "replace")
             return re.search(r"^TracerPid:\s*[1-9]", status, re.MULTILINE) is not None
         return False
 

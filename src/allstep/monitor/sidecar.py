@@ -2,8 +2,9 @@
 
 `start_sidecar` is called by one rank of each node. It starts `sidecar_process.py` by its path in a session of its own,
 with nothing on its standard streams, and returns when the sidecar listens. The caller holds the write end of the
-sidecar's lifeline, through which it also gives the setup, so that the key is on no command line. The sidecar ends
-when its lifeline has closed, no rank is connected any more, and nothing is left to judge.
+sidecar's `lifeline`, through which it also gives the setup, so that the key is on no command line. That end is the
+first thing that closes when the caller's process ends. The sidecar ends when its lifeline has closed, no rank is
+connected any more, and nothing is left to judge.
 
 After a verdict it writes the report to its starter's standard error, of which it holds a duplicate, orders the ranks to
 leave, writes `failure.json` where an attempt folder is known, and kills what stays of its node. It ignores the signals
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.errors import WorldError
+from allstep.monitor.lifeline import Lifeline
 from allstep.protocol.address import EVERYWHERE, HERE, join_address
 from allstep.protocol.connection import is_ready
 
@@ -70,14 +72,11 @@ class Sidecar:
         self.address = address
         self.pid = process.pid
         self._process = process
-        self._lifeline = [lifeline]
-        # A forked child that outlives this rank would hold the lifeline open, and with it the sidecar.
-        kept = self._lifeline
-        os.register_at_fork(after_in_child=lambda: _close_all(kept))
+        self._lifeline = Lifeline(lifeline)
 
     def release(self) -> None:
         """Let it end, as soon as no rank needs it any more."""
-        _close_all(self._lifeline)
+        self._lifeline.release()
 
 
 def start_sidecar(setup: SidecarSetup, timeout: float = 10.0) -> Sidecar:
@@ -140,9 +139,3 @@ def _read_answer(fd: int, timeout: float) -> str:
     finally:
         os.close(fd)
     return data.decode(errors="replace").strip()
-
-
-def _close_all(fds: list[int]) -> None:
-    while fds:
-        with contextlib.suppress(OSError):
-            os.close(fds.pop())

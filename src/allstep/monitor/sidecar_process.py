@@ -6,7 +6,8 @@ tell, or until `_END_S` after a verdict. It ignores the signals that a scheduler
 ranks have.
 
 It holds a `ProcessWitness` of each rank of its node. The moment that one's connection is gone it tells how the process
-ends, or as soon as it has ended: a scheduler may end everything on the node a few milliseconds later.
+ends, or as soon as it has ended: a scheduler may end everything on the node a few milliseconds later. The rank that
+started it is asked after when the lifeline closes, which is before that: its memory is still to be freed.
 
 STDERR is the standard error of the rank that started it. The report is written there, since a launcher may end all
 ranks within a tenth of a second. Where there is none, a rank writes it.
@@ -59,6 +60,8 @@ CLEAN_UP_S = 5.0
 ENDING_S = 2.0
 """Seconds that a process has to end once its rank's connection is gone, while that is all that is waited for."""
 
+_LOOK_S = 0.001  # from one look at a process that is about to end to the next
+
 _END_S = 10.0  # from a verdict to the sidecar's own end, whatever hangs
 
 
@@ -70,11 +73,13 @@ class SidecarLoop:
         self._stderr = stderr
         self._selector = selectors.DefaultSelector()
         self._lifeline_open = True
+        self._starter = os.getppid()
         self._lifeline = lifeline
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
         self._memory = MemoryWatch()
         self._processes: dict[int, ProcessWitness] = {}  # of each rank of this node
         self._service = self._open_service(listener)
+        self._looked_at: set[int] = set()  # those of them whose end is known to have begun
         self._ending: dict[int, float] = {}  # ranks whose process is about to end, and until when that is waited for
         self._kill: list[tuple[float, frozenset[int]]] = []
         self._end_at: float | None = None
@@ -106,7 +111,9 @@ class SidecarLoop:
         """Serve until no rank needs it."""
         while not self.is_over():
             now = time.monotonic()
+            looks = [now + _LOOK_S] if self._looked_at else []
             times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill), *self._ending.values()]
+            times += looks
             until = min(at for at in times if at is not None)
             ended = []
             for key, _ in self._selector.select(max(0.0, until - now)):
@@ -116,6 +123,8 @@ class SidecarLoop:
                     ended.append(key.data)
                 else:
                     self._service.ready(key)
+            for rank in list(self._looked_at):
+                self._take_end(rank)
             for rank in ended:  # behind what the process itself said last
                 self._leave_unwatched(self._processes[rank])
                 self._take_end(rank)
@@ -152,12 +161,19 @@ class SidecarLoop:
         if not os.read(self._lifeline, 1):
             self._lifeline_open = False
             self._selector.unregister(self._lifeline)
+            for rank in self._service.present():  # one that has closed its World only lets go
+                if rank in self._processes and self._processes[rank].pid == self._starter:
+                    self._expect_process_end(rank)
+
+    def _expect_process_end(self, rank: int) -> None:
+        self._looked_at.add(rank)
+        self._ending[rank] = time.monotonic() + ENDING_S
 
     def _act(self) -> None:
         for event in self._service.take():
             match event:
                 case ConnectionLost(rank) if rank in self._processes:
-                    self._ending[rank] = time.monotonic() + ENDING_S
+                    self._expect_process_end(rank)
                     self._take_end(rank)
                 case Verdict(diagnosis):
                     self._conclude(diagnosis)
@@ -202,8 +218,9 @@ class SidecarLoop:
         if code is not None:
             self._service.foretell(WorkerExit(rank, code))
             self._service.worker_ended(WorkerExit(rank, code, note=self._memory.note(code, "")))
-        if code is not None or witness.has_ended:
+        if code is not None or witness.has_ended or time.monotonic() >= self._ending.get(rank, 0.0):
             self._ending.pop(rank, None)
+            self._looked_at.discard(rank)
 
     def _conclude(self, diagnosis: Diagnosis) -> None:
         cause = diagnosis.cause
