@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.monitor.relay import Relay
 from allstep.monitor.service import AllEnded, MonitorSettings, Verdict
-from allstep.protocol.messages import Finish, Leave, Refused, Welcome
+from allstep.protocol.messages import Finish, Goodbye, Leave, Refused, Welcome
 from allstep.protocol.worker_exit import WorkerExit
 from tests.monitor.driving import KEY, Caller, Clock, Driven, listening, registration, serving
 
@@ -30,12 +31,13 @@ def relaying(
     supervised: bool = True,
     clock: Callable[[], float] | None = None,
     remark: Callable[[], str] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Iterator[Driven]:
     def make(selector: selectors.BaseSelector, listener: socket.socket, clock: Callable[[], float]) -> Relay:
         return Relay(
             selector,
             listener,
-            MonitorSettings(key, 0, world_size, HangLimits.parse(limits), supervised, remark=remark),
+            MonitorSettings(key, 0, world_size, HangLimits.parse(limits), supervised, remark=remark, report=report),
             upstream=("127.0.0.1", port),
             node_rank=node,
             ranks=ranks,
@@ -109,6 +111,95 @@ def test_a_head_that_goes_after_its_order_to_leave_is_no_failure_of_its_own():
         hub.service.close()
         relay.pass_time(1.5)
         assert not any(isinstance(each, Verdict) for each in relay.events)
+
+
+@contextlib.contextmanager
+def one_rank_a_node(**settings: Any) -> Iterator[tuple[Driven, list[Driven], list[Caller]]]:
+    """Three nodes of one rank each, without a supervisor; all welcomed."""
+    with contextlib.ExitStack() as stack:
+        hub = stack.enter_context(serving(3, supervised=False))
+        for node in (1, 2):
+            given = {"node": node, "supervised": False, "clock": hub.clock, **settings}
+            hub.others.append(stack.enter_context(relaying(hub.port, (node,), 3, **given)))
+        relays = list(hub.others)
+        callers = [Caller(service, rank, 3).come() for rank, service in enumerate((hub, *relays))]
+        for caller in callers:
+            stack.callback(caller.close)
+            caller.driven = hub
+            caller.hears(Welcome)
+        callers[0].beat(iteration=7)
+        hub.until(lambda: hub.service.progress() == (1, 7))
+        yield hub, relays, callers
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "what"),
+    [
+        (-9, OutcomeKind.SIGNAL, "killed by SIGKILL"),
+        (3, OutcomeKind.EXIT, "exit code 3"),
+        (0, OutcomeKind.EARLY, "left early"),
+    ],
+)
+def test_a_head_that_goes_with_its_rank_has_said_how_that_ended(code, kind, what):
+    with one_rank_a_node() as (hub, relays, _):
+        hub.service.foretell(WorkerExit(0, code))
+        hub.others.clear()
+        hub.service.close()
+        for relay in relays:
+            diagnosis = relay.verdict()
+            assert (diagnosis.cause.rank, diagnosis.cause.kind, diagnosis.world_size) == (0, kind, 3)
+            assert diagnosis.cause.what.startswith(what)
+            assert (diagnosis.cause.host, diagnosis.cause.iteration) == ("a", 7)
+        assert [relay.service.writes_report for relay in relays] == [True, False]
+
+
+def test_an_error_of_another_node_comes_before_the_end_that_follows_from_it():
+    with one_rank_a_node() as (hub, relays, ranks):
+        ranks[1].fail()
+        hub.pass_time(0.1)
+        hub.service.foretell(WorkerExit(0, -6))
+        hub.others.clear()
+        hub.service.close()
+        assert relays[0].verdict().cause.rank == 1
+
+
+def test_a_head_without_ranks_leaves_its_report_to_the_lowest_other_node():
+    written: list[str] = []
+    with one_rank_a_node(report=written.append) as (hub, relays, ranks):
+        assert hub.service.writes_report
+        hub.service.foretell(WorkerExit(0, -9))
+        hub.service.worker_ended(WorkerExit(0, -9))
+        assert hub.verdict().cause.what.startswith("killed by SIGKILL")
+        assert not hub.service.writes_report
+        hub.service.order_leave("rank 0 failed", 84, report="THE REPORT")
+        assert ranks[1].hears(Leave) == ranks[2].hears(Leave) == Leave("rank 0 failed", 84)
+        hub.service.close()
+        for relay in relays:
+            relay.pass_time(0.5)
+            assert not any(isinstance(each, Verdict) for each in relay.events)
+    assert written == ["THE REPORT"]
+
+
+def test_a_relay_that_goes_with_its_rank_has_said_how_that_ended():
+    with one_rank_a_node() as (hub, relays, _):
+        relays[1].service.foretell(WorkerExit(2, -11))
+        hub.others.remove(relays[1])
+        relays[1].close()
+        cause = hub.verdict().cause
+        assert (cause.rank, cause.kind) == (2, OutcomeKind.SIGNAL)
+
+
+def test_a_head_that_goes_once_a_nodes_ranks_have_closed_their_world_is_no_failure():
+    with one_rank_a_node() as (hub, relays, ranks):
+        for caller in ranks:
+            caller.say(Goodbye(caller.rank))
+            caller.close()
+        hub.until(lambda: not hub.service.present())
+        hub.others.clear()
+        hub.service.close()
+        for relay in relays:
+            relay.pass_time(0.5)
+            assert not any(isinstance(each, Verdict) for each in relay.events)
 
 
 def test_the_end_of_a_worker_behind_a_relay_counts_at_the_head():

@@ -24,8 +24,21 @@ from allstep.monitor.hub import Hub
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.protocol.address import new_key
 from allstep.protocol.connection import is_ready
+from allstep.protocol.messages import Welcome
+from allstep.protocol.worker_exit import WorkerExit
 from tests.jobs.processes import many_open_files
-from tests.monitor.driving import BOUND, Caller, RankProcess, gone, listening, rank_processes, registration, wait_for
+from tests.monitor.driving import (
+    BOUND,
+    KEY,
+    Caller,
+    RankProcess,
+    gone,
+    listening,
+    rank_processes,
+    registration,
+    serving,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -271,6 +284,26 @@ def test_a_rank_is_named_where_the_scheduler_ended_its_nodes_service_too(capfd):
     said = capfd.readouterr().err
     assert "rank 1 of 2 failed first\n  is gone" in said
     assert "its node's service ended with it" in said
+
+
+def test_one_relay_reports_a_rank_whose_end_its_dying_head_foretold(capfd):
+    with contextlib.ExitStack() as stack:
+        hub = stack.enter_context(serving(3, supervised=False))
+        services = [
+            stack.enter_context(sidecar(3, KEY, upstream=hub.address, node_rank=node, ranks=[node])) for node in (1, 2)
+        ]
+        ranks = [RankProcess(each.address, node, 3, "wait", node=node) for node, each in enumerate(services, 1)]
+        for rank in ranks:
+            stack.callback(rank.end)
+        first = Caller(hub, 0, 3).come()
+        stack.callback(first.close)
+        first.hears(Welcome)
+        hub.service.foretell(WorkerExit(0, -9))
+        hub.service.close()
+        wait_for(lambda: ended(ranks))
+        assert [rank.process.returncode for rank in ranks] == [84, 84]
+    said = capfd.readouterr().err
+    assert said.count("failed: ") == said.count("rank 0 of 3 failed first\n  killed by SIGKILL") == 1
 
 
 def test_what_a_process_does_after_its_world_was_closed_is_no_failure(capfd):

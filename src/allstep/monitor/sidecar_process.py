@@ -111,9 +111,9 @@ class SidecarLoop:
         """Serve until no rank needs it."""
         while not self.is_over():
             now = time.monotonic()
-            looks = [now + _LOOK_S] if self._looked_at else []
             times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill), *self._ending.values()]
-            times += looks
+            if self._looked_at:
+                times.append(now + _LOOK_S)
             until = min(at for at in times if at is not None)
             ended = []
             for key, _ in self._selector.select(max(0.0, until - now)):
