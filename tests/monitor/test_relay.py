@@ -14,7 +14,7 @@ from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
 from allstep.monitor.relay import Relay
 from allstep.monitor.service import AllEnded, MonitorSettings, Verdict
-from allstep.protocol.messages import Finish, Goodbye, Leave, Refused, Welcome
+from allstep.protocol.messages import Finish, Goodbye, Leave, NodeHello, RankEnding, Refused, Welcome
 from allstep.protocol.worker_exit import WorkerExit
 from tests.monitor.driving import KEY, Caller, Clock, Driven, listening, registration, serving
 
@@ -153,7 +153,7 @@ def test_a_head_that_goes_with_its_rank_has_said_how_that_ended(code, kind, what
         assert [relay.service.writes_report for relay in relays] == [True, False]
 
 
-def test_an_error_of_another_node_comes_before_the_end_that_follows_from_it():
+def test_an_error_of_another_node_comes_before_an_end_that_follows():
     with one_rank_a_node() as (hub, relays, ranks):
         ranks[1].fail()
         hub.pass_time(0.1)
@@ -161,6 +161,23 @@ def test_an_error_of_another_node_comes_before_the_end_that_follows_from_it():
         hub.others.clear()
         hub.service.close()
         assert relays[0].verdict().cause.rank == 1
+
+
+def test_a_word_about_ranks_of_others_counts_for_nothing():
+    with one_rank_a_node() as (hub, relays, _):
+        hub.service.foretell(WorkerExit(1, -9))  # which is the first relay's own
+        hub.others.clear()
+        hub.service.close()
+        assert relays[0].verdict().cause.kind is OutcomeKind.SERVICE_LOST
+    with serving(3, supervised=False) as hub:
+        node = Caller(hub).come(NodeHello(0, 1, "host", (1,)))
+        node.say(RankEnding(WorkerExit(2, -9), registration(2)))
+        node.say(RankEnding(WorkerExit(1, -9), registration(1)))
+        hub.until(lambda: hub.service.connected == 1)
+        hub.pass_time(0.1)
+        node.close()
+        hub.pass_time(0.5)
+        assert hub.service.ends() == {}  # rank 1 had not come to its World
 
 
 def test_a_head_without_ranks_leaves_its_report_to_the_lowest_other_node():
@@ -189,7 +206,7 @@ def test_a_relay_that_goes_with_its_rank_has_said_how_that_ended():
         assert (cause.rank, cause.kind) == (2, OutcomeKind.SIGNAL)
 
 
-def test_a_head_that_goes_once_a_nodes_ranks_have_closed_their_world_is_no_failure():
+def test_a_head_that_goes_after_a_nodes_worlds_were_closed_is_no_failure():
     with one_rank_a_node() as (hub, relays, ranks):
         for caller in ranks:
             caller.say(Goodbye(caller.rank))

@@ -24,6 +24,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+
 from tests.jobs.ports import free_port
 from tests.jobs.programs import SYSTEM_PATH, ensure_programs
 
@@ -233,6 +235,18 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
             f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}"
             for path in sorted((self.folder / "log").iterdir())
         )
+
+
+def cgroup_cluster(folder: Path, nodes: int) -> Cluster:
+    """A cluster whose steps are in cgroups, so that nothing on a node outlives the last task; skips where none can be.
+
+    Args:
+        folder: as of `Cluster`.
+        nodes: how many.
+    """
+    if os.geteuid() != 0 or not os.access("/sys/fs/cgroup/freezer", os.W_OK):
+        pytest.skip("cgroups of SLURM's kind take root and the freezer of cgroup v1")
+    return Cluster(folder, nodes, proctrack="cgroup")
 
 
 def _wait_until(condition: Callable[[], bool], what: str, logs: Callable[[], str]) -> None:

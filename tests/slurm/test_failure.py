@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, cgroup_cluster
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
@@ -80,3 +81,39 @@ def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(
     assert done.stderr.count("allstep: run ") == 1, done.stderr
     report = done.stderr[done.stderr.index("allstep: run ") :]
     assert f"rank {rank} of 2 failed first\n  {what}" in report
+
+
+@pytest.fixture(scope="module")
+def strict_cluster(tmp_path_factory: pytest.TempPathFactory, cluster: Cluster) -> Iterator[Cluster]:
+    """Three nodes on which everything of a step is killed right behind its last task."""
+    with cgroup_cluster(tmp_path_factory.mktemp("strict"), nodes=3) as running:
+        yield running
+
+
+STRICT_ENDS = {
+    **{end: (code, f"failed first\n  {what}") for end, (code, what) in ENDS.items()},
+    "os_exit_0": ("os._exit(0)", "left first\n"),
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("end", STRICT_ENDS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_is_named_where_its_nodes_service_is_killed_with_it(
+    end: str, rank: int, strict_cluster: Cluster, tmp_path: Path
+) -> None:
+    code, what = STRICT_ENDS[end]
+    script = tmp_path / "train.py"
+    script.write_text(f"import ctypes, os, sys\n{SCRIPT}".replace('raise ValueError("the true cause")', code))
+    script.write_text(script.read_text().replace("world.rank == 3", f"world.rank == {rank}"))
+    done = strict_cluster.srun(
+        *("-N3", "--ntasks-per-node=1", "--kill-on-bad-exit=0"),
+        sys.executable,
+        str(script),
+        env={"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
+        timeout=110,
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("allstep: run ") == 1, done.stderr
+    report = done.stderr[done.stderr.index("allstep: run ") :]
+    assert f"rank {rank} of 3 {what}" in report

@@ -11,12 +11,12 @@ not Linux), the process holds the end as it holds any other.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
 import ctypes
+import gc
 import os
 import sys
-from collections.abc import Callable
+import threading
 
 _CLOSE_RANGE, _UNSHARE, _LAST = 436, 1 << 1, 0xFFFFFFFF  # of linux/close_range.h; the call has one number everywhere
 
@@ -50,25 +50,31 @@ class Lifeline:
 def _start(fd: int, waits: int) -> bool:
     """Start the thread; return whether it holds the pipe's end."""
     apart: list[bool] = []
-    begun = _thread.allocate_lock()
-    begun.acquire()
+    begun = threading.Event()
+    collects = gc.isenabled()
+    gc.disable()  # finalizers that the thread happened to run would find no file open either
     try:
-        # Not by threading: what debuggers and profilers have it run in each thread would find no file open.
-        _thread.start_new_thread(_hold, (fd, waits, apart, begun.release))
+        threading.Thread(target=_hold, args=(fd, waits, apart, begun), daemon=True, name="allstep lifeline").start()
     except RuntimeError:  # there can be no more threads
         return False
-    begun.acquire()
+    else:
+        begun.wait()
+    finally:
+        if collects:
+            gc.enable()
     return apart[0]
 
 
-def _hold(fd: int, waits: int, apart: list[bool], begun: Callable[[], None]) -> None:
+def _hold(fd: int, waits: int, apart: list[bool], begun: threading.Event) -> None:
     """The thread: it ends, and lets go of the pipe, when it is woken or the process ends."""
+    # What debuggers and profilers run in each thread would find no file open.
+    sys.settrace(None)
+    sys.setprofile(None)
     is_apart = _keep_only(fd, waits)
     apart.append(is_apart)
-    begun()
+    begun.set()
     if is_apart:
-        with contextlib.suppress(OSError):
-            os.read(waits, 1)
+        os.read(waits, 1)
 
 
 def _keep_only(*fds: int) -> bool:
