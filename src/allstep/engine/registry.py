@@ -230,7 +230,8 @@ class Registry:
         if near is None:
             return f"{event!r} is not an event of this engine; register it first with engine.register_events"
         instead = known[near]
-        remedy = f"did you mean {instead}?" if isinstance(instead, Events) else f"did you mean {instead!r}?"
+        named = instead if isinstance(instead, Events) else repr(instead)
+        remedy = f"did you mean {named}? One of your own is to be registered first with engine.register_events"
         if type(event).__module__.split(".")[0] == "ignite":
             remedy = f"take {instead} of allstep, or this script's Engine from allstep.ignite"
         return f"{event!r} is not an event of this engine; {remedy}"
