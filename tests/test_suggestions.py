@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 from pathlib import Path
 
 import pytest
@@ -53,12 +52,6 @@ def test_an_event_of_a_nearly_right_name_is_told_with_the_right_one() -> None:
     engine = Engine(lambda engine, batch: None)
     with pytest.raises(ArgumentError, match=r"did you mean Events.EPOCH_COMPLETED"):
         engine.add_event_handler("epoch_complete", lambda: None)
-
-
-def test_ignites_events_are_told_which_way_to_go() -> None:
-    ignites = enum.Enum("Events", {"EPOCH_COMPLETED": "epoch_completed"}, module="ignite.engine.events")
-    with pytest.raises(ArgumentError, match=r"take Events.EPOCH_COMPLETED of allstep, or .* from allstep.ignite"):
-        Engine(lambda engine, batch: None).add_event_handler(ignites.EPOCH_COMPLETED, lambda: None)  # type: ignore[arg-type]
 
 
 def test_a_choice_that_is_nearly_right_is_told_with_the_right_one() -> None:

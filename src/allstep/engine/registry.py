@@ -232,8 +232,6 @@ class Registry:
         instead = known[near]
         named = instead if isinstance(instead, Events) else repr(instead)
         remedy = f"did you mean {named}? One of your own is to be registered first with engine.register_events"
-        if type(event).__module__.split(".")[0] == "ignite":
-            remedy = f"take {instead} of allstep, or this script's Engine from allstep.ignite"
         return f"{event!r} is not an event of this engine; {remedy}"
 
     def _listen_for_optimizer_steps(self) -> None:
