@@ -56,6 +56,8 @@ def main(folder: str, *given: str) -> None:
         place = Store("", storage=Waiting(folder, options["gate"])) if "gate" in options else folder
         objects = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler, "engine": trainer}
         checkpoint = Checkpoint(place, objects, every=options.get("every", "2 iterations")).attach(trainer)
+        if "patience" in options:
+            EarlyStopping(int(options["patience"]), lambda engine: 0.0, trainer).attach(trainer, Events.EPOCH_COMPLETED)
         checkpoint.resume(options.get("at", "auto"))
         evaluator = Engine(lambda engine, batch: time.sleep(PAUSE_S), name="evaluator")  # its work
         evaluator.add_event_handler(Events.ITERATION_COMPLETED(once=3), lambda: say("evaluates"))
@@ -63,8 +65,6 @@ def main(folder: str, *given: str) -> None:
             trainer.add_event_handler(
                 Events.EPOCH_COMPLETED, lambda: evaluator.run(repeat(0), max_iters=int(options["evaluate"]))
             )
-        if "patience" in options:
-            EarlyStopping(int(options["patience"]), lambda engine: 0.0, trainer).attach(trainer, Events.EPOCH_COMPLETED)
         if "nan" in options:
             bad = int(options["nan"])
             TerminateOnNan(lambda output: math.nan if trainer.state.iteration >= bad else 0.0).attach(trainer)
