@@ -18,7 +18,7 @@ from allstep.errors import ChannelError, ConfigurationError
 from allstep.launch.join_protocol import objection_to_start
 from allstep.protocol.authentication import ConnectingHandshake, ListeningHandshake, derived_key
 from allstep.protocol.foreign_text import printable
-from allstep.protocol.messages import AttemptStart, Message, Refused, encode
+from allstep.protocol.messages import VERSION, AttemptStart, Message, Refused, encode
 from allstep.protocol.user_secret import secret_file, user_secret
 from tests.jobs.launchers import script
 from tests.jobs.ports import free_port
@@ -154,7 +154,7 @@ def test_row_b2_a_stranger_is_told_nothing_and_given_no_place(tmp_path: Path) ->
             stranger.settimeout(LIMIT)
             stranger.sendall(ConnectingHandshake("guessed", port).first)
             told = stranger.recv(4096)
-            stranger.sendall(b'{"v":4,"type":"Proof","proof":"00"}\n')
+            stranger.sendall(f'{{"v":{VERSION},"type":"Proof","proof":"00"}}\n'.encode())
             while more := stranger.recv(4096):
                 told += more
         assert set(json.loads(told)) == {"v", "type", "challenge", "proof"}

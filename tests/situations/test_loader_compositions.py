@@ -94,7 +94,7 @@ def _hidden(world: World) -> list[str]:
 
 
 def test_loaders_that_cannot_be_found_say_that_they_repeat_an_order(same_at_every_world_size: Judge) -> None:
-    same_at_every_world_size(_hidden, ["a loader with shuffle=True is read again in the order of epoch 0"])
+    same_at_every_world_size(_hidden, ["a loader with shuffle=True is read again in the order of epoch 1"])
 
 
 def _zip_resumed(world: World, mode: Any) -> list[list[int]]:
