@@ -43,7 +43,7 @@ def test_a_job_that_gets_usr1_is_requeued_and_goes_on(cluster: Cluster, tmp_path
     before = log.read_text()
     until(lambda: "PENDING" in cluster.run("squeue", "--noheader", "--format=%T", "--jobs", number).stdout, log)
     cluster.run("scontrol", "update", f"job={number}", "StartTime=now")
-    until(lambda: log.read_text().count("done") == 2, log)
+    until(lambda: len(re.findall(r"^done$", log.read_text(), re.M)) == 2, log)
     reached = max(int(each) for each in re.findall(r"iteration (\d+)$", before, re.M))
     after = re.findall(r"^iteration (\d+)$", log.read_text()[len(before) :], re.M)
     assert min(map(int, after)) == reached + 1
