@@ -58,12 +58,14 @@ def test_a_script_that_ends_waits_for_its_save_and_says_so(tmp_path: Path) -> No
     assert list(states(tmp_path / "c").values()) == ["whole"]
 
 
+@pytest.mark.nightly
 def test_a_script_that_raises_says_what_was_not_saved(tmp_path: Path) -> None:
     job = plain(tmp_path, SLOW + "    raise ValueError('bad batch')\n", "30")
     assert job.code == 1
     assert "step 7 was not saved: the script has ended before it was written" in job.err
 
 
+@pytest.mark.nightly
 def test_an_interrupted_end_says_so_and_is_not_0(tmp_path: Path) -> None:
     import tests.jobs.running as running
 

@@ -48,6 +48,7 @@ def test_workers_go_on_after_signals_and_the_users_own_start_is_made(method: str
     assert [(int(index), int(by)) for index, by in loader] == [(at, at % 2) for at in range(6)]
 
 
+@pytest.mark.nightly
 def test_a_worker_that_is_stuck_does_not_keep_its_process_from_ending(tmp_path: Path) -> None:
     script = tmp_path / "stuck.py"
     script.write_text(

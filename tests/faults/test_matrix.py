@@ -18,7 +18,7 @@ ELSEWHERE: dict[int | str, list[str]] = {
     14: [f"{FAULTS}test_preemption.py::test_usr1_before_torch_is_imported_is_remembered"],
     21: ["tests/launch/test_machines.py::test_strangers_on_the_port_are_turned_away_and_the_run_goes_on"],
     22: ["tests/hosts/test_hosts.py::test_row_22_a_link_that_is_cut_ends_both_sides_within_the_limit"],
-    23: ["tests/hosts/test_slow_link.py::test_row_23_a_slow_lossy_link_ends_nobody"],
+    23: ["tests/faults/test_uneven_link.py::test_row_23_news_that_comes_late_and_in_bunches_ends_nobody"],
     35: [
         f"{FAULTS}test_divergence.py::test_a_rank_that_enters_a_collective_alone_is_named_with_its_line",
         f"{FAULTS}test_divergence.py::test_an_engine_that_runs_on_one_rank_only_is_named_with_the_remedy",

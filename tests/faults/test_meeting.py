@@ -31,6 +31,7 @@ def test_row_18_the_death_of_the_stores_host_is_a_clear_error_in_bounded_time(
     check_first_lines(job, "rank 0 of 2 failed first", "killed")
 
 
+@pytest.mark.nightly
 def test_row_20_a_port_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]

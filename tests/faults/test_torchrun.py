@@ -32,6 +32,7 @@ def over_two_nodes(folder: Path, fault: FaultPlan, script: str, *arguments: str)
         return [each.end() for each in running]
 
 
+@pytest.mark.nightly
 def test_a_healthy_run_leaves_nothing_and_reports_nothing(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "few_steps.py", "40", launcher="torchrun")
     assert job.code == 0, job.text

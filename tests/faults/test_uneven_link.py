@@ -23,7 +23,6 @@ MOST_LATE = 2.0
 """Seconds; heartbeats come once a second, so they bunch up, and silences are several times as long as without."""
 
 
-@pytest.mark.nightly
 def test_row_23_news_that_comes_late_and_in_bunches_ends_nobody(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         driven = stack.enter_context(serving(2, limits="silence=10", clock=time.monotonic))

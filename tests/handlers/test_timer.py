@@ -81,6 +81,7 @@ def _timed(world: World, folder: str, stop_at: int) -> tuple[float, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_resumed_timer_goes_on_on_each_rank(tmp_path: Path) -> None:
     run_ranks(_timed, 2, str(tmp_path), 4)
     assert run_ranks(_timed, 2, str(tmp_path), 99) == [(8.0, 8), (16.0, 8)]

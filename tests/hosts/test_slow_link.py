@@ -31,6 +31,7 @@ def make_slow(hosts: Hosts, host: int) -> None:
         pytest.skip(f"the kernel cannot slow a link down: {done.stderr.strip()}")
 
 
+@pytest.mark.nightly
 def test_row_23_a_slow_lossy_link_ends_nobody(hosts: Hosts, tmp_path: Path) -> None:
     for host in range(2):
         make_slow(hosts, host)

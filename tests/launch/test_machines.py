@@ -91,6 +91,7 @@ with allstep.init(timeout=60) as world:
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the machine has no IPv6")
+@pytest.mark.nightly
 def test_machines_that_know_each_other_by_ipv6_train_together(tmp_path: Path) -> None:
     target, port = str(script(tmp_path, MEETS)), free_port()
     with (

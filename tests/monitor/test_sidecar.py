@@ -174,6 +174,7 @@ def test_a_rank_in_one_long_call_that_computes_is_not_frozen(behind_a_relay, cap
     assert "rank 1 of 2 failed first\n  killed by SIGKILL" in capfd.readouterr().err
 
 
+@pytest.mark.nightly
 def test_a_rank_that_cleans_up_for_ever_is_killed():
     key = new_key()
     with (
@@ -316,6 +317,7 @@ def test_what_a_process_does_after_its_world_was_closed_is_no_failure(capfd):
     assert "rank 1 of 2 failed first\n  killed by SIGKILL" in capfd.readouterr().err
 
 
+@pytest.mark.nightly
 def test_only_the_process_that_holds_a_ranks_connection_is_killed():
     """Ranks that do not leave are killed; a pid that somebody only says is its own is not."""
     key, host = new_key(), socket.gethostname()

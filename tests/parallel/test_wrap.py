@@ -116,6 +116,7 @@ REWRAPPED = "from allstep.parallel.replica import Replica" + OUTLIVES.replace(" 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rewrapped_model_that_outlives_its_group_is_freed_too():
     done = subprocess.run([sys.executable, "-c", REWRAPPED], capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, done.stderr

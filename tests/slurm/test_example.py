@@ -13,6 +13,7 @@ from tests.slurm.cluster import Cluster
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 
+@pytest.mark.nightly
 def test_four_tasks_on_two_nodes_train_as_one_world(cluster: Cluster, tmp_path: Path) -> None:
     # The virtual nodes' names do not resolve: real nodes' do, and then MASTER_ADDR is not needed.
     environment = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}

@@ -115,6 +115,7 @@ def kills_the_server_and_waits(world: World, folder: Path) -> None:
     time.sleep(1000)
 
 
+@pytest.mark.nightly
 def test_ranks_end_with_the_server_and_the_next_call_has_another(tmp_path: Path) -> None:
     before = run_ranks(parent_and_threads, 1)
     with pytest.raises(RanksError, match="died with exit code"):

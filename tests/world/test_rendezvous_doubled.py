@@ -50,6 +50,7 @@ def test_all_ranks_of_a_node_hear_which_two_processes_are_one_rank(tmp_path: Pat
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(RANK_1_TWICE, marks=pytest.mark.nightly), RANK_0_TWICE])
+@pytest.mark.nightly
 def test_ranks_of_several_nodes_hear_it_too(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     with ReservedPort(shared=True) as reserved:
         check(tmp_path, [on_nodes(rank, reserved.port) for rank in ranks])
