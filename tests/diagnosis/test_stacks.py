@@ -64,7 +64,7 @@ def test_whether_a_rank_waits_for_its_peers_shows_in_its_stack(frames, waits):
         ([("/s/pydevd.py", "_do_wait_suspend"), ("train.py", "step")], True),
         ([("/lib/python3.11/code.py", "raw_input"), ("/lib/python3.11/code.py", "interact")], True),
         ([("train.py", "step"), ("/lib/python3.11/pdb.py", "runscript"), ("/lib/python3.11/pdb.py", "main")], False),
-        ([("/work/game.py", "interaction"), ("train.py", "step")], False),
+        ([("/home/ada/game.py", "interaction"), ("train.py", "step")], False),
     ],
 )
 def test_whether_a_rank_waits_for_a_person_shows_in_its_stack(frames, waits):
