@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from allstep.errors import ArgumentError
 from allstep.handlers.progress_screens import NotebookScreen, is_notebook
-from allstep.launch.status_line import VARIABLE, StatusFrames
+from allstep.protocol.status_frames import VARIABLE, StatusFrames
 from allstep.testing import run_ranks
 from allstep.world import World
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 
 _UNEXPECTED = re.compile(r"^([\w.]+)\(\) got an unexpected keyword argument '(\w+)'$")
@@ -27,6 +27,26 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A question to put behind an error, such as "; did you mean nproc?"; empty where no known name is near."""
     near = nearest(name, known)
     return "" if near is None else f"; did you mean {near}?"
+
+
+def unknown_option(
+    caller: str, given: Mapping[str, object], own: Iterable[str], passed_on: Iterable[str], to: str
+) -> str | None:
+    """What to say where a keyword that is passed on belongs neither to the caller nor to `to`; None where all do.
+
+    Args:
+        caller: the function's name.
+        given: the keywords that would be passed on.
+        own: further keywords of the caller, to suggest.
+        passed_on: keywords of what they are passed on to.
+        to: the name of that.
+    """
+    known = frozenset(passed_on)
+    for name, value in given.items():
+        if name not in known:
+            near = did_you_mean(name, [*own, *known])
+            return f"{caller} got {name}={value!r}, which is no option of it or of {to}{near}"
+    return None
 
 
 def hint_for(error: BaseException) -> str | None:

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allstep.handlers import progress_screens
-from allstep.launch import status_line
+from allstep.handlers.progress_screens import LauncherScreen
 from allstep.launch.output import RankOutput, Stream, TerminalOutput
-from allstep.launch.status_line import StatusFrames, StatusLine
+from allstep.launch.status_line import StatusLine
+from allstep.protocol.status_frames import StatusFrames, status_frame
 
 FRAME = b"\x1b]allstep;%s\x07"
 ERASE = b"\r\x1b[K"
@@ -50,9 +50,10 @@ def test_how_the_bytes_are_cut_into_reads_loses_none(parts: list[bytes], data: s
     assert pieces.feed(text[:at])[0] + pieces.feed(text[at:])[0] + pieces.rest() == expected
 
 
-def test_both_ends_know_the_same_marks() -> None:
-    assert progress_screens.VARIABLE == status_line.VARIABLE
-    assert StatusFrames().feed("10%".join(progress_screens.MARKS).encode()) == (b"", b"10%")
+def test_what_a_ranks_screen_draws_is_its_status_line(capfd: pytest.CaptureFixture[str]) -> None:
+    LauncherScreen(80).draw("10%")
+    assert StatusFrames().feed(capfd.readouterr().err.encode()) == (b"", b"10%")
+    assert StatusFrames().feed(status_frame("10%").encode()) == (b"", b"10%")
 
 
 def test_lines_stand_above_the_status_line() -> None:

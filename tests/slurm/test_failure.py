@@ -60,18 +60,13 @@ ENDS = {
 BY_NIGHT = [(end, rank) for end in ENDS for rank in (0, 1) if (end, rank) != ("kill", 1)]
 
 
-@pytest.mark.parametrize(
-    ("end", "rank"), [("kill", 1), *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT)]
-)
-def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(
-    end: str, rank: int, cluster: Cluster, tmp_path: Path
-) -> None:
-    code, what = ENDS[end]
-    script = tmp_path / "train.py"
-    script.write_text(f"import ctypes, os, sys\n{SCRIPT}".replace('raise ValueError("the true cause")', code))
-    script.write_text(script.read_text().replace("world.rank == 3", f"world.rank == {rank}"))
+def report_of_rank_alone(cluster: Cluster, folder: Path, nodes: int, rank: int, code: str) -> str:
+    """The one report of a job with a rank on each node, of which one ends by `code`."""
+    script = folder / "train.py"
+    text = f"import ctypes, os, sys\n{SCRIPT}".replace('raise ValueError("the true cause")', code)
+    script.write_text(text.replace("world.rank == 3", f"world.rank == {rank}"))
     done = cluster.srun(
-        *("-N2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"),
+        *(f"-N{nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0"),
         sys.executable,
         str(script),
         env={"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
@@ -79,7 +74,17 @@ def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(
     )
     assert done.returncode != 0
     assert done.stderr.count("allstep: run ") == 1, done.stderr
-    report = done.stderr[done.stderr.index("allstep: run ") :]
+    return done.stderr[done.stderr.index("allstep: run ") :]
+
+
+@pytest.mark.parametrize(
+    ("end", "rank"), [("kill", 1), *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT)]
+)
+def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(
+    end: str, rank: int, cluster: Cluster, tmp_path: Path
+) -> None:
+    code, what = ENDS[end]
+    report = report_of_rank_alone(cluster, tmp_path, 2, rank, code)
     assert f"rank {rank} of 2 failed first\n  {what}" in report
 
 
@@ -103,17 +108,5 @@ def test_a_rank_is_named_where_its_nodes_service_is_killed_with_it(
     end: str, rank: int, strict_cluster: Cluster, tmp_path: Path
 ) -> None:
     code, what = STRICT_ENDS[end]
-    script = tmp_path / "train.py"
-    script.write_text(f"import ctypes, os, sys\n{SCRIPT}".replace('raise ValueError("the true cause")', code))
-    script.write_text(script.read_text().replace("world.rank == 3", f"world.rank == {rank}"))
-    done = strict_cluster.srun(
-        *("-N3", "--ntasks-per-node=1", "--kill-on-bad-exit=0"),
-        sys.executable,
-        str(script),
-        env={"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"},
-        timeout=110,
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("allstep: run ") == 1, done.stderr
-    report = done.stderr[done.stderr.index("allstep: run ") :]
+    report = report_of_rank_alone(strict_cluster, tmp_path, 3, rank, code)
     assert f"rank {rank} of 3 {what}" in report

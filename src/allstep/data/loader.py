@@ -34,7 +34,7 @@ from allstep.data.torch_private import child_processes, workers_of
 from allstep.data.worker_passes import begin_pass
 from allstep.data.worker_signals import WorkerStart, end_with_rank
 from allstep.errors import ArgumentTypeError, DataError
-from allstep.suggestions import did_you_mean
+from allstep.suggestions import unknown_option
 
 log = logging.getLogger("allstep.data")
 
@@ -212,12 +212,8 @@ def make_loader(
     """
     if sample_seeding is not None and sample_seeding not in _SEEDINGS:
         raise DataError(f"sample_seeding is {sample_seeding!r}; it must be one of {', '.join(_SEEDINGS)}")
-    for option in dataloader_options:
-        if option not in _DATALOADER_OPTIONS:
-            raise ArgumentTypeError(
-                f"loader got {option}={dataloader_options[option]!r}, which is no option of it or of torch's DataLoader"
-                f"{did_you_mean(option, [*_OWN_OPTIONS, *_DATALOADER_OPTIONS])}"
-            )
+    if unknown := unknown_option("loader", dataloader_options, _OWN_OPTIONS, _DATALOADER_OPTIONS, "torch's DataLoader"):
+        raise ArgumentTypeError(unknown)
     if dataloader_options.pop("batch_sampler", None) is not None:
         raise DataError(
             "batch_sampler was given, but the loader brings its own, which deals samples to ranks; choose the order "

@@ -25,7 +25,7 @@ from allstep.engine.state import State
 from allstep.faults.fault import When
 from allstep.faults.inject import LeftEarly
 from allstep.protocol.heartbeat import RankActivity
-from allstep.world import World, internals
+from allstep.world import World, WorldInternals, internals
 from allstep.world.duration import took_in_words
 from allstep.world.failures import Reporter
 
@@ -84,16 +84,27 @@ class RunMonitor:
 
 @contextmanager
 def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
-    """The run of an engine called `name`: what it raises is reported, if there is anybody to report to."""
+    """The run of an engine called `name`: what it raises is reported, if there is anybody to report to.
+
+    A run that is in no other one's step or handler is in the summary at the job's end.
+    """
     world = World.current()
-    inner = None if world is None else internals(world)
-    is_outermost = not is_nested()
-    if inner is None or inner.reporter is None:
+    if world is None:
         yield None
-        if inner is not None and is_outermost:
-            inner.summary[name.rpartition(".")[2]] = _in_words(state)
         return
+    inner, is_outermost = internals(world), not is_nested()
+    with _reported(inner, name, state) as monitor:
+        yield monitor
+    if is_outermost:
+        inner.summary[name.rpartition(".")[2]] = _in_words(state)
+
+
+@contextmanager
+def _reported(inner: WorldInternals, name: str, state: State) -> Iterator[RunMonitor | None]:
     reporter = inner.reporter
+    if reporter is None:
+        yield None
+        return
     # An exception of an earlier run was caught by the script if another run begins.
     reporter.withdraw()
     with inner.activity.run(name):
@@ -102,8 +113,6 @@ def monitored(name: str, state: State) -> Iterator[RunMonitor | None]:
         except BaseException as error:
             reporter.seen(error)
             raise
-    if is_outermost:
-        inner.summary[name.rpartition(".")[2]] = _in_words(state)
 
 
 def _in_words(state: State) -> str:

@@ -4,8 +4,8 @@ Contract: `choose_screen` looks at where this process' standard error goes. A `P
 replaced with each `draw`, and keeps lines that are given to `leave`. What the process prints meanwhile stands above it.
 
 Under `allstep run` all ranks share the supervisor's terminal and this process writes to a pipe. The supervisor says in
-ALLSTEP_STATUS_LINE how wide its terminal is, and takes the line out of what it reads, between two marks: it is shown
-below the lines of all ranks and is in no log. See `allstep.launch.status_line`.
+ALLSTEP_STATUS_LINE how wide its terminal is, and takes the line out of what it reads: it is shown below the lines of
+all ranks and is in no log. See `allstep.protocol.status_frames`.
 
 What can go wrong: other processes that write to the same terminal by themselves, as ranks under torchrun do, do not
 know of the line, so that theirs may begin behind it.
@@ -20,9 +20,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
-VARIABLE = "ALLSTEP_STATUS_LINE"
-MARKS = ("\x1b]allstep;", "\x07")
-"""What stands around the line on its way to the supervisor: an operating system command that terminals do not know."""
+from allstep.protocol.status_frames import VARIABLE, status_frame
 
 _ERASE = "\r\x1b[K"
 
@@ -105,7 +103,7 @@ class LauncherScreen:
 
     def draw(self, text: str) -> None:
         """Have the supervisor show this below all ranks' lines."""
-        sys.stderr.write(f"{MARKS[0]}{_printable(text)}{MARKS[1]}")
+        sys.stderr.write(status_frame(_printable(text)))
         sys.stderr.flush()
 
     def leave(self, text: str) -> None:

@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from allstep.launch.event_loop import EventLoop
-from allstep.launch.status_line import StatusFrames, StatusLine
+from allstep.launch.status_line import StatusLine
 from allstep.monitor.report_output import open_private
 from allstep.protocol.foreign_text import printable
 from allstep.protocol.masking import mask
+from allstep.protocol.status_frames import StatusFrames
 
 Stream = Literal["stdout", "stderr"]
 

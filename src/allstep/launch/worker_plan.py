@@ -16,7 +16,7 @@ from allstep.errors import ConfigurationError
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
-from allstep.launch.status_line import VARIABLE as STATUS_LINE
+from allstep.protocol.status_frames import VARIABLE as STATUS_LINE
 from allstep.protocol.user_secret import VARIABLE as SECRET
 
 BOOTSTRAP = str(Path(__file__).with_name("worker.py"))

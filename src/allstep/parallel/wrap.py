@@ -21,7 +21,7 @@ from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
 from allstep.protocol.heartbeat import RankActivity
-from allstep.suggestions import did_you_mean
+from allstep.suggestions import unknown_option
 
 _DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
 _OWN_OPTIONS = ("sync_batchnorm", "deterministic")
@@ -72,12 +72,9 @@ def wrap_module(
             f"parameter {sharded} is a DTensor: the module is sharded already, by fully_shard or a tensor-parallel "
             "plan, and reduces its gradients itself. Train it as it is, without wrap"
         )
-    for option in ddp_options:  # also in a world of one, so that what passes alone passes over several
-        if option not in _DDP_OPTIONS:
-            raise ArgumentTypeError(
-                f"wrap got {option}={ddp_options[option]!r}, which is no option of it or of DistributedDataParallel"
-                f"{did_you_mean(option, [*_OWN_OPTIONS, *_DDP_OPTIONS])}"
-            )
+    # Also in a world of one, so that what passes alone passes over several.
+    if unknown := unknown_option("wrap", ddp_options, _OWN_OPTIONS, _DDP_OPTIONS, "DistributedDataParallel"):
+        raise ArgumentTypeError(unknown)
     if world_size == 1:
         return module.to(device)
     if sync_batchnorm:
