@@ -76,8 +76,11 @@ def test_a_rank_that_holds_the_interpreter_lock_leaves_stacks_and_no_file(tmp_pa
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with (
         serving(limits="silence=4", clock=time.monotonic) as hub,
-        rank_processes(hub.address, ("wait",), ("hold_gil",)),
+        rank_processes(hub.address, ("wait",), ("hold_gil",)) as ranks,
     ):
+        hub.until(lambda: (beat := hub.service.status(1)) is not None and beat.section == "step")
+        ranks[1].process.stdin.write("\n")
+        ranks[1].process.stdin.flush()
         diagnosis = hub.verdict()
         assert (diagnosis.cause.rank, diagnosis.cause.kind) == (1, OutcomeKind.HANG)
         assert "in main" in diagnosis.cause.stacks

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,6 +145,13 @@ def test_init_while_a_world_is_open_is_an_error_and_changes_nothing(one):
     with pytest.raises(WorldError, match="while a World is open"):
         allstep.init()
     assert allstep.World.current() is one
+
+
+def test_a_library_that_imports_a_notebooks_kernel_makes_no_notebook(one, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", ModuleType("ipykernel"))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
+    with pytest.raises(WorldError, match="while a World is open"):
+        allstep.init()
 
 
 def test_a_plain_call_closes_by_hand_and_twice_is_once(bare_environment):

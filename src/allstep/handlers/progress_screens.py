@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 from allstep.protocol.status_frames import VARIABLE, status_frame
+from allstep.world.current import running_shell
 
 _ERASE = "\r\x1b[K"
 
@@ -67,8 +68,7 @@ def choose_screen(environ: Mapping[str, str], *, log_seconds: float) -> Progress
 
 def is_notebook() -> bool:
     """Whether this process is a notebook's kernel."""
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return hasattr(shell, "kernel")
+    return hasattr(running_shell(), "kernel")
 
 
 def _printable(text: str) -> str:

@@ -30,5 +30,13 @@ def current() -> object | None:
 
 
 def is_interactive() -> bool:
-    """Whether a person types lines or runs cells here, so that a World may be left open by what was run before."""
-    return hasattr(sys, "ps1") or "ipykernel" in sys.modules
+    """Whether a person types lines or runs cells here, so that a World may be left open by what was run before.
+
+    A notebook is known by its running shell, since a library may import IPython or ipykernel in any script.
+    """
+    return hasattr(sys, "ps1") or running_shell() is not None
+
+
+def running_shell() -> object | None:
+    """The IPython shell that runs this process, which in a notebook has a `kernel`; None where none does."""
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
