@@ -43,7 +43,6 @@ with allstep.init(seed=0) as world:
 def test_ctrl_c_saves_and_ends_the_process_with_one_line(tmp_path: Path, launcher: list[str]) -> None:
     arguments = [str(script(tmp_path, TRAINS)), str(tmp_path / "saved"), "0.01"]
     with start(tmp_path, [*launcher, *arguments], env=ENV) as running:
-        running.read()
         running.await_line("under way", 2 if "run" in launcher else 1)
         running.process.send_signal(signal.SIGINT)
         done = running.end()
@@ -62,7 +61,6 @@ def test_ctrl_c_saves_and_ends_the_process_with_one_line(tmp_path: Path, launche
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-u", str(script(tmp_path, TRAINS)), str(tmp_path / "saved"), "60"]
     with start(tmp_path, command, env=ENV) as running:
-        running.read()
         running.await_line("under way")
         running.process.send_signal(signal.SIGINT)
         running.await_line("Ctrl-C: the run ends")

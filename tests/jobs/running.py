@@ -40,7 +40,8 @@ class Running:
     _readers: list[threading.Thread] = field(default_factory=list)
 
     def read(self) -> None:
-        """Begin to read what the job says."""
+        """Begin to read what the job says; once, since two readers of one stream lose lines."""
+        assert not self._readers, "it is read already"
         streams: list[tuple[Stream, IO[str] | None]] = [("out", self.process.stdout), ("err", self.process.stderr)]
         for name, stream in streams:
             if stream is not None and not stream.closed:
