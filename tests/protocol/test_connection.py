@@ -206,6 +206,28 @@ def test_a_connection_that_is_rejected_is_closed_and_the_next_is_tried():
         assert connector.problems == {first: "another run's"}
 
 
+@pytest.mark.parametrize("closes", [1, 2])
+def test_who_is_closed_on_when_its_time_is_over_may_try_once_more(closes: int) -> None:
+    with (
+        socket.create_server((HOST, 0)) as service,
+        connecting(service.getsockname(), within=1.0, proof=BOUND) as connector,
+    ):
+
+        def serve() -> None:
+            for _ in range(closes):  # it did not hear in time who this is
+                accepted = service.accept()[0]
+                time.sleep(1.1)
+                accepted.close()
+            if closes == 1:
+                answer(service.accept()[0])
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        drive(connector)
+        thread.join(BOUND)
+    assert bool(connector.failed) == (closes == 2)
+
+
 def test_the_time_to_give_up_may_be_moved():
     with refusing() as (_, target), connecting(target, within=BOUND) as connector:
         connector.until = time.monotonic()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from allstep.coordination.coordinator import ReduceOp
+from allstep.coordination.torch_private import unrecorded
 from allstep.protocol.heartbeat import RankActivity
 
 _SECTION = "agreement"  # what the monitor is told that a rank waits in
@@ -57,7 +58,7 @@ class GroupCoordinator:
         """One asynchronous reduction of the vector."""
         # On the host, whatever the world's device: a vote must not make the host wait for the device's queue.
         tensor = torch.tensor(vector, dtype=torch.int64)
-        work = dist.all_reduce(tensor, group=self._group, async_op=True)
+        work = unrecorded(lambda: dist.all_reduce(tensor, group=self._group, async_op=True))
         assert work is not None
         return _VoteSum(tensor, work, self._activity)
 

@@ -167,7 +167,8 @@ class Connector:
         Args:
             targets: hosts and ports, each with all of its addresses, in the order in which to try them.
             key: what the other side has to have.
-            within: seconds in which one must have answered.
+            within: seconds in which one must have answered; once more, where what had accepted by then closed later. A
+                service closes on a process of its own run that did not get to introduce itself in time.
             clock: seconds, never turned back.
             answer: seconds that each address has to answer.
             proof: seconds that it then has to prove itself, also where `within` has passed; by default as `answer`.
@@ -188,6 +189,7 @@ class Connector:
         self._answer = answer
         self._proof = answer if proof is None else proof
         self._retry = retry
+        self._again = within if retry else 0.0  # once more, where what had accepted closed too late for another try
         self._sock: socket.socket | None = None
         self._unproven: Connection | None = None
         self._handshake: ConnectingHandshake | None = None
@@ -303,6 +305,8 @@ class Connector:
             self.connection, self._unproven, self._handshake = unproven, None, None
         elif unproven.ended:
             self._fail(f"it did not prove that it is this run's: {unproven.ended}")
+            if now >= self.until:
+                self.until, self._again = now + self._again, 0.0
         elif now >= self._next_at:
             self._fail("it accepts and says nothing; its process may be frozen")
 
