@@ -87,7 +87,7 @@ def ends_of_scripts(world, folder, kills):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_a_script_that_gives_nothing_resumes_exactly(ranks, tmp_path):
     kills = [7, 13]
     for epoch, names, found in run_ranks(ends_of_scripts, ranks, str(tmp_path), kills, timeout=100):

@@ -143,7 +143,7 @@ def _over_gloo(world: World) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(each, marks=pytest.mark.nightly) for each in (1, 3))])
 def test_real_ranks_have_one_total(ranks: int) -> None:
     total = sum((rank + 1) * (6 + rank) for rank in range(ranks))
     assert run_ranks(_over_gloo, ranks) == [[total, 2 * total]] * ranks

@@ -50,6 +50,7 @@ def steps(folder: Path) -> list[int]:
     return [each.manifest.step for each in found if each.manifest is not None]
 
 
+@pytest.mark.nightly
 def test_a_run_that_stopped_early_is_finished_and_trains_nothing_more(tmp_path: Path) -> None:
     first = ended(tmp_path, "every=epoch", "patience=1")
     second = ended(tmp_path, "every=epoch", "patience=1", ranks=1)

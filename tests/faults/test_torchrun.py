@@ -57,10 +57,8 @@ ENDS = {
 }
 
 
-BY_NIGHT = [pytest.param(end, marks=pytest.mark.nightly) for end in ENDS if end != "kill"]
-
-
-@pytest.mark.parametrize("end", ["kill", *BY_NIGHT])
+@pytest.mark.nightly
+@pytest.mark.parametrize("end", ENDS)
 def test_a_rank_alone_on_the_second_node_is_named_with_how_it_ended(end: str, tmp_path: Path) -> None:
     fault, what = ENDS[end]
     head, other = over_two_nodes(tmp_path, fault, "reduces.py", "100000")

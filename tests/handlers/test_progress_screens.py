@@ -115,7 +115,7 @@ def watched(pane: Pane, within: float = 90.0) -> tuple[list[str], list[str]]:
         pytest.param(200, ["-m", "allstep", "run", "--nproc", "2"], id="two ranks, 200", marks=pytest.mark.nightly),
         pytest.param(80, ["-m", "allstep", "run", "--nproc", "1"], id="one rank, 80", marks=pytest.mark.nightly),
         pytest.param(200, [], id="python, 200 columns", marks=pytest.mark.nightly),
-        pytest.param(80, [], id="python, 80 columns"),
+        pytest.param(80, [], id="python, 80 columns", marks=pytest.mark.nightly),
     ],
 )
 def test_on_a_terminal_the_bar_stays_below_all_ranks_lines(

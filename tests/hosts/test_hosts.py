@@ -52,9 +52,8 @@ def test_a_run_trains_over_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
             assert f"[{rank}] steps 10 of 2 nodes\n" in job.out
 
 
-@pytest.mark.parametrize(
-    "own_name", [pytest.param("127.0.1.1", id="loopback"), pytest.param("", id="unknown", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("own_name", [pytest.param("127.0.1.1", id="loopback"), pytest.param("", id="unknown")])
 def test_a_run_trains_where_the_hosts_own_names_are_of_no_use(own_name: str, tmp_path: Path) -> None:
     target = script(tmp_path, TRAIN.replace("STEPS", "10"))
     with (

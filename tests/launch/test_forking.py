@@ -239,7 +239,8 @@ def test_an_exception_is_told_as_that_of_a_worker_started_by_itself(tmp_path: Pa
     assert told[0][-1] == "[1] ValueError: bad"
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])  # with two, numpy's import starts one
+# With two, numpy's import starts one.
+@pytest.mark.parametrize("threads", [pytest.param("1", marks=pytest.mark.nightly), "2"])
 def test_the_real_torch_leaves_nothing_behind_that_workers_could_not_share(threads: str, tmp_path: Path) -> None:
     text = """import torch
 import allstep

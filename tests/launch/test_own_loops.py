@@ -45,12 +45,13 @@ ONE_STAYS_AWAY = """
 """
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "body",
     [
         pytest.param(COLLECTIVES, id="collectives"),
-        pytest.param(GRADIENTS, id="gradients", marks=pytest.mark.nightly),
-        pytest.param(MAIN_FIRST, id="main_first", marks=pytest.mark.nightly),
+        pytest.param(GRADIENTS, id="gradients"),
+        pytest.param(MAIN_FIRST, id="main_first"),
     ],
 )
 def test_ranks_that_meet_or_take_turns_do_not_hang_however_long_it_takes(body: str, tmp_path: Path) -> None:

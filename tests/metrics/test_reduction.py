@@ -71,7 +71,7 @@ def epochs(world: World, make: Make, dealt: list[list[Any]], epochs: int = 3) ->
     return dict(engine.state.metrics), counts
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_ten_metrics_take_one_collective_and_curves_at_most_two(world_size: int) -> None:
     for make, expected in ((ten_of_sums, [1, 1, 1]), (with_curves, [2, 1, 1])):
         data = batches() * (1 if make is ten_of_sums else 40)

@@ -264,7 +264,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(
-    ("doing", "processes"), [("idle", 2), ("busy", 4), pytest.param("ends", 0, marks=pytest.mark.nightly)]
+    ("doing", "processes"),
+    [("idle", 2), *(pytest.param(*each, marks=pytest.mark.nightly) for each in (("busy", 4), ("ends", 0)))],
 )
 def test_ranks_and_server_end_with_their_caller(doing: str, processes: int, tmp_path: Path) -> None:
     script = tmp_path / "caller.py"
@@ -282,7 +283,8 @@ def call_in_a_child(answers: Any) -> None:
     answers.put(run_ranks(parent_and_threads, 2))
 
 
-@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.nightly), "fork"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", ["spawn", "fork"])
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_a_child_of_the_caller_has_ranks_and_a_server_of_its_own(method: str) -> None:
     context = multiprocessing.get_context(method)
