@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -122,16 +123,17 @@ class Failing(LocalStorage):
 class Unreadable(LocalStorage):
     """Raises when a file of a certain name in a certain folder is opened, so many times."""
 
-    def __init__(self, root: str, folder: str, name: str, times: int) -> None:
+    def __init__(self, root: str, folder: str, name: str, times: int, reason: int = errno.EIO) -> None:
         super().__init__(root)
         self.folder = folder
         self.name = name
         self.times = times
+        self.reason = reason
 
     def open(self, folder: str, name: str) -> BinaryIO:
         if (folder, name) == (self.folder, self.name) and self.times > 0:
             self.times -= 1
-            raise OSError(5, "the server is away")
+            raise OSError(self.reason, "the server is away")
         return super().open(folder, name)
 
 

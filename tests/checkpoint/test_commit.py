@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from allstep.checkpoint import LocalStorage, Store, entries
+from allstep.checkpoint.manifest import is_temporary
 from tests.checkpoint.storages import (
     Failing,
     Recording,
@@ -128,6 +130,40 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoint_before(small_d
     checked = Store(str(small_disk)).save(2, {"model": {"w": torch.ones(1 << 20)}})
     assert not checked.wait()
     assert "free some space" in str(checked.error)
+
+
+class LateToSee(LocalStorage):
+    """A network file system: the first `looks` at a save's files, of some seconds each, show what was there before."""
+
+    def __init__(self, root: str, looks: int, seconds: float) -> None:
+        super().__init__(root)
+        self.looks, self.seconds = looks, seconds
+
+    def files(self, folder: str) -> dict[str, int]:
+        if is_temporary(folder) and self.looks > 0:
+            self.looks -= 1
+            time.sleep(self.seconds)
+            return {}
+        return super().files(folder)
+
+
+@pytest.mark.parametrize(("looks", "seconds"), [(1, 0.3), (3, 0.0)], ids=["one long look", "several looks"])
+def test_files_that_a_network_shows_late_are_looked_for_again(
+    looks: int, seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Issue 13 D: one look over a slow network may take longer than all looks together have."""
+    if seconds:
+        monkeypatch.setattr("allstep.checkpoint.commit._LOOKS_S", seconds / 2)
+    pending = Store("", storage=LateToSee(str(tmp_path), looks, seconds)).save(1, some_state())
+    assert pending.wait(), pending.error
+
+
+def test_a_file_that_nobody_ever_sees_fails_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("allstep.checkpoint.commit._LOOKS_S", 0.2)
+    pending = Store("", storage=LateToSee(str(tmp_path), 10**6, 0.0)).save(1, some_state())
+    assert not pending.wait()
+    assert "rank 0 sees nothing of rank_00000.safetensors's" in str(pending.error)
+    assert "checkpoints need a folder that all ranks share" in str(pending.error)
 
 
 def test_retention_deletes_only_after_a_commit(tmp_path: Path) -> None:

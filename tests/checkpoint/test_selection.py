@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from allstep.checkpoint import Store, find_entry, remove, verify
+from allstep.checkpoint import LocalStorage, Store, find_entry, remove, verify
 from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
 from allstep.checkpoint.storage import HASH_ALGORITHM, hash_bytes
 from allstep.errors import CheckpointError
@@ -67,17 +68,28 @@ def test_a_file_that_cannot_be_read_is_tried_again_and_is_then_an_error(name: st
     assert set(states(tmp_path).values()) == {"whole"}
 
 
-def test_what_cannot_be_read_for_a_while_costs_no_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_read_for_a_while_costs_no_checkpoint(reason: int, tmp_path: Path) -> None:
     store = Store(str(tmp_path), keep_last=2)
     for step in (1, 2):
         assert store.save(step, some_state(step)).wait()
-    storage = Unreadable(str(tmp_path), "save-000002-step-2", "manifest.json", 10**9)
+    storage = Unreadable(str(tmp_path), "save-000002-step-2", "manifest.json", 10**9, reason)
     again = Store("", storage=storage, patience=0.2, keep_last=1)
     with pytest.raises(CheckpointError, match="may be whole"):
         again.resume()
     for step in (3, 4, 5):  # by a script that catches it and begins anew
         assert again.save(step, some_state(step)).wait()
     assert list(states(tmp_path)) == ["save-000001-step-1", "save-000002-step-2", "save-000005-step-5"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_not_an_empty_one(tmp_path: Path) -> None:
+    class Unlistable(LocalStorage):
+        def folders(self) -> list[str]:
+            raise OSError(errno.ESTALE, "the server is away")
+
+    assert Store(str(tmp_path)).save(1, some_state(1)).wait()
+    with pytest.raises(CheckpointError, match=r"cannot use the checkpoints: .*the server is away"):
+        Store("", storage=Unlistable(str(tmp_path)), patience=0.2).resume()
 
 
 def test_a_checkpoint_that_was_given_another_name_is_still_one(tmp_path: Path) -> None:

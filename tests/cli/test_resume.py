@@ -70,6 +70,22 @@ def test_training_begins_where_the_command_line_says(asked: list[str], first: in
 
 
 @slow
+def test_paths_of_the_command_line_are_what_the_kernel_says(folder: Path) -> None:
+    """Issue 13 E4: `link/..` is where the link leads, and not the current folder, as its text would have it."""
+    (folder / "elsewhere").mkdir()
+    shutil.move(folder / "saved", folder / "elsewhere")
+    (folder / "link").symlink_to("elsewhere/saved")
+    (folder / "run.yaml").write_text("nproc: none of this\n")
+    (folder / "elsewhere/run.yaml").write_text("name: linked\n")
+    options = ("--config", "link/../run.yaml", "--runs", "link/../runs", "--resume", "link/../saved")
+    done = train(folder, *options, job=("epochs=2",))
+    assert done.code == 0, done.err
+    assert first_iteration(done) == 6
+    assert (folder / "elsewhere/runs/linked/attempt_0/rank_0.log").is_file()
+    assert not (folder / "runs").exists()
+
+
+@slow
 def test_a_folder_without_a_checkpoint_is_an_error_before_training(folder: Path) -> None:
     (folder / "empty").mkdir()
     done = train(folder, "--resume", "empty")

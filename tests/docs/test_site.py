@@ -95,6 +95,27 @@ def test_a_link_to_a_file_finds_it(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", ["security", "checkpoints"])
+def test_the_tests_that_a_table_names_are_there(page: str) -> None:
+    """Each is given by its file, or `the same` as in the row before, and by its name or the beginning of it."""
+    folder = {"security": "tests/security", "checkpoints": "tests/checkpoint"}[page]
+    rows = re.findall(
+        r"^\|.*\|.*\|([^|]*test_[^|]*)\|$", (DOCS / "explanation" / f"{page}.md").read_text(), re.MULTILINE
+    )
+    named, path = 0, None
+    for row in rows:
+        for word in re.findall(r"`([^`]+)`", row):
+            if word.endswith(".py"):
+                path = ROOT / word if "/" in word else ROOT / folder / word
+                assert path.is_file(), word
+            else:
+                assert path is not None
+                pattern = rf"^def {re.escape(word.removesuffix('...'))}" + ("" if word.endswith("...") else r"\(")
+                assert re.search(pattern, path.read_text(), re.MULTILINE), f"{word} is not in {path}"
+                named += 1
+    assert named > 10
+
+
 @pytest.mark.parametrize(
     "word",
     [

@@ -153,6 +153,33 @@ def test_a_head_that_goes_with_its_rank_has_said_how_that_ended(code, kind, what
         assert [relay.service.writes_report for relay in relays] == [True, False]
 
 
+def test_a_head_that_is_killed_before_it_says_a_word_is_reported_by_one_relay():
+    with one_rank_a_node() as (hub, relays, _):
+        hub.others.clear()
+        hub.service.close()
+        assert [relay.verdict().cause.kind for relay in relays] == [OutcomeKind.SERVICE_LOST] * 2
+        assert [relay.service.writes_report for relay in relays] == [True, False]
+
+
+def test_a_head_that_falls_silent_is_reported_by_each_node():
+    with one_rank_a_node(limits="link=2") as (hub, relays, _):
+        hub.others.clear()  # as if the network were cut: nobody drives the head
+        for relay in relays:
+            assert "not heard from" in relay.verdict().cause.what
+            assert relay.service.writes_report
+
+
+def test_the_report_is_left_to_a_node_whose_world_is_open():
+    with one_rank_a_node() as (hub, relays, ranks):
+        ranks[1].say(Goodbye(1))
+        hub.until(lambda: 1 not in hub.service.present())
+        hub.pass_time(0.1)  # less than the period in which a head says so anyway
+        hub.others.clear()
+        hub.service.close()
+        assert relays[1].verdict().cause.kind is OutcomeKind.SERVICE_LOST
+        assert relays[1].service.writes_report
+
+
 def test_an_error_of_another_node_comes_before_an_end_that_follows():
     with one_rank_a_node() as (hub, relays, ranks):
         ranks[1].fail()

@@ -287,7 +287,8 @@ def test_a_rank_is_named_where_the_scheduler_ended_its_nodes_service_too(capfd):
     assert "its node's service ended with it" in said
 
 
-def test_one_relay_reports_a_rank_whose_end_its_dying_head_foretold(capfd):
+@pytest.mark.parametrize("foretold", [True, pytest.param(False, marks=pytest.mark.nightly)])
+def test_one_relay_reports_a_rank_whose_head_died_with_it(foretold, capfd):
     with contextlib.ExitStack() as stack:
         hub = stack.enter_context(serving(3, supervised=False))
         services = [
@@ -299,12 +300,14 @@ def test_one_relay_reports_a_rank_whose_end_its_dying_head_foretold(capfd):
         first = Caller(hub, 0, 3).come()
         stack.callback(first.close)
         first.hears(Welcome)
-        hub.service.foretell(WorkerExit(0, -9))
+        if foretold:
+            hub.service.foretell(WorkerExit(0, -9))
         hub.service.close()
         wait_for(lambda: ended(ranks))
         assert [rank.process.returncode for rank in ranks] == [84, 84]
     said = capfd.readouterr().err
-    assert said.count("failed: ") == said.count("rank 0 of 3 failed first\n  killed by SIGKILL") == 1
+    what = "rank 0 of 3 failed first\n  killed by SIGKILL" if foretold else "the head's service at "
+    assert said.count("failed: ") == said.count(what) == 1
 
 
 def test_what_a_process_does_after_its_world_was_closed_is_no_failure(capfd):

@@ -59,8 +59,8 @@ EXAMPLES: list[Message] = [
     Notice("slow", 1),
     AskStacks(),
     NodeHello(0, 1, "host", (8, 9)),
-    NodeHeartbeat(),
-    RankEnding(WorkerExit(1, -9), registration(1), 1, 7, "step", 2),
+    NodeHeartbeat(2),
+    RankEnding(WorkerExit(1, -9), registration(1), 1, 7, "step"),
     WorkerEnded(WorkerExit(1, -9, True, "words", "a note")),
     RankLost(1, "why"),
     ProcessSeen(2, "busy"),
@@ -116,7 +116,7 @@ def test_what_is_no_message_is_an_error(line):
 
 
 def test_another_version_is_an_error_that_says_so():
-    with pytest.raises(ChannelError, match=r"version 3 .* this is version 6"):
+    with pytest.raises(ChannelError, match=rf"version 3 .* this is version {VERSION}"):
         decode(b'{"v":3,"type":"Welcome"}')
 
 

@@ -6,8 +6,9 @@ nodes. `FailureDetector` is told what ranks report, and comes to at most one `Ve
 may be opened again by the same processes.
 
 The driver of a hub without a supervisor may be ended by a scheduler right behind the last rank of its node. So
-`foretell` tells the relays of a rank's end before anything else, and once the last one ends the report is left to the
-lowest other node: it gets the text with the order to leave, or writes what it knows where neither comes.
+`foretell` tells the relays of a rank's end before anything else, and once the last one ends the report is left to
+another node, the `reporter`: it gets the text with the order to leave, or writes what it knows where neither comes. All
+relays always know which node that is.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ class Hub:
         self._silent = SilentRanks(self.connection, self._clock.age)
         self._foretold: dict[int, WorkerExit] = {}  # of ranks behind relays
         self._is_left = False  # by all ranks of its own node
+        self._reporter = -1  # the node that writes the report where this one cannot; -1: there is none
         self._order: Leave | None = None  # what all were told, and late comers are
         self._tick_at = clock() + _PERIOD
         self._finished = False
@@ -150,12 +152,11 @@ class Hub:
             return
         direct = {rank for rank, peer in self._admission.peers.items() if peer not in self._links}
         self._is_left = direct <= {end.rank}
-        last, reporter = record.heartbeat, self._links.first_node
-        if reporter is not None:
-            place = (last.epoch, last.iteration, last.section) if last else (0, 0, "")
-            line = encode(RankEnding(end, replace(record.registration, facts={}), *place, reporter))
-            for peer in self._links:
-                self._server.send(peer, line)
+        last = record.heartbeat
+        place = (last.epoch, last.iteration, last.section) if last else (0, 0, "")
+        line = encode(RankEnding(end, replace(record.registration, facts={}), *place))
+        for peer in self._links:
+            self._server.send(peer, line)
 
     def worker_ended(self, end: WorkerExit) -> None:
         """Take note of how a worker ended."""
@@ -176,9 +177,9 @@ class Hub:
         for peer in self._admission.connections() - set(self._links):
             text = report if report and peer.rank == printer else ""
             self._server.send(peer, encode(Leave(reason, None if peer.rank in spared else code, text)))
-        reporter = self._links.first_node if printer is None else None
         for peer in self._links:
-            writes = printer in self._links.ranks(peer) or self._links.node(peer) == reporter
+            leads = printer is None and self._links.node(peer) == self._reporter
+            writes = leads or printer in self._links.ranks(peer)
             text = report if report and writes else ""
             self._server.send(peer, encode(replace(self._order, report=text)))
         self._handle()
@@ -232,7 +233,7 @@ class Hub:
     @property
     def writes_report(self) -> bool:
         """Whether its driver writes the report: not where its own ranks have ended, and another node is there."""
-        return not (self._is_left and self._links.first_node is not None)
+        return not (self._is_left and self._reporter >= 0)
 
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""
@@ -270,6 +271,8 @@ class Hub:
                     self._server.refuse(peer, objection)
                 else:
                     self._links.connected(peer, hello)
+                    self._choose_reporter()
+                    self._server.send(peer, encode(NodeHeartbeat(self._reporter)))
             case PeerMessage(peer, message) if peer in self._links:
                 self._from_relay(peer, self._links.heard(peer), message)
             case PeerMessage(peer, message):
@@ -319,11 +322,14 @@ class Hub:
                 self._detector.answered(message)
             case Goodbye(_, closed):
                 self._detector.said_goodbye(rank, closed=closed)
+                if peer in self._links and self._links.node(peer) == self._reporter:
+                    self._choose_reporter()
             case FailureCaught():
                 self._detector.caught(rank)
 
     def _lose_relay(self, peer: Peer, why: str, *, silent: bool = False) -> None:
         ranks, what = self._links.lose(peer, why)
+        self._choose_reporter()
         self._admission.lose_relay(peer)
         for rank in self._foretold.keys() & set(ranks):
             self.worker_ended(self._foretold.pop(rank))
@@ -340,9 +346,19 @@ class Hub:
         else:
             self._detector.node_lost(ranks, what)
 
-    def _keep_links(self) -> None:
+    def _choose_reporter(self) -> None:
+        """Tell all relays which node reports where this one cannot, if that is another one than before."""
+        before, self._reporter = self._reporter, self._links.reporter(self._detector.present())
+        if self._reporter != before:
+            self._send_heartbeats()
+
+    def _send_heartbeats(self) -> None:
         for peer in self._links:
-            self._server.send(peer, encode(NodeHeartbeat()))
+            self._server.send(peer, encode(NodeHeartbeat(self._reporter)))
+
+    def _keep_links(self) -> None:
+        self._choose_reporter()
+        self._send_heartbeats()
         if not self._finished:
             for peer, why in self._links.silent():
                 self._lose_relay(peer, why, silent=True)

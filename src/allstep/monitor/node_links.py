@@ -42,10 +42,14 @@ class NodeLinks:
         """Let a node connect; where its ranks are known, it has to, within twice the limit."""
         self._expected[node_rank] = ranks, self._clock.now() + 2 * self._link
 
-    @property
-    def first_node(self) -> int | None:
-        """The lowest rank of a node that is connected."""
-        return min((hello.node_rank for hello in self._hellos.values()), default=None)
+    def reporter(self, present: Collection[int]) -> int:
+        """The node that writes the report where the head cannot: the lowest connected one whose ranks are `present`.
+
+        A node whose ranks have all closed their World does not take the end of the head for a failure. -1: none is
+        connected.
+        """
+        nodes = [(set(present).isdisjoint(hello.ranks), hello.node_rank) for hello in self._hellos.values()]
+        return min(nodes)[1] if nodes else -1
 
     def objection(self, hello: NodeHello) -> str:
         """Why a relay is not one that is waited for; empty where it is."""

@@ -8,7 +8,9 @@ here: it could not be reached, closed the connection before the attempt was over
 relay is made.
 
 A scheduler may end the head's service right behind the last rank of its node. The head then has said before how that
-rank ends (`RankEnding`). It is the cause of the verdict, and one relay writes the report: the one that the head named.
+rank ends (`RankEnding`), which is the cause of the verdict, or was ended too soon to say even that. Its system closes
+all connections at once, so all relays know, and one of them writes the report: the one that the head's heartbeats name.
+A head that was not heard from may be lost to this node alone, which then writes a report of its own.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from allstep.protocol.messages import (
     Finish,
     Heartbeat,
     Leave,
+    NodeHeartbeat,
     NodeHello,
     Notice,
     RankEnding,
@@ -221,7 +224,8 @@ class Relay:
         return judge(self._records(), supervised=supervised, attempt=self._settings.attempt).cause
 
     def _link_loss(self, how: str) -> RankOutcome:
-        self._reporter = self._hello.node_rank
+        if not self._uplink.head_ended:
+            self._reporter = self._hello.node_rank
         what = f"the head's service at {self._head_name} {how}: it ended, or the network between is cut"
         if not self._settings.supervised:
             what += "; where it ended with rank 0, the launcher's own lines say how that did"
@@ -232,7 +236,6 @@ class Relay:
         moment, end = self._ranks.moment(), word.end
         if end.rank in self._ranks.records or end.rank in self._foretold:
             return
-        self._reporter = word.reporter
         record = self._foretold[end.rank] = RankRecord(end.rank, word.registration)
         if word.section:
             last = Heartbeat(end.rank, self._settings.attempt, 0, word.epoch, word.iteration, word.section, 0.0)
@@ -253,6 +256,8 @@ class Relay:
                 self._ranks.refuse(reason)
                 # Ranks that were let in before stay in, and the head goes on listening for them.
                 self._ranks_refused = not self._ranks.present()
+            case NodeHeartbeat(reporter):
+                self._reporter = reporter
             case RankEnding():
                 self._note_foretold(message)
             case Leave():

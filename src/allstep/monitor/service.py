@@ -123,8 +123,8 @@ class Service(Protocol):
         Args:
             reason: for the process that leaves.
             code: its exit status.
-            printer: the rank that writes the report; None: none does, and where there is a report, the service of the
-                lowest other node writes it.
+            printer: the rank that writes the report; None: none does, and where there is a report, the service of
+                another node writes it.
             report: the text.
         """
 

@@ -3,8 +3,8 @@
 The relay drives it: `ready` for its socket, `tick` at the latest at `deadline`. `send` takes encoded messages before
 the connection stands, too. `take` gives the lines that came. `lost` says how the head was lost, and the uplink is then
 closed: the head could not be reached within `CONNECT_S` at any address of its name, did not prove itself, closed the
-connection, or was silent for longer than `link`. Each end sends something once a second, so silence means that the
-other end, or the network, is gone.
+connection (`head_ended`), or was silent for longer than `link`. Each end sends something once a second, so silence
+means that the other end, or the network, is gone.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Uplink:
             clock: the relay's.
         """
         self.lost = ""
+        self.head_ended = False
         self._selector = selector
         self._owner = owner
         self._hello = hello
@@ -171,6 +172,7 @@ class Uplink:
         if self._connection is None:
             return
         if self._connection.ended:
+            self.head_ended = self._connection.by_peer and not self.lost
             self.give_up(f"closed the connection ({self._connection.ended})")
         else:
             writing = selectors.EVENT_WRITE if self._connection.backlog else 0

@@ -2,7 +2,8 @@
 
 `Connection` holds a connected socket. `receive` gives the whole lines that have come. `send` takes bytes and passes on
 what the other side has room for; the rest waits in `backlog` for `flush`. Neither blocks and neither raises: once the
-connection is over, `ended` says why. The length of a line, and what waits for a slow reader, are bounded.
+connection is over, `ended` says why, and `by_peer` whether the other side's system said so, rather than nobody. The
+length of a line, and what waits for a slow reader, are bounded.
 
 `Connector` makes the connection: it tries one address after another, again and again, until one answers and proves that
 it has the key (`authentication`), or the time is over. Until then this side has told nothing about itself. It never
@@ -54,6 +55,7 @@ class Connection:
         self.sock = sock
         self.longest = longest
         self.ended = ""
+        self.by_peer = False
         self._in = bytearray()
         self._searched = 0  # bytes of `_in` that have no line's end
         self._out = bytearray()
@@ -71,10 +73,10 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 break
             except OSError as error:
-                self._end(error.strerror or str(error))
+                self._broke(error)
                 break
             if not data:
-                self._end("closed by the other side")
+                self._end("closed by the other side", by_peer=True)
                 break
             self._in += data
             if len(data) < _CHUNK:  # that was all; asking again would only cost a call
@@ -99,7 +101,7 @@ class Connection:
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                self._end(error.strerror or str(error))
+                self._broke(error)
                 return
             del self._out[:sent]
 
@@ -132,8 +134,12 @@ class Connection:
         self._in.clear()
         self._searched = 0
 
-    def _end(self, why: str) -> None:
-        self.ended = self.ended or why  # the first reason is the cause
+    def _broke(self, error: OSError) -> None:
+        self._end(error.strerror or str(error), by_peer=error.errno in (errno.ECONNRESET, errno.EPIPE))
+
+    def _end(self, why: str, *, by_peer: bool = False) -> None:
+        if not self.ended:  # the first reason is the cause
+            self.ended, self.by_peer = why, by_peer
 
 
 class Connector:

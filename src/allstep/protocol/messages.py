@@ -25,7 +25,7 @@ from allstep.protocol.codec import Codec
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 6
+VERSION = 7
 """Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
@@ -168,15 +168,20 @@ class NodeHello:
 
 @dataclass(frozen=True, slots=True)
 class NodeHeartbeat:
-    """The other end of a relay's connection is alive."""
+    """The other end of a relay's connection is alive.
+
+    `reporter` is the node whose service writes the report if the head's is gone without one (-1: this is no word of the
+    head's).
+    """
+
+    reporter: int = -1
 
 
 @dataclass(frozen=True, slots=True)
 class RankEnding:
     """How a rank of the sender's node ends: sent before anything else, since a scheduler may end the sender next.
 
-    `registration` and the place are what the sender knew of it. `reporter` is the node whose service writes the report
-    if the head's is gone before it could (-1: this is no word of the head's).
+    `registration` and the place are what the sender knew of it.
     """
 
     end: WorkerExit
@@ -184,7 +189,6 @@ class RankEnding:
     epoch: int = 0
     iteration: int = 0
     section: str = ""
-    reporter: int = -1
 
 
 @dataclass(frozen=True, slots=True)
