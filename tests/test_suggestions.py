@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 import allstep
+from allstep import notebook, tracking, trainers
 from allstep.cli.main import main
 from allstep.data import make_loader
 from allstep.engine import Engine
@@ -67,6 +69,40 @@ def test_a_wrong_keyword_of_a_public_function_gets_a_note() -> None:
     assert "Did you mean max_epochs?" in text or "Did you mean 'max_epochs'" in text
     assert hint_for(TypeError("foo() got an unexpected keyword argument 'x'")) is None
     assert hint_for(ValueError("Engine.run() got an unexpected keyword argument 'max_epoch'")) is None
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: allstep.init(sede=1), "seed"),  # type: ignore[call-arg]
+        (lambda: notebook.run(print, nprocs=2), "nproc"),  # type: ignore[call-arg]
+    ],
+)
+def test_what_opens_a_world_suggests_a_keyword_by_itself(call: Callable[[], object], said: str) -> None:
+    with pytest.raises(TypeError) as raised:
+        call()
+    assert f"Did you mean {said}?" in raised.value.__notes__
+
+
+@pytest.mark.parametrize(
+    ("called", "keyword", "said"),
+    [
+        ("Schedule.__init__", "warmup", "warm_up"),
+        ("Timer.__init__", "nam", "name"),
+        ("MLflow.__init__", "experimnt", "experiment"),
+        ("create_recurrent_trainer", "step_of_time", "steps_of_time"),
+        ("Track.watch", "prefx", "prefix"),
+    ],
+)
+def test_names_of_all_packages_are_known(called: str, keyword: str, said: str) -> None:
+    assert trainers.create_recurrent_trainer
+    assert tracking.Track
+    error = TypeError(f"{called}() got an unexpected keyword argument '{keyword}'")
+    assert hint_for(error) == f"Did you mean {said}?"
+
+
+def test_a_function_that_no_package_shows_gets_no_suggestion() -> None:
+    assert hint_for(TypeError("import_module() got an unexpected keyword argument 'packge'")) is None
 
 
 def test_a_field_of_a_configuration_that_is_nearly_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

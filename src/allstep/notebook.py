@@ -27,8 +27,11 @@ from typing import Any, TypeVar
 from allstep.errors import ArgumentError
 from allstep.handlers.progress_screens import NotebookScreen, is_notebook
 from allstep.protocol.status_frames import VARIABLE, StatusFrames
+from allstep.suggestions import suggests_keywords
 from allstep.testing import run_ranks
 from allstep.world import World
+
+__all__ = ["run"]
 
 T = TypeVar("T")
 
@@ -37,6 +40,7 @@ _BLOCK = 1 << 16  # bytes
 _COLUMNS = "100"  # of a progress bar
 
 
+@suggests_keywords
 def run(main: Callable[..., T], *args: Any, nproc: int = 2, timeout: float | None = None) -> list[T]:
     """Call `main(world, *args)` on several ranks of this machine.
 

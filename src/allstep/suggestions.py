@@ -1,8 +1,9 @@
 """Suggestions for names that are nearly right: options, keywords, events, choices.
 
 Contract: pure functions of names. `did_you_mean` is put behind the sentence of an error that says what is wrong.
-`hint_for` reads Python's own message about a keyword that a function does not take, where the function is allstep's;
-Python itself suggests one from 3.13 on. Standard library only, since the launching parent imports this.
+`hint_for` reads Python's own message about a keyword that a function does not take, where the function is one that a
+package of allstep shows; Python itself suggests one from 3.13 on. Standard library only, since the launching parent
+imports this.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from importlib import import_module
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _UNEXPECTED = re.compile(r"^([\w.]+)\(\) got an unexpected keyword argument '(\w+)'$")
 
@@ -55,12 +61,39 @@ def hint_for(error: BaseException) -> str | None:
     if found is None:
         return None
     called, keyword = found.groups()
-    names = called.split(".")
-    target: object = import_module("allstep")
-    for name in names:
-        target = getattr(target, name, None)
-    if not callable(target):
-        return None
-    known = [name for name in inspect.signature(target).parameters if name != "self"]
-    near = nearest(keyword, known)
-    return None if near is None else f"Did you mean {near}?"
+    for function in _shown_as(called.split(".")):
+        known = [name for name in inspect.signature(function).parameters if name != "self"]
+        near = None if keyword in known else nearest(keyword, known)
+        if near is not None:
+            return f"Did you mean {near}?"
+    return None
+
+
+def suggests_keywords(function: Callable[P, T]) -> Callable[P, T]:
+    """A public function whose wrong keywords are to get a suggestion where nobody else catches the error."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except TypeError as error:
+            # Not from inside of the function, which calls others.
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                hint = hint_for(error)
+                if hint is not None:
+                    error.add_note(hint)
+            raise
+
+    return called
+
+
+def _shown_as(names: list[str]) -> Iterable[Callable[..., object]]:
+    """What packages of allstep that have been imported show under a dotted name."""
+    packages = [each for name, each in sorted(sys.modules.items()) if re.fullmatch(r"allstep(\.\w+)?", name)]
+    for package in packages:
+        # `names[0]` only where the package says so: a name that it uses itself may be anything.
+        target: object = package if names[0] in getattr(package, "__all__", ()) else None
+        for name in names:
+            target = getattr(target, name, None)
+        if callable(target):
+            yield target

@@ -24,19 +24,6 @@ def some_state(seed: int = 0) -> dict[str, Any]:
     return {"model": model, "optimizer": {"state": moments, "param_groups": groups}, "trainer": {"iteration": seed}}
 
 
-def same(left: Any, right: Any) -> bool:
-    """Whether two nested values are equal to the last bit."""
-    if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype is right.dtype and torch.equal(left, right)
-    if type(left) is not type(right):
-        return False
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
-
-
 def states(folder: Path) -> dict[str, str]:
     """The state of each checkpoint in a folder, by name."""
     return {entry.name: entry.state for entry in entries(str(folder))}

@@ -6,16 +6,14 @@ import logging
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from allstep import Checkpoint, EarlyStopping, Engine, Events, Metrics
 from allstep.checkpoint import PerRank, Store
 from allstep.errors import CheckpointError
 from allstep.metrics import Mean
 from allstep.testing import run_ranks
-from tests.checkpoint.training import Killed, equal
+from tests.regression import Killed, same, squared_error_step, sums
 
 
 def bare(folder, objects=None, **options):
@@ -31,18 +29,8 @@ class Script:
         model = world.wrap(nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1)))
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, gamma=0.8)
-        x = torch.linspace(-1, 1, 96).reshape(24, 4)
-        data = world.loader(TensorDataset(x, x.sum(1, keepdim=True)), global_batch_size=6, shuffle=True)
-
-        def step(engine, batch):
-            x, y = batch
-            loss = F.mse_loss(model(x), y)
-            optimizer.zero_grad()
-            (loss * engine.state.weight).backward()
-            optimizer.step()
-            return loss.detach()
-
-        trainer = Engine(step)
+        data = world.loader(sums(24, 4), global_batch_size=6, shuffle=True)
+        trainer = Engine(squared_error_step(model, optimizer))
         trainer.add_event_handler(Events.OPTIMIZER_STEP_COMPLETED, lambda: scheduler.step())
         Metrics({"loss": Mean()}).attach(trainer)
         # Better in epochs 1 and 2 only, so that patience ends the run in epoch 4.
@@ -78,7 +66,7 @@ def ends_of_scripts(world, folder, kills):
             (
                 resumed.began_at,
                 resumed.trainer.state.epoch,
-                equal(whole.weights, resumed.weights),
+                same(whole.weights, resumed.weights),
                 whole.losses[-len(resumed.losses) :] == resumed.losses,
                 resumed.scheduler.state_dict() == whole.scheduler.state_dict(),
             )

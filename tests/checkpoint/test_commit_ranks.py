@@ -15,7 +15,8 @@ from allstep.checkpoint import Buffer, FsspecStorage, LocalStorage, Store, entri
 from allstep.errors import CheckpointError
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World
-from tests.checkpoint.storages import Failing, Gated, listed, same, some_state
+from tests.checkpoint.storages import Failing, Gated, listed, some_state
+from tests.regression import same
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,8 @@ import pytest
 from allstep.checkpoint import Store, entries, verify
 from allstep.testing import RanksError, run_ranks
 from allstep.world import World
-from tests.checkpoint.storages import Deadly, same, some_state
+from tests.checkpoint.storages import Deadly, some_state
+from tests.regression import same
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,8 @@ import multiprocessing
 import pytest
 
 from allstep.testing import run_ranks
-from tests.checkpoint.training import Job, Run, equal, folder_for
+from tests.checkpoint.training import Job, Run, folder_for
+from tests.regression import same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -25,7 +26,7 @@ def unequal_after_kills(world, job, kills):
         resumed = Run(world, each).go()
         began.append(resumed.taken[0][1] if resumed.taken else None)
         same_data = resumed.taken == [entry for entry in unbroken.taken if entry[1] >= (began[-1] or 1 << 30)]
-        if not equal(unbroken.weights(), resumed.weights()) or not same_data:
+        if not same(unbroken.weights(), resumed.weights()) or not same_data:
             parted.append(kill)
     return parted, began
 

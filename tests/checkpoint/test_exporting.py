@@ -14,7 +14,8 @@ from torch import nn
 from allstep import Engine
 from allstep.checkpoint import Checkpoint, Store, export, find_entry
 from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
-from tests.checkpoint.storages import flip, same, some_state
+from tests.checkpoint.storages import flip, some_state
+from tests.regression import same
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from allstep.checkpoint import Store
 from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.checkpoint.storages import same, some_state
+from tests.checkpoint.storages import some_state
+from tests.regression import same
 
 pytestmark = pytest.mark.slow
 

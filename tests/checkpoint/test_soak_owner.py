@@ -24,10 +24,11 @@ from allstep.checkpoint import Store, entries, verify
 from allstep.checkpoint.retention import Lineage
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.checkpoint.training import Job, Run, equal
+from tests.checkpoint.training import Job, Run
 from tests.jobs.launchers import ALLSTEP, ROOT, Launcher, command, script
 from tests.jobs.processes import command_of
 from tests.jobs.running import Running, run, start
+from tests.regression import same
 
 pytestmark = [pytest.mark.slow]
 
@@ -208,7 +209,7 @@ def soak(folder: Path, disk: Path, *, blows: int, iterations: int, ranks: int, k
     assert found is not None
     lineage = Lineage.of(store.folder, found.name, found.manifest, store.folder, found.manifest.order + 1)
     assert all(lineage.has(entry.manifest) for entry in left if entry.manifest is not None)
-    assert equal(weights, soaked.finish(folder / "unbroken"))
+    assert same(weights, soaked.finish(folder / "unbroken"))
     return soaked
 
 

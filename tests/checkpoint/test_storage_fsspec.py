@@ -15,7 +15,8 @@ from allstep.checkpoint.manifest import MANIFEST, QUARANTINE
 from allstep.checkpoint.owner import claim_folder, claim_of_this_process
 from allstep.checkpoint.storage import Buffer, FsspecStorage
 from allstep.errors import FolderInUseError
-from tests.checkpoint.storages import same, some_state
+from tests.checkpoint.storages import some_state
+from tests.regression import same
 
 _numbers = itertools.count()
 

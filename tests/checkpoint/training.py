@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from allstep import Engine, Events, World
 from allstep.checkpoint import Checkpoint
+from tests.regression import Killed
 
 SAMPLES = 53
 EPOCHS = 3
@@ -59,10 +60,6 @@ class Job:
     batch: int = 12
     window: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
-
-
-class Killed(Exception):
-    """What stands for the process' end."""
 
 
 class Run:
@@ -130,10 +127,6 @@ def go_on(world: World, folder: str) -> tuple[list[torch.Tensor], range]:
     """Train what is left of the run in a folder, as its script would: the weights, and the iterations that it took."""
     run = Run(world, Job(folder, every="100 iterations", window=1)).go()
     return run.weights(), range(run.taken[0][1], run.engine.state.iteration + 1)
-
-
-def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def folder_for(job: Job, name: str) -> Job:

@@ -1,4 +1,4 @@
-"""What a run did, as a list to compare: one entry an event, one a step."""
+"""What a run did, as a list to compare: one entry an event, one a step, one a collective."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from allstep.engine import Engine, Events
+from allstep.testing import SimulatedRank
 
 
 def record(engine: Engine, *events: Events) -> list[tuple[str, int, int]]:
@@ -64,3 +65,16 @@ class Told:
     def __iter__(self) -> Iterator[Any]:
         self.calls.append("iter")
         return iter([(self.epoch, n) for n in range(self.length)])
+
+
+class CountingRank:
+    """A rank that notes, in `calls`, each vote and each other collective that is asked of it."""
+
+    def __init__(self, inner: SimulatedRank) -> None:
+        self._inner = inner
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("vote", "gather", "gather_bytes", "broadcast", "reduce_tensor"):
+            self.calls.append(name)
+        return getattr(self._inner, name)

@@ -109,9 +109,49 @@ def test_a_handler_of_the_scripts_own_keeps_the_signal() -> None:
     assert engine.state.iteration == 3
 
 
-def test_ctrl_c_after_the_last_iteration_is_pythons_own() -> None:
+def test_ctrl_c_after_the_last_iteration_is_raised_in_the_same_way() -> None:
     engine = Engine(lambda engine, batch: None)
-    engine.add_event_handler(Events.COMPLETED, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
+    engine.add_event_handler(Events.COMPLETED(once=1), lambda: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Cancelled):
         engine.run(range(3))
     assert engine.state.iteration == 3
+    engine.run(range(3), max_epochs=2)  # nothing of it is left
+    assert engine.state.iteration == 6
+
+
+LATE = """
+import os, signal, sys
+import torch
+import allstep
+from allstep import Checkpoint, Engine, Events
+
+with allstep.init(seed=0) as world:
+    trainer = Engine(lambda engine, batch: None)
+    if world.rank in map(int, sys.argv[2].split(",")):
+        trainer.add_event_handler(Events.COMPLETED, lambda: os.kill(os.getpid(), signal.SIGINT))
+    Checkpoint(sys.argv[1], {"trainer": trainer}).attach(trainer)
+    trainer.run(range(3))
+    world.barrier()
+    print("went on", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("reached", "code", "said"),
+    [
+        ("0,1", 130, "Ctrl-C: the run ends after the present iteration"),  # as a terminal and the launcher do it
+        ("1", 1, "rank 1 of 2 left first"),
+    ],
+)
+def test_ctrl_c_behind_the_last_vote_ends_the_job_saved(tmp_path: Path, reached: str, code: int, said: str) -> None:
+    command = [*ALLSTEP, "run", "--nproc", "2", str(script(tmp_path, LATE)), str(tmp_path / "saved"), reached]
+    with start(tmp_path, command, env=ENV) as running:
+        done = running.end(limit=60.0)
+    assert done.code == code
+    assert said in done.text
+    assert ("Traceback" in done.text) == (code == 1)  # of the rank that the other one left
+    assert "went on" not in done.text
+    [saved] = entries(str(tmp_path / "saved"))
+    assert saved.state == "whole"

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from allstep import Alone, Engine, Events
-from allstep.coordination import PendingSum
 from allstep.errors import TermsError
 from allstep.testing import SimulatedRank, run_ranks, simulate
 from allstep.world import World
+from tests.engine.recording import CountingRank
 
 Landed = list[tuple[str, int, int]]
 
@@ -63,26 +63,7 @@ def test_in_between_a_total_lands_a_window_later_at_one_iteration_for_all() -> N
     assert [each[1:] for each in left[:4]] == [(0, 0), (1, 0), (3, 3), (5, 9)]
 
 
-class CountingRank:
-    """A coordinator that counts its votes and gathers."""
-
-    def __init__(self, inner: SimulatedRank) -> None:
-        self._inner = inner
-        self.calls = 0
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._inner, name)
-
-    def vote(self, vector: list[int]) -> PendingSum:
-        self.calls += 1
-        return self._inner.vote(vector)
-
-    def gather(self, value: object) -> list[object]:
-        self.calls += 1
-        return self._inner.gather(value)
-
-
-def _collectives(coordinator: SimulatedRank, sums: int) -> int:
+def _collectives(coordinator: SimulatedRank, sums: int) -> list[str]:
     counting = CountingRank(coordinator)
     trainer = Engine(lambda engine, batch: None, coordinator=counting, name="trainer")  # type: ignore[arg-type]
     for at in range(sums):

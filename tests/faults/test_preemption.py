@@ -12,9 +12,10 @@ import torch
 
 from allstep.exit_codes import PREEMPTED
 from allstep.testing import run_ranks
-from tests.checkpoint.training import equal, go_on
+from tests.checkpoint.training import go_on
 from tests.jobs.launchers import ROOT, script
 from tests.jobs.running import run, started
+from tests.regression import same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -46,7 +47,7 @@ def assert_goes_on_as_if_unbroken(folder, after):
     weights, left = run_ranks(go_on, 2, str(folder / "run"))[0]
     expected, whole = unbroken(folder)
     assert left == range(after + 1, whole.stop)
-    assert equal(weights, expected)
+    assert same(weights, expected)
 
 
 def test_a_run_resumed_after_sigterm_to_all_equals_an_unbroken_one(tmp_path):
@@ -59,7 +60,7 @@ def test_a_run_resumed_after_sigterm_to_all_equals_an_unbroken_one(tmp_path):
     weights, iteration = torch.load(tmp_path / "run.pt")
     expected, whole = unbroken(tmp_path)
     assert iteration == whole[-1]
-    assert equal(weights, expected)
+    assert same(weights, expected)
 
 
 def test_sigterm_to_one_rank_stops_all_together(tmp_path):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from allstep.testing import run_ranks
-from tests.checkpoint.training import equal
 from tests.faults.streaming_job import train
 from tests.jobs.running import run
+from tests.regression import same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -42,7 +42,7 @@ def test_a_killed_run_over_streams_of_unknown_length_equals_an_unbroken_one(
     assert done.code == 0, done.err
     weights = torch.load(tmp_path / "killed.pt")
     expected = run_ranks(train, 2, str(tmp_path / "unbroken"), kind)[0]
-    assert equal(weights, expected)
+    assert same(weights, expected)
     restarts = range(1, 2 + faults.count(";"))
     logs = [(tmp_path / f"runs/killed/attempt_{attempt}/rank_0.log").read_text() for attempt in restarts]
     began = [min(int(each) for each in re.findall(r"iteration (\d+)$", log, re.M)) for log in logs]

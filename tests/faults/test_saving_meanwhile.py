@@ -14,9 +14,10 @@ import pytest
 from allstep import Engine, Events
 from allstep.checkpoint import Checkpoint, LocalStorage, PendingSave, Store, entries
 from allstep.testing import run_ranks
-from tests.checkpoint.training import Job, Run, equal
+from tests.checkpoint.training import Job, Run
 from tests.jobs.launchers import ROOT, script
 from tests.jobs.running import run
+from tests.regression import same
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -83,7 +84,7 @@ def test_one_save_is_under_way_and_training_goes_on_to_the_same_end(tmp_path, bu
         assert most <= 1
         assert during >= 3
         assert whole
-        assert equal(weights, other)
+        assert same(weights, other)
 
 
 RAISES = """

@@ -9,7 +9,8 @@ from allstep import Events
 from allstep.checkpoint import Store
 from allstep.coordination import Alone
 from allstep.testing import run_ranks
-from tests.checkpoint.training import EPOCHS, SAMPLES, Job, Killed, Run
+from tests.checkpoint.training import EPOCHS, SAMPLES, Job, Run
+from tests.regression import Killed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -15,12 +15,9 @@ from torch.utils.data import TensorDataset
 
 from allstep import Checkpoint, Engine, Events, World, create_supervised_trainer
 from allstep.testing import run_ranks
+from tests.regression import Killed, same
 
 SAMPLES = 36
-
-
-class Killed(Exception):
-    """What stands for the process' end."""
 
 
 @dataclass
@@ -86,17 +83,6 @@ def trained(
         "handlers": {name: each.state_dict() for name, each in handlers.items()},
         "rates": job.rates,
     }
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nested results are the same to the last bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and torch.equal(one, other)
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(same(each, other[name]) for name, each in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
 
 
 def check_resumes_exactly(folder: Path, attach: Attach, *, ranks: int = 2, kill_at: int = 9, **how: Any) -> Any:

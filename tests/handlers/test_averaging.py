@@ -15,7 +15,8 @@ from torch.utils.data import TensorDataset
 from allstep import EMA, SWA, Alone, Engine, Events, World, create_supervised_evaluator
 from allstep.errors import ArgumentError, EngineError
 from allstep.testing import SimulatedRank, run_ranks, simulate
-from tests.handlers.resuming import Job, check_resumes_exactly, dataset, same, started, trained
+from tests.handlers.resuming import Job, check_resumes_exactly, dataset, started, trained
+from tests.regression import same
 
 
 def counting(model: nn.Linear, **options: Any) -> Engine:

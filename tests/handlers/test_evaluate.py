@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from allstep import Alone, Engine, Evaluate, Events, Mean, Metrics
-from allstep.coordination import PendingSum
 from allstep.testing import SimulatedRank, run_ranks, simulate
 from allstep.world import World
-from tests.engine.recording import nothing
+from tests.engine.recording import CountingRank, nothing
 
 
 def evaluated_at(every: Any, *, iterations: int = 6, epochs: int = 2, attach: Any = None) -> list[int]:
@@ -83,23 +82,8 @@ def test_alone_the_time_decides() -> None:
     assert seen == [10, 20, 30, 35]
 
 
-class CountingVotes:
-    def __init__(self, inner: SimulatedRank) -> None:
-        self._inner = inner
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("gather", "gather_bytes", "broadcast", "reduce_tensor"):
-            self.calls.append(name)
-        return getattr(self._inner, name)
-
-    def vote(self, vector: list[int]) -> PendingSum:
-        self.calls.append("vote")
-        return self._inner.vote(vector)
-
-
 def _by_time(coordinator: SimulatedRank, every: str | None) -> tuple[list[int], int]:
-    counting = CountingVotes(coordinator)
+    counting = CountingRank(coordinator)
     # Rank 0's clock goes by a second an iteration, the others' by an hour.
     now = [0.0]
     pace = 3600 if coordinator.rank else 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+import resource
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -18,16 +21,20 @@ from torch.utils.data import DataLoader, TensorDataset
 from allstep import (
     EMA,
     BatchSizeFinder,
+    Checkpoint,
+    EarlyStopping,
     Engine,
     Events,
     LRFinder,
+    SaveBest,
     Schedule,
+    Track,
     World,
     create_supervised_trainer,
 )
 from allstep.errors import ArgumentError, ArgumentTypeError, EngineError
 from allstep.testing import run_ranks
-from tests.handlers.resuming import same
+from tests.regression import Killed, same
 
 
 class Job:
@@ -242,6 +249,19 @@ def test_no_larger_size_is_tried_than_the_data_or_the_user_has() -> None:
     )  # of 64 samples, 2 batches
 
 
+def test_a_batch_that_cannot_be_read_for_want_of_memory_does_not_fit() -> None:
+    def collate(samples: list[Any]) -> Any:
+        if len(samples) > 5:
+            raise MemoryError("cannot allocate memory for thread-local data")
+        return torch.utils.data.default_collate(samples)
+
+    job = Job()
+    found = BatchSizeFinder(job.optimizer, start=2).run(
+        job.trainer, lambda size: DataLoader(dataset(64), batch_size=size, collate_fn=collate)
+    )
+    assert (list(found.throughput), found.too_large) == ([2, 4, 5], 6)
+
+
 def test_a_first_size_that_does_not_fit_is_an_error() -> None:
     job = Job()
     bounded(job, 2)
@@ -283,3 +303,76 @@ def test_ranks_agree_and_train_afterwards_as_if_nothing_had_been() -> None:
     assert sizes == other_sizes == ([2, 4, 5], 6)  # what fits on the smaller rank
     assert curve == other_curve
     assert 2 < len(curve.losses) <= 30
+
+
+def _started(world: World, folder: str, finds: bool, kill_at: int | None) -> tuple[Any, list[Any], float | None]:
+    """A script that looks for settings at each start, before and after it loads its checkpoint."""
+    job = Job(world)
+    world.seed_everything(1, per_rank=True)
+    loader = world.loader(dataset(48), global_batch_size=12, shuffle=True)
+    EarlyStopping(100, lambda engine: 0.0, job.trainer).attach(job.trainer, Events.EPOCH_COMPLETED)
+    best = SaveBest(f"{folder}/best", {"model": job.model}, "loss", "min").attach(job.trainer)
+    track = Track(f"{folder}/track", every=1, loss="loss").attach(job.trainer)
+    checkpoint = Checkpoint(f"{folder}/run", every=2).attach(job.trainer)
+
+    def find() -> None:
+        if finds:
+            LRFinder(job.optimizer, steps=5).run(job.trainer, loader)
+            BatchSizeFinder(job.optimizer, start=2, most=4).run(
+                job.trainer, lambda size: world.loader(dataset(96), batch_size=size, shuffle=True)
+            )
+
+    @job.trainer.on(Events.ITERATION_COMPLETED)
+    def maybe_die(engine: Engine) -> None:
+        if engine.state.iteration == kill_at:
+            raise Killed
+
+    find()
+    checkpoint.resume()
+    find()
+    try:
+        job.trainer.run(loader, max_epochs=3)
+    except Killed:
+        checkpoint.close()
+    track.close()
+    lines = [json.loads(line) for line in track.journal.read_text().splitlines()] if world.is_main else []
+    told = [{name: value for name, value in line.items() if name != "time"} for line in lines]
+    return {name: each.clone() for name, each in job.model.state_dict().items()}, told, best.best
+
+
+@pytest.mark.slow
+def test_a_killed_run_that_looks_again_at_each_start_ends_as_one_that_never_did(tmp_path: Path) -> None:
+    whole = run_ranks(_started, 2, str(tmp_path / "whole"), False, None)
+    run_ranks(_started, 2, str(tmp_path / "killed"), True, 7)
+    resumed = run_ranks(_started, 2, str(tmp_path / "killed"), True, None)
+    assert same(whole, resumed)
+    assert [line["step"] for line in resumed[0][1] if "loss" in line] == list(range(1, 13))
+
+
+def _found_in_real_memory(world: World) -> tuple[list[int], int | None]:
+    job = Job(world)
+    if world.rank == 1:  # 300 MB more than it has now
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 300 * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    step = job.trainer.process_function
+
+    def greedy(engine: Engine, batch: Any) -> Any:
+        kept = torch.ones(len(batch[0]), 2**22)  # 16 MB a sample
+        return step(engine, (batch[0] * kept[:, :1], batch[1]))
+
+    job.trainer.process_function = greedy
+    found = BatchSizeFinder(job.optimizer, start=2, most=64).run(
+        job.trainer, lambda size: world.loader(dataset(384), batch_size=size)
+    )
+    return list(found.throughput), found.too_large
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a limit of memory is set by what Linux tells")
+def test_a_rank_with_less_memory_than_the_other_decides_for_both() -> None:
+    (sizes, too_large), other = run_ranks(_found_in_real_memory, 2)
+    assert other == (sizes, too_large)
+    assert too_large is not None
+    assert max(sizes) < too_large <= 20

@@ -13,7 +13,7 @@ from allstep.engine.registry import HandlerSlot
 from allstep.handlers import DeviceStats, GarbageCollection, OutputStore, Profiler, TimeProfiler, Timer
 from allstep.testing import SimulatedRank, run_ranks, simulate
 from allstep.world import World
-from tests.engine.recording import nothing
+from tests.engine.recording import CountingRank, nothing
 
 NEVER = 10**9
 
@@ -50,17 +50,6 @@ def test_when_none_is_due_iterations_are_hardly_looked_at(tmp_path: Path, monkey
     # Two clocks are looked at: some twenty times a second, and never more than a thousand iterations apart.
     assert set(looked) == {Events.STARTED, Events.ITERATION_COMPLETED, Events.COMPLETED}
     assert len(looked) < 1000
-
-
-class CountingRank:
-    def __init__(self, inner: SimulatedRank) -> None:
-        self._inner = inner
-        self.calls: list[str] = []
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("vote", "gather", "gather_bytes", "broadcast", "reduce_tensor"):
-            self.calls.append(name)
-        return getattr(self._inner, name)
 
 
 def _collectives(coordinator: SimulatedRank, handlers: bool) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from allstep.handlers.progress_screens import NotebookScreen
 from tests.jobs.launchers import environment
 from tests.jobs.programs import ProgramsUnavailable, ensure_programs
 
@@ -165,3 +166,19 @@ def test_in_a_notebook_the_bar_has_one_place_in_the_output(tmp_path: Path, monke
     assert drawn[0].startswith("epoch 1/1: 60/60 [00:0")
     assert drawn[1].startswith("done: epoch 1, iteration 60, ")
     assert re.findall(r"iteration (\d+) of rank 0", printed) == ["3", "28", "53"]
+
+
+def test_in_a_browser_the_bar_is_its_own() -> None:
+    shown: list[dict[str, str]] = []
+
+    class Display:
+        def update(self, content: dict[str, str], raw: bool) -> None:
+            shown.append(content)
+
+    screen = NotebookScreen()
+    screen._handle = Display()
+    screen.draw("epoch 1/2:  45%|████▌     | 45/100 [00:12<00:15,  3.60it/s, a<b=0.4]")
+    screen.draw("done: epoch 2 <all>")
+    assert shown[0]["text/html"].count('epoch 1/2: <progress value="45" max="100"></progress> 45% 45/100 [00:12') == 1
+    assert "a&lt;b=0.4]" in shown[0]["text/html"]
+    assert shown[1] == {"text/plain": "done: epoch 2 <all>", "text/html": "<pre>done: epoch 2 &lt;all&gt;</pre>"}

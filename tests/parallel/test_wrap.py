@@ -26,14 +26,10 @@ def test_a_world_of_one_moves_the_module():
     assert wrap_module(nn.Linear(2, 2), torch.device("meta"), 1).weight.device.type == "meta"
 
 
-def test_sync_batchnorm_means_nothing_in_a_world_of_one():
-    module = nn.BatchNorm1d(2)
-    assert wrap_module(module, CPU, 1, sync_batchnorm=True) is module
-
-
-def test_sync_batchnorm_on_the_cpu_is_an_error_that_says_why():
-    with pytest.raises(ParallelError, match=r"sync_batchnorm=True.*CUDA only.*cpu"):
-        wrap_module(nn.BatchNorm1d(2), CPU, 2, sync_batchnorm=True)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_sync_batchnorm_on_the_cpu_is_refused_in_a_world_of_any_size(world_size):
+    with pytest.raises(ParallelError, match=r"sync_batchnorm=True.*CUDA only.*cpu; give sync_batchnorm=world\.device"):
+        wrap_module(nn.BatchNorm1d(2), CPU, world_size, sync_batchnorm=True)
 
 
 def test_a_module_without_trainable_parameters_is_only_moved():

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from allstep import Checkpoint, Engine, Events, Mean, Metrics, Track
 from allstep.testing import run_ranks
+from tests.regression import squared_error_step, sums
 
 EPOCHS, LENGTH, EVERY = 4, 12, 2
 PAUSE_S = 0.01
@@ -25,37 +25,32 @@ IMPORTS = {"tensorboard": "tensorboard.summary.writer.event_file_writer"}
 
 
 def train(world, folder, tools, kill=None, patience=20.0):
-    """One start of the job's script; the main rank kills itself: (after so many iterations of it, seconds later)."""
+    """One start of the job's script; the main rank kills itself: (after so many iterations of it, seconds later).
+
+    Tools are names, or functions that make a tracker.
+    """
     os.environ["TRACKIO_DIR"] = f"{folder}/trackio"
     world.seed_everything(1)
     model = world.wrap(nn.Linear(3, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
-    x = torch.linspace(-1, 1, 36 * LENGTH).reshape(12 * LENGTH, 3)
-    data = TensorDataset(x, x.sum(1, keepdim=True))
-    loader = world.loader(data, global_batch_size=12, shuffle=True)
-
-    def step(engine, batch):
-        x, y = batch
-        loss = F.mse_loss(model(x), y)
-        optimizer.zero_grad()
-        (loss * engine.state.weight).backward()
-        optimizer.step()
-        time.sleep(PAUSE_S)
-        return loss.detach()
-
-    trainer, evaluator = Engine(step), Engine(lambda engine, batch: F.mse_loss(world.unwrap(model)(batch[0]), batch[1]))
+    loader = world.loader(sums(12 * LENGTH, 3), global_batch_size=12, shuffle=True)
+    trainer = Engine(squared_error_step(model, optimizer))
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda: time.sleep(PAUSE_S))
+    evaluator = Engine(lambda engine, batch: F.mse_loss(world.unwrap(model)(batch[0]), batch[1]))
     Metrics({"error": Mean()}).attach(evaluator)
     trainer.add_event_handler(Events.OPTIMIZER_STEP_COMPLETED, lambda: scheduler.step())
     checkpoint = Checkpoint(f"{folder}/checkpoints", every=5).attach(trainer)
-    track = Track(f"{folder}/track", to=tools, every=EVERY, loss="loss", weights=model, patience=patience)
+    made = [tool() if callable(tool) else tool for tool in tools]
+    track = Track(f"{folder}/track", to=made, every=EVERY, loss="loss", weights=model, patience=patience)
     track.attach(trainer).watch(evaluator)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(loader))
     trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: track.log({"note": f"epoch {trainer.state.epoch}"}))
     checkpoint.resume()
     if world.rank == 0:  # before the clock runs, since some take longer than the job
-        for tool in tools:
-            importlib.import_module(IMPORTS.get(tool, tool))
+        for tool in made:
+            name = getattr(tool, "package", tool)
+            importlib.import_module(IMPORTS.get(name, name))
     if kill is not None and world.rank == 0:
         iterations, delay = kill
         begin = Events.ITERATION_COMPLETED(once=trainer.state.iteration + iterations)
@@ -89,12 +84,17 @@ def tensorboard(folder):
 
 
 def mlflow(folder):
-    """What MLflow says of its newest run: by name steps and values."""
+    """What MLflow says of its newest run in a folder: by name steps and values."""
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    return mlflow_at(Path(f"{folder}/track/mlflow").absolute().as_uri())
+
+
+def mlflow_at(uri, experiment="allstep"):
+    """The same of an experiment anywhere."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(Path(f"{folder}/track/mlflow").absolute().as_uri())
-    found = client.get_experiment_by_name("allstep")
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
     runs = [each for each in client.search_runs([found.experiment_id]) if "allstep.continued_by" not in each.data.tags]
     assert len(runs) == 1
     names = sorted(runs[0].data.metrics)

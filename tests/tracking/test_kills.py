@@ -49,6 +49,7 @@ def test_runs_of_services_after_kills_are_those_of_an_unbroken_run(tool, tmp_pat
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(10_000)
 def test_two_hundred_kills_at_random_moments(tmp_path):
     """The number by ALLSTEP_KILLS, 200 without; each job is killed until it comes to its end."""
     for tool in ("tensorboard", "mlflow", "trackio"):

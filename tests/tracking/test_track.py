@@ -131,6 +131,13 @@ def test_a_run_that_begins_anew_tells_all_anew_and_loses_nothing(tmp_path):
     assert len((tmp_path / "withdrawn.jsonl").read_text().splitlines()) == 2
 
 
+def test_what_was_loaded_is_kept_until_a_run_begins(tmp_path):
+    track, place = Track(tmp_path), {"records": 3, "trackers": {"csv": {}}}
+    track.load_state_dict(place)
+    track.load_state_dict(track.state_dict())  # as a finder does that leaves no trace
+    assert track.state_dict() == place
+
+
 def test_an_iteration_that_is_not_due_calls_nothing_of_a_track(tmp_path):
     calls = []
     trainer = Engine(lambda engine, batch: None)

@@ -14,7 +14,7 @@ from allstep import Alone, Checkpoint, Engine, Events, World
 from allstep.errors import ArgumentError, ParallelError
 from allstep.testing import run_ranks
 from allstep.trainers import create_adversarial_trainer
-from tests.handlers.resuming import Killed, same
+from tests.regression import Killed, same
 
 
 def networks() -> tuple[nn.Module, nn.Module]:

@@ -13,7 +13,7 @@ from allstep import EMA, Alone, Engine, Schedule, World
 from allstep.errors import ArgumentError, DataError, RanksError
 from allstep.testing import run_ranks
 from allstep.trainers import create_recurrent_trainer
-from tests.handlers.resuming import same
+from tests.regression import same
 
 
 class Recurrent(nn.Module):

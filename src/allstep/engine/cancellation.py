@@ -7,9 +7,12 @@ all ranks stop at the same iteration, whichever of them the signal reached, and 
 there. `Engine.run` then raises `Cancelled` on every rank: uncaught, the process ends with exit code 130 and without a
 traceback. In an interactive session it is a KeyboardInterrupt, which leaves the session alive.
 
+A Ctrl-C that comes too late for the run's last vote finds the run ended, and saved as ever. It is raised in the same
+way, by each rank that it reached: a terminal and `allstep run` reach all of them. The process of a single rank ends by
+it, and the others are told of that as of any rank that leaves.
+
 A second Ctrl-C is Python's own: KeyboardInterrupt at once. What can go wrong: while Python waits in native code, in a
-step that hangs or a collective, no signal is noticed. A Ctrl-C that comes too late for the run's last vote is raised as
-a KeyboardInterrupt when the run has ended.
+step that hangs or a collective, no signal is noticed.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ _SAID = (
 
 @contextmanager
 def cancellable(run: Run) -> Iterator[None]:
-    """The outermost run: let the first Ctrl-C end it in good order. Raises KeyboardInterrupt where it came too late."""
+    """The outermost run: let the first Ctrl-C end it in good order. Raises what `cancelled` gives where it is late."""
     if is_nested() or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -70,7 +73,8 @@ def cancellable(run: Run) -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         is_late, run.notice = run.notice is not None, None
     if is_late:
-        raise KeyboardInterrupt(REASON)
+        leaving, run.leaving = run.leaving, None  # the run may have ended so by the same Ctrl-C on another rank
+        raise cancelled(REASON) if leaving is None else leaving
 
 
 def cancelled(reason: str | None) -> BaseException:

@@ -3,8 +3,9 @@
 Contract: `run` is called before the run that is meant, on every rank, with the engine that trains. It leaves no trace;
 see `trial`. Sizes are doubled until one is too large on some rank, and those between are halved then. In a trial each
 rank makes steps alone, without reducing gradients, since one that runs out of memory would leave the others waiting.
-Behind each trial the ranks say how it went, in one collective, so that all try the same sizes and return the same. What
-can go wrong: a step with collectives of its own, such as SyncBatchNorm's, cannot be tried so.
+Behind each trial the ranks say how it went, in one collective, so that all try the same sizes and return the same. A
+batch does not fit where the step, or reading it, runs out of memory. What can go wrong: a step with collectives of its
+own, such as SyncBatchNorm's, cannot be tried so.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ class BatchSizeFinder:
         halvings = 0
         with without_effect(trainer, self.optimizer), _apart(trainer):
             while size is not None:
-                engine.run(data(size), max_iters=self.steps * trainer.accumulate)
+                self._try(engine, data, size, timing)
                 said = trainer.coordinator.gather(timing.result)
                 _free(engine)
                 fits = [each is not None for each in said]
@@ -152,6 +153,14 @@ class BatchSizeFinder:
                     middle = (largest + too_large) // 2
                     size = middle if halvings <= self.halvings and middle > largest else None
         return BatchSizes(throughput, too_large)
+
+    def _try(self, engine: Engine, data: Callable[[int], Iterable[Any]], size: int, timing: _Timing) -> None:
+        try:
+            engine.run(data(size), max_iters=self.steps * engine.accumulate)
+        except Exception as error:  # of making or reading the data: the step's own does not come so far
+            if not _is_out_of_memory(error):
+                raise
+            timing.result = None
 
 
 class _Timing:

@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
+from html import escape
 from typing import Any, Protocol, TextIO
 
 from allstep.protocol.status_frames import VARIABLE, status_frame
 from allstep.world.current import running_shell
 
 _ERASE = "\r\x1b[K"
+_BAR = re.compile(r"(.*?): +(\d+)%\|[^|]*\| (.*)")  # as tqdm lays out a line whose end is known
 
 
 class ProgressScreen(Protocol):
@@ -198,7 +201,7 @@ class _StreamAbove:
 
 
 class NotebookScreen:
-    """A place in the cell's output, which keeps what was drawn last."""
+    """A place in the cell's output, which keeps what was drawn last: the browser's own bar, or text without one."""
 
     seconds = 0.2
     columns = 100
@@ -208,7 +211,7 @@ class NotebookScreen:
 
     def draw(self, text: str) -> None:
         """Show the line, in its place."""
-        shown = {"text/plain": _printable(text)}
+        shown = {"text/plain": _printable(text), "text/html": _as_html(_printable(text))}
         if self._handle is None:
             self._handle = sys.modules["IPython"].display.display(shown, raw=True, display_id=True)
         else:
@@ -221,6 +224,16 @@ class NotebookScreen:
 
     def close(self) -> None:
         """What was drawn last stays, and is replaced by what the next run draws."""
+
+
+def _as_html(text: str) -> str:
+    """The line with the browser's bar in place of the blocks."""
+    bar = _BAR.fullmatch(text)
+    if bar is None:
+        return f"<pre>{escape(text)}</pre>"
+    before, percent, behind = bar.groups()
+    shown = f'{escape(before)}: <progress value="{percent}" max="100"></progress> {percent}% {escape(behind)}'
+    return f'<div style="font-family: monospace; white-space: pre">{shown}</div>'
 
 
 def can_draw_blocks() -> bool:

@@ -49,7 +49,8 @@ def wrap_module(
             there is nothing to average.
         device: this rank's device.
         world_size: number of ranks; with 1 nothing but the move happens.
-        sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only.
+        sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only, and is refused elsewhere in
+            a world of any size.
         deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
             all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
@@ -75,14 +76,14 @@ def wrap_module(
     # Also in a world of one, so that what passes alone passes over several.
     if unknown := unknown_option("wrap", ddp_options, _OWN_OPTIONS, _DDP_OPTIONS, "DistributedDataParallel"):
         raise ArgumentTypeError(unknown)
+    if sync_batchnorm and device.type != "cuda":
+        raise ParallelError(
+            f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA only and the device is {device}; give "
+            'sync_batchnorm=world.device.type == "cuda", or use a normalisation that needs no peers, such as GroupNorm'
+        )
     if world_size == 1:
         return module.to(device)
     if sync_batchnorm:
-        if device.type != "cuda":
-            raise ParallelError(
-                f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA only and the device is {device}; "
-                "leave it False here, or use a normalisation that needs no peers, such as GroupNorm"
-            )
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     module = module.to(device)
     if not any(parameter.requires_grad for parameter in module.parameters()):

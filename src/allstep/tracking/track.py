@@ -186,7 +186,12 @@ class Track:
     # The state
 
     def state_dict(self) -> dict[str, Any]:
-        """How many records the journal has, and which runs of the tools they are in; nothing on other ranks."""
+        """How many records the journal has, and which runs of the tools they are in; nothing on other ranks.
+
+        Between `load_state_dict` and the run it is what was loaded, since the journal is cut only when the run begins.
+        """
+        if self._loaded is not None:
+            return dict(self._loaded)
         if self._writer is None:
             return {}
         self._writer.flush(_WRITTEN_WITHIN_S)

@@ -32,6 +32,7 @@ from allstep.faults import RankPosition, strike
 from allstep.placement import Placement, Rendezvous, detect
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.registration import RankRegistration
+from allstep.suggestions import suggests_keywords
 from allstep.version import __version__
 from allstep.world import early_signals
 from allstep.world.collectives import Collectives
@@ -51,6 +52,7 @@ _TIMEOUT = timedelta(minutes=10)
 _DEBUGGED_S = 86400.0
 
 
+@suggests_keywords
 def init(
     backend: str | None = None,
     device: str | torch.device | None = None,
@@ -96,7 +98,7 @@ def init(
         same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
         placement = detect(os.environ)
         for text in placement.warnings:
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)  # who called `init`
         strike(RankPosition("start", placement.rank, placement.attempt))
         if dist.is_available() and dist.is_initialized():
             world = _adopt(placement, backend, device, limit, same)
