@@ -341,7 +341,7 @@ def _started(world: World, folder: str, finds: bool, kill_at: int | None) -> tup
 
 
 @pytest.mark.slow
-def test_a_killed_run_that_looks_again_at_each_start_ends_as_one_that_never_did(tmp_path: Path) -> None:
+def test_a_killed_run_that_looks_again_ends_as_one_that_never_did(tmp_path: Path) -> None:
     whole = run_ranks(_started, 2, str(tmp_path / "whole"), False, None)
     run_ranks(_started, 2, str(tmp_path / "killed"), True, 7)
     resumed = run_ranks(_started, 2, str(tmp_path / "killed"), True, None)
