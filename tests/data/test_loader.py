@@ -108,6 +108,20 @@ def test_seeding_by_batch_is_the_same_at_any_number_of_workers() -> None:
     assert len(expected[:, 1].unique()) == 22
 
 
+@pytest.mark.nightly
+def test_a_dataset_of_hugging_face_is_read_by_whole_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    hugging_face = pytest.importorskip("datasets")
+    data = hugging_face.Dataset.from_dict({"x": list(range(22))}).with_format("torch")
+    asked: list[int] = []
+    read_many = type(data).__getitems__
+    monkeypatch.setattr(
+        type(data), "__getitems__", lambda self, keys: (asked.append(len(keys)), read_many(self, keys))[1]
+    )
+    (loader,) = loaders(data)
+    assert torch.cat([batch["x"] for batch in loader]).sort().values.tolist() == list(range(22))
+    assert asked == [6, 6, 6, 4]
+
+
 def test_random_collation_is_the_same_at_any_number_of_workers() -> None:
     (alone,) = loaders(Draws(), collate_fn=collate_with_noise)
     (working,) = loaders(Draws(), collate_fn=collate_with_noise, num_workers=2)

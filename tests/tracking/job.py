@@ -17,6 +17,7 @@ from torch import nn
 
 from allstep import Checkpoint, Engine, Events, Mean, Metrics, Track
 from allstep.testing import run_ranks
+from tests.jobs.processes import await_condition
 from tests.regression import squared_error_step, sums
 
 EPOCHS, LENGTH, EVERY = 4, 12, 2
@@ -27,7 +28,8 @@ IMPORTS = {"tensorboard": "tensorboard.summary.writer.event_file_writer"}
 def train(world, folder, tools, kill=None, patience=20.0):
     """One start of the job's script; the main rank kills itself: (after so many iterations of it, seconds later).
 
-    Tools are names, or functions that make a tracker.
+    Tools are names, or functions that make a tracker. The kill waits until a tool that `kill` has as a third thing has
+    begun a run.
     """
     os.environ["TRACKIO_DIR"] = f"{folder}/trackio"
     world.seed_everything(1)
@@ -52,12 +54,24 @@ def train(world, folder, tools, kill=None, patience=20.0):
             name = getattr(tool, "package", tool)
             importlib.import_module(IMPORTS.get(name, name))
     if kill is not None and world.rank == 0:
-        iterations, delay = kill
-        begin = Events.ITERATION_COMPLETED(once=trainer.state.iteration + iterations)
+        iterations, delay, *slow = kill
         timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
-        trainer.add_event_handler(begin, lambda: timer.start())
+
+        @trainer.on(Events.ITERATION_COMPLETED(once=trainer.state.iteration + iterations))
+        def begin():
+            if slow:
+                await_condition(lambda: run_of(folder, slow[0]) not in (None, before), 60)
+            timer.start()
+
+        before = run_of(folder, slow[0]) if slow else None
     trainer.run(loader, max_epochs=EPOCHS)
     track.close()
+
+
+def run_of(folder, tool):
+    """Which run of a tool a Track is in; None before it has begun one."""
+    place = Path(f"{folder}/track/{tool}.json")
+    return json.loads(place.read_text())["identity"]["run"] if place.exists() else None
 
 
 def lines(folder):
