@@ -10,6 +10,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | ArgumentTypeError | an argument has a type that cannot be meant | TypeError |
 | MissingExtraError | a library that allstep only needs for one purpose is not installed | ImportError |
 | PlacementError | the environment does not say consistently which rank a process is | ValueError |
+| MeshError | a mesh of ranks has names or sizes that cannot be meant | ValueError |
 | ConfigurationError | a configuration file or command-line option is wrong | ValueError |
 | LaunchError | the launcher cannot start the workers | RuntimeError |
 | ChannelError | a message of the control channel cannot be read, or its other end is gone | ConnectionError |
@@ -89,6 +90,10 @@ class PlacementError(AllstepError, ValueError):
     def __reduce__(self) -> tuple[object, ...]:
         # Errors travel between processes, and pickle by itself would leave the keyword arguments out.
         return partial(PlacementError, variable=self.variable, value=self.value), (str(self),)
+
+
+class MeshError(AllstepError, ValueError):
+    """A mesh has dimensions that do not exist, or sizes that do not make up the world."""
 
 
 class ConfigurationError(AllstepError, ValueError):

@@ -33,11 +33,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from allstep.checkpoint import rng
 from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.collection import Collection
 from allstep.checkpoint.objects import collect_states
-from allstep.checkpoint.resumption import Resumption, generators_restorer, saved_metrics
+from allstep.checkpoint.resumption import Resumption, generators_restorer, own_state, saved_metrics, without_twins
 from allstep.checkpoint.retention import KeepBest
 from allstep.checkpoint.save_schedule import SaveEvery, SaveSchedule, read_every
 from allstep.checkpoint.selection import launches_of, overruled_resume, restarted_launches, resume_from
@@ -46,7 +45,7 @@ from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
 from allstep.engine.resume import position_from
 from allstep.errors import ArgumentError, CheckpointError, FolderInUseError, Preempted
-from allstep.world import World
+from allstep.world import World, current_data_ranks
 
 T = TypeVar("T")
 
@@ -252,11 +251,10 @@ class Checkpoint:
         metrics, failure = self._current_metrics(engine)
         is_rated = self.metrics is not None or is_run_over or not engine.extension.epoch_is_open
         # What is not rated is kept beside the generators, for state.metrics of the resumed run.
-        per_rank = {"objects": states.per_rank, "generators": rng.capture(), "metrics": metrics}
         pending = self.store.save(
             step,
             states.common,
-            per_rank,
+            own_state(states.per_rank, metrics),
             metrics if is_rated else None,
             facts,
             refusal=states.failure or failure,
@@ -371,11 +369,12 @@ class Checkpoint:
     # Loading
 
     def _load(self, loaded: Loaded, *, partial: bool) -> None:
+        loaded = without_twins(loaded)
         per_rank = [each.get("objects", {}) if isinstance(each, Mapping) else {} for each in loaded.per_rank]
         # An object may have a state in common, one of each rank, or both.
         known = loaded.state.keys() | (per_rank[0].keys() if per_rank else set())
         self._collection.check_holds(known, "collected" in loaded.manifest.facts, partial=partial)
-        rank, epoch = _rank(), 0
+        rank, epoch = current_data_ranks().rank, 0
         for name, adapter in self._collection.adapters.items():
             if name in known:
                 adapter.load(loaded.state.get(name), [each.get(name) for each in per_rank], rank)

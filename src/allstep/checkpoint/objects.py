@@ -37,7 +37,7 @@ from allstep.engine.resume import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError, UnsupportedStateError
 from allstep.parallel import broadcasts_buffers, unify_buffers, unwrap
-from allstep.world import World, internals
+from allstep.world import World, current_data_ranks, internals
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class _EngineAdapter(_StatefulAdapter):
 
 def _check_own_positions(rank_states: Sequence[Any]) -> None:
     """Refuse, on all ranks alike, data's own states that were saved by more or fewer ranks than there are."""
-    world_size = _world_size()
+    world_size = current_data_ranks().size
     if len(rank_states) != world_size and any(each is not None for each in rank_states):
         raise CheckpointError(
             "the engine's place is what each rank's data told of itself, which cannot be split anew: it was saved at "

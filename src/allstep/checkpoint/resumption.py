@@ -6,12 +6,29 @@ Contract: pure functions of what was loaded, and a record. `Checkpoint` alone ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from allstep.checkpoint import rng
 from allstep.checkpoint.store import Loaded
 from allstep.engine.registry import RemovableEventHandle
+from allstep.world import current_data_ranks
+
+TWIN = "the same as that of the rank before"
+"""What a rank has for itself that computes its batches together with another one, which saves that for both."""
+
+
+def own_state(objects: Mapping[str, Any], metrics: Mapping[str, float]) -> Any:
+    """What this rank has for itself; of ranks that compute their batches together the first keeps it for all."""
+    if current_data_ranks().is_twin:
+        return TWIN
+    return {"objects": objects, "generators": rng.capture(), "metrics": metrics}
+
+
+def without_twins(loaded: Loaded) -> Loaded:
+    """The same, with what ranks had for themselves once for each part of the data."""
+    return replace(loaded, per_rank=[each for each in loaded.per_rank if each != TWIN])
 
 
 @dataclass(slots=True)

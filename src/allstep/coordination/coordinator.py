@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
+from allstep.placement import DataRanks
+
 ReduceOp = Literal["sum", "max", "min"]
 
 Outcome = Literal["left", "cancelled", "preempted", "finished", "failed"]
@@ -74,6 +76,10 @@ class Coordinator(Protocol):
     def world_size(self) -> int:
         """How many ranks agree."""
 
+    @property
+    def data(self) -> DataRanks:
+        """Which of them are given the same batches, and this rank's place among those that are given different ones."""
+
     def vote(self, vector: Sequence[int]) -> PendingSum:
         """Begin to sum a vector of 64-bit integers, of the same length everywhere, over all ranks."""
 
@@ -108,6 +114,7 @@ class Alone:
 
     rank: int = 0
     world_size: int = 1
+    data: DataRanks = DataRanks()
 
     def vote(self, vector: Sequence[int]) -> _KnownSum:
         """The only vote is the result."""

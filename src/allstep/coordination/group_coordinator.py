@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from allstep.coordination.coordinator import ReduceOp
 from allstep.coordination.torch_private import unrecorded
+from allstep.placement import DataRanks
 from allstep.protocol.heartbeat import RankActivity
 
 _SECTION = "agreement"  # what the monitor is told that a rank waits in
@@ -43,16 +44,23 @@ class GroupCoordinator:
     """Agreement among the ranks of `group`, a gloo group of its own.
 
     `activity` is told when this rank waits. `device_type` is that of the tensors which the default process group takes.
+    `sharing` neighbours are given the same batches.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, activity: RankActivity | None = None, *, device_type: str = "cpu"
+        self,
+        group: dist.ProcessGroup,
+        activity: RankActivity | None = None,
+        *,
+        device_type: str = "cpu",
+        sharing: int = 1,
     ) -> None:
         self._group = group
         self._activity = RankActivity() if activity is None else activity
         self._device_type = device_type
         self.rank: int = group.rank()
         self.world_size: int = group.size()
+        self.data = DataRanks.of(self.rank, self.world_size, sharing)
 
     def vote(self, vector: Sequence[int]) -> _VoteSum:
         """One asynchronous reduction of the vector."""

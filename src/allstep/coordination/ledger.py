@@ -60,7 +60,7 @@ def agree_window(
     Args:
         result: what all ranks said of the window.
         policy: what ends a pass: the first rank without a batch ("shortest" and "error") or the last ("longest").
-        world_size: number of ranks.
+        world_size: number of ranks that are given different data.
         group_size: iterations in an accumulation group; the window begins with a group.
         group_goes_on: whether a group that the pass's end would cut short waits for the next pass.
         carried: iterations at the window's beginning whose batches waited in this way.

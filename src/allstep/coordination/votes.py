@@ -50,6 +50,7 @@ class Vote:
         fingerprint: of the model at an epoch's end.
         sums: further numbers, as many on every rank, of which only the totals are wanted.
         backward_passes: how many of those that reduce gradients it has made in the run.
+        counts: whether its batches and samples are counted; not where another rank of a tensor-parallel group does it.
         doublings: how many times, up to `MOST_DOUBLINGS`, the default lookahead may be doubled as far as this rank's
             memory is concerned.
     """
@@ -72,6 +73,7 @@ class Vote:
     backward_passes: int = 0
     fingerprint: int = 0
     sums: Sequence[int] = ()
+    counts: bool = True
 
     @property
     def place(self) -> int:
@@ -105,7 +107,7 @@ class Vote:
             model := self.fingerprint % (1 << _PLACE_BITS),
             model**2,
         ]
-        body = [0 if n is None else 1 << _SAMPLE_BITS | n for n in self.samples]
+        body = [0 if n is None or not self.counts else 1 << _SAMPLE_BITS | n for n in self.samples]
         padding = [0] * (length - len(header) - len(body) - len(self.sums))
         return [*map(int, header), *body, *padding, *self.sums]
 

@@ -98,7 +98,7 @@ class AgreedBatches:
         batch = self._buffer.give(state.iteration, samples, begins_group=at % self._agreement.group_size == 0)
         state.active = batch is not END
         state.samples = samples if state.active else 0
-        state.weight = ledger.weight(at, state.samples, self._run.coordinator.world_size)
+        state.weight = ledger.weight(at, state.samples, self._run.coordinator.data.size)
         state.group_end = ledger.ends_group(at)
         if batch is END:
             batch = self._buffer.filler()
@@ -183,12 +183,13 @@ class AgreedBatches:
         result = self._hold(Occasion.EPOCH_END, unread=0 if is_longest else now[0] + before[0])
         if not result.unread:
             return ()
-        said = self._run.coordinator.gather((now, before))
+        said, sharing = self._run.coordinator.gather((now, before)), self._run.coordinator.data.sharing
         # Where every rank has batches left, the epoch had its length, and the next one goes on with them.
         ran_out = self._unread_is_said = any(batches == 0 for (batches, _), _ in said)
         left = [
             Unread(rank, present[0] * ran_out + earlier[0], present[1] * ran_out + earlier[1])
             for rank, (present, earlier) in enumerate(said)
+            if rank % sharing == 0
         ]
         return tuple(each for each in left if each.batches)
 
@@ -235,7 +236,7 @@ class AgreedBatches:
         self._ledger = ledger = agree_window(
             result,
             agreement.policy,
-            world_size,
+            run.coordinator.data.size,
             agreement.group_size,
             group_goes_on=run.epoch_is_counted,
             carried=self._buffer.carried,
@@ -294,7 +295,7 @@ class AgreedBatches:
         return self._voting.read(self._voting.cast(occasion, **more))
 
     def _agreed_iterations(self, result: VoteResult) -> int:
-        needed = 1 if self._agreement.policy == "longest" else self._run.coordinator.world_size
+        needed = 1 if self._agreement.policy == "longest" else self._run.coordinator.data.size
         return next((at for at, having in enumerate(result.having) if having < needed), len(result.having))
 
 
@@ -341,6 +342,7 @@ class Voting:
             gave_less=self._buffer.gave_less is not None,
             backward_passes=0 if replicas is None else replicas.backward_passes,
             sums=read_sums(self.sums),
+            counts=not self._run.coordinator.data.is_twin,
             **more,
         )
         self._sequence += 1

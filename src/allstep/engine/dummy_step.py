@@ -5,7 +5,7 @@ an iteration that is not this rank's own (`state.active` is False) the step runs
 ranks' collectives, in backward, in forward and in the step itself, wait for this rank's. So does one whose batch has
 no samples. Then the gradients that reach the parameters of wrapped modules are zero, whatever the filler's loss was,
 non-finite included. Their buffers are afterwards as they were before, or as DDP made them rank 0's. Inside an
-accumulation group gradients are added up and not reduced.
+accumulation group gradients are added up and not reduced. All of it holds for modules in DDP and for modules in parts.
 
 Where nobody votes, `counted_step` counts each batch before the step, which may change the batch, has it.
 """
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allstep.engine.autocast_step import step_in_precision
 from allstep.engine.run import Run
+from allstep.parallel import is_fully_sharded, unreduced, without_gradients
 
 
 def prepared_step(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -78,11 +79,16 @@ def counted_step(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
 @contextmanager
 def without_gradient(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run a step so that the gradients it gives parameters of `modules` are zero, even those of a loss that is NaN."""
+    modules = list(modules)
     parameters = {id(p): p for module in modules for p in module.parameters() if p.requires_grad}
     # A hook, not a factor of the loss: zero times NaN is NaN. DDP's reducer sees what the hook gives on.
     hooks = [p.register_hook(torch.zeros_like) for p in parameters.values()]  # type: ignore[no-untyped-call]
     try:
-        yield
+        with ExitStack() as stack:
+            for module in modules:
+                if is_fully_sharded(module):
+                    stack.enter_context(without_gradients(module))
+            yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -126,10 +132,12 @@ def _after_broadcast(inner: nn.Module, before: dict[int, tuple[torch.Tensor, tor
 
 @contextmanager
 def without_reduction(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Run a step whose gradients are added up on this rank and not yet reduced over ranks (DDP's `no_sync`)."""
+    """Run a step whose gradients are added up on this rank and not yet reduced over ranks (`no_sync`)."""
     with ExitStack() as stack:
         for module in modules:
             no_sync = getattr(module, "no_sync", None)
             if no_sync is not None:
                 stack.enter_context(no_sync())
+            elif is_fully_sharded(module):
+                stack.enter_context(unreduced(module))
         yield

@@ -94,7 +94,8 @@ def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Ite
     check_agreement(arguments.uneven, arguments.window, arguments.lookahead, group_size)
     check_same([each.schema for each in said])
     _check_dealing([each.dealing for each in said])
-    _warn_of_whole_datasets([each.whole_dataset for each in said], coordinator.rank)
+    _check_shared_batches(said, coordinator.data.sharing)
+    _warn_of_whole_datasets([each.whole_dataset for each in said[:: coordinator.data.sharing]], coordinator.rank)
     if run.replicas is not None:
         run.replicas.keep(frozenset.intersection(*(each.modules for each in said)))
     length = _agreed_length([each.length for each in said], arguments)
@@ -158,6 +159,18 @@ def _check_dealing(said: Sequence[Mapping[str, Any] | None]) -> None:
             raise TermsError(
                 f"the loaders of the ranks deal out different samples: {key} is {shown}. Give every rank's loader the "
                 "same dataset, sizes, seed and sampler"
+            )
+
+
+def _check_shared_batches(said: Sequence[RunDescription], sharing: int) -> None:
+    """Raise TermsError where ranks that compute one batch together have data of different lengths."""
+    for rank, own in enumerate(said):
+        first = rank - rank % sharing
+        if own.length != said[first].length:
+            raise TermsError(
+                f"ranks {first} to {first + sharing - 1} compute the same batches together, but rank {first} has "
+                f"{said[first].length} of them and rank {rank} {own.length}. Give them the same data: make it with "
+                "world.loader, or choose it by world.data_rank and world.data_size in place of rank and world_size"
             )
 
 

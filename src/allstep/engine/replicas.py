@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from allstep.coordination import Coordinator
 from allstep.diagnosis.backward_passes import advise_passes
 from allstep.errors import DataError, DivergenceError, ModelChangedError
-from allstep.parallel import Replica, broadcasts_buffers, in_short, unify_buffers
+from allstep.parallel import Replica, broadcasts_buffers, in_short, is_fully_sharded, unify_buffers
 from allstep.protocol.heartbeat import RankActivity
 from allstep.world import World, internals
 
@@ -299,7 +299,7 @@ def modules_in_step(given: Iterable[nn.Module], coordinator: Coordinator) -> tup
     modules = list(dict.fromkeys([*wrapped, *given]))
     if coordinator.world_size == 1 or (world is not None and coordinator.world_size != world.world_size):
         return modules, None
-    unreduced = [each for each in wrapped if not isinstance(each, DistributedDataParallel)]
+    unreduced = [each for each in wrapped if not (isinstance(each, DistributedDataParallel) or is_fully_sharded(each))]
     activity = RankActivity() if inner is None else inner.activity
     names = {module: f"wrapped {number}" for number, module in numbered.items()}
     named = {names.get(module, f"given {at - len(wrapped)}"): module for at, module in enumerate(modules)}

@@ -17,7 +17,7 @@ import torch
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, is_count
 from allstep.errors import ArgumentError, ArgumentTypeError
-from allstep.world import World
+from allstep.world import current_data_ranks
 
 Keep = Literal["epoch", "run"]
 
@@ -89,9 +89,8 @@ class OutputStore:
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take this rank's share of what all ranks of a checkpoint kept."""
-        world = World.current()
-        rank, size = (0, 1) if world is None else (world.rank, world.world_size)
-        self.load_state_dict({"data": [each for state in states[rank::size] for each in state["data"]]})
+        data = current_data_ranks()
+        self.load_state_dict({"data": [each for state in states[data.rank :: data.size] for each in state["data"]]})
 
 
 def _detached(value: Any) -> Any:

@@ -25,7 +25,7 @@ from allstep.engine import Engine, Events
 from allstep.engine.events import is_count
 from allstep.errors import ArgumentError, ArgumentTypeError
 from allstep.handlers.device_peaks import peak_flops
-from allstep.world import World
+from allstep.world import World, current_data_ranks
 
 _KILO = 1000
 
@@ -114,7 +114,7 @@ class Throughput:
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._end_epoch)
         if self.every is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._report)
-        for name, read in self._numbers().items():
+        for name, read in self._numbers(engine).items():
             extension.sum_over_ranks(f"{name} of Throughput", read, self._land)
         extension.add_state(self)
         return self
@@ -173,9 +173,10 @@ class Throughput:
         began = self._read_at if self._epoch_began is None else self._epoch_began
         return round((self._seconds + self._read_at - began) * 1e6)
 
-    def _numbers(self) -> dict[str, Callable[[], int]]:
+    def _numbers(self, engine: Engine) -> dict[str, Callable[[], int]]:
         return {
-            self.unit: lambda: self._units,
+            # A batch that several ranks compute together is one.
+            self.unit: lambda: 0 if engine.coordinator.data.is_twin else self._units,
             "microseconds": self._microseconds,
             "kFLOPs": lambda: 0 if self.flops_per_unit is None else max(1, round(self.flops_per_unit / _KILO)),
             "ranks with FLOPs": lambda: int(self.flops_per_unit is not None),
@@ -226,7 +227,7 @@ class Throughput:
 
     def _report(self, engine: Engine) -> None:
         if self._world_size == 1:
-            for read in self._numbers().values():
+            for read in self._numbers(engine).values():
                 self._land(read())
         if self._before is not None:
             engine.state.metrics.update(self._rates(self._before))
@@ -261,6 +262,5 @@ class Throughput:
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take this rank's share of what all ranks of a checkpoint counted."""
-        world = World.current()
-        rank, size = (0, 1) if world is None else (world.rank, world.world_size)
-        self._units = sum(int(each["units"]) for each in states[rank::size])
+        data = current_data_ranks()
+        self._units = sum(int(each["units"]) for each in states[data.rank :: data.size])

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from allstep.errors import ConfigurationError
+from allstep.errors import ConfigurationError, MeshError
 from allstep.launch.environment import worker_environment
 from allstep.protocol.masking import masked_value
 from allstep.protocol.user_secret import VARIABLE as SECRET
@@ -240,6 +240,16 @@ def check_fault(name: str, value: str) -> None:
     FaultPlan.parse(value)
 
 
+def check_mesh(name: str, value: str) -> None:
+    """Raise ConfigurationError unless `value` names a mesh, such as replicate=2,shard=4."""
+    from allstep.placement import parse_mesh
+
+    try:
+        parse_mesh(value)
+    except MeshError as error:
+        raise ConfigurationError(str(error)) from None
+
+
 # Values that are text already.
 def _read_text(name: str, text: str) -> str:
     return text
@@ -261,6 +271,7 @@ _TEXT = ValueType(_read_text, check_not_empty)
 _RDZV = ValueType(_read_text, check_rdzv)
 _LIMITS = ValueType(_read_text, check_limits)
 _FAULT = ValueType(_read_text, check_fault)
+_MESH = ValueType(_read_text, check_mesh)
 
 
 def _option(
@@ -333,6 +344,9 @@ class LaunchSettings:
         None, _RDZV, "HOST:PORT", "where the machines meet: the host of node 0, and a port that is free there"
     )
     rdzv_timeout: float = _option(300.0, _SECONDS, "SECONDS", "how long the machines wait for each other")
+    mesh: str | None = _option(
+        None, _MESH, "NAME=N,...", "which ranks share a model or a batch, such as replicate=2,shard=4; see Meshes"
+    )
     limits: str | None = _option(
         None, _LIMITS, "TEXT", "seconds that a section may last without progress, such as step=60,data=300"
     )

@@ -141,6 +141,8 @@ def plan_workers(
         inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // share.workers)))
     if settings.limits is not None:
         inherited["ALLSTEP_LIMITS"] = settings.limits
+    if settings.mesh is not None:
+        inherited["ALLSTEP_MESH"] = settings.mesh
     if settings.fault is not None:
         inherited["ALLSTEP_FAULT"] = settings.fault
     if settings.resume is not None:

@@ -123,14 +123,16 @@ class Exchange:
         self._memory = None if plan.gathered else memory
         payloads = memory.payloads if frame.on_host else _gather_payloads(coordinator, plan, frame, heads)
         manifests = memory.manifests(heads, behind_payload=frame.on_host)
+        # Ranks that compute one batch together have the same states: one of them is counted.
+        each = slice(None, None, coordinator.data.sharing)
         ranks = [
             unpack(plan, manifest, payload, at=frame.block_bytes)
-            for manifest, payload in zip(manifests, payloads, strict=True)
+            for manifest, payload in zip(manifests[each], payloads[each], strict=True)
         ]
         if apart:
             return Gathered(_reduce_blocks(coordinator, plan), ranks)
         rows = memory.block_rows if frame.on_host else block_rows(plan, payloads)
-        return Gathered(_fold_blocks(plan, rows), ranks)
+        return Gathered(_fold_blocks(plan, [of_block[each] for of_block in rows]), ranks)
 
     def _memory_for(self, plan: ReductionPlan, length: int, ranks: int) -> _Memory:
         # Taken away until all went well: what a failed exchange left under way may still write to it.
@@ -251,6 +253,8 @@ def _reduce_blocks(coordinator: Coordinator, plan: ReductionPlan) -> list[torch.
     reduced = []
     for block, values in zip(plan.blocks, block_values(plan), strict=True):
         total = to_accumulator(values, block.op)
+        if coordinator.data.is_twin and block.op == "sum":  # the rank with the same batches adds them
+            total.zero_()
         # Gloo reduces no complex numbers; adding their parts is the same sum.
         flat = torch.view_as_real(total) if total.is_complex() else total
         summed = coordinator.reduce_tensor(flat, block.op)

@@ -24,7 +24,7 @@ from allstep.metrics.running import Weighted
 from allstep.metrics.saving import load_states, saved_states
 from allstep.metrics.torchmetrics_private import overrides_sync, prepare_to_compute
 from allstep.metrics.usage import Event, Usage, UsageName, as_usage, base_event, each_event, event_name
-from allstep.world import World
+from allstep.world import World, current_data_ranks
 
 _LONGEST_NAME = 100
 
@@ -187,8 +187,8 @@ class Metrics:
 
     def _share(self) -> tuple[int, None, int]:
         """Of the saved ranks every how many, from which on, this rank goes on for, as the arguments of a slice."""
-        ranks = World.current() if self._engine is None else self._engine.coordinator
-        return (0, None, 1) if ranks is None else (ranks.rank, None, ranks.world_size)
+        data = current_data_ranks() if self._engine is None else self._engine.coordinator.data
+        return data.rank, None, data.size
 
     def _begin(self, engine: Engine, event: Event) -> None:
         # A run that goes on in the middle of an epoch fires its beginning too, and keeps what was counted.

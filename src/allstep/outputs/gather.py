@@ -41,7 +41,7 @@ from allstep.outputs.samples import (
     pack_samples,
     unpack_samples,
 )
-from allstep.world import World
+from allstep.world import current_data_ranks
 
 PIECE = 64 * 2**20  # bytes of a payload that one collective carries
 
@@ -172,8 +172,8 @@ class Gather:
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take this rank's share of what all ranks of a checkpoint, of any number, had of the epoch."""
-        ranks = World.current() if self._engine is None else self._engine.coordinator
-        share = states if ranks is None else states[ranks.rank :: ranks.world_size]
+        data = current_data_ranks() if self._engine is None else self._engine.coordinator.data
+        share = states[data.rank :: data.size]
         self._take_over(share, states[0])
 
     def _take_over(self, share: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> None:
@@ -243,8 +243,9 @@ class Gather:
         own, packed = NO_SAMPLES, Packed([], [])
         has_indices = all(batch.has_indices for batch in self._batches.values())
         try:
-            # A rank that failed takes part all the same, with nothing, so that the others hear why.
-            if self._failure is None:
+            # A rank that failed takes part all the same, with nothing, so that the others hear why. So does one whose
+            # batches another rank has too, as in a tensor-parallel group.
+            if self._failure is None and not coordinator.data.is_twin:
                 own = self._own()
                 packed = pack_samples(own, self.names)
         except Exception as error:
@@ -287,9 +288,10 @@ class Gather:
         try:
             payloads = _gather_payloads(coordinator, packed, [each.size for each in summaries], wants=wants)
             if wants:
+                different = slice(None, None, coordinator.data.sharing)
                 every = [
                     unpack_samples(each.manifest, payload, self.names)
-                    for each, payload in zip(summaries, payloads, strict=True)
+                    for each, payload in zip(summaries[different], payloads[different], strict=True)
                 ]
                 found = join_samples(every, self.names, have_indices=_have_indices(summaries))
         except Exception as error:
@@ -303,14 +305,15 @@ class Gather:
     ) -> Parts | None:
         """Every rank's samples, in files."""
         # A full disk or a missing folder of one rank is an error of all, who would else wait for it in the next epoch.
-        failure = None
+        failure, data = None, coordinator.data
         try:
-            write_part(folder, own, coordinator.rank, coordinator.world_size, self.format)
+            if not data.is_twin:
+                write_part(folder, own, data.rank, data.size, self.format)
         except Exception as error:
             failure = error
         _agree("a part could not be written", coordinator, failure)
         samples = sum(each.samples for each in summaries)
-        parts = Parts(folder, self.names, coordinator.world_size, samples, self.format, _have_indices(summaries))
+        parts = Parts(folder, self.names, data.size, samples, self.format, _have_indices(summaries))
         return parts if self._wants(coordinator) else None
 
 

@@ -5,6 +5,14 @@ collectives (`world`), and gradient accumulation and weights of uneven batches (
 """
 
 from allstep.parallel.buffers import broadcasts_buffers, unify_buffers
+from allstep.parallel.fully_sharded import (
+    choose_units,
+    is_fully_sharded,
+    shard_module,
+    unreduced,
+    without_gradients,
+)
+from allstep.parallel.meta_weights import materialised_later
 from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.replica import Replica, in_short
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
@@ -14,10 +22,16 @@ __all__ = [
     "Replica",
     "autocast",
     "broadcasts_buffers",
+    "choose_units",
     "grad_scaler",
     "in_short",
+    "is_fully_sharded",
+    "materialised_later",
     "rewrap",
+    "shard_module",
     "unify_buffers",
+    "unreduced",
     "unwrap",
+    "without_gradients",
     "wrap_module",
 ]

@@ -35,10 +35,10 @@ def unify_buffers(module: nn.Module) -> None:
     inner = module if ddp is None else ddp.module
     ignored = set() if ddp is None else ddp.parameters_to_ignore
     buffers = [each for name, each in inner.named_buffers() if name not in ignored]
-    _broadcast(buffers, None if ddp is None else ddp.process_group)
+    broadcast_from_first(buffers, None if ddp is None else ddp.process_group)
 
 
-def _broadcast(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None) -> None:
+def broadcast_from_first(tensors: Iterable[torch.Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Give tensors the values of the group's first rank, all of one device in one message."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for each in tensors:

@@ -3,6 +3,8 @@
 Contract: `World.wrap` calls `wrap_module` with its device and size. Before: every rank has built the same module and
 calls this at the same point, since DDP compares and broadcasts parameters. After: the module is on the device, and
 gradients of a world of several are averaged over ranks in backward. A world of one gets its own module back, moved.
+In a mesh gradients are averaged over its data ranks, and with `shard` in it the module is put in parts: see
+`fully_sharded`.
 `rewrap` follows a module that has changed since; see `allstep.parallel.replica`.
 """
 
@@ -13,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentTypeError, ParallelError
+from allstep.parallel.fully_sharded import shard_module
 from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
@@ -25,6 +29,7 @@ from allstep.suggestions import unknown_option
 
 _DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
 _OWN_OPTIONS = ("sync_batchnorm", "deterministic")
+_SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"module", "device", "mesh"}
 
 
 def sharded_parameter(module: nn.Module) -> str | None:
@@ -40,9 +45,10 @@ def wrap_module(
     sync_batchnorm: bool = False,
     deterministic: bool = True,
     activity: RankActivity | None = None,
+    mesh: DeviceMesh | None = None,
     **ddp_options: Any,
 ) -> nn.Module:
-    """Move a module to a device and, when there are peers, wrap it in DDP.
+    """Move a module to a device and, when there are peers, wrap it in DDP, or shard it.
 
     Args:
         module: what to train. One without a parameter that requires a gradient is only moved: DDP refuses it, and
@@ -56,18 +62,32 @@ def wrap_module(
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
         activity: told of backward passes and, on the CPU, when this rank waits for the others; see
             `allstep.parallel.timed_ddp`. None measures nothing.
+        mesh: of the world. With `shard` in it, what follows are the arguments of `shard_module`: units, precision,
+            reshard_after_forward, cpu_offload and ignored.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
     Raises:
         ParallelError: no module was given, it is wrapped or sharded already, or SyncBatchNorm was asked for where there
             is none.
-        ArgumentTypeError: an option that DistributedDataParallel does not have, in a world of any size.
+        ArgumentTypeError: an option that DistributedDataParallel, or `shard_module`, does not have, in a world of any
+            size.
     """
     if not isinstance(module, nn.Module):
         raise ParallelError(f"module is {module!r}; wrap a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
+    dimensions = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is not None and "shard" in dimensions:
+        if unknown := unknown_option("wrap", ddp_options, (), _SHARD_OPTIONS, "a model in parts"):
+            raise ArgumentTypeError(unknown)
+        return shard_module(module, device, mesh[_data_dimensions(mesh)], **ddp_options)
+    if given := [each for each in ddp_options if each in _SHARD_OPTIONS]:
+        said = f"the mesh has {', '.join(dimensions)}" if dimensions else "there is no mesh"
+        raise ParallelError(
+            f"wrap got {given[0]}=, which is for a model in parts, and {said}: open the world with "
+            'allstep.init(mesh={"shard": -1}), or start it by allstep run --mesh shard=-1'
+        )
     if sharded := sharded_parameter(module):
         raise ParallelError(
             f"parameter {sharded} is a DTensor: the module is sharded already, by fully_shard or a tensor-parallel "
@@ -90,6 +110,11 @@ def wrap_module(
         return module
     # Gradients that are views of the buckets save a copy of all gradients.
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if mesh is not None:
+        over = _data_dimensions(mesh)
+        if not over:  # all ranks compute every batch together
+            return module
+        defaults["process_group"] = mesh.get_group(over[0])
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
     is_timed = activity is not None and device.type == "cpu" and can_time_ddp()
@@ -100,6 +125,11 @@ def wrap_module(
     wrapped.activity = activity
     hold_group(wrapped)
     return wrapped
+
+
+def _data_dimensions(mesh: DeviceMesh) -> tuple[str, ...]:
+    """The dimensions whose ranks are given different data."""
+    return tuple(name for name in mesh.mesh_dim_names or () if name != "tensor")
 
 
 def rewrap(module: nn.Module) -> None:

@@ -2,10 +2,12 @@
 
 `detect` asks one file after another: `torchrun` (and `allstep run`), `by_hand`, `xla`, `mpi`, `slurm`. Each answers
 from environment variables alone, read by `variables`. Nothing here connects, chooses a device or sets a variable:
-meeting the other ranks is `allstep.world`'s, and setting the variables `allstep.launch`'s.
+meeting the other ranks is `allstep.world`'s, and setting the variables `allstep.launch`'s. `mesh` says which ranks
+share a model or a batch.
 """
 
 from allstep.placement.detect import detect
+from allstep.placement.mesh import DataRanks, MeshShape, parse_mesh, resolve_mesh
 from allstep.placement.placement import Launcher, Placement, Rendezvous
 
-__all__ = ["Launcher", "Placement", "Rendezvous", "detect"]
+__all__ = ["DataRanks", "Launcher", "MeshShape", "Placement", "Rendezvous", "detect", "parse_mesh", "resolve_mesh"]

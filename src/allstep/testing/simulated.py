@@ -19,6 +19,7 @@ import torch
 
 from allstep.coordination import ReduceOp
 from allstep.errors import ArgumentError, SimulationError
+from allstep.placement import DataRanks
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class _ThreadGroup:
 
     world_size: int
     timeout: float
+    sharing: int = 1
     changed: threading.Condition = field(default_factory=threading.Condition)
     contributions: dict[int, dict[int, Any]] = field(default_factory=dict)
     readers: dict[int, int] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class SimulatedRank:
         self._group = group
         self.rank = rank
         self.world_size = group.world_size
+        self.data = DataRanks.of(rank, group.world_size, group.sharing)
         self.calls = 0
 
     def vote(self, vector: Sequence[int]) -> _SimulatedSum:
@@ -113,7 +116,7 @@ class SimulatedRank:
         return self.calls
 
 
-def simulate(fn: Callable[..., T], world_size: int, *args: Any, timeout: float = 20.0) -> list[T]:
+def simulate(fn: Callable[..., T], world_size: int, *args: Any, timeout: float = 20.0, sharing: int = 1) -> list[T]:
     """Call `fn(coordinator, *args)` on `world_size` simulated ranks; give back what each returned, in rank order.
 
     Args:
@@ -121,6 +124,7 @@ def simulate(fn: Callable[..., T], world_size: int, *args: Any, timeout: float =
         world_size: number of ranks.
         args: further arguments, shared by the ranks.
         timeout: seconds that ranks wait for each other in a collective.
+        sharing: neighbours that are given the same batches, as the ranks of a tensor-parallel group are.
 
     Raises:
         ArgumentError: `world_size` is less than 1.
@@ -129,7 +133,7 @@ def simulate(fn: Callable[..., T], world_size: int, *args: Any, timeout: float =
     """
     if world_size < 1:
         raise ArgumentError(f"world_size is {world_size}; it must be 1 or more")
-    group = _ThreadGroup(world_size, timeout)
+    group = _ThreadGroup(world_size, timeout, sharing)
     results: list[Any] = [None] * world_size
     errors: dict[int, BaseException] = {}
 

@@ -8,10 +8,11 @@ What does not live here: how a model is wrapped (`parallel`), who reads which sa
 World through `internals` only.
 """
 
+from allstep.world.device_mesh import current_data_ranks
 from allstep.world.initialization import init
 from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
 from allstep.world.numbers import to_numbers
 from allstep.world.world import World, internals
 
-__all__ = ["World", "WorldInternals", "init", "internals", "to_device", "to_numbers"]
+__all__ = ["World", "WorldInternals", "current_data_ranks", "init", "internals", "to_device", "to_numbers"]

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from allstep.errors import WorldError
 from allstep.faults import RankPosition, strike
 from allstep.placement import Placement, Rendezvous, detect
+from allstep.placement.mesh import in_words
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.registration import RankRegistration
 from allstep.suggestions import suggests_keywords
@@ -38,6 +39,7 @@ from allstep.world import early_signals
 from allstep.world.collectives import Collectives
 from allstep.world.current import is_interactive
 from allstep.world.device import choose_backend, choose_device, open_xla_device, visible_hardware
+from allstep.world.device_mesh import choose_mesh, mesh_shape
 from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
 from allstep.world.failures import Reporter
@@ -60,6 +62,7 @@ def init(
     seed: int | None = None,
     *,
     facts: Mapping[str, object] | None = None,
+    mesh: Mapping[str, int] | None = None,
 ) -> World:
     """Open the World: find this process' place, its device, and the other ranks.
 
@@ -70,6 +73,9 @@ def init(
         seed: if given, what `World.seed_everything` is called with.
         facts: what must be the same on all ranks, by name, such as `{"config": settings}`. Before ranks connect, values
             are compared as text and nested mappings key by key.
+        mesh: which ranks share a model or a batch, as sizes by name: `{"replicate": 2, "shard": 4}`, `{"shard": -1}`,
+            `{"data": 4, "tensor": 2}`. `allstep run --mesh`, which is ALLSTEP_MESH, comes before it. See the guide on
+            meshes.
 
     Returns:
         The World, to be used as a context manager or closed with `close`. In an interactive session of one process,
@@ -77,13 +83,14 @@ def init(
 
     Raises:
         ArgumentError, ArgumentTypeError: timeout, seed or facts cannot be meant.
+        MeshError: a mesh's names or sizes cannot be meant, or do not make up the world.
         PlacementError: the environment does not say which rank this is.
         WorldError: a World is open already, device or backend do not fit, the ranks did not meet, or they differ in
             what must be the same.
     """
     present = World.current()
     if present is not None:
-        present._check_open("init")  # in a process that was forked from a rank, it says so
+        present._membership.check_open("init")  # in a process that was forked from a rank, it says so
         if present.world_size == 1 and is_interactive():  # a cell that is run again
             present.close()
         else:
@@ -96,14 +103,17 @@ def init(
         if timeout is _TIMEOUT and "ALLSTEP_DEBUG_RANK" in os.environ:
             limit = _DEBUGGED_S  # the others wait for a person
         same = facts_of(facts, os.environ, {"torch": torch.__version__, "allstep": __version__})
+        chosen = choose_mesh(mesh, os.environ)
+        if chosen is not None:
+            same["mesh"] = in_words(chosen)
         placement = detect(os.environ)
         for text in placement.warnings:
             warnings.warn(text, stacklevel=3)  # who called `init`
         strike(RankPosition("start", placement.rank, placement.attempt))
         if dist.is_available() and dist.is_initialized():
-            world = _adopt(placement, backend, device, limit, same)
+            world = _adopt(placement, backend, device, limit, same, chosen)
         else:
-            world = _open(placement, backend, device, limit, same)
+            world = _open(placement, backend, device, limit, same, chosen)
     except BaseException:
         early_signals.restore_default_action()
         raise
@@ -124,13 +134,14 @@ def _open(
     asked: str | torch.device | None,
     timeout: float,
     facts: Mapping[str, str],
+    mesh: Mapping[str, int] | None,
 ) -> World:
-    activity = RankActivity()
+    activity, shape = RankActivity(), mesh_shape(mesh, placement)
     device = _prepared(choose_device(placement, visible_hardware(), asked))
     chosen = choose_backend(device, backend)
     supervised = supervised_service(placement)
     if supervised is None and placement.world_size == 1:
-        return World(placement, device, None, timeout, activity)
+        return World(placement, device, None, timeout, activity, mesh=shape)
     registration = _registration(placement, device, chosen, facts)
     # The supervisor's service is known from the environment; a sidecar's address is in the ranks' store.
     reporter = None if supervised is None else _join(supervised, placement, registration, activity, timeout)
@@ -145,7 +156,7 @@ def _open(
             except BaseException:
                 info.abandon(placement.world_size)
                 raise
-        return World(placement, device, group, timeout, activity, reporter)
+        return World(placement, device, group, timeout, activity, reporter, shape)
     except BaseException as error:
         if reporter is not None:
             reporter.abandon(error)
@@ -158,6 +169,7 @@ def _adopt(
     asked: str | torch.device | None,
     timeout: float,
     facts: Mapping[str, str],
+    mesh: Mapping[str, int] | None,
 ) -> World:
     activity = RankActivity()
     group = adopt_group()
@@ -171,20 +183,21 @@ def _adopt(
     collectives = Collectives(group.rank, group.world_size, carrier, carrier)
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
+    shape = mesh_shape(mesh, placement)
     device = _prepared(choose_device(placement, visible_hardware(), asked))
     # The supervisor knows the ranks that it started, and not those of a group that counts them in another way.
     service = supervised_service(placement) if placement == detected else None
     if service is None and placement.world_size > 1:
         service = sidecar_service(group.rendezvous.store, placement, timeout, time.monotonic() + timeout)
     if service is None:
-        return World(placement, device, group, timeout, activity)
+        return World(placement, device, group, timeout, activity, mesh=shape)
     registration = _registration(placement, device, group.backend, facts)
     try:
         reporter = _join(service, placement, registration, activity, timeout)
     except BaseException:
         service.release()
         raise
-    return World(placement, device, group, timeout, activity, reporter)
+    return World(placement, device, group, timeout, activity, reporter, shape)
 
 
 def _registration(

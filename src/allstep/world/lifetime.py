@@ -16,25 +16,27 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from allstep.errors import WorldError
+from allstep.placement import DataRanks
 from allstep.world import current
 
 
-class Closable(Protocol):
-    """What a World is to this module."""
+class Member(Protocol):
+    """What a World is to this module, by its `_membership`."""
 
-    def _end_at_exit(self) -> None:
+    def end_at_exit(self) -> None:
         """The interpreter ends, and the World is open."""
 
-    def _end_in_child(self) -> None:
+    def end_in_child(self) -> None:
         """This process was forked from the rank."""
 
 
-def make_current(world: Closable) -> None:
+def make_current(world: Any) -> None:
     """Make a World the current one, and have it ended with the interpreter, or in a forked child, if it is open."""
+    member: Member = world._membership
     current.install(world)
-    atexit.register(world._end_at_exit)
+    atexit.register(member.end_at_exit)
     # What is registered stays registered for the life of the process, which may see many Worlds.
-    ended: Callable[[], Callable[[], None] | None] = weakref.WeakMethod(world._end_in_child)
+    ended: Callable[[], Callable[[], None] | None] = weakref.WeakMethod(member.end_in_child)
     os.register_at_fork(after_in_child=lambda: _call(ended()))
 
 
@@ -58,6 +60,7 @@ class NoCoordinator:
     def __init__(self, rank: int, world_size: int, why: str) -> None:
         self.rank = rank
         self.world_size = world_size
+        self.data = DataRanks.of(rank, world_size)
         self._why = why
 
     def __getattr__(self, name: str) -> Any:

@@ -60,6 +60,13 @@ class Group:
         self._made.append(made)
         return made
 
+    def split(self, lines: Sequence[Sequence[int]], timeout: float) -> dist.ProcessGroup:
+        """Groups of the ranks of each line, of which this rank is in one: that is returned."""
+        mine, _ = dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout))  # type: ignore[no-untyped-call]
+        assert isinstance(mine, dist.ProcessGroup)
+        self._made.append(mine)
+        return mine
+
     def parts(self) -> list[object]:
         """What has threads, or sockets that other ranks hear from when they are closed."""
         return [*open_groups(self._made), self.rendezvous.store.raw, self.rendezvous.server]

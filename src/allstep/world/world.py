@@ -10,10 +10,8 @@ This file is the face that a script sees. The work is done in the modules beside
 
 from __future__ import annotations
 
-import atexit
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar, cast, overload
@@ -24,20 +22,20 @@ from torch.utils.data import Dataset
 
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.data import Loader, SampleSeeding, make_loader
-from allstep.errors import ArgumentError, WorldError
+from allstep.errors import ArgumentError
 from allstep.exit_codes import IN_ORDER
-from allstep.faults import RankPosition, strike
 from allstep.parallel import Precision, autocast, rewrap, unify_buffers, unwrap, wrap_module
-from allstep.placement import Placement
+from allstep.placement import DataRanks, MeshShape, Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
-from allstep.world import current, early_signals
-from allstep.world.collectives import Collectives, NamedWaits, Number, Op
+from allstep.world import current
+from allstep.world.collectives import Collectives, Number, Op
 from allstep.world.device import choose_transport, seed_device
+from allstep.world.device_mesh import open_mesh
 from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
-from allstep.world.lifetime import NoCoordinator, inherited_from, keep_for_ever
+from allstep.world.membership import Membership
 from allstep.world.move import to_device
 from allstep.world.numbers import to_numbers
 from allstep.world.process_group import Group
@@ -47,7 +45,6 @@ from allstep.world.turns import Turns
 T = TypeVar("T")
 
 _MAIN_FIRST_LIMIT = timedelta(hours=12)
-_AT_EXIT_S = 5.0  # an interpreter that ends with its World open does not wait longer than this for the other ranks
 
 
 class World:
@@ -55,9 +52,15 @@ class World:
 
     Attributes:
         placement: where the launcher put this process.
+        local_rank, local_world_size: this process among those of its node, from 0, and their number.
+        node_rank: this node among all, from 0.
         device: this rank's device.
         backend: of the process group; None in a world of one, which has none.
         seed: what `seed_everything` was given last, or None.
+        mesh: torch's DeviceMesh with named dimensions; None where `init` was given none, and in a world of one.
+        data_rank, data_size: this rank's place, from 0, among those that are given different batches, and their number.
+            They are `rank` and `world_size` but in a mesh with `tensor`, whose ranks compute each batch together.
+        data_ranks: the same as one value.
     """
 
     def __init__(
@@ -68,26 +71,30 @@ class World:
         timeout: float,
         activity: RankActivity | None = None,
         reporter: Reporter | None = None,
+        mesh: MeshShape | None = None,
     ) -> None:
         self.placement = placement
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self._group = group
-        self._timeout = timeout
-        self._closed = ""  # why it can no longer be used
+        self.mesh = open_mesh(mesh, group, device, timeout)
+        self.data_ranks = DataRanks.of(self.rank, self.world_size, 1 if mesh is None else mesh.sharing)
+        self.data_rank, self.data_size = self.data_ranks.rank, self.data_ranks.size
+        self.local_rank, self.local_world_size = placement.local_rank, placement.local_world_size
+        self.node_rank = placement.node_rank
         activity = RankActivity() if activity is None else activity
         transport = choose_transport(device, group.backend) if group is not None else device
         coordinator: Coordinator = (
             Alone()
             if group is None
-            else GroupCoordinator(group.for_agreement(timeout), activity, device_type=transport.type)
+            else GroupCoordinator(
+                group.for_agreement(timeout), activity, device_type=transport.type, sharing=self.data_ranks.sharing
+            )
         )
-        # Waits are named for the monitoring service; without one the search for the calling line is spared.
         self._internals = WorldInternals(coordinator, activity, reporter)
         self._turns = Turns(placement, group, activity)
         self._collectives = Collectives(self.rank, self.world_size, device, transport)
-        self._named_waits = None if group is None or reporter is None else NamedWaits(activity)
+        self._membership = Membership(self, placement, group, self._internals, timeout)
 
     @staticmethod
     def current() -> World | None:
@@ -105,39 +112,22 @@ class World:
         return self.placement.world_size
 
     @property
-    def local_rank(self) -> int:
-        """This process among those of its node, from 0."""
-        return self.placement.local_rank
-
-    @property
-    def local_world_size(self) -> int:
-        """Number of ranks on this node."""
-        return self.placement.local_world_size
-
-    @property
-    def node_rank(self) -> int:
-        """This node among all, from 0."""
-        return self.placement.node_rank
-
-    @property
     def is_main(self) -> bool:
         """Whether this is rank 0, which prints and writes for all."""
         return self.rank == 0
 
     # Models and data
 
-    def wrap(self, module: nn.Module, *, sync_batchnorm: bool = False, **options: Any) -> nn.Module:
-        """Move a module to this rank's device and, when there are peers, wrap it in DDP.
+    def wrap(self, module: nn.Module, **options: Any) -> nn.Module:
+        """Move a module to this rank's device and, when there are peers, wrap it in DDP, or shard it over the mesh.
 
-        Args and errors as in `allstep.parallel.wrap_module`.
+        Args and errors as in `allstep.parallel.wrap_module`; where the mesh has `shard`, as in `shard_module` there.
         """
-        self._check_open("wrap")
+        self._membership.check_open("wrap")
         inner = self._internals
         activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
-        with self._waits("wrap"):
-            wrapped = wrap_module(
-                module, self.device, self.world_size, sync_batchnorm=sync_batchnorm, activity=activity, **options
-            )
+        with self._membership.waits("wrap"):
+            wrapped = wrap_module(module, self.device, self.world_size, activity=activity, mesh=self.mesh, **options)
         inner.add_wrapped(wrapped)
         return wrapped
 
@@ -146,7 +136,7 @@ class World:
 
         Its buffers are one model's at each end of an engine's epoch and at the start of each run; see `unify_buffers`.
         """
-        self._check_open("unwrap")
+        self._membership.check_open("unwrap")
         return unwrap(module)
 
     def rewrap(self, module: nn.Module) -> None:
@@ -154,13 +144,13 @@ class World:
 
         Collective; args and errors as in `allstep.parallel.rewrap`. An engine does it by itself where an epoch starts.
         """
-        with self._collective("rewrap"):
+        with self._membership.collective("rewrap"):
             if self.world_size > 1:
                 rewrap(module)
 
     def unify_buffers(self, module: nn.Module) -> None:
         """Give a module's buffers, such as BatchNorm's statistics, the values of rank 0; wrapped or not. Collective."""
-        with self._collective("unify_buffers"):
+        with self._membership.collective("unify_buffers"):
             if self.world_size > 1:
                 unify_buffers(module)
 
@@ -173,7 +163,7 @@ class World:
 
     def to_device(self, value: T) -> T:
         """Move all tensors of a nested structure to this rank's device; see `allstep.world.to_device`."""
-        self._check_open("to_device")
+        self._membership.check_open("to_device")
         return to_device(value, self.device)
 
     def to_numbers(self, value: Any) -> Any:
@@ -211,11 +201,11 @@ class World:
         Raises:
             DataError: arguments that cannot work together; see `allstep.data.make_loader`.
         """
-        self._check_open("loader")
+        self._membership.check_open("loader")
         return make_loader(
             dataset,
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.data_rank,
+            world_size=self.data_size,
             seed=seed if seed is not None else self.seed or 0,
             batch_size=batch_size,
             global_batch_size=global_batch_size,
@@ -249,7 +239,7 @@ class World:
         Raises:
             CollectiveError: an unknown op, or what no backend carries.
         """
-        with self._collective("all_reduce"):
+        with self._membership.collective("all_reduce"):
             return self._collectives.all_reduce(x, op)
 
     @overload
@@ -264,7 +254,7 @@ class World:
         Raises:
             CollectiveError: a rank gave something else, on all ranks.
         """
-        with self._collective("all_gather"):
+        with self._membership.collective("all_gather"):
             return self._collectives.all_gather(x)
 
     @overload
@@ -280,7 +270,7 @@ class World:
         Raises:
             CollectiveError: `src` is no rank, or its `x` is neither tensor nor number, on all ranks.
         """
-        with self._collective("broadcast"):
+        with self._membership.collective("broadcast"):
             return self._collectives.broadcast(x, src)
 
     def gather_objects(self, value: T) -> list[T]:
@@ -291,12 +281,12 @@ class World:
         Raises:
             CollectiveError: an object cannot be pickled, on all ranks.
         """
-        with self._collective("gather_objects"):
+        with self._membership.collective("gather_objects"):
             return self._collectives.gather_objects(value)
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
-        with self._collective("barrier"):
+        with self._membership.collective("barrier"):
             self._collectives.barrier()
 
     @contextmanager
@@ -313,9 +303,9 @@ class World:
             ArgumentError: the timeout is no positive duration.
             WorldError: the first rank did not finish in time or is gone, on the others.
         """
-        self._check_open("main_first")
+        self._membership.check_open("main_first")
         limit = seconds("timeout", timeout)
-        with self._turns.take(local=local, timeout=limit, waits=self._waits("main_first")):
+        with self._turns.take(local=local, timeout=limit, waits=self._membership.waits("main_first")):
             yield
 
     # The rest of a script
@@ -333,7 +323,7 @@ class World:
         Raises:
             ArgumentError: there is no such section.
         """
-        self._check_open("section")
+        self._membership.check_open("section")
         if name not in SECTIONS:
             raise ArgumentError(f"section is {name!r}; it must be one of {', '.join(map(repr, SECTIONS))}")
         with self._internals.activity.section(name):
@@ -341,7 +331,7 @@ class World:
 
     def print(self, *values: object, **options: Any) -> None:
         """`print` on the main rank, flushed; nothing on the others."""
-        self._check_open("print")
+        self._membership.check_open("print")
         if self.is_main:
             print(*values, **{"flush": True, **options})
 
@@ -350,9 +340,10 @@ class World:
 
         Args:
             seed: 0 to 2^63 - 1, the same on all ranks.
-            per_rank: give each rank a stream of its own, derived from (seed, rank). Without it all ranks draw the same
-                numbers: right while a model is built and wherever ranks must decide alike. With it ranks draw
-                different dropout masks and noise: right for training. Call it once each way, in this order.
+            per_rank: give each data rank a stream of its own, derived from (seed, data_rank). Without it all ranks draw
+                the same numbers: right while a model is built and wherever ranks must decide alike. With it ranks draw
+                different dropout masks and noise, and those that compute one batch together the same: right for
+                training. Call it once each way, in this order.
 
         Returns:
             The seed.
@@ -360,9 +351,9 @@ class World:
         Raises:
             ArgumentError, ArgumentTypeError: the seed is out of range or no integer.
         """
-        self._check_open("seed_everything")
+        self._membership.check_open("seed_everything")
         # `self.seed` stays the common one: loaders must deal the same order on all ranks.
-        used = seed_generators(seed, self.rank if per_rank else None)
+        used = seed_generators(seed, self.data_rank if per_rank else None)
         if self.device.type == "xla":
             seed_device(used)
         self.seed = seed
@@ -372,10 +363,10 @@ class World:
 
     def close(self) -> None:
         """End the World and its process group (an adopted group stays). Rank 0 waits for the others; twice is once."""
-        self._leave(failed=False, patience=self._timeout)
+        self._membership.leave(failed=False)
 
     def __enter__(self) -> World:
-        self._check_open("with")
+        self._membership.check_open("with")
         return self
 
     def __exit__(
@@ -385,59 +376,10 @@ class World:
             self._internals.note_exception(error)
         # An exit with one of these codes is taken by all ranks alike: they leave in order.
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, *IN_ORDER))
-        self._leave(failed=failed, patience=self._timeout)
-
-    def _end_at_exit(self) -> None:
-        """The interpreter ends, and this World is open."""
-        printed = getattr(sys, "last_value", None) is not None  # an uncaught exception, by the interpreter
-        self._leave(failed=printed, patience=min(self._timeout, _AT_EXIT_S), in_order=False)
-
-    def _end_in_child(self) -> None:
-        """This process was forked from the rank, whose World is none of its business."""
-        if not self._closed:
-            self._closed = why = inherited_from(self.rank)
-            self._internals.coordinator, self._internals.reporter = NoCoordinator(self.rank, self.world_size, why), None
-            keep_for_ever([] if self._group is None else self._group.parts())
-
-    def _leave(self, *, failed: bool, patience: float, in_order: bool = True) -> None:
-        if self._closed:
-            return
-        # First of all, so that whatever fails below, a next call of `init` can open another World.
-        self._closed = "is closed; call allstep.init() for a new one"
-        current.remove(self)
-        atexit.unregister(self._end_at_exit)
-        reporter = self._internals.reporter
-        try:
-            raised = self._internals.finish(failed=failed)
-            if not in_order and reporter is not None:
-                reporter.left_open()
-            strike(RankPosition("exit", self.rank, self.placement.attempt))
-            if self._group is not None:
-                with self._waits("close"):
-                    self._group.leave(failed=failed, patience=patience)
-            if reporter is not None:
-                reporter.end(failed=failed)
-        finally:
-            early_signals.restore_default_action()
-        if raised is not None:
-            raise raised
-
-    def _check_open(self, name: str) -> None:
-        """Raise WorldError unless this World can be used; `name` is what for."""
-        if self._closed:
-            raise WorldError(f"{name} was used on a World that {self._closed}")
-
-    def _waits(self, name: str) -> AbstractContextManager[None]:
-        """To be entered around what waits for the other ranks."""
-        return nullcontext() if self._named_waits is None else self._named_waits.at(name)
-
-    def _collective(self, name: str) -> AbstractContextManager[None]:
-        """To be entered around a collective of this name."""
-        self._check_open(name)
-        return self._waits(name)
+        self._membership.leave(failed=failed)
 
     def __repr__(self) -> str:
-        state = ", closed" if self._closed else ""
+        state = ", closed" if self._membership.closed else ""
         place = f"rank={self.rank}, world_size={self.world_size}"
         return f"World({place}, device={self.device}, backend={self.backend}{state})"
 
