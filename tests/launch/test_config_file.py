@@ -35,6 +35,8 @@ def load(folder: Path, text: str) -> dict[str, Any]:
             {"rdzv_timeout": 9.0, "limits": "step=60", "fault": "rank=1,kill=9"},
         ),
         ("show: 0,1", {"show": (0, 1)}),
+        ("mesh: replicate=2,shard=-1", {"mesh": "replicate=2,shard=-1"}),
+        ("mesh: [data=2, tensor=2]", {"mesh": "data=2,tensor=2"}),
         ("show: [0, 3]", {"show": (0, 3)}),
         ("grace: 2.5\nname: exp\nruns: /r", {"grace": 2.5, "name": "exp", "runs": "/r"}),
         ("share_imports: false\nresume: auto", {"share_imports": False, "resume": "auto"}),
@@ -71,6 +73,7 @@ def test_a_file_gives_the_fields_that_it_sets_and_no_others(
         ("rdzv: host", "c.yaml:1: rdzv is 'host'; it must be HOST:PORT"),
         ("rdzv_timeout: -3", "c.yaml:1: rdzv_timeout is -3.0"),
         ("limits: speed=3", "c.yaml:1: limits: "),
+        ("mesh: context=2", "c.yaml:1: mesh has context=2, which would be one sequence over several ranks"),
         ("fault: rank=1,explode", "c.yaml:1: fault "),
         ("env: {A: [1]}", "c.yaml:1: env has a list or mapping where one value is expected"),
         ("share_imports: maybe", "c.yaml:1: share_imports is 'maybe'; it must be true or false"),
@@ -108,7 +111,7 @@ def test_a_file_may_set_every_setting(tmp_path: Path) -> None:
     text = {
         "nproc": "2", "cpu_processes": "1", "name": "exp", "runs": "/r", "show": "main", "env": "{A: b}", "grace": "1",
         "max_restarts": "1", "stop_after": "1", "nnodes": "2", "node_rank": "0", "rdzv": "h:1", "rdzv_timeout": "9",
-        "limits": "step=60", "fault": "rank=1,kill=9", "resume": "auto", "share_imports": "false",
+        "limits": "step=60", "fault": "rank=1,kill=9", "mesh": "shard=-1", "resume": "auto", "share_imports": "false",
         "take_over": "true", "debug_rank": "0",
     }  # fmt: skip
     loaded = load(tmp_path, "\n".join(f"{name}: {value}" for name, value in text.items()))

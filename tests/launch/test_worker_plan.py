@@ -125,8 +125,10 @@ def test_an_attempt_without_a_folder_does_not_inherit_that_of_another_run() -> N
     assert "ALLSTEP_ATTEMPT_FOLDER" not in plan({"ALLSTEP_ATTEMPT_FOLDER": "/outer"})[0].environment
 
 
-def test_limits_and_faults_asked_for_win_over_the_environment() -> None:
-    outer = {"ALLSTEP_LIMITS": "step=1", "ALLSTEP_FAULT": "rank=1,exit=3"}
-    inherited, given = plan(outer)[0].environment, plan(outer, limits="step=60", fault="rank=0,exit=4")[0].environment
+def test_limits_faults_and_a_mesh_asked_for_win_over_the_environment() -> None:
+    outer = {"ALLSTEP_LIMITS": "step=1", "ALLSTEP_FAULT": "rank=1,exit=3", "ALLSTEP_MESH": "data=2"}
+    inherited = plan(outer)[0].environment
+    given = plan(outer, limits="step=60", fault="rank=0,exit=4", mesh="shard=-1")[0].environment
+    assert (inherited["ALLSTEP_MESH"], given["ALLSTEP_MESH"]) == ("data=2", "shard=-1")
     assert (inherited["ALLSTEP_LIMITS"], inherited["ALLSTEP_FAULT"]) == ("step=1", "rank=1,exit=3")
     assert (given["ALLSTEP_LIMITS"], given["ALLSTEP_FAULT"]) == ("step=60", "rank=0,exit=4")

@@ -15,7 +15,6 @@ from allstep import Checkpoint, Engine, Events, Gather, Metrics, Throughput
 from allstep.coordination import Coordinator
 from allstep.errors import RanksError, TermsError
 from allstep.testing import run_ranks, simulate
-from allstep.trainers import create_supervised_evaluator
 from allstep.world import World, internals
 
 pytestmark = pytest.mark.slow
@@ -54,7 +53,6 @@ def trained(world: World, folder: str, epochs: int, resumes: bool) -> dict[str, 
     trainer.add_event_handler(
         Events.EPOCH_COMPLETED, lambda: results.append((dict(trainer.state.metrics), dict(trainer.state.gathered)))
     )
-    evaluator = create_supervised_evaluator(model, {"mse": MeanMetric()}, device=world.device)
     checkpoint = Checkpoint(folder).attach(trainer)
     if resumes:
         checkpoint.resume()
@@ -78,8 +76,10 @@ def trained(world: World, folder: str, epochs: int, resumes: bool) -> dict[str, 
 
 
 def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    for name in ("parameters", "loss", "sorted", "gathered", "mse"):
+    for name in ("parameters", "sorted", "gathered"):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    for name in ("loss", "mse"):  # kept in float32
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=0)
     assert torch.equal(found["index"], torch.arange(SAMPLES))
     assert found["units"] == expected["units"]
 

@@ -2,9 +2,10 @@
 
 Contract: attached to an engine that trains, it hooks the optimizer, whose `step` it precedes from then on: behind the
 last backward pass of an accumulation group, and behind a GradScaler that unscales. DDP has averaged gradients by then,
-so all ranks have the same and clip them alike, without asking each other. The norm stays on the device. What can go
-wrong: a norm that is NaN or infinite makes all gradients so; `TerminateOnNan` ends such a run. An optimizer that
-computes gradients in its own step, as L-BFGS does, is not clipped.
+so all ranks have the same and clip them alike, without asking each other. Where the model is in parts, each rank adds
+up its own, and the ranks add up theirs in one small reduction. The norm stays on the device. What can go wrong: a norm
+that is NaN or infinite makes all gradients so; `TerminateOnNan` ends such a run. An optimizer that computes gradients
+in its own step, as L-BFGS does, is not clipped.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 
 from allstep.engine import Engine
 from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.parallel import clip_gradient_norm
 
 
 class GradientClipping:
@@ -79,9 +81,7 @@ class GradientClipping:
         if self.max_value is not None:
             _clip_values(gradients, self.max_value, scale)
         elif self.max_norm is not None:
-            norm = torch.nn.utils.get_total_norm(gradients, self.norm_type)
-            self.norm = norm if scale is None else norm / scale
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, self.norm)
+            self.norm = clip_gradient_norm(parameters, self.max_norm, self.norm_type, scale=scale)
 
 
 def _clip_values(gradients: Sequence[torch.Tensor], limit: float, scale: torch.Tensor | None) -> None:

@@ -271,7 +271,7 @@ _TEXT = ValueType(_read_text, check_not_empty)
 _RDZV = ValueType(_read_text, check_rdzv)
 _LIMITS = ValueType(_read_text, check_limits)
 _FAULT = ValueType(_read_text, check_fault)
-_MESH = ValueType(_read_text, check_mesh)
+_MESH = ValueType(_read_text, check_mesh, form="list")
 
 
 def _option(

@@ -12,18 +12,22 @@ from allstep.parallel.fully_sharded import (
     unreduced,
     without_gradients,
 )
+from allstep.parallel.gradient_norm import Parameters, clip_gradient_norm, gradient_norm
 from allstep.parallel.meta_weights import materialised_later
 from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.replica import Replica, in_short
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
 
 __all__ = [
+    "Parameters",
     "Precision",
     "Replica",
     "autocast",
     "broadcasts_buffers",
     "choose_units",
+    "clip_gradient_norm",
     "grad_scaler",
+    "gradient_norm",
     "in_short",
     "is_fully_sharded",
     "materialised_later",

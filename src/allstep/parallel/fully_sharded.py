@@ -199,7 +199,8 @@ def _with_shared(module: nn.Module, chosen: list[nn.Module]) -> list[nn.Module]:
     shared = {each for each, count in users.items() if count > 1 and next(each.parameters(), None) is not None}
     inside = {inner for each in shared for inner in each.modules() if inner is not each}
     units = {*chosen, *(each for each in shared - inside if not isinstance(each, _CONTAINERS))}
-    return [each for each in module.modules() if each in units and each is not module][::-1]
+    found = [each for each in module.modules() if each in units and each is not module][::-1]
+    return sorted(found, key=lambda each: sum(1 for _ in each.modules()))  # what is inside of another has fewer
 
 
 def _without_split_ties(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:

@@ -45,7 +45,7 @@ def mesh_shape(mesh: Mapping[str, int] | None, placement: Placement) -> MeshShap
 
 
 def open_mesh(shape: MeshShape | None, group: Group | None, device: torch.device, timeout: float) -> DeviceMesh | None:
-    """The mesh of ranks that have met; None where there is none, and in a world of one. Collective.
+    """The mesh of ranks that have met; None where none was asked for. Collective.
 
     Raises:
         WorldError: the device is one that torch makes no meshes of.

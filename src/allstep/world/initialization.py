@@ -46,7 +46,7 @@ from allstep.world.failures import Reporter
 from allstep.world.lifetime import make_current
 from allstep.world.log_output import show_log
 from allstep.world.monitor_link import MonitorService, join, sidecar_service, supervised_service
-from allstep.world.process_group import Group, adopt_group, open_group
+from allstep.world.process_group import Group, adopt_group, open_group, open_solitary_group
 from allstep.world.rendezvous import rendezvous
 from allstep.world.world import World, internals
 
@@ -140,8 +140,8 @@ def _open(
     device = _prepared(choose_device(placement, visible_hardware(), asked))
     chosen = choose_backend(device, backend)
     supervised = supervised_service(placement)
-    if supervised is None and placement.world_size == 1:
-        return World(placement, device, None, timeout, activity, mesh=shape)
+    if supervised is None and placement.world_size == 1 and shape is None:
+        return World(placement, device, None, timeout, activity)
     registration = _registration(placement, device, chosen, facts)
     # The supervisor's service is known from the environment; a sidecar's address is in the ranks' store.
     reporter = None if supervised is None else _join(supervised, placement, registration, activity, timeout)
@@ -156,6 +156,8 @@ def _open(
             except BaseException:
                 info.abandon(placement.world_size)
                 raise
+        elif shape is not None:
+            group = open_solitary_group(chosen, device)
         return World(placement, device, group, timeout, activity, reporter, shape)
     except BaseException as error:
         if reporter is not None:

@@ -139,6 +139,21 @@ def open_group(placement: Placement, info: RendezvousInfo, backend: str, device:
     return Group(backend, info, placement.rank, placement.world_size)
 
 
+def open_solitary_group(backend: str, device: torch.device) -> Group:
+    """A group of this process alone, so that a mesh means the same in a world of one as in any other."""
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=0,
+        world_size=1,
+        device_id=device if backend == "nccl" else None,
+    )
+    info = RendezvousInfo(BoundedStore(PrefixStore("allstep", store)))
+    info.store.add("connected", 1)
+    return Group(backend, info, 0, 1)
+
+
 def adopt_group() -> Group:
     """The process group that the user's own code initialised."""
     rank, size = dist.get_rank(), dist.get_world_size()

@@ -11,7 +11,7 @@ This file is the face that a script sees. The work is done in the modules beside
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, TypeVar, cast, overload
@@ -24,7 +24,17 @@ from allstep.coordination import Alone, Coordinator, GroupCoordinator
 from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import ArgumentError
 from allstep.exit_codes import IN_ORDER
-from allstep.parallel import Precision, autocast, rewrap, unify_buffers, unwrap, wrap_module
+from allstep.parallel import (
+    Parameters,
+    Precision,
+    autocast,
+    clip_gradient_norm,
+    materialised_later,
+    rewrap,
+    unify_buffers,
+    unwrap,
+    wrap_module,
+)
 from allstep.placement import DataRanks, MeshShape, Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
@@ -57,7 +67,7 @@ class World:
         device: this rank's device.
         backend: of the process group; None in a world of one, which has none.
         seed: what `seed_everything` was given last, or None.
-        mesh: torch's DeviceMesh with named dimensions; None where `init` was given none, and in a world of one.
+        mesh: torch's DeviceMesh with named dimensions; None where `init` was given none.
         data_rank, data_size: this rank's place, from 0, among those that are given different batches, and their number.
             They are `rank` and `world_size` but in a mesh with `tensor`, whose ranks compute each batch together.
         data_ranks: the same as one value.
@@ -153,6 +163,28 @@ class World:
         with self._membership.collective("unify_buffers"):
             if self.world_size > 1:
                 unify_buffers(module)
+
+    def building(self, *, meta: bool | None = None) -> AbstractContextManager[None]:
+        """Build a model here that is to be wrapped.
+
+        Args:
+            meta: build it on the meta device, without values, so that no rank holds all of it: `wrap` gives each rank
+                the values of its part. By default where the mesh has `shard`. See `allstep.parallel.meta_weights` for
+                what a model has to have for that.
+        """
+        self._membership.check_open("building")
+        shards = self.mesh is not None and "shard" in (self.mesh.mesh_dim_names or ())
+        return materialised_later() if (shards if meta is None else meta) else nullcontext()
+
+    def clip_grad_norm_(
+        self, parameters: Parameters, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
+    ) -> torch.Tensor:
+        """Clip gradients by their norm, right over any mesh; returns the norm, a tensor that nothing waits for.
+
+        Collective where the model is in parts; args and errors as in `allstep.parallel.clip_gradient_norm`.
+        """
+        with self._membership.collective("clip_grad_norm_"):
+            return clip_gradient_norm(parameters, max_norm, norm_type, error_if_nonfinite=error_if_nonfinite)
 
     def autocast(self, precision: Precision = "bf16") -> AbstractContextManager[object]:
         """Context for a forward pass and its loss in mixed precision on this rank's device: "bf16", "fp16", or "no".

@@ -1,0 +1,124 @@
+"""A small transformer, trained on ranks of any mesh and on one process, for tests to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Dataset
+
+from allstep import Engine
+from allstep.world import World
+
+WIDTH, TOKENS, LENGTH = 8, 11, 5
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.mix = nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, 3 * WIDTH)
+        self.down = nn.Linear(3 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        attention = torch.softmax(h @ self.mix(h).transpose(1, 2), -1) @ h
+        return x + attention + self.down(torch.tanh(self.up(h)))
+
+
+class Transformer(nn.Module):
+    """Two blocks, a head whose weight is tied to the embedding, and a buffer that counts its forward passes."""
+
+    def __init__(self, tied: bool = True, blocks: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        self.blocks = nn.ModuleList([Block() for _ in range(blocks)])
+        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Texts(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    def __init__(self, samples: int) -> None:
+        draw = torch.Generator().manual_seed(3)
+        self.tokens = torch.randint(0, TOKENS, (samples, LENGTH + 1), generator=draw)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, at: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.tokens[at, :-1], self.tokens[at, 1:]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: `samples` in global batches of `batch`; `make` makes the model, `options` are those of `wrap`."""
+
+    samples: int = 37
+    batch: int = 6
+    epochs: int = 3
+    accumulate: int = 2
+    clip: float | None = 0.3
+    make: Callable[[], nn.Module] = Transformer
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def wrapped(self, world: World) -> nn.Module:
+        world.seed_everything(5)
+        model = self.make().double()
+        options = dict(self.options) if world.mesh is not None and "shard" in world.mesh.mesh_dim_names else {}
+        return world.wrap(model, **options)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train(world: World, plan: Plan) -> dict[str, Any]:
+    """Train as the plan says; losses over all ranks, norms, and the whole parameters in the end."""
+    model = plan.wrapped(world)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.02)
+    losses: list[torch.Tensor] = []
+    norms: list[float] = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        tokens, following = batch
+        loss = nn.functional.cross_entropy(model(tokens).transpose(1, 2), following) * engine.state.weight
+        # What a rank without a batch computes is to leave no trace, whatever it is.
+        (loss if engine.state.active else loss * torch.nan).backward()
+        losses.append(loss.detach() if engine.state.active else torch.zeros_like(loss))
+        if engine.state.group_end:
+            if plan.clip is not None:
+                norms.append(world.clip_grad_norm_(model, plan.clip))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    engine = Engine(step, uneven="longest", accumulate=plan.accumulate)
+    engine.run(world.loader(Texts(plan.samples), global_batch_size=plan.batch, shuffle=True), max_epochs=plan.epochs)
+    return {
+        "parameters": {name: whole(each) for name, each in model.named_parameters()},
+        "losses": world.all_reduce(torch.stack(losses), "mean"),
+        "norms": torch.tensor([float(each) for each in norms]),
+        "steps": engine.state.iteration,
+        "passes": getattr(world.unwrap(model), "passes", torch.zeros(())).item(),
+    }
+
+
+def check_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    """Equal to `tolerance`, relative to the largest element of each tensor."""
+    assert found["parameters"].keys() == expected["parameters"].keys()
+    pairs = [(found["parameters"][name], each) for name, each in expected["parameters"].items()]
+    for mine, other in [*pairs, (found["losses"], expected["losses"]), (found["norms"], expected["norms"])]:
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))

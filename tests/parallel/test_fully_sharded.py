@@ -1,0 +1,282 @@
+"""Models in parts over real ranks: what one process would have trained, and what may be asked of the parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
+from allstep.parallel import choose_units, is_fully_sharded
+from allstep.testing import run_ranks
+from allstep.world import World
+from tests.parallel.sharded_training import Block, Plan, Transformer, check_equal, train, whole
+
+pytestmark = pytest.mark.slow
+
+
+def carried(world: World) -> Any:
+    """What gloo has to carry for parts of a model: to gather them, and to sum and scatter, over uneven sizes too."""
+    parts = [torch.empty(2) for _ in range(world.world_size)]
+    torch.distributed.all_gather(parts, torch.full((2,), float(world.rank)))
+    mine = torch.empty(3)
+    torch.distributed.reduce_scatter_tensor(mine, torch.arange(3.0 * world.world_size))
+    return [each[0].item() for each in parts], mine.tolist()
+
+
+def test_gloo_gathers_and_reduces_parts_on_the_cpu() -> None:
+    for rank, (parts, mine) in enumerate(run_ranks(carried, 3)):
+        assert parts == [0.0, 1.0, 2.0]
+        assert mine == [3 * each for each in (0.0 + 3 * rank, 1.0 + 3 * rank, 2.0 + 3 * rank)]
+
+
+BY_BLOCK = Plan(options=(("units", Block),))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh", "plan"),
+    [
+        (3, "shard=3", BY_BLOCK),
+        (4, "replicate=2,shard=2", Plan(options=(("units", Block), ("reshard_after_forward", False)))),
+        pytest.param(2, "shard=2", Plan(), marks=pytest.mark.nightly),
+        pytest.param(4, "shard=4", BY_BLOCK, marks=pytest.mark.nightly),
+        pytest.param(4, "shard=2,tensor=2", BY_BLOCK, marks=pytest.mark.nightly),
+        pytest.param(4, "data=2,tensor=2", Plan(), marks=pytest.mark.nightly),
+        pytest.param(2, "replicate=2", Plan(), marks=pytest.mark.nightly),
+        pytest.param(1, "shard=1", BY_BLOCK, marks=pytest.mark.nightly),
+        pytest.param(3, "shard=3", Plan(accumulate=1, clip=None), marks=pytest.mark.nightly),
+        pytest.param(2, "shard=2", Plan(options=(("cpu_offload", True),)), marks=pytest.mark.nightly),
+    ],
+)
+def test_a_mesh_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan) -> None:
+    # 37 samples in batches of 6: ragged ends, in which some ranks have nothing, over 21 iterations.
+    (alone,) = run_ranks(train, 1, plan)
+    assert alone["steps"] == 21
+    for found in run_ranks(train, ranks, plan, env={"ALLSTEP_MESH": mesh}):
+        check_equal(found, alone)
+
+
+def frozen_and_adapted() -> nn.Module:
+    """Low-rank adapters beside frozen weights."""
+    model = Transformer()
+    for name, each in model.named_parameters():
+        each.requires_grad_("up" in name or name.startswith("head"))
+    return model
+
+
+class SharedBlock(nn.Module):
+    """One block that two others use, besides being called by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        shared = Block()
+        self.outer = nn.ModuleList([nn.Sequential(shared, nn.Linear(8, 8)), nn.Sequential(shared, nn.Linear(8, 8))])
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for each in self.outer:
+            x = each(x)
+        return self.head(x)
+
+
+class OneGroup(nn.Module):
+    """Tied weights inside of one unit and across two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.blocks[1].mix.weight = self.blocks[0].mix.weight
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.blocks[1](self.blocks[0](self.embedding(tokens))))
+
+
+def of_several_kinds(world: World) -> list[dict[str, Any]]:
+    sequential = Plan(make=SharedBlock, options=(("units", nn.Sequential),), epochs=1)
+    plans = [Plan(make=frozen_and_adapted, options=(("units", Block),), epochs=1), sequential]
+    return [train(world, each) for each in [*plans, Plan(make=OneGroup, options=(("units", Block),), epochs=1)]]
+
+
+def test_frozen_shared_and_tied_parts_train_as_on_one_process() -> None:
+    (alone,) = run_ranks(of_several_kinds, 1)
+    for rank in run_ranks(of_several_kinds, 3, env={"ALLSTEP_MESH": "shard=3"}):
+        for found, expected in zip(rank, alone, strict=True):
+            check_equal(found, expected)
+
+
+def unit_names(module: nn.Module, units: Any) -> list[str]:
+    names = {each: name for name, each in module.named_modules()}
+    return [names[each] for each in choose_units(module, units)]
+
+
+def test_units_are_chosen_by_class_predicate_or_size() -> None:
+    model = Transformer(tied=False, blocks=6)
+    blocks = [f"blocks.{at}" for at in range(6)][::-1]
+    assert unit_names(model, Block) == blocks
+    assert unit_names(model, lambda each: isinstance(each, nn.LayerNorm)) == [f"{each}.norm" for each in blocks]
+    assert unit_names(model, None) == ["head", "embedding", *blocks]
+    assert unit_names(Transformer(tied=True, blocks=6), None) == blocks  # the tied ones stay with the whole
+    assert unit_names(SharedBlock(), nn.Sequential) == ["outer.0.0", "outer.1", "outer.0"]
+
+
+def test_units_that_cannot_be_meant_are_refused() -> None:
+    with pytest.raises(ParallelError, match="no submodule fits; the module has Block, Embedding"):
+        choose_units(Transformer(), nn.Conv2d)
+    with pytest.raises(ParallelError, match="ModuleList, which has no forward pass"):
+        choose_units(Transformer(), nn.ModuleList)
+    with pytest.raises(ArgumentError, match="units is 3"):
+        choose_units(Transformer(), 3)  # type: ignore[arg-type]
+
+
+def wrapping(world: World) -> dict[str, Any]:
+    torch.manual_seed(world.rank)  # ranks begin apart, and train rank 0's model
+    model = Transformer()
+    first = model.blocks[0].up.weight.detach().clone()
+    said = {}
+    for name, options in {
+        "precision": {"precision": "int8"},
+        "ignored": {"ignored": [nn.Parameter(torch.ones(2))]},
+        "option": {"unit": Block},
+        "ddp": {"find_unused_parameters": True},
+    }.items():
+        with pytest.raises((ParallelError, ArgumentTypeError)) as raised:
+            world.wrap(model, **options)
+        said[name] = str(raised.value)
+    other = nn.Sequential(nn.Linear(2, 2))
+    assert not isinstance(world.wrap(other, ignored=[other[0].bias])[0].bias, DTensor)
+    wrapped = world.wrap(model, units=Block, precision="bf16")
+    assert wrapped is model
+    assert is_fully_sharded(model)
+    assert is_fully_sharded(model.blocks[0])
+    with pytest.raises(ParallelError, match="sharded already"):
+        world.wrap(model)
+    output = model(torch.zeros(1, 5, dtype=torch.int64))
+    output.float().sum().backward()
+    weight = model.blocks[0].up.weight
+    return {
+        "said": said,
+        "first": first,
+        "now": whole(weight),
+        "dtypes": (output.dtype, weight.dtype, weight.grad.dtype),
+        "rows": len(weight.to_local()),
+    }
+
+
+def test_a_model_in_parts_has_rank_zeros_values_and_computes_in_16_bits() -> None:
+    ranks = run_ranks(wrapping, 2, env={"ALLSTEP_MESH": "shard=-1"})
+    for each in ranks:
+        assert torch.equal(each["now"], ranks[0]["first"])
+        assert each["dtypes"] == (torch.bfloat16, torch.float32, torch.float32)
+        assert each["rows"] == 12
+    said = ranks[1]["said"]
+    assert "precision is 'int8'" in said["precision"]
+    assert "no parameter of the module" in said["ignored"]
+    assert "did you mean units?" in said["option"]
+    assert "find_unused_parameters=True, which is no option" in said["ddp"]
+
+
+def without_shard(world: World) -> str:
+    with pytest.raises(ParallelError) as raised:
+        world.wrap(Transformer(), units=Block)
+    return str(raised.value)
+
+
+def test_options_of_parts_without_a_mesh_to_shard_over_are_refused() -> None:
+    (said,) = run_ranks(without_shard, 1)
+    assert "units=, which is for a model in parts, and there is no mesh" in said
+    assert "the mesh has replicate" in run_ranks(without_shard, 2, env={"ALLSTEP_MESH": "replicate=2"})[1]
+
+
+def built(world: World) -> list[torch.Tensor]:
+    world.seed_everything(11)
+    with world.building():
+        model = Transformer()
+        assert model.head.weight.is_meta == (world.mesh is not None)
+    model = world.wrap(model, **({"units": Block} if world.mesh is not None else {}))
+    drawn = torch.rand(2)  # the generator stands where it stands behind an unsharded model
+    return [*(whole(each) for each in model.parameters()), drawn]
+
+
+def test_a_model_built_in_parts_has_the_values_of_the_whole_one() -> None:
+    (alone,) = run_ranks(built, 1)
+    for found in run_ranks(built, 3, env={"ALLSTEP_MESH": "shard=3"}):
+        for mine, expected in zip(found, alone, strict=True):
+            assert torch.equal(mine, expected)
+
+
+class Unset(nn.Module):
+    def __init__(self, resets: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.bias = nn.Parameter(torch.zeros(4))
+        if resets:
+            self.reset_parameters = lambda: nn.init.ones_(self.weight)
+
+
+def built_unset(world: World) -> list[str]:
+    said = []
+    for resets in (False, True):
+        with world.building(meta=True):
+            model = Unset(resets)
+        with pytest.raises(ParallelError) as raised:
+            world.wrap(model)
+        said.append(str(raised.value))
+    return said
+
+
+def test_tensors_that_nobody_sets_are_named() -> None:
+    (said,) = run_ranks(built_unset, 1, env={"ALLSTEP_MESH": "shard=1"})
+    assert "Unset) was built without values and has no reset_parameters()" in said[0]
+    assert "leaves bias unset" in said[1]
+
+
+def adversarial(world: World, plan: Plan) -> dict[str, Any]:
+    """Two sharded nets, each of which is trained through the other."""
+    world.seed_everything(2)
+    options = {"units": nn.Linear} if world.mesh is not None else {}
+    generator = world.wrap(nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double(), **options)
+    critic = world.wrap(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double(), **options)
+    makes = torch.optim.SGD(generator.parameters(), lr=0.1)
+    judges = torch.optim.SGD(critic.parameters(), lr=0.1)
+    losses = []
+
+    def step(engine: Any, batch: Any) -> None:
+        noise = batch[0][:, :3].double() / 11
+        real, weight = batch[1][:, :4].double() / 11, engine.state.weight
+        critic.requires_grad_(True)
+        judges.zero_grad()
+        apart = (critic(generator(noise).detach()) - critic(real)).mean()
+        (apart * weight).backward()
+        judges.step()
+        critic.requires_grad_(False)
+        makes.zero_grad()
+        loss = -critic(generator(noise)).mean()
+        (loss * weight).backward()
+        makes.step()
+        losses.append(loss.detach() * weight)
+
+    from allstep import Engine
+    from tests.parallel.sharded_training import Texts
+
+    Engine(step, uneven="longest").run(world.loader(Texts(plan.samples), global_batch_size=plan.batch), max_epochs=2)
+    parameters = [*generator.named_parameters("g"), *critic.named_parameters("c")]
+    return {
+        "parameters": {name: whole(each) for name, each in parameters},
+        "losses": world.all_reduce(torch.stack(losses), "mean"),
+        "norms": torch.zeros(1),
+    }
+
+
+@pytest.mark.nightly
+def test_two_sharded_nets_train_against_each_other() -> None:
+    (alone,) = run_ranks(adversarial, 1, Plan())
+    for mesh in ("shard=3", "replicate=3"):
+        for found in run_ranks(adversarial, 3, Plan(), env={"ALLSTEP_MESH": mesh}):
+            check_equal(found, alone)
