@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from allstep import Engine
+from allstep import Checkpoint, Engine
 from allstep.world import World
 
 WIDTH, TOKENS, LENGTH = 8, 11, 5
@@ -73,6 +73,7 @@ class Plan:
     accumulate: int = 2
     clip: float | None = 0.3
     make: Callable[[], nn.Module] = Transformer
+    folder: str | None = None  # to save to, and to go on from
     options: tuple[tuple[str, Any], ...] = ()
 
     def wrapped(self, world: World) -> nn.Module:
@@ -106,11 +107,15 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
             optimizer.zero_grad()
 
     engine = Engine(step, uneven="longest", accumulate=plan.accumulate)
+    if plan.folder is not None:
+        checkpoint = Checkpoint(plan.folder).attach(engine)
+        checkpoint.resume()
     engine.run(world.loader(Texts(plan.samples), global_batch_size=plan.batch, shuffle=True), max_epochs=plan.epochs)
     return {
         "parameters": {name: whole(each) for name, each in model.named_parameters()},
         "losses": world.all_reduce(torch.stack(losses), "mean"),
         "norms": torch.tensor([float(each) for each in norms]),
+        "moments": [whole(each["exp_avg"]) for each in optimizer.state.values()],
         "steps": engine.state.iteration,
         "passes": getattr(world.unwrap(model), "passes", torch.zeros(())).item(),
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +11,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from allstep import Engine
 from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
 from allstep.parallel import choose_units, is_fully_sharded
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.parallel.sharded_training import Block, Plan, Transformer, check_equal, train, whole
+from tests.parallel.sharded_training import Block, Plan, Texts, Transformer, check_equal, train, whole
 
 pytestmark = pytest.mark.slow
 
@@ -57,6 +60,25 @@ def test_a_mesh_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan
     assert alone["steps"] == 21
     for found in run_ranks(train, ranks, plan, env={"ALLSTEP_MESH": mesh}):
         check_equal(found, alone)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [
+        (3, "shard=3"),
+        pytest.param(4, "shard=2,tensor=2", marks=pytest.mark.nightly),
+        pytest.param(4, "replicate=2,shard=2", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_run_in_parts_resumes_on_its_mesh_to_the_last_bit(ranks: int, mesh: str, tmp_path: Any) -> None:
+    env = {"ALLSTEP_MESH": mesh}
+    unbroken = run_ranks(train, ranks, replace(BY_BLOCK, epochs=2), env=env)
+    first = replace(BY_BLOCK, epochs=1, folder=str(tmp_path))
+    run_ranks(train, ranks, first, env=env)
+    for found, expected in zip(run_ranks(train, ranks, replace(first, epochs=2), env=env), unbroken, strict=True):
+        assert found["steps"] == expected["steps"]
+        assert all(map(torch.equal, found["parameters"].values(), expected["parameters"].values()))
+        assert all(map(torch.equal, found["moments"], expected["moments"]))
 
 
 def frozen_and_adapted() -> nn.Module:
@@ -157,14 +179,16 @@ def wrapping(world: World) -> dict[str, Any]:
     assert is_fully_sharded(model.blocks[0])
     with pytest.raises(ParallelError, match="sharded already"):
         world.wrap(model)
+    inside: list[torch.dtype] = []
+    model.blocks[0].register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
     output = model(torch.zeros(1, 5, dtype=torch.int64))
-    output.float().sum().backward()
+    output.sum().backward()
     weight = model.blocks[0].up.weight
     return {
         "said": said,
         "first": first,
         "now": whole(weight),
-        "dtypes": (output.dtype, weight.dtype, weight.grad.dtype),
+        "dtypes": (inside[0], output.dtype, weight.dtype, weight.grad.dtype),
         "rows": len(weight.to_local()),
     }
 
@@ -173,7 +197,7 @@ def test_a_model_in_parts_has_rank_zeros_values_and_computes_in_16_bits() -> Non
     ranks = run_ranks(wrapping, 2, env={"ALLSTEP_MESH": "shard=-1"})
     for each in ranks:
         assert torch.equal(each["now"], ranks[0]["first"])
-        assert each["dtypes"] == (torch.bfloat16, torch.float32, torch.float32)
+        assert each["dtypes"] == (torch.bfloat16, torch.float32, torch.float32, torch.float32)
         assert each["rows"] == 12
     said = ranks[1]["said"]
     assert "precision is 'int8'" in said["precision"]
@@ -182,16 +206,23 @@ def test_a_model_in_parts_has_rank_zeros_values_and_computes_in_16_bits() -> Non
     assert "find_unused_parameters=True, which is no option" in said["ddp"]
 
 
-def without_shard(world: World) -> str:
+def without_shard(world: World) -> tuple[torch.dtype, torch.dtype, str]:
+    model = world.wrap(Transformer(), units=Block, precision="bf16")
+    inside: list[torch.dtype] = []
+    world.unwrap(model).head.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    output = model(torch.zeros(1, 5, dtype=torch.int64))
     with pytest.raises(ParallelError) as raised:
-        world.wrap(Transformer(), units=Block)
-    return str(raised.value)
+        world.wrap(Transformer(), cpu_offload=True)
+    return inside[0], output.dtype, str(raised.value)
 
 
-def test_options_of_parts_without_a_mesh_to_shard_over_are_refused() -> None:
-    (said,) = run_ranks(without_shard, 1)
-    assert "units=, which is for a model in parts, and there is no mesh" in said
-    assert "the mesh has replicate" in run_ranks(without_shard, 2, env={"ALLSTEP_MESH": "replicate=2"})[1]
+def test_a_script_for_parts_runs_without_a_mesh_to_shard_over() -> None:
+    (alone,) = run_ranks(without_shard, 1)
+    assert alone[:2] == (torch.bfloat16, torch.float32)
+    assert "cpu_offload=, which only a model in parts can have, and there is no mesh" in alone[2]
+    replicated = run_ranks(without_shard, 2, env={"ALLSTEP_MESH": "replicate=2"})[1]
+    assert replicated[:2] == (torch.bfloat16, torch.float32)
+    assert "the mesh has replicate" in replicated[2]
 
 
 def built(world: World) -> list[torch.Tensor]:
@@ -262,9 +293,6 @@ def adversarial(world: World, plan: Plan) -> dict[str, Any]:
         makes.step()
         losses.append(loss.detach() * weight)
 
-    from allstep import Engine
-    from tests.parallel.sharded_training import Texts
-
     Engine(step, uneven="longest").run(world.loader(Texts(plan.samples), global_batch_size=plan.batch), max_epochs=2)
     parameters = [*generator.named_parameters("g"), *critic.named_parameters("c")]
     return {
@@ -280,3 +308,35 @@ def test_two_sharded_nets_train_against_each_other() -> None:
     for mesh in ("shard=3", "replicate=3"):
         for found in run_ranks(adversarial, 3, Plan(), env={"ALLSTEP_MESH": mesh}):
             check_equal(found, alone)
+
+
+def left_in_a_group(world: World) -> list[torch.Tensor]:
+    """A group of two iterations that an exception leaves in its second, and that is begun again."""
+    model = Plan(options=(("units", Block),)).wrapped(world)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attempts: list[int] = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        attempts.append(engine.state.iteration)
+        if attempts == [1, 2]:
+            raise KeyError("of every rank")
+        loss = nn.functional.cross_entropy(model(batch[0]).transpose(1, 2), batch[1])
+        (loss * engine.state.weight).backward()
+        if engine.state.group_end:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    trainer = Engine(step, accumulate=2)
+    loader = world.loader(Texts(8), global_batch_size=4)
+    with suppress(KeyError):
+        trainer.run(loader, max_epochs=1)
+    trainer.run(loader, max_epochs=1)
+    assert attempts == [1, 2, 1, 2]
+    return [whole(each) for each in model.parameters()]
+
+
+def test_a_group_that_is_begun_again_begins_without_gradients() -> None:
+    (plain,) = run_ranks(left_in_a_group, 1)
+    (parts,) = run_ranks(left_in_a_group, 1, env={"ALLSTEP_MESH": "shard=1"})
+    for mine, expected in zip(parts, plain, strict=True):
+        torch.testing.assert_close(mine, expected)

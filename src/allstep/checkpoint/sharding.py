@@ -24,6 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from allstep.checkpoint.torch_private import shard_boxes
+from allstep.world import World
 
 _MOST_CUT_DIMENSIONS = 8  # far more than a mesh of devices cuts a tensor along; each doubles the corners of a box
 _SMALLEST_CUT = 4 << 20  # bytes; a smaller tensor is cheaper to write whole than to read from several files
@@ -179,13 +180,26 @@ def _values(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
     return tensor.narrow(0, piece.box.offsets[0], piece.box.sizes[0])
 
 
+def _is_first_of_its_mesh(tensor: DTensor) -> bool:
+    """Whether this rank is the first along the dimensions of the World's mesh that the tensor's own mesh leaves out.
+
+    Along these each line of ranks holds the same: a model that is sharded in a mesh with `tensor`, and has no plan for
+    that, is in whole in several of them.
+    """
+    world = World.current()
+    mesh, names = None if world is None else world.mesh, tensor.device_mesh.mesh_dim_names or ()
+    if mesh is None or not names:
+        return True
+    return all(mesh.get_local_rank(each) == 0 for each in mesh.mesh_dim_names or () if each not in names)
+
+
 def _writes_its_shard(name: str, tensor: DTensor) -> bool:
     """Whether this rank is the one that writes the shard that it holds, of those that hold the same.
 
     A hash of the name picks the replica, so that the tensors of a model are spread over all replicas.
     """
     place = tensor.device_mesh.get_coordinate()
-    if place is None:
+    if place is None or not _is_first_of_its_mesh(tensor):
         return False
     choice = zlib.crc32(name.encode())
     return all(

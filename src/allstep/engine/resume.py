@@ -27,6 +27,7 @@ from allstep.engine.run import Run
 from allstep.engine.run_plan import RunArguments, begins_anew, is_evaluation, lengths_of
 from allstep.engine.source import END, pass_position
 from allstep.errors import ArgumentError
+from allstep.parallel import forget_gradients, is_fully_sharded
 
 _COUNTS = {
     *("iteration", "epoch", "epochs_completed", "epoch_began_at", "passes_began_at"),
@@ -118,8 +119,11 @@ def settle_counters(run: Run, *, nested: bool) -> None:
 
 def _undo_step(run: Run) -> None:
     """Begin what an exception has left, an iteration or its accumulation group, with no gradient; say what remains."""
-    for parameter in (parameter for module in run.modules for parameter in module.parameters()):
-        parameter.grad = None
+    for module in run.modules:
+        if is_fully_sharded(module):
+            forget_gradients(module)
+        for parameter in module.parameters():
+            parameter.grad = None
     gradients = (
         f"The gradients of {len(run.modules)} modules are cleared"
         if run.modules

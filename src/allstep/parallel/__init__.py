@@ -7,6 +7,7 @@ collectives (`world`), and gradient accumulation and weights of uneven batches (
 from allstep.parallel.buffers import broadcasts_buffers, unify_buffers
 from allstep.parallel.fully_sharded import (
     choose_units,
+    forget_gradients,
     is_fully_sharded,
     shard_module,
     unreduced,
@@ -26,6 +27,7 @@ __all__ = [
     "broadcasts_buffers",
     "choose_units",
     "clip_gradient_norm",
+    "forget_gradients",
     "grad_scaler",
     "gradient_norm",
     "in_short",

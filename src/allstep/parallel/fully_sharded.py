@@ -21,6 +21,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def shard_module(
         units: classes of the submodules that are gathered in one piece, such as a transformer's block; or a predicate
             on a submodule; or None for a choice by size.
         precision: "no", or "bf16" or "fp16": parameters are gathered and computed with in 16 bits, inputs are cast,
-            and gradients are reduced and applied in float32.
+            and gradients are reduced and applied in float32. What the module returns is in float32.
         reshard_after_forward: free units between forward and backward pass, which then gathers them again. False keeps
             them, for speed. By default all are freed but the parameters that belong to no unit.
         cpu_offload: keep this rank's parts, and so gradients and optimizer states, in the host's memory.
@@ -87,6 +88,8 @@ def shard_module(
     chosen = choose_units(module, units)
     dtype = _checked_dtype(precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    # What the whole module returns is in float32, so that a loss is.
+    outer_policy = policy if dtype is None else replace(policy, output_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     on_meta = has_meta_tensors(module)
     done: set[int] = set()
@@ -99,7 +102,7 @@ def shard_module(
             unit,
             mesh=mesh,
             reshard_after_forward=reshard_after_forward,
-            mp_policy=policy,
+            mp_policy=outer_policy if unit is module else policy,
             offload_policy=offload,
             ignored_params=ignoring or None,
         )
@@ -231,6 +234,19 @@ def unreduced(module: Any) -> Iterator[None]:
         yield
     finally:
         module.set_requires_gradient_sync(True)
+
+
+def forget_gradients(module: nn.Module) -> None:
+    """Forget what an accumulation group that is begun again has added up whole on this rank. Collective."""
+    reset = getattr(module, "reset_iter_state", None)  # of torch 2.13: a pass that an exception has left is forgotten
+    if reset is not None:
+        reset()
+    for unit in module.modules():
+        if is_fully_sharded(unit):
+            unit.unshard()  # type: ignore[operator]
+            for each in unit.parameters():
+                each.grad = None
+            unit.reshard()  # type: ignore[operator]
 
 
 @contextmanager

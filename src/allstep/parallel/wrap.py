@@ -28,7 +28,8 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import unknown_option
 
 _DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
-_OWN_OPTIONS = ("sync_batchnorm", "deterministic")
+_OWN_OPTIONS = ("sync_batchnorm", "deterministic", "units", "precision", "reshard_after_forward")
+_HOW_TO_SHARD = ("units", "reshard_after_forward")
 _SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"module", "device", "mesh"}
 
 
@@ -63,7 +64,7 @@ def wrap_module(
         activity: told of backward passes and, on the CPU, when this rank waits for the others; see
             `allstep.parallel.timed_ddp`. None measures nothing.
         mesh: of the world. With `shard` in it, what follows are the arguments of `shard_module`: units, precision,
-            reshard_after_forward, cpu_offload and ignored.
+            reshard_after_forward, cpu_offload and ignored. Without, units and reshard_after_forward mean nothing.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
@@ -82,10 +83,12 @@ def wrap_module(
         if unknown := unknown_option("wrap", ddp_options, (), _SHARD_OPTIONS, "a model in parts"):
             raise ArgumentTypeError(unknown)
         return shard_module(module, device, mesh[_data_dimensions(mesh)], **ddp_options)
-    if given := [each for each in ddp_options if each in _SHARD_OPTIONS]:
+    for name in _HOW_TO_SHARD:  # the same script runs in any mesh
+        ddp_options.pop(name, None)
+    if given := [each for each in ("cpu_offload", "ignored") if ddp_options.pop(each, None)]:
         said = f"the mesh has {', '.join(dimensions)}" if dimensions else "there is no mesh"
         raise ParallelError(
-            f"wrap got {given[0]}=, which is for a model in parts, and {said}: open the world with "
+            f"wrap got {given[0]}=, which only a model in parts can have, and {said}: open the world with "
             'allstep.init(mesh={"shard": -1}), or start it by allstep run --mesh shard=-1'
         )
     if sharded := sharded_parameter(module):

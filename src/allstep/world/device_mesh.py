@@ -69,6 +69,11 @@ def _groups_along(ranks: torch.Tensor, dim: int, group: Group, timeout: float) -
     return group.split(lines, timeout)
 
 
+def has_dimension(mesh: DeviceMesh | None, name: str) -> bool:
+    """Whether there is a mesh with a dimension of this name."""
+    return mesh is not None and name in (mesh.mesh_dim_names or ())
+
+
 def current_data_ranks() -> DataRanks:
     """The open World's place among those that are given different data; the only one where no World is open."""
     world: Any = current.current()

@@ -39,9 +39,10 @@ from allstep.placement import DataRanks, MeshShape, Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current
+from allstep.world.casting import Casting
 from allstep.world.collectives import Collectives, Number, Op
 from allstep.world.device import choose_transport, seed_device
-from allstep.world.device_mesh import open_mesh
+from allstep.world.device_mesh import has_dimension, open_mesh
 from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
@@ -131,13 +132,19 @@ class World:
     def wrap(self, module: nn.Module, **options: Any) -> nn.Module:
         """Move a module to this rank's device and, when there are peers, wrap it in DDP, or shard it over the mesh.
 
-        Args and errors as in `allstep.parallel.wrap_module`; where the mesh has `shard`, as in `shard_module` there.
+        Args and errors as in `allstep.parallel.wrap_module`, and those of `shard_module` there. What says how a model
+        is put in parts, `units` and `reshard_after_forward`, means nothing in a mesh without `shard`. There
+        `precision` has forward passes be in autocast.
         """
         self._membership.check_open("wrap")
         inner = self._internals
         activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
+        casts: Precision = "no" if has_dimension(self.mesh, "shard") else options.pop("precision", "no")
+        self.autocast(casts)  # raises for one that there is not
         with self._membership.waits("wrap"):
             wrapped = wrap_module(module, self.device, self.world_size, activity=activity, mesh=self.mesh, **options)
+        if casts != "no":
+            Casting(unwrap(wrapped), casts).hook()
         inner.add_wrapped(wrapped)
         return wrapped
 
@@ -173,8 +180,8 @@ class World:
                 what a model has to have for that.
         """
         self._membership.check_open("building")
-        shards = self.mesh is not None and "shard" in (self.mesh.mesh_dim_names or ())
-        return materialised_later() if (shards if meta is None else meta) else nullcontext()
+        is_later = has_dimension(self.mesh, "shard") if meta is None else meta
+        return materialised_later() if is_later else nullcontext()
 
     def clip_grad_norm_(
         self, parameters: Parameters, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
