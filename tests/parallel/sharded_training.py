@@ -112,9 +112,9 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         checkpoint.resume()
     engine.run(world.loader(Texts(plan.samples), global_batch_size=plan.batch, shuffle=True), max_epochs=plan.epochs)
     return {
-        "parameters": {name: whole(each) for name, each in model.named_parameters()},
+        "parameters": {name: whole(each) for name, each in world.unwrap(model).named_parameters()},
         "losses": world.all_reduce(torch.stack(losses), "mean"),
-        "norms": torch.tensor([float(each) for each in norms]),
+        "norms": torch.tensor([0.0, *map(float, norms)]),
         "moments": [whole(each["exp_avg"]) for each in optimizer.state.values()],
         "steps": engine.state.iteration,
         "passes": getattr(world.unwrap(model), "passes", torch.zeros(())).item(),

@@ -294,7 +294,7 @@ def adversarial(world: World, plan: Plan) -> dict[str, Any]:
         losses.append(loss.detach() * weight)
 
     Engine(step, uneven="longest").run(world.loader(Texts(plan.samples), global_batch_size=plan.batch), max_epochs=2)
-    parameters = [*generator.named_parameters("g"), *critic.named_parameters("c")]
+    parameters = [*world.unwrap(generator).named_parameters("g"), *world.unwrap(critic).named_parameters("c")]
     return {
         "parameters": {name: whole(each) for name, each in parameters},
         "losses": world.all_reduce(torch.stack(losses), "mean"),
