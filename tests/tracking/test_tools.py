@@ -131,16 +131,21 @@ def test_a_folder_of_mlflow_that_a_kill_left_half_written_is_mended(tmp_path, mo
     (own,) = (tmp_path / "mlflow").glob(f"*/{tool.run}/meta.yaml")
     own.write_text("")
     (own.parent / "metrics" / "y").touch()
-    half_made = own.parent.parent / "0123" / "meta.yaml"
-    half_made.parent.mkdir()
-    half_made.touch()
+    half_made = [own.parent.parent / (digit * 32) for digit in "1234"]
+    for folder in half_made:  # a kill may come behind any of these
+        (folder / "tags").mkdir(parents=True)
+    (half_made[1] / "meta.yaml").touch()
+    for folder in half_made[2:]:
+        (folder / "meta.yaml").write_text(own.read_text() or "lifecycle_stage: active")
+    (half_made[3] / "tags" / "allstep.token").write_text("0123")
     again = MLflow()
     again.open(tmp_path)
     again.load_state_dict(tool.state_dict())
     again.begin({})
     again.log({"x": 2.0}, 2)
     assert [each.value for each in again._client.get_metric_history(tool.run, "x")] == [1.0, 2.0]
-    assert not half_made.exists()
+    assert not any(folder.exists() for folder in half_made)
+    assert own.parent.exists()
 
 
 @pytest.mark.nightly

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import time
@@ -26,6 +27,7 @@ from allstep.tracking.values import Histogram, Image, Value
 _PARENT = "allstep.continues"
 _TOKEN = "allstep.token"
 _META = "meta.yaml"  # in which MLflow keeps what a run, or an experiment, is
+_RUN_ID = re.compile(r"[0-9a-f]{32}")  # MLflow's
 _MADE_WITHIN_S = 2.0
 
 
@@ -187,12 +189,20 @@ class MLflow(_Identity):
             for file in self._root.glob(f"*/{run}/metrics/**/*"):
                 if file.is_file() and not file.stat().st_size:
                     file.unlink()
-        # What was being made and has nothing in it yet; not if somebody else may be making it just now.
-        for file in (*self._root.glob(f"*/*/{_META}"), *self._root.glob(f"*/{_META}")):
-            is_old = time.time() - file.stat().st_mtime > _MADE_WITHIN_S
-            holds = [*file.parent.glob("metrics/*"), *file.parent.glob(f"*/{_META}")]
-            if is_old and not holds and not file.stat().st_size:
-                shutil.rmtree(file.parent)
+        for file in self._root.glob(f"*/{_META}"):
+            if not file.stat().st_size and not [*file.parent.glob(f"*/{_META}")]:
+                _remove_if_old(file.parent)
+        for run in self._root.glob("*/*"):
+            # Its name is the last thing that MLflow writes of a new run, behind the token that it would be found by.
+            is_made = all(file.exists() and file.stat().st_size for file in (run / _META, run / "tags/mlflow.runName"))
+            if _RUN_ID.fullmatch(run.name) and not is_made and not [*run.glob("metrics/*"), *run.glob("params/*")]:
+                _remove_if_old(run)
+
+
+def _remove_if_old(half_made: Path) -> None:
+    """Remove what was being made and has nothing in it yet; not if somebody else may be making it just now."""
+    if time.time() - half_made.stat().st_mtime > _MADE_WITHIN_S:
+        shutil.rmtree(half_made)
 
 
 class WandB(_Identity):
