@@ -192,11 +192,16 @@ class MLflow(_Identity):
         for file in self._root.glob(f"*/{_META}"):
             if not file.stat().st_size and not [*file.parent.glob(f"*/{_META}")]:
                 _remove_if_old(file.parent)
-        for run in self._root.glob("*/*"):
+        for folder in self._root.glob("*/*"):
             # Its name is the last thing that MLflow writes of a new run, behind the token that it would be found by.
-            is_made = all(file.exists() and file.stat().st_size for file in (run / _META, run / "tags/mlflow.runName"))
-            if _RUN_ID.fullmatch(run.name) and not is_made and not [*run.glob("metrics/*"), *run.glob("params/*")]:
-                _remove_if_old(run)
+            last = (folder / _META, folder / "tags" / "mlflow.runName")
+            is_made = all(file.exists() and file.stat().st_size for file in last)
+            if (
+                _RUN_ID.fullmatch(folder.name)
+                and not is_made
+                and not [*folder.glob("metrics/*"), *folder.glob("params/*")]
+            ):
+                _remove_if_old(folder)
 
 
 def _remove_if_old(half_made: Path) -> None:
