@@ -93,6 +93,29 @@ def test_iterating_without_seeding_draws_nothing_either() -> None:
     assert states() == before
 
 
+class Noisy(TensorDataset):
+    """Tensors with noise of its own."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return super().__getitem__(index)[0] + torch.rand(1)
+
+
+def test_only_what_can_draw_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(random, "seed", lambda seed: seeds.append(seed))
+    tensors = TensorDataset(torch.arange(22.0))
+    for data in (tensors, torch.arange(22), list(range(22)), Subset(tensors, range(9)), tensors + tensors):
+        read_rows = list(loaders(data)[0])
+        assert len(read_rows) == -(-len(data) // 6)
+    assert not seeds
+    for data in (Noisy(torch.zeros(22)), Subset(Noisy(torch.zeros(22)), range(22))):
+        list(loaders(data, sample_seeding=None)[0])
+    assert len(seeds) == 44
+    list(loaders(tensors, collate_fn=list)[0])  # it may draw
+    list(loaders(tensors, sample_seeding="sample")[0])
+    assert len(seeds) == 88
+
+
 def test_the_global_generators_are_put_back_when_a_sample_fails() -> None:
     (loader,) = loaders(Failing())
     before = states()

@@ -28,7 +28,7 @@ from allstep.data.compositions import draws_each_pass
 from allstep.data.epochs import wants_epoch
 from allstep.data.keys import key_of
 from allstep.data.sampler import ShardedBatchSampler, resolve_global_batch
-from allstep.data.seeding import SampleSeeding, SeededDataset, fetches_batches, keep_collated
+from allstep.data.seeding import SampleSeeding, SeededDataset, draws_nothing, fetches_batches, keep_collated
 from allstep.data.stream_sharding import PlacedIterable
 from allstep.data.torch_private import child_processes, workers_of
 from allstep.data.worker_passes import begin_pass
@@ -201,8 +201,9 @@ def make_loader(
         drop_last: see `ShardedBatchSampler`.
         sample_seeding: seed random augmentation for each "sample" (the same at any world size and number of workers),
             once for each rank's "batch" (the same at any number of workers), or not at all ("off"). By default
-            "batch" where the dataset gives whole batches (`__getitems__`, as Hugging Face's do), for which one sample
-            costs nearly as much as many, and "sample" elsewhere. An iterable dataset is never seeded.
+            "off" where nothing can draw, as over tensors with torch's collation, "batch" where the dataset gives whole
+            batches (`__getitems__`, as Hugging Face's do), for which one sample costs nearly as much as many, and
+            "sample" elsewhere. An iterable dataset is never seeded.
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
             and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
@@ -258,6 +259,9 @@ def make_loader(
         drop_last=drop_last,
         seed=seed,
     )
+    collate = options.get("collate_fn") or torch_collate
+    if sample_seeding is None and collate is torch_collate and draws_nothing(dataset):
+        sample_seeding = "off"
     if sample_seeding == "off" and not wants_epoch(dataset):
         return Loader(dataset, source=dataset, seed=seed, rank=rank, **options)
     if sample_seeding is None:
@@ -268,7 +272,7 @@ def make_loader(
                 'sample_seeding="sample" makes it the same at any, and fetches samples one by one',
                 type(dataset).__name__,
             )
-    seeded = SeededDataset(dataset, options.get("collate_fn") or torch_collate, seed=seed, seeding=sample_seeding)
+    seeded = SeededDataset(dataset, collate, seed=seed, seeding=sample_seeding)
     # Collation happens in the dataset, after its seeding; DataLoader must not do it again.
     options["collate_fn"] = keep_collated
     return Loader(seeded, source=dataset, seed=seed, rank=rank, **options)

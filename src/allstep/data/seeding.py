@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
-from torch.utils.data import Dataset, Subset, get_worker_info
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, get_worker_info
 
 from allstep.data.epochs import tell_epoch, wants_epoch
 from allstep.data.generators import generators_kept, seed_cpu_generators
@@ -96,6 +98,19 @@ def fetches_batches(dataset: Dataset[Any]) -> bool:
     while isinstance(dataset, Subset):  # it has one for whatever it is a part of
         dataset = dataset.dataset
     return callable(getattr(dataset, "__getitems__", None))
+
+
+_STILL = (torch.Tensor, np.ndarray, TensorDataset, list, tuple, range)
+
+
+def draws_nothing(dataset: Any) -> bool:
+    """Whether a dataset surely hands out what it holds, so that there is nothing to seed: tensors, arrays, lists."""
+    kind = type(dataset)  # exactly: a subclass may augment
+    if kind is Subset:
+        return draws_nothing(dataset.dataset)
+    if kind is ConcatDataset:
+        return all(map(draws_nothing, dataset.datasets))
+    return kind in _STILL
 
 
 def keep_collated(batch: Any) -> Any:
