@@ -39,6 +39,9 @@ def of_several_meshes(world: World) -> list[Any]:
         norm = world.clip_grad_norm_(parameters, 0.5, norm_type)
         assert not isinstance(norm, DTensor)
         found.append((norm, [whole(each.grad) for each in parameters]))
+        if world.rank == 1:
+            parameters[0].grad.to_local()[0] = torch.nan  # known to all ranks that hold a part of it
+        found[-1] += (gradient_norm(parameters[:1], norm_type).isnan().item(),)
     return found
 
 
@@ -49,7 +52,8 @@ def test_the_norm_is_that_of_the_whole_gradient_over_several_meshes() -> None:
         for parameter, gradient in zip(parameters, gradients(), strict=True):
             parameter.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5, norm_type)
-        for found, clipped in (each[at] for each in ranks):
+        assert [each[at][2] for each in ranks] == [True, True, False, False]  # the other replica has no such gradient
+        for found, clipped, _ in (each[at] for each in ranks):
             torch.testing.assert_close(found, norm, rtol=1e-12, atol=0)
             for mine, parameter in zip(clipped, parameters, strict=True):
                 torch.testing.assert_close(mine, parameter.grad, rtol=1e-12, atol=0)
@@ -103,3 +107,29 @@ def test_an_infinity_on_one_rank_has_all_ranks_leave_out_the_step() -> None:
         assert each["states"] == [(False, 65536.0), (True, 32768.0), (False, 32768.0)]
         assert each["round trip"]
         assert torch.equal(each["weight"], ranks[0]["weight"])
+
+
+def scaled_on_several_meshes(world: World) -> list[Any]:
+    """An infinity in a part that only one rank of one mesh has."""
+    assert world.mesh is not None
+    placed = [(world.mesh["shard"], [Shard(0)]), (world.mesh, [Shard(0), Shard(0)])]
+    parameters = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, placements)) for mesh, placements in placed]
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    scaler = grad_scaler("cpu", "fp16")
+    found = []
+    for iteration in range(3):
+        for each in parameters:
+            each.grad = torch.ones_like(each) * scaler.scale(torch.ones(())).item()
+        if iteration == 1 and world.rank == 3:
+            parameters[1].grad.to_local()[0] = torch.inf
+        if iteration != 2:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        found.append(([whole(each)[0].item() for each in parameters], scaler.get_scale()))
+    return found
+
+
+def test_an_infinity_on_one_of_several_meshes_is_one_for_all_ranks() -> None:
+    for found in run_ranks(scaled_on_several_meshes, 4, env={"ALLSTEP_MESH": "replicate=2,shard=2"}):
+        assert found == [([0.0, 0.0], 65536.0), ([0.0, 0.0], 32768.0), ([-1.0, -1.0], 32768.0)]

@@ -226,9 +226,9 @@ class Replicas:
     # Buffers
 
     def unify_buffers(self) -> None:
-        """Make the buffers that DDP broadcasts those of rank 0, on all ranks."""
+        """Make the buffers that DDP broadcasts, and those of models in parts, those of rank 0, on all ranks."""
         for each in self._modules:
-            if broadcasts_buffers(each):
+            if broadcasts_buffers(each) or (is_fully_sharded(each) and any(True for _ in each.buffers())):
                 with self._activity.wait("buffers"):
                     unify_buffers(each)
 

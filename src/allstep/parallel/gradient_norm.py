@@ -133,9 +133,14 @@ def _power_sum(parts: list[torch.Tensor], norm_type: float) -> torch.Tensor:
 def _reduced(total: torch.Tensor, mesh: DeviceMesh | None, over: tuple[int, ...], norm_type: float) -> torch.Tensor:
     if mesh is None:
         return total
-    op = dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
-    device = total.device
+    is_largest, device = math.isinf(norm_type), total.device
     carried = total.to(mesh.device_type)  # parts that are kept on the host are reduced where the group's backend can
+    if is_largest:  # a largest of several may lose what is not a number
+        unknown = carried.isnan()
+        carried = torch.stack([carried.nan_to_num(nan=0.0, posinf=torch.inf), unknown.to(carried.dtype)])
     for dim in over:
+        op = dist.ReduceOp.MAX if is_largest else dist.ReduceOp.SUM
         dist.all_reduce(carried, op=op, group=mesh.get_group(dim))
+    if is_largest:
+        carried = carried[0].masked_fill(carried[1] > 0, torch.nan)
     return carried.to(device)

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from allstep.errors import ParallelError
+from allstep.parallel.gradient_scaler import MeshGradScaler
 
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -44,7 +45,7 @@ def grad_scaler(device_type: str, precision: Precision) -> torch.amp.GradScaler:
         ParallelError: an unknown precision.
     """
     _check(precision)
-    return torch.amp.GradScaler(device_type, enabled=precision == "fp16")
+    return MeshGradScaler(device_type, enabled=precision == "fp16")
 
 
 def _check(precision: str) -> None:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentTypeError, ParallelError
-from allstep.parallel.fully_sharded import shard_module
+from allstep.parallel.fully_sharded import is_fully_sharded, shard_module
 from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
@@ -142,7 +142,8 @@ def rewrap(module: nn.Module) -> None:
 
     Collective: every rank calls it behind the same change. All ranks get rank 0's parameters and buffers, so that new
     ones begin alike. Hooks, options and gradients stay, and so does the optimizer, which must be given new parameters
-    as without DDP. In a world of one it does nothing.
+    as without DDP. In a world of one it does nothing. Nor does it with a model in parts, which follows what is frozen
+    and unfrozen by itself, and takes no new parameters.
 
     Args:
         module: what `wrap` gave, compiled or not.
@@ -150,6 +151,8 @@ def rewrap(module: nn.Module) -> None:
     Raises:
         ParallelError: the module is not one that `wrap` put into DDP, or DDP cannot wrap it as it is now.
     """
+    if is_fully_sharded(module):  # it goes by what requires a gradient in each pass
+        return
     while not isinstance(module, DistributedDataParallel) and (original := compiled_from(module)) is not None:
         module = original
     if not isinstance(module, Replica):

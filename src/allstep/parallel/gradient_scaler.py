@@ -1,0 +1,56 @@
+"""A loss scaler whose ranks agree, on whatever meshes the parts of their gradients lie.
+
+Contract: `grad_scaler` makes one. It is torch's own, which knows of an infinity in any part of gradients that all lie
+on one mesh. Where they lie on several, an element that is not finite on one rank is first made known to all: each rank
+spoils a gradient of its own, of a step that is left out anyway. So all ranks leave out the same steps, and have the
+same scale. Every rank that holds a part of the model calls `unscale_` and `step` at the same point. Nothing waits for
+a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from allstep.parallel.gradient_norm import gradient_norm
+
+
+class MeshGradScaler(torch.amp.GradScaler):
+    """torch's GradScaler over gradients on several meshes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._shared: set[int] = set()  # optimizers whose gradients were looked at since the last update
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """As in torch."""
+        self._share(optimizer)
+        super().unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float | None:
+        """As in torch."""
+        self._share(optimizer)  # a fused optimizer unscales by itself
+        return super().step(optimizer, *args, **kwargs)
+
+    def update(self, new_scale: float | torch.Tensor | None = None) -> None:
+        """As in torch."""
+        self._shared.clear()
+        super().update(new_scale)
+
+    @torch.no_grad()
+    def _share(self, optimizer: torch.optim.Optimizer) -> None:
+        if not self.is_enabled() or id(optimizer) in self._shared:
+            return
+        self._shared.add(id(optimizer))
+        parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
+        meshes = {each.grad.device_mesh for each in parameters if isinstance(each.grad, DTensor)}
+        if len(meshes) < 2:
+            return
+        total = gradient_norm(parameters, 1.0)  # of absolute values, which is finite where all of them are
+        for each in parameters:
+            held = each.grad.to_local() if isinstance(each.grad, DTensor) else each.grad
+            if held.numel():
+                held.view(-1)[:1].add_((total * 0).to(held.device, held.dtype))  # not a number where it is not finite
+                return
