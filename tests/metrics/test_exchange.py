@@ -287,6 +287,18 @@ def test_large_states_are_reduced_once_for_each_operation_and_type() -> None:
     assert all_same_bits(simulate(rank, 3))
 
 
+@pytest.mark.parametrize("largest", [3, 1_000_000], ids=["reduced", "gathered"])
+def test_states_of_ranks_that_share_their_batches_count_once(largest: int) -> None:
+    def rank(coordinator: Any) -> list[torch.Tensor]:
+        own = float(coordinator.data.rank + 1)
+        states = {op: (torch.full((4,), own), op) for op in ("sum", "max", "min")}
+        plan = make_plan("event", metric_set({"it": States(states)}).nodes, {})
+        return Exchange(largest=largest).gather(coordinator, plan, {}).blocks
+
+    for blocks in simulate(rank, 4, sharing=2):
+        assert sorted(block[0].item() for block in blocks) == [1.0, 2.0, 3.0]
+
+
 def mismatched(make: Any, world_size: int = 3) -> list[str]:
     """The error of each rank."""
 

@@ -27,8 +27,8 @@ def dealt_loader(coordinator: Coordinator, samples: int, *, shuffle: bool) -> Da
     """A rank's part of the numbers below `samples`, five at a time."""
     return make_loader(
         TensorDataset(torch.arange(samples)),
-        rank=coordinator.rank,
-        world_size=coordinator.world_size,
+        rank=coordinator.data.rank,
+        world_size=coordinator.data.size,
         seed=3,
         global_batch_size=5,
         shuffle=shuffle,

@@ -43,6 +43,15 @@ def test_what_is_larger_than_the_limit_is_written_in_parts_and_read_in_order(
         assert all(same_bits(loaded[name], in_memory[name]) for name in loaded)
 
 
+def test_ranks_that_share_their_batches_write_one_part(tmp_path: Path) -> None:
+    def rank(coordinator: Coordinator) -> Any:
+        return gathered(coordinator, Gather("y", folder=tmp_path, limit=0), 11, shuffle=True)
+
+    for parts in simulate(rank, 4, sharing=2):
+        assert (parts.ranks, parts.samples) == (2, 11)
+        assert same_bits(parts.load()["y"], torch.arange(11))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_names_of_any_kind_keep_their_outputs_apart(tmp_path: Path, format: Any) -> None:
     names = ("places", "a/b", "a", "values.a", "shapes.a", "rows.a", "%")

@@ -340,3 +340,21 @@ def test_a_group_that_is_begun_again_begins_without_gradients() -> None:
     (parts,) = run_ranks(left_in_a_group, 1, env={"ALLSTEP_MESH": "shard=1"})
     for mine, expected in zip(parts, plain, strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+def with_statistics(world: World) -> list[torch.Tensor]:
+    world.seed_everything(1)
+    model = world.wrap(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)))
+
+    def step(engine: Engine, batch: Any) -> None:
+        model(batch).sum().backward()
+
+    noise = torch.Generator().manual_seed(world.rank)
+    Engine(step).run([torch.randn(4, 3, generator=noise) for _ in range(3)], max_epochs=1)
+    return [each.clone() for each in model.buffers()]
+
+
+def test_statistics_of_a_model_in_parts_are_one_models_at_a_runs_end() -> None:
+    first, second = run_ranks(with_statistics, 2, env={"ALLSTEP_MESH": "shard=2"})
+    assert first[0].abs().sum() > 0
+    assert all(map(torch.equal, first, second))
