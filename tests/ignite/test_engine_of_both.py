@@ -110,6 +110,26 @@ def test_data_that_a_handler_puts_into_the_state_is_taken_at_the_next_pass() -> 
     assert (state.epoch, state.iteration) == (3, 9)
 
 
+def batches_after_new_data(kind: Any, event: Any) -> tuple[list[Any], int]:
+    seen: list[Any] = []
+    engine = kind(lambda engine, batch: seen.append(batch))
+    engine.add_event_handler(event, lambda: engine.set_data("abcdef"))
+    return seen, engine.run(range(4), max_epochs=4).epoch_length
+
+
+@pytest.mark.parametrize("event", [Events.ITERATION_COMPLETED(once=3), Events.EPOCH_STARTED(once=2)])
+def test_data_that_is_set_leaves_the_length_of_all_epochs_as_ignites_does(event: Any) -> None:
+    assert batches_after_new_data(Engine, event) == batches_after_new_data(ignite.engine.Engine, event)
+
+
+def test_every_name_of_ignites_engine_can_be_imported_from_here() -> None:
+    namespace: dict[str, Any] = {}
+    exec("from allstep.ignite import *\nfrom allstep.ignite import _prepare_batch", namespace)
+    assert {*ignite.engine.__all__, "_prepare_batch"} <= {*namespace}
+    with pytest.raises(ImportError, match=r"allstep\.ignite"):
+        exec("from allstep.ignite import Motor", namespace)
+
+
 def test_a_state_may_be_set_between_runs_and_its_terms_hold() -> None:
     engine = Engine(step)
     engine.state = State(iteration=4, epoch=2, epoch_length=2, max_epochs=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
@@ -43,6 +44,29 @@ def test_ignites_ranks_are_those_of_the_world_until_it_is_closed() -> None:
             "gathered": [0, 1],
             "after": (0, 1),
         }
+
+
+def under_parallel(world: Any, folder: Path) -> Any:
+    """A script that has Ignite connect its ranks, and opens a World inside."""
+    rank, ranks = world.rank, world.world_size
+    world.close()
+
+    def training(local_rank: int) -> Any:
+        with pytest.warns(RuntimeWarning, match="2 ranks and no World is open"):
+            Engine(lambda engine, batch: None).run(range(2))
+        with init() as inner:
+            iterations = Engine(lambda engine, batch: idist.all_reduce(1.0)).run(range(2 + rank)).iteration
+            return inner.world_size, idist.get_world_size(), iterations
+
+    idist.initialize("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        return training(rank)
+    finally:
+        idist.finalize()
+
+
+def test_a_world_takes_over_the_ranks_that_ignite_has_connected(tmp_path: Path) -> None:
+    assert run_ranks(under_parallel, 2, tmp_path) == [(2, 2, 2)] * 2
 
 
 def uneven_evaluation(world: Any) -> tuple[float, int]:

@@ -212,6 +212,10 @@ class Extension:
         """
         self._run.survives = decide
 
+    def keep_epoch_length(self) -> None:
+        """Have epochs keep their length when data is replaced, where else each would be one pass over the new data."""
+        self._run.keeps_length = True
+
     @property
     def epoch_began_at(self) -> int:
         """Iterations of the run that were done when the present epoch began."""

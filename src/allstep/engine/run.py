@@ -113,6 +113,7 @@ class Run:
         own_lengths: batches in a pass of this rank's data when that was last agreed: for sure, and as it says.
         pass_length: batches in the present pass of all ranks; None where only reading to its end tells.
         replaced_in_epoch: data was replaced inside the present epoch, whose length stays.
+        keeps_length: later epochs have that length as well, whatever the new data has.
         epoch_is_open: epoch `state.epoch` has begun and not ended.
         step_is_open: iteration `state.iteration` is counted and its step has not returned.
         steps_in_group: steps done of an accumulation group that is not complete. Its gradients are lost when the run
@@ -171,6 +172,7 @@ class Run:
     own_lengths: tuple[int | None, int | None] = (None, None)
     pass_length: int | None = None
     replaced_in_epoch: bool = False
+    keeps_length: bool = False
     epoch_is_open: bool = False
     step_is_open: bool = False
     steps_in_group: int = 0
@@ -284,6 +286,8 @@ class Run:
     def note_replacement(self) -> None:
         """Data of some rank is replaced: inside an epoch that has begun the epoch's length stays."""
         self.replaced_in_epoch = self.epoch_is_open and self.state.iteration > self.epoch_began_at
+        if self.keeps_length and self.state.epoch_length is not None:
+            self.shown_length = END  # as if somebody had given it
 
     def show_length(self, length: int | None) -> None:
         """Say in the state how many iterations an epoch has, unless somebody gave that number."""

@@ -9,6 +9,7 @@ memory until the next collection; choose a smaller `every`.
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 from allstep.engine import Engine, Events
 from allstep.engine.events import is_count
@@ -51,7 +52,7 @@ class GarbageCollection:
     def _collect(self) -> None:
         gc.collect(self.generation)
 
-    def _end(self) -> None:
+    def _end(self, *_: Any) -> None:
         if self._was_enabled:
             self._was_enabled = False
             gc.enable()

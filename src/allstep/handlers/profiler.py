@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch.profiler import ProfilerActivity, profile, schedule, supported_activities
 
@@ -104,7 +104,7 @@ class Profiler:
         if engine.state.iteration == self.iterations[-1]:
             self._end()
 
-    def _end(self) -> None:
+    def _end(self, *_: Any) -> None:
         # Inside the chosen iterations this writes what there is.
         if self._profile is not None:
             running, self._profile = self._profile, None

@@ -159,7 +159,7 @@ class Throughput:
         engine.remove_event_handler(self._begin_flops, Events.ITERATION_STARTED)
         engine.remove_event_handler(self._end_flops, Events.ITERATION_COMPLETED)
 
-    def _drop_flops(self) -> int:
+    def _drop_flops(self, *_: Any) -> int:
         counter, self._flop_counter = self._flop_counter, None
         if counter is None:
             return 0

@@ -6,8 +6,11 @@ Ignite's factories, which make such engines. All other names are Ignite's own, s
 except that nothing hangs, repeats or is lost. What does not live here: allstep's own answers, which are those of
 `allstep.Engine`. Nothing below knows of this package, and `pytorch-ignite` is needed by it alone.
 
-The names of what `ignite.engine` has are all here, so that one line of a script changes.
+The names of what `ignite.engine` has are all here, so that one line of a script changes. Those that it does not make
+public, such as the `_prepare_batch` that scripts import, are looked up in it when they are asked for.
 """
+
+from typing import TYPE_CHECKING, Any
 
 try:
     import ignite as _installed
@@ -37,4 +40,31 @@ from allstep.ignite.ignite_state import IgniteState as State
 
 del _installed
 
-__all__ = ["DeterministicEngine", "Engine", "State", "create_supervised_evaluator", "create_supervised_trainer"]
+__all__ = [
+    "CallableEventWithFilter",
+    "DeterministicEngine",
+    "Engine",
+    "EventEnum",
+    "Events",
+    "EventsList",
+    "RemovableEventHandle",
+    "State",
+    "create_supervised_evaluator",
+    "create_supervised_trainer",
+    "supervised_evaluation_step",
+    "supervised_evaluation_step_amp",
+    "supervised_training_step",
+    "supervised_training_step_amp",
+    "supervised_training_step_apex",
+    "supervised_training_step_tpu",
+]
+
+if not TYPE_CHECKING:  # a type checker is to refuse a name that is misspelt
+
+    def __getattr__(name: str) -> Any:
+        import ignite.engine
+
+        try:
+            return getattr(ignite.engine, name)
+        except AttributeError:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -11,12 +11,14 @@ What differs from Ignite on purpose is listed in docs/howto/ignite.md.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch.distributed as dist
 from ignite.engine import Engine as OriginalEngine
 from ignite.engine import Events as IgniteEvents
 
@@ -59,6 +61,7 @@ class IgniteEngine(IgniteNames, Engine):
         self.state = IgniteState()
         self.register_events(Events.OPTIMIZER_STEP_COMPLETED)
         self.extension.keep_handlers_elsewhere(_Handlers(self))
+        self.extension.keep_epoch_length()
         # Weak, so that an engine that nobody holds any more is freed at once.
         self.extension.survive(partial(IgniteEngine._survives, weakref.proxy(self)))
 
@@ -187,7 +190,7 @@ class IgniteEngine(IgniteNames, Engine):
         Engine.interrupt(self, reason=reason)
 
     def set_data(self, data: Any) -> None:
-        """Take batches from `data` from the next one on; the epoch's length stays."""
+        """Take batches from `data` from the next one on; the length of this and of later epochs stays."""
         self._data = data
         Engine.set_data(self, data)
 
@@ -315,7 +318,9 @@ class IgniteEngine(IgniteNames, Engine):
         self.forget_place()
         self._settled = self._data = None
         world = World.current()
-        if world is not None and self.coordinator.world_size > 1:
+        if world is None:
+            _warn_of_ranks_alone()
+        elif self.coordinator.world_size > 1:
             _DISTRIBUTED.enter(world)
         if not self.is_under_way:
             data = self.prepare_data(data)
@@ -340,6 +345,18 @@ class _Handlers:
 
     def surround(self, event: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
         self._engine.surround_handlers(to_ignite(event), before, after)
+
+
+def _warn_of_ranks_alone() -> None:
+    """Say that ranks which Ignite or the script itself has connected do not agree on anything here."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"torch.distributed has {dist.get_world_size()} ranks and no World is open, so that each of them runs "
+            "alone, and one that ends early leaves the others waiting; open a World around the training, inside of "
+            "ignite.distributed.Parallel: with allstep.init(): ...",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _length(data: Any) -> int | None:

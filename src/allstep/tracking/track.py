@@ -251,7 +251,7 @@ class Track:
             engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.every), self._tell_iteration),
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._tell_epoch),
             engine.add_event_handler(ends, lambda: self._end(self.patience)),
-            engine.add_event_handler(Events.EXCEPTION_RAISED, lambda: self._end(_PARTING_S)),
+            engine.add_event_handler(Events.EXCEPTION_RAISED, lambda *_: self._end(_PARTING_S)),
             *(
                 evaluator.add_event_handler(Events.COMPLETED, self._tell_evaluation, prefix)
                 for evaluator, prefix in self._evaluators
