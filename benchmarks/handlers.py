@@ -1,10 +1,10 @@
 """What handlers cost an iteration when none of them is due, and what those cost that look at every iteration.
 
-The step does nothing. In the first case an engine has a progress bar, evaluations by count and by time, a time
-profiler, a timer, garbage collection, an output store, a profiler, device statistics, a keeper of the best, schedules
-by epoch and by optimizer steps, averages of weights, frozen layers and clipped gradients, none of which has anything
-to do before the end. The other cases are of one handler each, which has work in each iteration. All cases take turns
-in each round, and the least of each over the rounds counts, since noise on a machine only adds. Time is what the
+The step does nothing. In the first case an engine has a progress bar, a track, evaluations by count and by time, a
+time profiler, a timer, garbage collection, an output store, a profiler, device statistics, a keeper of the best,
+schedules by epoch and by optimizer steps, averages of weights, frozen layers and clipped gradients, none of which has
+anything to do before the end. The other cases are of one handler each, which has work in each iteration. All cases take
+turns in each round, and the least of each over the rounds counts, since noise on a machine only adds. Time is what the
 thread had of a processor. The cost of a case is its time above that of an engine without handlers.
 
 Run with `pip install 'allstep[progress,stats]'`:
@@ -38,6 +38,7 @@ from allstep import (
     SaveBest,
     Schedule,
     Throughput,
+    Track,
 )
 from allstep.handlers import DeviceStats, GarbageCollection, OutputStore, Profiler, TimeProfiler, Timer
 
@@ -72,6 +73,7 @@ def attach_all(engine: Engine, folder: str) -> None:
     evaluator = Engine(nothing, coordinator=Alone())
     evaluator.state.metrics["score"] = 0.0
     ProgressBar(screen=NoScreen()).attach(engine)
+    Track(f"{folder}/track", every=NEVER).attach(engine)
     Evaluate(evaluator, [BATCH], every=(NEVER, "100 epochs", "10 hours")).attach(engine)
     TimeProfiler(range(NEVER, NEVER + 1)).attach(engine)
     Timer().attach(engine)

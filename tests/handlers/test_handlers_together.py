@@ -8,7 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from allstep import Alone, Checkpoint, Engine, Evaluate, Events, Mean, Metrics, ProgressBar, SaveBest, Throughput
+from allstep import (
+    EMA,
+    SWA,
+    Alone,
+    Checkpoint,
+    Engine,
+    Evaluate,
+    Events,
+    Freeze,
+    GradientClipping,
+    Mean,
+    Metrics,
+    ProgressBar,
+    SaveBest,
+    Schedule,
+    Throughput,
+    Track,
+)
 from allstep.engine.registry import HandlerSlot
 from allstep.handlers import DeviceStats, GarbageCollection, OutputStore, Profiler, TimeProfiler, Timer
 from allstep.testing import SimulatedRank, run_ranks, simulate
@@ -23,6 +40,7 @@ def attach_all(trainer: Engine, folder: str, due: int = NEVER) -> Engine:
     evaluator = Engine(lambda engine, batch: batch, coordinator=trainer.coordinator, name="evaluator")
     Metrics({"score": Mean()}).attach(evaluator)
     ProgressBar().attach(trainer)
+    Track(f"{folder}/track", every=due).attach(trainer)
     Evaluate(evaluator, [torch.ones(1)], every=(due, "10 hours")).attach(trainer)
     TimeProfiler(range(due, due + 1)).attach(trainer)
     Timer(name="epoch, s").attach(trainer)
@@ -52,21 +70,31 @@ def test_when_none_is_due_iterations_are_hardly_looked_at(tmp_path: Path, monkey
     assert len(looked) < 1000
 
 
-def _collectives(coordinator: SimulatedRank, handlers: bool) -> list[str]:
+def _collectives(coordinator: SimulatedRank, folder: str, handlers: bool) -> list[str]:
     counting = CountingRank(coordinator)
     trainer = Engine(nothing, coordinator=counting, name="trainer")  # type: ignore[arg-type]
     if handlers:
         evaluator = Engine(nothing, coordinator=Alone(), name="evaluator")
         Evaluate(evaluator, [0], every=("10 hours", "epoch")).attach(trainer)
-        Throughput(lambda batch: 1, flops=1.0).attach(trainer)
-        for handler in (TimeProfiler(), Timer(name="s"), DeviceStats(5), OutputStore()):
+        Throughput(lambda batch: 1, flops=1.0, every=5).attach(trainer)
+        model = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters())
+        attached: list[Any] = [
+            *(ProgressBar(), TimeProfiler(), Timer(name="s"), DeviceStats(5), OutputStore(), GarbageCollection(5)),
+            *(Schedule(lambda steps: 1.0, optimizer, batch_size=3), EMA(model, batch_size=3), SWA(model, start=1)),
+            *(Freeze(model, {"bias": 2}), GradientClipping(optimizer, 1.0), Profiler(folder, range(3, 5))),
+            Track(folder, every=5),
+        ]
+        for handler in attached:
             handler.attach(trainer)
-    trainer.run([0] * 30, max_epochs=2, window=1)  # else the number of votes depends on how long windows take
+    trainer.run(
+        [torch.zeros(2)] * 30, max_epochs=2, window=1
+    )  # else the number of votes depends on how long windows take
     return counting.calls
 
 
-def test_handlers_add_no_collective() -> None:
-    assert simulate(_collectives, 2, True) == simulate(_collectives, 2, False)
+def test_handlers_add_no_collective(tmp_path: Path) -> None:
+    assert simulate(_collectives, 2, str(tmp_path), True) == simulate(_collectives, 2, str(tmp_path), False)
 
 
 def _train(world: World, folder: str) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from allstep.cli.main import main
+from allstep.launch.syntax_check import syntax_error
 from tests.jobs.launchers import ALLSTEP, environment, script
 
 DEBUGGED = """
@@ -68,3 +69,41 @@ def test_a_syntax_error_is_said_once_and_nothing_is_started(tmp_path: Path, capf
     assert "line 2" in heard.err
     assert "started" not in heard.out
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("begins", "is_said"),
+    [
+        ("import part", True),
+        ("from package import part", True),
+        ("from package.part import name", True),
+        ("try:\n    import part\nexcept Exception:\n    pass", False),  # which the script may mean to catch
+        ("import partly", False),
+    ],
+)
+def test_a_syntax_error_in_a_file_beside_the_script_is_said_once_too(
+    tmp_path: Path, begins: str, is_said: bool
+) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    for folder in (tmp_path, tmp_path / "package"):
+        (folder / "part.py").write_text("name = (\n")
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\n{begins}\nprint('started')\n")
+    error = syntax_error(str(script))
+    assert (error is not None) == is_said
+    if error is not None:
+        assert str(error.filename).endswith("part.py")
+
+
+def test_relative_imports_of_a_package_beside_the_script_are_followed(tmp_path: Path) -> None:
+    inner = tmp_path / "package" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "package" / "__init__.py").write_text("from .inner import first\n")
+    (inner / "__init__.py").write_text("")
+    (inner / "first.py").write_text("from ..second import name\n")
+    (tmp_path / "package" / "second.py").write_text("def broken(:\n")
+    (tmp_path / "train.py").write_text("import package\n")
+    error = syntax_error(str(tmp_path / "train.py"))
+    assert error is not None
+    assert str(error.filename).endswith("second.py")

@@ -31,6 +31,7 @@ from allstep.launch.head import lead
 from allstep.launch.init_process import leave_init_to_parent
 from allstep.launch.machine import Launch, Machine
 from allstep.launch.settings import LaunchSettings, shown_ranks
+from allstep.launch.syntax_check import syntax_error
 from allstep.launch.worker_plan import Command, worker_count
 
 if TYPE_CHECKING:
@@ -139,17 +140,16 @@ def _check_script(path: str) -> None:
 
 
 def _check_syntax(path: str) -> None:
-    """Say a syntax error once, before every rank would. What is no source text is left to the interpreter."""
-    if not os.path.isfile(path) or not path.endswith(".py"):
-        return
-    try:
-        source = Path(path).read_bytes()
-        compile(source, path, "exec", dont_inherit=True)
-    except SyntaxError as error:
+    """Say a syntax error once, before every rank would."""
+    error = syntax_error(path)
+    if error is not None:
         text = "".join(traceback.format_exception_only(error)).rstrip()
-        raise LaunchError(f"script {path} is not valid Python, so no rank was started\n{text}") from error
-    except (OSError, ValueError, RecursionError, MemoryError):
-        return  # each worker says what is wrong
+        what = (
+            f"script {path}"
+            if Path(error.filename or path) == Path(path)
+            else f"{error.filename}, which script {path} imports,"
+        )
+        raise LaunchError(f"{what} is not valid Python, so no rank was started\n{text}") from error
 
 
 def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
