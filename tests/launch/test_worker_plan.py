@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from allstep.errors import ConfigurationError
 from allstep.launch.devices import Devices
 from allstep.launch.settings import LaunchSettings
 from allstep.launch.worker_plan import Command, Share, WorkerPlan, plan_workers, worker_count
@@ -132,3 +133,11 @@ def test_limits_faults_and_a_mesh_asked_for_win_over_the_environment() -> None:
     assert (inherited["ALLSTEP_MESH"], given["ALLSTEP_MESH"]) == ("data=2", "shard=-1")
     assert (inherited["ALLSTEP_LIMITS"], inherited["ALLSTEP_FAULT"]) == ("step=1", "rank=1,exit=3")
     assert (given["ALLSTEP_LIMITS"], given["ALLSTEP_FAULT"]) == ("step=60", "rank=0,exit=4")
+
+
+def test_a_mesh_that_does_not_fit_the_workers_is_refused_before_they_start() -> None:
+    part = share(2, first_rank=2, world_size=4, node_rank=1, nodes=2)
+    command = Command("x")
+    plan_workers(LaunchSettings(mesh="shard=-1"), command, part, environ={}, devices=Devices(), cores=1)
+    with pytest.raises(ConfigurationError, match="tensor=3, which is 3 ranks, but the world has 4 ranks on 2 nodes"):
+        plan_workers(LaunchSettings(mesh="tensor=3"), command, part, environ={}, devices=Devices(), cores=1)

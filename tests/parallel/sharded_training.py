@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
-from allstep import Checkpoint, Engine
+from allstep import Checkpoint, Engine, GradientClipping
 from allstep.world import World
 
 WIDTH, TOKENS, LENGTH = 8, 11, 5
@@ -72,6 +72,7 @@ class Plan:
     epochs: int = 3
     accumulate: int = 2
     clip: float | None = 0.3
+    clips_by_handler: bool = False
     make: Callable[[], nn.Module] = Transformer
     folder: str | None = None  # to save to, and to go on from
     options: tuple[tuple[str, Any], ...] = ()
@@ -101,12 +102,14 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         (loss if engine.state.active else loss * torch.nan).backward()
         losses.append(loss.detach() if engine.state.active else torch.zeros_like(loss))
         if engine.state.group_end:
-            if plan.clip is not None:
+            if plan.clip is not None and not plan.clips_by_handler:
                 norms.append(world.clip_grad_norm_(model, plan.clip))
             optimizer.step()
             optimizer.zero_grad()
 
     engine = Engine(step, uneven="longest", accumulate=plan.accumulate)
+    if plan.clip is not None and plan.clips_by_handler:
+        GradientClipping(optimizer, plan.clip).attach(engine)
     if plan.folder is not None:
         checkpoint = Checkpoint(plan.folder).attach(engine)
         checkpoint.resume()

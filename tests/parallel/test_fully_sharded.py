@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from allstep import Engine
+from allstep import Engine, Events
 from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
 from allstep.parallel import choose_units, is_fully_sharded
 from allstep.testing import run_ranks
@@ -52,6 +52,7 @@ BY_BLOCK = Plan(options=(("units", Block),))
         pytest.param(1, "shard=1", BY_BLOCK, marks=pytest.mark.nightly),
         pytest.param(3, "shard=3", Plan(accumulate=1, clip=None), marks=pytest.mark.nightly),
         pytest.param(2, "shard=2", Plan(options=(("cpu_offload", True),)), marks=pytest.mark.nightly),
+        pytest.param(2, "shard=2", replace(BY_BLOCK, clips_by_handler=True), marks=pytest.mark.nightly),
     ],
 )
 def test_a_mesh_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan) -> None:
@@ -60,6 +61,7 @@ def test_a_mesh_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan
     assert alone["steps"] == 21
     for found in run_ranks(train, ranks, plan, env={"ALLSTEP_MESH": mesh}):
         check_equal(found, alone)
+        assert found["passes"] == alone["passes"] == 21
 
 
 @pytest.mark.parametrize(
@@ -358,3 +360,38 @@ def test_statistics_of_a_model_in_parts_are_one_models_at_a_runs_end() -> None:
     first, second = run_ranks(with_statistics, 2, env={"ALLSTEP_MESH": "shard=2"})
     assert first[0].abs().sum() > 0
     assert all(map(torch.equal, first, second))
+
+
+def thawing(world: World) -> dict[str, Any]:
+    """The first block is trained from the second epoch on, the head until then."""
+    model = replace(BY_BLOCK, make=lambda: Transformer(tied=False)).wrapped(world)
+    inner = world.unwrap(model)
+    inner.blocks[0].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+
+    def step(engine: Engine, batch: Any) -> None:
+        loss = nn.functional.cross_entropy(model(batch[0]).transpose(1, 2), batch[1]) * engine.state.weight
+        loss.backward()
+        losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def thaw() -> None:
+        inner.blocks[0].requires_grad_(True)
+        inner.head.requires_grad_(False)
+
+    trainer = Engine(step, uneven="longest")
+    trainer.add_event_handler(Events.EPOCH_COMPLETED(once=1), thaw)
+    trainer.run(world.loader(Texts(13), global_batch_size=4), max_epochs=2)
+    return {
+        "parameters": {name: whole(each) for name, each in inner.named_parameters()},
+        "losses": world.all_reduce(torch.stack(losses), "mean"),
+        "norms": torch.zeros(1),
+    }
+
+
+def test_parts_that_are_frozen_and_thawed_between_epochs_follow() -> None:
+    (alone,) = run_ranks(thawing, 1)
+    for found in run_ranks(thawing, 2, env={"ALLSTEP_MESH": "shard=2"}):
+        check_equal(found, alone)

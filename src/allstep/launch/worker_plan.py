@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from allstep.errors import ConfigurationError
+from allstep.errors import ConfigurationError, MeshError
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
+from allstep.placement import Placement, Rendezvous, parse_mesh, resolve_mesh
 from allstep.protocol.status_frames import VARIABLE as STATUS_LINE
 from allstep.protocol.user_secret import VARIABLE as SECRET
 
@@ -142,6 +143,7 @@ def plan_workers(
     if settings.limits is not None:
         inherited["ALLSTEP_LIMITS"] = settings.limits
     if settings.mesh is not None:
+        _check_mesh(settings.mesh, share)
         inherited["ALLSTEP_MESH"] = settings.mesh
     if settings.fault is not None:
         inherited["ALLSTEP_FAULT"] = settings.fault
@@ -187,3 +189,20 @@ def plan_workers(
         )
         for local_rank, rank in enumerate(share.ranks)
     )
+
+
+def _check_mesh(mesh: str, share: Share) -> None:
+    """Raise ConfigurationError where a mesh does not fit the ranks, before any of them is started."""
+    place = Placement(
+        "allstep",
+        rank=share.first_rank,
+        world_size=share.world_size,
+        local_world_size=share.workers,
+        node_rank=share.node_rank,
+        nodes=share.nodes,
+        rendezvous=Rendezvous(share.master_addr, (share.master_port,)),
+    )
+    try:
+        resolve_mesh(parse_mesh(mesh), place)
+    except MeshError as error:
+        raise ConfigurationError(str(error)) from None
