@@ -7,9 +7,9 @@ inside the framework's step, where that begins, and what the framework does betw
 table has the median of the ratios of neighbouring turns, and its 95 % interval by bootstrap.
 
 Compared with a bare loop over DistributedDataParallel: allstep, Accelerate, PyTorch-Ignite, Lightning. With a bare loop
-over `fully_shard` (FSDP2): Accelerate with its FSDP2 plugin, Lightning with ModelParallelStrategy. A peer that is not
-installed, or that fails, is named with its reason. `--parts` measures what allstep's parts add to the bare loop, one by
-one, and what is left of the whole without each of them.
+over `fully_shard` (FSDP2): allstep in the mesh `shard=-1`, Accelerate with its FSDP2 plugin, Lightning with
+ModelParallelStrategy. A peer that is not installed, or that fails, is named with its reason. `--parts` measures what
+parts of allstep add to the bare loop, one by one, and what is left of the whole without each of them.
 
 On the CPU there are two ranks by default, on CUDA one for each device. A single rank has no DDP around its model.
 
@@ -174,7 +174,7 @@ def bare(job: Job, turns: Turns, *, wrap: Callable[..., nn.Module] | None = None
 def allstep(
     job: Job, turns: Turns, *, wrap: Callable[..., nn.Module] | None = None, loader: Any = None, **options: Any
 ) -> None:
-    world, model = job.world, (wrap or job.world.wrap)(job.model())
+    world, model = job.world, (wrap or partial(job.world.wrap, units=Block))(job.model())
     optimizer = job.optimizer(model)
 
     def step(engine: Engine, batch: torch.Tensor) -> torch.Tensor:
@@ -299,6 +299,7 @@ DDP: dict[str, Contender] = {
 }
 FSDP2: dict[str, Contender] = {
     "bare FSDP2 loop": bare_fsdp2,
+    "allstep FSDP2": allstep,
     "Accelerate FSDP2": accelerate_fsdp2,
     "Lightning FSDP2": lightning_fsdp2,
 }
@@ -308,48 +309,52 @@ FSDP2: dict[str, Contender] = {
 
 
 def bare_with(part: str, job: Job, turns: Turns) -> None:
-    world, rows, size = job.world, job.rows(), job.size.rows
-    loaders = {
-        "world.loader": {},
-        "world.loader, no seeding": {"sample_seeding": "off"},
+    world = job.world
+    loader = partial(world.loader, job.rows(), batch_size=job.size.rows, shuffle=True)
+    unwatched = partial(wrap_module, device=world.device, world_size=world.world_size)
+    parts: dict[str, dict[str, Any]] = {
+        "gradients in DDP's buckets": {"wrap": partial(job.in_ddp, gradient_as_bucket_view=True)},
+        "world.wrap, unwatched": {"wrap": unwatched},
+        "world.wrap": {"wrap": world.wrap},
+        "world.loader": {"loader": loader()},
+        "world.loader that seeds samples": {"loader": loader(sample_seeding="sample")},
     }
-    wraps: dict[str, Callable[..., nn.Module]] = {
-        "gradients as views of DDP's buckets": partial(job.in_ddp, gradient_as_bucket_view=True),
-        "world.wrap": world.wrap,
-        "world.wrap, unwatched": partial(wrap_module, device=world.device, world_size=world.world_size),
-    }
-    loader = world.loader(rows, batch_size=size, shuffle=True, **loaders[part]) if part in loaders else None
-    bare(job, turns, wrap=wraps.get(part), loader=loader)
+    bare(job, turns, **parts[part])
 
 
 def allstep_without(part: str, job: Job, turns: Turns) -> None:
+    plain = job.plain_loader()
+    parts: dict[str, dict[str, Any]] = {
+        "its loader": {"loader": plain},
+        "its DDP": {"wrap": job.in_ddp},
+        "votes": {"coordinator": Alone()},
+        "all of these": {"loader": plain, "wrap": job.in_ddp, "coordinator": Alone()},
+        "garbage collection": {},
+    }
     if part == "garbage collection":
         gc.disable()
-        allstep(job, turns)
-    elif part == "seeding of samples":
-        rows: Any = job.rows()
-        loader = job.world.loader(rows, batch_size=job.size.rows, shuffle=True, sample_seeding="off")
-        allstep(job, turns, loader=loader)
-    elif part == "its loader":
-        allstep(job, turns, loader=job.plain_loader())
-    elif part == "its DDP":
-        allstep(job, turns, wrap=job.in_ddp)
-    elif part == "votes":
-        allstep(job, turns, coordinator=Alone())
-    else:
-        allstep(job, turns, wrap=job.in_ddp, loader=job.plain_loader(), coordinator=Alone())
+    allstep(job, turns, **parts[part])
+
+
+def allstep_seeding(job: Job, turns: Turns) -> None:
+    rows: Any = job.rows()
+    loader = job.world.loader(rows, batch_size=job.size.rows, shuffle=True, sample_seeding="sample")
+    allstep(job, turns, loader=loader)
 
 
 ADDED = (
-    "gradients as views of DDP's buckets",
+    "gradients in DDP's buckets",
     "world.wrap, unwatched",
     "world.wrap",
-    "world.loader, no seeding",
     "world.loader",
+    "world.loader that seeds samples",
 )
-TAKEN = ("seeding of samples", "its loader", "its DDP", "votes", "garbage collection", "loader, DDP and votes")
+TAKEN = ("its loader", "its DDP", "votes", "all of these", "garbage collection")
 PARTS: dict[str, Contender] = {
+    "bare loop": bare,
     **{f"bare loop, with {part}": partial(bare_with, part) for part in ADDED},
+    "allstep": allstep,
+    "allstep that seeds samples": allstep_seeding,
     **{f"allstep, without {part}": partial(allstep_without, part) for part in TAKEN},
 }
 
@@ -384,11 +389,12 @@ def main() -> None:
     print(f"\n{ranks} ranks; {size}\n")
     print(f"| | ms an iteration | of the bare loop beside it | ratio | 95 % interval | at most {AIM}? |")
     print("|---|---:|---:|---:|---:|---|")
-    for name in {**DDP, **PARTS} if parts else {**DDP, **FSDP2}:
+    for name in PARTS if parts else {**DDP, **FSDP2}:
         if only and not name.startswith(only):
             continue
+        mesh = {"ALLSTEP_MESH": "shard=-1"} if name == "allstep FSDP2" else {}
         try:
-            found = run_ranks(measure, ranks, name, size, timeout=3600)[0]
+            found = run_ranks(measure, ranks, name, size, timeout=3600, env=mesh)[0]
         except RanksError as error:
             print(f"| {name} | not measured: {str(error).strip().splitlines()[-1]} |", flush=True)
             continue
