@@ -130,6 +130,7 @@ def test_a_million_messages_end_no_service(name: str) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(1800)
 def test_a_million_lines_are_messages_or_the_one_error() -> None:
     draw = random.Random(14)
     for _ in range(1_000_000):
@@ -143,14 +144,14 @@ def test_a_million_lines_are_messages_or_the_one_error() -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_what_coverage_leads_to_is_a_message_or_the_one_error(tmp_path: Path) -> None:
     pytest.importorskip("atheris", reason="pip install atheris, which has wheels for Linux only")
     for number, example in enumerate(EXAMPLES):
         (tmp_path / str(number)).write_bytes(encode(example))
     program = Path(__file__).with_name("coverage_guided.py")
     done = subprocess.run(
-        [sys.executable, program, "200000", tmp_path], env=environment(), capture_output=True, text=True, timeout=1700
+        [sys.executable, program, "200000", tmp_path], env=environment(), capture_output=True, text=True, timeout=3500
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Done 200000 runs" in done.stderr

@@ -32,7 +32,7 @@ _KNOWN_SYNCS = frozenset({"torchmetrics.detection.mean_ap", "torchmetrics.detect
 # Methods that torchmetrics' classes call from `compute` alone: retrieval metrics compute each query with `_metric`.
 COMPUTE_ONLY_METHODS = frozenset({"_metric"})
 
-# Modules whose classes and functions draw no random numbers, in torchmetrics 1.6 to 1.9, as their sources show.
+# Modules whose classes and functions draw no random numbers, in torchmetrics 1.8 to 1.9, as their sources show.
 DRAWING_NOTHING = (
     *("torchmetrics.aggregation", "torchmetrics.classification", "torchmetrics.regression", "torchmetrics.retrieval"),
     "allstep.metrics.running",
@@ -58,7 +58,7 @@ def is_library_callable(value: Callable[..., Any]) -> bool:
 def state_defaults(metric: Metric) -> Mapping[str, torch.Tensor | list[Any]]:
     """A metric's states by name, with the values that `reset` gives them.
 
-    `_defaults`, in torchmetrics 1.6 to 1.9. Without it a copy of the metric is reset, and its public `metric_state`
+    `_defaults`, in torchmetrics 1.8 to 1.9. Without it a copy of the metric is reset, and its public `metric_state`
     read, which costs the memory of the copy.
     """
     found = getattr(metric, "_defaults", None)
@@ -74,7 +74,7 @@ def state_defaults(metric: Metric) -> Mapping[str, torch.Tensor | list[Any]]:
 def state_reductions(metric: Metric) -> Mapping[str, Any]:
     """How each state of a metric is reduced over ranks: a function, or None.
 
-    `_reductions`, in torchmetrics 1.6 to 1.9. Nothing public says it, so that without it metrics cannot be reduced.
+    `_reductions`, in torchmetrics 1.8 to 1.9. Nothing public says it, so that without it metrics cannot be reduced.
 
     Raises:
         MetricError: this torchmetrics does not have it.
@@ -88,7 +88,7 @@ def state_reductions(metric: Metric) -> Mapping[str, Any]:
 def set_update_count(metric: Metric, count: int) -> None:
     """Have a metric say, by its public `update_count`, that it took `count` batches.
 
-    `_update_count`, in torchmetrics 1.6 to 1.9. A metric that says 0 counts as one that saw nothing, so that a wrong
+    `_update_count`, in torchmetrics 1.8 to 1.9. A metric that says 0 counts as one that saw nothing, so that a wrong
     number would lose data; without the name nothing can be set.
 
     Raises:
@@ -103,7 +103,7 @@ def set_update_count(metric: Metric, count: int) -> None:
 def forget_result(metric: Metric) -> None:
     """Have a metric compute again though it has computed since its last batch.
 
-    `_computed`, in torchmetrics 1.6 to 1.9. Without it see `prepare_to_compute`.
+    `_computed`, in torchmetrics 1.8 to 1.9. Without it see `prepare_to_compute`.
     """
     if "_computed" in vars(metric):
         vars(metric)["_computed"] = None
@@ -147,7 +147,7 @@ def compute_bookkeeping() -> frozenset[str]:
 def overrides_sync(metric: Metric) -> bool:
     """Whether a metric's class has code of its own for states over ranks that is not known here.
 
-    `_sync_dist`, in torchmetrics 1.6 to 1.9. Where a release lacks it no class can override it, and the answer is no.
+    `_sync_dist`, in torchmetrics 1.8 to 1.9. Where a release lacks it no class can override it, and the answer is no.
     """
     plain = getattr(Metric, "_sync_dist", None)
     own = getattr(type(metric), "_sync_dist", plain)
@@ -157,7 +157,7 @@ def overrides_sync(metric: Metric) -> bool:
 def sorts_keywords_itself(metric: Metric) -> bool:
     """Whether a metric's class decides for itself which keyword arguments its `update` takes.
 
-    `_filter_kwargs`, in torchmetrics 1.6 to 1.9. Without it the signature of `update` decides for all.
+    `_filter_kwargs`, in torchmetrics 1.8 to 1.9. Without it the signature of `update` decides for all.
     """
     plain = getattr(Metric, "_filter_kwargs", None)
     return getattr(type(metric), "_filter_kwargs", plain) is not plain
@@ -170,7 +170,7 @@ def asked_groups(collection: MetricCollection) -> bool | Sequence[Sequence[str]]
     """What a collection was made with as `compute_groups`: whether members may share states, or which do.
 
     `_enable_compute_groups`, `_groups`, `_groups_checked`, `_state_is_copy` and `_compute_groups_create_state_ref`,
-    in torchmetrics 1.6 to 1.9. Where one is missing no members share states: each is fed and travels for itself.
+    in torchmetrics 1.8 to 1.9. Where one is missing no members share states: each is fed and travels for itself.
     """
     if all(hasattr(collection, name) for name in (*_GROUP_NAMES, "_compute_groups_create_state_ref")):
         asked: bool | list[list[str]] = collection._enable_compute_groups
@@ -193,7 +193,7 @@ def set_compute_groups(collection: MetricCollection, groups: Sequence[Sequence[s
 def keep_states_apart(collection: MetricCollection) -> None:
     """Have the members of a collection compute from what each holds, and not from what the first of its group holds.
 
-    `_state_is_copy`, in torchmetrics 1.6 to 1.9; without it no members share, and there is nothing to do.
+    `_state_is_copy`, in torchmetrics 1.8 to 1.9; without it no members share, and there is nothing to do.
     """
     if hasattr(collection, "_state_is_copy"):
         collection._state_is_copy = True
