@@ -80,8 +80,8 @@ class Plan:
     def wrapped(self, world: World) -> nn.Module:
         world.seed_everything(5)
         model = self.make().double()
-        options = dict(self.options) if world.mesh is not None and "shard" in world.mesh.mesh_dim_names else {}
-        return world.wrap(model, **options)
+        is_divided = world.mesh is not None and {"shard", "tensor"} & {*(world.mesh.mesh_dim_names or ())}
+        return world.wrap(model, **(dict(self.options) if is_divided else {}))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -300,6 +300,8 @@ def modules_in_step(given: Iterable[nn.Module], coordinator: Coordinator) -> tup
     if coordinator.world_size == 1 or (world is not None and coordinator.world_size != world.world_size):
         return modules, None
     unreduced = [each for each in wrapped if not (isinstance(each, DistributedDataParallel) or is_fully_sharded(each))]
+    if world is not None and world.data_size == 1:  # all ranks compute every batch together: nothing is to be reduced
+        unreduced = []
     activity = RankActivity() if inner is None else inner.activity
     names = {module: f"wrapped {number}" for number, module in numbered.items()}
     named = {names.get(module, f"given {at - len(wrapped)}"): module for at, module in enumerate(modules)}

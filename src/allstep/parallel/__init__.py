@@ -17,6 +17,7 @@ from allstep.parallel.gradient_norm import Parameters, clip_gradient_norm, gradi
 from allstep.parallel.meta_weights import materialised_later
 from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.replica import Replica, in_short
+from allstep.parallel.tensor_parallel import styles_of
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "materialised_later",
     "rewrap",
     "shard_module",
+    "styles_of",
     "unify_buffers",
     "unreduced",
     "unwrap",

@@ -4,13 +4,14 @@ Contract: `World.wrap` calls `wrap_module` with its device and size. Before: eve
 calls this at the same point, since DDP compares and broadcasts parameters. After: the module is on the device, and
 gradients of a world of several are averaged over ranks in backward. A world of one gets its own module back, moved.
 In a mesh gradients are averaged over its data ranks, and with `shard` in it the module is put in parts: see
-`fully_sharded`.
+`fully_sharded`. With `tensor` in it and a plan for that, submodules are divided first: see `tensor_parallel`.
 `rewrap` follows a module that has changed since; see `allstep.parallel.replica`.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,15 +21,24 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentTypeError, ParallelError
+from allstep.parallel.buffers import broadcast_from_first
 from allstep.parallel.fully_sharded import is_fully_sharded, shard_module
+from allstep.parallel.meta_weights import has_meta_tensors, materialise
 from allstep.parallel.replica import Replica
+from allstep.parallel.tensor_parallel import (
+    TensorPlan,
+    divide_module,
+    keeping_ties,
+    reduce_partial_gradients,
+    styles_of,
+)
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
 from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import unknown_option
 
 _DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
-_OWN_OPTIONS = ("sync_batchnorm", "deterministic", "units", "precision", "reshard_after_forward")
+_OWN_OPTIONS = ("sync_batchnorm", "deterministic", "units", "precision", "reshard_after_forward", "tensor_plan")
 _HOW_TO_SHARD = ("units", "reshard_after_forward")
 _SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"module", "device", "mesh"}
 
@@ -47,6 +57,8 @@ def wrap_module(
     deterministic: bool = True,
     activity: RankActivity | None = None,
     mesh: DeviceMesh | None = None,
+    model_mesh: DeviceMesh | None = None,
+    tensor_plan: TensorPlan | None = None,
     **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP, or shard it.
@@ -65,12 +77,17 @@ def wrap_module(
             `allstep.parallel.timed_ddp`. None measures nothing.
         mesh: of the world. With `shard` in it, what follows are the arguments of `shard_module`: units, precision,
             reshard_after_forward, cpu_offload and ignored. Without, units and reshard_after_forward mean nothing.
+        model_mesh: that of the world for a model in parts: the same, or one with a `shard` of one rank besides.
+        tensor_plan: how submodules are divided over `tensor` of the mesh, by their names: styles of
+            torch.distributed.tensor.parallel, or names of those such as "colwise" and "rowwise". By default what the
+            model offers as `tensor_plan` or, in Hugging Face's way, `tp_plan`; {} divides nothing. It is checked, and
+            means nothing more, where the mesh has no `tensor`.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
     Raises:
-        ParallelError: no module was given, it is wrapped or sharded already, or SyncBatchNorm was asked for where there
-            is none.
+        ParallelError: no module was given, it is wrapped or sharded already, SyncBatchNorm was asked for where there is
+            none, or tensor_plan does not fit the module or the mesh.
         ArgumentTypeError: an option that DistributedDataParallel, or `shard_module`, does not have, in a world of any
             size.
     """
@@ -79,10 +96,14 @@ def wrap_module(
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
     dimensions = () if mesh is None else mesh.mesh_dim_names or ()
+    styles = {}
+    if mesh is not None and "tensor" in dimensions:
+        styles = styles_of(module, tensor_plan, mesh["tensor"].size())
+    elif tensor_plan is not None:  # so that what passes here passes in a mesh too
+        styles_of(module, tensor_plan)
     if mesh is not None and "shard" in dimensions:
-        if unknown := unknown_option("wrap", ddp_options, (), _SHARD_OPTIONS, "a model in parts"):
-            raise ArgumentTypeError(unknown)
-        return shard_module(module, device, mesh[_data_dimensions(mesh)], **ddp_options)
+        return _in_parts(module, styles, device, mesh, ddp_options)
+    units = ddp_options.get("units")
     for name in _HOW_TO_SHARD:  # the same script runs in any mesh
         ddp_options.pop(name, None)
     if given := [each for each in ("cpu_offload", "ignored") if ddp_options.pop(each, None)]:
@@ -94,8 +115,14 @@ def wrap_module(
     if sharded := sharded_parameter(module):
         raise ParallelError(
             f"parameter {sharded} is a DTensor: the module is sharded already, by fully_shard or a tensor-parallel "
-            "plan, and reduces its gradients itself. Train it as it is, without wrap"
+            "plan, and reduces its gradients itself. Train it as it is, without wrap, or give wrap the whole module "
+            "and the plan as tensor_plan="
         )
+    if styles and mesh is not None:
+        if not _data_dimensions(mesh):
+            return _divided_alone(module, styles, device, mesh)
+        assert model_mesh is not None
+        return _in_parts(module, styles, device, model_mesh, {"units": units, **ddp_options})
     # Also in a world of one, so that what passes alone passes over several.
     if unknown := unknown_option("wrap", ddp_options, _OWN_OPTIONS, _DDP_OPTIONS, "DistributedDataParallel"):
         raise ArgumentTypeError(unknown)
@@ -128,6 +155,30 @@ def wrap_module(
     wrapped.activity = activity
     hold_group(wrapped)
     return wrapped
+
+
+def _in_parts(
+    module: nn.Module, styles: Mapping[str, Any], device: torch.device, mesh: DeviceMesh, options: Mapping[str, Any]
+) -> nn.Module:
+    """The module in parts over a mesh: divided first, so that each rank shards what it has of the divided."""
+    if unknown := unknown_option("wrap", options, _OWN_OPTIONS, _SHARD_OPTIONS, "a model in parts"):
+        raise ArgumentTypeError(unknown)
+    if styles:
+        divide_module(module, styles, mesh["tensor"], device)
+    return shard_module(module, device, mesh[_data_dimensions(mesh)], **options)
+
+
+def _divided_alone(module: nn.Module, styles: Mapping[str, Any], device: torch.device, mesh: DeviceMesh) -> nn.Module:
+    """The module divided over ranks that compute all batches together."""
+    divide_module(module, styles, mesh["tensor"], device)
+    if has_meta_tensors(module):
+        with keeping_ties(module):
+            materialise(module, device, device)
+    else:
+        module = module.to(device)
+        broadcast_from_first(module.parameters())
+    reduce_partial_gradients(module)
+    return module
 
 
 def _data_dimensions(mesh: DeviceMesh) -> tuple[str, ...]:

@@ -61,6 +61,21 @@ def open_mesh(shape: MeshShape | None, group: Group | None, device: torch.device
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=shape.names)
 
 
+def open_model_mesh(mesh: DeviceMesh | None, group: Group | None, timeout: float) -> DeviceMesh | None:
+    """The mesh for a model in parts: that of the World, where need be with a `shard` of one rank. Collective.
+
+    Copies of a model that is divided over `tensor` have their gradients averaged by `fully_shard`, which DDP does not
+    do for DTensors, and that shards over one dimension at least.
+    """
+    names = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is None or group is None or "shard" in names or len(names) < 2:
+        return mesh
+    ranks = mesh.mesh.cpu().unsqueeze(1)
+    alone = _groups_along(ranks, 1, group, timeout)
+    groups = [mesh.get_group(names[0]), alone, mesh.get_group(names[1])]
+    return DeviceMesh.from_group(groups, mesh.device_type, ranks, mesh_dim_names=(names[0], "shard", names[1]))
+
+
 def _groups_along(ranks: torch.Tensor, dim: int, group: Group, timeout: float) -> dist.ProcessGroup:
     """This rank's group along one dimension of the mesh."""
     if ranks.shape[dim] == ranks.numel() and dist.group.WORLD is not None:

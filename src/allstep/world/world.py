@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils.data import Dataset
 
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
@@ -42,7 +43,7 @@ from allstep.world import current
 from allstep.world.casting import Casting
 from allstep.world.collectives import Collectives, Number, Op
 from allstep.world.device import choose_transport, seed_device
-from allstep.world.device_mesh import has_dimension, open_mesh
+from allstep.world.device_mesh import has_dimension, open_mesh, open_model_mesh
 from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
@@ -89,6 +90,7 @@ class World:
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
         self.mesh = open_mesh(mesh, group, device, timeout)
+        self._model_mesh = open_model_mesh(self.mesh, group, timeout)
         self.data_ranks = DataRanks.of(self.rank, self.world_size, 1 if mesh is None else mesh.sharing)
         self.data_rank, self.data_size = self.data_ranks.rank, self.data_ranks.size
         self.local_rank, self.local_world_size = placement.local_rank, placement.local_world_size
@@ -142,7 +144,8 @@ class World:
         casts: Precision = "no" if has_dimension(self.mesh, "shard") else options.pop("precision", "no")
         self.autocast(casts)  # raises for one that there is not
         with self._membership.waits("wrap"):
-            wrapped = wrap_module(module, self.device, self.world_size, activity=activity, mesh=self.mesh, **options)
+            own = {"activity": activity, "mesh": self.mesh, "model_mesh": self._model_mesh}
+            wrapped = wrap_module(module, self.device, self.world_size, **own, **options)  # type: ignore[arg-type]
         if casts != "no":
             Casting(unwrap(wrapped), casts).hook()
         inner.add_wrapped(wrapped)
@@ -199,6 +202,13 @@ class World:
         Make a new one for each step. Raises ParallelError for any other precision.
         """
         return autocast(self.device.type, precision)
+
+    def loss_parallel(self) -> AbstractContextManager[None]:
+        """Context for a cross entropy of logits that stay divided over the mesh's `tensor`, and its backward pass.
+
+        It is torch's of that name. Where the mesh has no `tensor` it does nothing.
+        """
+        return loss_parallel() if has_dimension(self.mesh, "tensor") else nullcontext()
 
     def to_device(self, value: T) -> T:
         """Move all tensors of a nested structure to this rank's device; see `allstep.world.to_device`."""

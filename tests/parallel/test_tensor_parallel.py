@@ -1,0 +1,204 @@
+"""Models divided by a tensor-parallel plan, over real ranks: what one process would have trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+
+from allstep.errors import ArgumentError, ParallelError
+from allstep.parallel import styles_of
+from allstep.testing import run_ranks
+from allstep.world import World
+from tests.parallel.sharded_training import Block, Plan, check_equal, train, whole
+
+pytestmark = pytest.mark.slow
+
+WIDTH, TOKENS = 8, 12
+
+
+class Divided(nn.Module):
+    """A transformer with tied embedding and head, whose class says how it is divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def tensor_plan(self) -> dict[str, str]:
+        return {
+            "embedding": "rowwise_split_input",
+            "blocks.*.up": "colwise",
+            "blocks.*.down": "rowwise",
+            "head": "colwise_gather_output",
+        }
+
+
+BY_BLOCK = Plan(make=Divided, options=(("units", Block),))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [
+        (4, "shard=2,tensor=2"),
+        pytest.param(2, "tensor=2", marks=pytest.mark.nightly),
+        pytest.param(4, "data=2,tensor=2", marks=pytest.mark.nightly),
+        pytest.param(4, "replicate=1,shard=1,tensor=4", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_divided_model_trains_what_one_process_trains(ranks: int, mesh: str) -> None:
+    # Ragged ends, accumulation and clipping, over 21 iterations.
+    (alone,) = run_ranks(train, 1, BY_BLOCK)
+    assert alone["steps"] == 21
+    for found in run_ranks(train, ranks, BY_BLOCK, env={"ALLSTEP_MESH": mesh}):
+        check_equal(found, alone)
+
+
+class InSequence(nn.Module):
+    """Blocks whose norms see a part of the sequence each, and a head whose logits stay divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.last = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, TOKENS)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        x = x + self.down(torch.tanh(self.up(self.norm(x))))
+        return self.head(self.last(x))
+
+
+IN_SEQUENCE = {
+    "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+    "last": SequenceParallel(),
+    "head": ColwiseParallel(input_layouts=Shard(1), use_local_output=False),
+}
+
+
+def with_divided_loss(world: World) -> dict[str, Any]:
+    world.seed_everything(4)
+    model = world.wrap(InSequence().double(), tensor_plan=IN_SEQUENCE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    draw = torch.Generator().manual_seed(1)
+    losses, norms = [], []
+    for _ in range(4):
+        tokens = torch.randint(0, TOKENS, (4, 4, 4), generator=draw)
+        mine = tokens[world.data_rank :: world.data_size].reshape(-1, 4)
+        with world.loss_parallel():
+            loss = nn.functional.cross_entropy(model(mine).flatten(0, 1), mine.roll(1, 1).flatten())
+            loss.backward()
+        norms.append(world.clip_grad_norm_(model, 0.2))
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.item() == whole(loss).item()  # a DTensor where it is divided
+        losses.append(world.all_reduce(whole(loss), "mean"))
+    return {
+        "parameters": {name: whole(each) for name, each in model.named_parameters()},
+        "losses": torch.stack(losses),
+        "norms": torch.stack(norms),
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh"),
+    [
+        (2, "tensor=2"),
+        pytest.param(4, "data=2,tensor=2", marks=pytest.mark.nightly),
+        pytest.param(4, "shard=2,tensor=2", marks=pytest.mark.nightly),
+    ],
+)
+def test_norms_on_parts_of_a_sequence_and_a_divided_loss_equal_one_process(ranks: int, mesh: str) -> None:
+    (alone,) = run_ranks(with_divided_loss, 1)
+    for found in run_ranks(with_divided_loss, ranks, env={"ALLSTEP_MESH": mesh}):
+        check_equal(found, alone)
+
+
+def built(world: World) -> list[torch.Tensor]:
+    world.seed_everything(11)
+    with world.building(meta=world.mesh is not None):
+        model = Divided()
+    model = world.wrap(model, **({"units": Block} if world.mesh is not None else {}))
+    if world.mesh is not None:
+        assert model.head.weight is model.embedding.weight
+        assert model.head.weight.to_local().numel() <= TOKENS * WIDTH // 2
+    return [*(whole(each) for each in model.parameters()), torch.rand(2)]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("ranks", "mesh"), [(2, "tensor=2"), (4, "shard=2,tensor=2"), (4, "data=2,tensor=2")])
+def test_a_model_built_divided_has_the_values_of_the_whole_one(ranks: int, mesh: str) -> None:
+    (alone,) = run_ranks(built, 1)
+    for found in run_ranks(built, ranks, env={"ALLSTEP_MESH": mesh}):
+        for mine, expected in zip(found, alone, strict=True):
+            assert torch.equal(mine, expected)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("ranks", "mesh"), [(2, "tensor=2"), (4, "shard=2,tensor=2"), (4, "data=2,tensor=2")])
+def test_a_divided_run_resumes_on_its_mesh_to_the_last_bit(ranks: int, mesh: str, tmp_path: Any) -> None:
+    env = {"ALLSTEP_MESH": mesh}
+    unbroken = run_ranks(train, ranks, replace(BY_BLOCK, epochs=2), env=env)
+    first = replace(BY_BLOCK, epochs=1, folder=str(tmp_path))
+    run_ranks(train, ranks, first, env=env)
+    for found, expected in zip(run_ranks(train, ranks, replace(first, epochs=2), env=env), unbroken, strict=True):
+        assert found["steps"] == expected["steps"]
+        assert all(map(torch.equal, found["parameters"].values(), expected["parameters"].values()))
+        assert all(map(torch.equal, found["moments"], expected["moments"]))
+
+
+@pytest.mark.parametrize(
+    ("plan", "size", "message"),
+    [
+        ({"blocks.*.upp": "colwise"}, 2, r"'upp' within 'blocks\.\*', only norm, mix, up, down; did you mean blocks"),
+        ({"block.*.up": "colwise"}, 2, r"no 'block', only embedding, blocks, head; did you mean blocks\.\*\.up"),
+        ({"blocks.*.up": "columnwise"}, 2, "did you mean colwise"),
+        ({"blocks.*.up": 3}, 2, "give a style of torch.distributed.tensor.parallel"),
+        ("colwise", 2, "give a dict"),
+        ({"blocks.*.up": "colwise"}, 5, r"up \(Linear\) over tensor=5, but its out_features is 24"),
+        ({"blocks.*": "colwise"}, 2, r"blocks\.0 \(Block\), but it divides nn.Linear and nn.Embedding alone"),
+        ({"blocks.*.up": "colwise", "blocks.0.*": "rowwise"}, 2, "it divides nn.Linear|name it once"),
+        ({"embedding": "rowwise"}, 2, "embedding.weight and head.weight are one tied weight"),
+        ({"embedding": "colwise", "head": "colwise"}, 2, "are one tied weight"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_before_anything_changes(plan: Any, size: int, message: str) -> None:
+    model = Divided()
+    with pytest.raises((ArgumentError, ParallelError), match=message):
+        styles_of(model, plan, size)
+    assert not any(isinstance(each, DTensor) for each in model.parameters())
+
+
+class FromTheHub(nn.Module):
+    """Offers its plan as Hugging Face's models do, for more than it has."""
+
+    tp_plan: ClassVar[dict[str, str]] = {"layers.*": "colwise_rep", "lm_head": "colwise"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+
+def test_a_model_of_the_hub_offers_its_plan() -> None:
+    found = styles_of(FromTheHub(), None, 2)
+    assert list(found) == ["layers.0", "layers.1"]
+    assert all(isinstance(each, ColwiseParallel) for each in found.values())
+    assert styles_of(FromTheHub(), {}, 2) == {}
