@@ -122,12 +122,13 @@ def trackio(folder):
     return found[0]
 
 
-def read_trackio(world, folder):
+def read_trackio(world, folder, name=None):
+    """By name steps and values of a run, or of the one that there is."""
     os.environ["TRACKIO_DIR"] = f"{folder}/trackio"  # before it is imported
     from trackio import Api
     from trackio.sqlite_storage import SQLiteStorage
 
-    (run,) = Api().runs("allstep")
+    (run,) = [each for each in Api().runs("allstep") if name in (None, each.name)]
     series = {}
     for row in SQLiteStorage.get_logs("allstep", run.name):
         for name in row.keys() - {"step", "timestamp"}:

@@ -1,9 +1,10 @@
-"""Servers of tracking tools on this machine: MLflow's own, and one that answers W&B's client as theirs would."""
+"""Servers of tracking tools on this machine: MLflow's and Trackio's own, and one that W&B's client takes for theirs."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,11 +25,15 @@ from tests.jobs.processes import await_condition
 KEY = "0123456789" * 4  # as long as W&B's keys are
 
 
+def require_mlflow_server() -> None:
+    """Skip the test where MLflow's server is not installed."""
+    if any(find_spec(name) is None for name in ("mlflow", "flask", "sqlalchemy")):
+        pytest.skip("MLflow's server is in the whole package: pip install mlflow, in place of mlflow-skinny")
+
+
 @contextmanager
 def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     """MLflow's server over a database in a folder; its address."""
-    if find_spec("mlflow") is None or find_spec("flask") is None or find_spec("sqlalchemy") is None:
-        pytest.skip("MLflow's server is in the whole package: pip install mlflow, in place of mlflow-skinny")
     port = free_port() if port is None else port
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -36,11 +41,29 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     with open(folder / "server.log", "ab") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder, start_new_session=True)
     try:
-        await_condition(lambda: server.poll() is not None or answers(f"{address}/health"), 100)
+        await_condition(lambda: server.poll() is not None or answers(f"{address}/health"), 300)
         assert server.poll() is None, (folder / "server.log").read_text()
         yield address
     finally:
         os.killpg(server.pid, signal.SIGKILL)  # it has workers, and takes its time with SIGTERM
+        server.wait(30)
+
+
+@contextmanager
+def trackio_server(folder: Path) -> Iterator[str]:
+    """Trackio's server, whose database is in a folder; its address with the token that lets one write."""
+    written = folder / "server.log"
+    environment = {**os.environ, "TRACKIO_DIR": str(folder), "BROWSER": "true"}
+    with written.open("wb") as log:
+        command = [sys.executable, "-m", "trackio.cli", "show"]
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        await_condition(lambda: server.poll() is not None or "write_token=" in written.read_text(), 100)
+        found = re.search(r"http://[\w.:]+/?\?write_token=[\w-]+", written.read_text())
+        assert found is not None, written.read_text()
+        yield found[0]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
         server.wait(30)
 
 
