@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from allstep import Engine, Events
+from allstep import Engine, Events, Mean, Metrics, Sum, create_supervised_evaluator
 from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
 from allstep.parallel import choose_units, is_fully_sharded
 from allstep.testing import run_ranks
@@ -395,3 +395,23 @@ def test_parts_that_are_frozen_and_thawed_between_epochs_follow() -> None:
     (alone,) = run_ranks(thawing, 1)
     for found in run_ranks(thawing, 2, env={"ALLSTEP_MESH": "shard=2"}):
         check_equal(found, alone)
+
+
+def evaluating(world: World) -> tuple[float, int]:
+    model = BY_BLOCK.wrapped(world)
+    evaluator = create_supervised_evaluator(model, output_transform=lambda x, y, scores: (scores, y))
+    losses = {
+        "loss": lambda output: nn.functional.cross_entropy(output[0].mT, output[1], reduction="none").mean(1),
+        "samples": lambda output: torch.ones(len(output[1])),
+    }
+    Metrics({"loss": Mean(), "samples": Sum()}).attach(evaluator, losses)
+    evaluator.run(world.loader(Texts(13), global_batch_size=6))
+    return evaluator.state.metrics["loss"], evaluator.state.metrics["samples"]
+
+
+def test_a_model_in_parts_is_evaluated_exactly_over_data_that_is_uneven() -> None:
+    # The last of 13 samples is one rank's alone, and its forward pass needs the parts of all.
+    (alone,) = run_ranks(evaluating, 1)
+    for loss, samples in run_ranks(evaluating, 3, env={"ALLSTEP_MESH": "shard=3"}):
+        assert samples == alone[1] == 13
+        assert float(loss) == pytest.approx(float(alone[0]), rel=1e-6)

@@ -36,7 +36,7 @@ def prepared_step(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Module]) -> Callable[[Any], Any]:
     """The step with what agreement asks of it. `modules` are those whose gradients its backward passes reduce."""
-    state, skips = run.state, run.settings.idle == "skip"
+    state, skips = run.state, run.skips_idle
 
     def agreed(batch: Any) -> Any:
         try:

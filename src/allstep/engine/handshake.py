@@ -104,7 +104,7 @@ def shake_hands(run: Run, data: Any, arguments: RunArguments, *, reductions: Ite
         group_size,
         window=1 if is_alone else arguments.window,
         needs_reading=not all(each.is_declared for each in said),
-        needs_fillers=settings.idle == "filler",
+        needs_fillers=not run.skips_idle,
     )
     exact = agree_length([each.exact_length for each in said], arguments.uneven)
     return Handshake(agreement, length, exact, any(each.is_one_shot for each in said))

@@ -28,6 +28,7 @@ from allstep.engine.replicas import Replicas
 from allstep.engine.run_plan import RunTerms, StepSettings
 from allstep.engine.source import END
 from allstep.engine.state import State
+from allstep.parallel import is_fully_sharded
 
 LOOK_NOW = -1.0
 """What `Run.until` is when the loop has to look at requests after the present iteration."""
@@ -229,6 +230,11 @@ class Run:
     def votes(self) -> bool:
         """Whether a request has to be agreed before it holds."""
         return self.drive is not None and self.handshake is not None
+
+    @property
+    def skips_idle(self) -> bool:
+        """Whether a rank without a batch leaves the step out; not where its forward pass is what others wait for."""
+        return self.settings.idle == "skip" and not any(map(is_fully_sharded, self.modules))
 
     @property
     def steps_done(self) -> int:

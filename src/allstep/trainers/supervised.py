@@ -152,7 +152,8 @@ def create_supervised_evaluator(
 ) -> Engine:
     """An engine whose step is a forward pass in evaluation mode, without gradients.
 
-    The module inside a DDP wrapper is called, so that no collective runs in a step. When a run starts, all ranks get
+    The module inside a DDP wrapper is called, so that no collective runs in a step; a model in parts is gathered in it,
+    and so evaluated on all ranks at a time. When a run starts, all ranks get
     rank 0's buffers, such as BatchNorm's statistics, unless the model is wrapped with `broadcast_buffers=False`. Ranks
     may have different amounts of data: one that runs out fires the events of the remaining iterations and does not call
     the step (`uneven="longest"`, `idle="skip"`). A run that an exception or `terminate` left is not gone on with: the
