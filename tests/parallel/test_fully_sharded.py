@@ -415,3 +415,28 @@ def test_a_model_in_parts_is_evaluated_exactly_over_data_that_is_uneven() -> Non
     for loss, samples in run_ranks(evaluating, 3, env={"ALLSTEP_MESH": "shard=3"}):
         assert samples == alone[1] == 13
         assert float(loss) == pytest.approx(float(alone[0]), rel=1e-6)
+
+
+def skipping(world: World) -> list[torch.Tensor]:
+    """Rank 1 finds out, behind the forward pass, that its batch is bad."""
+    model = BY_BLOCK.wrapped(world)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(engine: Engine, batch: Any) -> None:
+        loss = nn.functional.cross_entropy(model(batch[0]).transpose(1, 2), batch[1])
+        if world.rank == 1 and engine.state.iteration in (1, 3):
+            loss = loss * torch.nan
+            engine.state.skip()
+        (loss * engine.state.weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    Engine(step).run(world.loader(Texts(16), global_batch_size=4), max_epochs=1)
+    return [whole(each) for each in world.unwrap(model).parameters()]
+
+
+def test_a_batch_that_is_skipped_behind_the_forward_pass_adds_nothing() -> None:
+    replicated = run_ranks(skipping, 2, env={"ALLSTEP_MESH": "replicate=2"})[0]
+    for found in run_ranks(skipping, 2, env={"ALLSTEP_MESH": "shard=2"}):
+        for mine, expected in zip(found, replicated, strict=True):
+            torch.testing.assert_close(mine, expected)

@@ -67,7 +67,7 @@ class Engine:
         samples_in: `batch -> int`, what `state.weight` and metrics weigh by; by default what the batch itself shows.
         uneven: the default of `run`'s argument.
         idle: what a rank does in an iteration for which it has no batch while others have: run the step on a "filler",
-            at weight zero, so that collectives match, or "skip" it, but with a model in parts; events are fired in both.
+            at weight zero, so that collectives match, or "skip" it, where no model is in parts; both fire events.
         resumes: whether `run` goes on in a run that an exception or `terminate` left. By default it does, but for a run
             of one epoch, or of `max_iters`, inside another engine's: an evaluation is done whole or anew.
         precision: of the forward passes in the step of wrapped modules and of `modules`: "no", "fp16" or "bf16", in

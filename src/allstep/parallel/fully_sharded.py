@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -106,6 +107,8 @@ def shard_module(
             offload_policy=offload,
             ignored_params=ignoring or None,
         )
+    for unit in (*chosen, module):
+        _note_when_gathered(unit)
     if on_meta:
         materialise(module, torch.device("cpu") if cpu_offload else device, device)
     else:
@@ -249,18 +252,38 @@ def forget_gradients(module: nn.Module) -> None:
             unit.reshard()  # type: ignore[operator]
 
 
+_GATHERED: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
+"""The parameters of each unit as they are while it is gathered, from its first forward pass on: the same ever after."""
+
+
+def _note_when_gathered(unit: nn.Module) -> None:
+    """Note them, so that they can be had between a forward and its backward pass, in which the unit is not gathered."""
+
+    def note(unit: nn.Module, *_: Any) -> None:
+        handle.remove()
+        _GATHERED[unit] = list(unit.parameters())
+
+    handle = unit.register_forward_pre_hook(note)
+
+
 @contextmanager
 def without_gradients(module: nn.Module) -> Iterator[None]:
-    """Have backward passes give the module's parameters gradients of zero, while its collectives match other ranks'."""
+    """Have backward passes give the module's parameters gradients of zero, while its collectives match other ranks'.
+
+    Also those through forward passes that were before.
+    """
     hooked: dict[int, Any] = {}
 
-    def hook(unit: nn.Module, *_: Any) -> None:
-        # Behind the unit's own hook, so that these are the gathered parameters, which alone get gradients.
-        for each in unit.parameters():
+    def hook(parameters: Iterable[nn.Parameter]) -> None:
+        for each in parameters:
             if each.requires_grad and id(each) not in hooked:
                 hooked[id(each)] = each, each.register_hook(torch.zeros_like)  # type: ignore[no-untyped-call]
 
-    handles = [each.register_forward_pre_hook(hook) for each in module.modules() if is_fully_sharded(each)]
+    units = [each for each in module.modules() if is_fully_sharded(each)]
+    for each in units:
+        hook(_GATHERED.get(each, ()))
+    # Behind the unit's own hook, so that these are the gathered parameters, which alone get gradients.
+    handles = [each.register_forward_pre_hook(lambda unit, *_: hook(unit.parameters())) for each in units]
     try:
         yield
     finally:
