@@ -85,6 +85,7 @@ class DeclaredReader:
         self._length = length
         self._position = position
         self._held: list[Any] = []
+        self._promised: dict[int, int | None] = {}  # by number, of batches that were not taken yet
         self.gave_less: str | None = None
         self.target = 0
         self.taken = 0
@@ -95,11 +96,17 @@ class DeclaredReader:
 
     def look(self, start: int, stop: int) -> list[int | None]:
         """Arithmetic."""
-        return self._counts(self._position + start, self._position + stop)
+        first, last = self._position + start, self._position + stop
+        counts = self._counts(first, last)
+        # The arithmetic for one batch takes as long as that for a window, so `take` does not do it again.
+        self._promised.update(zip(range(first, last), counts, strict=True))
+        return counts
 
     def take(self) -> Any:
         """Read the next batch; END where none was promised, or the promise was not kept."""
-        promised = self.look(0, 1)[0]
+        if self._position not in self._promised:
+            self.look(0, 1)
+        promised = self._promised.pop(self._position)
         # A batch that was not promised is not read either: the other ranks have no iteration for it.
         batch = (self._held.pop() if self._held else next(self._batches, END)) if promised else END
         if promised and batch is END:
