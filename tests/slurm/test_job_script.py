@@ -45,3 +45,20 @@ def test_a_failed_task_ends_its_peers_and_the_job_fails(cluster: Cluster, submit
     said = (submit_folder / f"slurm-{done.stdout.strip()}.log").read_text()
     assert done.returncode != 0, said  # srun gives the largest code: here that of the peers it ended
     assert "task 1: Exited with exit code 5" in said
+
+
+@pytest.mark.nightly
+def test_the_job_script_trains_the_language_model(cluster: Cluster, submit_folder: Path) -> None:
+    example = Path(JOB).parents[1] / "examples/language_model.py"
+    size = ["--modules", "b*.py", "--width", "32", "--layers", "2", "--heads", "2", "--length", "32", "--rate", "0.01"]
+    options = [*size, "--steps", "12", "--evaluate", "6", "--checkpoints", "checkpoints"]
+    printed = []
+    for _ in range(2):  # a second job goes on where the first ended, and has nothing left to do
+        done = cluster.run("sbatch", "--wait", "--parsable", JOB, str(example), *options)
+        said = (submit_folder / f"slurm-{done.stdout.strip()}.log").read_text()
+        assert done.returncode == 0, said
+        printed.append(said)
+    assert "2 rank(s) on cpu" in printed[0]
+    assert "step 6: loss" in printed[0]
+    assert "step 12: loss" in printed[0]
+    assert "step 6: loss" not in printed[1]
