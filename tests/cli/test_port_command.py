@@ -38,6 +38,28 @@ def test_a_script_that_keeps_parts_of_ignite_gets_the_engine_that_they_fit() -> 
     assert any("Accuracy" in note for _, note in result.notes)
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("import torch, ignite.engine as ie\n", "import torch, allstep.ignite as ie\n"),
+        ("from ignite import engine\n", "from allstep import ignite as engine\n"),
+        (
+            "from ignite import distributed as idist, engine as ie\n",
+            "from allstep import ignite as ie\nfrom ignite import distributed as idist\n",
+        ),
+    ],
+)
+def test_the_engines_module_under_a_name_becomes_the_bridge(before: str, after: str) -> None:
+    assert port(before + "from ignite.engine import Events\n").text == after + "from allstep.ignite import Events\n"
+
+
+@pytest.mark.parametrize("line", ["import ignite", "import ignite.engine"])
+def test_an_engine_by_its_full_name_is_left_for_a_person(line: str) -> None:
+    result = port(f"{line}\nengine = ignite.engine.Engine(step)\nfrom ignite.engine import Events\n")
+    assert "from allstep.ignite import Events" in result.text  # which fit an engine of Ignite's
+    assert result.notes == [(2, "ignite.engine.Engine is still Ignite's: from allstep.ignite import Engine")]
+
+
 def test_modules_of_others_are_nothing_that_keeps_ignites_engine() -> None:
     text = "import torch.nn.functional as F\nimport ignite\nfrom ignite.engine import Engine\n"
     assert ported(text) == text.replace("from ignite.engine", "from allstep")

@@ -43,9 +43,9 @@ def _show(path: Path, *, writes: bool) -> None:
     lines = unified_diff(before.splitlines(True), ported.text.splitlines(True), str(path), f"{path} (allstep)")
     for line in lines:
         sys.stdout.write(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n")
-    if ported.text == before:
+    if ported.text == before and not ported.notes:
         print(f"{path}: nothing of ignite.engine is imported", file=sys.stderr)
-    elif writes:
+    elif writes and ported.text != before:
         path.write_bytes(ported.text.encode())
     for line_number, note in ported.notes:
         print(f"{path}:{line_number}: {note}", file=sys.stderr)

@@ -89,10 +89,12 @@ def port(source: str, name: str = "the script") -> Ported:
         raise ConfigurationError(f"{name} is not Python: {error.msg} in line {error.lineno}") from None
     imports = [each for each in ast.walk(tree) if isinstance(each, ast.ImportFrom) and _is_of_ignite(each.module)]
     kept = _kept(tree, imports)
-    edits = [edit for each in imports for edit in _import_edits(each, bridged=bool(kept))]
-    if not kept:
+    edits, full_names = list(_module_edits(tree)), list(_full_names(tree))
+    is_bridged = bool(kept or edits or full_names)
+    edits += [edit for each in imports for edit in _import_edits(each, bridged=is_bridged)]
+    if not is_bridged:
         edits += [edit for call, function in _calls(tree, imports) for edit in _keyword_edits(call, function)]
-    notes = list(_ranks_by_hand(tree, imports))
+    notes = [*_ranks_by_hand(tree, imports), *full_names]
     if kept:
         which = ", ".join(sorted(kept))
         notes.append(
@@ -109,7 +111,7 @@ def port(source: str, name: str = "the script") -> Ported:
     return Ported(text.decode(), sorted(notes))
 
 
-_Edit = tuple[ast.stmt | ast.keyword, str]
+_Edit = tuple[ast.stmt | ast.keyword | ast.alias, str]
 
 
 def _is_of_ignite(module: str | None) -> bool:
@@ -138,7 +140,7 @@ def _kept(tree: ast.Module, imports: list[ast.ImportFrom]) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             ours = [alias.name for alias in node.names if _is_of_ignite(alias.name)]
-            kept |= {name for name in ours if _part(name) not in ("distributed", "utils", "")}
+            kept |= {name for name in ours if _part(name) not in ("distributed", "utils", "engine", "")}
     for call, function in _calls(tree, imports):
         for keyword in call.keywords:
             other = RENAMED.get(function, {}).get(keyword.arg or "")
@@ -175,6 +177,30 @@ def _import_edits(node: ast.ImportFrom, *, bridged: bool) -> Iterator[_Edit]:
         homes.setdefault(home, []).append(ast.unparse(alias))
     indent = " " * node.col_offset
     yield node, f"\n{indent}".join(_statement(home, names, indent) for home, names in sorted(homes.items()))
+
+
+def _module_edits(tree: ast.Module) -> Iterator[_Edit]:
+    """The bridge in place of the module `ignite.engine`, where the script gives that a name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name == "ignite.engine" and alias.asname:
+                    yield alias, f"allstep.ignite as {alias.asname}"
+        elif isinstance(node, ast.ImportFrom) and node.module == "ignite":
+            engines = [alias for alias in node.names if alias.name == "engine"]
+            if engines:
+                indent = " " * node.col_offset
+                others = [ast.unparse(alias) for alias in node.names if alias.name != "engine"]
+                kept = [_statement("ignite", others, indent)] if others else []
+                new = [f"ignite as {alias.asname or alias.name}" for alias in engines]
+                yield node, f"\n{indent}".join([_statement("allstep", new, indent), *kept])
+
+
+def _full_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """What the script has of `ignite.engine` by its full name, which stays Ignite's until it is imported by name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ignite.engine":
+            yield node.lineno, f"{ast.unparse(node)} is still Ignite's: from allstep.ignite import {node.attr}"
 
 
 def _statement(module: str, names: list[str], indent: str) -> str:
