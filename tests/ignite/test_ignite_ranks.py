@@ -8,7 +8,9 @@ from typing import Any
 import ignite.distributed as idist
 import pytest
 import torch
-from ignite.metrics import Accuracy, Average
+from ignite.handlers import EpochOutputStore
+from ignite.metrics import Accuracy, Average, RunningAverage
+from ignite.metrics.metric import BatchWise
 from torch import nn
 
 from allstep import init
@@ -80,6 +82,37 @@ def uneven_evaluation(world: Any) -> tuple[float, int]:
 def test_an_evaluation_counts_every_sample_of_uneven_ranks_once() -> None:
     # Rank 0 is right in 6 of 6, rank 1 in 1 of 2.
     assert run_ranks(uneven_evaluation, 2) == [(7 / 8, 3)] * 2
+
+
+def uneven_outputs(world: Any) -> tuple[int, dict[str, float]]:
+    """An evaluation of three batches on rank 0 and of one on rank 1, with handlers that look at each output."""
+    data = [(torch.eye(2), torch.tensor([0, 1 - world.rank]))] * (3 if world.rank == 0 else 1)
+    evaluator = create_supervised_evaluator(nn.Identity(), {})
+    outputs = EpochOutputStore(lambda output: len(output[0]))
+    outputs.attach(evaluator)
+    RunningAverage(Accuracy()).attach(evaluator, "accuracy")
+    RunningAverage(output_transform=lambda output: float(len(output[1]))).attach(evaluator, "samples")
+    Accuracy().attach(evaluator, "of_batch", usage=BatchWise())
+    metrics = evaluator.run(data).metrics
+    return len(outputs.data), {name: round(value, 3) for name, value in metrics.items()}
+
+
+def test_a_rank_without_a_batch_is_no_output_to_handlers_and_no_hang_to_metrics() -> None:
+    # Accuracies of the batches of both: 3/4, then 1 and 1, of rank 0 alone.
+    wanted = {"accuracy": round(0.75 * 0.98**2 + 1 - 0.98**2, 3), "samples": 2.0, "of_batch": 1.0}
+    assert run_ranks(uneven_outputs, 2) == [(3, wanted), (1, wanted)]
+
+
+def average_of_fillers(world: Any) -> tuple[float, list[bool]]:
+    heard: list[bool] = []
+    trainer = Engine(lambda engine, batch: 3.0, uneven="longest")
+    RunningAverage(output_transform=lambda output: output).attach(trainer, "loss")
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: heard.append(engine.state.active))
+    return trainer.run([1.0] * (3 - 2 * world.rank)).metrics["loss"], heard
+
+
+def test_where_fillers_are_run_all_handlers_are_called_and_averages_go_on() -> None:
+    assert run_ranks(average_of_fillers, 2) == [(3.0, [True] * 3), (3.0, [True, False, False])]
 
 
 def one_asks(world: Any) -> tuple[int, Any]:

@@ -2,7 +2,8 @@
 
 Contract: steps, options and checks are Ignite's own: its factory is called, and the step that it made is given to an
 engine of allstep's, with what it put into the state, such as a gradient scaler. Over ranks an evaluation reads what
-every rank has: one whose data ends before the others' skips the step meanwhile, and its metrics are told of nothing.
+every rank has: one whose data ends before the others' skips the step meanwhile. Its metrics are told of nothing, and
+handlers that look at an output are not called.
 """
 
 from __future__ import annotations

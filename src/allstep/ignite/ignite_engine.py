@@ -130,7 +130,8 @@ class IgniteEngine(IgniteNames, Engine):
             event_kwargs = {"iter_counter": event_args[0]}  # Ignite gives it by name
             event_args = ()
         if event_name is Events.ITERATION_COMPLETED and not self.state.active:
-            self.call_without_updates(IgniteEvents.ITERATION_COMPLETED)
+            runs_fillers = self.extension.settings.idle == "filler"
+            self.call_without_batch(IgniteEvents.ITERATION_COMPLETED, has_output=runs_fillers)
         else:
             self.call_handlers(to_ignite(event_name), *event_args, **event_kwargs)
         if event_name is Events.DATALOADER_STOP_ITERATION:

@@ -11,6 +11,7 @@ an engine cannot be made, and the error says for which releases this was written
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from inspect import ismethod
 from typing import Any
 from weakref import WeakMethod, ref
@@ -20,7 +21,7 @@ from ignite.engine import DeterministicEngine as OriginalDeterministicEngine
 from ignite.engine import Engine as OriginalEngine
 from ignite.engine import Events as IgniteEvents
 from ignite.engine import deterministic
-from ignite.metrics import Metric
+from ignite.metrics import Metric, RunningAverage
 
 import ignite
 from allstep.engine import Extension
@@ -114,9 +115,8 @@ class IgniteNames(OriginalEngine):
 
     def swallows_exceptions(self) -> bool:
         """Whether a handler of EXCEPTION_RAISED is the script's or Ignite's; those of allstep let exceptions pass."""
-        handlers = [_unfiltered(each[0]) for each in self._event_handlers.get(IgniteEvents.EXCEPTION_RAISED, [])]
-        modules = [str(getattr(getattr(each, "func", each), "__module__", "")) for each in handlers]
-        return any(module.partition(".")[0] != "allstep" for module in modules)
+        handlers = self._event_handlers.get(IgniteEvents.EXCEPTION_RAISED, [])
+        return not all(_is_of_allstep(_unfiltered(each[0])) for each in handlers)
 
     def call_handlers(self, event: Any, *arguments: Any, **named: Any) -> None:
         """Note the event, and call all that listen to it as Ignite does."""
@@ -126,10 +126,20 @@ class IgniteNames(OriginalEngine):
             # Ignite would make an empty list of handlers, which it later takes for somebody who listens.
             self.last_event_name = event
 
-    def call_without_updates(self, event: Any) -> None:
-        """The same where this rank has no batch: metrics are not updated, but compute with the others'."""
+    def call_without_batch(self, event: Any, *, has_output: bool) -> None:
+        """The same where this rank has no batch and others have: metrics are not updated, but compute with the others'.
+
+        Args:
+            event: of Ignite's kind.
+            has_output: the step ran on a filler; else only those are called that can do without an output.
+        """
         everybody = self._event_handlers[event]
-        self._event_handlers[event] = others = [each for each in everybody if not _is_update(each[0])]
+        heard = [each for each in everybody if has_output or _needs_no_output(each[0])]
+        self._event_handlers[event] = others = [
+            each if metric is None else (partial(_average_with_others, metric), (), {})
+            for each, metric in ((each, _updated_by(each[0])) for each in heard)
+            if metric is None or isinstance(metric, RunningAverage)
+        ]
         before = len(others)
         try:
             self.call_handlers(event)
@@ -209,11 +219,29 @@ def _unfiltered(handler: Callable[..., Any]) -> Callable[..., Any] | None:
     return handler if behind is None else behind()
 
 
-def _is_update(handler: Callable[..., Any]) -> bool:
-    """Whether a handler gives an output to a metric of Ignite."""
+def _is_of_allstep(handler: Callable[..., Any] | None) -> bool:
+    module = str(getattr(getattr(handler, "func", handler), "__module__", ""))
+    return module.partition(".")[0] == "allstep"
+
+
+def _needs_no_output(handler: Callable[..., Any]) -> bool:
+    """Whether a handler is a metric's, with which others compute, or of allstep, which knows of ranks without one."""
     method = _unfiltered(handler)
-    is_of_metric = isinstance(getattr(method, "__self__", None), Metric)
-    return is_of_metric and getattr(method, "__name__", "") == "iteration_completed"
+    return isinstance(getattr(method, "__self__", None), Metric) or _is_of_allstep(method)
+
+
+def _updated_by(handler: Callable[..., Any]) -> Metric | None:
+    """The metric of Ignite to which a handler gives an output."""
+    method = _unfiltered(handler)
+    owner = getattr(method, "__self__", None)
+    is_update = isinstance(owner, Metric) and getattr(method, "__name__", "") == "iteration_completed"
+    return owner if is_update else None
+
+
+def _average_with_others(metric: RunningAverage) -> None:
+    """Take part in a running average, whose update crosses ranks, with what leaves it as it is."""
+    value = metric.compute()
+    metric.update(0.0 if value is None else value)
 
 
 class IgniteDistributed:
