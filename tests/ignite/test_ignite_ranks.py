@@ -97,7 +97,7 @@ def uneven_outputs(world: Any) -> tuple[int, dict[str, float]]:
     return len(outputs.data), {name: round(value, 3) for name, value in metrics.items()}
 
 
-def test_a_rank_without_a_batch_is_no_output_to_handlers_and_no_hang_to_metrics() -> None:
+def test_a_rank_without_a_batch_is_no_output_to_handlers_and_no_hang() -> None:
     # Accuracies of the batches of both: 3/4, then 1 and 1, of rank 0 alone.
     wanted = {"accuracy": round(0.75 * 0.98**2 + 1 - 0.98**2, 3), "samples": 2.0, "of_batch": 1.0}
     assert run_ranks(uneven_outputs, 2) == [(3, wanted), (1, wanted)]
