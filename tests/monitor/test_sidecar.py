@@ -256,7 +256,8 @@ def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(end, rank, capfd):
     actions = ["wait", "wait"]
     actions[rank] = end
     with one_rank_a_node(new_key(), *actions) as (ranks, services):
-        assert ranks[1].process.stdout.readline() == "welcome\n"
+        # On a busy machine it is told to leave before it says so.
+        assert ranks[1].process.stdout.readline() in ("welcome\n", "")
         services[1].release()
         wait_for(lambda: ended(ranks))
     said = capfd.readouterr().err
