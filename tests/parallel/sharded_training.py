@@ -76,12 +76,13 @@ class Plan:
     make: Callable[[], nn.Module] = Transformer
     folder: str | None = None  # to save to, and to go on from
     options: tuple[tuple[str, Any], ...] = ()
+    everywhere: tuple[tuple[str, Any], ...] = ()  # options of `wrap` also where no model is in parts
 
     def wrapped(self, world: World) -> nn.Module:
         world.seed_everything(5)
         model = self.make().double()
         is_divided = world.mesh is not None and {"shard", "tensor"} & {*(world.mesh.mesh_dim_names or ())}
-        return world.wrap(model, **(dict(self.options) if is_divided else {}))
+        return world.wrap(model, **(dict(self.options) if is_divided else {}), **dict(self.everywhere))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

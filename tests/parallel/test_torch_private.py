@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from allstep.parallel import torch_private, unwrap
+from allstep.parallel import Compilations, torch_private, unwrap
 from allstep.parallel.buckets import fix_buckets
 from allstep.parallel.wrap import hold_group
 from allstep.testing import run_ranks
@@ -137,3 +137,12 @@ def test_a_compiled_module_that_hides_its_original_is_taken_as_it_is(monkeypatch
 def test_timing_leaves_nothing_to_a_function_without_disable_dynamo(monkeypatch):
     monkeypatch.delattr("torch._compile._disable_dynamo")
     assert torch_private.not_compiled(len) is len
+
+
+def test_compilations_are_not_counted_without_torchs_record_of_them(monkeypatch):
+    import torch._dynamo.utils
+
+    monkeypatch.delattr(torch._dynamo.utils, "get_compilation_metrics")
+    with said_once("torch._dynamo.utils.get_compilation_metrics"):
+        assert Compilations().in_words() == "not counted by this torch"
+        assert Compilations().in_words() == "not counted by this torch"

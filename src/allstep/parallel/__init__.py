@@ -5,8 +5,8 @@ collectives (`world`), and gradient accumulation and weights of uneven batches (
 """
 
 from allstep.parallel.buffers import broadcasts_buffers, unify_buffers
+from allstep.parallel.compilation import Compilations
 from allstep.parallel.fully_sharded import (
-    choose_units,
     forget_gradients,
     is_fully_sharded,
     shard_module,
@@ -18,9 +18,11 @@ from allstep.parallel.meta_weights import materialised_later
 from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.replica import Replica, in_short
 from allstep.parallel.tensor_parallel import styles_of
+from allstep.parallel.units import choose_units
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
 
 __all__ = [
+    "Compilations",
     "Parameters",
     "Precision",
     "Replica",

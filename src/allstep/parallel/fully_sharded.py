@@ -6,10 +6,7 @@ rank holds its part, with the values that rank 0 had, and gradients are averaged
 `replicate`, in backward. Each unit is gathered for its forward and its backward pass and freed behind them, in one
 collective. What belongs to no unit is gathered once for the whole pass.
 
-Which units. `choose_units` goes by classes, by a predicate, or by size: then they are the outermost submodules with 1
-to 25 % of the elements each. A submodule that several units use becomes a unit of its own. A parameter that several
-submodules hold (tied weights) stays with the whole module, and so do units with a part of it: else each of its holders
-would go on with a tensor of its own.
+Which units there are says `allstep.parallel.units`.
 
 `unreduced` and `without_gradients` are what accumulation and a rank without a batch need; `engine.dummy_step` calls
 them. All of it goes by public names of torch 2.9 and later.
@@ -19,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -30,17 +27,13 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
+from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.buffers import broadcast_from_first
 from allstep.parallel.meta_weights import has_meta_tensors, materialise
+from allstep.parallel.units import Units, choose_units
 
 log = logging.getLogger("allstep.parallel")
 
-Units = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bool] | None
-"""What says which submodules are units: classes, a predicate, or None for a choice by size."""
-
-_SMALLEST_UNIT, _LARGEST_UNIT = 0.01, 0.25  # of the module's elements
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # they have no forward pass
 _DTYPES = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -139,91 +132,6 @@ def _settle(unit: nn.Module, own: list[nn.Parameter], device: torch.device) -> N
     for each in plain:
         each.data = each.data.to(device)
     broadcast_from_first(plain)
-
-
-# Units
-
-
-def choose_units(module: nn.Module, units: Units) -> list[nn.Module]:
-    """The submodules that are gathered in one piece each, the innermost first; the module itself is none of them.
-
-    Raises:
-        ParallelError: classes or a predicate that no submodule fits.
-        ArgumentError: units is none of what it may be.
-    """
-    if units is None:
-        chosen = _by_size(module)
-    else:
-        chosen = [each for each in module.modules() if each is not module and _fits(each, units)]
-        if not chosen and not _fits(module, units):
-            classes = sorted({type(each).__name__ for each in module.modules()})
-            raise ParallelError(f"units is {units!r}, which no submodule fits; the module has {', '.join(classes)}")
-        if bad := next((each for each in chosen if isinstance(each, _CONTAINERS)), None):
-            raise ParallelError(
-                f"units has {type(bad).__name__}, which has no forward pass before which it could be gathered; "
-                "name the class of what is in it"
-            )
-    return _without_split_ties(module, _with_shared(module, chosen))
-
-
-def _fits(module: nn.Module, units: Any) -> bool:
-    if isinstance(units, type) or (isinstance(units, tuple) and all(isinstance(each, type) for each in units)):
-        return isinstance(module, units)
-    if not callable(units):
-        raise ArgumentError(f"units is {units!r}; give a class of modules, several in a tuple, or a function of one")
-    return bool(units(module))
-
-
-def _by_size(module: nn.Module) -> list[nn.Module]:
-    total = sum(each.numel() for each in module.parameters())
-    found: dict[nn.Module, None] = {}
-
-    def descend(outer: nn.Module) -> None:
-        for each in outer.children():
-            share = sum(one.numel() for one in each.parameters()) / max(total, 1)
-            is_large = share > _LARGEST_UNIT or isinstance(each, _CONTAINERS)
-            if share < _SMALLEST_UNIT:
-                continue
-            before = len(found)
-            if is_large:
-                descend(each)
-            # What cannot be divided is gathered in one piece, however large.
-            if not isinstance(each, _CONTAINERS) and (not is_large or len(found) == before):
-                found[each] = None
-
-    descend(module)
-    return [each for each in module.modules() if each in found]
-
-
-def _with_shared(module: nn.Module, chosen: list[nn.Module]) -> list[nn.Module]:
-    """The units and what several of them use, innermost first."""
-    outermost = [unit for unit in chosen if not any(unit in other.modules() for other in chosen if other is not unit)]
-    users: dict[nn.Module, int] = {}
-    for unit in outermost:
-        for each in unit.modules():
-            users[each] = users.get(each, 0) + 1
-    shared = {each for each, count in users.items() if count > 1 and next(each.parameters(), None) is not None}
-    inside = {inner for each in shared for inner in each.modules() if inner is not each}
-    units = {*chosen, *(each for each in shared - inside if not isinstance(each, _CONTAINERS))}
-    found = [each for each in module.modules() if each in units and each is not module][::-1]
-    return sorted(found, key=lambda each: sum(1 for _ in each.modules()))  # what is inside of another has fewer
-
-
-def _without_split_ties(module: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-    """The units without those that hold a part of what is tied to something outside of them."""
-    holders: dict[int, list[nn.Module]] = {}
-    for each in module.modules():
-        for parameter in dict.fromkeys(each.parameters(recurse=False)):
-            holders.setdefault(id(parameter), []).append(each)
-    ties = [of for of in holders.values() if len(of) > 1]
-    kept = []
-    for unit in units:
-        inside = set(unit.modules())
-        if any(0 < sum(each in inside for each in of) < len(of) for of in ties):
-            log.info("%s has a weight that is tied to one outside of it, so it is no unit", type(unit).__name__)
-        else:
-            kept.append(unit)
-    return kept
 
 
 # What an engine asks

@@ -14,10 +14,12 @@ All names were there before torch 2.9, the oldest that allstep supports.
 | DistributedDataParallel._has_rebuilt_buckets | telling DDP that the layout is final | DDP's own layouts |
 | torch._dynamo.eval_frame.OptimizedModule | knowing what torch.compile returned | only the attribute below |
 | OptimizedModule._orig_mod | the module that was compiled | the compiled module is taken for the user's own |
+| torch._dynamo.utils.get_compilation_metrics | counting what was compiled, and why again | not counted |
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -117,6 +119,27 @@ def compiled_from(module: nn.Module) -> nn.Module | None:
     if kind is not None:
         _without("OptimizedModule._orig_mod", "a compiled module is taken for the user's own")
     return None
+
+
+def compilations_since(moment: float) -> list[tuple[str, str | None]] | None:
+    """What torch.compile has compiled since a moment of `time.time()`: each function, and why it was compiled again.
+
+    Torch keeps the last 64. None where this torch does not tell.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:  # nothing was compiled yet
+        return []
+    metrics = getattr(utils, "get_compilation_metrics", None)
+    needed = ("co_name", "co_filename", "co_firstlineno", "start_time", "recompile_reason")
+    found = [] if metrics is None else metrics()
+    if metrics is None or not all(hasattr(each, name) for each in found for name in needed):
+        _without("torch._dynamo.utils.get_compilation_metrics", "what is compiled again is not counted")
+        return None
+    return [
+        (f"{each.co_name} ({os.path.basename(each.co_filename or '')}:{each.co_firstlineno})", each.recompile_reason)
+        for each in found
+        if each.co_name is not None and (each.start_time or 0.0) >= moment  # a backward pass has no name
+    ]
 
 
 _NOT_TIMED = "backward passes are not watched, so the time in which a rank waits for gradients counts as its own"

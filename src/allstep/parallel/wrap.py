@@ -21,7 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentTypeError, ParallelError
+from allstep.parallel.activation_checkpointing import recompute_activations, units_to_checkpoint
 from allstep.parallel.buffers import broadcast_from_first
+from allstep.parallel.compilation import compile_units, units_to_compile
 from allstep.parallel.fully_sharded import is_fully_sharded, shard_module
 from allstep.parallel.meta_weights import has_meta_tensors, materialise
 from allstep.parallel.replica import Replica
@@ -38,7 +40,17 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import unknown_option
 
 _DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
-_OWN_OPTIONS = ("sync_batchnorm", "deterministic", "units", "precision", "reshard_after_forward", "tensor_plan")
+_OWN_OPTIONS = (
+    "sync_batchnorm",
+    "deterministic",
+    "units",
+    "precision",
+    "reshard_after_forward",
+    "tensor_plan",
+    "checkpoint_activations",
+    "compile",
+    "compile_options",
+)
 _HOW_TO_SHARD = ("units", "reshard_after_forward")
 _SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"module", "device", "mesh"}
 
@@ -59,6 +71,9 @@ def wrap_module(
     mesh: DeviceMesh | None = None,
     model_mesh: DeviceMesh | None = None,
     tensor_plan: TensorPlan | None = None,
+    checkpoint_activations: Any = None,
+    compile: Any = False,
+    compile_options: Mapping[str, Any] | None = None,
     **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP, or shard it.
@@ -82,12 +97,17 @@ def wrap_module(
             torch.distributed.tensor.parallel, or names of those such as "colwise" and "rowwise". By default what the
             model offers as `tensor_plan` or, in Hugging Face's way, `tp_plan`; {} divides nothing. It is checked, and
             means nothing more, where the mesh has no `tensor`.
+        checkpoint_activations: units whose activations are computed anew in the backward pass: classes, a function of a
+            submodule, or n for every n-th of `units`. See `allstep.parallel.activation_checkpointing`.
+        compile: True for the whole module, or classes or a function of a submodule for units that are compiled one by
+            one. See `allstep.parallel.compilation`.
+        compile_options: of torch.compile.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
     Raises:
         ParallelError: no module was given, it is wrapped or sharded already, SyncBatchNorm was asked for where there is
-            none, or tensor_plan does not fit the module or the mesh.
+            none, or tensor_plan, checkpoint_activations or compile does not fit the module or the mesh.
         ArgumentTypeError: an option that DistributedDataParallel, or `shard_module`, does not have, in a world of any
             size.
     """
@@ -95,6 +115,29 @@ def wrap_module(
         raise ParallelError(f"module is {module!r}; wrap a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
+    recomputed = units_to_checkpoint(module, checkpoint_activations, ddp_options.get("units"))
+    compiled = units_to_compile(module, compile, compile_options)
+    wrapped = _over_ranks(
+        module, device, world_size, sync_batchnorm, deterministic, activity, mesh, model_mesh, tensor_plan, ddp_options
+    )
+    # Both change what a call of the same objects does, so they come last, when nothing can be refused any more.
+    recompute_activations(recomputed)
+    compile_units(compiled, compile_options)
+    return wrapped
+
+
+def _over_ranks(
+    module: nn.Module,
+    device: torch.device,
+    world_size: int,
+    sync_batchnorm: bool,
+    deterministic: bool,
+    activity: RankActivity | None,
+    mesh: DeviceMesh | None,
+    model_mesh: DeviceMesh | None,
+    tensor_plan: TensorPlan | None,
+    ddp_options: dict[str, Any],
+) -> nn.Module:
     dimensions = () if mesh is None else mesh.mesh_dim_names or ()
     styles = {}
     if mesh is not None and "tensor" in dimensions:
@@ -202,7 +245,7 @@ def rewrap(module: nn.Module) -> None:
     Raises:
         ParallelError: the module is not one that `wrap` put into DDP, or DDP cannot wrap it as it is now.
     """
-    if is_fully_sharded(module):  # it goes by what requires a gradient in each pass
+    if is_fully_sharded(module) or sharded_parameter(module):  # it goes by what requires a gradient in each pass
         return
     while not isinstance(module, DistributedDataParallel) and (original := compiled_from(module)) is not None:
         module = original

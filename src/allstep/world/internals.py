@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from allstep.coordination import Coordinator
+from allstep.parallel import Compilations
 from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import hint_for
 from allstep.world.duration import took_in_words
@@ -34,6 +35,7 @@ class WorldInternals:
         activity: where this rank is; the monitoring service is told from it.
         reporter: tells exceptions to that service; None where no service watches over the ranks.
         summary: what is said at a good end, by what it is about; each writer replaces its own.
+        compilations: what torch compiles, where a wrapped module is compiled.
         hide_log: stops showing what is logged; see `log_output`.
     """
 
@@ -41,6 +43,7 @@ class WorldInternals:
     activity: RankActivity
     reporter: Reporter | None
     summary: dict[str, str] = field(default_factory=dict)
+    compilations: Compilations | None = None
     hide_log: Callable[[], None] = lambda: None
     _opened_at: float = field(default_factory=time.monotonic)
     _wrapped: list[weakref.ref[nn.Module]] = field(default_factory=list)
@@ -68,6 +71,8 @@ class WorldInternals:
                     method(failed)
             except Exception as error:  # the other methods, and the other ranks, are still to be served
                 raised = raised or error
+        if self.compilations is not None:
+            self.summary["compile"] = self.compilations.in_words()
         if not failed and raised is None and self.summary:
             took = time.monotonic() - self._opened_at
             log.info(

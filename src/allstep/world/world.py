@@ -26,6 +26,7 @@ from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import ArgumentError
 from allstep.exit_codes import IN_ORDER
 from allstep.parallel import (
+    Compilations,
     Parameters,
     Precision,
     autocast,
@@ -149,6 +150,8 @@ class World:
         if casts != "no":
             Casting(unwrap(wrapped), casts).hook()
         inner.add_wrapped(wrapped)
+        if options.get("compile") and inner.compilations is None:
+            inner.compilations = Compilations()
         return wrapped
 
     def unwrap(self, module: nn.Module) -> nn.Module:

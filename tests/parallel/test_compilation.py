@@ -1,0 +1,103 @@
+"""Models that torch compiles: names, how often, over ranks, and beside fixed buckets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from allstep.errors import AllstepError
+from allstep.parallel import Compilations, wrap_module
+from allstep.testing import run_ranks
+from allstep.world import World
+from tests.parallel.sharded_training import Block, Plan, Transformer, check_equal, train
+
+pytestmark = pytest.mark.slow
+
+CPU = torch.device("cpu")
+NO_COMPILER = {"backend": "aot_eager"}  # which needs no C++ compiler
+
+
+def compiled_often(_: World) -> dict[str, Any]:
+    """Two epochs of ragged batches through twelve compiled blocks."""
+    torch.manual_seed(0)
+    plain = Transformer(blocks=12)
+    names = list(plain.state_dict())
+    expected = plain(torch.zeros(3, 5, dtype=torch.int64))
+    counts = Compilations()
+    model = wrap_module(plain, CPU, 1, compile=Block, compile_options=NO_COMPILER)
+    said = []
+    for _epoch in range(2):
+        for size in (4, 4, 3, 2, 1):
+            output = model(torch.zeros(size, 5, dtype=torch.int64))
+            output.sum().backward()
+            if size == 3:
+                torch.testing.assert_close(output, expected)
+        said.append(counts.in_words())
+    return {"is_same": model is plain, "names": list(model.state_dict()) == names, "said": said}
+
+
+def test_blocks_compile_together_and_ragged_batches_end_compiling() -> None:
+    (found,) = run_ranks(compiled_often, 1)
+    assert found["is_same"]
+    assert found["names"]
+    first, second = found["said"]
+    assert first == second  # the second epoch compiles nothing
+    assert first.startswith("1 compiled, 2 again (")
+    assert "size mismatch at index 0. expected 4, actual 3" in first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compile": nn.Conv2d}, "compile is .*Conv2d.*, which no submodule fits"),
+        ({"compile": True, "compile_options": {"back_end": "eager"}}, "did you mean backend"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AllstepError, match=message):
+        wrap_module(Transformer(), CPU, 1, **options)
+
+
+BY_BLOCK = Plan(
+    options=(("units", Block),),
+    everywhere=(("compile", Block), ("compile_options", NO_COMPILER), ("checkpoint_activations", Block)),
+)
+WHOLE = replace(BY_BLOCK, everywhere=(("compile", True), ("compile_options", NO_COMPILER)))
+
+
+def compiled_training(world: World, plan: Plan) -> tuple[dict[str, Any], bool, str]:
+    has_fixed = []
+
+    def seen(self: Any, *arguments: Any, **options: Any) -> Any:
+        model = wrap(*arguments, **options)
+        has_fixed.append(not isinstance(model, DistributedDataParallel) or model._has_rebuilt_buckets)
+        return model
+
+    wrap = world.wrap
+    world.wrap = seen.__get__(world)  # type: ignore[method-assign]
+    counts = Compilations()
+    return train(world, plan), has_fixed[0], counts.in_words()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "mesh", "plan"),
+    [
+        (2, "shard=2", BY_BLOCK),
+        pytest.param(2, "replicate=2", WHOLE, marks=pytest.mark.nightly),
+        pytest.param(2, "replicate=2", BY_BLOCK, marks=pytest.mark.nightly),
+        pytest.param(2, "shard=2", WHOLE, marks=pytest.mark.nightly),
+        pytest.param(4, "shard=2,tensor=2", BY_BLOCK, marks=pytest.mark.nightly),
+    ],
+)
+def test_a_compiled_model_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan) -> None:
+    (alone,) = run_ranks(train, 1, Plan())
+    for found, has_fixed_buckets, said in run_ranks(compiled_training, ranks, plan, env={"ALLSTEP_MESH": mesh}):
+        check_equal(found, alone)
+        assert has_fixed_buckets
+        assert " compiled, " in said
+        assert not said.startswith("0 ")
