@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -77,7 +81,9 @@ def sgd_adam(model: nn.Module) -> torch.optim.Optimizer:
 
 def digest(value: Any) -> str:
     whole = value.full_tensor() if isinstance(value, DTensor) else value
-    return hashlib.sha256(whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    return hashlib.sha256(
+        whole.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()[:16]
 
 
 def digests(world: World, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, str]:
@@ -105,6 +111,17 @@ def trained_and_saved(world: World, folder: str, seed: int) -> dict[str, str]:
     return digests(world, model, optimizer)
 
 
+def saved_elements(folder: str) -> int:
+    """Elements in all files of the one checkpoint in a folder, of the model and of the optimizer."""
+    files = list(Path(folder).glob("save-*/rank_*.safetensors"))
+    assert files
+    found = 0
+    for each in files:
+        with safe_open(each, "pt") as opened:
+            found += sum(math.prod(opened.get_slice(key).get_shape()) for key in opened.keys() if key[0] != "~")  # noqa: SIM118
+    return found
+
+
 def loaded(world: World, folders: list[str]) -> list[dict[str, str]]:
     """What a new model and optimizer are after they have resumed from each folder."""
     found = []
@@ -115,3 +132,20 @@ def loaded(world: World, folders: list[str]) -> list[dict[str, str]]:
         Checkpoint(f"{folder}-next", {"model": model, "optimizer": optimizer}, every=None).resume(folder)
         found.append(digests(world, model, optimizer))
     return found
+
+
+class Peak:
+    """How much memory of this process is taken at most, beyond what is at the beginning."""
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is taken now
+        self._before = self._status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = self._status("VmHWM") - self._before
+
+    def _status(self, name: str) -> int:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(lines[name].split()[0]) * 1024

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from allstep import Checkpoint, Engine
+from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
-from tests.checkpoint.meshes import MESHES, loaded, trained_and_saved
+from allstep.world import World
+from tests.checkpoint.meshes import MESHES, Net, Peak, digest, laid_out, loaded, saved_elements, trained_and_saved
 
 pytestmark = pytest.mark.slow
 
 
 def check_all_pairs(names: list[str], folder: Path) -> None:
     saved = {}
+    elements = set()
     for seed, name in enumerate(names):
         ranks, mesh = MESHES[name]
         found = run_ranks(trained_and_saved, ranks, str(folder / name), seed, env={"ALLSTEP_MESH": mesh})
         assert found == [found[0]] * ranks
         saved[name] = found[0]
+        elements.add(saved_elements(str(folder / name)))
+    assert len(elements) == 1  # tied weights, and what several ranks hold, are there once
     for name in names:
         ranks, mesh = MESHES[name]
         everyone = run_ranks(loaded, ranks, [str(folder / each) for each in names], env={"ALLSTEP_MESH": mesh})
@@ -36,5 +47,131 @@ def test_any_mesh_loads_what_any_other_saved(tmp_path: Path) -> None:
     check_all_pairs(list(MESHES), tmp_path)
 
 
-def test_sharded_tensor_parallel_and_replicated_load_each_other(tmp_path: Path) -> None:
-    check_all_pairs(["ddp1", "fsdp2", "tp2"], tmp_path)
+def test_fully_sharded_and_tensor_parallel_load_each_other(tmp_path: Path) -> None:
+    check_all_pairs(["fsdp2", "tp2"], tmp_path)
+
+
+def two_maps(world: World, first: int, second: int, tied: bool) -> nn.ModuleDict:
+    """Two maps with weights that are sharded by hand, each along a dimension, over a mesh beside the World's."""
+    mesh = init_device_mesh("cpu", (world.world_size,), mesh_dim_names=("mine",))
+    model = nn.ModuleDict({name: nn.Linear(6, 4, bias=False) for name in ("first", "second")})
+    for each, dim in zip(model.values(), (first, second), strict=True):
+        each.weight = nn.Parameter(distribute_tensor(each.weight.detach(), mesh, [Shard(dim)]))
+    if tied:
+        model["second"].weight = model["first"].weight
+    return model
+
+
+def tied_then_apart(world: World, folder: str) -> tuple[str, list[str], int]:
+    world.seed_everything(1)
+    saved, found = two_maps(world, 0, 0, tied=True), two_maps(world, 1, 0, tied=False)
+    engine = Engine(lambda engine, batch: None)
+    Checkpoint(f"{folder}/a", {"model": saved}, every=None, strict=True).save(engine, wait=True)
+    Checkpoint(f"{folder}/b", {"model": found}, every=None).resume(f"{folder}/a")
+    assert found["first"].weight.placements == (Shard(1),)
+    values = [digest(each.weight) for each in found.values()]
+    return digest(saved["first"].weight), values, saved_elements(f"{folder}/a")
+
+
+def test_weights_tied_in_a_mesh_of_ones_own_load_where_they_are_apart(tmp_path: Path) -> None:
+    for saved, found, elements in run_ranks(tied_then_apart, 2, str(tmp_path), env={"ALLSTEP_MESH": "shard=2"}):
+        assert found == [saved, saved]
+        assert elements == 4 * 6
+
+
+class RowSums(torch.optim.Optimizer):
+    """Keeps a sum for each row, which no shard of the parameter has the shape of."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, {"lr": 1.0} | options)
+
+    def step(self, closure: Any = None) -> None:
+        for at, parameter in enumerate(self.param_groups[0]["params"]):
+            self.state[parameter] = {
+                "rows": parameter.detach().sum(1, keepdim=True) + at,
+                "step": torch.tensor(float(at)),
+            }
+
+
+def regrouped(world: World, folder: str, order: list[str], split: int, saves: bool, lr: float) -> dict[str, Any]:
+    """An optimizer whose parameters come in this order, the first `split` of them in a group of their own."""
+    world.seed_everything(1)
+    model = laid_out(world, Net())
+    named = dict(world.unwrap(model).named_parameters())
+    parameters = [named[name] for name in order]
+    groups = [{"params": each} for each in (parameters[:split], parameters[split:]) if each]
+    optimizer = RowSums(groups, lr=lr)
+    checkpoint = Checkpoint(folder, {"model": model, "optimizer": optimizer}, every=None, strict=True)
+    if saves:
+        optimizer.step()
+        checkpoint.save(Engine(lambda engine, batch: None), wait=True)
+    else:
+        checkpoint.resume()
+    for of in optimizer.state.values():
+        assert isinstance(of["rows"], DTensor) == (world.mesh is not None)
+    found = {name: {key: digest(each) for key, each in optimizer.state[named[name]].items()} for name in order}
+    return {"states": found, "lr": [group["lr"] for group in optimizer.param_groups]}
+
+
+MATRICES = ["embedding.weight", "blocks.0.up.weight", "blocks.1.down.weight"]
+
+
+@pytest.mark.parametrize("split", [0, 1])
+def test_an_optimizers_states_go_by_names_into_other_groups(split: int, tmp_path: Path) -> None:
+    saved = run_ranks(regrouped, 1, str(tmp_path), MATRICES, 0, True, 0.25)[0]
+    others = (str(tmp_path), MATRICES[::-1], split, False, 1.0)
+    for found in run_ranks(regrouped, 2, *others, env={"ALLSTEP_MESH": "shard=2"}):
+        assert found == {"states": saved["states"], "lr": [0.25] * (1 + split)}
+
+
+def in_groups(count: int) -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    groups = [{"params": [each], "lr": 0.1 + at} for at, each in enumerate(model.parameters())]
+    return {"model": model, "optimizer": torch.optim.SGD(groups if count == 2 else model.parameters(), lr=0.1)}
+
+
+def test_groups_whose_options_differ_are_not_made_one(tmp_path: Path) -> None:
+    saving, loading = (Checkpoint(tmp_path, in_groups(count), every=None, strict=True) for count in (2, 1))
+    saving.save(Engine(lambda engine, batch: None), wait=True)
+    said = "model/0.weight and model/1.weight in one group, and they were saved in two whose lr differ"
+    with pytest.raises(CheckpointError, match=said):
+        loading.resume()
+
+
+WIDE = (48 << 20) // 4 // 2048  # rows of 2048 float32 that take 48 MB
+
+
+def wide(world: World, seed: int, dim: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A matrix of 48 MB, of which each rank has a part along a dimension, and its momentum."""
+    part = torch.rand((WIDE // (1 if dim else world.world_size), 2048 // (world.world_size if dim else 1)))
+    mesh = init_device_mesh("cpu", (world.world_size,))
+    module = nn.Module()
+    module.weight = nn.Parameter(DTensor.from_local(part + seed, mesh, [Shard(dim)], run_check=False))
+    return module, torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+
+
+def within_memory(world: World, folder: str) -> dict[str, int]:
+    model, optimizer = wide(world, 0, 0)
+    model.weight.grad = model.weight.detach() * 2
+    optimizer.step()
+    engine, peaks = Engine(lambda engine, batch: None), {}
+    with Peak() as peak:
+        saved = Checkpoint(f"{folder}/a", {"model": model, "optimizer": optimizer}, every=None, strict=True)
+        saved.save(engine, wait=True)
+    peaks["save"] = peak.bytes
+    del model, optimizer, saved
+    for dim in (0, 1):
+        model, optimizer = wide(world, 1, dim)
+        with Peak() as peak:
+            Checkpoint(f"{folder}/{dim}", {"model": model, "optimizer": optimizer}, every=None).resume(f"{folder}/a")
+        peaks[f"along {dim}"] = peak.bytes
+    return peaks
+
+
+def test_no_rank_holds_the_whole_while_it_saves_or_loads(tmp_path: Path) -> None:
+    # A rank's half of the matrix and of its momentum are 48 MB together, the whole of both is 96 MB.
+    for peaks in run_ranks(within_memory, 2, str(tmp_path)):
+        print(peaks)
+        assert max(peaks.values()) < 84 << 20
+        # Of the matrix, a half at a time; the momentum is new, and stays.
+        assert max(peaks["along 0"], peaks["along 1"]) < 68 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,51 @@ def test_a_damaged_checkpoint_is_not_exported(folder: Path, tmp_path: Path) -> N
     flip(folder / "save-000001-step-3" / "rank_00000.safetensors", -1)
     with pytest.raises(DamagedCheckpointError, match="has changed"):
         export(find_entry(str(folder), None), str(tmp_path / "x.pt"))
+
+
+def exported(module: nn.Module, tmp_path: Path, size: int | str) -> Path:
+    Checkpoint(tmp_path / "c", {"model": module}, every=None).save(Engine(lambda engine, batch: None), wait=True)
+    export(find_entry(str(tmp_path / "c"), None), f"{tmp_path / 'out'}/", max_shard_size=size)
+    return tmp_path / "out"
+
+
+def test_a_folder_has_files_of_a_size_and_an_index_as_the_hub_has_them(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    module = Tied()
+    folder = exported(module, tmp_path, 100)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted({*index["weight_map"].values()})
+    assert files == [f"model-{at:05d}-of-{len(files):05d}.safetensors" for at in range(1, len(files) + 1)]
+    assert sorted(each.name for each in folder.iterdir()) == [*files, "model.safetensors.index.json"]
+    state = {name: value for name, value in module.state_dict().items() if name != "output.weight"}  # tied, once
+    assert index["weight_map"].keys() == state.keys()
+    assert index["metadata"]["total_size"] == sum(each.nbytes for each in state.values())
+    for file in files:
+        inside = safetensors.load_file(folder / file)
+        assert inside.keys() == {name for name, of in index["weight_map"].items() if of == file}
+        assert all(torch.equal(value, state[name]) for name, value in inside.items())
+        assert len(inside) == 1 or sum(each.nbytes for each in inside.values()) <= 100
+
+
+def test_a_folder_of_a_small_model_has_one_file_that_the_hubs_tools_load(tmp_path: Path) -> None:
+    module, again = Tied(), Tied()
+    folder = exported(module, tmp_path, "5GB")
+    assert [each.name for each in folder.iterdir()] == ["model.safetensors"]
+    pytest.importorskip("safetensors.torch").load_model(again, str(folder / "model.safetensors"))
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.parametrize("size", ["5 gigabytes", 0, "-1GB", True])
+def test_a_size_that_is_none_is_refused(size: Any, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="max_shard_size is"):
+        export(find_entry(str(folder), None), str(tmp_path / "x"), max_shard_size=size)
+
+
+def test_a_folder_that_has_something_in_it_stays(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("")
+    with pytest.raises(ArgumentError, match="it is there already; give a new folder"):
+        export(find_entry(str(folder), None), str(tmp_path / "x"))
+    with pytest.raises(CheckpointError, match=r"no part 'net'; it has .*choose which by only="):
+        export(find_entry(str(folder), None), str(tmp_path / "y"), only="net")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "x"]

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from allstep.checkpoint.encoding import decode, encode
-from allstep.checkpoint.torch_private import module_versions, shard_boxes, wraps_tensors
+from allstep.checkpoint.torch_private import module_versions, wraps_tensors
 from allstep.errors import UnsupportedStateError
+from allstep.parallel import shard_boxes
 from allstep.testing import run_ranks
 from allstep.world import World
 

@@ -287,9 +287,12 @@ def _in_order(value: Any) -> list[Any]:
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """What two names of one tensor have in common; None where ranks could judge it differently.
 
-    Shards of two parameters may share memory on one rank and not on another, and empty tensors have no address.
+    Shards of two parameters may share memory on one rank and not on another, so a DTensor is known by its object; the
+    state holds on to it meanwhile. Empty tensors have no address.
     """
-    if isinstance(tensor, DTensor) or tensor.numel() == 0:
+    if isinstance(tensor, DTensor):
+        return DTensor, id(tensor)
+    if tensor.numel() == 0:
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
 

@@ -29,14 +29,14 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.checkpoint.encoding import FromRankZero
-from allstep.checkpoint.reading import ShardedLike
+from allstep.checkpoint.optimizer_state import OptimizerAdapter
 from allstep.checkpoint.torch_private import module_versions, set_module_versions
 from allstep.engine import Engine
 from allstep.engine.extension import Stateful
 from allstep.engine.resume import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError, UnsupportedStateError
-from allstep.parallel import broadcasts_buffers, unify_buffers, unwrap
+from allstep.parallel import PlainNames, broadcasts_buffers, unify_buffers, unwrap
 from allstep.world import World, current_data_ranks, internals
 
 
@@ -84,7 +84,8 @@ def adapters_for(objects: Mapping[str, Any], trainers: Sequence[Engine] = ()) ->
     Raises:
         UnsupportedStateError: an object has no state that can be saved.
     """
-    return {name: _adapter(name, each, trainers) for name, each in objects.items()}
+    modules = {name: unwrap(each) for name, each in objects.items() if isinstance(each, nn.Module)}
+    return {name: _adapter(name, each, trainers, modules) for name, each in objects.items()}
 
 
 def collect_states(adapters: Mapping[str, ObjectAdapter]) -> CollectedStates:
@@ -120,7 +121,7 @@ def _has_flat_shards(module: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(each, fsdp) for each in module.modules())
 
 
-def _adapter(name: str, value: Any, trainers: Sequence[Engine]) -> ObjectAdapter:
+def _adapter(name: str, value: Any, trainers: Sequence[Engine], modules: Mapping[str, nn.Module]) -> ObjectAdapter:
     if isinstance(value, Engine):
         return _EngineAdapter(value, trains=not trainers or value in trainers)
     if isinstance(value, PerRank):
@@ -140,7 +141,7 @@ def _adapter(name: str, value: Any, trainers: Sequence[Engine]) -> ObjectAdapter
             )
         return ModuleAdapter(unwrap(value))
     if isinstance(value, torch.optim.Optimizer):
-        return _OptimizerAdapter(value)
+        return OptimizerAdapter(value, modules)
     if not callable(getattr(value, "state_dict", None)) or not callable(getattr(value, "load_state_dict", None)):
         raise UnsupportedStateError(
             f"{name!r} is a {type(value).__name__}, which has no state_dict() and load_state_dict(); leave it out"
@@ -221,61 +222,6 @@ def _check_own_positions(rank_states: Sequence[Any]) -> None:
         )
 
 
-class _OptimizerAdapter(_StatefulAdapter):
-    """An optimizer; its states of sharded parameters are sharded as they are.
-
-    The states of a fresh optimizer are empty, so the parameters themselves are the template.
-    """
-
-    def template(self) -> Any:
-        parameters = {id(each): each for group in self.value.param_groups for each in group["params"]}
-        return {
-            "state": {
-                at: ShardedLike(each.detach())
-                for at, each in enumerate(parameters.values())  # as Optimizer.state_dict counts them
-            }
-        }
-
-    def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
-        _check_groups(self.value, state)
-        self.value.load_state_dict(state)
-        # A fused optimizer goes over the memory of a parameter and of its moments side by side, so they must lie alike
-        # in this run, which may lay its parameters out in another way than the run that saved.
-        for parameter, of_parameter in self.value.state.items():
-            if isinstance(of_parameter, dict) and isinstance(parameter, torch.Tensor):
-                for key, each in of_parameter.items():
-                    of_parameter[key] = _laid_out_like(parameter, each)
-
-
-def _laid_out_like(parameter: torch.Tensor, value: Any) -> Any:
-    """A state of a parameter, in memory as the parameter is where it has its shape."""
-    if not isinstance(value, torch.Tensor) or isinstance(value, DTensor) or isinstance(parameter, DTensor):
-        return value
-    if value.shape != parameter.shape or value.stride() == parameter.stride() or value.layout is not torch.strided:
-        return value
-    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
-
-
-def _check_groups(optimizer: torch.optim.Optimizer, state: Any) -> None:
-    """Refuse a state of other parameter groups, with what to do: torch says only that they differ."""
-    saved, here = (
-        [len(group["params"]) for group in groups] for groups in (state["param_groups"], optimizer.param_groups)
-    )
-    if saved == here:
-        return
-    raise CheckpointError(
-        f"the optimizer was saved with {_in_words(saved)}, and this run's has {_in_words(here)}. Groups that are added "
-        "on the way, as by add_param_group in a handler, are to be there before resume(): ask what the newest "
-        "checkpoint is of, found = checkpoint.store.choose(), and add them where found.manifest.facts['epoch'] says "
-        "that the saved run had"
-    )
-
-
-def _in_words(sizes: Sequence[int]) -> str:
-    groups = "1 parameter group" if len(sizes) == 1 else f"{len(sizes)} parameter groups"
-    return f"{groups} (of {', '.join(map(str, sizes))} parameters)"
-
-
 class _GeneratorState:
     """A torch.Generator with the methods of `Stateful`."""
 
@@ -301,8 +247,8 @@ class ModuleAdapter:
         for replica in self._replicas():
             if broadcasts_buffers(replica):
                 unify_buffers(replica)
-        names = _PlainNames(self.module)
-        state = self.module.state_dict()
+        names = PlainNames(self.module)
+        state = _tied_once(self.module, self.module.state_dict())
         own = self._own_buffers(state)
         plain: OrderedDict[str, Any] = OrderedDict(
             (names.plain(name), FromRankZero(value) if name in own else value) for name, value in state.items()
@@ -316,14 +262,14 @@ class ModuleAdapter:
 
     def template(self) -> Any:
         """The sharded tensors, which are filled in place."""
-        names = _PlainNames(self.module)
+        names = PlainNames(self.module)
         state = self.module.state_dict()
         sharded = {names.plain(name): value for name, value in state.items() if isinstance(value, DTensor)}
         return sharded or None
 
     def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
         """Take over `state`, and this rank's buffers."""
-        names = _PlainNames(self.module)
+        names = PlainNames(self.module)
         # From the names in the checkpoint to those that this run's wrappers give.
         wrapped = {names.plain(name): name for name in self.module.state_dict()}
         named: OrderedDict[str, Any] = OrderedDict((wrapped.get(name, name), value) for name, value in state.items())
@@ -364,28 +310,16 @@ class ModuleAdapter:
         return list(dict.fromkeys(found))
 
 
-class _PlainNames:
-    """The names of a module's tensors and submodules without what wrappers add to them."""
+def _tied_once(module: nn.Module, state: Any) -> Any:
+    """A module's state in which a sharded parameter of several names is one tensor, so that it is saved once.
 
-    def __init__(self, module: nn.Module) -> None:
-        # "0.module." becomes "0." for a DDP module under the name 0, "0._orig_mod." for a compiled one.
-        self._prefixes = [
-            (f"{name}.{inner}.", f"{name}.")
-            for name, each in module.named_modules(remove_duplicate=False)
-            if name and unwrap(each) is not each
-            for inner, _ in each.named_children()
-        ][::-1]  # the innermost first
-
-    def plain(self, name: str) -> str:
-        """The name of a tensor."""
-        for wrapped, plain in self._prefixes:
-            if name.startswith(wrapped):
-                name = plain + name[len(wrapped) :]
-        return name
-
-    def plain_module(self, name: str) -> str:
-        """The name of a submodule."""
-        return self.plain(f"{name}.")[:-1]  # with a dot, as prefixes end
+    Tensors that are no DTensors show it by their memory.
+    """
+    first: dict[int, Any] = {}
+    for name, each in module.named_parameters(remove_duplicate=False):
+        if isinstance(state.get(name), DTensor):
+            state[name] = first.setdefault(id(each), state[name])
+    return state
 
 
 def _world_size() -> int:

@@ -8,7 +8,7 @@ nothing is unpickled or executed. DamagedCheckpointError is raised where the fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -32,6 +32,8 @@ from allstep.checkpoint.sharding import Box, Piece, local_boxes, whole_box
 from allstep.checkpoint.storage import Storage
 from allstep.errors import CheckpointError, DamagedCheckpointError
 
+_MOST_ROWS = 4 << 20  # bytes that are read at once of rows of which a part is wanted
+
 
 @dataclass(frozen=True, slots=True)
 class ShardedLike:
@@ -44,13 +46,28 @@ class ShardedLike:
     tensor: torch.Tensor
 
 
-class LoadTargets:
-    """The DTensors of a template, by the names that their tensors have in a checkpoint."""
+@dataclass(frozen=True, slots=True)
+class FromDocument:
+    """Stands in a template for a part whose template depends on what was saved of it, which `make` is given as JSON."""
 
-    def __init__(self, template: Mapping[str, Any]) -> None:
+    make: Callable[[Any], Any]
+
+
+class LoadTargets:
+    """The DTensors of a template, by the names that their tensors have in a checkpoint whose document is this."""
+
+    def __init__(self, template: Mapping[str, Any], document: Any = None) -> None:
         self._filled: dict[str, DTensor] = {}
+        self._keys: dict[str, tuple[Any, ...]] = {}
         self._like: dict[str, torch.Tensor] = {}
-        self._collect(template, ())
+        parts = document if isinstance(document, Mapping) else {}
+        self._collect(
+            {
+                name: each.make(parts.get(name)) if isinstance(each, FromDocument) else each
+                for name, each in template.items()
+            },
+            (),
+        )
 
     def find(self, name: str, record: TensorRecord) -> DTensor | None:
         """What to fill with a tensor; None where it is to be read as it is."""
@@ -58,19 +75,37 @@ class LoadTargets:
             return self._filled[name]
         # "optimizer/state/0/exp_avg" is as parameter 0 is, unless it is of another shape, as "step" is.
         like = self._like.get(name.rpartition("/")[0])
-        if not isinstance(like, DTensor) or tuple(like.shape) != record.shape:
+        if not isinstance(like, DTensor) or not record.shape:
             return None
+        if tuple(like.shape) != record.shape:  # such as the sums over rows that Adafactor keeps
+            return like.new_empty(record.shape, dtype=find_dtype(record.dtype))  # type: ignore[return-value]
         return torch.empty_like(like, dtype=find_dtype(record.dtype))  # type: ignore[return-value]
 
-    def _collect(self, value: Any, path: tuple[str, ...]) -> None:
+    def tied_elsewhere(self, state: Any, names: Collection[str]) -> Iterator[tuple[Any, Any, DTensor]]:
+        """Where `state` has another tensor in place of one to be filled: the holder, the key, and what to fill.
+
+        That is so where tensors were tied in the run that saved, have one of these names there, and are apart here.
+        """
+        for name, target in self._filled.items():
+            if name in names:
+                continue
+            *outer, last = self._keys[name]
+            holder = state
+            for key in outer:
+                holder = holder.get(key) if isinstance(holder, Mapping) else None
+            if isinstance(holder, MutableMapping) and isinstance(holder.get(last), torch.Tensor):
+                yield holder, last, target
+
+    def _collect(self, value: Any, keys: tuple[Any, ...]) -> None:
+        name = tensor_name(map(name_part, keys))
         if isinstance(value, DTensor):
-            self._filled[tensor_name(path)] = value
+            self._filled[name], self._keys[name] = value, keys
         elif isinstance(value, ShardedLike):
-            self._like[tensor_name(path)] = value.tensor
+            self._like[name] = value.tensor
         elif isinstance(value, Mapping | list | tuple):
             items = value.items() if isinstance(value, Mapping) else enumerate(value)
             for key, item in items:
-                self._collect(item, (*path, name_part(key)))
+                self._collect(item, (*keys, key))
 
 
 class CheckpointReader:
@@ -94,14 +129,14 @@ class CheckpointReader:
 
     def read_state(self, template: Mapping[str, Any]) -> dict[str, Any]:
         """The whole state by name; DTensors of `template` are filled where they are and take their places in it."""
-        value = self._read_document(STATE, LoadTargets(template))
+        value = self._read_document(STATE, template)
         if not isinstance(value, dict):
             raise DamagedCheckpointError(f"{STATE} holds a {type(value).__name__} instead of state by name")
         return value
 
     def read_per_rank(self) -> list[Any]:
         """What each rank that saved had for itself, in rank order."""
-        return [self._read_document(value_file(rank), LoadTargets({})) for rank in range(self._manifest.world_size)]
+        return [self._read_document(value_file(rank), {}) for rank in range(self._manifest.world_size)]
 
     def read_tensor(self, name: str, record: TensorRecord) -> torch.Tensor:
         """A whole tensor, on the CPU, in memory as it was."""
@@ -117,8 +152,9 @@ class CheckpointReader:
         with self._storage.open(self._folder, file) as opened:
             return read_state_file(opened)
 
-    def _read_document(self, file: str, targets: LoadTargets) -> Any:
+    def _read_document(self, file: str, template: Mapping[str, Any]) -> Any:
         contents = self.state_file(file)
+        targets = LoadTargets(template, contents.value)
         done: dict[str, torch.Tensor] = {}  # tied weights come once and stay one tensor
 
         def fetch(name: str) -> torch.Tensor:
@@ -128,7 +164,12 @@ class CheckpointReader:
                 done[name] = self.read_tensor(name, record) if target is None else self._fill(name, record, target)
             return done[name]
 
-        return decode(contents.value, fetch)
+        value = decode(contents.value, fetch)
+        names = {id(tensor): name for name, tensor in done.items()}
+        for holder, key, target in targets.tied_elsewhere(value, contents.tensors):
+            name = names[id(holder[key])]
+            holder[key] = self._fill(name, contents.tensors[name], target)
+        return value
 
     def _fill(self, name: str, record: TensorRecord, target: DTensor) -> DTensor:
         if tuple(target.shape) != record.shape:
@@ -158,9 +199,16 @@ class CheckpointReader:
         if chunk.sizes[1:] == common.sizes[1:] == box.sizes[1:]:
             self._read_rows(chunk, slot, common, target)  # whole rows, read straight to where they belong
             return
-        rows = torch.empty((common.sizes[0], *chunk.sizes[1:]), dtype=result.dtype)
-        self._read_rows(chunk, slot, common, rows)
-        target.copy_(rows[_slices(common, (common.offsets[0], *chunk.offsets[1:]))])
+        # A few rows at a time: a part of each is wanted, and all of them may be more than this rank has memory for.
+        row_size = (slot.end - slot.begin) // chunk.sizes[0]
+        at_once = max(1, min(common.sizes[0], _MOST_ROWS // row_size))
+        rows = torch.empty((at_once, *chunk.sizes[1:]), dtype=result.dtype)
+        for begin in range(0, common.sizes[0], at_once):
+            count = min(at_once, common.sizes[0] - begin)
+            wanted = Box((common.offsets[0] + begin, *common.offsets[1:]), (count, *common.sizes[1:]))
+            self._read_rows(chunk, slot, wanted, rows[:count])
+            kept = rows[_slices(wanted, (wanted.offsets[0], *chunk.offsets[1:]))]
+            target[begin : begin + count].copy_(kept)
 
     def _read_rows(self, chunk: Chunk, slot: TensorSlot, common: Box, target: torch.Tensor) -> None:
         """Read the rows of a chunk that `common` spans, as bytes, into `target`, which is contiguous."""

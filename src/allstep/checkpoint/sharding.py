@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-from allstep.checkpoint.torch_private import shard_boxes
+from allstep.parallel import shard_boxes
 from allstep.world import World
 
 _MOST_CUT_DIMENSIONS = 8  # far more than a mesh of devices cuts a tensor along; each doubles the corners of a box
@@ -184,13 +184,14 @@ def _is_first_of_its_mesh(tensor: DTensor) -> bool:
     """Whether this rank is the first along the dimensions of the World's mesh that the tensor's own mesh leaves out.
 
     Along these each line of ranks holds the same: a model that is sharded in a mesh with `tensor`, and has no plan for
-    that, is in whole in several of them.
+    that, is in whole in several of them. A mesh of the user's own, which is no part of the World's, has no such lines.
     """
     world = World.current()
     mesh, names = None if world is None else world.mesh, tensor.device_mesh.mesh_dim_names or ()
-    if mesh is None or not names:
+    ours = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is None or not names or not set(names) <= set(ours):
         return True
-    return all(mesh.get_local_rank(each) == 0 for each in mesh.mesh_dim_names or () if each not in names)
+    return all(mesh.get_local_rank(each) == 0 for each in ours if each not in names)
 
 
 def _writes_its_shard(name: str, tensor: DTensor) -> bool:

@@ -35,6 +35,7 @@ examples:
   allstep checkpoints ls runs/digits/checkpoints
   allstep checkpoints verify runs/digits/checkpoints
   allstep checkpoints export runs/digits/checkpoints model.safetensors --only model
+  allstep checkpoints export runs/digits/checkpoints digits-model --max-shard-size 2GB
   allstep checkpoints rm runs/digits/checkpoints save-000001-step-100
 """
 
@@ -96,7 +97,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
     entry = find_entry(arguments.folder, arguments.checkpoint)
     # By its name, for this one needs torch, which the launcher's process does without.
-    importlib.import_module("allstep.checkpoint.exporting").export(entry, arguments.file, arguments.only)
+    importlib.import_module("allstep.checkpoint.exporting").export(
+        entry, arguments.file, arguments.only, arguments.max_shard_size
+    )
     print(printable(f"wrote {arguments.file} from {entry.name}"))
     return 0
 
@@ -151,10 +154,18 @@ def _parser() -> Parser:
     verifying = _add(actions.add_parser, "verify", "read every file and compare its hash")
     verifying.add_argument("names", nargs="*", metavar="NAME", help="checkpoints to verify (default: all)")
     verifying.add_argument("--size", action="store_true", help="compare sizes only")
-    exporting = _add(actions.add_parser, "export", "write a checkpoint's state to one file")
-    exporting.add_argument("file", metavar="FILE", help="ends with .safetensors (tensors) or .pt (all state)")
+    exporting = _add(actions.add_parser, "export", "write a checkpoint's state to a file or a folder of files")
+    exporting.add_argument(
+        "file",
+        metavar="FILE",
+        help="ends with .safetensors (tensors) or .pt (all state); or a new folder, for a model as the Hugging Face "
+        "hub lays it out",
+    )
     exporting.add_argument("--checkpoint", metavar="NAME", help="which one (default: the newest that is whole)")
     exporting.add_argument("--only", metavar="PART", help="one part of the state, such as model")
+    exporting.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="of each file in a folder, such as 500MB (default: 5GB)"
+    )
     removing = _add(actions.add_parser, "rm", "remove checkpoints")
     removing.add_argument("names", nargs="+", metavar="NAME", help="checkpoints to remove")
     for action in (listing, verifying, exporting, removing):

@@ -5,6 +5,10 @@ module. It is attached to the engine that trains, and updated after optimizer st
 ranks have the same weights, so each of them averages for itself and none waits. Buffers, such as BatchNorm's
 statistics, are each rank's own in between; `applied` and `create_supervised_evaluator` have all ranks use rank 0's.
 
+Of a model that is sharded over ranks each rank averages its own parts, so that none holds the whole. Such an average
+has no forward pass of its own: called, it lends its weights to the model for that call. All ranks then call it
+together, as they do the model.
+
 `applied` puts the averaged weights into the model itself, for the body of a `with` statement, and takes them out again
 bit for bit. What can go wrong: training or saving inside of it would mix the two, and is refused.
 """
@@ -13,16 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, is_count
 from allstep.errors import ArgumentError, ArgumentTypeError, EngineError
+from allstep.handlers.shard_copy import copy_shards, gather_nothing, is_in_parts, parts
 from allstep.parallel import unwrap
 from allstep.world import World
 
@@ -36,7 +40,18 @@ class AveragedWeights(AveragedModel):
         if not isinstance(model, nn.Module):
             raise ArgumentTypeError(f"model is {model!r}; give the module whose weights are to be averaged")
         inner = unwrap(model)
-        super().__init__(inner, torch.device(device) if device is not None else None, **how)
+        in_parts = is_in_parts(inner)
+        if in_parts and device is not None:
+            raise ArgumentError(
+                f"device is {device!r}, but the model is sharded over ranks: each averages its parts where they are; "
+                "leave device out"
+            )
+        # torch copies what it is given, which FSDP's modules refuse.
+        given = nn.Module() if in_parts else inner
+        super().__init__(given, torch.device(device) if device is not None else None, **how)
+        self._is_in_parts = in_parts
+        if in_parts:
+            self.module = copy_shards(inner)
         self.requires_grad_(False)
         self._source = (inner,)  # in a tuple, so that it is no part of this module
         self._is_applied = self._has_peers = False
@@ -70,11 +85,54 @@ class AveragedWeights(AveragedModel):
     def _swap(self) -> None:
         # Values and not tensors: DDP, optimizers and compiled code hold on to the model's tensors.
         (model,) = self._source
-        mine = chain(self.module.parameters(), self.module.buffers())
-        for own, other in zip(mine, chain(model.parameters(), model.buffers()), strict=True):
+        gather_nothing(model)
+        for own, other in zip(parts(self.module, buffers=True), parts(model, buffers=True), strict=True):
             kept = own.clone()
             own.copy_(other)
             other.copy_(kept)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The averaged model's forward pass; without gradients where the model is sharded."""
+        if not self._is_in_parts:
+            return self.module(*args, **kwargs)
+        (model,) = self._source
+        if self._is_applied or not self.n_averaged:
+            return model(*args, **kwargs)
+        modes = [(each, each.training) for each in model.modules()]
+        self._swap()
+        try:
+            with torch.no_grad():  # a backward pass would come when the weights are out again
+                return model.train(self.training)(*args, **kwargs)
+        finally:
+            for each, mode in modes:
+                each.training = mode
+            self._swap()
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take the weights of the model into the average."""
+        if not self._is_in_parts:
+            super().update_parameters(model)
+            return
+        gather_nothing(model)
+        averaged = list(parts(self.module, buffers=self.use_buffers))
+        taken = list(parts(model, buffers=self.use_buffers))
+        if not self.n_averaged:
+            for own, other in zip(averaged, taken, strict=True):
+                own.copy_(other)
+        else:
+            average = self.multi_avg_fn or get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+            by_kind: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+            for own, other in zip(averaged, taken, strict=True):
+                kind = by_kind.setdefault((own.device, own.dtype), ([], []))
+                kind[0].append(own)
+                kind[1].append(other)
+            for owns, others in by_kind.values():
+                average(owns, others, int(self.n_averaged))
+        if not self.use_buffers:
+            for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
+                own.copy_(other)
+        self.n_averaged += 1
 
     def _listen(self, engine: Engine, event: AnyEvent) -> None:
         self._has_peers = engine.coordinator.world_size > 1
@@ -195,12 +253,20 @@ class SWA(AveragedWeights):
         point, with its own part of the data, as `world.loader` gives it; all get the mean over all batches.
 
         Args:
-            data: batches of inputs, or of tuples that begin with them.
+            data: batches of inputs, or of tuples that begin with them. Where the model is sharded all ranks need
+                equally many.
         """
-        norms = [each for each in self.modules() if isinstance(each, _NORMS) and each.running_mean is not None]
+        if not self._is_in_parts:
+            self._update_norms(self, data)
+        elif self.n_averaged:
+            with self.applied():
+                self._update_norms(*self._source, data)
+
+    def _update_norms(self, model: nn.Module, data: Iterable[Any]) -> None:
+        norms = [each for each in model.modules() if isinstance(each, _NORMS) and each.running_mean is not None]
         if not norms:
             return
-        update_bn(data, self, next(self.module.parameters()).device)
+        update_bn(data, model, next(self.module.parameters()).device)
         world = World.current()
         if world is None or not self._has_peers:
             return

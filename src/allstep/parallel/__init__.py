@@ -15,16 +15,22 @@ from allstep.parallel.fully_sharded import (
 )
 from allstep.parallel.gradient_norm import Parameters, clip_gradient_norm, gradient_norm
 from allstep.parallel.meta_weights import materialised_later
+from allstep.parallel.plain_names import PlainNames
 from allstep.parallel.precision import Precision, autocast, grad_scaler
+from allstep.parallel.pretrained import LoadedWeights, Rename, load_pretrained
 from allstep.parallel.replica import Replica, in_short
 from allstep.parallel.tensor_parallel import styles_of
+from allstep.parallel.torch_private import shard_boxes
 from allstep.parallel.units import choose_units
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
 
 __all__ = [
     "Compilations",
+    "LoadedWeights",
     "Parameters",
+    "PlainNames",
     "Precision",
+    "Rename",
     "Replica",
     "autocast",
     "broadcasts_buffers",
@@ -35,8 +41,10 @@ __all__ = [
     "gradient_norm",
     "in_short",
     "is_fully_sharded",
+    "load_pretrained",
     "materialised_later",
     "rewrap",
+    "shard_boxes",
     "shard_module",
     "styles_of",
     "unify_buffers",

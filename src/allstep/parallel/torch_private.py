@@ -13,6 +13,7 @@ All names were there before torch 2.9, the oldest that allstep supports.
 | Reducer._rebuild_buckets | DDP's final bucket layout before the first iteration | DDP's own layouts |
 | DistributedDataParallel._has_rebuilt_buckets | telling DDP that the layout is final | DDP's own layouts |
 | torch._dynamo.eval_frame.OptimizedModule | knowing what torch.compile returned | only the attribute below |
+| DTensor.__create_chunk_list__ | where a rank's shard lies | computed, for Shard and Replicate |
 | OptimizedModule._orig_mod | the module that was compiled | the compiled module is taken for the user's own |
 | torch._dynamo.utils.get_compilation_metrics | counting what was compiled, and why again | not counted |
 """
@@ -22,13 +23,16 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
+
+from allstep.errors import UnsupportedStateError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -156,3 +160,41 @@ def _without(name: str, consequence: str) -> bool:
             stacklevel=5,
         )
     return False
+
+
+def shard_boxes(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Offsets and sizes of the boxes of a DTensor that this rank holds.
+
+    Uses `DTensor.__create_chunk_list__`, the protocol of torch's own distributed checkpoints, which knows every
+    placement; torch has had it since before 2.9. Without it the box is computed here, for `Shard` and `Replicate`.
+
+    Raises:
+        UnsupportedStateError: torch has no such protocol any more, and the tensor has another placement.
+    """
+    create = getattr(tensor, "__create_chunk_list__", None)
+    if callable(create):
+        return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in create()]
+    _without("DTensor.__create_chunk_list__", "shards are located from the placements alone")
+    return [_shard_box(tensor)]
+
+
+def _shard_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+    place: Sequence[int] | None = tensor.device_mesh.get_coordinate()
+    if place is None:  # a rank outside the mesh holds nothing
+        return tuple(offsets), (0,) * tensor.dim()
+    # A tensor is cut by one dimension of the mesh after the other, each time as torch.chunk cuts.
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if type(placement) is Shard:
+            dim = placement.dim
+            count = tensor.device_mesh.size(mesh_dim)
+            longest = -(-sizes[dim] // count)
+            begin = min(place[mesh_dim] * longest, sizes[dim])
+            offsets[dim] += begin
+            sizes[dim] = min(longest, sizes[dim] - begin)
+        elif type(placement) is not Replicate:
+            raise UnsupportedStateError(
+                f"a DTensor is placed as {placement}, which this version of torch ({torch.__version__}) does not "
+                "locate for checkpoints; redistribute it to Shard or Replicate before it is saved"
+            )
+    return tuple(offsets), tuple(sizes)

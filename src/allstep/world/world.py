@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast, overload
 
@@ -27,10 +28,13 @@ from allstep.errors import ArgumentError
 from allstep.exit_codes import IN_ORDER
 from allstep.parallel import (
     Compilations,
+    LoadedWeights,
     Parameters,
     Precision,
+    Rename,
     autocast,
     clip_gradient_norm,
+    load_pretrained,
     materialised_later,
     rewrap,
     unify_buffers,
@@ -188,6 +192,16 @@ class World:
         self._membership.check_open("building")
         is_later = has_dimension(self.mesh, "shard") if meta is None else meta
         return materialised_later() if is_later else nullcontext()
+
+    def load_pretrained(
+        self, module: nn.Module, folder: str | Path, *, strict: bool = True, rename: Rename | None = None
+    ) -> LoadedWeights:
+        """Fill a model from safetensors files as the Hugging Face hub lays them out; each rank reads its own parts.
+
+        Args and errors as in `allstep.parallel.load_pretrained`.
+        """
+        self._membership.check_open("load_pretrained")
+        return load_pretrained(module, folder, strict=strict, rename=rename)
 
     def clip_grad_norm_(
         self, parameters: Parameters, max_norm: float, norm_type: float = 2.0, *, error_if_nonfinite: bool = False
