@@ -51,7 +51,7 @@ class LoadedWeights(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class _StoredTensor:
     """A tensor in a file, and what the model has of that name."""
 
     file: Path
@@ -95,7 +95,7 @@ def load_pretrained(
     unexpected = [name for name in found if name not in targets]
     if strict and (missing or unexpected):
         raise CheckpointError(_misfit(str(folder), list(targets), list(found), missing, unexpected))
-    sources = [_Source(*found[name], name, target) for name, target in targets.items() if name in found]
+    sources = [_StoredTensor(*found[name], name, target) for name, target in targets.items() if name in found]
     _read(sources, str(folder))
     return LoadedWeights(missing, unexpected)
 
@@ -171,8 +171,8 @@ def _opened(file: Path) -> Any:
 
 
 @torch.no_grad()
-def _read(sources: Sequence[_Source], folder: str) -> None:
-    by_file: dict[Path, list[_Source]] = {}
+def _read(sources: Sequence[_StoredTensor], folder: str) -> None:
+    by_file: dict[Path, list[_StoredTensor]] = {}
     for each in sources:
         by_file.setdefault(each.file, []).append(each)
     for file, inside in by_file.items():
@@ -191,7 +191,7 @@ def _read(sources: Sequence[_Source], folder: str) -> None:
                 _fill(opened, each)
 
 
-def _fill(opened: Any, source: _Source) -> None:
+def _fill(opened: Any, source: _StoredTensor) -> None:
     target = source.target
     if not isinstance(target, DTensor):
         target.copy_(opened.get_tensor(source.key))
