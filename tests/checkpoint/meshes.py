@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 from pathlib import Path
@@ -132,20 +131,3 @@ def loaded(world: World, folders: list[str]) -> list[dict[str, str]]:
         Checkpoint(f"{folder}-next", {"model": model, "optimizer": optimizer}, every=None).resume(folder)
         found.append(digests(world, model, optimizer))
     return found
-
-
-class Peak:
-    """How much memory of this process is taken at most, beyond what is at the beginning."""
-
-    def __enter__(self) -> Peak:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is taken now
-        self._before = self._status("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bytes = self._status("VmHWM") - self._before
-
-    def _status(self, name: str) -> int:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines[name].split()[0]) * 1024

@@ -15,7 +15,8 @@ from allstep import Checkpoint, Engine
 from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.checkpoint.meshes import MESHES, Net, Peak, digest, laid_out, loaded, saved_elements, trained_and_saved
+from tests.checkpoint.meshes import MESHES, Net, digest, laid_out, loaded, saved_elements, trained_and_saved
+from tests.memory import Peak
 
 pytestmark = pytest.mark.slow
 
@@ -138,11 +139,11 @@ def test_groups_whose_options_differ_are_not_made_one(tmp_path: Path) -> None:
         loading.resume()
 
 
-WIDE = (48 << 20) // 4 // 2048  # rows of 2048 float32 that take 48 MB
+WIDE = (80 << 20) // 4 // 2048  # rows of 2048 float32 that take 80 MB
 
 
 def wide(world: World, seed: int, dim: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A matrix of 48 MB, of which each rank has a part along a dimension, and its momentum."""
+    """A matrix of 80 MB, of which each rank has a part along a dimension, and its momentum."""
     part = torch.rand((WIDE // (1 if dim else world.world_size), 2048 // (world.world_size if dim else 1)))
     mesh = init_device_mesh("cpu", (world.world_size,))
     module = nn.Module()
@@ -169,9 +170,7 @@ def within_memory(world: World, folder: str) -> dict[str, int]:
 
 
 def test_no_rank_holds_the_whole_while_it_saves_or_loads(tmp_path: Path) -> None:
-    # A rank's half of the matrix and of its momentum are 48 MB together, the whole of both is 96 MB.
+    # A rank's half of the matrix and of its momentum take 80 MB together, which a save copies; the whole takes 160 MB.
+    # A rank that loads makes its momentum, 40 MB, and reads one of the two at a time.
     for peaks in run_ranks(within_memory, 2, str(tmp_path)):
-        print(peaks)
-        assert max(peaks.values()) < 84 << 20
-        # Of the matrix, a half at a time; the momentum is new, and stays.
-        assert max(peaks["along 0"], peaks["along 1"]) < 68 << 20
+        assert max(peaks.values()) < 110 << 20

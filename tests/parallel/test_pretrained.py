@@ -17,6 +17,7 @@ from allstep.errors import ArgumentError, ArgumentTypeError, CheckpointError, Da
 from allstep.parallel import load_pretrained
 from allstep.testing import run_ranks
 from allstep.world import World
+from tests.memory import Peak
 from tests.parallel.sharded_training import Block, Transformer, whole
 
 
@@ -77,29 +78,23 @@ def test_a_model_in_parts_gets_the_same_values(ranks: int, mesh: str, tmp_path: 
         assert all(map(torch.equal, found, state.values()))
 
 
-ROWS = (48 << 20) // 4 // 1024  # of 1024 float32, which take 48 MB
+ROWS = (80 << 20) // 4 // 1024  # of 1024 float32, which take 80 MB
 
 
-def bytes_read(world: World, folder: str) -> int:
-    """How much this process takes from a file for its part of a matrix."""
+def taken_to_read(world: World, folder: str) -> int:
     model = world.wrap(nn.Linear(1024, ROWS, bias=False), units=nn.Linear)
-    world.barrier()
-    before = resident()
-    world.load_pretrained(model, folder)
+    with Peak() as peak:
+        world.load_pretrained(model, folder)
     assert torch.equal(model.weight.to_local()[:, 0], torch.arange(ROWS).chunk(2)[world.rank].float())
-    return resident() - before
-
-
-def resident() -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["VmHWM"].split()[0]) * 1024
+    return peak.bytes
 
 
 @pytest.mark.slow
 def test_each_rank_reads_its_own_part(tmp_path: Path) -> None:
     save_file({"weight": torch.arange(ROWS).float()[:, None].repeat(1, 1024)}, tmp_path / "model.safetensors")
-    for peak in run_ranks(bytes_read, 2, str(tmp_path), env={"ALLSTEP_MESH": "shard=2"}):
-        assert peak < 40 << 20
+    # 40 MB for its half, and the same once more for the pages of the file; a reader of all would have 160 MB.
+    for taken in run_ranks(taken_to_read, 2, str(tmp_path), env={"ALLSTEP_MESH": "shard=2"}):
+        assert taken < 110 << 20
 
 
 def test_names_can_be_changed_left_out_and_in_one_file(tmp_path: Path) -> None:
