@@ -18,7 +18,7 @@ from tests.jobs.launchers import ROOT
 EXAMPLE = "language_model.py"
 TINY = ["--modules", "b*.py", "--width", 32, "--layers", 2, "--heads", 2, "--length", 32, "--rate", 0.01]
 SHORT = [*TINY, "--steps", 24, "--accumulate", 2, "--evaluate", 12]
-BOUND = 2.5  # nats a byte, as the example says
+BOUND = 2.2  # nats a byte, as the example says
 UNTRAINED = 5.55  # log(256): each byte as likely as any other
 
 
