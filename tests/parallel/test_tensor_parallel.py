@@ -202,3 +202,26 @@ def test_a_model_of_the_hub_offers_its_plan() -> None:
     assert list(found) == ["layers.0", "layers.1"]
     assert all(isinstance(each, ColwiseParallel) for each in found.values())
     assert styles_of(FromTheHub(), {}, 2) == {}
+
+
+def in_16_bits(world: World) -> tuple[float, torch.dtype, torch.dtype, list[torch.dtype]]:
+    world.seed_everything(3)
+    model = Divided()
+    tokens = torch.arange(12).view(2, 6)
+    plain = model(tokens).detach()
+    model = world.wrap(model, units=Block, precision="bf16")
+    inside: list[torch.dtype] = []
+    model.blocks[0].down.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    output = model(tokens)
+    output.sum().backward()
+    apart = float((output.detach() - plain).norm() / plain.norm())
+    return apart, inside[0], output.dtype, [each.grad.dtype for each in model.parameters()]
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("ranks", "mesh"), [(2, "tensor=2"), (4, "shard=2,tensor=2"), (4, "data=2,tensor=2")])
+def test_a_divided_model_computes_in_16_bits_and_keeps_32(ranks: int, mesh: str) -> None:
+    for apart, inside, output, gradients in run_ranks(in_16_bits, ranks, env={"ALLSTEP_MESH": mesh}):
+        assert 0 < apart < 0.03
+        assert (inside, output) == (torch.bfloat16, torch.float32)
+        assert set(gradients) == {torch.float32}

@@ -6,6 +6,7 @@ collectives (`world`), and gradient accumulation and weights of uneven batches (
 
 from allstep.parallel.buffers import broadcasts_buffers, unify_buffers
 from allstep.parallel.compilation import Compilations
+from allstep.parallel.float8 import linears_in_float8
 from allstep.parallel.fully_sharded import (
     forget_gradients,
     is_fully_sharded,
@@ -41,6 +42,7 @@ __all__ = [
     "gradient_norm",
     "in_short",
     "is_fully_sharded",
+    "linears_in_float8",
     "load_pretrained",
     "materialised_later",
     "rewrap",

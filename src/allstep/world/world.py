@@ -27,7 +27,6 @@ from allstep.data import Loader, SampleSeeding, make_loader
 from allstep.errors import ArgumentError
 from allstep.exit_codes import IN_ORDER
 from allstep.parallel import (
-    Compilations,
     LoadedWeights,
     Parameters,
     Precision,
@@ -39,13 +38,11 @@ from allstep.parallel import (
     rewrap,
     unify_buffers,
     unwrap,
-    wrap_module,
 )
 from allstep.placement import DataRanks, MeshShape, Placement
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current
-from allstep.world.casting import Casting
 from allstep.world.collectives import Collectives, Number, Op
 from allstep.world.device import choose_transport, seed_device
 from allstep.world.device_mesh import has_dimension, open_mesh, open_model_mesh
@@ -58,6 +55,7 @@ from allstep.world.numbers import to_numbers
 from allstep.world.process_group import Group
 from allstep.world.seed import seed_generators
 from allstep.world.turns import Turns
+from allstep.world.wrapping import wrap_in_world
 
 T = TypeVar("T")
 
@@ -141,22 +139,13 @@ class World:
 
         Args and errors as in `allstep.parallel.wrap_module`, and those of `shard_module` there. What says how a model
         is put in parts, `units` and `reshard_after_forward`, means nothing in a mesh without `shard`. There
-        `precision` has forward passes be in autocast.
+        `precision` has forward passes be in autocast. For "float8" see `allstep.parallel.linears_in_float8`.
         """
         self._membership.check_open("wrap")
-        inner = self._internals
-        activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
-        casts: Precision = "no" if has_dimension(self.mesh, "shard") else options.pop("precision", "no")
-        self.autocast(casts)  # raises for one that there is not
         with self._membership.waits("wrap"):
-            own = {"activity": activity, "mesh": self.mesh, "model_mesh": self._model_mesh}
-            wrapped = wrap_module(module, self.device, self.world_size, **own, **options)  # type: ignore[arg-type]
-        if casts != "no":
-            Casting(unwrap(wrapped), casts).hook()
-        inner.add_wrapped(wrapped)
-        if options.get("compile") and inner.compilations is None:
-            inner.compilations = Compilations()
-        return wrapped
+            return wrap_in_world(
+                module, self.device, self.world_size, self.mesh, self._model_mesh, self._internals, options
+            )
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank.
