@@ -101,3 +101,24 @@ def test_a_compiled_model_trains_what_one_process_trains(ranks: int, mesh: str, 
         assert has_fixed_buckets
         assert " compiled, " in said
         assert not said.startswith("0 ")
+
+
+def compiled_in_16_bits(world: World) -> tuple[list[torch.dtype], torch.dtype, float]:
+    world.seed_everything(0)
+    plain, tokens = Transformer(), torch.zeros(3, 5, dtype=torch.int64)
+    expected = plain(tokens).detach()
+    inside: list[torch.dtype] = []
+    plain.head.register_forward_hook(lambda module, inputs, output: inside.append(output.dtype))
+    model = world.wrap(plain, compile=True, compile_options=NO_COMPILER, precision="bf16")
+    for _ in range(2):
+        output = model(tokens)
+        output.sum().backward()
+    return inside, output.dtype, float((output - expected).norm() / expected.norm())
+
+
+@pytest.mark.nightly
+def test_a_whole_model_compiles_in_16_bits() -> None:
+    (found,) = run_ranks(compiled_in_16_bits, 1)
+    assert set(found[0]) == {torch.bfloat16}
+    assert found[1] == torch.float32
+    assert 0 < found[2] < 0.03

@@ -21,7 +21,7 @@ from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.pretrained import LoadedWeights, Rename, load_pretrained
 from allstep.parallel.replica import Replica, in_short
 from allstep.parallel.tensor_parallel import styles_of
-from allstep.parallel.torch_private import shard_boxes
+from allstep.parallel.torch_private import not_compiled, shard_boxes
 from allstep.parallel.units import choose_units
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
 
@@ -45,6 +45,7 @@ __all__ = [
     "linears_in_float8",
     "load_pretrained",
     "materialised_later",
+    "not_compiled",
     "rewrap",
     "shard_boxes",
     "shard_module",

@@ -76,5 +76,5 @@ class Compilations:
 def _in_short(reason: str) -> str:
     """The first failed guard, without its number and the code behind it."""
     first = reason.splitlines()[0].split("  #")[0].partition(": ")
-    text = first[2] or first[0]
+    text = " ".join((first[2] or first[0]).split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
