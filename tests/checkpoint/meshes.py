@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from allstep import Checkpoint, Engine
 from allstep.world import World
@@ -62,14 +61,8 @@ class Net(nn.Module):
 
 def laid_out(world: World, model: nn.Module) -> nn.Module:
     """The model as the World's mesh has it."""
-    names = () if world.mesh is None else world.mesh.mesh_dim_names or ()
-    if "tensor" in names:
-        for block in model.blocks:
-            plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
-            parallelize_module(block, world.mesh["tensor"], plan)
-    if names == ("tensor",):
-        return model
-    return world.wrap(model, units=Block)
+    plan = {f"blocks.{at}.{name}": style for at in range(2) for name, style in (("up", "colwise"), ("down", "rowwise"))}
+    return world.wrap(model, units=Block, tensor_plan=plan)
 
 
 def sgd_adam(model: nn.Module) -> torch.optim.Optimizer:

@@ -16,6 +16,7 @@ from allstep import Engine
 from allstep.checkpoint import Checkpoint, Store, export, find_entry
 from allstep.errors import ArgumentError, CheckpointError, DamagedCheckpointError
 from tests.checkpoint.storages import flip, some_state
+from tests.memory import Peak
 from tests.regression import same
 
 
@@ -170,3 +171,13 @@ def test_a_folder_that_has_something_in_it_stays(folder: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match=r"no part 'net'; it has .*choose which by only="):
         export(find_entry(str(folder), None), str(tmp_path / "y"), only="net")
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "x"]
+
+
+@pytest.mark.parametrize("path", ["x.safetensors", "x"])
+def test_never_more_than_one_tensor_is_in_memory(path: str, tmp_path: Path) -> None:
+    state = {"model": {str(at): torch.full((10 << 20,), float(at)) for at in range(4)}}  # of 40 MB each
+    assert Store(str(tmp_path / "c")).save(1, state).wait()
+    del state
+    with Peak() as peak:
+        export(find_entry(str(tmp_path / "c"), None), str(tmp_path / path), max_shard_size="100MB")
+    assert peak.bytes < 110 << 20
