@@ -59,10 +59,10 @@ class Net(nn.Module):
         return self.head(x) * self.scale[0]
 
 
-def laid_out(world: World, model: nn.Module) -> nn.Module:
+def laid_out(world: World, model: nn.Module, **how: Any) -> nn.Module:
     """The model as the World's mesh has it."""
     plan = {f"blocks.{at}.{name}": style for at in range(2) for name, style in (("up", "colwise"), ("down", "rowwise"))}
-    return world.wrap(model, units=Block, tensor_plan=plan)
+    return world.wrap(model, units=Block, tensor_plan=plan, **how)
 
 
 def sgd_adam(model: nn.Module) -> torch.optim.Optimizer:

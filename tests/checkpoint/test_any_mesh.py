@@ -11,11 +11,22 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from allstep import Checkpoint, Engine
+from allstep import EMA, Checkpoint, Engine
 from allstep.errors import CheckpointError
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.checkpoint.meshes import MESHES, Net, digest, laid_out, loaded, saved_elements, trained_and_saved
+from tests.checkpoint.meshes import (
+    MESHES,
+    Block,
+    Net,
+    digest,
+    digests,
+    laid_out,
+    loaded,
+    saved_elements,
+    sgd_adam,
+    trained_and_saved,
+)
 from tests.memory import Peak
 
 pytestmark = pytest.mark.slow
@@ -44,6 +55,7 @@ def check_all_pairs(names: list[str], folder: Path) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(600)
 def test_any_mesh_loads_what_any_other_saved(tmp_path: Path) -> None:
     check_all_pairs(list(MESHES), tmp_path)
 
@@ -176,3 +188,47 @@ def test_no_rank_holds_the_whole_while_it_saves_or_loads(tmp_path: Path) -> None
     run_ranks(taken_to_save, 1, str(tmp_path / "one"))
     for folder, dim in (("two", 0), ("one", 1)):
         assert max(run_ranks(taken_to_load, 2, str(tmp_path / folder), dim)) < 110 << 20
+
+
+HOW = {"plain": {}, "again": {"checkpoint_activations": Block}, "units": {"compile": Block}, "whole": {"compile": True}}
+
+
+def wrapped_and_averaged(world: World, folder: str, how: str, saves: bool) -> tuple[Any, ...]:
+    """Names and hashes of a model that is compiled or recomputed, and of its average."""
+    world.seed_everything(int(saves))
+    model = laid_out(world, Net(), **HOW[how])
+    average, optimizer = EMA(model, 0.5), sgd_adam(model)
+    objects = {"model": model, "optimizer": optimizer, "average": average}
+    checkpoint = Checkpoint(folder, objects, every=None, strict=True)
+    if saves:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        for _ in range(2):
+            optimizer.step()
+            average.update_parameters(world.unwrap(model))
+        checkpoint.save(Engine(lambda engine, batch: None), wait=True)
+    else:
+        checkpoint.resume()
+    saved = checkpoint.store.load(checkpoint.store.choose()).state
+    averaged = {name: digest(value) for name, value in saved["average"].items()}
+    assert averaged == {f"module.{name}" if name != "n_averaged" else name: each for name, each in averages(average)}
+    values = sorted(digests(world, model, optimizer).values())
+    return list(saved["model"]), averaged, saved["optimizer"]["param_names"], values
+
+
+def averages(average: EMA) -> list[tuple[str, str]]:
+    inside = {name.replace("_orig_mod.", ""): digest(value) for name, value in average.module.state_dict().items()}
+    return [("n_averaged", digest(average.n_averaged)), *inside.items()]
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("ranks", "mesh"), [(2, ""), (2, "shard=2"), (2, "tensor=2"), (4, "shard=2,tensor=2")])
+def test_names_are_plain_and_averages_come_back_however_a_model_is_wrapped(
+    ranks: int, mesh: str, tmp_path: Path
+) -> None:
+    for how in HOW:
+        folder = str(tmp_path / how)
+        (saved, *_) = run_ranks(wrapped_and_averaged, ranks, folder, how, True, env={"ALLSTEP_MESH": mesh})
+        assert saved[0] == list(Net().state_dict())
+        assert run_ranks(wrapped_and_averaged, 1, folder, "plain", False) == [saved]
