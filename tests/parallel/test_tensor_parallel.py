@@ -7,12 +7,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from allstep.errors import ArgumentError, ParallelError
-from allstep.parallel import styles_of
+from allstep.parallel import styles_of, wrap_module
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.parallel.sharded_training import Block, Plan, check_equal, train, whole
@@ -98,6 +101,7 @@ def with_divided_loss(world: World) -> dict[str, Any]:
     world.seed_everything(4)
     model = world.wrap(InSequence().double(), tensor_plan=IN_SEQUENCE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
+    world.rewrap(model)  # which has nothing to follow
     draw = torch.Generator().manual_seed(1)
     losses, norms = [], []
     for _ in range(4):
@@ -225,3 +229,33 @@ def test_a_divided_model_computes_in_16_bits_and_keeps_32(ranks: int, mesh: str)
         assert 0 < apart < 0.03
         assert (inside, output) == (torch.bfloat16, torch.float32)
         assert set(gradients) == {torch.float32}
+
+
+class OneLayer(nn.Module):
+    """Large for its test, and divided by heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(512, 2048), nn.Linear(2048, 512)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+@pytest.mark.parametrize(("ranks", "shard"), [(64, 8), (512, 64)])
+def test_parts_of_a_divided_model_have_their_sizes_on_many_ranks(ranks: int, shard: int) -> None:
+    # A group that torch has for this: nothing is sent, and every collective returns at once.
+    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+    try:
+        mesh = init_device_mesh("cpu", (ranks // shard // 8, shard, 8), mesh_dim_names=("replicate", "shard", "tensor"))
+        model = nn.Sequential(*[OneLayer() for _ in range(2)])
+        plan = {"*.up": "colwise", "*.down": "rowwise"}
+        wrap_module(model, torch.device("cpu"), ranks, mesh=mesh, tensor_plan=plan, units=OneLayer)
+        assert model[0].up.weight.shape == (2048, 512)
+        assert model[0].up.weight.to_local().shape == (2048 // 8 // shard, 512)
+        assert model[0].down.weight.to_local().shape == (512 // shard, 2048 // 8)
+        assert model[0].down.bias.to_local().shape == (512 // shard,)
+        model(torch.ones(2, 512)).sum().backward()
+        assert model[1].up.weight.grad.to_local().shape == (2048 // 8 // shard, 512)
+    finally:
+        dist.destroy_process_group()
