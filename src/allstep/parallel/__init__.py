@@ -20,7 +20,7 @@ from allstep.parallel.plain_names import PlainNames
 from allstep.parallel.precision import Precision, autocast, grad_scaler
 from allstep.parallel.pretrained import LoadedWeights, Rename, load_pretrained
 from allstep.parallel.replica import Replica, in_short
-from allstep.parallel.tensor_parallel import styles_of
+from allstep.parallel.tensor_parallel import styles_of, whole_tensor
 from allstep.parallel.torch_private import not_compiled, shard_boxes
 from allstep.parallel.units import choose_units
 from allstep.parallel.wrap import rewrap, unwrap, wrap_module
@@ -53,6 +53,7 @@ __all__ = [
     "unify_buffers",
     "unreduced",
     "unwrap",
+    "whole_tensor",
     "without_gradients",
     "wrap_module",
 ]

@@ -253,6 +253,15 @@ def reduce_partial_gradients(module: nn.Module) -> None:
             each.register_hook(_reducer(each))  # type: ignore[no-untyped-call]
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor's whole value as a plain tensor, through which gradients flow; any other tensor as it is.
+
+    For what a divided model gives as a DTensor, such as a loss in `World.loss_parallel`, which metrics and collectives
+    do not take. Collective over the tensor's mesh.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _reducer(parameter: DTensor) -> Callable[[torch.Tensor], torch.Tensor]:
     mesh, placements = parameter.device_mesh, parameter.placements
 

@@ -212,7 +212,8 @@ class World:
     def loss_parallel(self) -> AbstractContextManager[None]:
         """Context for a cross entropy of logits that stay divided over the mesh's `tensor`, and its backward pass.
 
-        It is torch's of that name. Where the mesh has no `tensor` it does nothing.
+        It is torch's of that name, and the loss a DTensor; see `allstep.parallel.whole_tensor`. Where the mesh has no
+        `tensor` it does nothing.
         """
         return loss_parallel() if has_dimension(self.mesh, "tensor") else nullcontext()
 
