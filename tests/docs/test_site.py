@@ -50,6 +50,9 @@ def test_every_public_name_of_a_package_is_in_the_reference(package: str) -> Non
         names = []
     if package in inner:
         return
+    if package == "ignite":  # a bridge, which hands on Ignite's own names too
+        bridge = pytest.importorskip("allstep.ignite")
+        names = [each for each in names if getattr(bridge, each).__module__.startswith("allstep.")]
     shown = documented()
     assert all(f"allstep.{package}.{name}" in shown or f"allstep.{name}" in shown for name in names)
 
