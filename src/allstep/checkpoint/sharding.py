@@ -189,9 +189,10 @@ def _is_first_of_its_mesh(tensor: DTensor) -> bool:
     world = World.current()
     mesh, names = None if world is None else world.mesh, tensor.device_mesh.mesh_dim_names or ()
     ours = () if mesh is None else mesh.mesh_dim_names or ()
+    if mesh is None or not set(names) & set(ours):
+        return True
     # One rank is no line: copies of a divided model are sharded over a `shard` of one, which the World's mesh has not.
-    lines = {name for name, size in zip(names, tensor.device_mesh.shape, strict=True) if size > 1}
-    if mesh is None or not set(names) & set(ours) or not lines <= set(ours):
+    if not {name for name, size in zip(names, tensor.device_mesh.shape, strict=True) if size > 1} <= set(ours):
         return True
     return all(mesh.get_local_rank(each) == 0 for each in ours if each not in names)
 
