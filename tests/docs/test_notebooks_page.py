@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,13 @@ def test_the_cells_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(cells) == 4
     book = nbformat.v4.new_notebook(cells=cells)
     nbclient.NotebookClient(book, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in book.cells]
-    assert printed[0] == "1 3\n"
-    assert printed[1].splitlines()[-1] == "[21, 21]"
-    assert "rank 1 of 2" in printed[3]
+    shown = [_text_by_stream(cell.outputs) for cell in book.cells]
+    assert shown[0]["stdout"] == "1 3\n"
+    assert shown[1]["stdout"].splitlines()[-1] == "[21, 21]"
+    assert "rank 1 of 2" in "".join(shown[3].values())
+
+
+def _text_by_stream(outputs: list[Any]) -> dict[str, str]:
+    return {
+        name: "".join(each["text"] for each in outputs if each.get("name") == name) for name in ("stdout", "stderr")
+    }
