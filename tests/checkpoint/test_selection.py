@@ -18,11 +18,11 @@ from tests.checkpoint.storages import (
     Unreadable,
     flip,
     newest,
-    same,
     some_state,
     states,
     truncate,
 )
+from tests.regression import same
 
 
 def test_an_empty_folder_has_nothing_to_resume_from(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from tests.checkpoint.storages import (
     Gated,
     listed,
     newest,
-    same,
     some_state,
     states,
 )
+from tests.regression import same
 
 
 def test_what_was_saved_comes_back_with_its_per_rank_part_metrics_and_facts(tmp_path: Path) -> None:
