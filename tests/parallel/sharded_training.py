@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 
 from allstep import Checkpoint, Engine, GradientClipping
+from allstep.testing import run_ranks
 from allstep.world import World
 
 WIDTH, TOKENS, LENGTH = 8, 11, 5
@@ -131,3 +132,14 @@ def check_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
     pairs = [(found["parameters"][name], each) for name, each in expected["parameters"].items()]
     for mine, other in [*pairs, (found["losses"], expected["losses"]), (found["norms"], expected["norms"])]:
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def check_resumes(ranks: int, mesh: str, plan: Plan, folder: str) -> None:
+    """A run of two epochs that ended behind the first and goes on is an unbroken one to the last bit."""
+    env, first = {"ALLSTEP_MESH": mesh}, replace(plan, epochs=1, folder=folder)
+    unbroken = run_ranks(train, ranks, replace(plan, epochs=2), env=env)
+    run_ranks(train, ranks, first, env=env)
+    for found, expected in zip(run_ranks(train, ranks, replace(first, epochs=2), env=env), unbroken, strict=True):
+        assert found["steps"] == expected["steps"]
+        assert all(map(torch.equal, found["parameters"].values(), expected["parameters"].values()))
+        assert all(map(torch.equal, found["moments"], expected["moments"]))

@@ -16,7 +16,7 @@ from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
 from allstep.parallel import choose_units, is_fully_sharded
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.parallel.sharded_training import Block, Plan, Texts, Transformer, check_equal, train, whole
+from tests.parallel.sharded_training import Block, Plan, Texts, Transformer, check_equal, check_resumes, train, whole
 
 pytestmark = pytest.mark.slow
 
@@ -73,14 +73,7 @@ def test_a_mesh_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan
     ],
 )
 def test_a_run_in_parts_resumes_on_its_mesh_to_the_last_bit(ranks: int, mesh: str, tmp_path: Any) -> None:
-    env = {"ALLSTEP_MESH": mesh}
-    unbroken = run_ranks(train, ranks, replace(BY_BLOCK, epochs=2), env=env)
-    first = replace(BY_BLOCK, epochs=1, folder=str(tmp_path))
-    run_ranks(train, ranks, first, env=env)
-    for found, expected in zip(run_ranks(train, ranks, replace(first, epochs=2), env=env), unbroken, strict=True):
-        assert found["steps"] == expected["steps"]
-        assert all(map(torch.equal, found["parameters"].values(), expected["parameters"].values()))
-        assert all(map(torch.equal, found["moments"], expected["moments"]))
+    check_resumes(ranks, mesh, BY_BLOCK, str(tmp_path))
 
 
 def frozen_and_adapted() -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -18,7 +17,7 @@ from allstep.errors import ArgumentError, ParallelError
 from allstep.parallel import styles_of, whole_tensor, wrap_module
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.parallel.sharded_training import Block, Plan, check_equal, train, whole
+from tests.parallel.sharded_training import Block, Plan, check_equal, check_resumes, train, whole
 
 pytestmark = pytest.mark.slow
 
@@ -159,14 +158,7 @@ def test_a_model_built_divided_has_the_values_of_the_whole_one(ranks: int, mesh:
 @pytest.mark.nightly
 @pytest.mark.parametrize(("ranks", "mesh"), [(2, "tensor=2"), (4, "shard=2,tensor=2"), (4, "data=2,tensor=2")])
 def test_a_divided_run_resumes_on_its_mesh_to_the_last_bit(ranks: int, mesh: str, tmp_path: Any) -> None:
-    env = {"ALLSTEP_MESH": mesh}
-    unbroken = run_ranks(train, ranks, replace(BY_BLOCK, epochs=2), env=env)
-    first = replace(BY_BLOCK, epochs=1, folder=str(tmp_path))
-    run_ranks(train, ranks, first, env=env)
-    for found, expected in zip(run_ranks(train, ranks, replace(first, epochs=2), env=env), unbroken, strict=True):
-        assert found["steps"] == expected["steps"]
-        assert all(map(torch.equal, found["parameters"].values(), expected["parameters"].values()))
-        assert all(map(torch.equal, found["moments"], expected["moments"]))
+    check_resumes(ranks, mesh, BY_BLOCK, str(tmp_path))
 
 
 @pytest.mark.parametrize(
