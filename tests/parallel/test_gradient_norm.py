@@ -113,20 +113,25 @@ def scaled_on_several_meshes(world: World) -> list[Any]:
     """An infinity in a part that only one rank of one mesh has."""
     assert world.mesh is not None
     placed = [(world.mesh["shard"], [Shard(0)]), (world.mesh, [Shard(0), Shard(0)])]
-    parameters = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, placements)) for mesh, placements in placed]
+    shapes = [(4, 3), (4,)]
+    parameters = [
+        nn.Parameter(distribute_tensor(torch.ones(shape), *place)) for shape, place in zip(shapes, placed, strict=True)
+    ]
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     scaler = grad_scaler("cpu", "fp16")
     found = []
     for iteration in range(3):
         for each in parameters:
             each.grad = torch.ones_like(each) * scaler.scale(torch.ones(())).item()
+        transposed = parameters[0].grad.to_local().t().contiguous().t()  # as of a layer whose weight is laid out so
+        parameters[0].grad = DTensor.from_local(transposed, *placed[0])
         if iteration == 1 and world.rank == 3:
             parameters[1].grad.to_local()[0] = torch.inf
         if iteration != 2:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        found.append(([whole(each)[0].item() for each in parameters], scaler.get_scale()))
+        found.append(([whole(each).flatten()[0].item() for each in parameters], scaler.get_scale()))
     return found
 
 

@@ -52,5 +52,6 @@ class MeshGradScaler(torch.amp.GradScaler):
         for each in parameters:
             held = each.grad.to_local() if isinstance(each.grad, DTensor) else each.grad
             if held.numel():
-                held.view(-1)[:1].add_((total * 0).to(held.device, held.dtype))  # not a number where it is not finite
+                # The first element, in whatever layout; what is added is no number where the total is not finite.
+                held[(0,) * held.dim()].add_((total * 0).to(held.device, held.dtype))
                 return
