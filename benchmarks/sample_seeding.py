@@ -1,9 +1,10 @@
 """What seeding random augmentation costs, in each mode of `sample_seeding`.
 
 The dataset hands out rows of a tensor, so what differs between the modes is the seeding. Batches of 64 samples; time
-per sample of an epoch, the minimum of several. Modes take turns in each round.
+per sample of an epoch, the minimum of several. Modes take turns in each round. With `--hugging-face` the same rows come
+from a dataset of Hugging Face's `datasets`, which has to be installed and gives whole batches.
 
-    python benchmarks/sample_seeding.py [--samples 12800] [--rounds 7]
+    python benchmarks/sample_seeding.py [--samples 12800] [--rounds 7] [--hugging-face]
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -39,6 +41,13 @@ class Rows(Dataset[torch.Tensor]):
         return self.rows[index]
 
 
+def hugging_face_rows(length: int) -> Any:
+    """The same rows from Hugging Face's library, as tensors."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"row": torch.zeros(length, 8).tolist()}).with_format("torch")
+
+
 def epoch_seconds(loader: Loader) -> float:
     iterator = iter(loader)
     next(iterator)  # workers are up
@@ -52,12 +61,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=200 * BATCH)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--hugging-face", action="store_true", help="rows of a Hugging Face dataset, without workers")
     arguments = parser.parse_args()
     print(machine_line(), end="\n\n")
     print("| workers | " + " | ".join(f"{mode}, µs per sample" for mode in MODES) + " |")
     print("| ---: | " + " | ".join("---:" for _ in MODES) + " |")
-    rows = Rows(arguments.samples)
-    for workers in (0, 1):
+    rows = hugging_face_rows(arguments.samples) if arguments.hugging_face else Rows(arguments.samples)
+    for workers in (0,) if arguments.hugging_face else (0, 1):
         loaders = [
             make_loader(rows, rank=0, world_size=1, seed=1, batch_size=BATCH, sample_seeding=mode, num_workers=workers)
             for mode in MODES
