@@ -217,7 +217,7 @@ def write_count(tensor: torch.Tensor) -> int:
 def _lacking(name: str, consequence: str) -> MetricError:
     return MetricError(
         f"torchmetrics {torchmetrics.__version__} has no {name}, so that {consequence}. Install a release that allstep "
-        "was tested with: 1.6 to 1.9"
+        "was tested with: 1.8 to 1.9"
     )
 
 
