@@ -12,8 +12,9 @@ from enum import StrEnum
 
 from allstep.diagnosis.record import Moment, RankRecord
 from allstep.exit_codes import HANG, PEER_LOST, PREEMPTED, USER_ERROR
+from allstep.protocol.last_words import after_another
 from allstep.protocol.messages import Failure
-from allstep.protocol.worker_exit import WorkerExit, after_another, describe, exit_status
+from allstep.protocol.worker_exit import WorkerExit, describe, exit_status
 
 
 class OutcomeKind(StrEnum):

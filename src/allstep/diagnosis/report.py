@@ -6,7 +6,6 @@ first cause first. `last_lines` picks what to show of a rank's output.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 from allstep.diagnosis.rank_outcome import OutcomeKind, RankOutcome
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.diagnosis.stacks import main_thread, set_off
+from allstep.protocol.last_words import without_torchs_prefix
 from allstep.protocol.registration import spans
 
 LINES = 50
@@ -28,7 +28,6 @@ _ALSO = 3  # further causes that are shown with a traceback
 _STACKS = 4  # ranks behind whose stacks are shown; the file has all
 _TRACEBACKS = ("Traceback (most recent call last)", "  + Exception Group Traceback")
 _DUMPS = (*_TRACEBACKS, "Fatal Python error")
-_TORCHS_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # before each line of a traceback once a process group exists
 _SILENT = (
     OutcomeKind.SIGNAL,
     OutcomeKind.EXIT,
@@ -108,11 +107,6 @@ def failure_json(
 def straggler_line(rank: int, ratio: float) -> str:
     """A slow rank, in words."""
     return f"rank {rank} is slow: its own part of a step takes {ratio:.1f} times the others'"
-
-
-def without_torchs_prefix(line: str) -> str:
-    """A line of output as the script wrote it."""
-    return _TORCHS_PREFIX.sub("", line)
 
 
 def last_lines(output: str, traceback: str = "") -> list[str]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
-from allstep.diagnosis.report import failure_json, failure_text, without_torchs_prefix
+from allstep.diagnosis.report import failure_json, failure_text
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
 from allstep.exit_codes import PEER_LOST, PREEMPTED
@@ -36,6 +36,7 @@ from allstep.monitor.hub import Hub
 from allstep.monitor.report_output import write_report
 from allstep.monitor.service import MonitorSettings
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_key
+from allstep.protocol.last_words import without_torchs_prefix
 from allstep.protocol.masking import mask, mask_all
 
 if TYPE_CHECKING:

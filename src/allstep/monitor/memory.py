@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from allstep.exit_codes import HANG, PEER_LOST, PREEMPTED
-from allstep.protocol.worker_exit import about_a_lost_connection
+from allstep.protocol.last_words import about_a_peer
 
 ROOT = Path("/sys/fs/cgroup")
 """Where the system mounts its cgroups."""
@@ -117,7 +117,7 @@ class MemoryWatch:
         """
         if returncode in (0, HANG, PEER_LOST, PREEMPTED):
             return ""
-        if not killed and not about_a_lost_connection(last_words) and (said := self.remark()):
+        if not killed and not about_a_peer(last_words) and (said := self.remark()):
             return said
         # A traceback's last lines; a script may well have caught and printed an earlier one.
         message = _MESSAGES.search("\n".join(last_words.splitlines()[-12:]))

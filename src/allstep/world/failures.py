@@ -28,8 +28,8 @@ from types import TracebackType
 from allstep.exit_codes import IN_ORDER
 from allstep.monitor.client import Client
 from allstep.protocol.heartbeat import RankActivity
+from allstep.protocol.last_words import about_another_rank
 from allstep.protocol.messages import Failure
-from allstep.protocol.worker_exit import about_another_rank
 from allstep.world.monitor_link import MonitorService
 
 
