@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch.distributed.flight_recorder.components.loader import read_dir
 
 from allstep.testing import FaultPlan
 from tests.faults.rehearsal import SCRIPTS, check_first_lines, rehearse
+from tests.jobs.job import Job
 from tests.jobs.launchers import Launcher, also_under_torchrun_by_night
 
 pytestmark = pytest.mark.slow
@@ -18,6 +23,16 @@ FOUND = 10.0
 """Seconds from the fault to the end: the limit, and what is done when it has passed; less than any default limit."""
 
 AT = FaultPlan.at(rank=1, iteration=7)
+
+
+def loaded_records(job: Job) -> dict[str, Any]:
+    """The records of an attempt's ranks as `torchfrtrace` loads them."""
+    (folder,) = job.folder.glob("runs/*/attempt_0")
+    try:
+        details, _ = read_dir(SimpleNamespace(trace_dir=str(folder), prefix="flight_recorder_rank_"))
+    finally:
+        gc.enable()  # which `read_dir` turns off
+    return details
 
 
 @also_under_torchrun_by_night
@@ -34,6 +49,14 @@ def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_p
         (other,) = job.report["others"]
         assert other["rank"] == 0
         assert "all_reduce" in other["waiting"]
+        # torch's record of collectives: compared over ranks, and left for its own analyser.
+        assert re.search(
+            r"rank 0 issued gloo:all_gather .*#7 of group default_pg, and rank 1 did not", job.report["explanation"]
+        )
+        records = loaded_records(job)
+        assert {(name, found["rank"]) for name, found in records.items()} == {
+            (f"flight_recorder_rank_{rank}", rank) for rank in range(2)
+        }
 
 
 def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> None:

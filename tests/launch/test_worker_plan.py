@@ -141,3 +141,14 @@ def test_a_mesh_that_does_not_fit_the_workers_is_refused_before_they_start() -> 
     plan_workers(LaunchSettings(mesh="shard=-1"), command, part, environ={}, devices=Devices(), cores=1)
     with pytest.raises(ConfigurationError, match="tensor=3, which is 3 ranks, but the world has 4 ranks on 2 nodes"):
         plan_workers(LaunchSettings(mesh="tensor=3"), command, part, environ={}, devices=Devices(), cores=1)
+
+
+@pytest.mark.parametrize("own", [None, "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"])
+def test_nccls_record_of_collectives_goes_to_the_attempts_folder(tmp_path: Path, own: str | None) -> None:
+    environ = {} if own is None else {own: "/elsewhere/rank_"}
+    part = share(1, folder=tmp_path)
+    (worker,) = plan_workers(LaunchSettings(), Command("x"), part, environ=environ, devices=Devices(), cores=8)
+    found = {name: value for name, value in worker.environment.items() if name.endswith("_TEMP_FILE")}
+    prefix = str(tmp_path / "flight_recorder_rank_")
+    both = dict.fromkeys(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), prefix)
+    assert found == (both if own is None else environ)

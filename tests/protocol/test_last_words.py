@@ -50,7 +50,8 @@ def watchdog(reason: str) -> str:
     raised = "Exception raised from run at /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:2068\n"
     return (
         f"[rank1]:[E1128 10:00:00.0 ProcessGroupNCCL.cpp:2068] {told}{raised}{frames(9)}\n"
-        f"terminate called after throwing an instance of 'c10::DistBackendError'\n  what():  {told}{raised}{frames(30)}\n"
+        "terminate called after throwing an instance of 'c10::DistBackendError'\n"
+        f"  what():  {told}{raised}{frames(30)}\n"
     )
 
 

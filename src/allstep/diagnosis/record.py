@@ -58,6 +58,7 @@ class RankRecord:
         remark: what its node knows of the reason for its failure.
         stacks: of its threads, as faulthandler writes them.
         trace: torch's record of its last collectives.
+        groups: the same for comparing ranks; see `flight_records`.
     """
 
     rank: int
@@ -83,6 +84,7 @@ class RankRecord:
     remark: str = ""
     stacks: str = ""
     trace: str = ""
+    groups: str = ""
 
     @property
     def present(self) -> bool:

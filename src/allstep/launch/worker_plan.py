@@ -16,12 +16,16 @@ from allstep.errors import ConfigurationError, MeshError
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
+from allstep.monitor.collective_record import PREFIX
 from allstep.placement import Placement, Rendezvous, parse_mesh, resolve_mesh
 from allstep.protocol.status_frames import VARIABLE as STATUS_LINE
 from allstep.protocol.user_secret import VARIABLE as SECRET
 
 BOOTSTRAP = str(Path(__file__).with_name("worker.py"))
 """Started by its path, so that nothing in the current folder can stand in for a module that it imports."""
+
+# Where nccl's flight recorder is written when nccl ends the process; torch before 2.9 reads the second one alone.
+_RECORD_FILES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +149,9 @@ def plan_workers(
     if settings.mesh is not None:
         _check_mesh(settings.mesh, share)
         inherited["ALLSTEP_MESH"] = settings.mesh
+    # One with our own prefix is of a run that this one was started in.
+    if share.folder is not None and all(inherited.get(name, PREFIX).endswith(PREFIX) for name in _RECORD_FILES):
+        inherited.update(dict.fromkeys(_RECORD_FILES, str(share.folder.resolve() / PREFIX)))
     if settings.fault is not None:
         inherited["ALLSTEP_FAULT"] = settings.fault
     if settings.resume is not None:

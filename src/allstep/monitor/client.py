@@ -26,9 +26,9 @@ from dataclasses import replace
 from typing import NoReturn
 
 from allstep.errors import ChannelError, WorldError
+from allstep.monitor.collective_record import record_collectives
 from allstep.monitor.own_stacks import StacksTimer, own_stacks
 from allstep.monitor.report_output import write_bounded
-from allstep.monitor.torch_private import active_collectives
 from allstep.open_files import write_buffers
 from allstep.protocol.address import split_address
 from allstep.protocol.connection import Connection, connect, is_ready
@@ -251,7 +251,8 @@ class Client:
             text = own_stacks()
         except OSError:
             text = ""
-        return Stacks(self._rank, text, active_collectives())
+        recorded = record_collectives(self._rank, os.environ.get("ALLSTEP_ATTEMPT_FOLDER", ""))
+        return Stacks(self._rank, text, recorded.trace, recorded.groups)
 
     def _obey(self, order: Leave) -> None:
         if order.code is not None:

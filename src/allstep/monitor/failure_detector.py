@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from allstep.diagnosis.flight_records import compare, from_text
 from allstep.diagnosis.hang import HangDetector, HangLimits, waits_for_a_person
 from allstep.diagnosis.rank_outcome import OutcomeKind, judgement
 from allstep.diagnosis.record import Moment, ProcessActivity, RankRecord
@@ -119,7 +120,7 @@ class FailureDetector:
     def answered(self, stacks: Stacks) -> None:
         """A rank sent its stacks."""
         record = self.records[stacks.rank]
-        record.stacks, record.trace = stacks.text, stacks.trace
+        record.stacks, record.trace, record.groups = stacks.text, stacks.trace, stacks.groups
         self._unanswered.discard(stacks.rank)
         if self._gather_until is not None and not self._unanswered:
             self._gather_until = self._clock.now()
@@ -263,7 +264,7 @@ class FailureDetector:
         self._gather_until = self._clock.now() + GATHER_S
         self._unanswered = set(self.present())
         for record in self.records.values():  # of an earlier suspicion that came to nothing
-            record.stacks = record.trace = ""
+            record.stacks = record.trace = record.groups = ""
             if self._clock.age(record.heard) < GATHER_S:
                 record.activity = None  # of a time at which it was silent
         self._ask_stacks()
@@ -287,7 +288,8 @@ class FailureDetector:
         moment = self._moment()
         for rank, why in hang.behind.items():
             self.records[rank].hung, self.records[rank].hung_why = moment, why
-        self._judge(hang.explanation)
+        recorded = compare({record.rank: from_text(record.groups) for record in records if record.groups})
+        self._judge("; ".join(filter(None, (hang.explanation, recorded))))
 
     def _conclude(self) -> None:
         """Every worker has ended."""

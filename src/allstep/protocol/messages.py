@@ -93,11 +93,15 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """The Python stacks of all of a rank's threads, and torch's record of its collectives where there is one."""
+    """The Python stacks of all of a rank's threads, and torch's record of its collectives where there is one.
+
+    `trace` has those that are not over, one a line, and `groups` is what `diagnosis.flight_records` compares ranks by.
+    """
 
     rank: int
     text: str
     trace: str = ""
+    groups: str = ""
 
 
 @dataclass(frozen=True, slots=True)

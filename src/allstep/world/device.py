@@ -1,8 +1,8 @@
 """Which device and which backend a rank uses.
 
-Contract: `visible_hardware` sees what this process can use. `choose_device`, `choose_backend` and `choose_transport`
-decide, as pure functions, from that, the `Placement` and what the caller asked for. One process cannot see that two
-ranks were given the same GPU: the monitoring service does, when the ranks register.
+Contract: `visible_hardware` sees what this process can use. `choose_device`, `choose_backend`, `choose_transport` and
+`bound_device` decide, as pure functions, from that, the `Placement` and what the caller asked for. One process cannot
+see that two ranks were given the same GPU: the monitoring service does, when the ranks register.
 
 torch_xla is imported only when an XLA device is asked for. That part is written to torch_xla's interface; allstep's
 tests have no XLA device to run it on, and put a stand-in in its place.
@@ -18,6 +18,8 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement
+
+_ON_HOST = (None, "gloo", "mpi", "ucc", "fake")  # of gloo's collectives only some take tensors of a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +119,28 @@ def choose_backend(device: torch.device, asked: str | None = None) -> str:
     return asked
 
 
+def backend_of(device_type: str, backend: str) -> str | None:
+    """Which backend carries tensors of a type of device in a group; None where the group has none for it.
+
+    Args:
+        device_type: such as "cuda".
+        backend: of the group: one name, or one for each type of device, as in "cpu:gloo,cuda:nccl".
+    """
+    if ":" in backend:
+        return dict(part.split(":", 1) for part in backend.split(",")).get(device_type)
+    # What torch knows to carry tensors of some device alone, such as nccl, carries no others.
+    capable = dist.Backend.backend_capability.get(backend)
+    return backend if capable is None or device_type in capable else None
+
+
 def choose_transport(device: torch.device, backend: str) -> torch.device:
     """Where a tensor must be for the backend to carry it: the rank's device, or the CPU for gloo and the like."""
-    # A backend may be given by device, as in "cpu:gloo,cuda:nccl".
-    parts = dict(part.split(":", 1) for part in backend.split(",") if ":" in part)
-    if backend in ("nccl", "xla") or device.type in parts:
-        return device
-    return torch.device("cpu")
+    return torch.device("cpu") if backend_of(device.type, backend) in _ON_HOST else device
+
+
+def bound_device(device: torch.device, backend: str) -> torch.device | None:
+    """The device that a group is bound to: bound, nccl connects at once, where a failure can be told, and not later."""
+    return device if backend_of(device.type, backend) == "nccl" else None
 
 
 def open_xla_device() -> torch.device:

@@ -69,7 +69,8 @@ def init(
     Args:
         backend: of the process group; by default nccl for CUDA and gloo for the CPU.
         device: by default CUDA by local rank, or MPS in a world of one, or the CPU; see `allstep.world.device`.
-        timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective.
+        timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective. Where nccl
+            carries the collective its limit is above those of the watch over hangs, since it ends the process.
         seed: if given, what `World.seed_everything` is called with.
         facts: what must be the same on all ranks, by name, such as `{"config": settings}`. Before ranks connect, values
             are compared as text and nested mappings key by key.
@@ -180,13 +181,19 @@ def _adopt(
             f"backend is {backend!r}, but torch.distributed is initialised already, with {group.backend}; leave "
             "backend unset to use that group, or do not call init_process_group"
         )
+    bound = group.bound_to()
+    if asked is not None and bound is not None and not _is_same(torch.device(asked), bound):
+        raise WorldError(
+            f"device is {asked!r}, but torch.distributed is initialised already, bound to {bound}; leave device unset "
+            "to use that, or call init_process_group with another device_id"
+        )
     # The device is chosen by local rank, which is only known once the ranks have told each other their hosts.
-    carrier = torch.device("cuda", torch.cuda.current_device()) if group.backend == "nccl" else torch.device("cpu")
+    carrier = group.carrier()
     collectives = Collectives(group.rank, group.world_size, carrier, carrier)
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
     shape = mesh_shape(mesh, placement)
-    device = _prepared(choose_device(placement, visible_hardware(), asked))
+    device = _prepared(choose_device(placement, visible_hardware(), asked if bound is None else bound))
     # The supervisor knows the ranks that it started, and not those of a group that counts them in another way.
     service = supervised_service(placement) if placement == detected else None
     if service is None and placement.world_size > 1:
@@ -254,6 +261,10 @@ def _adopted_placement(group: Group, places: list[tuple[str, Placement]]) -> Pla
         nodes=len(nodes),
         rendezvous=Rendezvous(host=hosts[0], ports=()),
     )
+
+
+def _is_same(asked: torch.device, bound: torch.device) -> bool:
+    return asked.type == bound.type and asked.index in (None, bound.index)
 
 
 def _prepared(device: torch.device) -> torch.device:

@@ -4,6 +4,9 @@ Contract: `open_group` initialises torch.distributed among ranks that have met; 
 there already. `Group.leave` undoes what `open_group` did, and for an adopted group nothing. If opening fails, nothing
 is left initialised.
 
+Where a collective runs out of time, gloo raises, and nccl ends the process, on each rank that waited. That would speak
+before the watch over hangs, which knows who is behind. So nccl's limit stands above every finite one of that watch.
+
 Leaving in order: the group is destroyed, the rank says in the store that it left, and rank 0, which serves the store,
 waits until all have said so, since a rank still at work may need it. A store that does not answer is waited for once,
 for `store.PATIENCE_S` seconds; then the rank warns and goes. Leaving after an error: nothing is waited for. A gloo
@@ -14,6 +17,8 @@ ends; nccl's communicators are aborted.
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,9 +28,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from allstep.diagnosis.flight_records import OWN
+from allstep.diagnosis.hang import HangLimits
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world.bounded_store import BoundedStore, poll
+from allstep.world.device import bound_device
 from allstep.world.interface import name_interface
 from allstep.world.lifetime import keep_for_ever
 from allstep.world.rendezvous import RendezvousInfo
@@ -33,6 +41,7 @@ from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_
 
 _LEFT_MARK_S = 2.0
 _GLOO_RELEASE_S = 0.05
+_AFTER_WATCH_S = 120.0  # for the watch to gather stacks, to report and to have ranks leave
 
 
 @dataclass(slots=True)
@@ -40,7 +49,7 @@ class Group:
     """The process group of a World.
 
     Attributes:
-        backend: such as gloo or nccl.
+        backend: such as gloo, nccl or cpu:gloo,cuda:nccl.
         rendezvous: the ranks' store, and on rank 0 its server.
         rank, world_size: this rank, among how many.
         owned: whether allstep made the group and ends it.
@@ -53,16 +62,30 @@ class Group:
     owned: bool = True
     _made: list[dist.ProcessGroup] = field(default_factory=list)
 
+    def bound_to(self) -> torch.device | None:
+        """The device that the default group is bound to, by `device_id`."""
+        group = dist.group.WORLD
+        return None if group is None else group.bound_device_id
+
+    def carrier(self) -> torch.device:
+        """A device of this process whose tensors the default group takes; the CPU where it does."""
+        kinds = [part.partition(":")[0] for part in dist.get_backend_config().split(",")]
+        if "cpu" in kinds:
+            return torch.device("cpu")
+        bound = self.bound_to()
+        return torch.device(kinds[0], torch.accelerator.current_device_index()) if bound is None else bound
+
     def for_agreement(self, timeout: float) -> dist.ProcessGroup:
         """A gloo group of all ranks for what engines agree on, so that it never waits behind gradients."""
-        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc=f"{OWN} agreement")
         assert isinstance(made, dist.ProcessGroup)
         self._made.append(made)
         return made
 
     def split(self, lines: Sequence[Sequence[int]], timeout: float) -> dist.ProcessGroup:
         """Groups of the ranks of each line, of which this rank is in one: that is returned."""
-        mine, _ = dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout))  # type: ignore[no-untyped-call]
+        limit = timedelta(seconds=collective_limit(self.backend, timeout))
+        mine, _ = dist.new_subgroups_by_enumeration(lines, timeout=limit)  # type: ignore[no-untyped-call]
         assert isinstance(mine, dist.ProcessGroup)
         self._made.append(mine)
         return mine
@@ -125,9 +148,8 @@ def open_group(placement: Placement, info: RendezvousInfo, backend: str, device:
             store=PrefixStore("group", info.store.raw),
             rank=placement.rank,
             world_size=placement.world_size,
-            timeout=timedelta(seconds=timeout),
-            # Bound to its device, nccl connects here, where a failure can be told; else it would in a first collective.
-            device_id=device if backend == "nccl" else None,
+            timeout=timedelta(seconds=collective_limit(backend, timeout)),
+            device_id=bound_device(device, backend),
         )
     except Exception as error:
         forget_groups(abort=True)
@@ -147,7 +169,7 @@ def open_solitary_group(backend: str, device: torch.device) -> Group:
         store=PrefixStore("group", store),
         rank=0,
         world_size=1,
-        device_id=device if backend == "nccl" else None,
+        device_id=bound_device(device, backend),
     )
     info = RendezvousInfo(BoundedStore(PrefixStore("allstep", store)))
     info.store.add("connected", 1)
@@ -160,7 +182,27 @@ def adopt_group() -> Group:
     base = BoundedStore(PrefixStore("allstep", default_store()))
     # The group may outlive several Worlds: each has keys of its own, by how often this rank has been here.
     store = base.with_prefix(f"generation/{base.add(f'generation/{rank}', 1)}")
-    return Group(dist.get_backend(), RendezvousInfo(store), rank, size, owned=False)
+    return Group(_named_backend(), RendezvousInfo(store), rank, size, owned=False)
+
+
+def _named_backend() -> str:
+    """The default group's backend, or what torch took for each device where the script named none."""
+    backend = dist.get_backend()
+    if backend != dist.Backend.UNDEFINED:
+        return backend
+    by_device = dist.get_backend_config()
+    names = {part.partition(":")[2] for part in by_device.split(",")}
+    return names.pop() if len(names) == 1 else by_device
+
+
+def collective_limit(backend: str, timeout: float) -> float:
+    """Seconds that a collective may last in a group, of a World whose ranks wait `timeout` seconds for each other."""
+    if "nccl" not in backend:
+        return timeout
+    limits = HangLimits.parse(os.environ.get("ALLSTEP_LIMITS", ""))
+    every = [*(most for _, most in limits.bounds.values()), limits.silence, limits.apart]
+    watched = max((limit for limit in every if math.isfinite(limit)), default=0.0)
+    return max(timeout, watched + _AFTER_WATCH_S)
 
 
 def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> None:
