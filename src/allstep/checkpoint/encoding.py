@@ -25,13 +25,13 @@ from typing import Annotated, Any, BinaryIO
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch.distributed.tensor import DTensor
 
 from allstep.checkpoint.manifest import FileName
 from allstep.checkpoint.safetensors_file import LARGEST_COUNT, MOST_DIMENSIONS, dtype_name, find_dtype, is_storable
 from allstep.checkpoint.sharding import Box, covers
 from allstep.checkpoint.torch_private import module_versions, set_module_versions, wraps_tensors
 from allstep.errors import AllstepError, DamagedCheckpointError, UnsupportedStateError
+from allstep.parallel import is_dtensor
 
 _DEEPEST = 100  # levels; far more than any state has, and far fewer than Python's recursion limit
 _INLINE_ARRAY = 16 << 10  # bytes; a larger numpy array is stored as a tensor instead of as text
@@ -290,15 +290,15 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     Shards of two parameters may share memory on one rank and not on another, so a DTensor is known by its object; the
     state holds on to it meanwhile. Empty tensors have no address.
     """
-    if isinstance(tensor, DTensor):
-        return DTensor, id(tensor)
+    if is_dtensor(tensor):
+        return type(tensor), id(tensor)
     if tensor.numel() == 0:
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj()
 
 
 def _check_tensor(tensor: torch.Tensor, path: tuple[str, ...]) -> None:
-    if wraps_tensors(tensor) and not isinstance(tensor, DTensor):
+    if wraps_tensors(tensor) and not is_dtensor(tensor):
         raise _unsupported(tensor, path, "it is made of other tensors; give those, or what they stand for")
     if tensor.layout is not torch.strided or tensor.is_quantized:
         raise _unsupported(tensor, path, f"its layout is {tensor.layout}; make it dense and not quantized")
@@ -401,7 +401,7 @@ def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def kept_strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """The strides to write down: of a tensor that fills its memory in another order than a contiguous one."""
-    if isinstance(tensor, DTensor) or tensor.numel() == 0 or not is_dense(tensor.shape, tensor.stride()):
+    if is_dtensor(tensor) or tensor.numel() == 0 or not is_dense(tensor.shape, tensor.stride()):
         return None
     contiguous = tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
     return None if tensor.stride() == contiguous else tuple(tensor.stride())

@@ -25,7 +25,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.checkpoint.encoding import FromRankZero
@@ -36,7 +35,7 @@ from allstep.engine.extension import Stateful
 from allstep.engine.resume import position_from
 from allstep.engine.run_plan import is_done
 from allstep.errors import CheckpointError, UnsupportedStateError
-from allstep.parallel import PlainNames, broadcasts_buffers, unify_buffers, unwrap
+from allstep.parallel import PlainNames, broadcasts_buffers, is_dtensor, unify_buffers, unwrap
 from allstep.world import World, current_data_ranks, internals
 
 
@@ -264,7 +263,7 @@ class ModuleAdapter:
         """The sharded tensors, which are filled in place."""
         names = PlainNames(self.module)
         state = self.module.state_dict()
-        sharded = {names.plain(name): value for name, value in state.items() if isinstance(value, DTensor)}
+        sharded = {names.plain(name): value for name, value in state.items() if is_dtensor(value)}
         return sharded or None
 
     def load(self, state: Any, rank_states: list[Any], rank: int) -> None:
@@ -295,7 +294,7 @@ class ModuleAdapter:
         return {
             name: buffer
             for name, buffer in self.module.named_buffers(remove_duplicate=False)
-            if name in state and id(buffer) not in broadcast and not isinstance(buffer, DTensor)
+            if name in state and id(buffer) not in broadcast and not is_dtensor(buffer)
         }
 
     def _replicas(self) -> list[DistributedDataParallel]:
@@ -317,7 +316,7 @@ def _tied_once(module: nn.Module, state: Any) -> Any:
     """
     first: dict[int, Any] = {}
     for name, each in module.named_parameters(remove_duplicate=False):
-        if isinstance(state.get(name), DTensor):
+        if is_dtensor(state.get(name)):
             state[name] = first.setdefault(id(each), state[name])
     return state
 

@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from allstep.checkpoint.reading import FromDocument, ShardedLike
 from allstep.errors import CheckpointError
-from allstep.parallel import PlainNames
+from allstep.parallel import PlainNames, is_dtensor
 
 NAMES = "param_names"
 
@@ -125,7 +124,7 @@ def _in_order(state: Any, saved: Sequence[str], here: Sequence[str], sizes: Sequ
 
 def _laid_out_like(parameter: torch.Tensor, value: Any) -> Any:
     """A state of a parameter, in memory as the parameter is where it has its shape."""
-    if not isinstance(value, torch.Tensor) or isinstance(value, DTensor) or isinstance(parameter, DTensor):
+    if not isinstance(value, torch.Tensor) or is_dtensor(value) or is_dtensor(parameter):
         return value
     if value.shape != parameter.shape or value.stride() == parameter.stride() or value.layout is not torch.strided:
         return value

@@ -12,10 +12,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from allstep.checkpoint.encoding import (
     Chunk,
@@ -31,6 +30,10 @@ from allstep.checkpoint.safetensors_file import TensorSlot, find_dtype, read_hea
 from allstep.checkpoint.sharding import Box, Piece, local_boxes, whole_box
 from allstep.checkpoint.storage import Storage
 from allstep.errors import CheckpointError, DamagedCheckpointError
+from allstep.parallel import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _MOST_ROWS = 4 << 20  # bytes that are read at once of rows of which a part is wanted
 
@@ -75,7 +78,7 @@ class LoadTargets:
             return self._filled[name]
         # "optimizer/state/0/exp_avg" is as parameter 0 is, unless it is of another shape, as "step" is.
         like = self._like.get(name.rpartition("/")[0])
-        if not isinstance(like, DTensor) or not record.shape:
+        if not is_dtensor(like) or not record.shape:
             return None
         if tuple(like.shape) != record.shape:  # such as the sums over rows that Adafactor keeps
             return like.new_empty(record.shape, dtype=find_dtype(record.dtype))  # type: ignore[return-value]
@@ -98,7 +101,7 @@ class LoadTargets:
 
     def _collect(self, value: Any, keys: tuple[Any, ...]) -> None:
         name = tensor_name(map(name_part, keys))
-        if isinstance(value, DTensor):
+        if is_dtensor(value):
             self._filled[name], self._keys[name] = value, keys
         elif isinstance(value, ShardedLike):
             self._like[name] = value.tensor

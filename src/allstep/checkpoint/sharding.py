@@ -18,13 +18,15 @@ from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
 
-from allstep.parallel import shard_boxes
+from allstep.parallel import is_dtensor, shard_boxes
 from allstep.world import World
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _MOST_CUT_DIMENSIONS = 8  # far more than a mesh of devices cuts a tensor along; each doubles the corners of a box
 _SMALLEST_CUT = 4 << 20  # bytes; a smaller tensor is cheaper to write whole than to read from several files
@@ -83,7 +85,7 @@ def own_pieces(
         rank, world_size: this rank among those that save.
         from_rank_zero: names of tensors that differ by rank, of which rank 0 writes its own.
     """
-    replicated = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+    replicated = {name: tensor for name, tensor in tensors.items() if not is_dtensor(tensor)}
     shared = {name: tensor for name, tensor in replicated.items() if name not in from_rank_zero}
     shapes = [(name, tensor.dtype.itemsize, tuple(tensor.shape)) for name, tensor in shared.items()]
     pieces = [(piece, _values(shared[piece.name], piece)) for piece in assign(shapes, world_size)[rank]]
@@ -94,7 +96,7 @@ def own_pieces(
             if name in from_rank_zero
         )
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and _writes_its_shard(name, tensor):
+        if is_dtensor(tensor) and _writes_its_shard(name, tensor):
             shards = [Piece(name, box) for box in local_boxes(tensor) if box.numel]
             pieces.extend((piece, tensor.to_local().detach()) for piece in shards)
     return pieces
@@ -102,7 +104,7 @@ def own_pieces(
 
 def local_boxes(tensor: torch.Tensor) -> list[Box]:
     """The boxes of a tensor that this rank holds: of a DTensor its shard, of any other the whole."""
-    if isinstance(tensor, DTensor):
+    if is_dtensor(tensor):
         return [Box(*each) for each in shard_boxes(tensor)]
     return [whole_box(tensor.shape)]
 
@@ -209,5 +211,5 @@ def _writes_its_shard(name: str, tensor: DTensor) -> bool:
     return all(
         place[dim] == choice % tensor.device_mesh.size(dim)
         for dim, placement in enumerate(tensor.placements)
-        if isinstance(placement, Replicate)
+        if placement.is_replicate()
     )

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from allstep.checkpoint.encoding import encode, kept_strides
 from allstep.checkpoint.safetensors_file import NOTES, dtype_name, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.sharding import Piece, own_pieces
 from allstep.errors import UnsupportedStateError
+from allstep.parallel import is_dtensor
 
 PER_RANK = "~rank"  # no part of the common state can have a name that begins with "~"
 
@@ -80,7 +80,7 @@ def take_snapshot(
         from_rank_zero |= encoded.from_rank_zero
     own = encode(per_rank, PER_RANK)
     for name, tensor in own.tensors.items():
-        if isinstance(tensor, DTensor):
+        if is_dtensor(tensor):
             raise UnsupportedStateError(
                 f"{name} is sharded over ranks, and was given as what this rank alone has; give it as common state"
             )

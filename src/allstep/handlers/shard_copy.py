@@ -13,14 +13,13 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from allstep.parallel import PlainNames, is_fully_sharded, unwrap
+from allstep.parallel import PlainNames, is_dtensor, is_fully_sharded, unwrap
 
 
 def is_in_parts(module: nn.Module) -> bool:
     """Whether any of a module's parameters are sharded over ranks."""
-    return any(isinstance(each, DTensor) for each in module.parameters())
+    return any(is_dtensor(each) for each in module.parameters())
 
 
 @torch.no_grad()
@@ -66,4 +65,4 @@ def parts(module: nn.Module, *, buffers: bool) -> Iterator[torch.Tensor]:
 
 
 def _part(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()

@@ -16,7 +16,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from allstep.checkpoint import rng
@@ -25,6 +24,7 @@ from allstep.data.compositions import is_one_shot, loaders_inside
 from allstep.engine import Engine
 from allstep.engine.position import stateful_of
 from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.parallel import is_dtensor
 from allstep.world import World, internals
 
 Step: TypeAlias = Callable[[Engine, Any], Any]
@@ -177,7 +177,7 @@ def _copied(tensor: torch.Tensor | None) -> Any:
     """A copy on the host, where there is more room; of a sharded tensor beside it."""
     if tensor is None:
         return None
-    return tensor.detach().clone() if isinstance(tensor, DTensor) else tensor.detach().to("cpu", copy=True)
+    return tensor.detach().clone() if is_dtensor(tensor) else tensor.detach().to("cpu", copy=True)
 
 
 def _generators_of(data: Any) -> list[torch.Generator]:

@@ -25,10 +25,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.buffers import broadcast_from_first
+from allstep.parallel.dtensor import is_dtensor
 from allstep.parallel.meta_weights import has_meta_tensors, materialise
 from allstep.parallel.units import Units, choose_units
 
@@ -128,7 +128,7 @@ def _ignored(module: nn.Module, ignored: Iterable[nn.Parameter]) -> set[nn.Param
 
 def _settle(unit: nn.Module, own: list[nn.Parameter], device: torch.device) -> None:
     """Move a unit's parameters to the device and give them rank 0's values: no more than one unit is there whole."""
-    plain = [each for each in own if not isinstance(each, DTensor)]
+    plain = [each for each in own if not is_dtensor(each)]
     for each in plain:
         each.data = each.data.to(device)
     broadcast_from_first(plain)

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from allstep.errors import ArgumentError, ParallelError
+from allstep.parallel.dtensor import is_dtensor
 
 Parameters = nn.Module | torch.Tensor | Iterable[torch.Tensor]
 
@@ -41,7 +41,7 @@ def gradient_norm(parameters: Parameters, norm_type: float = 2.0) -> torch.Tenso
 def _norm(gradients: Sequence[torch.Tensor], norm_type: float) -> torch.Tensor:
     if not norm_type > 0:
         raise ArgumentError(f"norm_type is {norm_type!r}; it must be more than 0")
-    if not any(isinstance(each, DTensor) for each in gradients):
+    if not any(is_dtensor(each) for each in gradients):
         return torch.nn.utils.get_total_norm(gradients, norm_type)
     by_placement: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[torch.Tensor]] = {}
     for gradient in gradients:
@@ -101,17 +101,17 @@ def _gradients(parameters: Parameters) -> list[torch.Tensor]:
 
 def _sharded_over(gradient: torch.Tensor) -> tuple[DeviceMesh | None, tuple[int, ...]]:
     """The mesh of a gradient, and over which of its dimensions each rank holds another part."""
-    if not isinstance(gradient, DTensor):
+    if not is_dtensor(gradient):
         return None, ()
-    over = tuple(dim for dim, placement in enumerate(gradient.placements) if not isinstance(placement, Replicate))
+    over = tuple(dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate())
     return (gradient.device_mesh, over) if over else (None, ())
 
 
 def _whole_or_part(gradient: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a gradient."""
-    if not isinstance(gradient, DTensor):
+    if not is_dtensor(gradient):
         return gradient
-    if any(isinstance(placement, Partial) for placement in gradient.placements):
+    if any(placement.is_partial() for placement in gradient.placements):
         raise ParallelError(
             f"a gradient is placed as {gradient.placements}, so it is not reduced yet; redistribute it before it is "
             "clipped"

@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from allstep.parallel.dtensor import is_dtensor
 from allstep.parallel.gradient_norm import gradient_norm
 
 
@@ -45,12 +45,12 @@ class MeshGradScaler(torch.amp.GradScaler):
             return
         self._shared.add(id(optimizer))
         parameters = [each for group in optimizer.param_groups for each in group["params"] if each.grad is not None]
-        meshes = {each.grad.device_mesh for each in parameters if isinstance(each.grad, DTensor)}
+        meshes = {each.grad.device_mesh for each in parameters if is_dtensor(each.grad)}
         if len(meshes) < 2:
             return
         total = gradient_norm(parameters, 1.0)  # of absolute values, which is finite where all of them are
         for each in parameters:
-            held = each.grad.to_local() if isinstance(each.grad, DTensor) else each.grad
+            held = each.grad.to_local() if is_dtensor(each.grad) else each.grad
             if held.numel():
                 # The first element, in whatever layout; what is added is no number where the total is not finite.
                 held[(0,) * held.dim()].add_((total * 0).to(held.device, held.dtype))

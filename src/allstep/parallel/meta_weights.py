@@ -18,10 +18,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from allstep.errors import ParallelError
+from allstep.parallel.dtensor import is_dtensor
 
 
 @contextmanager
@@ -110,9 +110,11 @@ def _draw(name: str, module: nn.Module, done: set[int]) -> None:
 
 
 def _fill(parameter: torch.Tensor, whole: torch.Tensor) -> None:
-    if not isinstance(parameter, DTensor):
+    if not is_dtensor(parameter):
         parameter.copy_(whole)
         return
+    from torch.distributed.tensor import distribute_tensor
+
     # Every rank has drawn the same, so that nothing has to be sent.
     mesh = parameter.device_mesh
     part = distribute_tensor(whole.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from allstep.errors import ArgumentError, ArgumentTypeError, CheckpointError, DamagedCheckpointError
+from allstep.parallel.dtensor import is_dtensor
 from allstep.parallel.plain_names import PlainNames
 from allstep.parallel.torch_private import shard_boxes
 from allstep.parallel.wrap import unwrap
@@ -193,7 +193,7 @@ def _read(sources: Sequence[_StoredTensor], folder: str) -> None:
 
 def _fill(opened: Any, source: _StoredTensor) -> None:
     target = source.target
-    if not isinstance(target, DTensor):
+    if not is_dtensor(target):
         target.copy_(opened.get_tensor(source.key))
         return
     for offsets, sizes in shard_boxes(target):

@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import (
 
 from allstep.errors import ArgumentError, ParallelError
 from allstep.parallel.buffers import broadcast_from_first
+from allstep.parallel.dtensor import is_dtensor
 from allstep.suggestions import did_you_mean
 
 log = logging.getLogger("allstep.parallel")
@@ -236,7 +237,7 @@ def divide_module(
     with keeping_ties(module):
         for name, style in styles.items():
             each = module.get_submodule(name)
-            whole = [one for one in each.parameters() if not (one.is_meta or isinstance(one, DTensor))]
+            whole = [one for one in each.parameters() if not (one.is_meta or is_dtensor(one))]
             for one in whole:  # no more than one submodule is on the device whole
                 one.data = one.data.to(device)
             broadcast_from_first(whole)
@@ -249,24 +250,15 @@ def reduce_partial_gradients(module: nn.Module) -> None:
     Such are those of a whole parameter, of a norm say, that each rank applies to its part of a sequence.
     """
     for each in module.parameters():
-        if isinstance(each, DTensor) and each.requires_grad:
+        if is_dtensor(each) and each.requires_grad:
             each.register_hook(_reducer(each))  # type: ignore[no-untyped-call]
-
-
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A DTensor's whole value as a plain tensor, through which gradients flow; any other tensor as it is.
-
-    For what a divided model gives as a DTensor, such as a loss in `World.loss_parallel`, which metrics and collectives
-    do not take. Collective over the tensor's mesh.
-    """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _reducer(parameter: DTensor) -> Callable[[torch.Tensor], torch.Tensor]:
     mesh, placements = parameter.device_mesh, parameter.placements
 
     def reduced(gradient: torch.Tensor) -> torch.Tensor:
-        is_partial = isinstance(gradient, DTensor) and any(isinstance(one, Partial) for one in gradient.placements)
+        is_partial = is_dtensor(gradient) and any(isinstance(one, Partial) for one in gradient.placements)
         return gradient.redistribute(mesh, placements) if is_partial else gradient  # type: ignore[attr-defined]
 
     return reduced

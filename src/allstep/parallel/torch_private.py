@@ -25,14 +25,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import UnsupportedStateError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -179,6 +181,8 @@ def shard_boxes(tensor: DTensor) -> list[tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def _shard_box(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    from torch.distributed.tensor import Replicate, Shard
+
     offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
     place: Sequence[int] | None = tensor.device_mesh.get_coordinate()
     if place is None:  # a rank outside the mesh holds nothing

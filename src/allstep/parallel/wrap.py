@@ -12,32 +12,30 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.activation_checkpointing import recompute_activations, units_to_checkpoint
 from allstep.parallel.buffers import broadcast_from_first
 from allstep.parallel.compilation import compile_units, units_to_compile
+from allstep.parallel.dtensor import is_dtensor
 from allstep.parallel.fully_sharded import is_fully_sharded, shard_module
 from allstep.parallel.meta_weights import has_meta_tensors, materialise
 from allstep.parallel.replica import Replica
-from allstep.parallel.tensor_parallel import (
-    TensorPlan,
-    divide_module,
-    keeping_ties,
-    reduce_partial_gradients,
-    styles_of,
-)
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
 from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import unknown_option
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    from allstep.parallel.tensor_parallel import TensorPlan
 
 _DDP_OPTIONS = frozenset(inspect.signature(DistributedDataParallel.__init__).parameters) - {"self", "module"}
 _OWN_OPTIONS = (
@@ -57,7 +55,7 @@ _SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"modul
 
 def sharded_parameter(module: nn.Module) -> str | None:
     """The name of a parameter that is sharded over ranks; None where there is none."""
-    return next((name for name, each in module.named_parameters() if isinstance(each, DTensor)), None)
+    return next((name for name, each in module.named_parameters() if is_dtensor(each)), None)
 
 
 def wrap_module(
@@ -139,7 +137,9 @@ def _over_ranks(
     ddp_options: dict[str, Any],
 ) -> nn.Module:
     dimensions = () if mesh is None else mesh.mesh_dim_names or ()
-    styles = {}
+    styles: dict[str, ParallelStyle] = {}
+    if tensor_plan is not None or "tensor" in dimensions:
+        from allstep.parallel.tensor_parallel import styles_of  # it imports DTensor
     if mesh is not None and "tensor" in dimensions:
         styles = styles_of(module, tensor_plan, mesh["tensor"].size())
     elif tensor_plan is not None:  # so that what passes here passes in a mesh too
@@ -207,12 +207,16 @@ def _in_parts(
     if unknown := unknown_option("wrap", options, _OWN_OPTIONS, _SHARD_OPTIONS, "a model in parts"):
         raise ArgumentTypeError(unknown)
     if styles:
+        from allstep.parallel.tensor_parallel import divide_module
+
         divide_module(module, styles, mesh["tensor"], device)
     return shard_module(module, device, mesh[_data_dimensions(mesh)], **options)
 
 
 def _divided_alone(module: nn.Module, styles: Mapping[str, Any], device: torch.device, mesh: DeviceMesh) -> nn.Module:
     """The module divided over ranks that compute all batches together."""
+    from allstep.parallel.tensor_parallel import divide_module, keeping_ties, reduce_partial_gradients
+
     divide_module(module, styles, mesh["tensor"], device)
     if has_meta_tensors(module):
         with keeping_ties(module):

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from allstep.parallel import is_dtensor
 from allstep.tracking.values import count_values
 
 log = logging.getLogger("allstep.tracking")
@@ -46,11 +46,11 @@ def model_values(module: nn.Module, *, histograms: bool) -> dict[str, Any]:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    skipped = [name for name, each in module.named_parameters() if isinstance(each, DTensor)]
+    skipped = [name for name, each in module.named_parameters() if is_dtensor(each)]
     if skipped and id(module) not in _WARNED:
         _WARNED.add(id(module))
         log.warning("%d parameters are sharded over ranks; their weights and gradients are not recorded", len(skipped))
-    yield from ((name, each.detach()) for name, each in module.named_parameters() if not isinstance(each, DTensor))
+    yield from ((name, each.detach()) for name, each in module.named_parameters() if not is_dtensor(each))
 
 
 _WARNED: set[int] = set()
@@ -58,5 +58,5 @@ _WARNED: set[int] = set()
 
 def _gradients(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, each in module.named_parameters():
-        if each.grad is not None and not isinstance(each, DTensor):
+        if each.grad is not None and not is_dtensor(each):
             yield name, each.grad.detach()

@@ -19,7 +19,6 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 from torch import nn
-from torch.distributed.tensor.parallel import loss_parallel
 from torch.utils.data import Dataset
 
 from allstep.coordination import Alone, Coordinator, GroupCoordinator
@@ -34,6 +33,7 @@ from allstep.parallel import (
     autocast,
     clip_gradient_norm,
     load_pretrained,
+    loss_parallel,
     materialised_later,
     rewrap,
     unify_buffers,
