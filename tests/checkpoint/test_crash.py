@@ -75,7 +75,7 @@ def killed_at(folder: Path, moment: int) -> None:
         process.join()
 
 
-@pytest.mark.parametrize("moment", [0, 4, 8, 12, 14, 17, 18, 21])
+@pytest.mark.parametrize("moment", [8, 17, 18])
 def test_killed_alone_at_a_moment_the_newest_committed_checkpoint_is_whole(moment: int, tmp_path: Path) -> None:
     killed_at(tmp_path, moment)
     assert check(tmp_path) == (SAVES if moment > RENAMED else SAVES - 1)

@@ -47,9 +47,16 @@ def plain(folder: Path, text: str, *arguments: str) -> Any:
 
 
 @pytest.mark.slow
-def test_a_script_that_ends_waits_for_its_save_and_says_so(tmp_path: Path) -> None:
-    # Four files of 3 s each: longer than the 10 s after which it used to be given up.
-    job = plain(tmp_path, SLOW, "3")
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        "0.5",
+        # Of each of four files: longer than the 10 s after which it used to be given up.
+        pytest.param("3", marks=pytest.mark.nightly),
+    ],
+)
+def test_a_script_that_ends_waits_for_its_save_and_says_so(seconds: str, tmp_path: Path) -> None:
+    job = plain(tmp_path, SLOW, seconds)
     assert job.code == 0
     assert "the script has ended; waiting for the save of step 7 to be written" in job.err
     assert list(states(tmp_path / "c").values()) == ["whole"]

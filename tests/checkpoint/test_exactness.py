@@ -31,7 +31,9 @@ def unequal_after_kills(world, job, kills):
     return parted, began
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.nightly), 2, pytest.param(3, marks=pytest.mark.nightly)]
+)
 def test_killed_at_every_iteration(tmp_path, ranks):
     kills = range(1, 16) if ranks == 1 else range(1, 16, ranks)
     for parted, began in run_ranks(unequal_after_kills, ranks, Job(str(tmp_path)), list(kills), timeout=280):

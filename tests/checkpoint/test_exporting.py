@@ -173,7 +173,7 @@ def test_a_folder_that_has_something_in_it_stays(folder: Path, tmp_path: Path) -
     assert sorted(each.name for each in tmp_path.iterdir()) == ["c", "x"]
 
 
-@pytest.mark.parametrize("path", ["x.safetensors", "x"])
+@pytest.mark.parametrize("path", ["x.safetensors", pytest.param("x", marks=pytest.mark.nightly)])
 def test_never_more_than_one_tensor_is_in_memory(path: str, tmp_path: Path) -> None:
     state = {"model": {str(at): torch.full((10 << 20,), float(at)) for at in range(4)}}  # of 40 MB each
     assert Store(str(tmp_path / "c")).save(1, state).wait()

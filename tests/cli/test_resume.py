@@ -70,6 +70,7 @@ def test_training_begins_where_the_command_line_says(asked: list[str], first: in
 
 
 @slow
+@pytest.mark.nightly
 def test_paths_of_the_command_line_are_what_the_kernel_says(folder: Path) -> None:
     """Issue 13 E4: `link/..` is where the link leads, and not the current folder, as its text would have it."""
     (folder / "elsewhere").mkdir()
@@ -86,6 +87,7 @@ def test_paths_of_the_command_line_are_what_the_kernel_says(folder: Path) -> Non
 
 
 @slow
+@pytest.mark.nightly
 def test_a_folder_without_a_checkpoint_is_an_error_before_training(folder: Path) -> None:
     (folder / "empty").mkdir()
     done = train(folder, "--resume", "empty")

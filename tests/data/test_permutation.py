@@ -119,7 +119,7 @@ def test_each_place_holds_each_item_equally_often_over_seeds(n: int) -> None:
         assert not too_unlikely(seen, expected)
 
 
-@pytest.mark.parametrize("n", [64, 1025, 2048])
+@pytest.mark.parametrize("n", [64, 1025, pytest.param(2048, marks=pytest.mark.nightly)])
 def test_two_places_hold_each_pair_of_items_equally_often(n: int) -> None:
     seeds, bins = 4000, 6
     half = 1 << ((n - 1).bit_length() // 2)
@@ -131,7 +131,7 @@ def test_two_places_hold_each_pair_of_items_equally_often(n: int) -> None:
         assert not too_unlikely(seen, expected.ravel())
 
 
-@pytest.mark.parametrize("n", [1000, 1025, 10_000])
+@pytest.mark.parametrize("n", [1000, 1025, pytest.param(10_000, marks=pytest.mark.nightly)])
 def test_neighbours_in_the_order_are_not_correlated(n: int) -> None:
     orders = np.stack([ordered(n, seed) for seed in range(200)]) - (n - 1) / 2
     serial = (orders[:, 1:] * orders[:, :-1]).sum(axis=1) / (orders**2).sum(axis=1)
@@ -139,7 +139,7 @@ def test_neighbours_in_the_order_are_not_correlated(n: int) -> None:
     assert serial.std() * n**0.5 == pytest.approx(1, abs=0.25)
 
 
-@pytest.mark.parametrize("n", [1000, 1025, 10_000])
+@pytest.mark.parametrize("n", [1000, 1025, pytest.param(10_000, marks=pytest.mark.nightly)])
 def test_orders_of_consecutive_epochs_and_seeds_are_not_correlated(n: int) -> None:
     by_epoch = [ordered(n, epoch_key(3, epoch)) for epoch in range(200)]
     by_seed = [ordered(n, epoch_key(seed, 3)) for seed in range(200)]
@@ -149,7 +149,7 @@ def test_orders_of_consecutive_epochs_and_seeds_are_not_correlated(n: int) -> No
         assert correlation.std() * n**0.5 == pytest.approx(1, abs=0.25)
 
 
-@pytest.mark.parametrize("n", [1024, 2048])
+@pytest.mark.parametrize("n", [1024, pytest.param(2048, marks=pytest.mark.nightly)])
 def test_fixed_points_are_as_rare_as_chance_has_them(n: int) -> None:
     fixed = np.array([(ordered(n, seed) == np.arange(n)).sum() for seed in range(3000)])
     assert fixed.mean() == pytest.approx(1, abs=0.1)

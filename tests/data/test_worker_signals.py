@@ -33,7 +33,7 @@ def started(worker_id: int) -> None:
     os.environ["STARTED_BY"] = str(worker_id)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.nightly)])
 def test_workers_go_on_after_signals_and_the_users_own_start_is_made(method: str) -> None:
     loader = make_loader(
         Signalled(),

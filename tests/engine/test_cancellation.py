@@ -39,7 +39,13 @@ with allstep.init(seed=0) as world:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[sys.executable, "-u"], [*ALLSTEP, "run", "--nproc", "2"]], ids=["alone", "two"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param([sys.executable, "-u"], id="alone", marks=pytest.mark.nightly),
+        pytest.param([*ALLSTEP, "run", "--nproc", "2"], id="two"),
+    ],
+)
 def test_ctrl_c_saves_and_ends_the_process_with_one_line(tmp_path: Path, launcher: list[str]) -> None:
     arguments = [str(script(tmp_path, TRAINS)), str(tmp_path / "saved"), "0.01"]
     with start(tmp_path, [*launcher, *arguments], env=ENV) as running:

@@ -35,6 +35,7 @@ def test_shortest_ends_each_epoch_with_the_shortest_shard(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_longest_trains_every_sample_of_every_shard(tmp_path: Path) -> None:
     found = counts(tmp_path, "longest")
     assert (found["epochs"], found["iterations"]) == (2, 34)

@@ -8,12 +8,12 @@ and none of them may take as long as `NEVER`, which is below any wait of torch's
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from allstep.testing import FaultPlan
+from tests.jobs.forked import Script, run_forked
 from tests.jobs.job import Job
 from tests.jobs.launchers import Launcher, command
 from tests.jobs.running import Running, start
@@ -91,11 +91,8 @@ def fastest(folder: Path, once: Callable[[Path], tuple[float, Job]], within: flo
 
 
 def by_hand(folder: Path, script: str, *places: Mapping[str, str]) -> list[Job]:
-    """Start one process of a script per place, without a launcher, and wait for all."""
-    with contextlib.ExitStack() as stack:
-        argv = [sys.executable, SCRIPTS / script]
-        running = [stack.enter_context(start(folder, argv, env=_CALM | dict(each))) for each in places]
-        return [each.end() for each in running]
+    """Run one process of a script per place, without a launcher, to their ends."""
+    return run_forked(folder, *(Script(SCRIPTS / script, variables=each) for each in places), env=_CALM)
 
 
 def check_first_lines(job: Job, *words: str, within: int = 12) -> None:

@@ -67,6 +67,7 @@ def test_a_run_that_was_out_of_time_goes_on(tmp_path: Path) -> None:
     assert min(iterations(second.out)) == max(iterations(first.out)) + 1
 
 
+@pytest.mark.nightly
 def test_a_run_that_became_nan_is_not_saved_there_and_goes_on_from_before(tmp_path: Path) -> None:
     first = ended(tmp_path, "nan=5", "every=2 iterations")
     assert "ended: failed, " in first.out
@@ -111,6 +112,7 @@ def test_under_python_further_signals_kill_and_leave_a_whole_checkpoint(tmp_path
     assert min(iterations(again.out)) == 3
 
 
+@pytest.mark.nightly
 def test_under_allstep_run_a_second_term_kills_and_leaves_a_whole_checkpoint(
     tmp_path: Path,
 ) -> None:

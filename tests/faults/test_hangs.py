@@ -59,6 +59,7 @@ def test_row_6_a_rank_that_hangs_is_named_with_its_stack_and_last_progress(tmp_p
         }
 
 
+@pytest.mark.nightly
 def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> None:
     fault = FaultPlan.at(1, 7, when="data").sleep(1000)
     job = rehearse(tmp_path, "train.py", fault=fault, options=["--limits", LIMITS], within=FOUND)
@@ -66,6 +67,7 @@ def test_row_6_a_source_of_data_that_blocks_is_named_as_such(tmp_path: Path) -> 
     check_first_lines(job, "rank 1 of 2 made no progress", "section data")
 
 
+@pytest.mark.nightly
 def test_row_6_a_rank_that_hangs_after_its_last_run_is_named(tmp_path: Path) -> None:
     fault = FaultPlan.at(1, when="exit").sleep(1000)
     options = ["--limits", f"{LIMITS},idle=3"]
@@ -93,8 +95,9 @@ def test_row_8_a_rank_that_holds_the_interpreter_lock_still_shows_its_stack(tmp_
     assert "_sleep_with_lock" in job.cause["stacks"]
 
 
-@pytest.mark.parametrize("how", ["computes", pytest.param("sleeps", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("how", ["computes", "sleeps"])
 @also_under_torchrun_by_night
+@pytest.mark.nightly
 def test_a_call_that_holds_the_interpreter_lock_may_last_where_no_limit_is(
     how: str, tmp_path: Path, launcher: Launcher
 ) -> None:

@@ -67,7 +67,7 @@ def test_row_2_the_original_error_is_reported_from_a_rank_that_ends_slowly(tmp_p
     [
         pytest.param("allstep", 0, "exit", marks=pytest.mark.nightly),
         ("allstep", 0, "return"),
-        ("allstep", 1, "exit"),
+        pytest.param("allstep", 1, "exit", marks=pytest.mark.nightly),
         pytest.param("allstep", 1, "return", marks=pytest.mark.nightly),
         pytest.param("torchrun", 0, "exit", marks=pytest.mark.nightly),
         pytest.param("torchrun", 0, "return", marks=pytest.mark.nightly),
@@ -90,9 +90,9 @@ def test_row_3_a_rank_that_leaves_early_with_0_is_named_as_the_cause(
 @pytest.mark.parametrize(
     ("launcher", "how", "headline", "what"),
     [
-        ("torchrun", "exit", "rank 1 of 2 left first", "left early"),
-        ("allstep", "raise", "rank 1 of 2 failed first", "KeyError: 'missing'"),
-        pytest.param("allstep", "exit", "rank 1 of 2 left first", "left early", marks=pytest.mark.nightly),
+        ("allstep", "exit", "rank 1 of 2 left first", "left early"),
+        pytest.param("torchrun", "exit", "rank 1 of 2 left first", "left early", marks=pytest.mark.nightly),
+        pytest.param("allstep", "raise", "rank 1 of 2 failed first", "KeyError: 'missing'", marks=pytest.mark.nightly),
         pytest.param("torchrun", "raise", "rank 1 of 2 failed first", "KeyError: 'missing'", marks=pytest.mark.nightly),
     ],
 )

@@ -82,6 +82,7 @@ def test_row_36_a_rank_that_the_kernel_kills_for_memory_is_reported_so(memory_gr
 
 
 @also_under_torchrun_by_night
+@pytest.mark.nightly
 def test_row_36_a_loaders_worker_that_the_kernel_kills_is_reported_so(
     memory_group: Path, tmp_path: Path, launcher: Launcher
 ) -> None:
@@ -131,6 +132,7 @@ def test_row_45_a_full_disk_leaves_the_failure_on_the_terminal(small_disk: Path,
     assert not list(small_disk.rglob(".failure.json*"))
 
 
+@pytest.mark.nightly
 def test_row_45_a_folder_that_disappears_leaves_the_failure_on_the_terminal(tmp_path: Path) -> None:
     fault = FaultPlan.at(0, 7).raise_(ValueError("bad batch"))
     job = rehearse(tmp_path, "removes_its_folder.py", fault=fault, nproc=1)

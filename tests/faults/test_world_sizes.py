@@ -72,7 +72,9 @@ def check(tmp_path, first, then, most=None, most_then=None, kill=8):
     assert after[0][3][0] == EPOCHS * length
 
 
-@pytest.mark.parametrize(("first", "then"), [(2, 1), (2, 3), (2, 4), (3, 2)])
+@pytest.mark.parametrize(
+    ("first", "then"), [(2, 1), (2, 3), *(pytest.param(*each, marks=pytest.mark.nightly) for each in ((2, 4), (3, 2)))]
+)
 def test_global_batches_are_those_of_the_unbroken_run(tmp_path, first, then):
     check(tmp_path, first, then)
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from allstep.errors import EngineError
 from allstep.launch.worker import EarlySignals
 from allstep.testing import run_ranks
 from allstep.world import World
+from tests.jobs.forked import Script, run_forked
+from tests.jobs.launchers import script
 
 BOTH = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -117,7 +118,7 @@ def test_attaching_twice_is_refused() -> None:
 
 
 SIGNAL_ITSELF = """
-import os, signal, sys
+import signal
 from allstep import Alone, Engine, StopOnSignal
 
 def step(engine, batch):
@@ -131,20 +132,15 @@ print(engine.run(range(5)).iteration)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signals", "together", "code", "printed"),
-    [(2, 0, 0, "1\n"), (3, 0, -signal.SIGTERM, ""), (5, 60, 0, "1\n")],
-    ids=["the second does not end it", "the third does", "those that come together are one"],
-)
-def test_the_third_signal_ends_the_process(signals: int, together: int, code: int, printed: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", SIGNAL_ITSELF, str(signals), str(together)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (code, printed), done.stderr
+def test_the_third_signal_ends_the_process(tmp_path: Path) -> None:
+    expected = {
+        ("2", "0"): (0, "1\n"),  # the second does not end it
+        ("3", "0"): (-signal.SIGTERM, ""),
+        ("5", "60"): (0, "1\n"),  # those that come together are one
+    }
+    path = script(tmp_path, SIGNAL_ITSELF)
+    jobs = run_forked(tmp_path, *(Script(path, arguments) for arguments in expected))
+    assert {given: (job.code, job.out) for given, job in zip(expected, jobs, strict=True)} == expected
 
 
 def _hurried(signals: list[int], **options: Any) -> tuple[int, int, str | None]:

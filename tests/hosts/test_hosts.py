@@ -43,6 +43,7 @@ with allstep.init() as world:
 """
 
 
+@pytest.mark.nightly
 def test_a_run_trains_over_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
     target = script(tmp_path, TRAIN.replace("STEPS", "10"))
     with hosts.started(0, tmp_path, target) as first, hosts.started(1, tmp_path, target) as second:

@@ -125,6 +125,7 @@ def start(
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
     reads: bool = True,
+    passed: Sequence[int] = (),
 ) -> Iterator[Running]:
     """Start a command in `folder`.
 
@@ -132,6 +133,7 @@ def start(
         env: added to the environment.
         stdin: a short text for its standard input, which is empty otherwise.
         reads: read what it says from now on; otherwise the test does, or `end`.
+        passed: descriptors that it has too.
     """
     mark = f"TEST_JOB_MARK={uuid.uuid4().hex}"
     began = time.monotonic()
@@ -144,6 +146,7 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        pass_fds=passed,
     )
     running = Running(process, mark, folder, began)
     if process.stdin is not None:

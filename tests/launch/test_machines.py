@@ -267,7 +267,9 @@ def test_the_head_begins_attempts_on_all_machines(tmp_path: Path) -> None:
     assert len(logs(tmp_path)) == 6
 
 
-@pytest.mark.parametrize("killed", [0, 1], ids=["the head", "the other"])
+@pytest.mark.parametrize(
+    "killed", [pytest.param(0, id="the head"), pytest.param(1, id="the other", marks=pytest.mark.nightly)]
+)
 def test_losing_a_machine_ends_the_other_within_the_limit(killed: int, tmp_path: Path) -> None:
     target, port = str(script(tmp_path, STAY)), free_port()
     limits = {"ALLSTEP_LIMITS": "link=3"}

@@ -56,7 +56,7 @@ def test_a_hundred_million_samples_of_a_tenth_drift_by_less_than_a_billionth(kin
     assert abs(plain / divisor - exact) > 1e-6 * exact
 
 
-@pytest.mark.parametrize("kind", [Mean, Sum])
+@pytest.mark.parametrize("kind", [pytest.param(Mean, marks=pytest.mark.nightly), Sum])
 def test_small_amounts_are_not_lost_beside_a_large_sum(kind: type[Mean] | type[Sum]) -> None:
     metric, plain = kind(), torch.tensor(1e8, dtype=torch.float64)
     metric.update(1e8)

@@ -65,6 +65,7 @@ def test_a_failing_rank_lingers_to_print_the_report():
         assert errors.index("THE REPORT") < errors.index("ValueError: bad batch")
 
 
+@pytest.mark.nightly
 def test_a_frozen_rank_is_found():
     with serving(limits="silence=2", clock=time.monotonic) as hub, rank_processes(hub.address, ("wait",), ("stop",)):
         diagnosis = hub.verdict()
@@ -72,6 +73,7 @@ def test_a_frozen_rank_is_found():
         assert "in main" in diagnosis.others[0].stacks
 
 
+@pytest.mark.nightly
 def test_a_rank_that_holds_the_interpreter_lock_leaves_stacks_and_no_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with (

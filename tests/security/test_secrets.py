@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,10 @@ from allstep.errors import ConfigurationError
 from allstep.launch.settings import LaunchSettings
 from allstep.protocol.masking import is_secret, mask, mask_all, masked_arguments, masked_value, secret_values
 from allstep.world.facts import facts_of
+from tests.jobs.forked import Script, run_forked
 from tests.jobs.launchers import place, script
 from tests.jobs.ports import free_port
-from tests.jobs.running import run, start
+from tests.jobs.running import run
 
 TOKEN, VARIABLE = "tok-0123456789", "var-0123456789"
 
@@ -124,12 +123,10 @@ def test_row_b7_reports_have_no_secret_and_only_their_user_reads_them(tmp_path: 
 
 @pytest.mark.slow
 def test_a_report_without_a_supervisor_has_no_secret(tmp_path: Path) -> None:
-    line, port = [sys.executable, str(script(tmp_path, FAILS)), "--api-token", TOKEN], free_port()
-    with contextlib.ExitStack() as stack:
-        ranks = [
-            stack.enter_context(start(tmp_path, line, env=place(rank, 2, port, HF_TOKEN=VARIABLE))) for rank in (0, 1)
-        ]
-        said = "".join(rank.end().err for rank in ranks)
+    path, port = script(tmp_path, FAILS), free_port()
+    places = [place(rank, 2, port, HF_TOKEN=VARIABLE) for rank in (0, 1)]
+    ranks = run_forked(tmp_path, *(Script(path, ["--api-token", TOKEN], variables) for variables in places))
+    said = "".join(rank.err for rank in ranks)
     report = said_by_allstep(said).partition("Traceback (most")[0]
     assert "cannot log in with ['--api-token', '***'] and ***" in said
     assert TOKEN not in report

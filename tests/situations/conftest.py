@@ -17,7 +17,7 @@ _BY_NIGHT = (pytest.mark.nightly, pytest.mark.timeout(600))
 
 @pytest.fixture(params=["warm", pytest.param("launched", marks=_BY_NIGHT)])
 def same_at_every_world_size(request: pytest.FixtureRequest, tmp_path: Path) -> Judge:
-    """Calls a function on 1, 2 and 3 ranks and compares with one value; see `Judge`."""
+    """Calls a function at several world sizes and compares with one value; see `Judge`."""
     if request.param == "warm":
         return Judge("warm", tmp_path)
     # Launchers take turns, always in the same way.

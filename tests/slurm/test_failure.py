@@ -57,7 +57,6 @@ ENDS = {
     "exit": ("sys.exit(3)", "SystemExit: 3"),
     "os_exit": ("os._exit(3)", "exit code 3"),
 }
-BY_NIGHT = [(end, rank) for end in ENDS for rank in (0, 1) if (end, rank) != ("kill", 1)]
 
 
 def report_of_rank_alone(cluster: Cluster, folder: Path, nodes: int, rank: int, code: str) -> str:
@@ -77,9 +76,8 @@ def report_of_rank_alone(cluster: Cluster, folder: Path, nodes: int, rank: int, 
     return done.stderr[done.stderr.index("allstep: run ") :]
 
 
-@pytest.mark.parametrize(
-    ("end", "rank"), [("kill", 1), *(pytest.param(*each, marks=pytest.mark.nightly) for each in BY_NIGHT)]
-)
+@pytest.mark.parametrize(("end", "rank"), [(end, rank) for end in ENDS for rank in (0, 1)])
+@pytest.mark.nightly
 def test_a_rank_alone_on_its_node_is_named_with_how_it_ended(
     end: str, rank: int, cluster: Cluster, tmp_path: Path
 ) -> None:

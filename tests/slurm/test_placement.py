@@ -60,6 +60,7 @@ def test_where_each_task_was_put_by_hand_ranks_meet_at_rank_0s_node(cluster: Clu
     assert "Set MASTER_ADDR to the name that SLURM has for the node of rank 0" in done.stderr
 
 
+@pytest.mark.nightly
 def test_ranks_that_were_put_on_nodes_by_hand_form_a_world(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("n2\nn1\nn2\n")
     sums = "import allstep; world = allstep.init(); print(world.rank, world.all_reduce(1)); world.close()"

@@ -233,7 +233,7 @@ def open_in_server(world: World) -> int:
     return len(os.listdir(f"/proc/{os.getppid()}/fd"))
 
 
-@pytest.mark.parametrize("calls", [20, pytest.param(200, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("calls", [6, pytest.param(200, marks=pytest.mark.nightly)])
 @pytest.mark.timeout(300)
 def test_many_calls_leave_no_descriptor_open(calls: int) -> None:
     in_server, own = max(run_ranks(open_in_server, 2)), open_descriptors()
@@ -253,30 +253,62 @@ CALLER = """
 import signal, sys
 from allstep.testing import run_ranks
 from tests.testing.without_torch import rank_of, stays_in_a_collective
+
+def imported(world):
+    return [name in sys.modules for name in ("torch", "torchmetrics")]
+
 if __name__ == "__main__":
-    run_ranks(rank_of, 2)
+    print(run_ranks(rank_of, 2), "torch" in sys.modules)
+    print(run_ranks(imported, 2))
+    if "metrics" in sys.argv:
+        import torchmetrics
+    print(run_ranks(imported, 2))
     print("called", flush=True)
-    if sys.argv[1] == "busy":
+    if "busy" in sys.argv:
         run_ranks(stays_in_a_collective, 2)
-    elif sys.argv[1] == "idle":
+    elif "idle" in sys.argv:
         signal.pause()
 """
 
 
-@pytest.mark.parametrize(
-    ("doing", "processes"),
-    [("idle", 2), *(pytest.param(*each, marks=pytest.mark.nightly) for each in (("busy", 4), ("ends", 0)))],
-)
-def test_ranks_and_server_end_with_their_caller(doing: str, processes: int, tmp_path: Path) -> None:
-    script = tmp_path / "caller.py"
-    script.write_text(CALLER)
-    with running.start(tmp_path, [sys.executable, script, doing], env=PATHS) as caller:
-        caller.await_line("in a collective" if doing == "busy" else "called")
-        if processes:
-            assert len(caller.pids()) == processes  # the caller, the server, and the ranks that stay
-            caller.process.kill()
-        job = caller.end()  # which fails where a process is left
-    assert job.code == (-signal.SIGKILL if processes else 0)
+def called(folder: Path, *doing: str) -> tuple[Job, int]:
+    """What came of a process that calls ranks, and how many processes there were before it was killed or ended."""
+    path = folder / "caller.py"
+    path.write_text(CALLER)
+    with running.start(folder, [sys.executable, path, *doing], env=PATHS) as caller:
+        caller.await_line("in a collective" if "busy" in doing else "called")
+        if "ends" in doing:
+            return caller.end(), 0
+        processes = len(caller.pids())
+        caller.process.kill()
+        return caller.end(), processes  # which fails where a process is left
+
+
+@pytest.fixture(scope="module")
+def idle_caller(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, int]:
+    return called(tmp_path_factory.mktemp("idle"), "idle", "metrics")
+
+
+def test_ranks_and_server_end_with_their_caller(idle_caller: tuple[Job, int]) -> None:
+    job, processes = idle_caller
+    assert (job.code, processes) == (-signal.SIGKILL, 2)  # the caller and the server
+
+
+def test_the_process_that_calls_loads_no_torch(idle_caller: tuple[Job, int]) -> None:
+    assert idle_caller[0].out.splitlines()[0] == "[0, 1] False"
+
+
+def test_ranks_have_torchmetrics_once_their_caller_has_imported_it(idle_caller: tuple[Job, int]) -> None:
+    before, after = idle_caller[0].out.splitlines()[1:3]
+    assert (before, after) == (str([[True, False]] * 2), str([[True, True]] * 2))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("doing", "code", "processes"), [("busy", -signal.SIGKILL, 4), ("ends", 0, 0)])
+def test_a_caller_that_is_busy_or_ends_leaves_nobody(doing: str, code: int, processes: int, tmp_path: Path) -> None:
+    job, there = called(tmp_path, doing)
+    assert (job.code, there) == (code, processes)
+    assert job.out.splitlines()[2] == str([[True, False]] * 2)  # without an import of theirs
 
 
 def call_in_a_child(answers: Any) -> None:
@@ -298,40 +330,3 @@ def test_a_child_of_the_caller_has_ranks_and_a_server_of_its_own(method: str) ->
     assert ours not in theirs
     await_condition(lambda: not alive(theirs[0][0]))
     assert run_ranks(parent_and_threads, 2)[0] == ours
-
-
-CALLS_ONLY = """
-import sys
-from allstep.testing import run_ranks
-from tests.testing.without_torch import rank_of
-if __name__ == "__main__":
-    print(run_ranks(rank_of, 2), "torch" in sys.modules)
-"""
-
-
-def test_the_process_that_calls_loads_no_torch(tmp_path: Path) -> None:
-    script = tmp_path / "calls_only.py"
-    script.write_text(CALLS_ONLY)
-    assert run_script(script).text == "[0, 1] False"
-
-
-IMPORTED = """
-import sys
-from allstep.testing import run_ranks
-
-def imported(world):
-    return [name in sys.modules for name in ("torch", "torchmetrics")]
-
-if __name__ == "__main__":
-    first = run_ranks(imported, 2)
-    {imports}
-    print(first, run_ranks(imported, 2))
-"""
-
-
-@pytest.mark.parametrize("uses_metrics", [True, pytest.param(False, marks=pytest.mark.nightly)])
-def test_ranks_have_torchmetrics_once_their_caller_has_imported_it(tmp_path: Path, uses_metrics: bool) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(IMPORTED.format(imports="import torchmetrics" if uses_metrics else "pass"))
-    job = run_script(script)
-    assert job.out.strip() == f"{[[True, False]] * 2} {[[True, uses_metrics]] * 2}", job.err

@@ -33,7 +33,7 @@ def compare(tmp_path, tools, ranks, kills):
         assert READERS[tool](tmp_path / "killed") == READERS[tool](tmp_path / "whole"), tool
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_series_after_kills_are_those_of_an_unbroken_run(ranks, tmp_path):
     pytest.importorskip("tensorboard")
     compare(tmp_path, ["csv", "tensorboard"], ranks, [(9, 0.02), (14, 0.0), (8, 0.03)][: 4 - ranks])

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import allstep
+from allstep.exit_codes import PREEMPTED
 from allstep.world.early_signals import EarlySignals
-from tests.jobs.running import run
+from tests.jobs.forked import Script, run_forked
+from tests.jobs.launchers import script
 
 SCRIPT = """
-import os, signal, sys
+import signal
 send = lambda: os.kill(os.getpid(), signal.SIGUSR1)
 import allstep
 if "before" in sys.argv: send()
@@ -29,21 +30,16 @@ if "after" in sys.argv: send()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("when", "expected"),
-    [
-        (["before"], (-signal.SIGUSR1, "")),
-        (["between", "handled"], (85, "")),
-        (["between"], (0, "3 None\n")),
-        (["after"], (-signal.SIGUSR1, "3 None\n")),
-    ],
-    ids=["before", "between and handled", "between", "after"],
-)
-def test_sigusr1_ends_a_process_only_before_init_and_after_the_world(
-    when: list[str], expected: tuple[int, str], tmp_path: Path
-) -> None:
-    done = run(tmp_path, *when, command=[sys.executable, "-c", SCRIPT])
-    assert (done.code, done.out) == expected
+def test_sigusr1_ends_a_process_only_before_init_and_after_the_world(tmp_path: Path) -> None:
+    expected = {
+        "before": (-signal.SIGUSR1, ""),
+        "between handled": (PREEMPTED, ""),
+        "between": (0, "3 None\n"),
+        "after": (-signal.SIGUSR1, "3 None\n"),
+    }
+    path = script(tmp_path, SCRIPT)
+    jobs = run_forked(tmp_path, *(Script(path, when.split()) for when in expected))
+    assert {when: (job.code, job.out) for when, job in zip(expected, jobs, strict=True)} == expected
 
 
 def test_the_handler_stays_only_while_a_world_is_open() -> None:

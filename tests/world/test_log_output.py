@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.jobs.launchers import environment, script
+from tests.jobs.forked import Script, run_forked
+from tests.jobs.job import Job
+from tests.jobs.launchers import script
 from tests.jobs.running import run
 
 TRAINS = """
@@ -30,40 +30,43 @@ print(logging.getLogger("allstep").handlers, logging.getLogger("allstep").level)
 """
 
 
-def said(folder: Path, configures: str = "", afterwards: str = "") -> tuple[str, str]:
-    path = script(folder, TRAINS.format(configures=configures, afterwards=afterwards))
-    done = subprocess.run([sys.executable, path], env=environment(), capture_output=True, text=True, check=True)
-    return done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    """What came of scripts that configure nothing, something, or fail, by what they do."""
+    folder = tmp_path_factory.mktemp("logs")
+    scripts = {
+        "nothing": ("", ""),
+        "warnings": ("logging.basicConfig(level=logging.WARNING)", ""),
+        "information": ("logging.basicConfig(level=logging.INFO, format='%(message)s')", ""),
+        "fails": ("", "    raise ValueError('no')"),
+    }
+    given = [
+        Script(script(folder, TRAINS.format(configures=configures, afterwards=afterwards), f"says_{name}.py"))
+        for name, (configures, afterwards) in scripts.items()
+    ]
+    return dict(zip(scripts, run_forked(folder, *given), strict=True))
 
 
-def test_information_and_a_summary_are_shown_without_any_configuration(tmp_path: Path) -> None:
-    out, err = said(tmp_path)
-    first, second = err.splitlines()
+def test_information_and_a_summary_are_shown_without_any_configuration(jobs: dict[str, Job]) -> None:
+    assert jobs["nothing"].code == 0
+    first, second = jobs["nothing"].err.splitlines()
     assert first == "allstep: for your information"
     assert second.startswith("allstep: done in ")
     assert "train: 2 epochs, 10 iterations in " in second
     assert "evaluator" not in second  # what ran inside of another's run is part of it
-    assert out == "[] 0\n"  # all is as it was
+    assert jobs["nothing"].out == "[] 0\n"  # all is as it was
 
 
-def test_a_script_that_configures_logging_decides_by_itself(tmp_path: Path) -> None:
-    _, err = said(tmp_path, "logging.basicConfig(level=logging.WARNING)")
-    assert err == ""
-    _, err = said(tmp_path, "logging.basicConfig(level=logging.INFO, format='%(message)s')")
-    assert err.splitlines()[0] == "for your information"
-    assert err.count("done in ") == 1
+def test_a_script_that_configures_logging_decides_by_itself(jobs: dict[str, Job]) -> None:
+    assert (jobs["warnings"].code, jobs["warnings"].err) == (0, "")
+    assert jobs["information"].code == 0
+    assert jobs["information"].err.splitlines()[0] == "for your information"
+    assert jobs["information"].err.count("done in ") == 1
 
 
-def test_a_run_that_fails_has_no_summary(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, script(tmp_path, TRAINS.format(configures="", afterwards="    raise ValueError('no')"))],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "done in" not in done.stderr
+def test_a_run_that_fails_has_no_summary(jobs: dict[str, Job]) -> None:
+    assert jobs["fails"].code == 1
+    assert "done in" not in jobs["fails"].err
 
 
 @pytest.mark.slow

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import contextlib
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from allstep.launch.environment import ReservedPort, worker_environment
-from allstep.world.bounded_store import poll
+from tests.jobs.forked import Script, run_forked
+from tests.jobs.job import Job
 from tests.jobs.processes import freeze
+from tests.jobs.running import start
 from tests.world.frozen_store import served_store
 
 pytestmark = pytest.mark.slow
@@ -48,72 +48,75 @@ else:
         print("my turn")
 """
 
-CLOSES_ON_A_WORD = """
-import sys
+CLOSES_ON_A_FILE = """
+import os, time
 import allstep
 with allstep.init(timeout=600):
     print("met", flush=True)
-    sys.stdin.readline()
+    while not os.path.exists("go"):
+        time.sleep(0.05)  # the file is the only sign
 """
 
 
-@pytest.fixture
-def start(tmp_path: Path):
-    """Starts a script as two ranks; whatever is left of them at the end is killed."""
-    processes: list[subprocess.Popen[str]] = []
-    with ReservedPort(shared=True) as reserved:
-
-        def start_two(script: str, agents_port: int | None = None) -> list[subprocess.Popen[str]]:
-            agent = {} if agents_port is None else {"TORCHELASTIC_USE_AGENT_STORE": "True"}
-            (tmp_path / "script.py").write_text(script)
-            for rank in range(2):
-                place = worker_environment(
-                    rank=rank,
-                    world_size=2,
-                    local_rank=rank,
-                    local_world_size=2,
-                    master_addr="127.0.0.1",
-                    master_port=agents_port or reserved.port,
-                    run_id="leaving",
-                )
-                command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path)]
-                environment = {**os.environ, **place, **agent, "OMP_NUM_THREADS": "1"}
-                pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-                processes.append(subprocess.Popen(command, env=environment, **pipes))
-            return processes
-
-        yield start_two
-        for process in processes:
-            process.kill()
-            process.communicate()
+def places(port: int) -> list[dict[str, str]]:
+    """The variables of two ranks that meet at this port."""
+    return [
+        worker_environment(
+            rank=rank,
+            world_size=2,
+            local_rank=rank,
+            local_world_size=2,
+            master_addr="127.0.0.1",
+            master_port=port,
+            run_id="leaving",
+        )
+        for rank in range(2)
+    ]
 
 
-def test_a_process_that_raises_during_a_collective_ends_with_its_traceback(start):
-    _, raising = start(RAISES_WITH_A_PENDING_COLLECTIVE)
-    _, stderr = raising.communicate(timeout=60)
-    assert raising.returncode == 1
-    assert "RuntimeError: boom" in stderr
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Job]]:
+    """What came of both ranks of the scripts that end by themselves."""
+    folder = tmp_path_factory.mktemp("ended")
+    texts = {"raises": RAISES_WITH_A_PENDING_COLLECTIVE, "never closes": NEVER_CLOSES}
+    with ReservedPort(shared=True) as one, ReservedPort(shared=True) as other:
+        scripts = []
+        for (name, text), reserved in zip(texts.items(), (one, other), strict=True):
+            path = folder / f"{name}.py"
+            path.write_text(text)
+            scripts += [Script(path, [str(folder)], variables) for variables in places(reserved.port)]
+        jobs = run_forked(folder, *scripts)
+    return {"raises": jobs[:2], "never closes": jobs[2:]}
 
 
-def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(start):
-    main, other = start(NEVER_CLOSES)
-    stdout, stderr = other.communicate(timeout=60)
+def test_a_process_that_raises_during_a_collective_ends_with_its_traceback(ended: dict[str, list[Job]]) -> None:
+    _, raising = ended["raises"]
+    assert raising.code == 1
+    assert "RuntimeError: boom" in raising.err
+
+
+def test_a_world_that_nobody_closes_serves_the_others_a_moment_longer(ended: dict[str, list[Job]]) -> None:
+    main, other = ended["never closes"]
     # gloo of torch 2.9 prints its connections to standard output first
-    assert (other.returncode, stdout.splitlines()[-1:]) == (0, ["my turn"]), stderr
-    assert poll(lambda: main.poll() is not None, time.monotonic() + 30)
-    assert main.returncode == 0
+    assert (other.code, other.out.splitlines()[-1:]) == (0, ["my turn"]), other.err
+    assert main.code == 0
 
 
 @pytest.mark.nightly
-def test_worlds_close_in_bounded_time_when_the_launchers_agent_is_frozen(start):
-    with served_store() as (agent, port):
-        ranks = start(CLOSES_ON_A_WORD, agents_port=port)
-        assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2
-        freeze(agent.pid)
+def test_worlds_close_in_bounded_time_when_the_launchers_agent_is_frozen(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(CLOSES_ON_A_FILE)
+    with served_store() as (agent, port), contextlib.ExitStack() as stack:
+        agents = {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+        ranks = [
+            stack.enter_context(start(tmp_path, [sys.executable, path], env=variables | agents))
+            for variables in places(port)
+        ]
         for rank in ranks:
-            rank.stdin.write("\n")
-            rank.stdin.flush()
-        ends = [rank.communicate(timeout=90) for rank in ranks]
-    for rank, (_, stderr) in zip(ranks, ends, strict=True):
-        assert rank.returncode == 0, stderr
-        assert "may be frozen" in stderr
+            rank.await_line("met")
+        freeze(agent.pid)
+        (tmp_path / "go").touch()
+        jobs = [rank.end() for rank in ranks]
+    for job in jobs:
+        assert job.code == 0, job.text
+        assert "may be frozen" in job.err
