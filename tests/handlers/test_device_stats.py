@@ -14,7 +14,7 @@ from allstep import Alone, Engine
 from allstep.engine.registry import HandlerSlot
 from allstep.errors import MissingExtraError
 from allstep.handlers import DeviceStats
-from allstep.handlers.device_stats import device_reader
+from allstep.handlers.device_readings import device_reader
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.engine.recording import nothing

@@ -66,7 +66,7 @@ def test_a_name_that_no_result_has_is_named_with_those_there_are(tmp_path: Path)
     trainer = Engine(nothing, coordinator=Alone())
     trainer.state.metrics["accuracy"] = 1.0
     SaveBest(tmp_path, {"trainer": trainer}, "acuracy").attach(trainer)
-    with pytest.raises(ValueError, match=r"metric is 'acuracy', and state\.metrics has accuracy"):
+    with pytest.raises(ValueError, match=r"metric is 'acuracy', and state\.metrics of nothing has accuracy"):
         trainer.run([0])
 
 

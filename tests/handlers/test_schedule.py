@@ -122,7 +122,7 @@ def test_a_metric_that_is_not_there_is_named_with_those_that_are() -> None:
     trainer = engine_for(optimizer, name="the trainer")
     Schedule(ReduceLROnPlateau(optimizer), metric="acuracy").attach(trainer)
     trainer.state.metrics["accuracy"] = 1.0
-    with pytest.raises(ArgumentError, match=r"'acuracy', and the trainer has accuracy"):
+    with pytest.raises(ArgumentError, match=r"'acuracy', and state\.metrics of the trainer has accuracy"):
         trainer.run([0])
 
 

@@ -30,9 +30,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from allstep.checkpoint.catalog import Verify
 from allstep.checkpoint.collection import Collection
 from allstep.checkpoint.objects import collect_states
@@ -44,6 +41,7 @@ from allstep.checkpoint.store import Busy, Loaded, Store
 from allstep.engine import Engine, Events
 from allstep.engine.registry import RemovableEventHandle
 from allstep.engine.resume import position_from
+from allstep.engine.state import is_one_number
 from allstep.errors import ArgumentError, CheckpointError, FolderInUseError, Preempted
 from allstep.world import World, current_data_ranks
 
@@ -271,7 +269,7 @@ class Checkpoint:
         """The numbers among the metrics, or why they cannot be had."""
         try:
             given = engine.state.metrics if self.metrics is None else self.metrics(engine)
-            return {name: float(value) for name, value in given.items() if _is_number(value)}, None
+            return {name: float(value) for name, value in given.items() if is_one_number(value)}, None
         except Exception as error:  # a user's function; a save that fails does not stop training
             return {}, f"the metrics cannot be had: {type(error).__name__}: {error}"
 
@@ -411,12 +409,6 @@ def _failure_of(reference: weakref.ref[Engine]) -> str | None:
     """Why the run is of no use, as far as this rank knows; asked from the thread that writes."""
     engine = reference()  # which no save keeps alive
     return None if engine is None else engine.extension.failing
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return value.numel() == 1
-    return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
 
 
 # The open World. Without one a checkpoint is of a single process.

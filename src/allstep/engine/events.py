@@ -193,8 +193,7 @@ def make_filter(
             raise ArgumentError(f"once is {once!r}; it must be an int of at least 1, or some of these")
         return OnceFilter(tuple(sorted(set(counts))))
     for name, value, least in (("every", every, 1), ("before", before, 0), ("after", after, 0)):
-        if value is not None and not is_count(value, least):
-            raise ArgumentError(f"{name} is {value!r}; it must be an int of at least {least}")
+        check_count(name, value, least, optional=True)
     if every == 1 and not bounded:
         return None
     limit = NEVER if before is None else before
@@ -220,6 +219,28 @@ NEVER = math.inf
 def is_count(value: object, least: int) -> bool:
     """Whether `value` is an integer, of Python or numpy, of at least `least`."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
+
+
+def check_count(name: str, value: object, least: int, of: str = "", *, optional: bool = False) -> None:
+    """Raise ArgumentError unless the argument of this name is an integer of at least `least`.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        least: the smallest number that can be meant.
+        of: what is counted, such as "samples".
+        optional: None is right too.
+    """
+    if not is_count(value, least) and not (optional and value is None):
+        what = f"a number of {of}, an int" if of else "an int"
+        raise ArgumentError(f"{name} is {value!r}; it must be {what} of at least {least}")
+
+
+def check_function(name: str, value: object, of: str, *, optional: bool = False) -> None:
+    """Raise ArgumentTypeError unless the argument of this name can be called with what `of` says, such as "a batch"."""
+    if not callable(value) and not (optional and value is None):
+        other = ", or None" if optional else ""
+        raise ArgumentTypeError(f"{name} is {value!r}; it must be a function of {of}{other}")
 
 
 class Filter(Protocol):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from allstep.coordination import POLICIES, Uneven
-from allstep.engine.events import is_count
+from allstep.engine.events import check_count, is_count
 from allstep.engine.state import State
 from allstep.errors import ArgumentError, ArgumentTypeError, DataError
 from allstep.parallel import Precision
@@ -103,8 +103,7 @@ def check_precision(modules: Sequence[nn.Module], precision: Precision) -> None:
 def check_agreement(uneven: str, window: int | None, lookahead: int | None, group_size: int) -> None:
     """Raise ArgumentError unless ranks can agree in this way; they are known to say the same."""
     check_choice("uneven", uneven, POLICIES)
-    if window is not None and not is_count(window, least=1):
-        raise ArgumentError(f"window is {window!r}; it must be an int of at least 1")
+    check_count("window", window, 1, optional=True)
     if lookahead is not None and not is_count(lookahead, least=group_size):
         raise ArgumentError(
             f"lookahead is {lookahead!r}; it must be an int of at least {group_size}, one accumulation group"
@@ -246,8 +245,7 @@ def settle_terms(
     if data is not None and not hasattr(data, "__iter__") and not hasattr(data, "__getitem__"):
         raise ArgumentTypeError(f"data is {data!r}; it must be iterable, or None with an epoch_length")
     for name, value in (("max_epochs", max_epochs), ("max_iters", max_iters), ("epoch_length", epoch_length)):
-        if value is not None and not is_count(value, least=1):
-            raise ArgumentError(f"{name} is {value!r}; it must be an int of at least 1")
+        check_count(name, value, 1, optional=True)
     if max_epochs is not None and max_iters is not None:
         raise ArgumentError(f"max_epochs ({max_epochs}) and max_iters ({max_iters}) exclude each other; give one")
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+
 from allstep.coordination import Outcome
 from allstep.errors import EngineError
 
@@ -97,3 +100,10 @@ class State:
             shown = value if isinstance(value, int | float | str | type(None)) else type(value)
             lines.append(f"\t{name}: {shown}")
         return "\n".join(lines) + "\n"
+
+
+def is_one_number(value: Any) -> bool:
+    """Whether a result or an output is a single number: of Python, or in a tensor or an array of one element."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, int | float) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)

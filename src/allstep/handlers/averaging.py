@@ -24,9 +24,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import AnyEvent, is_count
+from allstep.engine.events import AnyEvent, check_count
 from allstep.errors import ArgumentError, ArgumentTypeError, EngineError
-from allstep.handlers.shard_copy import copy_shards, gather_nothing, is_in_parts, parts
+from allstep.handlers.group_samples import count_group_samples
+from allstep.handlers.model_parts import copy_shards, copy_values, is_in_parts, parts_by_kind, swap_values
+from allstep.handlers.module_modes import kept_modes
 from allstep.parallel import unwrap
 from allstep.world import World
 
@@ -73,23 +75,19 @@ class AveragedWeights(AveragedModel):
         world = World.current()
         if self._has_peers and world is not None and any(True for _ in self.module.buffers()):
             world.unify_buffers(self.module)
-        self._swap()
+        with self._lent():
+            yield
+
+    @contextmanager
+    def _lent(self) -> Iterator[nn.Module]:
+        (model,) = self._source
+        swap_values(self.module, model)
         self._is_applied = True
         try:
-            yield
+            yield model
         finally:
             self._is_applied = False
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        # Values and not tensors: DDP, optimizers and compiled code hold on to the model's tensors.
-        (model,) = self._source
-        gather_nothing(model)
-        for own, other in zip(parts(self.module, buffers=True), parts(model, buffers=True), strict=True):
-            kept = own.clone()
-            own.copy_(other)
-            other.copy_(kept)
+            swap_values(self.module, model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The averaged model's forward pass; without gradients where the model is sharded."""
@@ -98,40 +96,23 @@ class AveragedWeights(AveragedModel):
         (model,) = self._source
         if self._is_applied or not self.n_averaged:
             return model(*args, **kwargs)
-        modes = [(each, each.training) for each in model.modules()]
-        self._swap()
-        try:
-            with torch.no_grad():  # a backward pass would come when the weights are out again
-                return model.train(self.training)(*args, **kwargs)
-        finally:
-            for each, mode in modes:
-                each.training = mode
-            self._swap()
+        # A backward pass would come when the weights are out again.
+        with torch.no_grad(), kept_modes(model), self._lent():
+            return model.train(self.training)(*args, **kwargs)
 
-    @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Take the weights of the model into the average."""
         if not self._is_in_parts:
             super().update_parameters(model)
             return
-        gather_nothing(model)
-        averaged = list(parts(self.module, buffers=self.use_buffers))
-        taken = list(parts(model, buffers=self.use_buffers))
         if not self.n_averaged:
-            for own, other in zip(averaged, taken, strict=True):
-                own.copy_(other)
+            copy_values(model, self.module)
         else:
             average = self.multi_avg_fn or get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
-            by_kind: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
-            for own, other in zip(averaged, taken, strict=True):
-                kind = by_kind.setdefault((own.device, own.dtype), ([], []))
-                kind[0].append(own)
-                kind[1].append(other)
-            for owns, others in by_kind.values():
+            for owns, others in parts_by_kind(self.module, model, buffers=self.use_buffers):
                 average(owns, others, int(self.n_averaged))
-        if not self.use_buffers:
-            for own, other in zip(self.module.buffers(), model.buffers(), strict=True):
-                own.copy_(other)
+            if not self.use_buffers:
+                copy_values(model, self.module, parameters=False)
         self.n_averaged += 1
 
     def _listen(self, engine: Engine, event: AnyEvent) -> None:
@@ -185,8 +166,7 @@ class EMA(AveragedWeights):
     ) -> None:
         if not 0 <= decay <= 1:
             raise ArgumentError(f"decay is {decay!r}; it must be from 0 to 1")
-        if batch_size is not None and not is_count(batch_size, least=1):
-            raise ArgumentError(f"batch_size is {batch_size!r}; it must be a number of samples, an int of at least 1")
+        check_count("batch_size", batch_size, 1, "samples", optional=True)
         if buffers not in ("copy", "average"):
             raise ArgumentError(f'buffers is {buffers!r}; it must be "copy" or "average"')
         super().__init__(model, device, use_buffers=buffers == "average")
@@ -201,9 +181,7 @@ class EMA(AveragedWeights):
             ArgumentError: samples are to be counted at another event than OPTIMIZER_STEP_COMPLETED.
         """
         if self.batch_size is not None:
-            if event is not Events.OPTIMIZER_STEP_COMPLETED:
-                raise ArgumentError(f"event is {event!r}; samples are counted at OPTIMIZER_STEP_COMPLETED, its default")
-            engine.extension.count_samples()
+            count_group_samples(engine, event)
         self._listen(engine, event)
         return self
 
@@ -234,9 +212,8 @@ class SWA(AveragedWeights):
     def __init__(
         self, model: nn.Module, start: int, *, every: int = 1, device: torch.device | str | None = None
     ) -> None:
-        for name, value in (("start", start), ("every", every)):
-            if not is_count(value, least=1):
-                raise ArgumentError(f"{name} is {value!r}; it must be a number of epochs, an int of at least 1")
+        check_count("start", start, 1, "epochs")
+        check_count("every", every, 1, "epochs")
         super().__init__(model, device)
         self.start = start
         self.every = every

@@ -1,6 +1,6 @@
 """A curve as a picture: one line through points, as SVG, which every browser and notebook shows.
 
-Contract: a pure function of numbers. Points that are not finite are left out.
+Contract: a pure function of numbers. Points that are not finite are left out. What a finder returns has such a picture.
 """
 
 from __future__ import annotations
@@ -8,10 +8,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
 
 _WIDTH, _HEIGHT = 640, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 20, 24, 56
 _TICKS = 5
+
+
+class CurvePicture:
+    """What has a picture; a notebook shows it."""
+
+    def svg(self) -> str:
+        """The picture, as SVG."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> None:
+        """Write the picture to an .svg file."""
+        Path(path).write_text(self.svg(), encoding="utf-8")
+
+    def _repr_svg_(self) -> str:
+        return self.svg()
 
 
 def curve_svg(

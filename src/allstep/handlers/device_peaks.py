@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import re
 
+import torch
+
+from allstep.world import World
+
 _TERA = 1e12
 
 _PEAKS: tuple[tuple[str, float, str], ...] = (
@@ -47,3 +51,11 @@ def peak_flops(device_name: str) -> float | None:
         if words.issuperset(name.lower().split()):
             return tera * _TERA
     return None
+
+
+def own_peak_flops() -> float | None:
+    """Those of this rank's device; None where it is not in the table, or no World is open."""
+    world = World.current()
+    if world is None or world.device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(world.device))

@@ -14,8 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import AnyEvent
+from allstep.engine.events import AnyEvent, check_count
 from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.handlers.saved_state import saved_values
 
 
 class EarlyStopping:
@@ -42,8 +43,7 @@ class EarlyStopping:
         min_delta: float = 0.0,
         cumulative: bool = False,
     ) -> None:
-        if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-            raise ArgumentError(f"patience is {patience!r}; it must be an int of at least 1")
+        check_count("patience", patience, 1)
         if not min_delta >= 0:
             raise ArgumentError(f"min_delta is {min_delta!r}; it must be 0 or more")
         if not callable(score_function):
@@ -87,7 +87,4 @@ class EarlyStopping:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave. Raises ValueError when a key is missing."""
-        missing = sorted({"best_score", "counter"} - state_dict.keys())
-        if missing:
-            raise ArgumentError(f"the state of EarlyStopping lacks {', '.join(missing)}; load what state_dict() gave")
-        self.best_score, self.counter = state_dict["best_score"], state_dict["counter"]
+        self.best_score, self.counter = saved_values(self, state_dict, "best_score", "counter")

@@ -12,7 +12,7 @@ import gc
 from typing import Any
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import is_count
+from allstep.engine.events import check_count
 from allstep.errors import ArgumentError
 
 
@@ -28,8 +28,7 @@ class GarbageCollection:
     """
 
     def __init__(self, every: int = 1000, *, generation: int = 2) -> None:
-        if not is_count(every, least=1):
-            raise ArgumentError(f"every is {every!r}; it must be an int of at least 1")
+        check_count("every", every, 1)
         if generation not in (0, 1, 2):
             raise ArgumentError(f"generation is {generation!r}; it must be 0, 1 or 2")
         self.every = every

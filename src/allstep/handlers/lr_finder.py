@@ -10,23 +10,25 @@ trial of all. Losses are gathered once, at the end, so that all ranks return the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import is_count
+from allstep.engine.events import check_count
+from allstep.engine.state import is_one_number
 from allstep.errors import ArgumentError, ArgumentTypeError
-from allstep.handlers.curve import curve_svg
+from allstep.handlers.curve import CurvePicture, curve_svg
+from allstep.handlers.smoothing import ExponentialAverage
+from allstep.handlers.steepest_fall import steepest_fall
 from allstep.handlers.trial import trial_engine, without_effect
 
 
 @dataclass(frozen=True)
-class LRCurve:
+class LRCurve(CurvePicture):
     """The loss by learning rate. In a notebook it shows itself as a picture.
 
     Attributes:
@@ -41,18 +43,17 @@ class LRCurve:
     smoothed: tuple[float, ...]
     suggestion: float | None
 
+    @classmethod
+    def of(cls, rates: Sequence[float], losses: Sequence[float], smoothing: float) -> LRCurve:
+        """The curve through rates and losses; `smoothing` is how much of the smoothed loss stays at each step."""
+        smoothed = list(map(ExponentialAverage(smoothing), losses))
+        return cls(tuple(rates), tuple(losses), tuple(smoothed), steepest_fall(rates, smoothed))
+
     def svg(self) -> str:
         """The picture, as SVG; the suggestion is marked."""
         return curve_svg(
             self.rates, self.smoothed, x_label="learning rate", y_label="loss", logarithmic=True, mark=self.suggestion
         )
-
-    def save(self, path: str | Path) -> None:
-        """Write the picture to an .svg file."""
-        Path(path).write_text(self.svg(), encoding="utf-8")
-
-    def _repr_svg_(self) -> str:
-        return self.svg()
 
 
 class LRFinder:
@@ -84,8 +85,7 @@ class LRFinder:
     ) -> None:
         if not 0 < start < end:
             raise ArgumentError(f"start is {start!r} and end {end!r}; they must be rates, the first the smaller one")
-        if not is_count(steps, least=2):
-            raise ArgumentError(f"steps is {steps!r}; it must be an int of at least 2")
+        check_count("steps", steps, 2)
         if not diverges > 1:
             raise ArgumentError(f"diverges is {diverges!r}; it must be more than 1")
         if not 0 <= smoothing < 1:
@@ -107,18 +107,12 @@ class LRFinder:
         """
         engine = trial_engine(trainer, "learning rate finder")
         with without_effect(trainer, self.optimizer, data):
-            own = _Losses(self)
-            own.attach(engine)
+            own = _Losses(self).attach(engine)
             # With a window of 1 a rank whose loss diverges ends the trial at once.
             engine.run(data, max_iters=self.steps * trainer.accumulate, window=1)
-        said: list[list[tuple[float, int]]] = engine.coordinator.gather(own.sums)
-        losses = [
-            sum(total for total, _ in of_step) / max(1, sum(samples for _, samples in of_step))
-            for of_step in zip(*said, strict=True)
-        ]
-        rates = [self.rate(step) for step in range(len(losses))]
-        smoothed = _smoothed(losses, self.smoothing)
-        return LRCurve(tuple(rates), tuple(losses), tuple(smoothed), _steepest(rates, smoothed))
+        sums = torch.tensor(engine.coordinator.gather(own.sums), dtype=torch.float64).sum(dim=0)  # steps x 2
+        losses = (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist()
+        return LRCurve.of([self.rate(step) for step in range(len(losses))], losses, self.smoothing)
 
     def rate(self, step: int) -> float:
         """The rate of the first parameter group in a step, from 0."""
@@ -133,23 +127,20 @@ class _Losses:
         self._groups = finder.optimizer.param_groups
         first = float(self._groups[0]["lr"]) or 1.0
         self._ratios = [float(group["lr"]) / first for group in self._groups]
-        self._smooth, self._least = _Smooth(finder.smoothing), math.inf
+        self._smooth, self._least = ExponentialAverage(finder.smoothing), math.inf
         self._total, self._samples = 0.0, 0
         self.sums: list[tuple[float, int]] = []
 
-    def attach(self, engine: Engine) -> None:
-        engine.extension.count_samples()
+    def attach(self, engine: Engine) -> _Losses:
         engine.add_event_handler(Events.STARTED, self._set_rates)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._note)
+        return self
 
     def _set_rates(self) -> None:
         rate = self._finder.rate(len(self.sums))
         for group, ratio in zip(self._groups, self._ratios, strict=True):
-            value = group["lr"]
-            if isinstance(value, torch.Tensor):
-                value.fill_(rate * ratio)
-            else:
-                group["lr"] = rate * ratio
+            lr = group["lr"]
+            group["lr"] = lr.fill_(rate * ratio) if isinstance(lr, torch.Tensor) else rate * ratio
 
     def _note(self, engine: Engine) -> None:
         if not engine.extension.is_idle:
@@ -170,40 +161,9 @@ class _Losses:
             engine.terminate(agreed=True)
 
 
-class _Smooth:
-    """An exponential average that is not drawn to its beginning."""
-
-    def __init__(self, stays: float) -> None:
-        self._stays = stays
-        self._average, self._weight = 0.0, 0.0
-
-    def __call__(self, value: float) -> float:
-        self._average = self._stays * self._average + (1 - self._stays) * value
-        self._weight = self._stays * self._weight + (1 - self._stays)
-        return self._average / self._weight
-
-
-def _smoothed(values: list[float], stays: float) -> list[float]:
-    smooth = _Smooth(stays)
-    return [smooth(value) for value in values]
-
-
-def _steepest(rates: list[float], losses: list[float]) -> float | None:
-    """The rate at which losses fall fastest by the rate's logarithm, before they are least."""
-    finite = [each if math.isfinite(each) else math.inf for each in losses]
-    least = finite.index(min(finite, default=math.inf)) if finite else 0
-    slopes = {
-        (finite[at + 1] - finite[at]) / math.log(rates[at + 1] / rates[at]): rates[at]
-        for at in range(least)
-        if math.isfinite(finite[at])
-    }
-    steepest = min(slopes, default=0.0)
-    return slopes[steepest] if steepest < 0 else None
-
-
 def _loss_of(output: Any) -> Any:
     value = output.get("loss") if isinstance(output, Mapping) else output
-    if not isinstance(value, float | int) and not (isinstance(value, torch.Tensor) and value.numel() == 1):
+    if not is_one_number(value):
         raise ArgumentTypeError(
             f"a step's output is a {type(output).__name__}, in which the loss is not known; give "
             "LRFinder(loss=output -> loss)"

@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import AnyEvent, is_count
-from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.engine.events import AnyEvent, check_count, check_function
+from allstep.errors import ArgumentError
+from allstep.handlers.saved_state import saved_values
 from allstep.world import current_data_ranks
 
 Keep = Literal["epoch", "run"]
@@ -43,12 +44,10 @@ class OutputStore:
     def __init__(
         self, transform: Callable[[Any], Any] = lambda output: output, *, keep: Keep = "epoch", every: int = 1
     ) -> None:
-        if not callable(transform):
-            raise ArgumentTypeError(f"transform is {transform!r}; it must be a function of a step's output")
+        check_function("transform", transform, "a step's output")
         if keep not in get_args(Keep):
             raise ArgumentError(f'keep is {keep!r}; it must be "epoch" or "run"')
-        if not is_count(every, least=1):
-            raise ArgumentError(f"every is {every!r}; it must be an int of at least 1")
+        check_count("every", every, 1)
         self.transform = transform
         self.keep = keep
         self.every = every
@@ -83,9 +82,8 @@ class OutputStore:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave. Raises ValueError when a key is missing."""
-        if "data" not in state_dict:
-            raise ArgumentError("the state of OutputStore lacks data; load what state_dict() gave")
-        self.data, self._kept_until = list(state_dict["data"]), 0
+        (data,) = saved_values(self, state_dict, "data")
+        self.data, self._kept_until = list(data), 0
 
     def load_rank_states(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take this rank's share of what all ranks of a checkpoint kept."""

@@ -16,17 +16,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from allstep.engine import Engine, Events, RemovableEventHandle
-from allstep.engine.events import FilteredEvent
-from allstep.errors import ArgumentError, ArgumentTypeError, MissingExtraError
+from allstep.engine.events import FilteredEvent, check_function
+from allstep.errors import ArgumentError
 from allstep.handlers.pace import Pace
-from allstep.handlers.progress_screens import ProgressScreen, can_draw_blocks, choose_screen
+from allstep.handlers.progress_line import EpochProgress, line_left, line_of, summary_of, tqdm
+from allstep.handlers.progress_screens import ProgressScreen, choose_screen
+from allstep.handlers.results import single_numbers
+from allstep.handlers.smoothing import ExponentialAverage
 from allstep.world import World
 
 _SHORT_EPOCH_S = 1.0  # an epoch that took less leaves a line only when none was left for as long
-_BAR_COLUMNS = 10  # below this width of the bar, numbers are left out rather than cut
-_AS_LOG_LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-_AS_LEFT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}{postfix}]"
-_SMOOTHING = 0.3  # how much the newest interval counts in the rate
+_NEWEST = 0.3  # how much the newest interval counts in the rate
 
 
 class ProgressBar:
@@ -55,13 +55,12 @@ class ProgressBar:
     ) -> None:
         if not log_seconds > 0:
             raise ArgumentError(f"log_seconds is {log_seconds!r}; it must be more than 0")
-        if output is not None and not callable(output):
-            raise ArgumentTypeError(f"output is {output!r}; it must be a function of a step's output, or None")
+        check_function("output", output, "a step's output", optional=True)
         self.metrics = metrics if metrics == "all" else tuple(metrics)
         self.output = output
         self.log_seconds = log_seconds
-        self._given_screen: ProgressScreen | None = screen
-        self._format = _layout()
+        self._chosen = screen
+        tqdm()  # raises where it is not installed, before a run begins
         self._handles: list[RemovableEventHandle] = []
 
     def attach(self, engine: Engine) -> ProgressBar:
@@ -76,9 +75,7 @@ class ProgressBar:
         self._handles.clear()
         if (engine.coordinator.rank if world is None else world.rank) != 0:
             return
-        if self._given_screen is None:
-            self._given_screen = choose_screen(os.environ, log_seconds=self.log_seconds)
-        self._screen = self._given_screen
+        self._screen = self._chosen = self._chosen or choose_screen(os.environ, log_seconds=self.log_seconds)
         self._pace = Pace(self._screen.seconds)
         self._run_began = self._line_left = time.monotonic()
         self._began_at = engine.state.iteration
@@ -89,109 +86,49 @@ class ProgressBar:
             (FilteredEvent(Events.ITERATION_COMPLETED, self._pace), self._draw),
             (Events.EPOCH_COMPLETED, self._end_epoch),
             (Events.COMPLETED, self._sum_up),
-            (Events.INTERRUPT | Events.TERMINATE | Events.EXCEPTION_RAISED, self._hide),
+            (Events.INTERRUPT | Events.TERMINATE | Events.EXCEPTION_RAISED, self._screen.close),
         ):
             self._handles.append(engine.add_event_handler(event, handler))
 
     def _begin_epoch(self, engine: Engine) -> None:
-        now = time.monotonic()
-        self._epoch_began = self._drawn_at = now
-        self._epoch_from = self._drawn = engine.state.iteration
-        self._rate: float | None = None
-        self._pace.begin(engine.state.iteration)
+        now, iteration = time.monotonic(), engine.state.iteration
+        self._epoch_began, self._epoch_from = now, iteration
+        self._drawn_at, self._drawn = now, iteration
+        self._rate = ExponentialAverage(1 - _NEWEST)
+        self._pace.begin(iteration)
 
     def _draw(self, engine: Engine) -> None:
         now, iteration = time.monotonic(), engine.state.iteration
-        rate = (iteration - self._drawn) / max(now - self._drawn_at, 1e-9)
-        self._rate = rate if self._rate is None else _SMOOTHING * rate + (1 - _SMOOTHING) * self._rate
+        rate = self._rate((iteration - self._drawn) / max(now - self._drawn_at, 1e-9))
         self._drawn, self._drawn_at = iteration, now
-        self._screen.draw(self._line(engine, now))
+        numbers = single_numbers(self._outputs(engine)) | self._results(engine)
+        progress = EpochProgress.of(engine, self._epoch_from, now - self._epoch_began, rate)
+        self._screen.draw(line_of(progress, numbers, self._screen.columns))
 
     def _end_epoch(self, engine: Engine) -> None:
         now = time.monotonic()
         if now - max(self._epoch_began, self._line_left) >= _SHORT_EPOCH_S and not engine.extension.is_nested:
-            self._rate = (engine.state.iteration - self._epoch_from) / max(now - self._epoch_began, 1e-9)
-            self._screen.leave(self._line(engine, now, has_ended=True))
+            progress = EpochProgress.of(engine, self._epoch_from, now - self._epoch_began)
+            self._screen.leave(line_left(progress, self._results(engine)))
             self._line_left = now
 
     def _sum_up(self, engine: Engine) -> None:
-        if engine.extension.is_nested:
-            self._screen.close()
-            return
-        state, seconds = engine.state, time.monotonic() - self._run_began
-        iterations = state.iteration - self._began_at
-        ended = f"stopped by {state.stop_reason}" if state.stop_reason else "done"
-        text = (
-            f"{ended}: epoch {state.epoch}, iteration {state.iteration}, {iterations} iterations in "
-            f"{self._format.format_interval(seconds)}, {iterations / max(seconds, 1e-9):.4g} it/s"
-        )
-        self._screen.leave(", ".join([text, *_shown(self._numbers(engine, has_ended=True))]))
+        state = engine.state
+        if not engine.extension.is_nested:
+            ended = f"stopped by {state.stop_reason}" if state.stop_reason else "done"
+            how = f"{ended}: epoch {state.epoch}, iteration {state.iteration}"
+            iterations, seconds = state.iteration - self._began_at, time.monotonic() - self._run_began
+            self._screen.leave(summary_of(how, iterations, seconds, self._results(engine)))
         self._screen.close()
 
-    def _hide(self, engine: Engine) -> None:
-        self._screen.close()
-
-    def _line(self, engine: Engine, now: float, *, has_ended: bool = False) -> str:
-        state, columns = engine.state, self._screen.columns
-        began_at = engine.extension.epoch_began_at if engine.extension.epoch_is_open else self._epoch_from
-        ends_at = engine.extension.epoch_ends_at if engine.extension.epoch_is_open else state.iteration
-        whole = None if ends_at == float("inf") else int(ends_at - began_at)
-        shown = _shown(self._numbers(engine, has_ended=has_ended))
-        of = f"/{state.max_epochs}" if state.max_epochs is not None else ""
-        arguments: dict[str, Any] = {
-            "n": state.iteration - began_at,
-            "total": whole,
-            "elapsed": now - self._epoch_began,
-            "initial": self._epoch_from - began_at,  # where a run goes on inside an epoch
-            "prefix": engine.name if engine.extension.is_nested else f"epoch {state.epoch}{of}",
-            "rate": self._rate,
-            "ascii": not can_draw_blocks(),
-        }
-        if has_ended:
-            return self._text(arguments, shown, bar_format=_AS_LEFT)
-        if columns is None:
-            return self._text(arguments, shown, bar_format=_AS_LOG_LINE if whole is not None else None)
-        while shown and len(self._text(arguments, shown, bar_format="{l_bar}{r_bar}")) > columns - _BAR_COLUMNS:
-            shown.pop()
-        return self._text(arguments, shown, ncols=columns)
-
-    def _text(self, arguments: Mapping[str, Any], shown: list[str], **layout: Any) -> str:
-        return str(self._format.format_meter(**arguments, postfix=", ".join(shown), **layout))
-
-    def _numbers(self, engine: Engine, *, has_ended: bool) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _outputs(self, engine: Engine) -> Mapping[str, Any]:
         output = engine.state.output
-        # The last output says little of an epoch.
-        if not has_ended and self.output is not None and output is not None and not engine.extension.is_idle:
-            given = self.output(output)
-            found = dict(given) if isinstance(given, Mapping) else {"output": given}
-        # Of two numbers of one name, that of all ranks is shown.
+        if self.output is None or output is None or engine.extension.is_idle:
+            return {}
+        given = self.output(output)
+        return given if isinstance(given, Mapping) else {"output": given}
+
+    def _results(self, engine: Engine) -> dict[str, float]:
         results = engine.state.metrics
-        return found | {
-            name: results[name] for name in (results if self.metrics == "all" else self.metrics) if name in results
-        }
-
-
-def _shown(numbers: Mapping[str, Any]) -> list[str]:
-    return [f"{name}={value:.4g}" for name, given in numbers.items() if (value := _as_float(given)) is not None]
-
-
-def _as_float(value: Any) -> float | None:
-    """A single number; None for anything else, and for text that would be read as one."""
-    if isinstance(value, str | bytes) or value is None:
-        return None
-    if hasattr(value, "numel"):
-        return float(value) if value.numel() == 1 else None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
-def _layout() -> Any:
-    """tqdm, for how a line is laid out."""
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise MissingExtraError("ProgressBar needs tqdm: pip install 'allstep[progress]'") from error
-    return tqdm
+        names = results if self.metrics == "all" else self.metrics
+        return single_numbers({name: results[name] for name in names if name in results})

@@ -20,7 +20,8 @@ from typing import Any, Literal
 
 from allstep.checkpoint import Checkpoint
 from allstep.engine import Engine, Events
-from allstep.errors import ArgumentError
+from allstep.handlers.results import named_result
+from allstep.handlers.saved_state import saved_values
 
 
 class SaveBest:
@@ -88,12 +89,7 @@ class SaveBest:
         return self
 
     def _look(self, engine: Engine, trainer: Engine) -> None:
-        if self.metric not in engine.state.metrics:
-            raise ArgumentError(
-                f"metric is {self.metric!r}, and state.metrics has {', '.join(engine.state.metrics) or 'nothing'}; "
-                "give the name of one of these, or attach what computes it before SaveBest"
-            )
-        result = float(engine.state.metrics[self.metric])
+        result = named_result(self, engine, self.metric)
         if math.isnan(result) or trainer.state.outcome == "failed":
             return
         sign = 1 if self.mode == "max" else -1
@@ -109,6 +105,5 @@ class SaveBest:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave. Raises ValueError when a key is missing."""
-        if "kept" not in state_dict:
-            raise ArgumentError("the state of SaveBest lacks kept; load what state_dict() gave")
-        self._kept = [float(each) for each in state_dict["kept"]]
+        (kept,) = saved_values(self, state_dict, "kept")
+        self._kept = [float(each) for each in kept]

@@ -16,13 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau, SequentialLR
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import AnyEvent, is_count
-from allstep.errors import ArgumentError, ArgumentTypeError
-
-Factor = Callable[[int], float]
+from allstep.engine.events import AnyEvent, check_count
+from allstep.errors import ArgumentError
+from allstep.handlers.group_samples import count_group_samples
+from allstep.handlers.results import named_result
+from allstep.handlers.saved_state import saved_values
+from allstep.handlers.schedulers import Factor, scheduler_of, warmed_up
 
 
 class Schedule:
@@ -56,11 +58,9 @@ class Schedule:
         batch_size: int | None = None,
         metric: str | Callable[[Engine], float] | None = None,
     ) -> None:
-        if not is_count(warm_up, least=0):
-            raise ArgumentError(f"warm_up is {warm_up!r}; it must be a number of steps, an int of at least 0")
-        if batch_size is not None and not is_count(batch_size, least=1):
-            raise ArgumentError(f"batch_size is {batch_size!r}; it must be a number of samples, an int of at least 1")
-        scheduler = _scheduler(schedule, optimizer)
+        check_count("warm_up", warm_up, 0, "steps")
+        check_count("batch_size", batch_size, 1, "samples", optional=True)
+        scheduler = scheduler_of(schedule, optimizer)
         follows_metric = isinstance(scheduler, ReduceLROnPlateau)
         if follows_metric != (metric is not None):
             raise ArgumentError(
@@ -71,10 +71,7 @@ class Schedule:
                 "ReduceLROnPlateau has no steps to warm up in or to count samples for; attach another Schedule beside "
                 "it, of torch's LinearLR, for a warm-up"
             )
-        if warm_up:
-            rising = LambdaLR(scheduler.optimizer, lambda step: (step + 1) / (warm_up + 1))
-            scheduler = SequentialLR(scheduler.optimizer, [rising, scheduler], milestones=[warm_up])
-        self.scheduler = scheduler
+        self.scheduler = warmed_up(scheduler, warm_up) if warm_up else scheduler
         self.batch_size = batch_size
         self.metric = metric
         self._samples = 0  # that have not made a step yet
@@ -100,16 +97,16 @@ class Schedule:
         if self.metric is not None:
             default = Events.EPOCH_COMPLETED if trainer in (None, engine) else Events.COMPLETED
         if self.batch_size is not None:
-            if event not in (None, default):
-                raise ArgumentError(f"event is {event!r}; samples are counted at OPTIMIZER_STEP_COMPLETED, its default")
-            engine.extension.count_samples()
+            count_group_samples(engine, default if event is None else event)
         engine.add_event_handler(default if event is None else event, self._step)
         (engine if trainer is None else trainer).extension.add_state(self)
         return self
 
     def _step(self, engine: Engine) -> None:
         if self.metric is not None:
-            self.scheduler.step(_score(self.metric, engine))  # type: ignore[arg-type]
+            metric = self.metric
+            value = named_result(self, engine, metric) if isinstance(metric, str) else float(metric(engine))
+            self.scheduler.step(value)  # type: ignore[arg-type]
             return
         at, steps = engine.state.iteration, 1
         # The iterations of a group that was left in its middle had their steps before they are done again.
@@ -127,58 +124,5 @@ class Schedule:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave. Raises ValueError when a key is missing."""
-        missing = sorted({"scheduler", "samples"} - state_dict.keys())
-        if missing:
-            raise ArgumentError(f"the state of Schedule lacks {', '.join(missing)}; load what state_dict() gave")
-        self.scheduler.load_state_dict(dict(state_dict["scheduler"]))
-        self._samples = state_dict["samples"]
-
-
-def _scheduler(schedule: Any, optimizer: Optimizer | None) -> LRScheduler:
-    """The scheduler of torch that does what was given."""
-    if isinstance(schedule, LRScheduler):
-        if optimizer not in (None, schedule.optimizer):
-            raise ArgumentError("optimizer is not the one that the scheduler was made with; leave it out")
-        return schedule
-    if not isinstance(optimizer, Optimizer):
-        raise ArgumentError(
-            f"optimizer is {optimizer!r}; a schedule of functions needs the optimizer whose rates it is"
-        )
-    return LambdaLR(optimizer, _factors(schedule, optimizer.param_groups))
-
-
-def _factors(schedule: Any, groups: Sequence[Mapping[str, Any]]) -> list[Factor]:
-    """A function for each parameter group."""
-    if isinstance(schedule, Mapping):
-        keys = [at if at in schedule else group.get("name") for at, group in enumerate(groups)]
-        if unknown := [key for key in schedule if key not in keys]:
-            raise ArgumentError(
-                f"schedule names the parameter group {unknown[0]!r}, and the optimizer has {len(groups)} groups, named "
-                f"{', '.join(repr(group.get('name')) for group in groups)}; name groups by their numbers or names"
-            )
-        functions = [schedule.get(key, lambda steps: 1.0) for key in keys]
-    elif isinstance(schedule, Sequence):
-        functions = list(schedule)
-        if len(functions) != len(groups):
-            raise ArgumentError(
-                f"schedule has {len(functions)} functions, and the optimizer {len(groups)} parameter groups; give one "
-                "for each, or a mapping of some"
-            )
-    else:
-        functions = [schedule] * len(groups)
-    for each in functions:
-        if not callable(each):
-            raise ArgumentTypeError(f"schedule has {each!r}; give a scheduler of torch or functions (steps) -> factor")
-    return functions
-
-
-def _score(metric: str | Callable[[Engine], float], engine: Engine) -> float:
-    if not isinstance(metric, str):
-        return float(metric(engine))
-    metrics = engine.state.metrics
-    if metric not in metrics:
-        raise ArgumentError(
-            f"the schedule follows the metric {metric!r}, and {engine.name} has {', '.join(metrics) or 'none'}; attach "
-            "it to the engine that computes the metric, behind that"
-        )
-    return float(metrics[metric])
+        scheduler, self._samples = saved_values(self, state_dict, "scheduler", "samples")
+        self.scheduler.load_state_dict(dict(scheduler))

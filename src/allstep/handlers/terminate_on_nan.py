@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import is_count
-from allstep.errors import ArgumentError
+from allstep.engine.events import check_count
 
 
 class TerminateOnNan:
@@ -35,8 +34,7 @@ class TerminateOnNan:
     """
 
     def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output, *, every: int = 1) -> None:
-        if not is_count(every, least=1):
-            raise ArgumentError(f"every is {every!r}; it must be an int of at least 1")
+        check_count("every", every, 1)
         self.output_transform = output_transform
         self.every = every
         self._has_asked = False

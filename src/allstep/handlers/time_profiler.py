@@ -21,6 +21,7 @@ import torch
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, EveryFilter, FilteredEvent
 from allstep.errors import ArgumentError
+from allstep.handlers.rank_totals import sum_together
 
 _PER_ITERATION = (
     *(Events.GET_BATCH_STARTED, Events.GET_BATCH_COMPLETED),
@@ -65,10 +66,7 @@ class TimeProfiler:
         engine.add_event_handler(Events.STARTED, self._start)
         # Behind the beginning of the run, at which other handlers still add what they do in it.
         engine.add_event_handler(Events.EPOCH_STARTED, self._surround)
-        for part in _SUMMED:
-            engine.extension.sum_over_ranks(
-                f"microseconds of {part} in TimeProfiler", partial(self._read, part), partial(self._land, part)
-            )
+        sum_together(engine, "TimeProfiler, in microseconds", _SUMMED, self._read, self._land)
         return self
 
     def report(self) -> str:
@@ -126,10 +124,9 @@ class TimeProfiler:
             self.seconds[self._part] = self.seconds.get(self._part, 0.0) + now - self._since
         self._part, self._since = part, now
 
-    def _read(self, part: str) -> int:
-        if part == "handlers":
-            return round(1e6 * sum(each for name, each in self.seconds.items() if name.startswith("handlers")))
-        return round(1e6 * self.seconds.get(part, 0.0))
+    def _read(self) -> dict[str, int]:
+        handlers = sum(each for name, each in self.seconds.items() if name.startswith("handlers"))
+        return {part: round(1e6 * each) for part, each in {**self.seconds, "handlers": handlers}.items()}
 
-    def _land(self, part: str, total: int) -> None:
-        self.over_ranks[part] = total / 1e6 / self._world_size
+    def _land(self, totals: dict[str, int]) -> None:
+        self.over_ranks = {part: total / 1e6 / self._world_size for part, total in totals.items()}

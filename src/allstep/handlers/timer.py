@@ -14,7 +14,8 @@ from typing import Any
 
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent
-from allstep.errors import ArgumentError
+from allstep.handlers.rank_totals import sum_together
+from allstep.handlers.saved_state import saved_values
 
 
 class Timer:
@@ -51,16 +52,14 @@ class Timer:
         self._clock = clock
         self._began: float | None = None
         self._so_far = 0.0  # of the present time, before it was paused
-        self._all_microseconds = self._all_count = 0
+        self._of_all: dict[str, int] = {}  # ranks, as of about a window ago
 
     def attach(self, engine: Engine) -> Timer:
         """Measure in the runs of `engine`. Returns self."""
         engine.add_event_handler(self.start_event, self.start)
         engine.add_event_handler(self.stop_event, self.stop)
         if self.name is not None:
-            extension = engine.extension
-            extension.sum_over_ranks(f"microseconds of {self.name}", lambda: round(self.total * 1e6), self._land)
-            extension.sum_over_ranks(f"count of {self.name}", lambda: self.count, self._land_count)
+            sum_together(engine, self.name, ("microseconds", "count"), self._read, self._land)
             engine.add_event_handler(Events.EPOCH_COMPLETED, self._report)
         engine.extension.add_state(self, None if self.name is None else f"Timer {self.name}")
         return self
@@ -94,15 +93,15 @@ class Timer:
         if self._began is None:
             self._began = self._clock()
 
-    def _land(self, total: int) -> None:
-        self._all_microseconds = total
+    def _read(self) -> dict[str, int]:
+        return {"microseconds": round(self.total * 1e6), "count": self.count}
 
-    def _land_count(self, total: int) -> None:
-        self._all_count = total
+    def _land(self, totals: dict[str, int]) -> None:
+        self._of_all = totals
 
     def _report(self, engine: Engine) -> None:
-        if self._all_count and self.name is not None:
-            engine.state.metrics[self.name] = self._all_microseconds / 1e6 / self._all_count
+        if self.name is not None and self._of_all.get("count"):
+            engine.state.metrics[self.name] = self._of_all["microseconds"] / 1e6 / self._of_all["count"]
 
     def state_dict(self) -> dict[str, Any]:
         """What has ended on this rank."""
@@ -110,7 +109,5 @@ class Timer:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave. Raises ValueError when a key is missing."""
-        missing = sorted({"total", "count"} - state_dict.keys())
-        if missing:
-            raise ArgumentError(f"the state of Timer lacks {', '.join(missing)}; load what state_dict() gave")
-        self.total, self.count = float(state_dict["total"]), int(state_dict["count"])
+        total, count = saved_values(self, state_dict, "total", "count")
+        self.total, self.count = float(total), int(count)

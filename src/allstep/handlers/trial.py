@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from allstep.checkpoint import rng
@@ -24,6 +25,7 @@ from allstep.data.compositions import is_one_shot, loaders_inside
 from allstep.engine import Engine
 from allstep.engine.position import stateful_of
 from allstep.errors import ArgumentError, ArgumentTypeError
+from allstep.handlers.module_modes import kept_modes
 from allstep.parallel import is_dtensor
 from allstep.world import World, internals
 
@@ -36,7 +38,7 @@ def trial_engine(
     coordinator: Coordinator | None = None,
     around: Callable[[Step], Step] = lambda step: step,
 ) -> Engine:
-    """An engine with the step and settings of a trainer, and none of its handlers.
+    """An engine with the step and settings of a trainer, and none of its handlers; it counts samples.
 
     Args:
         trainer: whose step is tried.
@@ -62,6 +64,7 @@ def trial_engine(
         name=f"{name} of {settings.name}",
     )
     engine.modules.extend(trainer.modules)
+    engine.extension.count_samples()
     return engine
 
 
@@ -116,15 +119,29 @@ def without_effect(trainer: Engine, optimizer: Optimizer, data: Any = None) -> I
         for each in others:
             stack.callback(each.load_state_dict, copy.deepcopy(each.state_dict()))
         for module in modules:
+            stack.enter_context(kept_modes(module))
             stack.callback(_noted_module(module))
         for each in dict.fromkeys([optimizer, *optimizers]):
             stack.callback(_noted_optimizer(each))
         yield
 
 
+@contextmanager
+def steps_alone(trainer: Engine) -> Iterator[None]:
+    """Have forward and backward passes of a trainer's modules in DDP wait for no other rank in the body."""
+    wrapped = [each for each in trained_modules(trainer) if isinstance(each, DistributedDataParallel)]
+    before = [(each.require_backward_grad_sync, each.require_forward_param_sync) for each in wrapped]
+    for each in wrapped:
+        each.require_backward_grad_sync = each.require_forward_param_sync = False
+    try:
+        yield
+    finally:
+        for each, (backward, forward) in zip(wrapped, before, strict=True):
+            each.require_backward_grad_sync, each.require_forward_param_sync = backward, forward
+
+
 def _noted_module(module: nn.Module) -> Callable[[], None]:
-    """What puts a module's tensors, gradients and modes back."""
-    modes = [(each, each.training) for each in module.modules()]
+    """What puts a module's tensors and gradients back."""
     kept = [(each, _copied(each)) for each in (*module.parameters(), *module.buffers())]
     gradients = [(each, each.grad, _copied(each.grad)) for each in module.parameters()]
 
@@ -136,8 +153,6 @@ def _noted_module(module: nn.Module) -> Callable[[], None]:
             parameter.grad = gradient
             if gradient is not None:
                 gradient.copy_(value)
-        for each, mode in modes:
-            each.training = mode
 
     return put_back
 

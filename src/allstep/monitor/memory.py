@@ -32,9 +32,16 @@ MACHINE = Path("/proc/vmstat")
 
 _MESSAGES = re.compile(
     r"\bMemoryError\b|OutOfMemoryError|can't allocate memory|Cannot allocate memory|out of memory|std::bad_alloc"
+    r"|ALLOC_FAILED",
+    re.IGNORECASE,
 )
 _COUNT = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 _JOB = re.compile(r"job[._-]?\d")  # how SLURM and LSF name the group of a job
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says, by its type or its text, that memory ran out, of the host or of a device."""
+    return _MESSAGES.search(f"{type(error).__name__}: {error}") is not None
 
 
 def counters(cgroups: str, root: Path = ROOT) -> list[Path]:

@@ -25,14 +25,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from allstep.checkpoint.references import objects_used_by
 from allstep.engine import Engine, Events, RemovableEventHandle
-from allstep.engine.events import is_count
+from allstep.engine.events import check_count
+from allstep.engine.state import is_one_number
 from allstep.errors import ArgumentError, ArgumentTypeError, MissingExtraError
 from allstep.metrics import Mean, Metrics, Usage
 from allstep.parallel import unwrap
@@ -90,8 +89,7 @@ class Track:
         config: Mapping[str, Any] | None = None,
         patience: float = 10.0,
     ) -> None:
-        if not is_count(every, least=1):
-            raise ArgumentError(f"every is {every!r}; it must be a number of iterations, an int of at least 1")
+        check_count("every", every, 1, "iterations")
         if isinstance(to, str) or not isinstance(to, Sequence):
             raise ArgumentTypeError(f"to is {to!r}; give a list, such as to=['tensorboard']")
         self.folder = Path(folder)
@@ -334,13 +332,7 @@ def _named(to: Sequence[Any]) -> list[tuple[str, Tracker]]:
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some metrics that are one number, or a text."""
-
-    def is_one(value: Any) -> bool:
-        if isinstance(value, torch.Tensor):
-            return value.numel() == 1
-        return isinstance(value, int | float | str) or (isinstance(value, np.generic | np.ndarray) and value.size == 1)
-
-    return {name: value for name, value in metrics.items() if is_one(value)}
+    return {name: value for name, value in metrics.items() if isinstance(value, str) or is_one_number(value)}
 
 
 def _say_what_is_left(delivery: Delivery, left: int, journal: Path) -> None:

@@ -22,8 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from allstep.coordination import Coordinator
 from allstep.engine import Engine
-from allstep.engine.events import is_count
-from allstep.errors import ArgumentError, DataError
+from allstep.engine.events import check_count
+from allstep.errors import DataError
 from allstep.handlers import EMA, GradientClipping, Schedule
 from allstep.parallel import Precision, autocast, grad_scaler
 from allstep.trainers.step_parts import compiled, device_for, save_with, scaled_step, schedule_of
@@ -78,8 +78,7 @@ def create_recurrent_trainer(
         ArgumentError: steps_of_time or clip_norm is out of range.
         ParallelError: an unknown precision.
     """
-    if not is_count(steps_of_time, least=1):
-        raise ArgumentError(f"steps_of_time is {steps_of_time!r}; it must be an int of at least 1")
+    check_count("steps_of_time", steps_of_time, 1)
     target = device_for(model, device)
     scaler = grad_scaler(target.type, precision)
     called = compiled(model, compile)

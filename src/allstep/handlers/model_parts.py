@@ -3,13 +3,14 @@
 Contract: FSDP modules cannot be copied, since their hooks belong to one module. `copy_shards` gives a module of the
 same tree and names whose parameters are DTensors over copies of this rank's parts. It has no forward pass of its own.
 Its `state_dict` has the names and shards that the model's has, so checkpoints treat it as the model. Weights that are
-tied stay tied. `parts` lists a model's tensors in a fixed order, each as the plain tensor that this rank holds:
-what is done to elements one by one, such as averaging, is done to parts, without communication.
+tied stay tied. What is done to elements one by one, such as copying and averaging, is done to parts, each the plain
+tensor that this rank holds, without communication. Of two models that this is done to, each holds as much as the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,12 +57,47 @@ def gather_nothing(module: nn.Module) -> None:
             each.reshard()  # type: ignore[operator]
 
 
-def parts(module: nn.Module, *, buffers: bool) -> Iterator[torch.Tensor]:
-    """The parameters, and the buffers too if asked, as the tensors of which this rank's parts consist."""
-    for parameter in module.parameters():
-        yield _part(parameter)
-    for buffer in module.buffers() if buffers else ():
-        yield _part(buffer)
+@torch.no_grad()
+def copy_values(source: nn.Module, target: nn.Module, *, parameters: bool = True) -> None:
+    """Copy the values of buffers, and of parameters too, into the tensors that the other model has."""
+    for own, other in _pairs(target, source, parameters=parameters):
+        own.copy_(other)
+
+
+@torch.no_grad()
+def swap_values(model: nn.Module, other: nn.Module) -> None:
+    """Give each model the values of the other's parameters and buffers, bit for bit.
+
+    Values and not tensors, since DDP, optimizers and compiled code hold on to a model's tensors.
+    """
+    for one, two in _pairs(model, other):
+        kept = one.clone()
+        one.copy_(two)
+        two.copy_(kept)
+
+
+def parts_by_kind(
+    model: nn.Module, other: nn.Module, *, buffers: bool
+) -> Collection[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Lists of two models' parts that correspond, as torch's functions of many tensors take them: one device and dtype
+    a list."""
+    kinds: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+    for one, two in _pairs(model, other, buffers=buffers):
+        ones, twos = kinds.setdefault((one.device, one.dtype), ([], []))
+        ones.append(one)
+        twos.append(two)
+    return kinds.values()
+
+
+def _pairs(
+    model: nn.Module, other: nn.Module, *, parameters: bool = True, buffers: bool = True
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for each in (model, other):
+        gather_nothing(each)
+    if parameters:
+        yield from zip(map(_part, model.parameters()), map(_part, other.parameters()), strict=True)
+    if buffers:
+        yield from zip(map(_part, model.buffers()), map(_part, other.buffers()), strict=True)
 
 
 def _part(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,38 @@
+"""Results of an engine as handlers look at them: one by its name, and those that are single numbers.
+
+Contract: pure functions of what is in `state.metrics`, or in a step's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from allstep.engine import Engine
+from allstep.engine.state import is_one_number
+from allstep.errors import ArgumentError
+
+
+def named_result(handler: object, engine: Engine, name: str) -> float:
+    """The result of this name.
+
+    Args:
+        handler: that looks at it; the error names its class.
+        engine: whose `state.metrics` has it.
+        name: of the result.
+
+    Raises:
+        ArgumentError: there is none of this name.
+    """
+    results = engine.state.metrics
+    if name not in results:
+        raise ArgumentError(
+            f"metric is {name!r}, and state.metrics of {engine.name} has {', '.join(results) or 'none'}; give the name "
+            f"of one of these, or attach what computes it before {type(handler).__name__}"
+        )
+    return float(results[name])
+
+
+def single_numbers(results: Mapping[str, Any]) -> dict[str, float]:
+    """Those that are single numbers, which waits for the device that they are on."""
+    return {name: float(value) for name, value in results.items() if is_one_number(value)}
