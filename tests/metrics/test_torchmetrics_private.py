@@ -79,7 +79,7 @@ def test_without_defaults_a_reset_copy_says_how_states_begin(caplog: pytest.LogC
 
 
 def test_without_reductions_a_metric_is_refused_and_the_release_named() -> None:
-    with pytest.raises(MetricError, match=r"torchmetrics \d.* has no Metric\._reductions.*1\.6 to 1\.9"):
+    with pytest.raises(MetricError, match=r"torchmetrics \d.* has no Metric\._reductions.*1\.8 to 1\.9"):
         Metrics({"it": lacking(MulticlassConfusionMatrix, "_reductions")(4)})
 
 

@@ -56,8 +56,9 @@ class _Head(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """What all ranks gave. `blocks` are reduced already, each flat; `ranks` has the rest, rank by rank."""
+    """What all ranks gave, by a plan. `blocks` are reduced already, each flat; `ranks` has the rest, rank by rank."""
 
+    plan: ReductionPlan
     blocks: list[torch.Tensor]
     ranks: list[Unpacked]
 
@@ -114,7 +115,7 @@ class Exchange:
         if any(head.failed for head in heads):
             _raise_failures(coordinator, failure)
         # The manifest travels even where blocks are reduced apart: it has the numbers of batches.
-        longest = max(head.frame for head in heads)
+        longest = max([head.frame for head in heads])
         if longest > memory.length:
             memory = _Memory(plan, longest, coordinator.world_size)
             heads = frame.gather(coordinator, memory)
@@ -130,9 +131,9 @@ class Exchange:
             for manifest, payload in zip(manifests[each], payloads[each], strict=True)
         ]
         if apart:
-            return Gathered(_reduce_blocks(coordinator, plan), ranks)
+            return Gathered(plan, _reduce_blocks(coordinator, plan), ranks)
         rows = memory.block_rows if frame.on_host else block_rows(plan, payloads)
-        return Gathered(_fold_blocks(plan, [of_block[each] for of_block in rows]), ranks)
+        return Gathered(plan, _fold_blocks(plan, [of_block[each] for of_block in rows]), ranks)
 
     def _memory_for(self, plan: ReductionPlan, length: int, ranks: int) -> _Memory:
         # Taken away until all went well: what a failed exchange left under way may still write to it.
@@ -167,7 +168,7 @@ class _Memory:
         self.sent = torch.zeros(length, dtype=torch.uint8) if is_short else torch.empty(length, dtype=torch.uint8)
         self.bytes = self.sent.numpy().data
         self.rows = torch.empty((ranks, length), dtype=torch.uint8)
-        self._row_bytes = self.rows.view(-1).numpy().data
+        self._row_words = self.rows.view(torch.int64).numpy()
         self.payloads = self.rows[:, _HEAD_BYTES:]
 
     @cached_property
@@ -182,17 +183,15 @@ class _Memory:
 
     def heads(self) -> list[_Head]:
         """What arrived first of each rank."""
-        return [_Head(*_HEAD.unpack_from(self._row_bytes, at)) for at in self._starts()]
+        return [_Head(*words) for words in self._row_words[:, : len(_Head._fields)].tolist()]
 
-    def manifests(self, heads: Sequence[_Head], *, behind_payload: bool) -> list[tuple[int, ...]]:
+    def manifests(self, heads: Sequence[_Head], *, behind_payload: bool) -> list[list[int]]:
         """What arrived last of each rank."""
-        return [
-            struct.unpack_from(f"={head.manifest}q", self._row_bytes, at + _HEAD_BYTES + behind_payload * head.payload)
-            for head, at in zip(heads, self._starts(), strict=True)
-        ]
-
-    def _starts(self) -> range:
-        return range(0, len(self._row_bytes), self.length)
+        found = []
+        for head, words in zip(heads, self._row_words, strict=True):
+            at = (_HEAD_BYTES + behind_payload * head.payload) // words.itemsize
+            found.append(words[at : at + head.manifest].tolist())
+        return found
 
 
 class _Frame:

@@ -19,6 +19,9 @@ from allstep.metrics.states import GatheredState, reduction_name
 
 _LOWEST = -(2**63)
 
+# Types whose sums need no other type on the way: what most metrics count in.
+_SUMMED_AS_THEY_ARE = frozenset({torch.int64, torch.float32, torch.float64})
+
 
 def to_accumulator(values: torch.Tensor, op: ReduceOp) -> torch.Tensor:
     """A copy of values in the type in which they are reduced: integers add up in int64, small floats in float32."""
@@ -54,10 +57,15 @@ def _result_type(dtype: torch.dtype, op: ReduceOp) -> torch.dtype:
 
 def fold(rows: Sequence[torch.Tensor], op: ReduceOp) -> torch.Tensor:
     """Reduce the tensors of all ranks, of one shape and type, element by element, one rank after the other."""
-    dtype = rows[0].dtype
+    dtype, others = rows[0].dtype, rows[1:]
     # Not a sum over a stack: torch may add that up in another order on another rank's hardware.
+    if op == "sum" and dtype in _SUMMED_AS_THEY_ARE:
+        total = rows[0].clone()
+        for row in others:
+            total += row
+        return total
     total = to_accumulator(rows[0], op)
-    for row in rows[1:]:
+    for row in others:
         if op == "sum":
             total += row if row.dtype == total.dtype else row.to(total.dtype)
         else:

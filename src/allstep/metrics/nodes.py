@@ -200,7 +200,7 @@ def members_of(collection: MetricCollection) -> dict[str, Metric]:
 def plain_attributes(metric: Metric, apart: frozenset[str]) -> dict[str, Any]:
     """A metric's numbers, texts and types among its attributes, but for those named."""
     return {
-        name: value for name, value in vars(metric).items() if isinstance(value, _PLAIN_TYPES) and name not in apart
+        name: value for name, value in vars(metric).items() if name not in apart and isinstance(value, _PLAIN_TYPES)
     }
 
 
@@ -231,7 +231,7 @@ def _tensor_attributes(metric: Metric, apart: frozenset[str]) -> dict[str, tuple
     return {
         name: (value, write_count(value))
         for name, value in vars(metric).items()
-        if isinstance(value, torch.Tensor) and name not in apart
+        if name not in apart and isinstance(value, torch.Tensor)
     }
 
 

@@ -76,13 +76,10 @@ class BlockWriter:
     def __init__(self, plan: ReductionPlan, payload: torch.Tensor) -> None:
         self._targets: list[tuple[Metric, str, torch.Tensor]] = []
         for block in plan.blocks:
-            values = payload[block.at : block.at + block.size].view(block.dtype) if block.size else None
-            at = 0
-            for state, length in zip(block.states, block.lengths, strict=True):
-                if values is not None and length:
-                    target = values[at : at + length].view(state.shape)
+            if block.size:
+                values = payload[block.at : block.at + block.size].view(block.dtype)
+                for state, target in zip(block.states, block.parts(values), strict=True):
                     self._targets.append((plan.nodes[state.node].metric, state.name, target))
-                at += length
 
     def write(self) -> None:
         """Write what this rank holds now."""
@@ -149,8 +146,10 @@ def pack(plan: ReductionPlan, unmerged: Unmerged) -> Packed:
 
 def unpack(plan: ReductionPlan, manifest: Sequence[int], payload: torch.Tensor, at: int) -> Unpacked:
     """What a rank's `pack` of an equal plan gave. Tensors are views of the payload, uint8 (n,), from byte `at` on."""
-    numbers = iter(manifest)
-    updates = [next(numbers) for _ in plan.nodes]
+    updates, rest = list(manifest[: len(plan.nodes)]), manifest[len(plan.nodes) :]
+    if len(rest) == 1:  # nothing beside the blocks, as of most metrics
+        return Unpacked(updates, [], {})
+    numbers = iter(rest)
     elements = read_elements(numbers, payload, at)
     gathered = [[next(elements) for _ in range(next(numbers))] for _ in plan.gathered]
     values = [next(elements) for _ in range(next(numbers))]

@@ -54,10 +54,11 @@ class EventReduction:
         self._metrics: list[Metric] = []
         self._draws_nothing = self._draws_only_from_torch = True
         self._collections: list[MetricCollection] = []
+        self._entries: list[tuple[str, bool, Entry]] = []
         self._ids_by_result: list[tuple[str, list[int]]] = []
         self._plan: ReductionPlan | None = None
         self._exchange = Exchange()
-        self._checked_counts: set[int] = set()
+        self._unchecked: list[MetricNode] = []
 
     def check_joins(self, member: MetricSet) -> None:
         """Raise ArgumentError when two results would have one name."""
@@ -79,10 +80,12 @@ class EventReduction:
     def join(self, member: MetricSet) -> None:
         """Compute these metrics too."""
         self._set_members([*self.members, member])
+        self._unchecked += [*member.nodes, *member.stateless]
 
     def leave(self, member: MetricSet) -> None:
         """Compute these metrics no more."""
         self._set_members([each for each in self.members if each is not member])
+        self._unchecked = [node for node in self._unchecked if node not in (*member.nodes, *member.stateless)]
 
     def schema(self) -> Schema:
         """What is reduced, for ranks to compare when a run begins."""
@@ -100,8 +103,8 @@ class EventReduction:
         else:
             self._warn_of_counts(engine)
             gathered = self._exchange.gather(coordinator, plan, unmerged, self._current_plan)
-            plan = self._current_plan()
-            states, updates = _of_all_ranks(plan, gathered)
+            plan = gathered.plan
+            states, updates = _of_all_ranks(gathered)
         # Copies, since a `compute` may write to its states, and all members of a group compute.
         for node, place in plan.sharing:
             leader = plan.nodes[place].metric
@@ -112,20 +115,19 @@ class EventReduction:
 
     def _compute(self, engine: Engine, plan: ReductionPlan, states: States, updates: Mapping[int, int]) -> None:
         results: dict[str, Any] = {}
-        owners: dict[str, str] = {}
         # Else a collection would have its members compute from one and the same tensors.
         for collection in self._collections:
             keep_states_apart(collection)
         draws = nullcontext() if self._draws_nothing else self._same_draws(engine, plan.device)
         with torch.no_grad(), draws, installed(self._metrics, states, updates):
-            for member in self.members:
-                for name, entry in member.entries.items():
-                    found = _named_results(name if member.names_results else "", entry, entry.compute())
-                    twice = next((result for result in found if result in results), None)
-                    if twice is not None:
-                        raise MetricError(f"metrics {owners[twice]!r} and {name!r} both give a result named {twice!r}")
-                    results |= found
-                    owners.update(dict.fromkeys(found, name))
+            owners: dict[str, str] = {}
+            for name, names_results, entry in self._entries:
+                found = _named_results(name if names_results else "", entry, entry.compute())
+                if not results.keys().isdisjoint(found):
+                    twice = next(result for result in found if result in results)
+                    raise MetricError(f"metrics {owners[twice]!r} and {name!r} both give a result named {twice!r}")
+                results |= found
+                owners |= dict.fromkeys(found, name)
         engine.state.metrics.update(results)
 
     def _same_draws(self, engine: Engine, device: torch.device) -> AbstractContextManager[None]:
@@ -150,20 +152,17 @@ class EventReduction:
 
     def _warn_of_counts(self, engine: Engine) -> None:
         """Say once, after its first batch, which attributes of a metric no rank adds up."""
-        for member in self.members:
-            for node in (*member.nodes, *member.stateless):
-                if id(node.metric) in self._checked_counts or not node.updates:
-                    continue
-                self._checked_counts.add(id(node.metric))
-                names = node.counts_outside_states()
-                if names:
-                    engine.logger.warning(
-                        "metric %s (%s): its update changes %s, which is no state, so that results are not those of "
-                        "all ranks; declare it with add_state",
-                        node.name,
-                        type(node.metric).__name__,
-                        ", ".join(names),
-                    )
+        for node in [each for each in self._unchecked if each.updates]:
+            self._unchecked.remove(node)
+            names = node.counts_outside_states()
+            if names:
+                engine.logger.warning(
+                    "metric %s (%s): its update changes %s, which is no state, so that results are not those of "
+                    "all ranks; declare it with add_state",
+                    node.name,
+                    type(node.metric).__name__,
+                    ", ".join(names),
+                )
 
     def _set_members(self, members: Sequence[MetricSet]) -> None:
         self.members = list(members)
@@ -175,10 +174,11 @@ class EventReduction:
         self._metrics = [metric for member in members for _, metric in named_metrics(member.entries)]
         self._draws_only_from_torch = all(map(draws_only_from_torch, self._metrics))
         self._draws_nothing = self._draws_only_from_torch and all(map(draws_nothing, self._metrics))
+        self._entries = [
+            (name, member.names_results, entry) for member in members for name, entry in member.entries.items()
+        ]
         self._ids_by_result = [
-            (name, [id(metric) for _, metric in named_metrics({name: entry})])
-            for member in members
-            for name, entry in member.entries.items()
+            (name, [id(metric) for _, metric in named_metrics({name: entry})]) for name, _, entry in self._entries
         ]
         self._plan = None
 
@@ -202,12 +202,12 @@ class EventReduction:
 # The states of all ranks together
 
 
-def _of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict[int, int]]:
+def _of_all_ranks(gathered: Gathered) -> tuple[States, dict[int, int]]:
+    plan = gathered.plan
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
-        parts = torch.split(values, block.lengths)
-        for state, part in zip(block.states, parts, strict=True):
-            states[id(plan.nodes[state.node].metric)][state.name] = part.view(state.shape)
+        for state, part in zip(block.states, block.parts(values), strict=True):
+            states[id(plan.nodes[state.node].metric)][state.name] = part
     for at, listed in enumerate(plan.gathered):
         node = plan.nodes[listed.node]
         folded = fold_gathered(listed, node.name, [rank.gathered[at] for rank in gathered.ranks])
@@ -219,7 +219,7 @@ def _of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict
     for rank in reversed(gathered.ranks):  # the first rank that has set an attribute comes last, and holds
         for place, attributes in rank.values.items():
             states[id(plan.nodes[place].metric)].update(attributes)
-    counts = [sum(counts) for counts in zip(*(rank.updates for rank in gathered.ranks), strict=True)]
+    counts = map(sum, zip(*[rank.updates for rank in gathered.ranks], strict=True))
     return states, {id(node.metric): count for node, count in zip(plan.nodes, counts, strict=True)}
 
 

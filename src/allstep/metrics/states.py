@@ -86,6 +86,14 @@ class StateBlock:
     at: int
     size: int
 
+    def parts(self, values: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Each state's part of the block's values, flat (n,), in the shape of the state; views."""
+        shape = self.states[0].shape
+        if all(state.shape == shape for state in self.states):  # as those of most classes are: one view of all
+            return values.view(len(self.states), *shape).unbind()
+        parts = torch.split(values, self.lengths)
+        return [part.view(state.shape) for state, part in zip(self.states, parts, strict=True)]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ReductionPlan:
