@@ -1,0 +1,243 @@
+"""`allstep doctor` with faults that are really there: each is named, with a remedy, and a healthy machine is well.
+
+Most faults are put into one machine at a time here: namespaces of its own for mounts, names and network, a folder of
+programs before PATH, and limits of the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from allstep.host_checks import Finding, Host, Verdict
+from allstep.host_checks.checking import CHECKS, Check, run_checks
+from tests.jobs.launchers import ALLSTEP
+from tests.jobs.running import start
+
+pytestmark = pytest.mark.slow
+
+ALONE = ["unshare", "--mount", "--uts", "--net", "--propagation", "private", "sh", "-ec"]
+
+ILL = """
+mount -t tmpfs -o size=64m tmpfs /dev/shm
+mount -t tmpfs -o size=1m tmpfs "$1/runs"
+echo a-name-of-no-host > /proc/sys/kernel/hostname
+ip link set lo up
+ulimit -n 300
+shift
+exec "$@"
+"""
+ILL_SLURM = """#!/bin/sh
+case "$*" in
+ping) echo "Slurmctld(primary) at head is UP" ;;
+*config) printf '%s\\n' 'JobRequeue = 0' 'KillWait = 5 sec' 'ProctrackType = proctrack/linuxproc' \\
+  'TaskPlugin = task/none' 'MpiDefault = pmix' 'KillOnBadExit = 0' 'SLURM_VERSION = 22.05.8' ;;
+*) echo "PartitionName=main PreemptMode=REQUEUE GraceTime=0 State=UP" ;;
+esac
+"""
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    """Put a program into a folder that is then searched first."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+def torch_that(folder: Path, text: str) -> dict[str, str]:
+    """The environment in which `import torch` runs this text."""
+    package = folder / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
+def doctor(
+    folder: Path, *options: str, env: Mapping[str, str], around: list[str] | None = None
+) -> tuple[list[Finding], int]:
+    """What `allstep doctor` finds, and its exit code."""
+    programs = {"PATH": f"{folder / 'programs'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
+    with start(folder, [*(around or ()), *ALLSTEP, "doctor", "--json", *options], env=programs | dict(env)) as running:
+        job = running.end()
+    assert job.code in (0, 1), job.text
+    return [Finding(**each) for each in json.loads(job.out)], job.code
+
+
+def named(findings: list[Finding], subject: str, verdict: Verdict, words: str) -> None:
+    """Assert that one finding has these words and a remedy."""
+    fitting = [each for each in findings if each.subject == subject and words in each.text]
+    assert [each.verdict for each in fitting] == [verdict], (subject, words, findings)
+    assert fitting[0].remedy
+
+
+def check_an_ill_machine(folder: Path) -> None:
+    (folder / "runs").mkdir(exist_ok=True)
+    program(folder / "programs", "scontrol", ILL_SLURM)
+    env = {
+        **torch_that(folder / "packages", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"),
+        "GLOO_SOCKET_IFNAME": "eth9",
+        "NCCL_SOCKET_IFNAME": "ib",
+        "MASTER_ADDR": "nowhere.invalid",
+        "OMP_NUM_THREADS": "999",
+        "VIRTUAL_ENV": "/some/other/environment",
+    }
+    around = [*ALONE, ILL, "sh", str(folder)]
+    found, code = doctor(folder, "--nnodes", "2", "--nproc", "2", env=env, around=around)
+    assert code == 1
+    named(found, "python", "warning", "/some/other/environment is the active environment")
+    named(found, "torch", "bad", "importing torch fails: ")
+    named(found, "host name", "warning", "'a-name-of-no-host', does not resolve")
+    named(found, "interfaces", "bad", "GLOO_SOCKET_IFNAME is 'eth9', and this machine has no such interface")
+    named(found, "interfaces", "bad", "NCCL_SOCKET_IFNAME is 'ib', and this machine has no such interface")
+    named(found, "interfaces", "bad", "only the loopback interface has an address")
+    named(found, "ports", "bad", "MASTER_ADDR is 'nowhere.invalid', which does not resolve")
+    named(found, "shared memory", "bad", "64 MiB free of 64 MiB")
+    named(found, "limits", "bad", "may open 300 files")
+    named(found, "cores", "warning", "OMP_NUM_THREADS is 999 for 2 ranks")
+    named(found, "folder", "warning", "is kept in memory")
+    named(found, "folder", "bad", "1 MiB free")
+    named(found, "folder", "bad", "a file of some megabytes cannot be written: No space left on device")
+    named(found, "SLURM", "warning", "JobRequeue=0")
+    named(found, "SLURM", "warning", "5 s between SIGTERM and SIGKILL")
+    named(found, "SLURM", "warning", "partition main is preempted without time to save")
+    named(found, "SLURM", "warning", "ProctrackType=proctrack/linuxproc")
+    named(found, "SLURM", "warning", "TaskPlugin=task/none")
+    named(found, "SLURM", "warning", "MpiDefault=pmix")
+    named(found, "SLURM", "warning", "KillOnBadExit=0")
+    good = {each.subject for each in found if each.verdict == "good"}
+    assert good >= {"requirements", "GPUs", "memory"}, found
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
+def test_every_fault_of_an_ill_machine_is_named(tmp_path: Path) -> None:
+    check_an_ill_machine(tmp_path)
+
+
+def check_a_healthy_machine(folder: Path) -> None:
+    listing = sorted(os.listdir(folder))
+    found, code = doctor(folder, "--timeout", "60", env={})
+    assert [each for each in found if each.verdict != "good"] == []
+    assert code == 0
+    assert sorted(os.listdir(folder)) == listing  # nothing is left behind
+
+
+def test_a_healthy_machine_has_no_warning(tmp_path: Path) -> None:
+    check_a_healthy_machine(tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_every_fault_is_named_five_of_five_and_none_in_fifty_runs(tmp_path: Path) -> None:
+    for index in range(5):
+        folder = tmp_path / f"ill{index}"
+        folder.mkdir()
+        check_an_ill_machine(folder)
+    for index in range(50):
+        folder = tmp_path / f"well{index}"
+        folder.mkdir()
+        check_a_healthy_machine(folder)
+
+
+def found_by(subject: str, host: Host) -> list[Finding]:
+    return run_checks(host, [each for each in CHECKS if each.subject == subject])
+
+
+def host(folder: Path, within: float = 20.0, root: Path = Path("/"), **environ: str) -> Host:
+    return Host(environ={**os.environ, **environ}, folder=folder, within=within, root=root)
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.create_server(("", 0)) as server:
+        yield int(server.getsockname()[1])
+
+
+def test_a_taken_master_port_is_named_with_who_has_it(tmp_path: Path, taken_port: int) -> None:
+    found = found_by("ports", host(tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(taken_port)))
+    named(found, "ports", "bad", f"MASTER_PORT is {taken_port}, and that port is taken by process {os.getpid()} ")
+
+
+def test_a_master_port_of_another_machine_is_not_looked_at_here(tmp_path: Path, taken_port: int) -> None:
+    found = found_by("ports", host(tmp_path, MASTER_ADDR="192.0.2.77", MASTER_PORT=str(taken_port)))
+    assert [each.verdict for each in found] == ["good"], found
+
+
+@pytest.mark.parametrize(
+    ("stub", "words"),
+    [
+        ("#!/bin/sh\nexec sleep 600\n", "scontrol did not answer within"),
+        ("#!/bin/sh\necho Unable to contact slurm controller >&2\nexit 1\n", "Unable to contact slurm controller"),
+    ],
+)
+def test_a_controller_that_is_gone_is_named(stub: str, words: str, tmp_path: Path) -> None:
+    program(tmp_path / "programs", "scontrol", stub)
+    path = f"{tmp_path / 'programs'}:{os.environ['PATH']}"
+    with pytest.MonkeyPatch().context() as patched:
+        patched.setenv("PATH", path)
+        named(found_by("SLURM", host(tmp_path, within=1.5)), "SLURM", "bad", words)
+
+
+def test_a_machine_with_slurms_programs_and_no_cluster_is_well(tmp_path: Path) -> None:
+    text = "#!/bin/sh\necho 'scontrol: fatal: Could not establish a configuration source' >&2\nexit 1\n"
+    program(tmp_path / "programs", "scontrol", text)
+    with pytest.MonkeyPatch().context() as patched:
+        patched.setenv("PATH", f"{tmp_path / 'programs'}:{os.environ['PATH']}")
+        assert [each.verdict for each in found_by("SLURM", host(tmp_path))] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("text", "within", "verdict", "words"),
+    [
+        ("raise ImportError('libcudart.so.12: cannot open')", 20.0, "bad", "ImportError: libcudart.so.12: cannot open"),
+        ("raise SystemExit", 20.0, "bad", "it ended the process"),
+        ("import time\ntime.sleep(600)", 1.0, "warning", "importing torch takes more than 1 s"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGILL)", 20.0, "bad", "ended with signal 4"),
+    ],
+)
+def test_a_torch_that_cannot_be_imported_is_named(
+    text: str, within: float, verdict: Verdict, words: str, tmp_path: Path
+) -> None:
+    environ = torch_that(tmp_path / "packages", text)
+    named(found_by("torch", host(tmp_path, within, **environ)), "torch", verdict, words)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounts need root")
+    (tmp_path / "runs").mkdir()
+    text = f'mount --bind -o ro "$1/runs" "$1/runs"; shift; exec {shlex.join(ALLSTEP)} "$@"'
+    around = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", text, "sh", str(tmp_path)]
+    env = torch_that(tmp_path / "packages", "raise ImportError('not looked at here')")
+    with start(tmp_path, [*around, "doctor", "--json"], env=env) as running:
+        found = [Finding(**each) for each in json.loads(running.end().out)]
+    named(found, "folder", "bad", "is mounted read-only")
+    named(found, "folder", "bad", "no file can be written there")
+
+
+def test_a_check_that_hangs_and_one_that_raises_are_findings(tmp_path: Path) -> None:
+    def hangs(_: Host) -> list[Finding]:
+        threading.Event().wait()
+        return []
+
+    def breaks(_: Host) -> list[Finding]:
+        raise ZeroDivisionError("of a check")
+
+    checks = [
+        Check("one", hangs, "Wait"),
+        Check("two", breaks, ""),
+        Check("three", lambda _: [Finding("t", "good", "")], ""),
+    ]
+    first, second, third = run_checks(host(tmp_path, within=0.1), checks)
+    assert (first.verdict, first.remedy) == ("bad", "Wait")
+    assert second.verdict == "warning"
+    assert "ZeroDivisionError: of a check" in second.text
+    assert third.verdict == "good"
