@@ -8,11 +8,11 @@ import pytest
 
 from allstep.cli.doctor_command import meant_nodes
 from allstep.cli.main import main
-from allstep.host_checks import Finding, Host
+from allstep.host_checks import Host, HostFinding
 
-GOOD = Finding("python", "good", "Python 3.11 of /env")
-WARNING = Finding("clock", "warning", "nobody keeps\x1b[2J it", "Start chrony")
-BAD = Finding("shared memory", "bad", "64 MiB", "--shm-size=16g")
+GOOD = HostFinding("python", "good", "Python 3.11 of /env")
+WARNING = HostFinding("clock", "warning", "nobody keeps\x1b[2J it", "Start chrony")
+BAD = HostFinding("shared memory", "bad", "64 MiB", "--shm-size=16g")
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Host]:
     return hosts
 
 
-found: list[Finding] = []
+found: list[HostFinding] = []
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ found: list[Finding] = []
     [([GOOD], [], 0), ([GOOD, WARNING], [], 0), ([WARNING], ["--strict"], 1), ([GOOD, BAD], [], 1)],
 )
 def test_the_exit_code_says_whether_anything_is_bad(
-    findings: list[Finding], options: list[str], code: int, asked: list[Host], monkeypatch: pytest.MonkeyPatch
+    findings: list[HostFinding], options: list[str], code: int, asked: list[Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "found", findings)
     assert main(["doctor", *options]) == code
@@ -58,7 +58,7 @@ def test_json_has_every_field(
     monkeypatch.setitem(globals(), "found", [BAD])
     main(["doctor", "--json", "--nproc", "4", "--nnodes", "2", "--folder", "/scratch", "--timeout", "3"])
     (shown,) = json.loads(capsys.readouterr().out)
-    assert Finding(**shown) == BAD
+    assert HostFinding(**shown) == BAD
     (host,) = asked
     assert (host.workers, host.nodes, str(host.folder), host.within) == (4, 2, "/scratch", 3.0)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.host_checks import Finding, Host, Verdict
+from allstep.host_checks import Host, HostFinding, Verdict
 from allstep.host_checks.checking import CHECKS, Check, run_checks
 from tests.jobs.launchers import ALLSTEP
 from tests.jobs.running import start
@@ -63,16 +63,16 @@ def torch_that(folder: Path, text: str) -> dict[str, str]:
 
 def doctor(
     folder: Path, *options: str, env: Mapping[str, str], around: list[str] | None = None
-) -> tuple[list[Finding], int]:
+) -> tuple[list[HostFinding], int]:
     """What `allstep doctor` finds, and its exit code."""
     programs = {"PATH": f"{folder / 'programs'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
     with start(folder, [*(around or ()), *ALLSTEP, "doctor", "--json", *options], env=programs | dict(env)) as running:
         job = running.end()
     assert job.code in (0, 1), job.text
-    return [Finding(**each) for each in json.loads(job.out)], job.code
+    return [HostFinding(**each) for each in json.loads(job.out)], job.code
 
 
-def named(findings: list[Finding], subject: str, verdict: Verdict, words: str) -> None:
+def named(findings: list[HostFinding], subject: str, verdict: Verdict, words: str) -> None:
     """Assert that one finding has these words and a remedy."""
     fitting = [each for each in findings if each.subject == subject and words in each.text]
     assert [each.verdict for each in fitting] == [verdict], (subject, words, findings)
@@ -147,7 +147,7 @@ def test_every_fault_is_named_five_of_five_and_none_in_fifty_runs(tmp_path: Path
         check_a_healthy_machine(folder)
 
 
-def found_by(subject: str, host: Host) -> list[Finding]:
+def found_by(subject: str, host: Host) -> list[HostFinding]:
     return run_checks(host, [each for each in CHECKS if each.subject == subject])
 
 
@@ -218,23 +218,23 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     around = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", text, "sh", str(tmp_path)]
     env = torch_that(tmp_path / "packages", "raise ImportError('not looked at here')")
     with start(tmp_path, [*around, "doctor", "--json"], env=env) as running:
-        found = [Finding(**each) for each in json.loads(running.end().out)]
+        found = [HostFinding(**each) for each in json.loads(running.end().out)]
     named(found, "folder", "bad", "is mounted read-only")
     named(found, "folder", "bad", "no file can be written there")
 
 
 def test_a_check_that_hangs_and_one_that_raises_are_findings(tmp_path: Path) -> None:
-    def hangs(_: Host) -> list[Finding]:
+    def hangs(_: Host) -> list[HostFinding]:
         threading.Event().wait()
         return []
 
-    def breaks(_: Host) -> list[Finding]:
+    def breaks(_: Host) -> list[HostFinding]:
         raise ZeroDivisionError("of a check")
 
     checks = [
         Check("one", hangs, "Wait"),
         Check("two", breaks, ""),
-        Check("three", lambda _: [Finding("t", "good", "")], ""),
+        Check("three", lambda _: [HostFinding("t", "good", "")], ""),
     ]
     first, second, third = run_checks(host(tmp_path, within=0.1), checks)
     assert (first.verdict, first.remedy) == ("bad", "Wait")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from allstep.host_checks import Finding, Host, Verdict
+from allstep.host_checks import Host, HostFinding, Verdict
 from allstep.host_checks.accelerators import judge_states, read_states
 from allstep.host_checks.clocks import judge_clock
 from allstep.host_checks.limits import (
@@ -29,7 +29,7 @@ from allstep.host_checks.torch_build import KernelDevices, TorchAnswer, judge_to
 GIB = 1 << 30
 
 
-def only(findings: Iterable[Finding]) -> Finding:
+def only(findings: Iterable[HostFinding]) -> HostFinding:
     (finding,) = findings
     assert (finding.verdict == "good") == (finding.remedy == ""), finding
     return finding
@@ -130,7 +130,7 @@ def gpu(**parts: str) -> str:
     </pci_gpu_link_info></pci><processes>{well["processes"]}</processes></gpu>"""
 
 
-def gpu_findings(*gpus: str, listed: str | None = None, visible: tuple[str, ...] = ("0",)) -> list[Finding]:
+def gpu_findings(*gpus: str, listed: str | None = None, visible: tuple[str, ...] = ("0",)) -> list[HostFinding]:
     text = f'<?xml version="1.0"?><nvidia_smi_log><cuda_version>13.0</cuda_version>{"".join(gpus)}</nvidia_smi_log>'
     return list(judge_states(read_states(text), listed, visible, frozenset([7])))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from allstep.cli.active_environment import change_to_active_environment
 from allstep.cli.parser import Parser
 from allstep.errors import ConfigurationError, printable
-from allstep.host_checks import Finding, Host
+from allstep.host_checks import Host, HostFinding
 from allstep.host_checks.checking import LEEWAY_S, run_checks
 from allstep.launch.devices import probe_hardware, visible_devices
 from allstep.launch.settings import check_count, check_seconds, read_integer, read_seconds
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     return int("bad" in verdicts or (arguments.strict and "warning" in verdicts))
 
 
-def shown(findings: Sequence[Finding]) -> list[str]:
+def shown(findings: Sequence[HostFinding]) -> list[str]:
     """The findings as lines: verdict, subject, what was seen, and below it what to do."""
     width = max((len(finding.subject) for finding in findings), default=0)
     lines = []

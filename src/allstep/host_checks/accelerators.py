@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from allstep.host_checks.finding import Finding, Host, ask
+from allstep.host_checks.finding import Host, HostFinding, ask
 from allstep.host_checks.torch_build import kernel_devices
 from allstep.protocol.foreign_text import one_line
 
@@ -58,7 +58,7 @@ def read_states(text: str) -> list[GpuState]:
     return [_state(index, gpu) for index, gpu in enumerate(tree.iter("gpu"))]
 
 
-def check_accelerators(host: Host) -> Iterator[Finding]:
+def check_accelerators(host: Host) -> Iterator[HostFinding]:
     """GPUs of both makers; a machine without any is well."""
     kernel = kernel_devices(host)
     said = None
@@ -67,30 +67,30 @@ def check_accelerators(host: Host) -> Iterator[Finding]:
     except FileNotFoundError:
         if kernel.nvidia:
             text = f"the driver shows {kernel.nvidia} GPUs, and nvidia-smi is not here to tell how they are"
-            yield Finding("GPUs", "warning", text, "In a container ask for the capability `utility`")
+            yield HostFinding("GPUs", "warning", text, "In a container ask for the capability `utility`")
     if said is not None and said.problem and (kernel.nvidia or kernel.nvidia_on_bus):
         remedy = "Reload the driver or restart the machine; dmesg has lines with NVRM or Xid"
-        yield Finding("GPUs", "bad", said.problem, remedy)
+        yield HostFinding("GPUs", "bad", said.problem, remedy)
     elif said is not None and not said.problem:
         try:
             states = read_states(said.out)
         except ValueError as error:
-            yield Finding("GPUs", "bad", one_line(str(error)), "Reload the driver or restart the machine")
+            yield HostFinding("GPUs", "bad", one_line(str(error)), "Reload the driver or restart the machine")
         else:
             visible = host.visible()
             yield from judge_states(states, host.environ.get("CUDA_VISIBLE_DEVICES"), visible, _family())
             if kernel.nvidia > len(states):
                 text = f"the driver shows {kernel.nvidia} GPUs, and nvidia-smi {len(states)}"
-                yield Finding("GPUs", "bad", text, "One has fallen off the bus: look at dmesg, restart the machine")
+                yield HostFinding("GPUs", "bad", text, "One has fallen off the bus: look at dmesg, restart the machine")
     if kernel.amd:
         yield _judge_amd(host, kernel.amd)
     elif not kernel.nvidia and (said is None or said.problem):
-        yield Finding("GPUs", "good", "none, so ranks use the CPU")
+        yield HostFinding("GPUs", "good", "none, so ranks use the CPU")
 
 
 def judge_states(
     states: list[GpuState], listed: str | None, visible: tuple[str, ...], own: frozenset[int]
-) -> Iterator[Finding]:
+) -> Iterator[HostFinding]:
     """Say what is wrong with any of the GPUs.
 
     Args:
@@ -101,46 +101,52 @@ def judge_states(
     """
     if listed is not None and listed.strip() not in ("", "-1") and states and not visible:
         text = f"CUDA_VISIBLE_DEVICES is {one_line(listed)!r}, which names none of this machine's {len(states)} GPUs"
-        yield Finding("GPUs", "bad", text, "Unset it, or name GPUs as `nvidia-smi -L` lists them")
+        yield HostFinding("GPUs", "bad", text, "Unset it, or name GPUs as `nvidia-smi -L` lists them")
     if len({state.mig for state in states}) > 1:
         divided = ", ".join(str(state.index) for state in states if state.mig)
         text = f"GPU {divided} is divided into MIG instances, and the others are not; ranks would be of unequal speed"
-        yield Finding("GPUs", "warning", text, "nvidia-smi -mig 0 (or 1) for all of them, by the administrator")
+        yield HostFinding("GPUs", "warning", text, "nvidia-smi -mig 0 (or 1) for all of them, by the administrator")
     ill = [finding for state in states for finding in _ill(state, own)]
     yield from ill
     if not ill and states:
         names = " and ".join(sorted({state.name for state in states}))
-        yield Finding("GPUs", "good", f"{len(states)} x {names}, {len(visible)} shown to ranks")
+        yield HostFinding("GPUs", "good", f"{len(states)} x {names}, {len(visible)} shown to ranks")
 
 
-def _ill(state: GpuState, own: frozenset[int]) -> Iterator[Finding]:
+def _ill(state: GpuState, own: frozenset[int]) -> Iterator[HostFinding]:
     which = f"GPU {state.index} ({state.name})"
     if state.mig and not state.instances:
         text = f"{which} is in MIG mode and has no instance, so nothing can use it"
-        yield Finding(
+        yield HostFinding(
             "GPUs", "bad", text, "nvidia-smi mig -cgi ... -C makes instances; nvidia-smi -mig 0 ends the mode"
         )
     if state.prohibited:
-        yield Finding("GPUs", "bad", f"{which}: no program may use it", "nvidia-smi -c DEFAULT, by the administrator")
+        yield HostFinding(
+            "GPUs", "bad", f"{which}: no program may use it", "nvidia-smi -c DEFAULT, by the administrator"
+        )
     if state.uncorrected:
         text = f"{which} had {state.uncorrected} errors of its memory that could not be corrected"
-        yield Finding("GPUs", "bad", text, "Take the machine out of use: reset the GPU; if they come back, replace it")
+        yield HostFinding(
+            "GPUs", "bad", text, "Take the machine out of use: reset the GPU; if they come back, replace it"
+        )
     if state.repair:
         text = f"{which}: the repair of its memory {'is pending' if state.repair == 'pending' else 'failed'}"
         remedy = "Reset the GPU or restart the machine" if state.repair == "pending" else "Have the GPU replaced"
-        yield Finding("GPUs", "warning" if state.repair == "pending" else "bad", text, remedy)
+        yield HostFinding("GPUs", "warning" if state.repair == "pending" else "bad", text, remedy)
     if state.slowed:
         text = f"{which}: its clock is held down ({', '.join(state.slowed)})"
-        yield Finding("GPUs", "warning", text, "Look at its temperature, fans and power: nvidia-smi -q -d PERFORMANCE")
+        yield HostFinding(
+            "GPUs", "warning", text, "Look at its temperature, fans and power: nvidia-smi -q -d PERFORMANCE"
+        )
     now, possible = state.width
     if 0 < now < possible:
         text = f"{which}: its link has {now} lanes of {possible}"
-        yield Finding("GPUs", "warning", text, "Have the card reseated, or the slot looked at")
+        yield HostFinding("GPUs", "warning", text, "Have the card reseated, or the slot looked at")
     others = [(pid, name) for pid, name in state.processes if pid not in own]
     if others:
         shown = ", ".join(f"{pid} {one_line(name)}" for pid, name in others[:3])
         text = f"{which}: {len(others)} programs use it already ({shown})"
-        yield Finding("GPUs", "warning", text, "Wait for them, end them if they are yours, or choose other GPUs")
+        yield HostFinding("GPUs", "warning", text, "Wait for them, end them if they are yours, or choose other GPUs")
 
 
 def _state(index: int, gpu: ET.Element) -> GpuState:
@@ -187,23 +193,23 @@ def _number(text: str | None) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def _judge_amd(host: Host, kernel: int) -> Finding:
+def _judge_amd(host: Host, kernel: int) -> HostFinding:
     try:
         said = ask(["rocm-smi", "--showid", "--json"], host)
     except FileNotFoundError:
-        return Finding("GPUs", "good", f"{kernel} of AMD's; rocm-smi is not here to tell how they are")
+        return HostFinding("GPUs", "good", f"{kernel} of AMD's; rocm-smi is not here to tell how they are")
     if said.problem:
-        return Finding(
+        return HostFinding(
             "GPUs", "bad", said.problem, "Reload the driver or restart the machine; dmesg has lines of amdgpu"
         )
     try:
         count = sum(name.startswith("card") for name in json.loads(said.out))
     except ValueError:
-        return Finding("GPUs", "warning", "rocm-smi printed no JSON", "Look at what rocm-smi says")
+        return HostFinding("GPUs", "warning", "rocm-smi printed no JSON", "Look at what rocm-smi says")
     if count < kernel:
         text = f"the driver shows {kernel} GPUs, and rocm-smi {count}"
-        return Finding("GPUs", "bad", text, "One has failed: look at dmesg for amdgpu, restart the machine")
-    return Finding("GPUs", "good", f"{count} of AMD's")
+        return HostFinding("GPUs", "bad", text, "One has failed: look at dmesg for amdgpu, restart the machine")
+    return HostFinding("GPUs", "good", f"{count} of AMD's")
 
 
 def _family() -> frozenset[int]:

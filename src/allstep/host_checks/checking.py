@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from allstep.host_checks import accelerators, clocks, limits, network, run_folder, scheduler, software, torch_build
-from allstep.host_checks.finding import Finding, Host
+from allstep.host_checks.finding import Host, HostFinding
 from allstep.protocol.foreign_text import one_line
 
 LEEWAY_S = 1.0
@@ -32,7 +32,7 @@ class Check:
     """
 
     subject: str
-    look: Callable[[Host], Iterable[Finding]]
+    look: Callable[[Host], Iterable[HostFinding]]
     silence: str
 
 
@@ -55,10 +55,10 @@ CHECKS: tuple[Check, ...] = (
 """What is looked at, in the order in which it is shown."""
 
 
-def run_checks(host: Host, checks: Sequence[Check] = CHECKS) -> list[Finding]:
+def run_checks(host: Host, checks: Sequence[Check] = CHECKS) -> list[HostFinding]:
     """Look at a machine; see the module's contract."""
     until = time.monotonic() + host.within + LEEWAY_S
-    found: dict[int, list[Finding]] = {}
+    found: dict[int, list[HostFinding]] = {}
     threads = [
         threading.Thread(target=_look, args=(check, host, found, index), daemon=True, name=f"allstep {check.subject}")
         for index, check in enumerate(checks)
@@ -71,15 +71,15 @@ def run_checks(host: Host, checks: Sequence[Check] = CHECKS) -> list[Finding]:
     return [
         finding
         for index, check in enumerate(checks)
-        for finding in found.get(index) or [Finding(check.subject, "bad", silent, check.silence)]
+        for finding in found.get(index) or [HostFinding(check.subject, "bad", silent, check.silence)]
     ]
 
 
-def _look(check: Check, host: Host, found: dict[int, list[Finding]], index: int) -> None:
+def _look(check: Check, host: Host, found: dict[int, list[HostFinding]], index: int) -> None:
     try:
         result = list(check.look(host))
     except Exception as error:
         what = one_line(f"{type(error).__name__}: {error}")
         remedy = "This is a fault of the check: please report it with this line"
-        result = [Finding(check.subject, "warning", f"could not be looked at: {what}", remedy)]
-    found[index] = result or [Finding(check.subject, "good", "nothing to say")]
+        result = [HostFinding(check.subject, "warning", f"could not be looked at: {what}", remedy)]
+    found[index] = result or [HostFinding(check.subject, "good", "nothing to say")]

@@ -7,18 +7,18 @@ import struct
 import sys
 from collections.abc import Iterator
 
-from allstep.host_checks.finding import Finding, Host
+from allstep.host_checks.finding import Host, HostFinding
 
 _TIMEX = 256  # bytes; the kernel's record has 208
 _MAXERROR_AT, _STATUS_AT = 24, 40  # of struct timex where a long has 8 bytes; see adjtimex(2)
 _UNSYNCHRONISED = 0x40  # STA_UNSYNC
 
 
-def check_clock(host: Host) -> Iterator[Finding]:
+def check_clock(host: Host) -> Iterator[HostFinding]:
     """Whether something keeps the clock: logs and files of several machines are compared by it."""
     state = kernel_clock()
     if state is None:
-        yield Finding("clock", "good", "this kernel does not say whether its clock is kept")
+        yield HostFinding("clock", "good", "this kernel does not say whether its clock is kept")
         return
     yield judge_clock(*state, nodes=host.nodes)
 
@@ -35,11 +35,11 @@ def kernel_clock() -> tuple[bool, float] | None:
     return not status & _UNSYNCHRONISED, error / 1e6
 
 
-def judge_clock(synchronised: bool, error: float, *, nodes: int) -> Finding:
+def judge_clock(synchronised: bool, error: float, *, nodes: int) -> HostFinding:
     """A clock that nobody keeps matters where several machines are meant."""
     if synchronised:
-        return Finding("clock", "good", f"synchronised, to {error:.2g} s at worst")
+        return HostFinding("clock", "good", f"synchronised, to {error:.2g} s at worst")
     text = "the kernel says that nothing synchronises this machine's clock"
     if nodes == 1:
-        return Finding("clock", "good", f"{text}; that matters with several machines")
-    return Finding("clock", "warning", text, "Start chrony or systemd-timesyncd on every machine")
+        return HostFinding("clock", "good", f"{text}; that matters with several machines")
+    return HostFinding("clock", "warning", text, "Start chrony or systemd-timesyncd on every machine")

@@ -1,7 +1,7 @@
 """What a check finds, and what it is told of the machine that it looks at.
 
-Contract: a check is a function from a `Host` to `Finding`s. It changes nothing that outlives it, takes no longer than
-`Host.within` where it waits for anything, and raises nothing that a sick machine can cause. Each finding that is not
+Contract: a check is a function from a `Host` to `HostFinding`s. It changes nothing that outlives it, takes no longer
+than `Host.within` where it waits for anything, and raises nothing that a sick machine can cause. Each finding that is not
 good has a remedy: what to type, or whom to ask for what. A good one says in a few words what was seen.
 """
 
@@ -21,7 +21,7 @@ Verdict = Literal["good", "warning", "bad"]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class HostFinding:
     """What a check says of one thing.
 
     Args:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from allstep.host_checks.cgroups import smallest, texts
-from allstep.host_checks.finding import Finding, Host, graded, in_bytes
+from allstep.host_checks.finding import Host, HostFinding, graded, in_bytes
 from allstep.monitor.memory import counters, kills_for_memory
 from allstep.protocol.foreign_text import one_line
 
@@ -31,37 +31,37 @@ MEMORY_A_RANK = GIB
 SMALL_SHARE = 1 / 16  # of the machine's memory
 
 
-def check_shared_memory(host: Host, folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
+def check_shared_memory(host: Host, folder: Path = Path("/dev/shm")) -> Iterator[HostFinding]:
     """The size of /dev/shm, through which workers of a loader hand over batches, and NCCL its messages."""
     try:
         found = os.statvfs(folder)
     except OSError as error:
         text = f"{folder} is not there: {error.strerror}"
-        yield Finding("shared memory", "bad", text, f"mount -t tmpfs -o size=50% tmpfs {folder}")
+        yield HostFinding("shared memory", "bad", text, f"mount -t tmpfs -o size=50% tmpfs {folder}")
         return
     if not os.access(folder, os.W_OK):
-        yield Finding(
+        yield HostFinding(
             "shared memory", "bad", f"{folder} cannot be written", f"chmod 1777 {folder}, by the administrator"
         )
         return
     yield judge_shared_memory(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
 
-def judge_shared_memory(size: int, free: int) -> Finding:
+def judge_shared_memory(size: int, free: int) -> HostFinding:
     """Decide by bytes."""
     text = f"/dev/shm has {in_bytes(free)} free of {in_bytes(size)}"
     if size and free > SHARED_WANTED:
-        return Finding("shared memory", "good", text)
+        return HostFinding("shared memory", "good", text)
     remedy = (
         "Start the container with --shm-size=16g or --ipc=host; else mount -o remount,size=16g /dev/shm"
         if size <= 2 * SHARED_WANTED
         else "Remove what programs that are gone left in /dev/shm"
     )
     verdict = graded(bad=free <= SHARED_LEAST)
-    return Finding("shared memory", verdict, f"{text}; workers of data loaders need more", remedy)
+    return HostFinding("shared memory", verdict, f"{text}; workers of data loaders need more", remedy)
 
 
-def check_resource_limits(host: Host) -> Iterator[Finding]:
+def check_resource_limits(host: Host) -> Iterator[HostFinding]:
     """How many files, threads and locked pages a process may have."""
     files = _unlimited(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     processes = _processes_left(host)
@@ -70,7 +70,7 @@ def check_resource_limits(host: Host) -> Iterator[Finding]:
     yield from judge_resource_limits(files, processes, locked if infiniband else math.inf, host.ranks())
 
 
-def judge_resource_limits(files: float, processes: float, locked: float, ranks: int) -> Iterator[Finding]:
+def judge_resource_limits(files: float, processes: float, locked: float, ranks: int) -> Iterator[HostFinding]:
     """Decide by what may still be used.
 
     Args:
@@ -84,23 +84,29 @@ def judge_resource_limits(files: float, processes: float, locked: float, ranks: 
         ill = True
         verdict = graded(bad=files < DESCRIPTORS_LEAST)
         text = f"a process may open {files:.0f} files and sockets (RLIMIT_NOFILE)"
-        yield Finding("limits", verdict, text, "ulimit -Hn 65536, in limits.conf or in the unit that starts the job")
+        yield HostFinding(
+            "limits", verdict, text, "ulimit -Hn 65536, in limits.conf or in the unit that starts the job"
+        )
     if processes < PROCESSES_WANTED * ranks:
         ill = True
         verdict = graded(bad=processes < PROCESSES_LEAST * ranks)
         text = f"{max(processes, 0):.0f} more threads and processes can be started, for {_counted(ranks, 'rank')}"
-        yield Finding("limits", verdict, text, "Raise ulimit -u, or the cgroup's pids.max (Docker: --pids-limit=-1)")
+        yield HostFinding(
+            "limits", verdict, text, "Raise ulimit -u, or the cgroup's pids.max (Docker: --pids-limit=-1)"
+        )
     if locked < math.inf:
         ill = True
         verdict = graded(bad=locked < 64 * MIB)
         text = f"{in_bytes(locked)} may be locked in memory (RLIMIT_MEMLOCK), which InfiniBand needs without a limit"
-        yield Finding("limits", verdict, text, "ulimit -l unlimited, in limits.conf or in slurmd's unit (LimitMEMLOCK)")
+        yield HostFinding(
+            "limits", verdict, text, "ulimit -l unlimited, in limits.conf or in slurmd's unit (LimitMEMLOCK)"
+        )
     if not ill:
         shown = "any number of" if files == math.inf else f"{files:.0f}"
-        yield Finding("limits", "good", f"{shown} open files; threads and processes enough")
+        yield HostFinding("limits", "good", f"{shown} open files; threads and processes enough")
 
 
-def check_memory(host: Host) -> Iterator[Finding]:
+def check_memory(host: Host) -> Iterator[HostFinding]:
     """The memory that this process's cgroup may use, and whether it has had to kill for it."""
     cgroups = host.read("proc/self/cgroup")
     kills = [kills_for_memory(each.read_text()) or 0 for each in counters(cgroups, host.root / "sys/fs/cgroup")]
@@ -112,7 +118,7 @@ def check_memory(host: Host) -> Iterator[Finding]:
     yield from judge_memory(total, limit, sum(kills), host.ranks())
 
 
-def judge_memory(total: int, limit: int | None, kills: int, ranks: int) -> Iterator[Finding]:
+def judge_memory(total: int, limit: int | None, kills: int, ranks: int) -> Iterator[HostFinding]:
     """Decide by bytes and by the kernel's count of processes that it killed."""
     usable = total if limit is None else min(total, limit)
     of = f"{in_bytes(usable)} of the machine's {in_bytes(total)}" if usable < total else in_bytes(total)
@@ -121,16 +127,16 @@ def judge_memory(total: int, limit: int | None, kills: int, ranks: int) -> Itera
         text = (
             f"in this memory cgroup the kernel has killed {_counted(kills, 'process', 'processes')} for want of memory"
         )
-        yield Finding("memory", "warning", text, remedy)
+        yield HostFinding("memory", "warning", text, remedy)
     if usable < MEMORY_A_RANK * ranks:
-        yield Finding("memory", "bad", f"{of} for {_counted(ranks, 'rank')}: less than 1 GiB each", remedy)
+        yield HostFinding("memory", "bad", f"{of} for {_counted(ranks, 'rank')}: less than 1 GiB each", remedy)
     elif usable < SMALL_SHARE * total:
-        yield Finding("memory", "warning", f"this memory cgroup may use only {of}", remedy)
+        yield HostFinding("memory", "warning", f"this memory cgroup may use only {of}", remedy)
     elif not kills:
-        yield Finding("memory", "good", of)
+        yield HostFinding("memory", "good", of)
 
 
-def check_cores(host: Host) -> Iterator[Finding]:
+def check_cores(host: Host) -> Iterator[HostFinding]:
     """Cores, their quota, and how many threads the ranks would start on them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield from judge_cores(cores, cpu_quota(host), host.environ.get("OMP_NUM_THREADS"), host.ranks())
@@ -148,7 +154,7 @@ def cpu_quota(host: Host) -> float:
     return min(quotas)
 
 
-def judge_cores(cores: int, quota: float, threads: str | None, ranks: int) -> Iterator[Finding]:
+def judge_cores(cores: int, quota: float, threads: str | None, ranks: int) -> Iterator[HostFinding]:
     """Compare threads with cores.
 
     Args:
@@ -161,20 +167,20 @@ def judge_cores(cores: int, quota: float, threads: str | None, ranks: int) -> It
     each = max(1, int(usable / ranks))
     remedy = f"allstep run --env OMP_NUM_THREADS={each}"
     if threads is not None and not all(part.strip().isdecimal() for part in threads.split(",")):
-        yield Finding("cores", "warning", f"OMP_NUM_THREADS is {one_line(threads)!r}, which is no number", remedy)
+        yield HostFinding("cores", "warning", f"OMP_NUM_THREADS is {one_line(threads)!r}, which is no number", remedy)
         return
     if ranks > usable:
         text = f"{_counted(ranks, 'rank')} on {_counted(int(usable), 'core')}: they will wait for each other's turn"
         more = "Ask for more cores (sbatch --cpus-per-task, docker run --cpus), or start fewer ranks"
-        yield Finding("cores", "warning", text, more)
+        yield HostFinding("cores", "warning", text, more)
     elif threads is not None and int(threads.split(",")[0]) * ranks > max(usable, ranks):
         text = f"OMP_NUM_THREADS is {threads} for {_counted(ranks, 'rank')} on {usable:g} cores"
-        yield Finding("cores", "warning", text, remedy)
+        yield HostFinding("cores", "warning", text, remedy)
     elif threads is None and quota < cores:
         text = f"a quota of {quota:g} cores on {cores}: torch would start {cores} threads, which are then held up"
-        yield Finding("cores", "warning", text, remedy)
+        yield HostFinding("cores", "warning", text, remedy)
     else:
-        yield Finding("cores", "good", f"{_counted(cores, 'core')} for {_counted(ranks, 'rank')}")
+        yield HostFinding("cores", "good", f"{_counted(cores, 'core')} for {_counted(ranks, 'rank')}")
 
 
 def _processes_left(host: Host) -> float:

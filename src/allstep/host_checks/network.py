@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import psutil
 
 from allstep.errors import PlacementError
-from allstep.host_checks.finding import Finding, Host
+from allstep.host_checks.finding import Host, HostFinding
 from allstep.placement.variables import port as port_variable
 from allstep.protocol.foreign_text import one_line
 from allstep.protocol.name_lookup import resolve
@@ -23,30 +23,32 @@ TORCHRUN_PORT = 29500
 FEW_PORTS = 2000
 
 
-def check_host_name(host: Host) -> Iterator[Finding]:
+def check_host_name(host: Host) -> Iterator[HostFinding]:
     """What this machine's own name resolves to; other machines are told that name."""
     name = socket.gethostname()
     try:
         found = addresses_of(name)
     except OSError as error:
         text = f"the name of this machine, {name!r}, does not resolve: {error.strerror or error}"
-        yield Finding(
+        yield HostFinding(
             "host name", "warning", text, f"Add a line `ADDRESS {name}` to /etc/hosts, or mend the name server"
         )
         return
     yield judge_host_name(name, found, host.nodes)
 
 
-def judge_host_name(name: str, found: list[str], nodes: int) -> Finding:
+def judge_host_name(name: str, found: list[str], nodes: int) -> HostFinding:
     """A name that only this machine can use is a fault where there are others."""
     shown = ", ".join(found[:3])
     if nodes > 1 and all(_is_loopback(address) for address in found):
         text = f"{name} resolves to {shown}, which other machines cannot reach"
-        return Finding("host name", "warning", text, f"Put {name}'s own address into /etc/hosts in place of {found[0]}")
-    return Finding("host name", "good", f"{name} resolves to {shown}")
+        return HostFinding(
+            "host name", "warning", text, f"Put {name}'s own address into /etc/hosts in place of {found[0]}"
+        )
+    return HostFinding("host name", "good", f"{name} resolves to {shown}")
 
 
-def check_interfaces(host: Host) -> Iterator[Finding]:
+def check_interfaces(host: Host) -> Iterator[HostFinding]:
     """The interfaces that are up, and what variables say of them."""
     up = {name for name, state in psutil.net_if_stats().items() if state.isup}
     known = psutil.net_if_addrs()
@@ -58,7 +60,7 @@ def check_interfaces(host: Host) -> Iterator[Finding]:
     yield from _judge_infiniband(host)
 
 
-def judge_interfaces(host: Host, up: set[str], addresses: dict[str, list[str]]) -> Iterator[Finding]:
+def judge_interfaces(host: Host, up: set[str], addresses: dict[str, list[str]]) -> Iterator[HostFinding]:
     """Compare the variables that name interfaces with what there is.
 
     Args:
@@ -78,21 +80,21 @@ def judge_interfaces(host: Host, up: set[str], addresses: dict[str, list[str]]) 
         remedy = f"Unset {variable}, or name one of {', '.join(sorted(usable)) or 'those that `ip address` shows'}"
         if missing or not chosen:
             ill = True
-            yield Finding("interfaces", "bad", f"{named}, and this machine has no such interface", remedy)
+            yield HostFinding("interfaces", "bad", f"{named}, and this machine has no such interface", remedy)
         elif down and (not variable.startswith("NCCL") or not chosen & usable):
             ill = True
             text = f"{named}, and {', '.join(down)} is down or has no address"
-            yield Finding("interfaces", "bad", text, remedy)
+            yield HostFinding("interfaces", "bad", text, remedy)
     outward = {name: [each for each in addresses[name] if not _is_loopback(each)] for name in sorted(usable)}
     shown = ", ".join(f"{name} {has[0]}" for name, has in outward.items() if has)
     if not shown and host.nodes > 1:
         text = "only the loopback interface has an address, so no other machine can be reached"
-        yield Finding("interfaces", "bad", text, "Connect this machine; in a container use the host's network")
+        yield HostFinding("interfaces", "bad", text, "Connect this machine; in a container use the host's network")
     elif not ill:
-        yield Finding("interfaces", "good", shown or "only loopback, which does for one machine")
+        yield HostFinding("interfaces", "good", shown or "only loopback, which does for one machine")
 
 
-def check_ports(host: Host) -> Iterator[Finding]:
+def check_ports(host: Host) -> Iterator[HostFinding]:
     """The address and port at which ranks would meet, and the range from which the kernel gives ports."""
     environ = host.environ
     local = {each.address for name in psutil.net_if_addrs().values() for each in name}
@@ -105,7 +107,7 @@ def check_ports(host: Host) -> Iterator[Finding]:
         except OSError as error:
             ill = True
             text = f"MASTER_ADDR is {one_line(address)!r}, which does not resolve: {error.strerror or error}"
-            yield Finding("ports", "bad", text, "Unset it (allstep run sets it itself), or correct the name")
+            yield HostFinding("ports", "bad", text, "Unset it (allstep run sets it itself), or correct the name")
         else:
             here = any(each in local or _is_loopback(each) for each in found)
     if here and (finding := _judge_port(environ)):
@@ -115,9 +117,9 @@ def check_ports(host: Host) -> Iterator[Finding]:
     if last - first < FEW_PORTS:
         ill = True
         text = f"the kernel has ports {first} to {last} to give, and every connection between ranks takes one"
-        yield Finding("ports", "warning", text, "sysctl -w net.ipv4.ip_local_port_range='32768 60999'")
+        yield HostFinding("ports", "warning", text, "sysctl -w net.ipv4.ip_local_port_range='32768 60999'")
     if not ill:
-        yield Finding("ports", "good", f"{last - first + 1} ports to give, from {first} to {last}")
+        yield HostFinding("ports", "good", f"{last - first + 1} ports to give, from {first} to {last}")
 
 
 def addresses_of(name: str) -> list[str]:
@@ -128,20 +130,20 @@ def addresses_of(name: str) -> list[str]:
         raise OSError(f"it is no name of a host ({error})") from None
 
 
-def _judge_port(environ: Mapping[str, str]) -> Finding | None:
+def _judge_port(environ: Mapping[str, str]) -> HostFinding | None:
     if "MASTER_PORT" not in environ:
         owner = _owner(TORCHRUN_PORT)
         text = f"port {TORCHRUN_PORT}, which torchrun takes where none is given, is taken by {owner}"
         remedy = "Give torchrun --master-port (allstep run takes a free port by itself)"
-        return None if _is_free(TORCHRUN_PORT) else Finding("ports", "warning", text, remedy)
+        return None if _is_free(TORCHRUN_PORT) else HostFinding("ports", "warning", text, remedy)
     try:
         number = port_variable(environ, "MASTER_PORT", "Unset it: allstep run sets it itself")
     except PlacementError as error:
-        return Finding("ports", "bad", str(error), "Unset MASTER_PORT")
+        return HostFinding("ports", "bad", str(error), "Unset MASTER_PORT")
     if _is_free(number):
         return None
     text = f"MASTER_PORT is {number}, and that port is taken by {_owner(number)}"
-    return Finding("ports", "bad", text, "Unset it, choose another, or end that program")
+    return HostFinding("ports", "bad", text, "Unset it, choose another, or end that program")
 
 
 def _is_free(number: int) -> bool:
@@ -175,7 +177,7 @@ def _chosen(value: str, names: set[str]) -> set[str]:
     return names - matching if inverted else matching
 
 
-def _judge_infiniband(host: Host) -> Iterator[Finding]:
+def _judge_infiniband(host: Host) -> Iterator[HostFinding]:
     adapters = host.names("sys/class/infiniband")
     active = [
         adapter
@@ -186,10 +188,10 @@ def _judge_infiniband(host: Host) -> Iterator[Finding]:
     wanted = host.environ.get("NCCL_IB_HCA", "")
     if wanted and not _chosen(wanted.partition(":")[0], set(adapters)):
         text = f"NCCL_IB_HCA is {one_line(wanted)!r}, and this machine has {', '.join(adapters) or 'no InfiniBand'}"
-        yield Finding("interfaces", "bad", text, "Unset it, or name an adapter that is there")
+        yield HostFinding("interfaces", "bad", text, "Unset it, or name an adapter that is there")
     elif adapters and not active:
         text = f"no port of {', '.join(adapters)} is active, so NCCL would use the slower network"
-        yield Finding("interfaces", "warning", text, "Look at ibstat: cable, switch, subnet manager")
+        yield HostFinding("interfaces", "warning", text, "Look at ibstat: cable, switch, subnet manager")
 
 
 def _is_loopback(address: str) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from allstep.host_checks import folder_probe
-from allstep.host_checks.finding import Finding, Host, ask, graded, in_bytes
+from allstep.host_checks.finding import Host, HostFinding, ask, graded, in_bytes
 from allstep.protocol.foreign_text import one_line
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -67,12 +67,12 @@ def mount_of(path: str, mountinfo: str) -> Mount | None:
     return best
 
 
-def check_folder(host: Host) -> Iterator[Finding]:
+def check_folder(host: Host) -> Iterator[HostFinding]:
     """The folder's file system: its kind and options, its room, and what it does when it is used."""
     folder = nearest(host.folder)
     mount = mount_of(os.path.realpath(folder), host.read("proc/self/mountinfo"))
     shown = f"{folder} ({mount.kind})" if mount else str(folder)
-    ill: list[Finding] = []
+    ill: list[HostFinding] = []
     if mount is not None:
         ill += judge_mount(mount, shown)
     room = os.statvfs(folder)
@@ -87,11 +87,11 @@ def check_folder(host: Host) -> Iterator[Finding]:
     if silent or (said.problem and not results):
         step = f" while it was to {silent}" if silent else ""
         remedy = "Its file server may be gone or overloaded: ask its administrator, or choose another folder"
-        ill.append(Finding("folder", "bad", f"{shown}: {said.problem}{step}", remedy))
+        ill.append(HostFinding("folder", "bad", f"{shown}: {said.problem}{step}", remedy))
     ill += judge_steps(results, shown)
     yield from ill
     if not ill:
-        yield Finding("folder", "good", f"{shown}: {_in_numbers(results)}, {in_bytes(free)} free")
+        yield HostFinding("folder", "good", f"{shown}: {_in_numbers(results)}, {in_bytes(free)} free")
 
 
 def nearest(folder: Path) -> Path:
@@ -100,40 +100,40 @@ def nearest(folder: Path) -> Path:
     return next(each for each in (path, *path.parents) if os.path.isdir(each))
 
 
-def judge_mount(mount: Mount, shown: str) -> Iterator[Finding]:
+def judge_mount(mount: Mount, shown: str) -> Iterator[HostFinding]:
     """What the kind of a file system and its options say."""
     options = dict(each.partition("=")[::2] for each in mount.options)
     if "ro" in options:
-        yield Finding("folder", "bad", f"{shown} is mounted read-only", "Choose another with --runs, or remount it")
+        yield HostFinding("folder", "bad", f"{shown} is mounted read-only", "Choose another with --runs, or remount it")
     if mount.kind in _IN_MEMORY:
         text = f"{shown} is kept in memory: checkpoints are gone when this machine restarts, and take memory until then"
-        yield Finding("folder", "warning", text, "Choose a folder on a disk with --runs")
+        yield HostFinding("folder", "warning", text, "Choose a folder on a disk with --runs")
     if mount.kind not in ("nfs", "nfs4"):
         return
     if "soft" in options:
         text = f"{shown} is mounted soft: a server that is slow for a moment makes writes fail"
-        yield Finding("folder", "warning", text, "Have it mounted with `hard`")
+        yield HostFinding("folder", "warning", text, "Have it mounted with `hard`")
     if "nolock" in options or options.get("local_lock", "none") not in ("none", ""):
         text = f"{shown}: locks hold on this machine only (nolock or local_lock)"
-        yield Finding("folder", "warning", text, "Have it mounted without nolock and local_lock")
+        yield HostFinding("folder", "warning", text, "Have it mounted without nolock and local_lock")
     longest = max((int(options[name]) for name in _CACHE_OPTIONS if options.get(name, "").isdecimal()), default=0)
     if longest > LONG_CACHE_S:
         text = f"{shown}: this machine may not see for {longest} s what others write there (attribute cache)"
-        yield Finding("folder", "warning", text, "Have it mounted with acregmax=60,acdirmax=60 or less")
+        yield HostFinding("folder", "warning", text, "Have it mounted with acregmax=60,acdirmax=60 or less")
 
 
 _CACHE_OPTIONS = ("actimeo", "acregmax", "acdirmax")
 
 
-def judge_room(free: int, names: int | None, shown: str) -> Iterator[Finding]:
+def judge_room(free: int, names: int | None, shown: str) -> Iterator[HostFinding]:
     """Decide by free bytes, and by how many more files there can be (None where that has no limit)."""
     remedy = "Remove what is no longer needed, or choose another folder with --runs"
     if free < GIB:
         verdict = graded(bad=free < 100 * MIB)
-        yield Finding("folder", verdict, f"{shown} has {in_bytes(free)} free", remedy)
+        yield HostFinding("folder", verdict, f"{shown} has {in_bytes(free)} free", remedy)
     if names is not None and names < 1000:
         verdict = graded(bad=names < 100)
-        yield Finding("folder", verdict, f"{shown} has room for {names} more files (inodes)", remedy)
+        yield HostFinding("folder", verdict, f"{shown} has room for {names} more files (inodes)", remedy)
 
 
 def read_steps(out: str) -> tuple[dict[str, dict[str, Any]], str]:
@@ -143,31 +143,33 @@ def read_steps(out: str) -> tuple[dict[str, dict[str, Any]], str]:
     return results, lines[-1] if len(lines) % 2 else ""
 
 
-def judge_steps(results: Mapping[str, Mapping[str, Any]], shown: str) -> Iterator[Finding]:
+def judge_steps(results: Mapping[str, Mapping[str, Any]], shown: str) -> Iterator[HostFinding]:
     """What the file system did when it was used."""
     for name, result in results.items():
         if "error" in result or result.get("works") is False:
             why = f": {one_line(result['error'])}" if "error" in result else ""
             # allstep itself takes no locks; tools beside it do.
             verdict = graded(bad=name not in ("lock", "remove"))
-            yield Finding("folder", verdict, f"{shown}: {_FAILURES[name]}{why}", "Choose another folder with --runs")
+            yield HostFinding(
+                "folder", verdict, f"{shown}: {_FAILURES[name]}{why}", "Choose another folder with --runs"
+            )
     seconds = results.get("sync", {}).get("seconds", 0.0)
     if seconds > SLOW_SYNC_S:
         text = f"{shown} takes {seconds:.1f} s to write a few bytes through to the disk"
-        yield Finding(
+        yield HostFinding(
             "folder", "warning", text, "It may be overloaded: look at it again, or choose another with --runs"
         )
     speed = _speed(results)
     if speed is not None and speed < SLOW_BYTES_A_SECOND:
         text = f"{shown} is written at {speed / MIB:.1f} MiB/s, which is slow for checkpoints"
-        yield Finding(
+        yield HostFinding(
             "folder", "warning", text, "It may be overloaded: look at it again, or choose another with --runs"
         )
     ahead = results.get("create", {}).get("ahead", 0.0)
     if abs(ahead) > FAR_CLOCK_S:
         way = "ahead of" if ahead > 0 else "behind"
         text = f"the clock of the server of {shown} is {abs(ahead):.0f} s {way} this machine's"
-        yield Finding("clock", "warning", text, "Start chrony or systemd-timesyncd on both")
+        yield HostFinding("clock", "warning", text, "Start chrony or systemd-timesyncd on both")
 
 
 def _speed(results: Mapping[str, Mapping[str, Any]]) -> float | None:

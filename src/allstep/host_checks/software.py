@@ -13,16 +13,16 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from allstep.host_checks.finding import Finding, Host
+from allstep.host_checks.finding import Host, HostFinding
 
 
-def check_python(host: Host) -> Iterator[Finding]:
+def check_python(host: Host) -> Iterator[HostFinding]:
     """The interpreter, the active environment, and the `allstep` that a shell would start."""
     scripts = sysconfig.get_path("scripts")
     yield from judge_environment(host.environ, sys.prefix, scripts)
 
 
-def judge_environment(environ: Mapping[str, str], prefix: str, scripts: str) -> Iterator[Finding]:
+def judge_environment(environ: Mapping[str, str], prefix: str, scripts: str) -> Iterator[HostFinding]:
     """Compare this interpreter's environment with what the shell has activated.
 
     Args:
@@ -35,25 +35,25 @@ def judge_environment(environ: Mapping[str, str], prefix: str, scripts: str) -> 
     command = shutil.which("allstep", path=environ.get("PATH", os.defpath))
     if active and os.path.realpath(active) != os.path.realpath(prefix):
         remedy = f"Install allstep there ({active}/bin/pip install allstep), or deactivate it"
-        yield Finding("python", "warning", f"{here}, while {active} is the active environment", remedy)
+        yield HostFinding("python", "warning", f"{here}, while {active} is the active environment", remedy)
     elif command and Path(command).parent.resolve() != Path(scripts).resolve():
         remedy = "Activate this environment, or start `python -m allstep`"
-        yield Finding("python", "warning", f"{here}, while the shell would start {command}", remedy)
+        yield HostFinding("python", "warning", f"{here}, while the shell would start {command}", remedy)
     else:
-        yield Finding("python", "good", here)
+        yield HostFinding("python", "good", here)
 
 
-def check_requirements(host: Host) -> Iterator[Finding]:
+def check_requirements(host: Host) -> Iterator[HostFinding]:
     """The versions of what allstep needs."""
     try:
         wanted = importlib.metadata.requires("allstep") or ()
     except importlib.metadata.PackageNotFoundError:
-        yield Finding("requirements", "good", "allstep is used from its source, which says nothing of versions")
+        yield HostFinding("requirements", "good", "allstep is used from its source, which says nothing of versions")
         return
     yield from judge_requirements(wanted, _installed)
 
 
-def judge_requirements(wanted: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
+def judge_requirements(wanted: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[HostFinding]:
     """Compare what is wanted, as package metadata has it, with the versions that are installed."""
     needed = [each for each in map(Requirement, wanted) if each.marker is None or each.marker.evaluate({"extra": ""})]
     unmet = []
@@ -65,9 +65,9 @@ def judge_requirements(wanted: Sequence[str], installed: Callable[[str], str | N
             unmet.append((each, f"{each.name} is {version}, and {each.specifier} is needed"))
     if unmet:
         names = " ".join(f"'{each.name}{each.specifier}'" for each, _ in unmet)
-        yield Finding("requirements", "bad", "; ".join(text for _, text in unmet), f"pip install {names}")
+        yield HostFinding("requirements", "bad", "; ".join(text for _, text in unmet), f"pip install {names}")
     else:
-        yield Finding("requirements", "good", f"{len(needed)} packages have versions that fit")
+        yield HostFinding("requirements", "good", f"{len(needed)} packages have versions that fit")
 
 
 def _installed(name: str) -> str | None:

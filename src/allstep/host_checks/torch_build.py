@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from allstep.host_checks.finding import Finding, Host, ask, graded
+from allstep.host_checks.finding import Host, HostFinding, ask, graded
 from allstep.protocol.foreign_text import one_line
 
 LONG_S = 30.0
@@ -105,7 +105,7 @@ def kernel_devices(host: Host) -> KernelDevices:
     )
 
 
-def check_torch(host: Host) -> Iterator[Finding]:
+def check_torch(host: Host) -> Iterator[HostFinding]:
     """Import torch in another process and ask it."""
     said = ask([sys.executable, "-c", _QUESTIONS], host)
     line = next((each for each in said.out.splitlines()[::-1] if each.startswith(_MARK)), "")
@@ -118,18 +118,18 @@ def check_torch(host: Host) -> Iterator[Finding]:
             "Try again with --timeout 60: the first import from a slow disk takes long. If it stays so, move the "
             "environment to a local disk"
         )
-        yield Finding("torch", graded(bad=host.within >= LONG_S), text, remedy)
+        yield HostFinding("torch", graded(bad=host.within >= LONG_S), text, remedy)
     else:
         text = f"importing torch fails: {said.problem or 'it ended the process'}"
         remedy = f"Run `{sys.executable} -c 'import torch'` to see all; pip install --force-reinstall torch mends most"
-        yield Finding("torch", "bad", text, remedy)
+        yield HostFinding("torch", "bad", text, remedy)
 
 
-def judge_torch(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str, str]) -> Iterator[Finding]:
+def judge_torch(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str, str]) -> Iterator[HostFinding]:
     """Compare torch's build with the devices and the driver that are there."""
     if len(answer.copies) > 1:
         text = f"several are installed: {'; '.join(answer.copies)}; {answer.file} is what Python imports"
-        yield Finding("torch", "warning", text, "Uninstall all but one: pip uninstall torch, until none is left")
+        yield HostFinding("torch", "warning", text, "Uninstall all but one: pip uninstall torch, until none is left")
     if answer.cuda:
         yield _judge_cuda(answer, kernel, environ)
     elif answer.hip:
@@ -138,26 +138,26 @@ def judge_torch(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str
         text = (
             f"torch {answer.version} is built for the CPU, and this machine has {_counted(kernel.nvidia, 'NVIDIA GPU')}"
         )
-        yield Finding("torch", "bad", text, f"{INSTALL}cu128 (or the cuXXX that the driver serves, see nvidia-smi)")
+        yield HostFinding("torch", "bad", text, f"{INSTALL}cu128 (or the cuXXX that the driver serves, see nvidia-smi)")
     elif kernel.amd and environ.get("HIP_VISIBLE_DEVICES") != "":
         text = f"torch {answer.version} is built for the CPU, and this machine has {_counted(kernel.amd, 'AMD GPU')}"
-        yield Finding("torch", "bad", text, f"{INSTALL}rocm6.4 (or the rocmX.Y that is installed here)")
+        yield HostFinding("torch", "bad", text, f"{INSTALL}rocm6.4 (or the rocmX.Y that is installed here)")
     else:
-        yield Finding("torch", "good", f"{answer.version}, for the CPU; imported in {answer.seconds:.1f} s")
+        yield HostFinding("torch", "good", f"{answer.version}, for the CPU; imported in {answer.seconds:.1f} s")
 
 
-def _judge_cuda(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str, str]) -> Finding:
+def _judge_cuda(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str, str]) -> HostFinding:
     nccl = f", NCCL {answer.nccl}" if answer.nccl else ""
     build = f"{answer.version} for CUDA {answer.cuda}{nccl}"
     if answer.available:
-        return Finding("torch", "good", f"{build}; it uses {_counted(answer.devices, 'device')}")
+        return HostFinding("torch", "good", f"{build}; it uses {_counted(answer.devices, 'device')}")
     if environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
-        return Finding("torch", "good", f"{build}; CUDA_VISIBLE_DEVICES shows it no device")
+        return HostFinding("torch", "good", f"{build}; CUDA_VISIBLE_DEVICES shows it no device")
     # Releases of one major version serve each other, an older major version does not.
     if answer.driver and answer.driver // 1000 < int(str(answer.cuda).partition(".")[0]):
         served = f"{answer.driver // 1000}.{answer.driver % 1000 // 10}"
         text = f"{build}, and the driver is too old for that: it serves CUDA {served}"
-        return Finding(
+        return HostFinding(
             "torch",
             "bad",
             text,
@@ -167,24 +167,24 @@ def _judge_cuda(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str
         why = f": {one_line(answer.why)}" if answer.why else ""
         text = f"{build} cannot use the {_counted(kernel.nvidia, 'GPU')} that the driver shows{why}"
         remedy = "Look at nvidia-smi, at CUDA_VISIBLE_DEVICES, and whether /dev/nvidia* may be opened by this user"
-        return Finding("torch", "bad", text, remedy)
+        return HostFinding("torch", "bad", text, remedy)
     if kernel.nvidia_on_bus:
         text = f"{build}, and {_counted(kernel.nvidia_on_bus, 'NVIDIA GPU')} on the bus without a driver here"
         remedy = "Install NVIDIA's driver; in a container start it with --gpus all (Docker) or --nv (Apptainer)"
-        return Finding("torch", "bad", text, remedy)
-    return Finding("torch", "good", f"{build}; this machine has no GPU, so ranks use the CPU")
+        return HostFinding("torch", "bad", text, remedy)
+    return HostFinding("torch", "good", f"{build}; this machine has no GPU, so ranks use the CPU")
 
 
-def _judge_rocm(answer: TorchAnswer, kernel: KernelDevices) -> Finding:
+def _judge_rocm(answer: TorchAnswer, kernel: KernelDevices) -> HostFinding:
     build = f"{answer.version} for ROCm {answer.hip}"
     if answer.available:
-        return Finding("torch", "good", f"{build}; it uses {_counted(answer.devices, 'device')}")
+        return HostFinding("torch", "good", f"{build}; it uses {_counted(answer.devices, 'device')}")
     if kernel.amd:
         why = f": {one_line(answer.why)}" if answer.why else ""
         text = f"{build} cannot use the {_counted(kernel.amd, 'GPU')} that the driver shows{why}"
         remedy = "Look at rocm-smi, and whether this user may open /dev/kfd (groups render and video)"
-        return Finding("torch", "bad", text, remedy)
-    return Finding("torch", "good", f"{build}; this machine has no GPU, so ranks use the CPU")
+        return HostFinding("torch", "bad", text, remedy)
+    return HostFinding("torch", "good", f"{build}; this machine has no GPU, so ranks use the CPU")
 
 
 def _counted(count: int, thing: str) -> str:
