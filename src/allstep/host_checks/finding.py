@@ -1,8 +1,8 @@
 """What a check finds, and what it is told of the machine that it looks at.
 
 Contract: a check is a function from a `Host` to `HostFinding`s. It changes nothing that outlives it, takes no longer
-than `Host.within` where it waits for anything, and raises nothing that a sick machine can cause. Each finding that is not
-good has a remedy: what to type, or whom to ask for what. A good one says in a few words what was seen.
+than `Host.within` where it waits for anything, and raises nothing that a sick machine can cause. Each finding that is
+not good has a remedy: what to type, or whom to ask for what. A good one says in a few words what was seen.
 """
 
 from __future__ import annotations
