@@ -79,8 +79,7 @@ def swap_values(model: nn.Module, other: nn.Module) -> None:
 def parts_by_kind(
     model: nn.Module, other: nn.Module, *, buffers: bool
 ) -> Collection[tuple[list[torch.Tensor], list[torch.Tensor]]]:
-    """Lists of two models' parts that correspond, as torch's functions of many tensors take them: one device and dtype
-    a list."""
+    """Two models' parts, those of one device and dtype in two lists, as torch's functions of many tensors take them."""
     kinds: dict[Any, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
     for one, two in _pairs(model, other, buffers=buffers):
         ones, twos = kinds.setdefault((one.device, one.dtype), ([], []))

@@ -3,7 +3,8 @@
 Contract: `World.wrap` with `precision="float8"` calls `linears_in_float8` before the module is sharded. Parameters stay
 as they are, in float32 and under their names; inputs, weights and gradients are scaled and cast for each
 multiplication. A layer whose sizes are no multiples of 16, which the device's float8 needs, stays in bfloat16. Refused
-where the device has no float8 or torchao is not installed, before anything is changed.
+where the device has no float8 or torchao is not installed, before anything is changed. torchao puts another module in
+the place of each layer.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ _MULTIPLE = 16
 _CAPABILITY = (8, 9)  # of the first devices of NVIDIA with float8
 
 
-def linears_in_float8(module: nn.Module, device: torch.device, *, emulated: bool = False) -> int:
-    """Have a module's linear layers multiply in float8, in place; returns how many do.
+def linears_in_float8(module: nn.Module, device: torch.device, *, emulated: bool = False) -> dict[nn.Module, nn.Module]:
+    """Have a module's linear layers multiply in float8, in place.
 
     Args:
         module: on any device; itself no linear layer.
         device: where it is to run.
         emulated: round to float8 and multiply in a wider type, which any device does: for tests of accuracy.
+
+    Returns:
+        The layers that do, each with the one that it has replaced.
 
     Raises:
         ParallelError: the device has no float8, torchao is not installed, or no layer can be in float8.
@@ -39,7 +43,7 @@ def linears_in_float8(module: nn.Module, device: torch.device, *, emulated: bool
         raise ParallelError(
             f"precision is \"float8\", which needs torchao: pip install 'allstep[float8]' ({error})"
         ) from error
-    layers = sum(_fits(each) for each in module.modules() if each is not module)
+    layers = {name: each for name, each in module.named_modules() if name and _fits(each)}
     if not layers:
         raise ParallelError(
             'precision is "float8", but no nn.Linear in the module has in_features and out_features that are multiples '
@@ -48,7 +52,7 @@ def linears_in_float8(module: nn.Module, device: torch.device, *, emulated: bool
     torchao.convert_to_float8_training(
         module, config=torchao.Float8LinearConfig(emulate=emulated), module_filter_fn=lambda each, _: _fits(each)
     )
-    return layers
+    return {module.get_submodule(name): each for name, each in layers.items()}
 
 
 def _lack(device: torch.device) -> str | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -71,16 +71,13 @@ def shard_module(
         ignored: parameters that stay whole on each rank. Nobody averages their gradients.
 
     Raises:
-        ParallelError: precision is unknown, the module is sharded already, or units name no submodule.
-        ArgumentError, ArgumentTypeError: units or ignored cannot be meant.
+        ParallelError, ArgumentError, ArgumentTypeError: as `check_sharding` does; nothing is changed then.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    if is_fully_sharded(module):
-        raise ParallelError("the module is sharded already; wrap it once")
-    ignoring = _ignored(module, ignored)
-    chosen = choose_units(module, units)
-    dtype = _checked_dtype(precision)
+    ignored = list(ignored)
+    check_sharding(module, units=units, precision=precision, ignored=ignored)
+    ignoring, chosen, dtype = set(ignored), choose_units(module, units), _DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     # What the whole module returns is in float32, so that a loss is.
     outer_policy = policy if dtype is None else replace(policy, output_dtype=torch.float32)
@@ -110,20 +107,36 @@ def shard_module(
     return module
 
 
-def _checked_dtype(precision: str) -> torch.dtype | None:
+def check_sharding(
+    module: nn.Module,
+    *,
+    units: Units = None,
+    precision: str = "no",
+    reshard_after_forward: bool | None = None,
+    cpu_offload: bool = False,
+    ignored: Collection[nn.Parameter] = (),
+) -> None:
+    """Raise what `shard_module` would refuse, with the same arguments, before anything is done to the module.
+
+    Raises:
+        ParallelError: precision is unknown, the module or a part of it is sharded already, or units name no submodule.
+        ArgumentError, ArgumentTypeError: units or ignored cannot be meant.
+    """
+    if is_fully_sharded(module):
+        raise ParallelError("the module is sharded already; wrap it once")
     if precision not in _DTYPES:
         raise ParallelError(f'precision is {precision!r}; it must be one of "no", "fp16", "bf16"')
-    return _DTYPES[precision]
-
-
-def _ignored(module: nn.Module, ignored: Iterable[nn.Parameter]) -> set[nn.Parameter]:
-    given, known = list(ignored), {id(each) for each in module.parameters()}
-    for each in given:
-        if id(each) not in known:
+    known = {id(each) for each in module.parameters()}
+    for given in ignored:
+        if id(given) not in known:
             raise ArgumentTypeError(
-                f"ignored has a {type(each).__name__} that is no parameter of the module; give some of its parameters"
+                f"ignored has a {type(given).__name__} that is no parameter of the module; give some of its parameters"
             )
-    return set(given)
+    if twice := next(filter(is_fully_sharded, choose_units(module, units)), None):
+        raise ParallelError(
+            f"a {type(twice).__name__} in the module is sharded already, by fully_shard or another wrap, and would be "
+            "a unit; wrap the whole module once, or give units= that leave it out"
+        )
 
 
 def _settle(unit: nn.Module, own: list[nn.Parameter], device: torch.device) -> None:

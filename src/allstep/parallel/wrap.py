@@ -3,6 +3,7 @@
 Contract: `World.wrap` calls `wrap_module` with its device and size. Before: every rank has built the same module and
 calls this at the same point, since DDP compares and broadcasts parameters. After: the module is on the device, and
 gradients of a world of several are averaged over ranks in backward. A world of one gets its own module back, moved.
+What is refused is refused before anything is done: the module is as it was then, on its device.
 In a mesh gradients are averaged over its data ranks, and with `shard` in it the module is put in parts: see
 `fully_sharded`. With `tensor` in it and a plan for that, submodules are divided first: see `tensor_parallel`.
 `rewrap` follows a module that has changed since; see `allstep.parallel.replica`.
@@ -11,7 +12,8 @@ In a mesh gradients are averaged over its data ranks, and with `shard` in it the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,8 @@ from allstep.parallel.activation_checkpointing import recompute_activations, uni
 from allstep.parallel.buffers import broadcast_from_first
 from allstep.parallel.compilation import compile_units, units_to_compile
 from allstep.parallel.dtensor import is_dtensor
-from allstep.parallel.fully_sharded import is_fully_sharded, shard_module
+from allstep.parallel.float8 import linears_in_float8
+from allstep.parallel.fully_sharded import check_sharding, is_fully_sharded, shard_module
 from allstep.parallel.meta_weights import has_meta_tensors, materialise
 from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
@@ -49,6 +52,7 @@ _OWN_OPTIONS = (
     "compile",
     "compile_options",
 )
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _HOW_TO_SHARD = ("units", "reshard_after_forward")
 _SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"module", "device", "mesh"}
 
@@ -72,6 +76,7 @@ def wrap_module(
     checkpoint_activations: Any = None,
     compile: Any = False,
     compile_options: Mapping[str, Any] | None = None,
+    in_float8: bool = False,
     **ddp_options: Any,
 ) -> nn.Module:
     """Move a module to a device and, when there are peers, wrap it in DDP, or shard it.
@@ -100,12 +105,13 @@ def wrap_module(
         compile: True for the whole module, or classes or a function of a submodule for units that are compiled one by
             one. See `allstep.parallel.compilation`.
         compile_options: of torch.compile.
+        in_float8: have linear layers multiply in float8. See `allstep.parallel.linears_in_float8`.
         ddp_options: arguments of `DistributedDataParallel`, over the defaults `gradient_as_bucket_view=True` and, on
             CUDA, `device_ids=[device.index]`.
 
     Raises:
-        ParallelError: no module was given, it is wrapped or sharded already, SyncBatchNorm was asked for where there is
-            none, or tensor_plan, checkpoint_activations or compile does not fit the module or the mesh.
+        ParallelError: no module was given, it is wrapped or sharded already, SyncBatchNorm or float8 was asked for
+            where there is none, or tensor_plan, checkpoint_activations or compile does not fit the module or the mesh.
         ArgumentTypeError: an option that DistributedDataParallel, or `shard_module`, does not have, in a world of any
             size.
     """
@@ -113,18 +119,26 @@ def wrap_module(
         raise ParallelError(f"module is {module!r}; wrap a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
-    recomputed = units_to_checkpoint(module, checkpoint_activations, ddp_options.get("units"))
+    before_float8: dict[nn.Module, nn.Module] = {}
+    units = ddp_options.get("units")
+    if in_float8 and callable(units) and not isinstance(units, type):  # a predicate sees layers as they were
+        ddp_options["units"] = lambda each: units(before_float8.get(each, each))
+    recomputed = units_to_checkpoint(module, checkpoint_activations, units)
     compiled = units_to_compile(module, compile, compile_options)
-    wrapped = _over_ranks(
+    put_over_ranks = _way_over_ranks(
         module, device, world_size, sync_batchnorm, deterministic, activity, mesh, model_mesh, tensor_plan, ddp_options
     )
-    # Both change what a call of the same objects does, so they come last, when nothing can be refused any more.
-    recompute_activations(recomputed)
-    compile_units(compiled, compile_options)
+    if in_float8:
+        before_float8.update(linears_in_float8(module, device))
+    # Nothing can be refused any more.
+    wrapped = put_over_ranks()
+    in_place_of = {before: now for now, before in before_float8.items()}
+    recompute_activations(in_place_of.get(each, each) for each in recomputed)
+    compile_units((in_place_of.get(each, each) for each in compiled), compile_options)
     return wrapped
 
 
-def _over_ranks(
+def _way_over_ranks(
     module: nn.Module,
     device: torch.device,
     world_size: int,
@@ -135,7 +149,8 @@ def _over_ranks(
     model_mesh: DeviceMesh | None,
     tensor_plan: TensorPlan | None,
     ddp_options: dict[str, Any],
-) -> nn.Module:
+) -> Callable[[], nn.Module]:
+    """What puts the module over the ranks; all that can be refused beforehand is, and nothing has changed."""
     dimensions = () if mesh is None else mesh.mesh_dim_names or ()
     styles: dict[str, ParallelStyle] = {}
     if tensor_plan is not None or "tensor" in dimensions:
@@ -145,7 +160,7 @@ def _over_ranks(
     elif tensor_plan is not None:  # so that what passes here passes in a mesh too
         styles_of(module, tensor_plan)
     if mesh is not None and "shard" in dimensions:
-        return _in_parts(module, styles, device, mesh, ddp_options)
+        return _way_in_parts(module, styles, device, mesh, ddp_options)
     units = ddp_options.get("units")
     for name in _HOW_TO_SHARD:  # the same script runs in any mesh
         ddp_options.pop(name, None)
@@ -161,56 +176,93 @@ def _over_ranks(
             "plan, and reduces its gradients itself. Train it as it is, without wrap, or give wrap the whole module "
             "and the plan as tensor_plan="
         )
-    if styles and mesh is not None:
-        if not _data_dimensions(mesh):
-            return _divided_alone(module, styles, device, mesh)
+    if styles and mesh is not None and _data_dimensions(mesh):
         assert model_mesh is not None
-        return _in_parts(module, styles, device, model_mesh, {"units": units, **ddp_options})
+        return _way_in_parts(module, styles, device, model_mesh, {"units": units, **ddp_options})
     # Also in a world of one, so that what passes alone passes over several.
     if unknown := unknown_option("wrap", ddp_options, _OWN_OPTIONS, _DDP_OPTIONS, "DistributedDataParallel"):
         raise ArgumentTypeError(unknown)
+    if styles and mesh is not None:
+        return partial(_divided_alone, module, styles, device, mesh)
     if sync_batchnorm and device.type != "cuda":
         raise ParallelError(
             f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA only and the device is {device}; give "
             'sync_batchnorm=world.device.type == "cuda", or use a normalisation that needs no peers, such as GroupNorm'
         )
+    over = () if mesh is None else _data_dimensions(mesh)
     if world_size == 1:
-        return module.to(device)
-    if sync_batchnorm:
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
-    module = module.to(device)
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        return module
+        return partial(module.to, device)
+    # All ranks of a mesh without data ranks compute every batch together.
+    if (mesh is not None and not over) or not any(each.requires_grad for each in module.parameters()):
+        return lambda: (_with_sync_batchnorm(module) if sync_batchnorm else module).to(device)
     # Gradients that are views of the buckets save a copy of all gradients.
     defaults: dict[str, Any] = {"gradient_as_bucket_view": True}
     if mesh is not None:
-        over = _data_dimensions(mesh)
-        if not over:  # all ranks compute every batch together
-            return module
         defaults["process_group"] = mesh.get_group(over[0])
     if device.type == "cuda":
         defaults["device_ids"] = [device.index]
+    return partial(_in_ddp, module, device, sync_batchnorm, deterministic, activity, defaults | ddp_options)
+
+
+def _in_ddp(
+    module: nn.Module,
+    device: torch.device,
+    sync_batchnorm: bool,
+    deterministic: bool,
+    activity: RankActivity | None,
+    options: dict[str, Any],
+) -> nn.Module:
     is_timed = activity is not None and device.type == "cpu" and can_time_ddp()
-    wrapped = (TimedDDP if is_timed else Replica)(
-        module, deterministic=deterministic, sync_batchnorm=sync_batchnorm, **(defaults | ddp_options)
-    )
+    norms = [
+        (outer, name, each)
+        for outer in module.modules()
+        for name, each in outer.named_children()
+        if isinstance(each, _BATCH_NORMS)
+    ]
+    try:
+        if sync_batchnorm:
+            module = _with_sync_batchnorm(module)
+        wrapped = (TimedDDP if is_timed else Replica)(
+            module.to(device), deterministic=deterministic, sync_batchnorm=sync_batchnorm, **options
+        )
+    except BaseException:  # the values of options are DDP's to judge
+        for outer, name, each in norms:
+            setattr(outer, name, each)
+        raise
     # Only now, so that the pass that fixes the buckets is not measured.
     wrapped.activity = activity
     hold_group(wrapped)
     return wrapped
 
 
-def _in_parts(
-    module: nn.Module, styles: Mapping[str, Any], device: torch.device, mesh: DeviceMesh, options: Mapping[str, Any]
-) -> nn.Module:
-    """The module in parts over a mesh: divided first, so that each rank shards what it has of the divided."""
+def _with_sync_batchnorm(module: nn.Module) -> nn.Module:
+    converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    return converted
+
+
+def _way_in_parts(
+    module: nn.Module, styles: Mapping[str, Any], device: torch.device, mesh: DeviceMesh, options: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    """What puts the module in parts over a mesh: it is divided first, so that each rank shards what it has then."""
     if unknown := unknown_option("wrap", options, _OWN_OPTIONS, _SHARD_OPTIONS, "a model in parts"):
         raise ArgumentTypeError(unknown)
-    if styles:
-        from allstep.parallel.tensor_parallel import divide_module
+    options = {**options, "ignored": list(options.get("ignored") or ())}
+    check_sharding(module, **options)
+    ignored = set(map(id, options["ignored"]))
+    for name in styles:
+        if any(id(each) in ignored for each in module.get_submodule(name).parameters()):
+            raise ParallelError(
+                f"ignored has a parameter of {name}, which tensor_plan divides; leave it out of one of the two"
+            )
 
-        divide_module(module, styles, mesh["tensor"], device)
-    return shard_module(module, device, mesh[_data_dimensions(mesh)], **options)
+    def in_parts() -> nn.Module:
+        if styles:
+            from allstep.parallel.tensor_parallel import divide_module
+
+            divide_module(module, styles, mesh["tensor"], device)
+        return shard_module(module, device, mesh[_data_dimensions(mesh)], **options)
+
+    return in_parts
 
 
 def _divided_alone(module: nn.Module, styles: Mapping[str, Any], device: torch.device, mesh: DeviceMesh) -> nn.Module:

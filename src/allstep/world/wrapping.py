@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from allstep.parallel import Compilations, Precision, autocast, linears_in_float8, unwrap, wrap_module
+from allstep.parallel import Compilations, Precision, autocast, unwrap, wrap_module
 from allstep.world.casting import Casting
 from allstep.world.device_mesh import has_dimension
 from allstep.world.internals import WorldInternals
@@ -31,8 +31,7 @@ def wrap_in_world(
     """Wrap a module for the ranks of a World; see `World.wrap`."""
     activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
     if options.get("precision") == "float8":
-        linears_in_float8(module, device)
-        options["precision"] = "bf16"
+        options |= {"precision": "bf16", "in_float8": True}
     casts: Precision = "no" if has_dimension(mesh, "shard") else options.pop("precision", "no")
     autocast(device.type, casts)  # raises for one that there is not
     wrapped = wrap_module(module, device, world_size, activity=activity, mesh=mesh, model_mesh=model_mesh, **options)
