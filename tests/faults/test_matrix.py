@@ -16,6 +16,7 @@ ELSEWHERE: dict[int | str, list[str]] = {
     11: [f"{FAULTS}test_preemption.py::test_a_run_resumed_after_sigterm_to_all_equals_an_unbroken_one"],
     12: [f"{FAULTS}test_preemption.py::test_sigterm_to_one_rank_stops_all_together"],
     14: [f"{FAULTS}test_preemption.py::test_usr1_before_torch_is_imported_is_remembered"],
+    16: ["tests/launch/test_restarts.py::test_a_run_that_fails_three_times_recovers_at_the_third_restart"],
     21: ["tests/launch/test_machines.py::test_strangers_on_the_port_are_turned_away_and_the_run_goes_on"],
     22: ["tests/hosts/test_hosts.py::test_row_22_a_link_that_is_cut_ends_both_sides_within_the_limit"],
     23: ["tests/faults/test_uneven_link.py::test_row_23_news_that_comes_late_and_in_bunches_ends_nobody"],

@@ -20,17 +20,26 @@ RAISES = AT.raise_(ValueError("bad batch"))
 
 
 @also_under_torchrun_by_night
+@pytest.mark.nightly
 def test_row_1_a_rank_raises_and_its_traceback_comes_first(tmp_path: Path, launcher: Launcher) -> None:
     job = rehearse(tmp_path, "train.py", fault=RAISES, launcher=launcher, within=BOUND)
     assert job.code == 1
     check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch", "epoch 1, iteration 7")
+    check_traceback(job)
+    if launcher == "allstep":
+        check_cause(job)
+        assert job.report["exit_code"] == 1
+
+
+def check_traceback(job: Job) -> None:
     traceback = job.block.index(next(line for line in job.block if "Traceback (most recent call last)" in line))
     assert any("in train_step" in line or "in carry_out" in line for line in job.block[traceback:])
-    if launcher == "allstep":
-        assert (job.cause["rank"], job.cause["kind"], job.cause["iteration"]) == (1, "error", 7)
-        assert job.cause["traceback"].rstrip().endswith("ValueError: bad batch")
-        assert [each["rank"] for each in job.report["others"]] == [0]
-        assert job.report["exit_code"] == 1
+
+
+def check_cause(job: Job) -> None:
+    assert (job.cause["rank"], job.cause["kind"], job.cause["iteration"]) == (1, "error", 7)
+    assert job.cause["traceback"].rstrip().endswith("ValueError: bad batch")
+    assert [each["rank"] for each in job.report["others"]] == [0]
 
 
 @also_under_torchrun_by_night
@@ -52,7 +61,10 @@ def test_row_1_peers_in_a_collective_end_though_the_failed_rank_stays(tmp_path: 
 
     job = fastest(tmp_path, once, within=1.0)
     assert job.code != 0
-    check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch")
+    check_first_lines(job, "rank 1 of 2 failed first", "ValueError: bad batch", "epoch 1, iteration 7")
+    check_traceback(job)
+    if launcher == "allstep":
+        check_cause(job)
 
 
 @also_under_torchrun_by_night

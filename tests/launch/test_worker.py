@@ -41,22 +41,22 @@ def plain(folder: Path, *arguments: str, env: dict[str, str] | None = None) -> J
     return run(folder, *arguments, command=[sys.executable], env=(env or {}) | {"RANK": "0"})
 
 
+BY_NIGHT = (
+    *("deep/script.py x", "link.py", "link/../folder", "./deep/../script.py", "compiled_without_a_suffix"),
+    *("archive.zip", "-m package"),
+)
+
+
 @pytest.mark.parametrize(
     "command",
     [
         ["script.py"],
         ["script.py", "--nproc", "3", "-m", "--", "--help", ""],
-        ["deep/script.py", "x"],
-        ["link.py"],
         ["link/../script.py"],
-        ["link/../folder"],
-        ["./deep/../script.py"],
         ["__pycache__/compiled.pyc"],
-        ["compiled_without_a_suffix"],
         ["folder", "x"],
-        ["archive.zip"],
         ["-m", "package.module", "-m", "x"],
-        ["-m", "package"],
+        *(pytest.param(command.split(), marks=pytest.mark.nightly) for command in BY_NIGHT),
     ],
     ids=" ".join,
 )
@@ -147,8 +147,16 @@ def test_a_module_that_is_not_there_is_told_as_plain_python_tells_it(tmp_path: P
     assert plain(tmp_path, "-m", "absent.module").err in result.err
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("module", [False, True], ids=["script", "module"])
+@pytest.mark.parametrize(
+    ("module", "method"),
+    [
+        (False, "fork"),
+        (True, "spawn"),
+        (False, "forkserver"),
+        *(pytest.param(*each, marks=pytest.mark.nightly) for each in ((True, "fork"), (False, "spawn"))),
+        pytest.param(True, "forkserver", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_script_can_start_processes_of_its_own(method: str, module: bool, tmp_path: Path) -> None:
     script(
         tmp_path,

@@ -100,6 +100,7 @@ def run_script(script: Path, *arguments: str) -> Job:
     return running.run(script.parent, script, *arguments, command=[sys.executable], env=PATHS)
 
 
+@pytest.mark.nightly
 def test_a_closed_server_has_ended_and_the_next_call_starts_another() -> None:
     (closed, _), _ = run_ranks(parent_and_threads, 2)
     close_server()
