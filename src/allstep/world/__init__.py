@@ -13,6 +13,16 @@ from allstep.world.initialization import init
 from allstep.world.internals import WorldInternals
 from allstep.world.move import to_device
 from allstep.world.numbers import to_numbers
+from allstep.world.plan_training import plan_training
 from allstep.world.world import World, internals
 
-__all__ = ["World", "WorldInternals", "current_data_ranks", "init", "internals", "to_device", "to_numbers"]
+__all__ = [
+    "World",
+    "WorldInternals",
+    "current_data_ranks",
+    "init",
+    "internals",
+    "plan_training",
+    "to_device",
+    "to_numbers",
+]

@@ -40,6 +40,7 @@ from allstep.parallel import (
     unwrap,
 )
 from allstep.placement import DataRanks, MeshShape, Placement
+from allstep.planning import Plan
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current
@@ -52,6 +53,7 @@ from allstep.world.internals import WorldInternals
 from allstep.world.membership import Membership
 from allstep.world.move import to_device
 from allstep.world.numbers import to_numbers
+from allstep.world.plan_training import plan_training
 from allstep.world.process_group import Group
 from allstep.world.seed import seed_generators
 from allstep.world.turns import Turns
@@ -146,6 +148,15 @@ class World:
             return wrap_in_world(
                 module, self.device, self.world_size, self.mesh, self._model_mesh, self._internals, options
             )
+
+    def plan(self, module: nn.Module, batch: Any, **options: Any) -> Plan:
+        """What training a module takes on each rank, memory and messages: a step is run without values or devices.
+
+        Not collective. Nothing is changed. Args and errors as in `allstep.world.plan_training`: `mesh`, `ranks`,
+        `step`, `optimizer`, `accumulate`, `memory`, and the options of `wrap`.
+        """
+        self._membership.check_open("plan")
+        return plan_training(module, batch, device=self.device, world_size=self.world_size, opened=self.mesh, **options)
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's own module inside DDP and torch.compile; what to save and to evaluate on one rank.
@@ -242,20 +253,8 @@ class World:
     ) -> Loader:
         """This rank's part of a dataset, as a torch DataLoader.
 
-        Args:
-            dataset: map-style, or a torch IterableDataset.
-            batch_size: samples a rank takes in a batch.
-            global_batch_size: samples all ranks take in a batch; give this or `batch_size`.
-            max_batch_per_rank: the most samples that a rank takes in one iteration; see `allstep.data.make_loader`.
-            shuffle: a random order each epoch.
-            sampler: an order of your own in place of that, such as torch's `WeightedRandomSampler`.
-            drop_last: leave out a last global batch that is smaller than the others.
-            sample_seeding: seed augmentation for each "sample", each rank's "batch", or "off"; see `make_loader`.
-            seed: of order and augmentation; by default this World's `seed`, or 0.
-            dataloader_options: passed on to torch's DataLoader.
-
-        Raises:
-            DataError: arguments that cannot work together; see `allstep.data.make_loader`.
+        Args and errors as in `allstep.data.make_loader`. `batch_size` is of a rank, `global_batch_size` of all; give
+        one of them. `seed` is by default this World's, or 0.
         """
         self._membership.check_open("loader")
         return make_loader(

@@ -7,6 +7,7 @@ elsewhere autocast around the model's forward pass. Float8 is bfloat16 in which 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from allstep.parallel import Compilations, Precision, autocast, unwrap, wrap_module
+from allstep.protocol.heartbeat import RankActivity
 from allstep.world.casting import Casting
 from allstep.world.device_mesh import has_dimension
 from allstep.world.internals import WorldInternals
@@ -30,6 +32,24 @@ def wrap_in_world(
 ) -> nn.Module:
     """Wrap a module for the ranks of a World; see `World.wrap`."""
     activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
+    wrapped = wrap_for_ranks(module, device, world_size, mesh, model_mesh, options, activity)
+    inner.add_wrapped(wrapped)
+    if options.get("compile") and inner.compilations is None:
+        inner.compilations = Compilations()
+    return wrapped
+
+
+def wrap_for_ranks(
+    module: nn.Module,
+    device: torch.device,
+    world_size: int,
+    mesh: DeviceMesh | None,
+    model_mesh: DeviceMesh | None,
+    options: Mapping[str, Any],
+    activity: RankActivity | None = None,
+) -> nn.Module:
+    """Wrap a module in the precision that is asked for; see `World.wrap`."""
+    options = dict(options)
     if options.get("precision") == "float8":
         options |= {"precision": "bf16", "in_float8": True}
     casts: Precision = "no" if has_dimension(mesh, "shard") else options.pop("precision", "no")
@@ -37,7 +57,4 @@ def wrap_in_world(
     wrapped = wrap_module(module, device, world_size, activity=activity, mesh=mesh, model_mesh=model_mesh, **options)
     if casts != "no":
         Casting(unwrap(wrapped), casts).hook()
-    inner.add_wrapped(wrapped)
-    if options.get("compile") and inner.compilations is None:
-        inner.compilations = Compilations()
     return wrapped
