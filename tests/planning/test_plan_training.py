@@ -110,7 +110,9 @@ def test_planning_changes_nothing() -> None:
         assert all(each.grad is None and type(each) is nn.Parameter for each in model.parameters())
         assert torch.equal(torch.get_rng_state(), drawn)
         assert dist.group.WORLD is group
-        assert [(key, len(value) if hasattr(value, "__len__") else value) for key, value in vars(model).items()] == known
+        assert [
+            (key, len(value) if hasattr(value, "__len__") else value) for key, value in vars(model).items()
+        ] == known
         wrapped = world.wrap(model)  # the mesh that is open still works
         wrapped(torch.randn(4, 8)).sum().backward()
         assert world.plan(nn.Linear(8, 8), torch.randn(4, 8)).mesh == {"shard": 1}

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
 from allstep.parallel import is_fully_sharded, styles_of, unify_buffers, unreduced
-from allstep.planning.plan import Plan
+from allstep.planning.memory_plan import Plan
 from allstep.planning.step_trace import StepTrace
 from allstep.planning.torch_private import fake_ranks, fake_tensors, values_were_read
 from allstep.protocol.foreign_text import printable

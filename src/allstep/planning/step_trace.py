@@ -20,7 +20,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from allstep.planning.plan import KINDS, MemoryUse, Traffic
+from allstep.planning.memory_plan import KINDS, MemoryUse, Traffic
 from allstep.planning.torch_private import Operations, group_name, is_made_by
 
 # Each collective's operations: where the tensors are that are counted, and whether an input is multiplied by the ranks.

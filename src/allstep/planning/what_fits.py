@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from allstep.errors import ParallelError
-from allstep.planning.plan import Plan, mesh_in_words
+from allstep.planning.memory_plan import Plan, mesh_in_words
 from allstep.planning.planned_step import Training, planned
 
 _SMALLEST = 1 / 64  # of the batch
