@@ -97,22 +97,25 @@ def test_the_planned_peak_is_that_of_real_tensors(mesh: Any, anew: Any, tmp_path
     assert found.peak.total == pytest.approx(peak[0], rel=0.05)
 
 
+def attributes_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """The attributes of a module, its hooks by their number."""
+    return [(name, len(each) if hasattr(each, "__len__") else each) for name, each in vars(module).items()]
+
+
 def test_planning_changes_nothing() -> None:
     with allstep.init(mesh={"shard": -1}) as world:
         model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
         before = {name: each.clone() for name, each in model.state_dict().items()}
         batch, group = torch.randn(4, 8), dist.group.WORLD
         drawn = torch.get_rng_state()
-        known = [(key, len(value) if hasattr(value, "__len__") else value) for key, value in vars(model).items()]
+        known = attributes_of(model)
         found = world.plan(model, batch, mesh={"replicate": 2, "shard": 4}, checkpoint_activations=1)
         assert found.ranks == 8
         assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
         assert all(each.grad is None and type(each) is nn.Parameter for each in model.parameters())
         assert torch.equal(torch.get_rng_state(), drawn)
         assert dist.group.WORLD is group
-        assert [
-            (key, len(value) if hasattr(value, "__len__") else value) for key, value in vars(model).items()
-        ] == known
+        assert attributes_of(model) == known
         wrapped = world.wrap(model)  # the mesh that is open still works
         wrapped(torch.randn(4, 8)).sum().backward()
         assert world.plan(nn.Linear(8, 8), torch.randn(4, 8)).mesh == {"shard": 1}
@@ -137,12 +140,12 @@ def test_what_would_fit_is_named() -> None:
 
 
 def test_smaller_batches_are_tried_and_not_for_ever() -> None:
-    wide, narrow = nn.Linear(8, 512), torch.randn(4, 8)
-    needed = plan(wide, narrow).peak.total
-    smaller = plan(wide, narrow, memory=needed - 1).fitting
+    model, batch, optimizer = nn.Linear(8, 512), torch.randn(64, 8), torch.optim.SGD
+    needed = plan(model, batch, optimizer=optimizer).peak.total
+    smaller = plan(model, batch, optimizer=optimizer, memory=needed - 1).fitting
     assert smaller is not None
-    assert smaller.changes[-1] == "batches of 2"
-    assert plan(wide, narrow, memory="1kB").fitting is None
+    assert smaller.changes[-1] == "batches of 32"
+    assert plan(model, batch, optimizer=optimizer, memory="1kB").fitting is None
 
 
 def test_a_plan_is_a_table_and_numbers_for_json() -> None:

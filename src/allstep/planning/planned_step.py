@@ -25,11 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
-from allstep.parallel import is_fully_sharded, styles_of, unify_buffers, unreduced
+from allstep.parallel import is_dtensor, is_fully_sharded, unify_buffers, unreduced
 from allstep.planning.memory_plan import Plan
 from allstep.planning.step_trace import StepTrace
 from allstep.planning.torch_private import fake_ranks, fake_tensors, values_were_read
@@ -125,7 +124,7 @@ def _check(training: Training) -> None:
     module: Any = training.module
     if not isinstance(module, nn.Module):
         raise ParallelError(f"module is {module!r}; plan a torch.nn.Module")
-    is_divided = any(isinstance(each, DTensor) for each in module.parameters())
+    is_divided = any(is_dtensor(each) for each in module.parameters())
     if isinstance(module, DistributedDataParallel) or is_fully_sharded(module) or is_divided:
         raise ParallelError("the module is wrapped already; plan it before world.wrap")
     if isinstance(training.accumulate, bool) or not isinstance(training.accumulate, int) or training.accumulate < 1:
@@ -173,8 +172,11 @@ def _over_ranks(
     options = {name: value for name, value in training.options.items() if name not in _NOT_PLANNED}
     if options.get("precision") == "float8":
         options["precision"] = "bf16"
-    tensor = training.mesh.get("tensor", 0)
-    is_in_parts = "shard" in training.mesh or bool(tensor and styles_of(module, options.get("tensor_plan"), tensor))
+    is_in_parts = "shard" in training.mesh
+    if "tensor" in training.mesh and not is_in_parts:
+        from allstep.parallel import styles_of  # with it DTensor is imported, for which most ranks have no use
+
+        is_in_parts = bool(styles_of(module, options.get("tensor_plan"), training.mesh["tensor"]))
     # It is there already, and tensors without values are not moved in place.
     vars(module)["to"] = lambda *_, **__: module
     try:

@@ -17,9 +17,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from allstep.parallel import is_dtensor
 from allstep.planning.memory_plan import KINDS, MemoryUse, Traffic
 from allstep.planning.torch_private import Operations, group_name, is_made_by
 
@@ -184,7 +184,7 @@ class StepTrace(Operations):  # type: ignore[no-untyped-call]
 
 
 def _storage(tensor: torch.Tensor) -> torch.UntypedStorage:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+    return (tensor.to_local() if is_dtensor(tensor) else tensor).untyped_storage()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from allstep.errors import ParallelError
 
@@ -46,7 +45,8 @@ class Operations(TorchDispatchMode):
         return operation(*inputs, **options)
 
     def __torch_dispatch__(self, operation: Any, types: Any, inputs: Any = (), options: Any = None) -> Any:
-        if any(issubclass(each, DTensor) for each in types):
+        kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+        if kind is not None and any(issubclass(each, kind) for each in types):
             return NotImplemented  # it comes back as operations on this rank's parts
         return self.seen(operation, inputs, options or {})
 
