@@ -54,3 +54,46 @@ def test_ranks_differ_and_epochs_differ_and_both_are_repeatable():
 def test_what_is_no_state_is_an_error():
     with pytest.raises(CheckpointError, match="cannot be restored"):
         rng.restore({"python": 1})
+
+
+class FakeGpus:
+    """Stand-in for the generators of a process's CUDA devices; `current` is the rank's own."""
+
+    def __init__(self, count: int, current: int, *, started: bool = True) -> None:
+        self.states = {index: torch.tensor([index], dtype=torch.uint8) for index in range(count)}
+        self.current, self.started = current, started
+
+    def put_in_place(self, patch: pytest.MonkeyPatch) -> FakeGpus:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
+        patch.setattr(torch.cuda, "is_initialized", lambda: self.started)
+        patch.setattr(torch.cuda, "get_rng_state", lambda device: self.states[device.index].clone())
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: self.states.update({device.index: state}))
+        return self
+
+
+@pytest.mark.parametrize(("count", "current"), [(8, 7), (1, 0), (4, 3)])
+def test_a_ranks_device_goes_on_whatever_index_it_has_then(monkeypatch, count, current):
+    FakeGpus(4, 3).put_in_place(monkeypatch)
+    state = rng.capture()
+    later = FakeGpus(count, current).put_in_place(monkeypatch)
+    untouched = {index: int(each) for index, each in later.states.items() if index != current}
+    rng.restore(state)
+    assert int(later.states[current]) == 3
+    assert {index: int(each) for index, each in later.states.items() if index != current} == untouched
+
+
+def test_a_device_that_is_not_used_is_neither_started_nor_saved(monkeypatch):
+    FakeGpus(2, 1, started=False).put_in_place(monkeypatch)
+    assert "device" not in rng.capture()
+
+
+def test_another_kind_of_device_is_passed_over(monkeypatch):
+    FakeGpus(2, 1).put_in_place(monkeypatch)
+    state = rng.capture()
+    monkeypatch.undo()
+    rng.restore(state)
+    later = FakeGpus(2, 0).put_in_place(monkeypatch)
+    rng.restore({**state, "device": {"type": "xpu", "state": torch.zeros(1)}})
+    assert int(later.states[0]) == 0

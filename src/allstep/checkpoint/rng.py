@@ -1,9 +1,10 @@
 """The random generators of one rank: their state, and a seed for a rank that has none saved.
 
 Contract: each rank saves what `capture` gives under its own number, and gives it to `restore` when it goes on. It holds
-Python's `random`, numpy's global generator, torch's on the CPU, and those of the accelerators that are in use. A rank
-beyond those that saved calls `seed_for_rank`: its generators are a function of (seed, epoch, rank). Restoring draws
-nothing and starts no device.
+Python's `random`, numpy's global generator, torch's on the CPU, and that of the rank's own accelerator. The last goes
+by the kind of device and not by its index: the same rank may find its device under another index, on nodes with more
+devices or where the scheduler shows each task its own. A rank beyond those that saved calls `seed_for_rank`: its
+generators are a function of (seed, epoch, rank). Restoring draws nothing and starts no device.
 """
 
 from __future__ import annotations
@@ -29,16 +30,15 @@ def capture() -> dict[str, Any]:
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
     }
-    # Asking for a generator of CUDA would start the device on a process that does not use it.
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
-        state["mps"] = torch.mps.get_rng_state()
+    device = _own_device()
+    # Asking for its generator would start the device on a process that does not use it.
+    if device is not None and _is_started(device):
+        state["device"] = {"type": device.type, "state": _device_state(device)}
     return state
 
 
 def restore(state: Mapping[str, Any]) -> None:
-    """Go on with the generators where `capture` found them. Devices that are not here are passed over.
+    """Go on with the generators where `capture` found them. A kind of device that is not here is passed over.
 
     Raises:
         CheckpointError: the state is not what `capture` gives.
@@ -47,13 +47,40 @@ def restore(state: Mapping[str, Any]) -> None:
         random.setstate(state["python"])
         np.random.set_state(_checked(state["numpy"]))
         torch.set_rng_state(state["torch"])
-        if torch.cuda.is_available():
-            for device, each in zip(range(torch.cuda.device_count()), state.get("cuda", ()), strict=False):
-                torch.cuda.set_rng_state(each, device)
-        if "mps" in state and torch.backends.mps.is_available():
-            torch.mps.set_rng_state(state["mps"])
+        saved, device = state.get("device"), _own_device()
+        if saved is not None and device is not None and saved["type"] == device.type:
+            _set_device_state(device, saved["state"])
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"the random generators' state cannot be restored: {error!r}") from error
+
+
+def _own_device() -> torch.device | None:
+    """The accelerator that this process computes on; None where there is none."""
+    if not torch.accelerator.is_available():
+        return None
+    kind = torch.accelerator.current_accelerator()
+    return None if kind is None else torch.device(kind.type, torch.accelerator.current_device_index())
+
+
+def _is_started(device: torch.device) -> bool:
+    """Whether this process uses the device; True where its kind does not tell."""
+    ask = getattr(torch.get_device_module(device), "is_initialized", None)
+    return ask is None or bool(ask())
+
+
+def _device_state(device: torch.device) -> torch.Tensor:
+    module = torch.get_device_module(device)
+    # MPS has one device, and functions that take none.
+    state: torch.Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
+    return state
+
+
+def _set_device_state(device: torch.device, state: torch.Tensor) -> None:
+    module = torch.get_device_module(device)
+    if device.type == "mps":
+        module.set_rng_state(state)
+    else:
+        module.set_rng_state(state, device)
 
 
 def _checked(state: Any) -> Any:
