@@ -15,7 +15,7 @@ from allstep.world import World
 
 def _recorded(world: World) -> tuple[list[int], int]:
     """What a vote gave, and how many collectives a profiler saw of it and of one that a script makes itself."""
-    coordinator = GroupCoordinator(dist.new_group(backend="gloo"))
+    coordinator = GroupCoordinator(lambda: dist.new_group(backend="gloo"), world.rank, world.world_size)
     with profile(activities=[ProfilerActivity.CPU]) as running:
         vote = coordinator.vote([1, world.rank])
         dist.all_reduce(torch.ones(1))

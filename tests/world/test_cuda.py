@@ -5,6 +5,7 @@ Nothing here runs on a GPU; `tests/gpu` does.
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -14,10 +15,15 @@ import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg  # makes "fake" a backend
 
 import allstep
+from allstep.coordination import Alone
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
+from allstep.protocol.heartbeat import RankActivity
+from allstep.world import process_group
 from allstep.world.bounded_store import BoundedStore
 from allstep.world.device import bound_device, choose_transport
+from allstep.world.internals import WorldInternals
+from allstep.world.membership import Membership
 from allstep.world.process_group import adopt_group, collective_limit, open_group
 from allstep.world.rendezvous import RendezvousInfo
 
@@ -44,7 +50,7 @@ def cuda_group(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_group_without_a_named_backend_is_adopted_by_its_devices(cuda_group, two_gpus):
-    group = adopt_group()
+    group = adopt_group(60.0)
     assert (group.backend, group.carrier()) == ("nccl", torch.device("cuda", 1))
     assert choose_transport(torch.device("cuda", 0), group.backend) == torch.device("cuda", 0)
 
@@ -98,3 +104,48 @@ def test_a_group_is_opened_with_that_limit_and_bound(monkeypatch):
     open_group(placement, info, "cpu:gloo,cuda:nccl", torch.device("cuda", 1), 60.0)
     assert given["device_id"] == torch.device("cuda", 1)
     assert given["timeout"] == timedelta(seconds=3720)
+
+
+@pytest.fixture
+def open_nccl(monkeypatch):
+    """torch.distributed as with one group of NCCL; what is called is listed, and destroying it does not come back."""
+    calls: list[str] = []
+    release = threading.Event()
+
+    def destroy() -> None:
+        calls.append("destroy")
+        release.wait(60)
+
+    monkeypatch.setattr(process_group, "open_groups", lambda known: {object(): "nccl"})
+    monkeypatch.setattr(process_group, "abort_nccl_groups", lambda groups: calls.append("abort"))
+    monkeypatch.setattr(process_group, "_NCCL_LEAVE_S", 0.2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", destroy)
+    yield calls
+    release.set()
+
+
+def test_a_group_of_nccl_that_does_not_let_go_is_given_up(open_nccl):
+    with pytest.warns(RuntimeWarning, match=r"nccl did not let go of its groups within 0.2 s"):
+        process_group.forget_groups(abort=False)
+    assert open_nccl == ["destroy", "abort"]
+
+
+def test_an_abort_that_does_not_come_back_is_given_up_too(open_nccl, monkeypatch):
+    stuck = threading.Event()
+    monkeypatch.setattr(process_group, "abort_nccl_groups", lambda groups: stuck.wait(60))
+    monkeypatch.setattr(process_group, "_NCCL_ABORT_S", 0.2)
+    process_group.forget_groups(abort=True)
+    stuck.set()
+
+
+def test_the_watch_is_told_goodbye_before_the_group_is_taken_down():
+    done: list[str] = []
+    told = SimpleNamespace(
+        say_goodbye=lambda: done.append("goodbye"), end=lambda failed: done.append("end"), left_open=lambda: None
+    )
+    for failed in (False, True):
+        group = SimpleNamespace(leave=lambda **_: done.append("group"), parts=list)
+        internals = WorldInternals(Alone(), RankActivity(), told)
+        Membership(threading.Event(), Placement("torchrun"), group, internals, 60.0).leave(failed=failed)
+    assert done == ["goodbye", "group", "end", "group", "end"]

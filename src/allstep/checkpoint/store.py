@@ -1,7 +1,7 @@
 """`Store`: a folder of checkpoints that a run saves to and resumes from.
 
 Contract: every rank makes one and calls the same methods at the same points, from its main thread. `save` returns when
-this rank's part of the state is copied. The rest happens in a thread, over a process group of its own, with one save
+this rank's part of the state is copied. The rest happens in a thread, by messages of its own, with one save
 under way at a time (`pending_save`). A save that fails is reported on every rank and leaves the other checkpoints as
 they are; it stops training only where the store is strict.
 
@@ -25,7 +25,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch.distributed as dist
@@ -87,8 +87,8 @@ class Store:
 
         Args:
             folder: a path, or an address that fsspec knows. All ranks must reach it.
-            coordinator: for what the main threads agree on; by default over a gloo group of its own.
-            background: for the threads that write; nothing else may use it. By default the same.
+            coordinator: for what the main threads agree on; by default messages over the World's gloo group.
+            background: for the threads that write; nothing else may use it. By default messages of their own.
             keep_last: how many of the newest checkpoints stay after a commit; None keeps all.
             keep_best: how many of the best stay besides: (count, name of a metric, "max" or "min").
             verify: before a checkpoint is used, compare every file's hash ("full") or its size ("size").
@@ -414,7 +414,15 @@ class Store:
 def _own_coordinator(timeout: float) -> Coordinator:
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return Alone()
-    # Of its own: a collective of training between two of a save's would be paired with the wrong one.
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    world = World.current()
+    shared = None if world is None else internals(world).coordinator
+    if not isinstance(shared, GroupCoordinator):  # a script that opened its process group itself
+        shared = GroupCoordinator(cache(_gloo_group), dist.get_rank(), dist.get_world_size())
+    # By messages: a save's thread must not come between the collectives of training, and may wait for longer.
+    return shared.by_messages(timeout)
+
+
+def _gloo_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", group_desc="allstep checkpoints")
     assert isinstance(group, dist.ProcessGroup)
-    return GroupCoordinator(group)
+    return group

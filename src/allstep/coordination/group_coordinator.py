@@ -1,8 +1,9 @@
 """The coordinator of a process group: agreement among the ranks of a world.
 
-Contract: made by `World` on every rank, over a gloo group that is used for nothing else, so that a vote never waits
-behind gradients. Gloo matches calls by order, so all are issued from the main thread. Tensors go over the world's
-default group where that takes their device. On nccl the host does not wait for them, and a rank that votes meanwhile is
+Contract: made by `World` on every rank, over a gloo group that carries no gradients, so that a vote never waits behind
+them. The group is opened at the first use. Gloo matches collectives by order, so all are issued from the main thread;
+what another thread has to agree on goes by messages (`by_messages`). Tensors go over the world's default group where
+that takes their device. On nccl the host does not wait for them, and a rank that votes meanwhile is
 not mistaken for one that sends tensors. What can go wrong: a rank that never comes leaves the others waiting until the
 group's time limit, which raises.
 """
@@ -11,13 +12,16 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from allstep.coordination.coordinator import ReduceOp
+from allstep.coordination.message_coordinator import FIRST_TAG, MessageCoordinator
 from allstep.coordination.torch_private import unrecorded
 from allstep.placement import DataRanks
 from allstep.protocol.heartbeat import RankActivity
@@ -41,26 +45,46 @@ class _VoteSum:
 
 
 class GroupCoordinator:
-    """Agreement among the ranks of `group`, a gloo group of its own.
+    """Agreement among all ranks, over a gloo group.
 
-    `activity` is told when this rank waits. `device_type` is that of the tensors which the default process group takes.
-    `sharing` neighbours are given the same batches.
+    Args:
+        group: gives the group, which it opens when it is first called: on all ranks at the same point.
+        rank, world_size: this rank, among how many.
+        activity: is told when this rank waits.
+        device_type: of the tensors which the default process group takes.
+        sharing: so many neighbours are given the same batches.
     """
 
     def __init__(
         self,
-        group: dist.ProcessGroup,
+        group: Callable[[], dist.ProcessGroup],
+        rank: int,
+        world_size: int,
         activity: RankActivity | None = None,
         *,
         device_type: str = "cpu",
         sharing: int = 1,
     ) -> None:
-        self._group = group
+        self._open_group = group
         self._activity = RankActivity() if activity is None else activity
         self._device_type = device_type
-        self.rank: int = group.rank()
-        self.world_size: int = group.size()
-        self.data = DataRanks.of(self.rank, self.world_size, sharing)
+        self._tags = count(FIRST_TAG)
+        self.rank = rank
+        self.world_size = world_size
+        self.data = DataRanks.of(rank, world_size, sharing)
+
+    def by_messages(self, timeout: float) -> MessageCoordinator:
+        """For another thread, or waits of another length: agreement over the same group that no order binds to this.
+
+        Args:
+            timeout: seconds that a rank waits for another.
+        """
+        return MessageCoordinator(self._open_group, self.rank, self.world_size, tag=next(self._tags), timeout=timeout)
+
+    @cached_property
+    def _group(self) -> dist.ProcessGroup:
+        with self._activity.wait(_SECTION):  # for the ranks that it is opened with
+            return self._open_group()
 
     def vote(self, vector: Sequence[int]) -> _VoteSum:
         """One asynchronous reduction of the vector."""

@@ -73,7 +73,7 @@ class Client:
         self._timer = timer
         self._lock = threading.Lock()
         self._wake = os.pipe()
-        self._closing = False
+        self._closing = self._said_goodbye = False
         self._judged = threading.Event()
         self._thread: threading.Thread | None = None
         self._number = 0
@@ -150,9 +150,18 @@ class Client:
         """Take back what was reported as only seen: the exception was caught, and the rank goes on."""
         self._send(FailureCaught(self._rank), REPORT_S)
 
+    def say_goodbye(self, *, closed: bool = True) -> None:
+        """This World is closed in order, or (`closed` false) the interpreter ends while it is open.
+
+        What is left to do can fail this rank no more. Heartbeats go on, so that a report can tell where it waits.
+        """
+        if not self._said_goodbye:
+            self._said_goodbye = True
+            self._send(Goodbye(self._rank, closed), REPORT_S)
+
     def close(self, *, closed: bool = True) -> None:
-        """Say goodbye: this World was closed in order, or (`closed` false) the interpreter ends while it is open."""
-        self._send(Goodbye(self._rank, closed), REPORT_S)
+        """Say goodbye, if that was not done before, and end the connection."""
+        self.say_goodbye(closed=closed)
         self._release()
 
     def _release(self) -> None:

@@ -6,6 +6,10 @@ passes through a type that could round it: numbers and gathered tensors travel a
 and what one rank cannot send raises the same CollectiveError on all. `all_reduce` of a tensor is one collective with
 nothing before it: shapes and dtypes must be the same on all ranks. With one rank no process group is used.
 
+What the host has to read never goes over the device: numbers, objects, refusals and all headers go over a group of the
+host. To read them from the device the host would wait until everything before them in the device's queue is done.
+Tensors go over the device, where some rank's is on it, and nothing waits for them.
+
 `NamedWaits` says to the monitoring service in which collective a rank waits for the others, so that ranks which wait in
 different places can be told apart: `all_reduce #3 at train.py:57` is the third collective of this World, called there.
 On ranks that act alike number and name are the same.
@@ -15,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal, cast, get_args
 
@@ -33,6 +37,7 @@ from allstep.world.payload import (
     encode,
     encode_object,
     from_header,
+    is_on_device,
     refusal,
 )
 
@@ -42,18 +47,32 @@ Number = bool | int | float
 _REDUCE = {"sum": "SUM", "mean": "SUM", "min": "MIN", "max": "MAX", "product": "PRODUCT"}
 
 
-class Collectives:
-    """The collectives of one rank over the default process group.
+_HOST = torch.device("cpu")
 
-    `transport` is where a tensor must be for the backend to carry it, `device` where results go that have no input of
-    their own to follow.
+
+class Collectives:
+    """The collectives of one rank.
+
+    Args:
+        rank, world_size: this rank, among how many.
+        device: where results go that have no input of their own to follow.
+        transport: where a tensor must be for the default group to carry it.
+        host_group: gives the group that carries what is on the host; by default that is the default one.
     """
 
-    def __init__(self, rank: int, world_size: int, device: torch.device, transport: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        transport: torch.device,
+        host_group: Callable[[], dist.ProcessGroup | None] | None = None,
+    ) -> None:
         self._rank = rank
         self._world_size = world_size
         self._device = device
         self._transport = transport
+        self._host_group = host_group if host_group is not None else _default_group
 
     def all_reduce(self, x: torch.Tensor | Number, op: Op) -> Any:
         """See `World.all_reduce`."""
@@ -72,7 +91,7 @@ class Collectives:
         return self._gather_values(encode_object(value), "gather_objects")
 
     def barrier(self) -> None:
-        """See `World.barrier`. A gather whose result the host reads: it waits on every backend."""
+        """See `World.barrier`. A gather over the host, which reads the result."""
         self._gather_values(encode(0), "barrier")
 
     def broadcast(self, x: torch.Tensor | Number | None, src: int) -> Any:
@@ -107,18 +126,19 @@ class Collectives:
         if self._world_size == 1:
             return [payload]
         # First the headers, whose size all ranks know; then the bytes, whose sizes the headers say.
-        own = torch.tensor(payload.header(), dtype=torch.int64, device=self._transport)
+        own = torch.tensor(payload.header(), dtype=torch.int64)
         rows = [torch.empty_like(own) for _ in range(self._world_size)]
-        dist.all_gather(rows, own)
+        dist.all_gather(rows, own, group=self._host_group())
         headers = torch.stack(rows).tolist()
         longest = max(data_size(header) for header in headers)
         if longest == 0:
             return [from_header(header, payload.data) for header in headers]
+        where, group = self._way_of(headers)
         # Gathered tensors must have one size, so all are as long as the longest.
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self._transport)
-        padded[: payload.data.numel()] = payload.data.to(self._transport)
+        padded = torch.zeros(longest, dtype=torch.uint8, device=where)
+        padded[: payload.data.numel()] = payload.data.to(where)
         gathered = [torch.empty_like(padded) for _ in range(self._world_size)]
-        dist.all_gather(gathered, padded)
+        dist.all_gather(gathered, padded, group=group)
         return [from_header(header, data) for header, data in zip(headers, gathered, strict=True)]
 
     def _broadcast_payload(self, payload: Payload | None, src: int) -> Payload:
@@ -126,16 +146,27 @@ class Collectives:
             assert payload is not None
             return payload
         header = [0] * HEADER_LENGTH if payload is None else payload.header()
-        row = torch.tensor(header, dtype=torch.int64, device=self._transport)
-        dist.broadcast(row, src)
+        row = torch.tensor(header, dtype=torch.int64)
+        dist.broadcast(row, src, group=self._host_group())
         header = row.tolist()
+        where, group = self._way_of([header])
         if payload is None:
-            data = torch.empty(data_size(header), dtype=torch.uint8, device=self._transport)
+            data = torch.empty(data_size(header), dtype=torch.uint8, device=where)
         else:
-            data = payload.data.to(self._transport)
+            data = payload.data.to(where)
         if data.numel():
-            dist.broadcast(data, src)
+            dist.broadcast(data, src, group=group)
         return from_header(header, data)
+
+    def _way_of(self, headers: Sequence[Sequence[int]]) -> tuple[torch.device, dist.ProcessGroup | None]:
+        """Where the data of these headers, which all ranks have, must be to travel, and the group that carries it."""
+        if self._transport.type != "cpu" and any(map(is_on_device, headers)):
+            return self._transport, None
+        return _HOST, self._host_group()
+
+
+def _default_group() -> None:
+    """The default group, as torch's collectives name it."""
 
 
 def _device_of(x: object, otherwise: torch.device) -> torch.device:

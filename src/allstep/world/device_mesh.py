@@ -44,7 +44,7 @@ def mesh_shape(mesh: Mapping[str, int] | None, placement: Placement) -> MeshShap
     return None if mesh is None else resolve_mesh(mesh, placement)
 
 
-def open_mesh(shape: MeshShape | None, group: Group | None, device: torch.device, timeout: float) -> DeviceMesh | None:
+def open_mesh(shape: MeshShape | None, group: Group | None, device: torch.device) -> DeviceMesh | None:
     """The mesh of ranks that have met; None where none was asked for. Collective.
 
     Raises:
@@ -55,13 +55,13 @@ def open_mesh(shape: MeshShape | None, group: Group | None, device: torch.device
     if device.type == "xla":
         raise WorldError(f"mesh is {shape}, but torch has no DeviceMesh of {device.type} devices; leave mesh out")
     ranks = torch.arange(group.world_size).view(shape.sizes)
-    groups = [_groups_along(ranks, dim, group, timeout) for dim in range(len(shape.sizes))]
+    groups = [_groups_along(ranks, dim, group) for dim in range(len(shape.sizes))]
     if len(groups) == 1:
         return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=shape.names)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=shape.names)
 
 
-def open_model_mesh(mesh: DeviceMesh | None, group: Group | None, timeout: float) -> DeviceMesh | None:
+def open_model_mesh(mesh: DeviceMesh | None, group: Group | None) -> DeviceMesh | None:
     """The mesh for a model in parts: that of the World, where need be with a `shard` of one rank. Collective.
 
     Copies of a model that is divided over `tensor` have their gradients averaged by `fully_shard`, which DDP does not
@@ -71,17 +71,17 @@ def open_model_mesh(mesh: DeviceMesh | None, group: Group | None, timeout: float
     if mesh is None or group is None or "shard" in names or len(names) < 2:
         return mesh
     ranks = mesh.mesh.cpu().unsqueeze(1)
-    alone = _groups_along(ranks, 1, group, timeout)
+    alone = _groups_along(ranks, 1, group)
     groups = [mesh.get_group(names[0]), alone, mesh.get_group(names[1])]
     return DeviceMesh.from_group(groups, mesh.device_type, ranks, mesh_dim_names=(names[0], "shard", names[1]))
 
 
-def _groups_along(ranks: torch.Tensor, dim: int, group: Group, timeout: float) -> dist.ProcessGroup:
+def _groups_along(ranks: torch.Tensor, dim: int, group: Group) -> dist.ProcessGroup:
     """This rank's group along one dimension of the mesh."""
     if ranks.shape[dim] == ranks.numel() and dist.group.WORLD is not None:
         return dist.group.WORLD
     lines = ranks.movedim(dim, -1).reshape(-1, ranks.shape[dim]).tolist()
-    return group.split(lines, timeout)
+    return group.split(lines)
 
 
 def has_dimension(mesh: DeviceMesh | None, name: str) -> bool:

@@ -144,6 +144,10 @@ class Reporter:
         """The interpreter ends with the World still open."""
         self._closed_in_order = False
 
+    def say_goodbye(self) -> None:
+        """This rank has done its part, and takes down what it has in common with the others."""
+        self.client.say_goodbye(closed=self._closed_in_order)
+
     def end(self, *, failed: bool) -> None:
         """The World is over, and its process group gone. After a failure the client stays until the process ends."""
         if not failed:

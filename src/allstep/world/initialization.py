@@ -158,7 +158,7 @@ def _open(
                 info.abandon(placement.world_size)
                 raise
         elif shape is not None:
-            group = open_solitary_group(chosen, device)
+            group = open_solitary_group(chosen, device, timeout)
         return World(placement, device, group, timeout, activity, reporter, shape)
     except BaseException as error:
         if reporter is not None:
@@ -175,7 +175,7 @@ def _adopt(
     mesh: Mapping[str, int] | None,
 ) -> World:
     activity = RankActivity()
-    group = adopt_group()
+    group = adopt_group(timeout)
     if backend is not None and backend.lower() != group.backend:
         raise WorldError(
             f"backend is {backend!r}, but torch.distributed is initialised already, with {group.backend}; leave "
@@ -189,7 +189,7 @@ def _adopt(
         )
     # The device is chosen by local rank, which is only known once the ranks have told each other their hosts.
     carrier = group.carrier()
-    collectives = Collectives(group.rank, group.world_size, carrier, carrier)
+    collectives = Collectives(group.rank, group.world_size, carrier, carrier, group.on_host)
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
     shape = mesh_shape(mesh, placement)

@@ -2,8 +2,9 @@
 
 Contract: one for each World, made with it. It is open until `leave`, by the script, by an exception, where the
 interpreter ends, or until `end_in_child` in a process that was forked from the rank. Then `check_open` raises and says
-why. Leaving in order: what has to be finished first is finished, the process group is left, and the monitoring service
-is told. Leaving after an exception waits for nobody.
+why. Leaving in order: what has to be finished first is finished, the monitoring service is told, and the process group
+is left. In this order, because taking down a group may wait for ranks that are gone, which is no failure of this one.
+Leaving after an exception waits for nobody.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class Membership:
                 reporter.left_open()
             strike(RankPosition("exit", self._placement.rank, self._placement.attempt))
             if self._group is not None:
+                if reporter is not None and not failed:
+                    reporter.say_goodbye()
                 with self.waits("close"):
                     self._group.leave(failed=failed, patience=self._timeout if patience is None else patience)
             if reporter is not None:

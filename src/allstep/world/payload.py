@@ -17,7 +17,7 @@ from enum import IntEnum
 import torch
 
 _MAX_DIMS = 16  # headers have one length, so dimensions have a limit
-HEADER_LENGTH = 4 + _MAX_DIMS
+HEADER_LENGTH = 5 + _MAX_DIMS
 
 # Indices into this table travel; it is the same on all ranks of one torch version.
 _DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str)
@@ -49,7 +49,7 @@ class Payload:
     def header(self) -> list[int]:
         """`HEADER_LENGTH` integers of 64 bits."""
         shape = [*self.shape, *[0] * (_MAX_DIMS - len(self.shape))]
-        return [self.kind, self.value, self.data.numel(), len(self.shape), *shape]
+        return [self.kind, self.value, self.data.numel(), self.data.device.type != "cpu", len(self.shape), *shape]
 
 
 def data_size(header: Sequence[int]) -> int:
@@ -57,10 +57,15 @@ def data_size(header: Sequence[int]) -> int:
     return header[2]
 
 
+def is_on_device(header: Sequence[int]) -> bool:
+    """Whether the data that a header announces lies on an accelerator."""
+    return bool(header[3])
+
+
 def from_header(header: Sequence[int], data: torch.Tensor) -> Payload:
     """The payload that a header and its bytes (uint8, possibly padded) make."""
-    kind, value, size, dims = header[:4]
-    return Payload(PayloadKind(kind), value, tuple(header[4 : 4 + dims]), data[:size])
+    kind, value, size, _, dims = header[:5]
+    return Payload(PayloadKind(kind), value, tuple(header[5 : 5 + dims]), data[:size])
 
 
 def encode(value: object) -> Payload:

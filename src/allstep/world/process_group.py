@@ -11,7 +11,8 @@ Leaving in order: the group is destroyed, the rank says in the store that it lef
 waits until all have said so, since a rank still at work may need it. A store that does not answer is waited for once,
 for `store.PATIENCE_S` seconds; then the rank warns and goes. Leaving after an error: nothing is waited for. A gloo
 group with a pending collective would wait for it in its destructor, so its C++ object is then kept until the process
-ends; nccl's communicators are aborted.
+ends; nccl's communicators are aborted. Either call into nccl may itself wait for ranks that are gone, or for a device
+that hangs, so it is waited for in another thread, and given up after a while.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -33,7 +35,7 @@ from allstep.diagnosis.hang import HangLimits
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world.bounded_store import BoundedStore, poll
-from allstep.world.device import bound_device
+from allstep.world.device import backend_of, bound_device
 from allstep.world.interface import name_interface
 from allstep.world.lifetime import keep_for_ever
 from allstep.world.rendezvous import RendezvousInfo
@@ -41,6 +43,8 @@ from allstep.world.torch_private import PrefixStore, abort_nccl_groups, default_
 
 _LEFT_MARK_S = 2.0
 _GLOO_RELEASE_S = 0.05
+_NCCL_LEAVE_S = 30.0  # for all ranks to let go of their communicators
+_NCCL_ABORT_S = 10.0
 _AFTER_WATCH_S = 120.0  # for the watch to gather stacks, to report and to have ranks leave
 
 
@@ -53,6 +57,7 @@ class Group:
         rendezvous: the ranks' store, and on rank 0 its server.
         rank, world_size: this rank, among how many.
         owned: whether allstep made the group and ends it.
+        timeout: seconds that ranks wait for each other.
     """
 
     backend: str
@@ -60,7 +65,9 @@ class Group:
     rank: int
     world_size: int
     owned: bool = True
+    timeout: float = 600.0
     _made: list[dist.ProcessGroup] = field(default_factory=list)
+    _agreement: dist.ProcessGroup | None = None
 
     def bound_to(self) -> torch.device | None:
         """The device that the default group is bound to, by `device_id`."""
@@ -75,16 +82,26 @@ class Group:
         bound = self.bound_to()
         return torch.device(kinds[0], torch.accelerator.current_device_index()) if bound is None else bound
 
-    def for_agreement(self, timeout: float) -> dist.ProcessGroup:
-        """A gloo group of all ranks for what engines agree on, so that it never waits behind gradients."""
-        made = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout), group_desc=f"{OWN} agreement")
-        assert isinstance(made, dist.ProcessGroup)
-        self._made.append(made)
-        return made
+    def for_agreement(self) -> dist.ProcessGroup:
+        """A gloo group of all ranks for what engines agree on, so that it never waits behind gradients.
 
-    def split(self, lines: Sequence[Sequence[int]], timeout: float) -> dist.ProcessGroup:
+        It is opened when it is first asked for, which all ranks do at the same point, and from the main thread.
+        """
+        if self._agreement is None:
+            limit = timedelta(seconds=self.timeout)
+            made = dist.new_group(backend="gloo", timeout=limit, group_desc=f"{OWN} agreement")
+            assert isinstance(made, dist.ProcessGroup)
+            self._made.append(made)
+            self._agreement = made
+        return self._agreement
+
+    def on_host(self) -> dist.ProcessGroup | None:
+        """The group that carries what is on the host: the default one (None) where it does, else that for agreement."""
+        return None if backend_of("cpu", self.backend) is not None else self.for_agreement()
+
+    def split(self, lines: Sequence[Sequence[int]]) -> dist.ProcessGroup:
         """Groups of the ranks of each line, of which this rank is in one: that is returned."""
-        limit = timedelta(seconds=collective_limit(self.backend, timeout))
+        limit = timedelta(seconds=collective_limit(self.backend, self.timeout))
         mine, _ = dist.new_subgroups_by_enumeration(lines, timeout=limit)  # type: ignore[no-untyped-call]
         assert isinstance(mine, dist.ProcessGroup)
         self._made.append(mine)
@@ -158,10 +175,10 @@ def open_group(placement: Placement, info: RendezvousInfo, backend: str, device:
             f"had met at {placement.rendezvous}: {error}" + (f". {remedy[0].upper()}{remedy[1:]}" if remedy else "")
         ) from error
     info.store.add("connected", 1)
-    return Group(backend, info, placement.rank, placement.world_size)
+    return Group(backend, info, placement.rank, placement.world_size, timeout=timeout)
 
 
-def open_solitary_group(backend: str, device: torch.device) -> Group:
+def open_solitary_group(backend: str, device: torch.device, timeout: float) -> Group:
     """A group of this process alone, so that a mesh means the same in a world of one as in any other."""
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(
@@ -173,16 +190,16 @@ def open_solitary_group(backend: str, device: torch.device) -> Group:
     )
     info = RendezvousInfo(BoundedStore(PrefixStore("allstep", store)))
     info.store.add("connected", 1)
-    return Group(backend, info, 0, 1)
+    return Group(backend, info, 0, 1, timeout=timeout)
 
 
-def adopt_group() -> Group:
+def adopt_group(timeout: float) -> Group:
     """The process group that the user's own code initialised."""
     rank, size = dist.get_rank(), dist.get_world_size()
     base = BoundedStore(PrefixStore("allstep", default_store()))
     # The group may outlive several Worlds: each has keys of its own, by how often this rank has been here.
     store = base.with_prefix(f"generation/{base.add(f'generation/{rank}', 1)}")
-    return Group(_named_backend(), RendezvousInfo(store), rank, size, owned=False)
+    return Group(_named_backend(), RendezvousInfo(store), rank, size, owned=False, timeout=timeout)
 
 
 def _named_backend() -> str:
@@ -219,7 +236,11 @@ def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> No
         # Python's lock. A model that `World.wrap` made may be freed under that very lock (`parallel.wrap.hold_group`).
         # One that a user put in DDP may be the group's last owner, so give the threads the time before that.
         time.sleep(_GLOO_RELEASE_S)
-        dist.destroy_process_group()
+        if not _has_nccl(open_groups(known)):
+            dist.destroy_process_group()
+        elif not _within(_NCCL_LEAVE_S, dist.destroy_process_group):
+            _warn(f"nccl did not let go of its groups within {_NCCL_LEAVE_S:g} s; this rank leaves them as they are")
+            _within(_NCCL_ABORT_S, lambda: abort_nccl_groups(list(open_groups(known))))
         return
     backends = open_groups(known)
     for group, backend in backends.items():
@@ -227,10 +248,35 @@ def forget_groups(*, abort: bool, known: Sequence[dist.ProcessGroup] = ()) -> No
         if "gloo" in backend:
             keep_for_ever([group])
     with contextlib.suppress(RuntimeError):
-        if any("nccl" in backend for backend in backends.values()):
-            abort_nccl_groups(list(backends))
+        if _has_nccl(backends):
+            _within(_NCCL_ABORT_S, lambda: abort_nccl_groups(list(backends)))
         else:
             dist.destroy_process_group()
+
+
+def _has_nccl(backends: Mapping[dist.ProcessGroup, str]) -> bool:
+    return any("nccl" in backend for backend in backends.values())
+
+
+def _within(seconds: float, call: Callable[[], object]) -> bool:
+    """Make a call in another thread and wait for so long; whether it came back. What it raises is raised here."""
+    raised: list[BaseException] = []
+    device = None if dist.group.WORLD is None else dist.group.WORLD.bound_device_id
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.accelerator.set_device_index(device.index)  # each thread has a current device of its own
+            call()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True, name="allstep leaves nccl")
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    return not thread.is_alive()
 
 
 def _warn(text: str) -> None:

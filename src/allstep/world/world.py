@@ -94,24 +94,28 @@ class World:
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
-        self.mesh = open_mesh(mesh, group, device, timeout)
-        self._model_mesh = open_model_mesh(self.mesh, group, timeout)
+        self.mesh = open_mesh(mesh, group, device)
+        self._model_mesh = open_model_mesh(self.mesh, group)
         self.data_ranks = DataRanks.of(self.rank, self.world_size, 1 if mesh is None else mesh.sharing)
         self.data_rank, self.data_size = self.data_ranks.rank, self.data_ranks.size
         self.local_rank, self.local_world_size = placement.local_rank, placement.local_world_size
         self.node_rank = placement.node_rank
         activity = RankActivity() if activity is None else activity
         transport = choose_transport(device, group.backend) if group is not None else device
-        coordinator: Coordinator = (
-            Alone()
-            if group is None
-            else GroupCoordinator(
-                group.for_agreement(timeout), activity, device_type=transport.type, sharing=self.data_ranks.sharing
+        coordinator: Coordinator = Alone()
+        if group is not None:
+            coordinator = GroupCoordinator(
+                group.for_agreement,
+                group.rank,
+                group.world_size,
+                activity,
+                device_type=transport.type,
+                sharing=self.data_ranks.sharing,
             )
-        )
         self._internals = WorldInternals(coordinator, activity, reporter)
         self._turns = Turns(placement, group, activity)
-        self._collectives = Collectives(self.rank, self.world_size, device, transport)
+        on_host = None if group is None else group.on_host
+        self._collectives = Collectives(self.rank, self.world_size, device, transport, on_host)
         self._membership = Membership(self, placement, group, self._internals, timeout)
 
     @staticmethod
