@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -80,10 +80,42 @@ def test_copies_from_every_device_that_outputs_were_on_are_waited_for() -> None:
     assert cuda_devices({"a": [near, (far,)], "b": torch.empty(1), "c": "text"}) == {near.device, far.device}
     with (
         patch("allstep.outputs.gather.cuda_devices", lambda output: {far.device}),
+        patch("allstep.outputs.gather.recorded_event"),
         patch("torch.cuda.synchronize") as waited,
     ):
         gathered(Alone(), Gather("y_pred", "y"), 7, shuffle=False)
     assert {call.args for call in waited.mock_calls} == {(far.device,)}
+
+
+def test_a_few_batches_at_a_time_are_held_in_pinned_memory() -> None:
+    """Stand-in: a batch's values count as pinned, and events of a device as mocks that come to pass at once."""
+    pinned: set[int] = set()
+    held: list[int] = []
+    gather, events = Gather("y_pred", "y"), []
+
+    def step(engine: Engine, batch: Any) -> Any:
+        records = gather._batches.values()
+        held.append(sum(id(value) in pinned for each in records for value in each.values.values()))
+        return {"y_pred": batch[0] * 2, "y": batch[0]}
+
+    def copied(value: torch.Tensor) -> torch.Tensor:
+        copy = value.clone()
+        pinned.add(id(copy))
+        kept.append(copy)
+        return copy
+
+    kept: list[torch.Tensor] = []
+    with (
+        patch("allstep.outputs.gather.cuda_devices", lambda output: {torch.device("cuda", 0)}),
+        patch("allstep.outputs.gather.recorded_event", lambda device: events.append(MagicMock()) or events[-1]),
+        patch("allstep.outputs.samples._copied", copied),
+        patch.object(torch.Tensor, "is_pinned", lambda value: id(value) in pinned),
+        patch("torch.cuda.synchronize"),
+    ):
+        found = gathered(Alone(), gather, 60, shuffle=False, step=step)
+    assert found["y"].tolist() == [*range(60)]
+    assert 8 <= max(held) // 2 <= 9
+    assert events[0].synchronize.call_count == 1  # the copy has arrived before its memory is given back
 
 
 def test_only_the_main_rank_is_given_what_is_for_it() -> None:

@@ -5,8 +5,9 @@ tensors or containers any more. Everything after it (writing JSON, hashing, file
 
 The tensors are copied into a `SnapshotBuffer`, in the bytes of the file that will hold them. The buffer keeps its
 memory for the next save, which then neither allocates nor touches new pages, and its layout too where names and shapes
-are the same. The next snapshot overwrites the one before, so there is one save at a time. Tensors on an accelerator are
-copied through pinned memory.
+are the same. It has the size of the file, and is given back where the next file takes less than half of it. The next
+snapshot overwrites the one before, so there is one save at a time. Copies from CUDA run into it without the host
+waiting for each, where the memory can be pinned (`HostMemory`).
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ from allstep.checkpoint.encoding import encode, kept_strides
 from allstep.checkpoint.safetensors_file import NOTES, dtype_name, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.sharding import Piece, own_pieces
 from allstep.errors import UnsupportedStateError
+<<<<<<< HEAD
 from allstep.parallel import is_dtensor
+=======
+from allstep.world import HostMemory
+>>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
 
+_KEPT = 64 << 20  # bytes that are kept for a larger file, whatever the present one takes
 PER_RANK = "~rank"  # no part of the common state can have a name that begins with "~"
 
 TensorSpec = tuple[str, tuple[int, ...]]
@@ -119,10 +125,16 @@ class SnapshotBuffer:
     """Memory for the tensors of a safetensors file, kept from one save to the next."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = HostMemory(0)
+        self._was_asked_to_pin = False
         self._described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...] | None = None
         self._layout = lay_out([], {})
         self._views: dict[str, torch.Tensor] = {}
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of memory that are kept."""
+        return self._memory.bytes.numel()
 
     def copy(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> BufferedFile:
         """Copy tensors, each under the key that the file has for it; returns when all are copied."""
@@ -137,7 +149,7 @@ class SnapshotBuffer:
                 devices.add(tensor.device)
         for device in devices:
             torch.cuda.current_stream(device).synchronize()
-        data = self._memory[: self._layout.data_size].numpy()
+        data = self._memory.bytes[: self._layout.data_size].numpy()
         return BufferedFile(self._layout.header, data.data)
 
     def _prepare(self, described: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...], *, pinned: bool) -> None:
@@ -147,11 +159,11 @@ class SnapshotBuffer:
             [(key, stored_as(dtype), stored_shape(dtype, shape)) for key, dtype, shape in described], {"format": "pt"}
         )
         size = self._layout.data_size
-        if self._memory.numel() < size or (pinned and not self._memory.is_pinned()):
-            self._memory = torch.empty(0, dtype=torch.uint8)  # the old memory is freed before the new is taken
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        if not size <= self._memory.bytes.numel() <= max(2 * size, _KEPT) or (pinned and not self._was_asked_to_pin):
+            self._memory = HostMemory(0)  # the old memory is freed before the new is taken
+            self._memory, self._was_asked_to_pin = HostMemory(size, pinned=pinned), pinned
         self._views = {
-            slot.key: self._memory[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
+            slot.key: self._memory.bytes[slot.begin : slot.end].view(slot.dtype).view(slot.shape)
             for slot in self._layout.slots
         }
         self._described = described

@@ -98,9 +98,12 @@ def block_rows(plan: ReductionPlan, payloads: torch.Tensor) -> list[list[torch.T
 
 
 def block_values(plan: ReductionPlan) -> list[torch.Tensor]:
-    """Each block of a plan, as one flat tensor of what this rank has, in memory of its own."""
+    """Each block of a plan, as one flat tensor of what this rank has, in memory of its own on the plan's device."""
     with torch.no_grad():
-        return [torch.cat([plan.value(state).reshape(-1) for state in block.states]) for block in plan.blocks]
+        return [
+            torch.cat([plan.value(state).reshape(-1).to(plan.device) for state in block.states])
+            for block in plan.blocks
+        ]
 
 
 def own_elements(node: MetricNode, state: GatheredState, unmerged: Sequence[Any] = ()) -> list[Any]:

@@ -103,8 +103,13 @@ class EventReduction:
         else:
             self._warn_of_counts(engine)
             gathered = self._exchange.gather(coordinator, plan, unmerged, self._current_plan)
+<<<<<<< HEAD
             plan = gathered.plan
             states, updates = _of_all_ranks(gathered)
+=======
+            plan = self._current_plan()
+            states, updates = states_of_all_ranks(plan, gathered)
+>>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
         # Copies, since a `compute` may write to its states, and all members of a group compute.
         for node, place in plan.sharing:
             leader = plan.nodes[place].metric
@@ -202,19 +207,33 @@ class EventReduction:
 # The states of all ranks together
 
 
+<<<<<<< HEAD
 def _of_all_ranks(gathered: Gathered) -> tuple[States, dict[int, int]]:
     plan = gathered.plan
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
         for state, part in zip(block.states, block.parts(values), strict=True):
             states[id(plan.nodes[state.node].metric)][state.name] = part
+=======
+def states_of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict[int, int]]:
+    """What all ranks' states are together, each where its metric has its own, and how many batches each metric took."""
+    states: States = {id(node.metric): {} for node in plan.nodes}
+    for block, values in zip(plan.blocks, gathered.blocks, strict=True):
+        parts = torch.split(values, block.lengths)
+        for state, part in zip(block.states, parts, strict=True):
+            # Metrics may be on several devices, and travel over one.
+            own = part.view(state.shape).to(plan.value(state).device)
+            states[id(plan.nodes[state.node].metric)][state.name] = own
+>>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
     for at, listed in enumerate(plan.gathered):
         node = plan.nodes[listed.node]
         folded = fold_gathered(listed, node.name, [rank.gathered[at] for rank in gathered.ranks])
         if folded is None:
             folded = [] if listed.is_list else plan.value(listed).clone()
-        elif listed.is_list and node.metric.compute_on_cpu:
-            folded = _on_cpu(folded)
+        elif listed.is_list:
+            folded = _moved(folded, torch.device("cpu") if node.metric.compute_on_cpu else node.metric.device)
+        else:
+            folded = _moved(folded, plan.value(listed).device)
         states[id(node.metric)][listed.name] = folded
     for rank in reversed(gathered.ranks):  # the first rank that has set an attribute comes last, and holds
         for place, attributes in rank.values.items():
@@ -240,10 +259,10 @@ def _of_one_rank(plan: ReductionPlan, unmerged: Unmerged) -> tuple[States, dict[
     return states, {id(node.metric): node.updates for node in plan.nodes}
 
 
-def _on_cpu(value: Any) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.cpu()
-    return [_on_cpu(each) for each in value] if isinstance(value, list) else value
+        return value.to(device)
+    return [_moved(each, device) for each in value] if isinstance(value, list) else value
 
 
 def copied(value: Any) -> Any:

@@ -15,10 +15,11 @@ folder that is full.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -43,6 +44,7 @@ from allstep.outputs.samples import (
 )
 from allstep.world import current_data_ranks
 
+_IN_FLIGHT = 8  # batches that may be on their way from a device, in pinned memory
 PIECE = 64 * 2**20  # bytes of a payload that one collective carries
 
 
@@ -127,6 +129,7 @@ class Gather:
         self._seen = 0  # iterations of the epoch that are in `_batches`, but for those missing at its beginning
         self._missing = 0
         self._devices: set[torch.device] = set()
+        self._copies: deque[tuple[int, list[torch.Event]]] = deque()
         self._data: Any = None
         self._was_loaded = False  # and no run has gone on from it yet
         self._engine: Engine | None = None
@@ -203,6 +206,7 @@ class Gather:
             self._batches = {number: batch for number, batch in self._batches.items() if number < done}
         else:
             self._batches, self._missing = {}, done
+            self._copies.clear()
         self._epoch, self._seen, self._data, self._failure = state.epoch, done, state.dataloader, None
 
     def _take(self, engine: Engine) -> None:
@@ -213,11 +217,27 @@ class Gather:
             return
         try:
             values = named_outputs(state.output, self.names)
-            self._devices |= cuda_devices(state.output)
             self._batches[number] = self._with_positions(engine, number, values)
+            self._note_copies(number, cuda_devices(state.output))
         except Exception as error:  # whatever it is, the others have to hear of it
             error.add_note(f"(iteration {state.iteration})")
             self._failure, self._batches = error, {}
+
+    def _note_copies(self, number: int, devices: set[torch.device]) -> None:
+        """Copies of a batch are under way from these devices, into pinned memory; do not hold much of that."""
+        if not devices:
+            return
+        self._devices |= devices
+        self._copies.append((number, [recorded_event(device) for device in devices]))
+        if len(self._copies) > _IN_FLIGHT:
+            oldest, events = self._copies.popleft()
+            for event in events:  # of some iterations ago: it has mostly come to pass
+                event.synchronize()
+            if oldest in self._batches:
+                self._batches[oldest] = replace(
+                    self._batches[oldest],
+                    values={name: unpinned(value) for name, value in self._batches[oldest].values.items()},
+                )
 
     def _with_positions(self, engine: Engine, number: int, values: dict[str, BatchOutput]) -> BatchRecord:
         """The outputs of the epoch's batch `number` with where its samples stand."""
@@ -384,6 +404,20 @@ def _gather_payloads(
     if failure is not None:
         raise failure
     return received
+
+
+def recorded_event(device: torch.device) -> torch.Event:
+    """An event behind what is queued on a device now."""
+    event = torch.Event(device)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
+def unpinned(value: BatchOutput) -> BatchOutput:
+    """A batch's values in plain memory, once they have arrived; pinned memory goes back to torch for the next batch."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.is_pinned() else value
+    return cast(BatchOutput, [unpinned(each) if isinstance(each, torch.Tensor) else each for each in value])
 
 
 def cuda_devices(output: Any) -> set[torch.device]:

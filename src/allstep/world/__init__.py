@@ -8,6 +8,7 @@ What does not live here: how a model is wrapped (`parallel`), who reads which sa
 World through `internals` only.
 """
 
+from allstep.world.cuda import HostMemory
 from allstep.world.device_mesh import current_data_ranks
 from allstep.world.initialization import init
 from allstep.world.internals import WorldInternals
@@ -17,12 +18,19 @@ from allstep.world.plan_training import plan_training
 from allstep.world.world import World, internals
 
 __all__ = [
+<<<<<<< HEAD
+=======
+    "HostMemory",
+>>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
     "World",
     "WorldInternals",
     "current_data_ranks",
     "init",
     "internals",
+<<<<<<< HEAD
     "plan_training",
+=======
+>>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
     "to_device",
     "to_numbers",
 ]
