@@ -77,7 +77,36 @@ def test_the_listing_of_nvidia_smi_gives_gpus_and_mig_instances() -> None:
     assert parse_listing(text) == CudaHardware(
         ("GPU-5d5ba0d6-d33d-2b2c-524d-9e3d8d2b8a77", "GPU-7b1a0000-d33d-2b2c-524d-9e3d8d2b8a77"),
         ("MIG-c6d4f1ef-42e4-5de3-91c7-45d71c87eb3f", "MIG-GPU-5d5ba0d6/5/0"),
+        (0, 0),
     )
+
+
+BOTH_SLICED = CudaHardware(("GPU-aa01", "GPU-aa02", "GPU-aa03"), ("MIG-1", "MIG-2", "MIG-3", "MIG-4"), (0, 0, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("listed", "hardware", "names", "count"),
+    [
+        (None, FOUR, ("0", "1", "2", "3"), 4),
+        (None, SLICED, ("MIG-1", "MIG-2", "MIG-3"), 1),
+        # Whole GPUs beside sliced ones; first of all one device of each.
+        (None, BOTH_SLICED, ("MIG-1", "GPU-aa02", "MIG-3", "MIG-2", "MIG-4"), 3),
+        ("MIG-2,MIG-1,MIG-4", BOTH_SLICED, ("MIG-2", "MIG-4", "MIG-1"), 2),
+        ("GPU-aa02,MIG-1", BOTH_SLICED, ("GPU-aa02", "MIG-1"), 2),
+        ("MIG-GPU-aa01/5/0,MIG-GPU-aa01/6/0", BOTH_SLICED, ("MIG-GPU-aa01/5/0", "MIG-GPU-aa01/6/0"), 1),
+    ],
+)
+def test_auto_means_one_worker_for_each_gpu_sliced_or_not(listed, hardware, names, count):
+    devices = visible_devices({} if listed is None else {"CUDA_VISIBLE_DEVICES": listed}, lambda: hardware)
+    assert (devices.names, devices.count) == (names, count)
+    assert bool(devices.unused) == (count < len(names))
+
+
+def test_workers_are_shown_the_devices_of_different_gpus_first():
+    devices = visible_devices({}, lambda: BOTH_SLICED)
+    shown = [device_environment(devices, rank, 3)["CUDA_VISIBLE_DEVICES"] for rank in range(3)]
+    assert shown == ["MIG-1", "GPU-aa02", "MIG-3"]
+    assert "2 of 5 MIG instances and GPUs stay unused" in devices.unused
 
 
 @pytest.fixture

@@ -207,7 +207,8 @@ def make_loader(
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
             and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
-            `worker_init_fn` is called after that is settled.
+            `worker_init_fn` is called after that is settled. With `multiprocessing_context="forkserver"` workers are
+            not forked from the rank, whose CUDA and NCCL have threads and memory that a fork copies only half.
 
     Raises DataError for arguments that cannot work together, and ArgumentTypeError for an unknown one.
     """

@@ -68,6 +68,8 @@ def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, 
     environ = {**inherited, "ALLSTEP_LAUNCH": secrets.token_hex(8)}
     devices = visible_devices({**environ, **settings.env}, probe_hardware)
     workers = worker_count(settings, devices)
+    if devices.unused and settings.nproc == "auto":
+        print(f"allstep: {devices.unused}", file=sys.stderr, flush=True)
     if devices.doubt and settings.nproc == "auto":
         start = f"{workers} worker{'' if workers == 1 else 's'} will be started; give --nproc for another number"
         print(f"allstep: warning: {devices.doubt}: {start}", file=sys.stderr, flush=True)

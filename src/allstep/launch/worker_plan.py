@@ -66,7 +66,7 @@ class WorkerPlan:
 
 def worker_count(settings: LaunchSettings, devices: Devices) -> int:
     """Return the number of workers to start on this machine."""
-    return settings.nproc if settings.nproc != "auto" else len(devices.names) or settings.cpu_processes
+    return settings.nproc if settings.nproc != "auto" else devices.count or settings.cpu_processes
 
 
 @dataclass(frozen=True, slots=True)

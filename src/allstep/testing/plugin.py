@@ -25,6 +25,7 @@ class WorldOf(Protocol):
         timeout: float = 60.0,
         env: Mapping[str, str] | None = None,
         fault: FaultPlan | None = None,
+        device: str | None = None,
     ) -> Callable[..., list[Any]]:
         """A function that calls `fn(world, *args)` on each rank; see `allstep.testing.run_ranks` for the options."""
 

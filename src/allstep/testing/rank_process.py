@@ -18,7 +18,7 @@ import runpy
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -56,6 +56,7 @@ class Call:
     arguments: tuple[str, ...]
     main: MainModule
     function: bytes
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +133,35 @@ def perform(call: Call, store: int) -> Outcome:
     except BaseException as error:
         return Outcome.of_error("unloadable", error)
     try:
-        with allstep.init() as world:
+        with allstep.init(**device_options(call.device, os.environ)) as world:
             value = fn(world, *args)
     except BaseException as error:
         if error.__traceback__ is not None:
             error.__traceback__ = error.__traceback__.tb_next  # without this function's frame
         return Outcome.of_error("raised", error)
     return Outcome("returned", value)
+
+
+def device_options(
+    asked: str | None, environ: Mapping[str, str], count: Callable[[], int] | None = None
+) -> dict[str, str]:
+    """What `allstep.init` is given for the device of a rank of a test.
+
+    Args:
+        asked: a device; None is CUDA where this machine has a GPU for each rank, and else the CPU.
+        environ: the rank's place in it.
+        count: gives the number of GPUs; by default torch does.
+    """
+    if asked is not None and asked != "cuda":
+        return {"device": asked}
+    import torch
+
+    rank, ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
+    gpus = (torch.cuda.device_count if count is None else count)()
+    if asked is None:
+        return {} if gpus >= ranks else {"device": "cpu"}
+    # Ranks that share a GPU meet over gloo: nccl takes one rank per device.
+    return {"device": f"cuda:{rank % gpus}", "backend": "gloo"} if 0 < gpus < ranks else {"device": "cuda"}
 
 
 def _import_main(main: MainModule) -> None:

@@ -54,6 +54,7 @@ def run_ranks(
     timeout: float = 60.0,
     env: Mapping[str, str] | None = None,
     fault: FaultPlan | None = None,
+    device: str | None = None,
 ) -> list[T]:
     """Call `fn(world, *args)` on `world_size` ranks on this machine and return the results in rank order.
 
@@ -64,6 +65,8 @@ def run_ranks(
         timeout: seconds for the whole call.
         env: environment variables to set in every rank, over the ones of this process.
         fault: what the ranks rehearse.
+        device: where the ranks compute. By default on CUDA where this machine has a GPU for each of them, and else on
+            the CPU. With "cuda" they share GPUs where there are fewer, over gloo.
 
     Raises:
         ArgumentError: `world_size` is less than 1.
@@ -73,7 +76,7 @@ def run_ranks(
     if world_size < 1:
         raise ArgumentError(f"world_size is {world_size}; it must be 1 or more")
     given = {**(env or {}), **(fault.to_environ() if fault else {})}
-    ended = _call_ranks(pickle.dumps((fn, args)), world_size, given, timeout)
+    ended = _call_ranks(pickle.dumps((fn, args)), world_size, given, timeout, device)
     if len(ended.ranks) == world_size and all(end.returned for end in ended.ranks.values()):
         return [ended.ranks[rank].value for rank in range(world_size)]
     raise _error(ended, world_size, timeout) from ended.cause_error()
@@ -146,7 +149,9 @@ def _error(ended: CallEnd, world_size: int, timeout: float) -> RanksError:
     return RanksError(f"ranks {sorted(ended.late)} of {world_size} did not finish in {timeout} s{stacks}")
 
 
-def _call_ranks(function: bytes, world_size: int, given: Mapping[str, str], timeout: float) -> CallEnd:
+def _call_ranks(
+    function: bytes, world_size: int, given: Mapping[str, str], timeout: float, device: str | None
+) -> CallEnd:
     """Describe each rank's process as the launcher would, and make the call."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **given}
     key, run_id = new_key(), f"test-{uuid.uuid4().hex[:8]}"
@@ -172,7 +177,7 @@ def _call_ranks(function: bytes, world_size: int, given: Mapping[str, str], time
                 run_id=run_id,
             )
             environment = {**variables, **place, **channel}
-            calls.append(Call(environment, os.getcwd(), tuple(sys.path), tuple(sys.argv), main, function))
+            calls.append(Call(environment, os.getcwd(), tuple(sys.path), tuple(sys.argv), main, function, device))
         return _RunningCall(selector, hub, reserved.fileno()).run(calls, timeout)
 
 
