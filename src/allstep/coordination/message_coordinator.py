@@ -80,7 +80,10 @@ class MessageCoordinator:
         """A tensor of each rank, reduced in rank order."""
         total, *others = (each.to(tensor.device) for each in self.gather(tensor.cpu()))
         for each in others:
-            total = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum}[op](total, each)
+            if op == "sum":
+                total = total + each
+            else:
+                total = torch.maximum(total, each) if op == "max" else torch.minimum(total, each)
         return total
 
     def broadcast(self, value: Any, source: int) -> Any:

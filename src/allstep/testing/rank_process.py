@@ -144,7 +144,7 @@ def perform(call: Call, store: int) -> Outcome:
 
 def device_options(
     asked: str | None, environ: Mapping[str, str], count: Callable[[], int] | None = None
-) -> dict[str, str]:
+) -> dict[str, Any]:
     """What `allstep.init` is given for the device of a rank of a test.
 
     Args:

@@ -14,6 +14,7 @@ import contextlib
 import logging
 import os
 import weakref
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ def _register(memory: torch.Tensor, most: int) -> bool:
         _say(f"{memory.nbytes:,} bytes on the host are not pinned, since more than {most:,} would be")
         return False
     try:
-        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        status = int(_runtime().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
     except RuntimeError as error:
         _say(f"{memory.nbytes:,} bytes on the host cannot be pinned: {error}")
         return False
@@ -62,6 +63,10 @@ def _register(memory: torch.Tensor, most: int) -> bool:
         _say(f"{memory.nbytes:,} bytes on the host cannot be pinned: CUDA says {status}")
         _clear_error()
     return status == 0
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _clear_error() -> None:
@@ -72,7 +77,7 @@ def _clear_error() -> None:
 
 def _unregister(memory: torch.Tensor) -> None:
     with contextlib.suppress(RuntimeError):  # the device may be gone by now
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        _runtime().cudaHostUnregister(memory.data_ptr())
 
 
 def _say(text: str) -> None:
