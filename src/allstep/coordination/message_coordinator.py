@@ -78,7 +78,8 @@ class MessageCoordinator:
 
     def reduce_tensor(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         """A tensor of each rank, reduced in rank order."""
-        total, *others = (each.to(tensor.device) for each in self.gather(tensor.cpu()))
+        rows: list[torch.Tensor] = self.gather(tensor.cpu())
+        total, *others = (row.to(tensor.device) for row in rows)
         for each in others:
             if op == "sum":
                 total = total + each
