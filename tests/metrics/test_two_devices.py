@@ -57,7 +57,7 @@ def test_the_results_are_where_each_metric_has_its_states():
     packed = pack(replace(plan_over(HOST, HOST), device=HOST), {})
     payload = torch.zeros(plan.block_bytes + packed.size, dtype=torch.uint8)
     rank = unpack(plan, packed.manifest, payload, at=plan.block_bytes)
-    states, _ = states_of_all_ranks(plan, Gathered([torch.zeros(6)], [rank, rank]))
+    states, _ = states_of_all_ranks(Gathered(plan, [torch.zeros(6)], [rank, rank]))
     for node in plan.nodes:
         found = states[id(node.metric)]
         assert {found[name].device for name in ("total", "mean", "seen")} == {node.metric.device}, node.name

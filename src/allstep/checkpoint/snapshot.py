@@ -22,11 +22,8 @@ from allstep.checkpoint.encoding import encode, kept_strides
 from allstep.checkpoint.safetensors_file import NOTES, dtype_name, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.sharding import Piece, own_pieces
 from allstep.errors import UnsupportedStateError
-<<<<<<< HEAD
 from allstep.parallel import is_dtensor
-=======
 from allstep.world import HostMemory
->>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
 
 _KEPT = 64 << 20  # bytes that are kept for a larger file, whatever the present one takes
 PER_RANK = "~rank"  # no part of the common state can have a name that begins with "~"

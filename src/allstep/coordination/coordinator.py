@@ -102,10 +102,13 @@ class Coordinator(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class _KnownSum:
+class KnownSum:
+    """A vote whose result is known already."""
+
     vector: list[int]
 
     def wait(self) -> list[int]:
+        """The result."""
         return self.vector
 
 
@@ -116,9 +119,9 @@ class Alone:
     world_size: int = 1
     data: DataRanks = DataRanks()
 
-    def vote(self, vector: Sequence[int]) -> _KnownSum:
+    def vote(self, vector: Sequence[int]) -> KnownSum:
         """The only vote is the result."""
-        return _KnownSum(list(vector))
+        return KnownSum(list(vector))
 
     def gather(self, value: Any) -> list[Any]:
         """The only value."""

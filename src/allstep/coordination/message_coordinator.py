@@ -14,26 +14,17 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from allstep.coordination.coordinator import ReduceOp
+from allstep.coordination.coordinator import KnownSum, ReduceOp
 from allstep.placement import DataRanks
 
 FIRST_TAG = 16
 """Below are the tags of messages that are sent outside of here."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum:
-    vector: list[int]
-
-    def wait(self) -> list[int]:
-        return self.vector
 
 
 class MessageCoordinator:
@@ -56,9 +47,9 @@ class MessageCoordinator:
         self.world_size = world_size
         self.data = DataRanks.of(rank, world_size)
 
-    def vote(self, vector: Sequence[int]) -> _Sum:
+    def vote(self, vector: Sequence[int]) -> KnownSum:
         """The sum, which is known when this returns."""
-        return _Sum([sum(column) for column in zip(*self.gather(list(vector)), strict=True)])
+        return KnownSum([sum(column) for column in zip(*self.gather(list(vector)), strict=True)])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, pickled."""

@@ -103,13 +103,8 @@ class EventReduction:
         else:
             self._warn_of_counts(engine)
             gathered = self._exchange.gather(coordinator, plan, unmerged, self._current_plan)
-<<<<<<< HEAD
             plan = gathered.plan
-            states, updates = _of_all_ranks(gathered)
-=======
-            plan = self._current_plan()
-            states, updates = states_of_all_ranks(plan, gathered)
->>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
+            states, updates = states_of_all_ranks(gathered)
         # Copies, since a `compute` may write to its states, and all members of a group compute.
         for node, place in plan.sharing:
             leader = plan.nodes[place].metric
@@ -207,24 +202,15 @@ class EventReduction:
 # The states of all ranks together
 
 
-<<<<<<< HEAD
-def _of_all_ranks(gathered: Gathered) -> tuple[States, dict[int, int]]:
+def states_of_all_ranks(gathered: Gathered) -> tuple[States, dict[int, int]]:
+    """What all ranks' states are together, each where its metric has its own, and how many batches each metric took."""
     plan = gathered.plan
     states: States = {id(node.metric): {} for node in plan.nodes}
     for block, values in zip(plan.blocks, gathered.blocks, strict=True):
         for state, part in zip(block.states, block.parts(values), strict=True):
-            states[id(plan.nodes[state.node].metric)][state.name] = part
-=======
-def states_of_all_ranks(plan: ReductionPlan, gathered: Gathered) -> tuple[States, dict[int, int]]:
-    """What all ranks' states are together, each where its metric has its own, and how many batches each metric took."""
-    states: States = {id(node.metric): {} for node in plan.nodes}
-    for block, values in zip(plan.blocks, gathered.blocks, strict=True):
-        parts = torch.split(values, block.lengths)
-        for state, part in zip(block.states, parts, strict=True):
             # Metrics may be on several devices, and travel over one.
-            own = part.view(state.shape).to(plan.value(state).device)
+            own = part.to(plan.value(state).device)
             states[id(plan.nodes[state.node].metric)][state.name] = own
->>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
     for at, listed in enumerate(plan.gathered):
         node = plan.nodes[listed.node]
         folded = fold_gathered(listed, node.name, [rank.gathered[at] for rank in gathered.ranks])

@@ -18,19 +18,13 @@ from allstep.world.plan_training import plan_training
 from allstep.world.world import World, internals
 
 __all__ = [
-<<<<<<< HEAD
-=======
     "HostMemory",
->>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
     "World",
     "WorldInternals",
     "current_data_ranks",
     "init",
     "internals",
-<<<<<<< HEAD
     "plan_training",
-=======
->>>>>>> 6fc8aea (Metrics on two devices at one event; pinned memory of the size that is needed, bounded and given back)
     "to_device",
     "to_numbers",
 ]
