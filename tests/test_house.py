@@ -36,7 +36,7 @@ OLD_WORDS = {
 }
 """Names of the former design that the field does not use; see issue 11 for what each is called now."""
 
-PRIVATE_ROOMS = ("torch_private.py", "torchmetrics_private.py", "ignite_private.py", "interpreter.py")
+PRIVATE_ROOMS = ("torch_private.py", "torchmetrics_private.py", "ignite_private.py", "xla_private.py", "interpreter.py")
 DOCUMENTED = {"_exit", "_current_frames", "_replace", "_asdict", "_fields", "_make"}
 """Names with an underscore that Python's documentation describes."""
 

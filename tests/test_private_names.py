@@ -11,8 +11,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGE = REPOSITORY / "src" / "allstep"
-GUARDED = ("torch_private.py", "torchmetrics_private.py", "ignite_private.py", "interpreter.py")
-LIBRARIES = ("torch", "torchmetrics", "ignite", "sys", "threading", "atexit", "runpy", "multiprocessing")
+GUARDED = ("torch_private.py", "torchmetrics_private.py", "ignite_private.py", "xla_private.py", "interpreter.py")
+LIBRARIES = ("torch", "torchmetrics", "torch_xla", "ignite", "sys", "threading", "atexit", "runpy", "multiprocessing")
 
 
 def _is_private(name: str) -> bool:

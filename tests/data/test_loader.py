@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, TensorDataset
 from torch.utils.data import RandomSampler as TorchRandomSampler
 
 from allstep.data import Loader, make_loader
@@ -279,3 +279,33 @@ def test_defaults_follow_device_and_workers_and_give_way_to_options() -> None:
 def test_options_that_contradict_the_loader_are_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(DataError, match=words):
         make_loader(Draws(), **{"rank": 0, "world_size": 1, "seed": 0, "global_batch_size": 6, **options})
+
+
+def test_the_next_batch_is_placed_while_the_present_one_is_used():
+    placed = []
+
+    def place(batch):
+        placed.append(batch[0].tolist())
+        return batch
+
+    dataset = TensorDataset(torch.arange(5))
+    batches = iter(make_loader(dataset, rank=0, world_size=1, seed=0, batch_size=2, place=place))
+    assert (next(batches)[0].tolist(), placed) == ([0, 1], [[0, 1], [2, 3]])
+    assert [batch[0].tolist() for batch in batches] == [[2, 3], [4]]
+    assert next(batches, None) is None
+
+
+def test_an_error_of_the_next_batch_comes_behind_the_present_one():
+    class Breaks(Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            if index == 2:
+                raise OSError("sample 2 is gone")
+            return index
+
+    batches = iter(make_loader(Breaks(), rank=0, world_size=1, seed=0, batch_size=2, place=lambda batch: batch))
+    assert next(batches).tolist() == [0, 1]
+    with pytest.raises(OSError, match="sample 2 is gone"):
+        next(batches)

@@ -37,6 +37,9 @@ def placed(local_rank: int = 0, local_world_size: int = 1, launcher="torchrun") 
         (placed(1, 2), VisibleHardware(mps=True), None, "cpu"),
         (placed(), VisibleHardware(cuda=1), "xla", "xla"),
         (placed(launcher="xla"), VisibleHardware(cuda=1), None, "xla"),
+        (placed(1, 2), VisibleHardware(pjrt="TPU"), None, "xla"),
+        (placed(1, 2), VisibleHardware(pjrt="TPU"), "cpu", "cpu"),
+        (placed(), VisibleHardware(cuda=1, pjrt="CPU"), None, "cuda:0"),
     ],
 )
 def test_device_of_a_rank(placement, hardware, asked, device):

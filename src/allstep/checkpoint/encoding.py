@@ -38,6 +38,7 @@ _INLINE_ARRAY = 16 << 10  # bytes; a larger numpy array is stored as a tensor in
 _NUMBER = re.compile(r"-?\d+")
 _LARGEST_STATE_FILE = 256 << 20  # bytes of JSON; reading it takes some twenty times as much memory
 _MOST_OF_ONE_HASH = 1000  # keys; those of numbers are known to whoever writes a file
+_WITHOUT_ADDRESSES = ("xla",)  # types of devices
 _ARRAY_KINDS = "biufcSUmM"  # numpy's kinds of plain elements: no objects, no records
 
 Fetch = Callable[[str], torch.Tensor]
@@ -288,9 +289,9 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """What two names of one tensor have in common; None where ranks could judge it differently.
 
     Shards of two parameters may share memory on one rank and not on another, so a DTensor is known by its object; the
-    state holds on to it meanwhile. Empty tensors have no address.
+    state holds on to it meanwhile. So is a tensor on XLA, which has no address. Empty tensors have none either.
     """
-    if is_dtensor(tensor):
+    if is_dtensor(tensor) or tensor.device.type in _WITHOUT_ADDRESSES:
         return type(tensor), id(tensor)
     if tensor.numel() == 0:
         return None

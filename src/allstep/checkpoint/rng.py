@@ -18,6 +18,7 @@ import torch
 
 from allstep.data.keys import key_of
 from allstep.errors import CheckpointError
+from allstep.world.xla_private import generator_state, restore_generator
 
 _WORDS = 624  # in the state of a Mersenne Twister
 _PURPOSE = 5  # keeps these keys apart from those that other parts make of the same seed and epoch
@@ -34,6 +35,8 @@ def capture() -> dict[str, Any]:
     # Asking for its generator would start the device on a process that does not use it.
     if device is not None and _is_started(device):
         state["device"] = {"type": device.type, "state": _device_state(device)}
+    if (xla := generator_state()) is not None:
+        state["xla"] = xla
     return state
 
 
@@ -50,6 +53,8 @@ def restore(state: Mapping[str, Any]) -> None:
         saved, device = state.get("device"), _own_device()
         if saved is not None and device is not None and saved["type"] == device.type:
             _set_device_state(device, saved["state"])
+        if "xla" in state:
+            restore_generator(int(state["xla"]))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise CheckpointError(f"the random generators' state cannot be restored: {error!r}") from error
 
@@ -99,3 +104,4 @@ def seed_for_rank(seed: int, epoch: int, rank: int) -> None:
     random.seed(key)
     np.random.seed([key & 0xFFFFFFFF, key >> 32])
     torch.manual_seed(key >> 1)
+    restore_generator(key >> 1)

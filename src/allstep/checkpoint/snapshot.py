@@ -24,6 +24,7 @@ from allstep.checkpoint.sharding import Piece, own_pieces
 from allstep.errors import UnsupportedStateError
 from allstep.parallel import is_dtensor
 from allstep.world import HostMemory
+from allstep.world.xla_private import to_host
 
 _KEPT = 64 << 20  # bytes that are kept for a larger file, whatever the present one takes
 PER_RANK = "~rank"  # no part of the common state can have a name that begins with "~"
@@ -139,7 +140,7 @@ class SnapshotBuffer:
         if described != self._described:
             self._prepare(described, pinned=any(tensor.is_cuda for _, tensor in tensors))
         devices = set()
-        for key, tensor in tensors:
+        for key, tensor in zip((key for key, _ in tensors), to_host([tensor for _, tensor in tensors]), strict=True):
             # The copies from a device are queued together and waited for once, behind the last one.
             self._views[key].copy_(to_stored(tensor), non_blocking=tensor.is_cuda)
             if tensor.is_cuda:

@@ -5,7 +5,8 @@ engine calls `set_epoch` before each epoch and `skip_batches` to go on inside on
 global generators: worker seeds come from a generator of the loader's own, seeded anew from (seed, epoch, rank) for each
 iteration. What an iterator yields is settled when it is made; a later `set_epoch` concerns the next. So passes that
 overlap do not disturb each other, whatever the workers. As torch's does by default, each pass has new workers, which
-see the dataset as it is then.
+see the dataset as it is then. Where batches are placed on a device (`place`, for XLA), the one after the present is on
+its way there while a step works on that.
 
 Map-style datasets go through a `ShardedBatchSampler` (`loader.batch_sampler`) and, unless seeding is off, a
 `SeededDataset`; iterable datasets through a `PlacedIterable`, in which `shard` knows the rank. Both read as the dataset
@@ -17,7 +18,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,8 +55,18 @@ class Loader(DataLoader[Any]):
     was given.
     """
 
-    def __init__(self, dataset: Dataset[Any], *, source: Dataset[Any], seed: int, rank: int, **options: Any) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        *,
+        source: Dataset[Any],
+        seed: int,
+        rank: int,
+        place: Callable[[Any], Any] | None = None,
+        **options: Any,
+    ) -> None:
         self.source = source
+        self._place = place
         self.seed = seed
         self.rank = rank
         self._own_generator = options.get("generator") is None
@@ -136,7 +147,8 @@ class Loader(DataLoader[Any]):
         for _ in range(dropped):
             if next(iterator, self) is self:
                 break
-        return iterator
+        # An iterable dataset may save its own place, ahead of which nothing may be read.
+        return iterator if self._place is None or self.sharded_sampler is None else PlacedAhead(iterator, self._place)
 
     def _iterate(self) -> Any:
         """What torch makes of the loader; its workers end with this process at the latest."""
@@ -153,6 +165,39 @@ class Loader(DataLoader[Any]):
                 "save the dataset's own state, or skip_batches(n) to read and drop"
             )
         return sampler
+
+
+class PlacedAhead(Iterator[Any]):
+    """A pass whose next batch is on its way to the device while a step works on the present one.
+
+    It reads in the thread that asks for batches: datasets may draw from generators that a step draws from as well.
+
+    Args:
+        batches: of the pass, on the host.
+        place: begins to move a batch to the device, and does not wait for it.
+    """
+
+    def __init__(self, batches: Iterator[Any], place: Callable[[Any], Any]) -> None:
+        self._batches = batches
+        self._place = place
+        self._ahead: tuple[Any, Exception | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __next__(self) -> Any:
+        batch, error = self._ahead or self._read()
+        if error is not None:
+            self._ahead = batch, error
+            raise error
+        self._ahead = self._read()
+        return batch
+
+    def _read(self) -> tuple[Any, Exception | None]:
+        try:
+            return self._place(next(self._batches)), None
+        except Exception as error:  # the end, or the dataset's own, which comes when the batch before it was given
+            return None, error
 
 
 def warn_of_dropping(batches: int, data: Any) -> None:
@@ -181,6 +226,7 @@ def make_loader(
     drop_last: bool = False,
     sample_seeding: SampleSeeding | None = None,
     device_type: str = "cpu",
+    place: Callable[[Any], Any] | None = None,
     **dataloader_options: Any,
 ) -> Loader:
     """The loader of one rank.
@@ -205,6 +251,8 @@ def make_loader(
             batches (`__getitems__`, as Hugging Face's do), for which one sample costs nearly as much as many, and
             "sample" elsewhere. An iterable dataset is never seeded.
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
+        place: moves a batch to the device without waiting, for batches of a map-style dataset to be there when they are
+            given. None gives them on the host.
         dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
             and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
             `worker_init_fn` is called after that is settled. With `multiprocessing_context="forkserver"` workers are
@@ -225,7 +273,7 @@ def make_loader(
     if sampler is not None and shuffle:
         raise DataError("shuffle=True and a sampler were given, and each decides the order; give one of them")
     has_workers = dataloader_options.get("num_workers", 0) > 0
-    options = {"pin_memory": device_type == "cuda", **dataloader_options}
+    options = {"pin_memory": device_type == "cuda", "place": place, **dataloader_options}
     if has_workers:
         options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
     if isinstance(dataset, IterableDataset):

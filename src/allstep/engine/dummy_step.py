@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from allstep.engine.autocast_step import step_in_precision
 from allstep.engine.run import Run
+from allstep.engine.step_boundary import bounded_step
 from allstep.parallel import is_fully_sharded, unreduced, without_gradients
 
 
@@ -30,8 +31,10 @@ def prepared_step(run: Run, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     if run.settings.precision != "no":
         step = step_in_precision(step, run.settings.precision, run.modules)
     if run.handshake is not None:
-        return agreed_step(run, step, run.modules)
-    return counted_step(run, step) if run.counts_samples else step
+        step = agreed_step(run, step, run.modules)
+    elif run.counts_samples:
+        step = counted_step(run, step)
+    return step if run.end_step is None else bounded_step(run, step, run.end_step)
 
 
 def agreed_step(run: Run, step: Callable[[Any], Any], modules: Sequence[nn.Module]) -> Callable[[Any], Any]:

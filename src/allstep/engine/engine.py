@@ -438,7 +438,7 @@ class Engine:
         state.unread, state.stop_reason, state.outcome = (), None, None
         run.forget_requests()
         world = World.current()
-        state.seed = None if world is None else world.seed
+        state.seed, run.end_step = (None, None) if world is None else (world.seed, internals(world).end_step)
         self._registry.schedule()
         run.data_state = END
 

@@ -157,7 +157,9 @@ class RunLoop:
         if not (holding and (yield from self._heed())) and not self._epoch_is_over():
             passes.open_or_go_on()
             if not (holding and (yield from self._heed())):
+                self._end_step()
                 yield from self._iterate()
+                self._end_step()
         if RequestKind.TERMINATE in holding:
             return
         # An iteration that was begun and cut by terminate_epoch() counts as one of this epoch.
@@ -181,6 +183,7 @@ class RunLoop:
         passes.close_epoch()
         holding.discard(RequestKind.TERMINATE_EPOCH)  # one that came too late for this epoch is not for the next
         state.times[Events.EPOCH_COMPLETED.name] = perf_counter() - began
+        self._end_step()
         if holding:
             yield from self._heed()
 
@@ -253,6 +256,10 @@ class RunLoop:
             if self._monitor is not None:
                 self._monitor.ended_well()
             passes.abandon_pass()
+
+    def _end_step(self) -> None:
+        if self._run.end_step is not None:
+            self._run.end_step()
 
     def _finish_epoch(self) -> Generator[None, None, None]:
         """Call the handlers of EPOCH_COMPLETED that an exception has left, and end the epoch as ever."""

@@ -156,6 +156,7 @@ class Run:
         replicas: what ranks say of them; None where there is one rank.
         skipped: the present iteration's batch, where `state.skip()` was called; None without.
         sums: numbers that handlers want summed over the ranks.
+        end_step: tells a device that collects work, such as XLA, to begin with it; None elsewhere.
 
         coordinator: how the ranks of this run agree.
         handshake: what they agreed at its start; None where there is nothing to agree on.
@@ -212,6 +213,7 @@ class Run:
     replicas: Replicas | None = None
     skipped: Any = None
     sums: list[RankSum] = field(default_factory=list)
+    end_step: Callable[[], None] | None = None
 
     coordinator: Coordinator = field(default_factory=Alone)
     handshake: Handshake | None = None

@@ -27,11 +27,13 @@ def autocast(device_type: str, precision: Precision) -> AbstractContextManager[o
         precision: `"no"` (do nothing), `"fp16"` or `"bf16"`.
 
     Raises:
-        ParallelError: an unknown precision.
+        ParallelError: an unknown precision, or "fp16" on XLA, where nothing scales a loss.
     """
     _check(precision)
     if precision == "no":
         return nullcontext()
+    if precision == "fp16" and device_type == "xla":
+        raise ParallelError('precision is "fp16", for which torch has no loss scaler on XLA; give "bf16"')
     return torch.autocast(device_type, dtype=_DTYPES[precision])
 
 

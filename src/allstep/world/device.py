@@ -4,13 +4,13 @@ Contract: `visible_hardware` sees what this process can use. `choose_device`, `c
 `bound_device` decide, as pure functions, from that, the `Placement` and what the caller asked for. One process cannot
 see that two ranks were given the same GPU: the monitoring service does, when the ranks register.
 
-torch_xla is imported only when an XLA device is asked for. That part is written to torch_xla's interface; allstep's
-tests have no XLA device to run it on, and put a stand-in in its place.
+What is asked of torch_xla is in `xla_private`.
 """
 
 from __future__ import annotations
 
-import importlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +18,34 @@ import torch.distributed as dist
 
 from allstep.errors import WorldError
 from allstep.placement import Placement
+from allstep.world import xla_private
+
+_OWN_DEVICES = ("", "CPU", "CUDA", "GPU")
+"""Runtimes of torch_xla whose devices torch has by itself; importing torch_xla sets such a one where there is no other."""
 
 _ON_HOST = (None, "gloo", "mpi", "ucc", "fake")  # of gloo's collectives only some take tensors of a device
 
 
 @dataclass(frozen=True, slots=True)
 class VisibleHardware:
-    """What this process can use: the number of visible CUDA devices, and whether there is Apple's MPS."""
+    """What this process can use.
+
+    Attributes:
+        cuda: the number of visible CUDA devices.
+        mps: whether there is Apple's MPS.
+        pjrt: which runtime torch_xla was told to use (PJRT_DEVICE), such as "TPU"; empty where it was not told.
+    """
 
     cuda: int = 0
     mps: bool = False
+    pjrt: str = ""
 
 
 def visible_hardware() -> VisibleHardware:
     """See what this process can use, without initialising CUDA."""
-    return VisibleHardware(cuda=torch.cuda.device_count(), mps=torch.backends.mps.is_available())
+    return VisibleHardware(
+        cuda=torch.cuda.device_count(), mps=torch.backends.mps.is_available(), pjrt=os.environ.get("PJRT_DEVICE", "")
+    )
 
 
 def choose_device(
@@ -41,8 +54,8 @@ def choose_device(
     """The device of one rank.
 
     Unasked: CUDA where there is any, by local rank; index 0 where one device is visible, which is how schedulers give
-    each task its own. Else MPS for a world of one, else the CPU. XLA only when asked for, or when the placement came
-    from XLA's own launcher.
+    each task its own. Else MPS for a world of one, else the CPU. XLA before these where PJRT_DEVICE names an
+    accelerator, such as TPU, or the placement came from XLA's own launcher.
 
     Args:
         placement: which rank this is.
@@ -53,7 +66,7 @@ def choose_device(
         WorldError: what was asked for is not there, or there are fewer devices than ranks.
     """
     if asked is None:
-        if placement.launcher == "xla":
+        if placement.launcher == "xla" or hardware.pjrt not in _OWN_DEVICES:
             return torch.device("xla")
         if hardware.cuda:
             return torch.device("cuda", _cuda_index(placement, hardware))
@@ -143,23 +156,12 @@ def bound_device(device: torch.device, backend: str) -> torch.device | None:
     return device if backend_of(device.type, backend) == "nccl" else None
 
 
-def open_xla_device() -> torch.device:
-    """This process' XLA device; also registers torch_xla's backend for process groups.
-
-    Raises:
-        WorldError: torch_xla is not installed or does not load beside this torch.
-    """
-    try:
-        torch_xla = importlib.import_module("torch_xla")
-        importlib.import_module("torch_xla.distributed.xla_backend")
-    except ImportError as error:
-        raise WorldError(
-            f"an XLA device was asked for, but torch_xla does not load: {error}; "
-            "install a torch_xla of the same version as torch with `pip install 'allstep[xla]'`, or pass device='cpu'"
-        ) from error
-    return torch.device(torch_xla.device())
+def step_end(device: torch.device) -> Callable[[], None] | None:
+    """What tells a device that a step ends, where it collects work until then; None elsewhere."""
+    return xla_private.end_step if device.type == "xla" else None
 
 
-def seed_device(seed: int) -> None:
-    """Seed the XLA device's own generator, which `torch.manual_seed` does not reach."""
-    importlib.import_module("torch_xla.core.xla_model").set_rng_state(seed)
+def seed_device(device: torch.device, seed: int) -> None:
+    """Seed a device's own generator where `torch.manual_seed` does not reach it."""
+    if device.type == "xla":
+        xla_private.seed_generator(seed)

@@ -38,7 +38,7 @@ from allstep.version import __version__
 from allstep.world import early_signals
 from allstep.world.collectives import Collectives
 from allstep.world.current import is_interactive
-from allstep.world.device import choose_backend, choose_device, open_xla_device, visible_hardware
+from allstep.world.device import choose_backend, choose_device, visible_hardware
 from allstep.world.device_mesh import choose_mesh, mesh_shape
 from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
@@ -49,6 +49,7 @@ from allstep.world.monitor_link import MonitorService, join, sidecar_service, su
 from allstep.world.process_group import Group, adopt_group, open_group, open_solitary_group
 from allstep.world.rendezvous import rendezvous
 from allstep.world.world import World, internals
+from allstep.world.xla_private import open_device
 
 _TIMEOUT = timedelta(minutes=10)
 _DEBUGGED_S = 86400.0
@@ -138,7 +139,7 @@ def _open(
     mesh: Mapping[str, int] | None,
 ) -> World:
     activity, shape = RankActivity(), mesh_shape(mesh, placement)
-    device = _prepared(choose_device(placement, visible_hardware(), asked))
+    device = _prepared(choose_device(placement, visible_hardware(), asked), placement)
     chosen = choose_backend(device, backend)
     supervised = supervised_service(placement)
     if supervised is None and placement.world_size == 1 and shape is None:
@@ -193,7 +194,7 @@ def _adopt(
     places = collectives.gather_objects((socket.gethostname(), detected))
     placement = _adopted_placement(group, places)
     shape = mesh_shape(mesh, placement)
-    device = _prepared(choose_device(placement, visible_hardware(), asked if bound is None else bound))
+    device = _prepared(choose_device(placement, visible_hardware(), asked if bound is None else bound), placement)
     # The supervisor knows the ranks that it started, and not those of a group that counts them in another way.
     service = supervised_service(placement) if placement == detected else None
     if service is None and placement.world_size > 1:
@@ -267,10 +268,10 @@ def _is_same(asked: torch.device, bound: torch.device) -> bool:
     return asked.type == bound.type and asked.index in (None, bound.index)
 
 
-def _prepared(device: torch.device) -> torch.device:
+def _prepared(device: torch.device, placement: Placement) -> torch.device:
     """The device, made the one that this process uses by default."""
     if device.type == "xla":
-        return open_xla_device()
+        return open_device(placement.local_rank, placement.local_world_size, placement.world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -36,6 +36,7 @@ class WorldInternals:
         reporter: tells exceptions to that service; None where no service watches over the ranks.
         summary: what is said at a good end, by what it is about; each writer replaces its own.
         compilations: what torch compiles, where a wrapped module is compiled.
+        end_step: tells a device that collects work, such as XLA, that a step ends; None where there is nothing to tell.
         hide_log: stops showing what is logged; see `log_output`.
     """
 
@@ -44,6 +45,7 @@ class WorldInternals:
     reporter: Reporter | None
     summary: dict[str, str] = field(default_factory=dict)
     compilations: Compilations | None = None
+    end_step: Callable[[], None] | None = None
     hide_log: Callable[[], None] = lambda: None
     _opened_at: float = field(default_factory=time.monotonic)
     _wrapped: list[weakref.ref[nn.Module]] = field(default_factory=list)

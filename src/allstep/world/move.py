@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import nn
+
+from allstep.world.xla_private import placed
 
 T = TypeVar("T")
 
@@ -38,6 +41,11 @@ def to_device(value: T, device: torch.device, *, non_blocking: bool = True) -> T
     return cast(T, _move(value, device, non_blocking and device.type == "cuda"))
 
 
+def placing(device: torch.device) -> Callable[[Any], Any] | None:
+    """What a loader begins to move its next batch with: to XLA, whose copies nobody waits for; None elsewhere."""
+    return partial(to_device, device=device) if device.type == "xla" else None
+
+
 def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
     """A nested structure with new containers, so that what is put into, or taken out of, one is not of the other.
 
@@ -57,7 +65,7 @@ def rebuilt(value: Any, leaf: Callable[[Any], Any]) -> Any:
 
 def _move(value: Any, device: torch.device, non_blocking: bool) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.to(device, non_blocking=non_blocking)
+        return placed(value, device) if device.type == "xla" else value.to(device, non_blocking=non_blocking)
     if isinstance(value, str | bytes | int | float | None):
         return value
     # Asked of the type: an instance may answer any attribute, as a mock or a lazy record does.

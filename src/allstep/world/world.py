@@ -45,13 +45,13 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current
 from allstep.world.collectives import Collectives, Number, Op
-from allstep.world.device import choose_transport, seed_device
+from allstep.world.device import choose_transport, seed_device, step_end
 from allstep.world.device_mesh import has_dimension, open_mesh, open_model_mesh
 from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
 from allstep.world.internals import WorldInternals
 from allstep.world.membership import Membership
-from allstep.world.move import to_device
+from allstep.world.move import placing, to_device
 from allstep.world.numbers import to_numbers
 from allstep.world.plan_training import plan_training
 from allstep.world.process_group import Group
@@ -112,7 +112,7 @@ class World:
                 device_type=transport.type,
                 sharing=self.data_ranks.sharing,
             )
-        self._internals = WorldInternals(coordinator, activity, reporter)
+        self._internals = WorldInternals(coordinator, activity, reporter, end_step=step_end(device))
         self._turns = Turns(placement, group, activity)
         on_host = None if group is None else group.on_host
         self._collectives = Collectives(self.rank, self.world_size, device, transport, on_host)
@@ -274,6 +274,7 @@ class World:
             drop_last=drop_last,
             sample_seeding=sample_seeding,
             device_type=self.device.type,
+            place=placing(self.device),
             **dataloader_options,
         )
 
@@ -412,9 +413,7 @@ class World:
         """
         self._membership.check_open("seed_everything")
         # `self.seed` stays the common one: loaders must deal the same order on all ranks.
-        used = seed_generators(seed, self.data_rank if per_rank else None)
-        if self.device.type == "xla":
-            seed_device(used)
+        seed_device(self.device, seed_generators(seed, self.data_rank if per_rank else None))
         self.seed = seed
         return seed
 
