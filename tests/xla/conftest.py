@@ -1,4 +1,4 @@
-"""What runs over torch_xla, in an environment of its own (`./launch/test-xla`): its runtime on the CPU is the device."""
+"""What runs over torch_xla in an environment of its own (`./launch/test-xla`); its runtime on the CPU is the device."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Where a step ends on a device that collects work, such as XLA, in place of running it at once.
 
-Contract: such a device gives its World a function that has it begin with what was collected (`WorldInternals.end_step`).
-An engine calls it
+Contract: such a device gives its World a function that has it begin with what was collected
+(`WorldInternals.end_step`). An engine calls it
 
 - behind each optimizer step: after the iteration that ends an accumulation group, before its handlers. A handler that
   reads the output then waits for it and adds no graph. Where a group is long, also after every `MOST_TOGETHER`

@@ -21,7 +21,7 @@ from allstep.placement import Placement
 from allstep.world import xla_private
 
 _OWN_DEVICES = ("", "CPU", "CUDA", "GPU")
-"""Runtimes of torch_xla whose devices torch has by itself; importing torch_xla sets such a one where there is no other."""
+"""Runtimes of torch_xla whose devices torch has by itself; torch_xla chooses one where there is no other."""
 
 _ON_HOST = (None, "gloo", "mpi", "ucc", "fake")  # of gloo's collectives only some take tensors of a device
 

@@ -61,8 +61,8 @@ def open_device(local_rank: int = 0, local_world_size: int = 1, world_size: int 
         found = runtime.world_size()
     except (RuntimeError, AttributeError, ImportError, OSError) as error:
         raise WorldError(
-            f"torch_xla cannot open a device: {error}. PJRT_DEVICE is {os.environ.get('PJRT_DEVICE')!r}; set it to what "
-            "this machine has, such as TPU, or to CPU for a try-out, or pass device='cpu'"
+            f"torch_xla cannot open a device: {error}. PJRT_DEVICE is {os.environ.get('PJRT_DEVICE')!r}; set it to "
+            "what this machine has, such as TPU, or to CPU for a try-out, or pass device='cpu'"
         ) from error
     if world_size > 1 and found != world_size:
         raise WorldError(

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
-import digits
-
 import allstep
 from allstep import Engine, Events, Metrics
+
+import digits
 
 
 def compilations() -> int:
