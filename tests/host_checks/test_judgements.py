@@ -198,12 +198,18 @@ def test_requirements_are_compared_with_what_is_installed() -> None:
 
 @pytest.mark.parametrize(
     ("found", "nodes", "verdict"),
-    [(["127.0.1.1"], 1, "good"), (["127.0.1.1"], 2, "warning"), (["::1", "10.0.0.7"], 2, "good")],
+    [
+        (["127.0.1.1"], 1, "good"),
+        (["127.0.1.1"], 2, "warning"),
+        (["::1", "10.0.0.7"], 2, "good"),
+        (["10.99.0.1"], 1, "warning"),  # of another machine, or of none
+        (["10.99.0.1"], 2, "bad"),
+    ],
 )
-def test_a_name_that_means_loopback_matters_with_several_machines(
+def test_a_name_has_to_mean_this_machine_and_among_several_not_by_loopback(
     found: list[str], nodes: int, verdict: Verdict
 ) -> None:
-    assert only([judge_host_name("node7", found, nodes)]).verdict == verdict
+    assert only([judge_host_name("node7", found, nodes, {"127.0.0.1", "10.0.0.7"})]).verdict == verdict
 
 
 ADDRESSES = {"lo": ["127.0.0.1"], "eth0": ["10.0.0.7"], "eth1": ["10.1.0.7"], "ib0": []}

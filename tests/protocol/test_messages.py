@@ -40,6 +40,14 @@ from allstep.protocol.messages import (
     decode,
     encode,
 )
+from allstep.protocol.preflight_messages import (
+    DeviceSums,
+    LinkMeasured,
+    LinkProbe,
+    NodeFinding,
+    PreflightOrder,
+    StepDone,
+)
 from allstep.protocol.worker_exit import WorkerExit
 from tests.monitor.driving import registration
 
@@ -72,7 +80,15 @@ EXAMPLES: list[Message] = [
     RunOver(3, "done"),
     NodeResigned(1, "x"),
     Refused("no", stranger=True),
+    PreflightOrder(3, "links", 1, 4, "key", 2, 8, 29500, {"0": "h0"}, {"0": "4711"}, (0, 2)),
+    NodeFinding("folder", "bad", "full", "remove"),
+    DeviceSums(1, "cpu", "abc", False, "why"),
+    LinkMeasured(2, "", 1e-4, 1e8, 1e8, 0.01, 1500),
+    StepDone(3, 1.5, 4711, 29500),
+    LinkProbe(-1, "xxx", 0.5),
 ]
+
+JOINS = next(each for each in EXAMPLES if isinstance(each, JoinRequest))
 
 
 def test_there_is_an_example_of_every_message():
@@ -105,8 +121,8 @@ def test_a_message_survives_the_wire_as_one_line(message):
         b'{"v":%d,"type":"NodeHello","attempt":0,"node_rank":0,"host":"a","ranks":["x"]}' % VERSION,
         b'{"v":%d}' % VERSION,
         b'{"v":%d,"type":"RunOver","status":1}' % VERSION,
-        encode(EXAMPLES[-6]).replace(b'"nodes":3', b'"nodes":"3"'),
-        encode(EXAMPLES[-6]).replace(b'"train.py"', b"3"),
+        encode(JOINS).replace(b'"nodes":3', b'"nodes":"3"'),
+        encode(JOINS).replace(b'"train.py"', b"3"),
         b"[" * 100_000,
     ],
 )

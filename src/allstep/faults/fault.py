@@ -19,8 +19,9 @@ from urllib.parse import quote, unquote
 
 from allstep.errors import ConfigurationError
 
-When = Literal["start", "data", "step", "handler", "exit"]
-"""The points at which a rank asks: before the ranks meet, before a batch, in the step, after it, leaving the World."""
+When = Literal["preflight", "start", "data", "step", "handler", "exit"]
+"""Points at which faults strike: the preflight, before the ranks meet, before a batch, in the step, after it, at the
+end."""
 
 WHENS: tuple[When, ...] = get_args(When)
 IN_A_RUN: tuple[When, ...] = ("data", "step", "handler")
@@ -124,6 +125,8 @@ KINDS = {
     "allocate": FaultKind("allocate=64G", _bytes),
     "ignore": FaultKind("ignore=SIGTERM", _signal, lambda number: signal.Signals(number).name),
     "nan": FaultKind("nan", whens=("step",)),
+    "wrong_sums": FaultKind("wrong_sums", whens=("preflight",)),
+    "clock": FaultKind("clock=60", _seconds, whens=("preflight",)),
 }
 """Every kind of fault, by its name in a plan's text."""
 
@@ -142,7 +145,14 @@ class RankPosition:
         place = f"rank {self.rank}, "
         if self.when in IN_A_RUN:
             return f"{place}epoch {self.epoch}, iteration {self.iteration} ({self.when})"
-        return place + {"start": "before it meets the others", "exit": "as it leaves its World"}[self.when]
+        return (
+            place
+            + {
+                "preflight": "before it is started",
+                "start": "before it meets the others",
+                "exit": "as it leaves its World",
+            }[self.when]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +166,8 @@ class Fault:
         iteration: which iteration of the run, from 1; None for the first that fits otherwise.
         epoch: which epoch, from 1; None for any.
         attempts: first and last of the starts of the run in which it strikes, from 0; None for all.
-        when: "start" (in `allstep.init`, before the ranks meet), "data" (before a batch is taken), "step", "handler"
-            (after the step) or "exit" (as the World is left).
+        when: "preflight" (before the rank is started), "start" (in `allstep.init`, before the ranks meet), "data"
+            (before a batch is taken), "step", "handler" (after the step) or "exit" (as the World is left).
 
     Raises:
         ConfigurationError: a value is out of range, or the kind cannot strike there.

@@ -48,8 +48,9 @@ class FaultPlan:
             iteration: of the run, from 1, as `engine.state.iteration`; by default the first that fits otherwise.
             epoch: from 1; by default any.
             attempt: which start of the run, or a range of them, from 0; by default all.
-            when: "start" (in `allstep.init`, before the ranks meet), "data" (before the iteration's batch is taken),
-                "step", "handler" (after the step), or "exit" (as the World is left).
+            when: "preflight" (of `allstep run --preflight`), "start" (in `allstep.init`, before the ranks meet), "data"
+                (before the iteration's batch is taken), "step", "handler" (after the step), or "exit" (as the World is
+                left).
 
         Raises:
             ConfigurationError: a value is out of range; raised by the method that says what happens.
@@ -168,9 +169,24 @@ class FaultSite:
         """Make the floating-point numbers of the step's batch NaN, from which loss and gradients follow."""
         return self._plan("nan")
 
+    def wrong_sums(self) -> FaultPlan:
+        """Have the rank's device compute wrong sums in the preflight of `allstep run`."""
+        return self._plan("wrong_sums")
+
+    def clock(self, seconds: float) -> FaultPlan:
+        """Have the clock of the rank's machine be so far ahead in the preflight of `allstep run`."""
+        return self._plan("clock", float(seconds))
+
     def _plan(self, kind: str, argument: Any = None) -> FaultPlan:
-        fault = Fault(kind, argument, self.rank, self.iteration, self.epoch, _span(self.attempt), self.when)
+        when = _only_place(kind) if self.when == "step" else self.when
+        fault = Fault(kind, argument, self.rank, self.iteration, self.epoch, _span(self.attempt), when)
         return FaultPlan((read_fault(write_fault(fault)),))  # so that what a text cannot say is refused here
+
+
+def _only_place(kind: str) -> Any:
+    """Where a fault strikes that does not say so: in the step, or at the only place of its kind."""
+    places = KINDS[kind].whens
+    return places[0] if len(places) == 1 else "step"
 
 
 def _signal(number: int) -> int:
@@ -216,6 +232,7 @@ def read_fault(text: str) -> Fault:
             f"{', '.join(kind.example for kind in KINDS.values())}"
         )
     kind, argument = effects[0]
+    site.setdefault("when", _only_place(kind))
     try:
         return Fault(kind, argument, attempts=site.pop("attempt", None), **site)
     except ConfigurationError as error:

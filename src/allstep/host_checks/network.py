@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import psutil
 
 from allstep.errors import PlacementError
-from allstep.host_checks.finding import Host, HostFinding
+from allstep.host_checks.finding import Host, HostFinding, graded
 from allstep.placement.variables import port as port_variable
 from allstep.protocol.foreign_text import one_line
 from allstep.protocol.name_lookup import resolve
@@ -34,12 +34,24 @@ def check_host_name(host: Host) -> Iterator[HostFinding]:
             "host name", "warning", text, f"Add a line `ADDRESS {name}` to /etc/hosts, or mend the name server"
         )
         return
-    yield judge_host_name(name, found, host.nodes)
+    own = {each.address.partition("%")[0] for has in psutil.net_if_addrs().values() for each in has}
+    yield judge_host_name(name, found, host.nodes, own)
 
 
-def judge_host_name(name: str, found: list[str], nodes: int) -> HostFinding:
-    """A name that only this machine can use is a fault where there are others."""
+def judge_host_name(name: str, found: list[str], nodes: int, own: set[str]) -> HostFinding:
+    """A name of another machine is a fault, and so is one that only this machine can use where there are others.
+
+    Args:
+        name: of this machine.
+        found: the addresses that it resolves to.
+        nodes: machines of the run.
+        own: the addresses of this machine's interfaces.
+    """
     shown = ", ".join(found[:3])
+    if not any(each in own or _is_loopback(each) for each in found):
+        text = f"{name} resolves to {shown}, which is no address of this machine"
+        verdict = graded(bad=nodes > 1)
+        return HostFinding("host name", verdict, text, f"Correct the line for {name} in /etc/hosts or the name server")
     if nodes > 1 and all(_is_loopback(address) for address in found):
         text = f"{name} resolves to {shown}, which other machines cannot reach"
         return HostFinding(

@@ -25,6 +25,7 @@ from allstep.launch.event_loop import EventLoop
 from allstep.launch.folder import AttemptFolder, join_attempt
 from allstep.launch.join_protocol import attempt_key, introduce, objection_to_start, run_key, same_key_on_all
 from allstep.launch.machine import Machine
+from allstep.launch.preflight_agent import AgentProcess
 from allstep.launch.topology import Nodes
 from allstep.launch.worker_plan import Share
 from allstep.monitor.relay import Relay
@@ -42,6 +43,7 @@ from allstep.protocol.messages import (
     decode,
     encode,
 )
+from allstep.protocol.preflight_messages import PreflightOrder
 
 SILENCE_S = 15.0
 """Seconds without a word from the head after which the connection is given up."""
@@ -113,8 +115,8 @@ def _take_part(machine: Machine, nodes: Nodes, run: str, start: AttemptStart) ->
         workers=launch.workers,
         first_rank=start.first_rank,
         world_size=start.world_size,
-        node_rank=nodes.rank,
-        nodes=nodes.count,
+        node_rank=nodes.rank if start.node_rank < 0 else start.node_rank,
+        nodes=start.nodes or nodes.count,
         max_restarts=start.max_restarts,
         folder=folder.path if folder is not None else None,
     )
@@ -123,7 +125,7 @@ def _take_part(machine: Machine, nodes: Nodes, run: str, start: AttemptStart) ->
         listener,
         MonitorSettings(key, start.attempt, start.world_size, limits),
         upstream=(nodes.host, start.channel_port),
-        node_rank=nodes.rank,
+        node_rank=share.node_rank,
         ranks=tuple(ranks),
     )
     with contextlib.closing(relay):
@@ -155,12 +157,21 @@ def join(machine: Machine, key: str, limit: float) -> AttemptStart | RunOver | N
     assert nodes is not None
     request = introduce(machine.launch)
     targets = [(nodes.host, port) for port in nodes.ports]
-    with contextlib.closing(Connector(targets, key=key, within=limit, answer=_ANSWER_S, proof=_PROOF_S)) as connector:
+    with (
+        contextlib.ExitStack() as stack,
+        contextlib.closing(Connector(targets, key=key, within=limit, answer=_ANSWER_S, proof=_PROOF_S)) as connector,
+    ):
         while (connection := _connect(loop, connector, stopped)) is not None:
             try:
                 connection.send(encode(request))
+                agent: AgentProcess | None = None
                 for message in _messages(loop, connection, stopped):
                     host, port = connector.target
+                    if isinstance(message, PreflightOrder):
+                        if agent is None:
+                            agent = AgentProcess(machine, connection.send)
+                            stack.callback(agent.close)
+                        agent.order(message)
                     if isinstance(message, Refused):
                         raise LaunchError(f"node 0 at {host}, port {port}, refused: {one_line(message.reason)}")
                     if isinstance(message, RunOver):
@@ -218,7 +229,7 @@ def _connect(loop: EventLoop, connector: Connector, stopped: Callable[[], bool])
 
 def _messages(
     loop: EventLoop, connection: Connection, stopped: Callable[[], bool]
-) -> Iterator[AttemptStart | RunOver | Refused | JoinPending]:
+) -> Iterator[AttemptStart | RunOver | Refused | JoinPending | PreflightOrder]:
     """What the head says, as it comes; ends when `stopped`; raises ConnectionError when it is silent or gone."""
     until = time.monotonic() + SILENCE_S
     while not stopped():
@@ -232,7 +243,7 @@ def _messages(
                 message = decode(line)
             except ChannelError as error:
                 raise ConnectionError(str(error)) from error
-            if isinstance(message, AttemptStart | RunOver | Refused | JoinPending):
+            if isinstance(message, AttemptStart | RunOver | Refused | JoinPending | PreflightOrder):
                 yield message
         if connection.ended:
             raise ConnectionError(connection.ended)

@@ -78,11 +78,26 @@ class _HeadMachine:
                     return self._last_status
                 if refusal:
                     raise LaunchError(refusal)
+            if self._settings.preflight and not self._failed and not self._machine.stopped():
+                self._preflight()
             if self._machine.stopped():
                 return self._stopped()
             self._next_folder()
             status = self._run_attempt()
         return status
+
+    def _preflight(self) -> None:
+        """Find out who is fit, and go on without whom the run can do without."""
+        from allstep.launch.preflight_rounds import preflight  # most runs do without it
+
+        try:
+            left_out = preflight(self._machine, self._assembly)
+        except LaunchError as error:
+            if self._assembly is not None:
+                self._assembly.refuse(str(error))
+            raise
+        if left_out and self._assembly is not None:
+            self._assembly.leave_out(left_out, f"run {self._name}: this machine is left out; node 0 says why")
 
     def close(self) -> None:
         if self._assembly is not None:
@@ -146,7 +161,7 @@ class _HeadMachine:
             first_rank=0,
             world_size=self._assembly.world_size() if self._assembly is not None else launch.workers,
             node_rank=0,
-            nodes=nodes.count if nodes is not None else 1,
+            nodes=self._assembly.node_count() if self._assembly is not None else 1,
             max_restarts=first + self._settings.max_restarts,
             folder=self._folder.path if self._folder is not None else None,
         )

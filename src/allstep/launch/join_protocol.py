@@ -64,6 +64,7 @@ class JoinedNodes:
     def __init__(self, own: JoinRequest) -> None:
         self.own = own
         self.requests: dict[int, JoinRequest] = {own.node_rank: own}
+        self.left_out: frozenset[int] = frozenset()
 
     def objection(self, request: JoinRequest) -> str:
         """Why the run cannot go on with this node; empty where it can."""
@@ -77,6 +78,8 @@ class JoinedNodes:
             )
         if not 0 <= request.node_rank < self.own.nodes:
             return f"{request.process} says node rank {request.node_rank}, but there are {self.own.nodes} nodes"
+        if request.node_rank in self.left_out:
+            return f"node {request.node_rank} ({request.process}) is left out of this run"
         if not 1 <= request.workers <= MOST_WORKERS:
             return f"node {request.node_rank} ({request.process}) says that it has {request.workers} workers"
         # The same process may come again over a new connection, when the old one broke.
@@ -97,13 +100,23 @@ class JoinedNodes:
 
     def missing(self) -> tuple[int, ...]:
         """The node ranks that have not come."""
-        return tuple(rank for rank in range(self.own.nodes) if rank not in self.requests)
+        return tuple(rank for rank in self.taking_part() if rank not in self.requests)
+
+    def taking_part(self) -> tuple[int, ...]:
+        """The node ranks of the run's machines, without those that are left out: a node's place is its index here."""
+        return tuple(rank for rank in range(self.own.nodes) if rank not in self.left_out)
+
+    def leave_out(self, nodes: frozenset[int]) -> None:
+        """Go on without some nodes."""
+        self.left_out |= nodes
+        for node in nodes:
+            self.requests.pop(node, None)
 
     def first_ranks(self) -> Mapping[int, int]:
         """Each node's first rank, once all have come: in the order of node ranks, however many workers each has."""
         firsts: dict[int, int] = {}
         total = 0
-        for node in range(self.own.nodes):
+        for node in self.taking_part():
             firsts[node] = total
             total += self.requests[node].workers
         return firsts

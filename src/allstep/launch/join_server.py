@@ -36,6 +36,7 @@ from allstep.protocol.messages import (
     RunOver,
     encode,
 )
+from allstep.protocol.preflight_messages import PreflightOrder
 from allstep.protocol.server import (
     Happening,
     MessageServer,
@@ -97,6 +98,7 @@ class JoinServer:
         self._away: set[int] = set()
         self._said: set[str] = set()
         self._say = say
+        self._hear: Callable[[int, bytes], None] | None = None
         self._keepalive_at = time.monotonic() + KEEPALIVE_S
         self._loop = loop
         loop.add_timer(self)
@@ -128,6 +130,26 @@ class JoinServer:
         for node, start in starts.items():
             self._answer(node, start)
 
+    def hear(self, hear: Callable[[int, bytes], None] | None) -> None:
+        """Have what machines say in a preflight given to `hear`, with the node's rank; None ends it."""
+        self._hear = hear
+
+    def order(self, node: int, order: PreflightOrder) -> bool:
+        """Send an order to a machine that waits; false where it does not."""
+        if node in self._waiting:
+            self._server.send(self._waiting[node], encode(order))
+        return node in self._waiting
+
+    def addresses(self) -> dict[int, str]:
+        """The addresses from which machines that wait have come."""
+        return {node: peer.host for node, peer in self._waiting.items()}
+
+    def leave_out(self, nodes: frozenset[int], message: RunOver) -> None:
+        """Go on without some machines, and tell them so."""
+        for node in nodes & self._waiting.keys():
+            self._answer(node, message)
+        self.nodes.leave_out(nodes)
+
     def gather(self) -> None:
         """Begin to wait for the machines of the next attempt."""
         self._members = None
@@ -155,6 +177,8 @@ class JoinServer:
                 self._admit(peer, request)
             case PeerConnected(peer, NodeResigned() as message):
                 self._note_resigned(peer, message)
+            case PeerMessage(peer, _, line) if self._hear is not None and (node := self._node_of(peer)) is not None:
+                self._hear(node, line)
             case PeerMessage(peer):
                 self._server.refuse(peer, "a node says who it is, and then waits")
                 self._forget(peer)
@@ -193,10 +217,16 @@ class JoinServer:
         self._server.send_last(peer, encode(message))
 
     def _forget(self, peer: Peer) -> None:
-        for node, each in list(self._waiting.items()):
-            if each is peer:
-                del self._waiting[node]
-                self.nodes.requests.pop(node, None)
+        node = self._node_of(peer)
+        if node is not None:
+            del self._waiting[node]
+            self.nodes.requests.pop(node, None)
+            if self._hear is not None:
+                self._hear(node, b"")
+
+    def _node_of(self, peer: Peer) -> int | None:
+        """Which node waits there."""
+        return next((node for node, each in self._waiting.items() if each is peer), None)
 
     def _say_once(self, text: str) -> None:
         # A machine of another run may come every second for as long as this one lasts.
@@ -251,8 +281,9 @@ class NodeAssembly:
         """Let the other machines begin an attempt of which the head's share is this, and have the hub expect them."""
         requests = self._server.nodes.requests
         firsts = {node: first for node, first in self._server.nodes.first_ranks().items() if node != 0}
+        places = {node: place for place, node in enumerate(self._server.nodes.taking_part())}
         for node, first in firsts.items():
-            hub.expect_node(node, range(first, first + requests[node].workers))
+            hub.expect_node(places[node], range(first, first + requests[node].workers))
         self._server.start(
             {
                 node: AttemptStart(
@@ -264,10 +295,48 @@ class NodeAssembly:
                     first_rank=first,
                     world_size=share.world_size,
                     max_restarts=share.max_restarts,
+                    node_rank=places[node],
+                    nodes=len(places),
                 )
                 for node, first in firsts.items()
             }
         )
+
+    def node_count(self) -> int:
+        """The machines that take part."""
+        return len(self._server.nodes.taking_part())
+
+    def first_ranks(self) -> Mapping[int, int]:
+        """Each node's first rank."""
+        return self._server.nodes.first_ranks()
+
+    def workers(self) -> dict[int, int]:
+        """Each node's number of workers."""
+        return {node: request.workers for node, request in self._server.nodes.requests.items()}
+
+    def hosts(self) -> dict[int, str]:
+        """Each node's name of itself."""
+        return {node: one_line(request.host) for node, request in self._server.nodes.requests.items()}
+
+    def addresses(self) -> dict[int, str]:
+        """The addresses from which the other machines have come."""
+        return self._server.addresses()
+
+    def order(self, node: int, order: PreflightOrder) -> bool:
+        """Order a machine to take a step of a preflight; false where it is gone."""
+        return self._server.order(node, order)
+
+    def hear(self, hear: Callable[[int, bytes], None] | None) -> None:
+        """Whom to give what the other machines' agents say; None for nobody."""
+        self._server.hear(hear)
+
+    def leave_out(self, nodes: frozenset[int], text: str) -> None:
+        """Go on without some machines; `text` is the last line on their terminals."""
+        self._server.leave_out(nodes, RunOver(0, text))
+
+    def refuse(self, reason: str) -> None:
+        """Tell all machines that wait why nothing is started."""
+        self._server.over(Refused(reason))
 
     def over(self, status: int, text: str, *, until: float) -> None:
         """Tell every machine that the run has ended, waiting for those that are on their way."""

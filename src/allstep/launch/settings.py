@@ -347,6 +347,16 @@ class LaunchSettings:
     mesh: str | None = _option(
         None, _MESH, "NAME=N,...", "which ranks share a model or a batch, such as replicate=2,shard=4; see Meshes"
     )
+    preflight: bool = _option(
+        False,
+        _SWITCH,
+        "true|false",
+        "before training, find out whether machines, the ways between them and devices are fit, and name what is not",
+        constant=True,
+    )
+    exclude_ill: int = _option(
+        0, _COUNT_FROM_ZERO, "N", "with --preflight, go on without machines that are ill, at most N"
+    )
     limits: str | None = _option(
         None, _LIMITS, "TEXT", "seconds that a section may last without progress, such as step=60,data=300"
     )

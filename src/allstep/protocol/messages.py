@@ -8,6 +8,7 @@ Who sends what:
 - A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `RankEnding`,
   `WorkerEnded`, `RankLost`, `ProcessSeen`, `NodeRemark` and `NodeHeartbeat`. The hub to a relay: what it would tell the
   ranks, `RankEnding`, `NodeHeartbeat`, and `Finish` at the end.
+- Between the two, where a preflight was asked for, what `preflight_messages` has.
 - A machine that joins a run, to node 0: `JoinRequest` before each attempt, or `NodeResigned`. Node 0 answers
   `JoinPending` every few seconds, then `AttemptStart`, `RunOver` or `Refused`.
 
@@ -22,10 +23,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from allstep.protocol.codec import Codec
+from allstep.protocol.preflight_messages import (
+    DeviceSums,
+    LinkMeasured,
+    LinkProbe,
+    NodeFinding,
+    PreflightOrder,
+    StepDone,
+)
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 7
+VERSION = 8
 """Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
@@ -264,7 +273,8 @@ class JoinPending:
 class AttemptStart:
     """An attempt begins: its names, the ports of its services on node 0, and which ranks are this machine's.
 
-    The attempt's key is derived from the run's and `salt`, on each machine by itself.
+    The attempt's key is derived from the run's and `salt`, on each machine by itself. `node_rank` and `nodes` are its
+    place among those that take part; -1 and 0 mean as it said itself.
     """
 
     run_id: str
@@ -275,6 +285,8 @@ class AttemptStart:
     first_rank: int
     world_size: int
     max_restarts: int
+    node_rank: int = -1
+    nodes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +331,12 @@ Message = (
     | AttemptStart
     | RunOver
     | NodeResigned
+    | PreflightOrder
+    | NodeFinding
+    | DeviceSums
+    | LinkMeasured
+    | StepDone
+    | LinkProbe
 )
 
 _CODEC = Codec("the control channel", VERSION, typing.get_args(Message))
