@@ -112,7 +112,7 @@ def test_a_file_may_set_every_setting(tmp_path: Path) -> None:
         "nproc": "2", "cpu_processes": "1", "name": "exp", "runs": "/r", "show": "main", "env": "{A: b}", "grace": "1",
         "max_restarts": "1", "stop_after": "1", "nnodes": "2", "node_rank": "0", "rdzv": "h:1", "rdzv_timeout": "9",
         "limits": "step=60", "fault": "rank=1,kill=9", "mesh": "shard=-1", "resume": "auto", "share_imports": "false",
-        "take_over": "true", "debug_rank": "0", "preflight": "true", "exclude_ill": "1",
+        "take_over": "true", "debug_rank": "0", "preflight": "true", "exclude_ill": "1", "device": "xla",
     }  # fmt: skip
     loaded = load(tmp_path, "\n".join(f"{name}: {value}" for name, value in text.items()))
     assert set(loaded) == {option.name for option in OPTIONS}

@@ -152,3 +152,8 @@ def test_nccls_record_of_collectives_goes_to_the_attempts_folder(tmp_path: Path,
     prefix = str(tmp_path / "flight_recorder_rank_")
     both = dict.fromkeys(("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"), prefix)
     assert found == (both if own is None else environ)
+
+
+def test_workers_are_told_their_type_of_device() -> None:
+    assert plan({}, device="xla", nproc=1)[0].environment["ALLSTEP_DEVICE"] == "xla"
+    assert "ALLSTEP_DEVICE" not in plan({}, nproc=1)[0].environment

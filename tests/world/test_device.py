@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import allstep
 from allstep.errors import WorldError
 from allstep.placement import Placement, Rendezvous
 from allstep.world.device import VisibleHardware, choose_backend, choose_device, choose_transport
@@ -102,3 +103,11 @@ def test_backend_that_cannot_serve_is_named(asked, message):
 )
 def test_tensors_travel_from_where_the_backend_can_take_them(device, backend, transport):
     assert choose_transport(torch.device(device), backend) == torch.device(transport)
+
+
+def test_the_launcher_says_the_device_where_the_script_does_not(monkeypatch):
+    monkeypatch.setenv("ALLSTEP_DEVICE", "toaster")
+    with pytest.raises(WorldError, match="'toaster', which torch does not know"):
+        allstep.init()
+    with allstep.init(device="cpu") as world:
+        assert world.device.type == "cpu"

@@ -320,7 +320,10 @@ class LaunchSettings:
     """
 
     nproc: int | Literal["auto"] = _option(
-        "auto", _NPROC, "auto|N", "workers on this machine; auto is one for each visible CUDA device"
+        "auto", _NPROC, "auto|N", "workers on this machine; auto is one for each visible device"
+    )
+    device: str | None = _option(
+        None, _TEXT, "TYPE", "what workers compute on, such as xla or cpu; a script's own device= comes before it"
     )
     cpu_processes: int = _option(1, _COUNT, "N", "workers that auto means where no device is visible", flag="")
     name: str | None = _option(

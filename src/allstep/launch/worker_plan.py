@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allstep.errors import ConfigurationError, MeshError
+from allstep.launch.device_types import VARIABLE as DEVICE
 from allstep.launch.devices import Devices, device_environment
 from allstep.launch.environment import worker_environment
 from allstep.launch.settings import LaunchSettings
@@ -146,6 +147,8 @@ def plan_workers(
         inherited.setdefault("OMP_NUM_THREADS", str(max(1, cores // share.workers)))
     if settings.limits is not None:
         inherited["ALLSTEP_LIMITS"] = settings.limits
+    if settings.device is not None:
+        inherited[DEVICE] = settings.device
     if settings.mesh is not None:
         _check_mesh(settings.mesh, share)
         inherited["ALLSTEP_MESH"] = settings.mesh

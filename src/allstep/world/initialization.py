@@ -69,7 +69,8 @@ def init(
 
     Args:
         backend: of the process group; by default nccl for CUDA and gloo for the CPU.
-        device: by default CUDA by local rank, or MPS in a world of one, or the CPU; see `allstep.world.device`.
+        device: by default what `allstep run --device` says, which is ALLSTEP_DEVICE; else CUDA by local rank, or MPS in
+            a world of one, or the CPU; see `allstep.world.device`.
         timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective. Where nccl
             carries the collective its limit is above those of the watch over hangs, since it ends the process.
         seed: if given, what `World.seed_everything` is called with.
@@ -109,6 +110,8 @@ def init(
         if chosen is not None:
             same["mesh"] = in_words(chosen)
         placement = detect(os.environ)
+        if device is None:
+            device = os.environ.get("ALLSTEP_DEVICE")
         for text in placement.warnings:
             warnings.warn(text, stacklevel=3)  # who called `init`
         strike(RankPosition("start", placement.rank, placement.attempt))
