@@ -97,6 +97,7 @@ def test_a_folder_without_a_checkpoint_is_an_error_before_training(folder: Path)
 
 
 @slow
+@pytest.mark.nightly
 def test_a_place_that_the_script_names_wins_over_the_command_line(folder: Path) -> None:
     done = train(folder, "--resume", "none", job=("at=saved/save-000002-step-4",))
     assert done.code == 0, done.err

@@ -118,6 +118,7 @@ def test_row_25_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
         assert "1 of 3 ranks did not arrive within 5 s: 2;" in job.err
 
 
+@pytest.mark.nightly
 def test_row_25_a_rank_that_ends_before_it_comes_is_not_waited_for(tmp_path: Path) -> None:
     job = rehearse(tmp_path, "meets.py", fault=FaultPlan.at(1, when="start").exit(0), within=AT_ONCE)
     assert job.code == 1
