@@ -38,7 +38,9 @@ CORE = (
     "tests/metrics/test_reference.py",
     "tests/metrics/test_saving.py",
     "tests/metrics/test_torchmetrics_private.py",
+    "tests/monitor/test_torch_private.py",
     "tests/outputs/test_gather.py",
+    "tests/planning/test_torch_private.py",
 )
 
 

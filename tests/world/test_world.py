@@ -179,7 +179,7 @@ def test_a_world_shows_only_what_a_script_uses():
     place = {"rank", "world_size", "local_rank", "local_world_size", "node_rank", "is_main"}
     attributes = {"placement", "device", "backend", "seed", "mesh", "data_rank", "data_size", "data_ranks"}
     models = {"wrap", "unwrap", "rewrap", "unify_buffers", "autocast", "building", "clip_grad_norm_"}
-    models |= {"loss_parallel", "load_pretrained"}
+    models |= {"loss_parallel", "load_pretrained", "plan"}
     models_and_data = models | {"to_device", "loader"}
     collectives = {"all_reduce", "all_gather", "broadcast", "gather_objects", "barrier", "main_first"}
     other = {"current", "section", "print", "to_numbers", "seed_everything", "close"}
