@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, TensorDataset
 
 from allstep import (
@@ -33,8 +34,15 @@ from allstep import (
     create_supervised_trainer,
 )
 from allstep.errors import ArgumentError, ArgumentTypeError, EngineError
+from allstep.parallel import is_dtensor
 from allstep.testing import run_ranks
 from tests.regression import Killed, same
+
+
+def _copied(value: Any) -> Any:
+    """A copy; of a tensor in parts, of this rank's."""
+    own = value.to_local() if is_dtensor(value) else value
+    return own.detach().clone() if isinstance(own, torch.Tensor) else copy.deepcopy(own)
 
 
 class Job:
@@ -64,7 +72,7 @@ class Job:
             "iteration": self.trainer.state.iteration,
             "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
         }
-        return copy.deepcopy(kept)
+        return tree_map(_copied, kept)
 
 
 def dataset(samples: int = 24) -> TensorDataset:
@@ -303,6 +311,29 @@ def test_ranks_agree_and_train_afterwards_as_if_nothing_had_been() -> None:
     assert sizes == other_sizes == ([2, 4, 5], 6)  # what fits on the smaller rank
     assert curve == other_curve
     assert 2 < len(curve.losses) <= 30
+
+
+def _found_in_parts(world: World) -> tuple[list[bool], Any, str]:
+    """Whether this rank's parts are as before, behind each finder; the curve; and what the second says."""
+
+    job = Job(world)
+    loader = world.loader(dataset(48), global_batch_size=12, shuffle=True)
+    job.trainer.run(loader, max_epochs=1)
+    before = job.everything()
+    curve = LRFinder(job.optimizer, end=1e4, steps=30).run(job.trainer, loader)
+    unchanged = same(job.everything(), before)
+    with pytest.raises(ArgumentError) as refused:
+        BatchSizeFinder(job.optimizer).run(job.trainer, lambda size: world.loader(dataset(96), batch_size=size))
+    return [unchanged, same(job.everything(), before)], curve, str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_is_unchanged_and_its_batch_sizes_are_refused() -> None:
+    first, second = run_ranks(_found_in_parts, 2, env={"ALLSTEP_MESH": "shard=2"})
+    assert first == second
+    assert first[0] == [True, True]
+    assert 2 < len(first[1].losses) <= 30
+    assert "sharded over ranks" in first[2]
 
 
 def _started(world: World, folder: str, finds: bool, kill_at: int | None) -> tuple[Any, list[Any], float | None]:

@@ -5,7 +5,7 @@ see `trial`. Sizes are doubled until one is too large on some rank, and those be
 rank makes steps alone, without reducing gradients, since one that runs out of memory would leave the others waiting.
 Behind each trial the ranks say how it went, in one collective, so that all try the same sizes and return the same. A
 batch does not fit where the step, or reading it, runs out of memory. What can go wrong: a step with collectives of its
-own, such as SyncBatchNorm's, cannot be tried so.
+own, such as SyncBatchNorm's, cannot be tried so; that of a model that is sharded over ranks is refused.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class BatchSizeFinder:
             data: gives batches of so many samples, such as `lambda size: world.loader(dataset, batch_size=size)`.
 
         Raises:
-            ArgumentError: the trainer knows no module that it trains.
+            ArgumentError: the trainer knows no module that it trains, or one is sharded over ranks.
             EngineError: not even the first size fits on all ranks.
         """
         trial = _Trial(trainer)

@@ -128,8 +128,18 @@ def without_effect(trainer: Engine, optimizer: Optimizer, data: Any = None) -> I
 
 @contextmanager
 def steps_alone(trainer: Engine) -> Iterator[None]:
-    """Have forward and backward passes of a trainer's modules in DDP wait for no other rank in the body."""
-    wrapped = [each for each in trained_modules(trainer) if isinstance(each, DistributedDataParallel)]
+    """Have forward and backward passes of a trainer's modules wait for no other rank in the body.
+
+    Raises:
+        ArgumentError: one is in parts over ranks, whose passes are collectives.
+    """
+    modules = trained_modules(trainer)
+    if any(is_dtensor(parameter) for each in modules for parameter in each.parameters()):
+        raise ArgumentError(
+            "the trainer's model is sharded over ranks, so no rank can make a step alone: one that ran out of memory "
+            "would leave the others waiting. Choose the batch size by world.plan, or by runs of a few iterations"
+        )
+    wrapped = [each for each in modules if isinstance(each, DistributedDataParallel)]
     before = [(each.require_backward_grad_sync, each.require_forward_param_sync) for each in wrapped]
     for each in wrapped:
         each.require_backward_grad_sync = each.require_forward_param_sync = False

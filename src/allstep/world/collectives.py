@@ -38,6 +38,7 @@ from allstep.world.payload import (
     encode_object,
     from_header,
     is_on_device,
+    lack_of,
     refusal,
 )
 
@@ -103,6 +104,8 @@ class Collectives:
         return decode(payload, _device_of(x, self._device))
 
     def _reduce_tensor(self, x: torch.Tensor, op: Op) -> torch.Tensor:
+        if lack := lack_of(x):
+            raise CollectiveError(f"all_reduce on rank {self._rank} was given {lack}")
         carrier, result = _dtypes(x, op)
         # Always a copy, in one piece: the backend reduces in place, and what was given is left as it is.
         where = self._transport if self._world_size > 1 else x.device

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from allstep.errors import ArgumentTypeError
+from allstep.parallel.dtensor import is_dtensor
 
 
 def to_numbers(value: Any) -> Any:
@@ -40,6 +41,8 @@ def _to_numbers(value: Any, path: str) -> Any:
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, torch.Tensor):
+        if is_dtensor(value):
+            raise ArgumentTypeError(f"{path} is a DTensor, of which each rank holds a part; give its .full_tensor()")
         if value.is_complex():
             raise ArgumentTypeError(f"{path} is complex; give its .real and .imag, or its .abs()")
         on_host = value.detach().cpu().to_dense() if value.layout != torch.strided else value.detach().cpu()

@@ -16,6 +16,8 @@ from enum import IntEnum
 
 import torch
 
+from allstep.parallel.dtensor import is_dtensor
+
 _MAX_DIMS = 16  # headers have one length, so dimensions have a limit
 HEADER_LENGTH = 5 + _MAX_DIMS
 
@@ -115,7 +117,19 @@ def refusal(payload: Payload) -> str:
     return payload.data.cpu().numpy().tobytes().decode()
 
 
+def lack_of(tensor: torch.Tensor) -> str | None:
+    """What a tensor lacks to be sent or reduced, and what to do; None where it lacks nothing."""
+    if is_dtensor(tensor):
+        return (
+            f"a DTensor of shape {tuple(tensor.shape)}, of which each rank holds a part; give x.full_tensor(), which is "
+            "the whole and which all ranks call together, or x.to_local(), this rank's part"
+        )
+    return None
+
+
 def _encode_tensor(tensor: torch.Tensor) -> Payload:
+    if lack := lack_of(tensor):
+        return refuse(lack)
     if tensor.dim() > _MAX_DIMS:
         return refuse(f"a tensor of {tensor.dim()} dimensions; at most {_MAX_DIMS} travel, so reshape it")
     if tensor.layout is not torch.strided or tensor.is_quantized:
