@@ -83,7 +83,10 @@ class Plan:
         world.seed_everything(5)
         model = self.make().double()
         is_divided = world.mesh is not None and {"shard", "tensor"} & {*(world.mesh.mesh_dim_names or ())}
-        return world.wrap(model, **(dict(self.options) if is_divided else {}), **dict(self.everywhere))
+        options = dict(self.options) if is_divided else {}
+        if "ignored" in options:  # parameters of a model that is made only now
+            options["ignored"] = options["ignored"](model)
+        return world.wrap(model, **options, **dict(self.everywhere))
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

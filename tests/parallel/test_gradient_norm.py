@@ -81,32 +81,39 @@ def test_limits_and_norms_that_cannot_be_meant_are_refused() -> None:
         clip_gradient_norm(model, 1.0, error_if_nonfinite=True)
 
 
-def scaled(world: World) -> dict[str, Any]:
+def scaled(world: World, ignores: bool) -> dict[str, Any]:
     torch.manual_seed(0)
-    model = world.wrap(nn.Linear(4, 4))
+    model = nn.Linear(4, 4)
+    model = world.wrap(model, ignored=[model.bias] if ignores else [])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = grad_scaler("cpu", "fp16")
     states = []
     for iteration in range(3):
-        before = whole(model.weight)
+        before = torch.cat([whole(model.weight), whole(model.bias)[None]])
         optimizer.zero_grad()
         scaler.scale(model(torch.ones(2, 4)).sum()).backward()
         if iteration == 1 and world.rank == 1:
             model.weight.grad.to_local()[0, 0] = torch.inf  # in this rank's part, and in no other
         scaler.step(optimizer)
         scaler.update()
-        states.append((torch.equal(whole(model.weight), before), scaler.get_scale()))
+        weights = torch.cat([whole(model.weight), whole(model.bias)[None]])
+        states.append((torch.equal(weights, before), scaler.get_scale()))
     other = grad_scaler("cpu", "fp16")
     other.load_state_dict(scaler.state_dict())
-    return {"states": states, "round trip": other.state_dict() == scaler.state_dict(), "weight": whole(model.weight)}
+    return {"states": states, "round trip": other.state_dict() == scaler.state_dict(), "weights": weights}
+
+
+def scaled_in_parts_and_with_one_whole(world: World) -> list[dict[str, Any]]:
+    return [scaled(world, ignores) for ignores in (False, True)]
 
 
 def test_an_infinity_on_one_rank_has_all_ranks_leave_out_the_step() -> None:
-    ranks = run_ranks(scaled, 2, env={"ALLSTEP_MESH": "shard=2"})
-    for each in ranks:
+    first, second = run_ranks(scaled_in_parts_and_with_one_whole, 2, env={"ALLSTEP_MESH": "shard=2"})
+    for each, other in zip(first, second, strict=True):
+        assert torch.equal(each["weights"], other["weights"])
+    for each in (*first, *second):
         assert each["states"] == [(False, 65536.0), (True, 32768.0), (False, 32768.0)]
         assert each["round trip"]
-        assert torch.equal(each["weight"], ranks[0]["weight"])
 
 
 def scaled_on_several_meshes(world: World) -> list[Any]:

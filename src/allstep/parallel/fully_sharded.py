@@ -20,16 +20,17 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.buffers import broadcast_from_first
 from allstep.parallel.dtensor import is_dtensor
-from allstep.parallel.meta_weights import has_meta_tensors, materialise
+from allstep.parallel.meta_weights import check_beginnings, has_meta_tensors, materialise
 from allstep.parallel.units import Units, choose_units
 
 log = logging.getLogger("allstep.parallel")
@@ -68,16 +69,19 @@ def shard_module(
         reshard_after_forward: free units between forward and backward pass, which then gathers them again. False keeps
             them, for speed. By default all are freed but the parameters that belong to no unit.
         cpu_offload: keep this rank's parts, and so gradients and optimizer states, in the host's memory.
-        ignored: parameters that stay whole on each rank. Nobody averages their gradients.
+        ignored: parameters that stay whole on each rank. They begin with rank 0's values, and their gradients are
+            averaged one by one as they come in backward, so they are the same on all ranks, as in DDP. Every rank's
+            backward pass has to reach the same of them.
 
     Raises:
         ParallelError, ArgumentError, ArgumentTypeError: as `check_sharding` does; nothing is changed then.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    ignored = list(ignored)
-    check_sharding(module, units=units, precision=precision, ignored=ignored)
-    ignoring, chosen, dtype = set(ignored), choose_units(module, units), _DTYPES[precision]
+    ignoring = set(ignored)
+    check_sharding(module, units=units, precision=precision, ignored=ignoring)
+    chosen, dtype = choose_units(module, units), _DTYPES[precision]
+    whole = [name for name, each in module.named_parameters() if each in ignoring]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     # What the whole module returns is in float32, so that a loss is.
     outer_policy = policy if dtype is None else replace(policy, output_dtype=torch.float32)
@@ -104,6 +108,8 @@ def shard_module(
     else:
         for each in (*module.buffers(), *ignoring):
             each.data = each.data.to(device)
+    named = dict(module.named_parameters())  # anew, since what was on "meta" is another object now
+    _average_whole(module, [named[name] for name in whole], mesh)
     return module
 
 
@@ -132,6 +138,7 @@ def check_sharding(
             raise ArgumentTypeError(
                 f"ignored has a {type(given).__name__} that is no parameter of the module; give some of its parameters"
             )
+    check_beginnings(module)
     if twice := next(filter(is_fully_sharded, choose_units(module, units)), None):
         raise ParallelError(
             f"a {type(twice).__name__} in the module is sharded already, by fully_shard or another wrap, and would be "
@@ -147,16 +154,41 @@ def _settle(unit: nn.Module, own: list[nn.Parameter], device: torch.device) -> N
     broadcast_from_first(plain)
 
 
+def _average_whole(module: nn.Module, parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Have parameters that are in no parts be the same on all ranks of a mesh, from now on."""
+    broadcast_from_first(parameters)
+    groups = mesh.get_all_groups()
+
+    def average(parameter: torch.Tensor) -> None:
+        if parameter.grad is None or module in _UNREDUCED:
+            return
+        parameter.grad /= mesh.size()
+        for group in groups:
+            dist.all_reduce(parameter.grad, group=group)
+
+    for each in parameters:
+        # Also of those that are frozen, since they may be unfrozen.
+        requires_grad = each.requires_grad
+        each.requires_grad_(True).register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
+        each.requires_grad_(requires_grad)
+
+
 # What an engine asks
+
+
+_UNREDUCED: WeakSet[nn.Module] = WeakSet()
+"""The modules inside of `unreduced`."""
 
 
 @contextmanager
 def unreduced(module: Any) -> Iterator[None]:
     """Have the gradients of backward passes added up whole on this rank; those after it reduce them too."""
     module.set_requires_gradient_sync(False)
+    _UNREDUCED.add(module)
     try:
         yield
     finally:
+        _UNREDUCED.discard(module)
         module.set_requires_gradient_sync(True)
 
 

@@ -59,23 +59,32 @@ def materialise(module: nn.Module, device: torch.device, buffers: torch.device) 
         buffers: where its buffers are to be.
 
     Raises:
-        ParallelError: a submodule does not say how its tensors begin.
+        ParallelError: as `check_beginnings`.
     """
-    owners = [(name, each) for name, each in module.named_modules() if _own(each)]
-    for name, each in owners:
+    check_beginnings(module)
+    kept = [(each, name, one) for each in module.modules() for name, one in each.named_buffers(recurse=False)]
+    module.to_empty(device=device)
+    for holder, name, buffer in kept:
+        setattr(holder, name, buffer.to(buffers))
+    done: set[int] = set()
+    for name, each in _owners(module):
+        _draw(name, each, done)
+
+
+def check_beginnings(module: nn.Module) -> None:
+    """Raise ParallelError where a submodule of a module on "meta" does not say how its tensors begin."""
+    for name, each in _owners(module) if has_meta_tensors(module) else ():
         if not callable(getattr(each, "reset_parameters", None)):
             raise ParallelError(
                 f"{_named(name, each)} was built without values and has no reset_parameters(), so nobody knows how its "
                 f"{', '.join(_own(each))} begin. Give the class that method, or build the model with "
                 "world.building(meta=False)"
             )
-    kept = [(each, name, one) for each in module.modules() for name, one in each.named_buffers(recurse=False)]
-    module.to_empty(device=device)
-    for holder, name, buffer in kept:
-        setattr(holder, name, buffer.to(buffers))
-    done: set[int] = set()
-    for name, each in owners:
-        _draw(name, each, done)
+
+
+def _owners(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The submodules that hold parameters themselves."""
+    return [(name, each) for name, each in module.named_modules() if _own(each)]
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -28,7 +28,7 @@ from allstep.parallel.compilation import compile_units, units_to_compile
 from allstep.parallel.dtensor import is_dtensor
 from allstep.parallel.float8 import linears_in_float8
 from allstep.parallel.fully_sharded import check_sharding, is_fully_sharded, shard_module
-from allstep.parallel.meta_weights import has_meta_tensors, materialise
+from allstep.parallel.meta_weights import check_beginnings, has_meta_tensors, materialise
 from allstep.parallel.replica import Replica
 from allstep.parallel.timed_ddp import TimedDDP
 from allstep.parallel.torch_private import can_time_ddp, compiled_from
@@ -183,6 +183,7 @@ def _way_over_ranks(
     if unknown := unknown_option("wrap", ddp_options, _OWN_OPTIONS, _DDP_OPTIONS, "DistributedDataParallel"):
         raise ArgumentTypeError(unknown)
     if styles and mesh is not None:
+        check_beginnings(module)
         return partial(_divided_alone, module, styles, device, mesh)
     if sync_batchnorm and device.type != "cuda":
         raise ParallelError(

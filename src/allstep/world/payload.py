@@ -121,8 +121,8 @@ def lack_of(tensor: torch.Tensor) -> str | None:
     """What a tensor lacks to be sent or reduced, and what to do; None where it lacks nothing."""
     if is_dtensor(tensor):
         return (
-            f"a DTensor of shape {tuple(tensor.shape)}, of which each rank holds a part; give x.full_tensor(), which is "
-            "the whole and which all ranks call together, or x.to_local(), this rank's part"
+            f"a DTensor of shape {tuple(tensor.shape)}, of which each rank holds a part; give x.full_tensor(), the "
+            "whole, which all ranks call together, or x.to_local(), this rank's part"
         )
     return None
 
