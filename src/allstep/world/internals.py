@@ -18,6 +18,7 @@ from torch import nn
 
 from allstep.coordination import Coordinator
 from allstep.parallel import Compilations
+from allstep.parallel.optimizer_hint import optimizer_hint
 from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import hint_for
 from allstep.world.duration import took_in_words
@@ -85,7 +86,7 @@ class WorldInternals:
 
     def note_exception(self, error: BaseException) -> None:
         """An exception leaves the World's `with` block: it is given a hint where there is one, and told on."""
-        hint = hint_for(error)
+        hint = hint_for(error) or optimizer_hint(error)
         if hint is not None:
             error.add_note(hint)
         if self.reporter is not None:
