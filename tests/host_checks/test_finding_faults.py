@@ -210,6 +210,26 @@ def test_a_torch_that_cannot_be_imported_is_named(
     named(found_by("torch", host(tmp_path, within, **environ)), "torch", verdict, words)
 
 
+def test_a_gpu_that_fell_off_the_bus_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = "<nvidia_smi_log><gpu><product_name>H100</product_name></gpu></nvidia_smi_log>"
+    program(tmp_path / "programs", "nvidia-smi", f"#!/bin/sh\necho '{listing}'\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}:{os.environ['PATH']}")
+    for index in range(2):  # as the kernel shows them
+        (tmp_path / f"proc/driver/nvidia/gpus/{index}").mkdir(parents=True)
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        (tmp_path / f"dev/nvidia{index}").touch()
+    found = found_by("GPUs", host(tmp_path, root=tmp_path))
+    named(found, "GPUs", "bad", "this process may use 2 GPUs, and nvidia-smi shows 1")
+
+
+def test_an_nvidia_smi_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(tmp_path / "programs", "nvidia-smi", "#!/bin/sh\nexec sleep 600\n")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'programs'}:{os.environ['PATH']}")
+    (tmp_path / "proc/driver/nvidia/gpus/0").mkdir(parents=True)
+    found = found_by("GPUs", host(tmp_path, within=0.5, root=tmp_path))
+    named(found, "GPUs", "bad", "nvidia-smi did not answer within 0.5 s")
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("mounts need root")

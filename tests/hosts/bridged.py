@@ -7,7 +7,7 @@ before a command to have it run in a host; `tc`, `nft` and a changed hosts file 
 from __future__ import annotations
 
 import contextlib
-import os
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -34,9 +34,9 @@ class BridgedHosts:
     def __init__(self, folder: Path, count: int) -> None:
         self.names = [f"host{index}" for index in range(count)]
         self.addresses = [f"10.78.0.{index + 1}" for index in range(count)]
-        self.namespaces = [f"allstep-b{os.getpid()}-{index}" for index in range(count)]
+        self._bridge = f"ab{secrets.token_hex(3)}"  # the kernel removes old ones only some time after they were deleted
+        self.namespaces = [f"allstep-{self._bridge}-{index}" for index in range(count)]
         self._folder = folder
-        self._bridge = f"ab{os.getpid()}"
         self._undo = contextlib.ExitStack()
 
     def open(self) -> None:

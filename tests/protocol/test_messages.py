@@ -80,7 +80,7 @@ EXAMPLES: list[Message] = [
     RunOver(3, "done"),
     NodeResigned(1, "x"),
     Refused("no", stranger=True),
-    PreflightOrder(3, "links", 1, 4, "key", 2, 8, 29500, {"0": "h0"}, {"0": "4711"}, (0, 2)),
+    PreflightOrder(3, "links", 1, 4, "salt", "", 2, 8, 29500, {"0": "h0"}, {"0": "4711"}, (0, 2)),
     NodeFinding("folder", "bad", "full", "remove"),
     DeviceSums(1, "cpu", "abc", False, "why"),
     LinkMeasured(2, "", 1e-4, 1e8, 1e8, 0.01, 1500),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ def check_accelerators(host: Host) -> Iterator[HostFinding]:
         else:
             visible = host.visible()
             yield from judge_states(states, host.environ.get("CUDA_VISIBLE_DEVICES"), visible, _family())
-            if kernel.nvidia > len(states):
-                text = f"the driver shows {kernel.nvidia} GPUs, and nvidia-smi {len(states)}"
+            if kernel.nvidia > len(states) and (permitted := _permitted(host)) > len(states):
+                text = f"this process may use {permitted} GPUs, and nvidia-smi shows {len(states)}"
                 yield HostFinding("GPUs", "bad", text, "One has fallen off the bus: look at dmesg, restart the machine")
     if kernel.amd:
         yield _judge_amd(host, kernel.amd)
@@ -191,6 +192,21 @@ def _said(element: ET.Element, path: str) -> str:
 def _number(text: str | None) -> int:
     digits = (text or "").strip().removesuffix("x")
     return int(digits) if digits.isdecimal() else 0
+
+
+def _permitted(host: Host) -> int:
+    """How many of NVIDIA's devices the kernel lets this process open: a job's cgroup may keep it from some."""
+    count = 0
+    for name in host.names("dev"):
+        if re.fullmatch(r"nvidia\d+", name):
+            try:
+                os.close(os.open(host.root / "dev" / name, os.O_RDWR | os.O_NONBLOCK))
+            except PermissionError:
+                continue
+            except OSError:
+                pass  # it is there, and does not work
+            count += 1
+    return count
 
 
 def _judge_amd(host: Host, kernel: int) -> HostFinding:

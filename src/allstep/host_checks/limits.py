@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,9 @@ SMALL_SHARE = 1 / 16  # of the machine's memory
 
 def check_shared_memory(host: Host, folder: Path = Path("/dev/shm")) -> Iterator[HostFinding]:
     """The size of /dev/shm, through which workers of a loader hand over batches, and NCCL its messages."""
+    if not sys.platform.startswith("linux"):
+        yield HostFinding("shared memory", "good", "this system has no limit of its own for it")
+        return
     try:
         found = os.statvfs(folder)
     except OSError as error:

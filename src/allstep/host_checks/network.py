@@ -144,10 +144,11 @@ def addresses_of(name: str) -> list[str]:
 
 def _judge_port(environ: Mapping[str, str]) -> HostFinding | None:
     if "MASTER_PORT" not in environ:
-        owner = _owner(TORCHRUN_PORT)
-        text = f"port {TORCHRUN_PORT}, which torchrun takes where none is given, is taken by {owner}"
+        if _is_free(TORCHRUN_PORT):
+            return None
+        text = f"port {TORCHRUN_PORT}, which torchrun takes where none is given, is taken by {_owner(TORCHRUN_PORT)}"
         remedy = "Give torchrun --master-port (allstep run takes a free port by itself)"
-        return None if _is_free(TORCHRUN_PORT) else HostFinding("ports", "warning", text, remedy)
+        return HostFinding("ports", "warning", text, remedy)
     try:
         number = port_variable(environ, "MASTER_PORT", "Unset it: allstep run sets it itself")
     except PlacementError as error:

@@ -166,7 +166,9 @@ def _judge_cuda(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str
     if kernel.nvidia:
         why = f": {one_line(answer.why)}" if answer.why else ""
         text = f"{build} cannot use the {_counted(kernel.nvidia, 'GPU')} that the driver shows{why}"
-        remedy = "Look at nvidia-smi, at CUDA_VISIBLE_DEVICES, and whether /dev/nvidia* may be opened by this user"
+        remedy = (
+            "Ask for them (srun --gpus-per-node); look at nvidia-smi, CUDA_VISIBLE_DEVICES, who may open /dev/nvidia*"
+        )
         return HostFinding("torch", "bad", text, remedy)
     if kernel.nvidia_on_bus:
         text = f"{build}, and {_counted(kernel.nvidia_on_bus, 'NVIDIA GPU')} on the bus without a driver here"

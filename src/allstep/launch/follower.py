@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from allstep.diagnosis.hang import HangLimits
@@ -171,7 +172,7 @@ def join(machine: Machine, key: str, limit: float) -> AttemptStart | RunOver | N
                         if agent is None:
                             agent = AgentProcess(machine, connection.send)
                             stack.callback(agent.close)
-                        agent.order(message)
+                        agent.order(replace(message, key=attempt_key(key, message.salt)))
                     if isinstance(message, Refused):
                         raise LaunchError(f"node 0 at {host}, port {port}, refused: {one_line(message.reason)}")
                     if isinstance(message, RunOver):

@@ -273,6 +273,10 @@ class NodeAssembly:
         self._salt = new_key()
         return attempt_key(self._key, self._salt)
 
+    def preflight_key(self, salt: str) -> str:
+        """What the machines' agents prove to each other; each machine derives it by itself."""
+        return attempt_key(self._key, salt)
+
     def world_size(self) -> int:
         """The workers of all machines together."""
         return self._server.nodes.world_size()

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
+from allstep.errors import LaunchError
 from allstep.launch.devices import device_environment
 from allstep.launch.machine import Machine
 from allstep.protocol.messages import encode
@@ -30,6 +31,9 @@ class AgentProcess:
     Args:
         machine: this one.
         hear: called with each line that the agent writes, its end included; with none when the agent has ended.
+
+    Raises:
+        LaunchError: it cannot be started.
     """
 
     def __init__(self, machine: Machine, hear: Callable[[bytes], None]) -> None:
@@ -39,14 +43,17 @@ class AgentProcess:
         launch = machine.launch
         environ = {**launch.environ, **launch.settings.env}
         environ.pop(VARIABLE, None)  # the machines' own secret, as for workers
-        self._process = subprocess.Popen(
-            # Without this folder on the path: a script beside it may have the name of a library.
-            [sys.executable, "-P", "-m", "allstep.preflight.agent"],
-            env=environ,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                # Without this folder on the path: a script beside it may have the name of a library.
+                [sys.executable, "-P", "-m", "allstep.preflight.agent"],
+                env=environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise LaunchError(f"the preflight's process cannot be started: {error.strerror}") from error
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._input = self._process.stdin.fileno()

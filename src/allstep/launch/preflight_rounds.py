@@ -126,7 +126,7 @@ class _Rounds:
             0,
             "",
             nodes=len(nodes),
-            key=new_key(),
+            salt=new_key(),
             addresses={str(node): address for node, address in self._addresses.items()},
         )
         looked = self._take("look", {node: replace(base, first_rank=self._first_ranks[node]) for node in nodes}, LOOK_S)
@@ -222,7 +222,8 @@ class _Rounds:
 
     def _send(self, node: int, order: PreflightOrder) -> None:
         if node == 0:
-            self._agent.order(order)
+            key = self._assembly.preflight_key(order.salt) if self._assembly is not None else order.salt
+            self._agent.order(replace(order, key=key))
         elif self._assembly is not None and not self._assembly.order(node, order):
             self._lose(node)
 

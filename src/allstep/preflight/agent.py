@@ -139,10 +139,6 @@ class Agent:
         plan = FaultPlan.parse(settings.fault)
         faults = [_striking(plan, order.first_rank + each) for each in range(settings.workers)]
         self._ahead = sum(fault.argument for rank in faults for fault in rank if fault.kind == "clock")
-        for local_rank in range(settings.workers):
-            serves = order.first_rank + local_rank == 0
-            wrong = any(fault.kind == "wrong_sums" for fault in faults[local_rank])
-            self._devices.append(self._start(order, local_rank, serves=serves, wrong=wrong))
         self._server = links.LinkServer(order.key)
         host = Host(
             environ=os.environ,
@@ -152,10 +148,15 @@ class Agent:
             visible=lambda: settings.devices,
             within=HOST_CHECKS_S,
         )
-        checks = [check for check in CHECKS if check.subject not in _ELSEWHERE]
-        for finding in run_checks(host, checks):
-            if finding.verdict != "good":
-                self._say(NodeFinding(finding.subject, finding.verdict, finding.text, finding.remedy))
+        # A GPU on which the preflight itself computes would look like one that others use.
+        if settings.devices:
+            self._check(host)
+        for local_rank in range(settings.workers):
+            serves = order.first_rank + local_rank == 0
+            wrong = any(fault.kind == "wrong_sums" for fault in faults[local_rank])
+            self._devices.append(self._start(order, local_rank, serves=serves, wrong=wrong))
+        if not settings.devices:
+            self._check(host)
         store, until = 0, time.monotonic() + DEVICES_S
         for local_rank, each in enumerate(self._devices):
             try:
@@ -166,6 +167,13 @@ class Agent:
                 store = store or int(said["store"])
                 self._say(DeviceSums(local_rank, str(said["device"]), str(said["digest"]), bool(said["exact"])))
         return self._server.port, store
+
+    def _check(self, host: Host) -> None:
+        """Say what the host checks find."""
+        checks = [check for check in CHECKS if check.subject not in _ELSEWHERE]
+        for finding in run_checks(host, checks):
+            if finding.verdict != "good":
+                self._say(NodeFinding(finding.subject, finding.verdict, finding.text, finding.remedy))
 
     def _start(self, order: PreflightOrder, local_rank: int, *, serves: bool, wrong: bool) -> _DeviceProcess:
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}

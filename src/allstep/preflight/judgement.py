@@ -19,6 +19,8 @@ from allstep.protocol.preflight_messages import DeviceSums, LinkMeasured, NodeFi
 
 SLOW = 1 / 4
 """Of the median of all pairs: below it a link is slow."""
+SLOW_ALONE = 12 << 20
+"""Bytes a second: what 100 Mbit/s are, below which a single link is told of."""
 FAR = 10
 """Times the median of all pairs, and `FAR_S`: a round trip that takes longer is slow."""
 FAR_S = 0.005
@@ -166,6 +168,10 @@ def judge_links(answers: Answers, confirmed: Mapping[tuple[int, int], str]) -> I
         left = {pair: what for pair, what in left.items() if node not in pair}
     for (first, second), what in left.items():
         yield Illness((first, second), _between(answers, first, second), what, remedy)
+    rates = [(node, link) for node, each in answers.items() for link in each.links if link.sent]
+    if count == 2 and rates and (slowest := min(min(link.sent, link.received) for _, link in rates)) < SLOW_ALONE:
+        what = f"{in_bytes(slowest)}/s, which is slow for gradients; with two machines there is nothing to compare with"
+        yield Illness((0, 1), _between(answers, 0, 1), what, remedy, serious=False)
     sizes = Counter(link.mtu for each in answers.values() for link in each.links if link.mtu)
     if len(sizes) > 1:
         usual = sizes.most_common(1)[0][0]

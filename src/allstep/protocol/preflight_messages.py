@@ -19,7 +19,8 @@ STEPS = ("look", "clock", "links", "measure", "reduce", "end")
 class PreflightOrder:
     """Take a step.
 
-    `key` is what agents prove to each other, `first_rank` this node's. `addresses` and `ports` say by node rank where
+    `key` is what agents prove to each other; it does not cross the network, where each supervisor derives it from
+    `salt` and the run's key. `first_rank` is this node's. `addresses` and `ports` say by node rank where
     the other agents listen, and in `peers` are those to measure. `store` is the port of the store for a step "reduce".
     """
 
@@ -27,6 +28,7 @@ class PreflightOrder:
     step: str
     node: int = 0
     nodes: int = 1
+    salt: str = ""
     key: str = ""
     first_rank: int = 0
     world_size: int = 1
