@@ -40,6 +40,7 @@ from allstep.suggestions import unknown_option
 log = logging.getLogger("allstep.data")
 
 _WORKERS = 3  # sets the seeds of workers apart from other keys of the same seed and epoch
+_PINNED = ("cuda", "xpu")  # types of devices that torch itself pins memory for
 _SEEDINGS = ("sample", "batch", "off")
 _DATALOADER_OPTIONS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
 _OWN_OPTIONS = (
@@ -253,8 +254,8 @@ def make_loader(
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         place: moves a batch to the device without waiting, for batches of a map-style dataset to be there when they are
             given. None gives them on the host.
-        dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda),
-            and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
+        dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda and
+            xpu), and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
             `worker_init_fn` is called after that is settled. With `multiprocessing_context="forkserver"` workers are
             not forked from the rank, whose CUDA and NCCL have threads and memory that a fork copies only half.
 
@@ -273,7 +274,7 @@ def make_loader(
     if sampler is not None and shuffle:
         raise DataError("shuffle=True and a sampler were given, and each decides the order; give one of them")
     has_workers = dataloader_options.get("num_workers", 0) > 0
-    options = {"pin_memory": device_type == "cuda", "place": place, **dataloader_options}
+    options = {"pin_memory": device_type in _PINNED, "place": place, **dataloader_options}
     if has_workers:
         options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
     if isinstance(dataset, IterableDataset):

@@ -53,6 +53,7 @@ _OWN_OPTIONS = (
     "compile_options",
 )
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_WITHOUT_SYNC_BATCHNORM = ("cpu", "mps", "xla")  # torch has it on CUDA, XPU and what other backends bring
 _HOW_TO_SHARD = ("units", "reshard_after_forward")
 _SHARD_OPTIONS = frozenset(inspect.signature(shard_module).parameters) - {"module", "device", "mesh"}
 
@@ -86,8 +87,8 @@ def wrap_module(
             there is nothing to average.
         device: this rank's device.
         world_size: number of ranks; with 1 nothing but the move happens.
-        sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA only, and is refused elsewhere in
-            a world of any size.
+        sync_batchnorm: turn BatchNorm layers into SyncBatchNorm, which exists on CUDA and devices like it, and is
+            refused on the CPU, MPS and XLA in a world of any size.
         deterministic: fix the order in which DDP adds gradients before the first iteration, at the cost of one
             all-reduce now, so that a resumed run equals an unbroken one to the last bit; see
             `allstep.parallel.buckets`. Without effect with static_graph, mixed_precision or sparse gradients.
@@ -185,9 +186,9 @@ def _way_over_ranks(
     if styles and mesh is not None:
         check_beginnings(module)
         return partial(_divided_alone, module, styles, device, mesh)
-    if sync_batchnorm and device.type != "cuda":
+    if sync_batchnorm and device.type in _WITHOUT_SYNC_BATCHNORM:
         raise ParallelError(
-            f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA only and the device is {device}; give "
+            f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA and its like only, and the device is {device}; give "
             'sync_batchnorm=world.device.type == "cuda", or use a normalisation that needs no peers, such as GroupNorm'
         )
     over = () if mesh is None else _data_dimensions(mesh)

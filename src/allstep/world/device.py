@@ -31,20 +31,41 @@ class VisibleHardware:
     """What this process can use.
 
     Attributes:
-        cuda: the number of visible CUDA devices.
+        cuda: the number of visible CUDA devices, which ROCm's are too.
         mps: whether there is Apple's MPS.
         pjrt: which runtime torch_xla was told to use (PJRT_DEVICE), such as "TPU"; empty where it was not told.
+        accelerator: torch's accelerator of any other kind, such as "xpu", or what a maker's backend calls itself.
+        accelerators: how many of those this process sees.
     """
 
     cuda: int = 0
     mps: bool = False
     pjrt: str = ""
+    accelerator: str = ""
+    accelerators: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many devices of each type there are, beside the CPU."""
+        found = {"cuda": self.cuda, "mps": int(self.mps), self.accelerator: self.accelerators}
+        return {kind: count for kind, count in found.items() if count}
+
+    @property
+    def in_words(self) -> str:
+        """What there is, for a message."""
+        return ", ".join(["cpu", *(f"{kind} ({count})" for kind, count in self.counts.items())])
 
 
 def visible_hardware() -> VisibleHardware:
     """See what this process can use, without initialising CUDA."""
+    kind = torch.accelerator.current_accelerator()
+    other = kind.type if kind is not None and kind.type not in ("cuda", "mps", "xla") else ""
     return VisibleHardware(
-        cuda=torch.cuda.device_count(), mps=torch.backends.mps.is_available(), pjrt=os.environ.get("PJRT_DEVICE", "")
+        cuda=torch.cuda.device_count(),
+        mps=torch.backends.mps.is_available(),
+        pjrt=os.environ.get("PJRT_DEVICE", ""),
+        accelerator=other,
+        accelerators=torch.accelerator.device_count() if other else 0,
     )
 
 
@@ -53,14 +74,14 @@ def choose_device(
 ) -> torch.device:
     """The device of one rank.
 
-    Unasked: CUDA where there is any, by local rank; index 0 where one device is visible, which is how schedulers give
-    each task its own. Else MPS for a world of one, else the CPU. XLA before these where PJRT_DEVICE names an
-    accelerator, such as TPU, or the placement came from XLA's own launcher.
+    Unasked: CUDA where there is any, or torch's accelerator of another kind, by local rank; index 0 where one device is
+    visible, which is how schedulers give each task its own. Else MPS for a world of one, else the CPU. XLA before these
+    where PJRT_DEVICE names an accelerator, such as TPU, or the placement came from XLA's own launcher.
 
     Args:
         placement: which rank this is.
         hardware: what the process can use.
-        asked: a device type or a full device; a CUDA device with an index is taken as it is.
+        asked: a device type or a full device; one with an index is taken as it is.
 
     Raises:
         WorldError: what was asked for is not there, or there are fewer devices than ranks.
@@ -68,48 +89,63 @@ def choose_device(
     if asked is None:
         if placement.launcher == "xla" or hardware.pjrt not in _OWN_DEVICES:
             return torch.device("xla")
-        if hardware.cuda:
-            return torch.device("cuda", _cuda_index(placement, hardware))
+        for kind, count in (("cuda", hardware.cuda), (hardware.accelerator, hardware.accelerators)):
+            if count:
+                return torch.device(kind, _index(placement, kind, count))
         # Collectives and DDP do not support MPS.
-        if hardware.mps and placement.world_size == 1:
-            return torch.device("mps")
-        return torch.device("cpu")
+        return torch.device("mps" if hardware.mps and placement.world_size == 1 else "cpu")
     try:
         device = torch.device(asked)
     except RuntimeError as error:
-        raise WorldError(f"device is {asked!r}, which torch does not know: {error}") from error
-    if device.type == "cuda":
-        if not hardware.cuda:
-            raise WorldError(
-                f"device is {asked!r}, but this process sees no CUDA device; check the driver, CUDA_VISIBLE_DEVICES "
-                "and that torch was built with CUDA, or leave device unset"
-            )
-        index = _cuda_index(placement, hardware) if device.index is None else device.index
-        if index >= hardware.cuda:
-            raise WorldError(f"device is {asked!r}, but this process sees {hardware.cuda} CUDA devices, from 0")
-        return torch.device("cuda", index)
+        raise WorldError(
+            f"device is {asked!r}, which torch does not know; this process has {hardware.in_words}. A device of "
+            "another maker is known once its package is imported, before init"
+        ) from error
+    if device.type in ("cpu", "xla"):
+        return device
+    name, count = device.type.upper(), hardware.counts.get(device.type, 0)
+    if device.type == "cuda" and not count:
+        raise WorldError(
+            f"device is {asked!r}, but this process sees no CUDA device; check the driver, CUDA_VISIBLE_DEVICES "
+            f"and that torch was built with CUDA, or leave device unset: there is {hardware.in_words}"
+        )
+    if not count:
+        raise WorldError(
+            f"device is {asked!r}, but {name} is not available in this process, which has {hardware.in_words}; leave "
+            "device unset"
+        )
     if device.type == "mps":
-        if not hardware.mps:
-            raise WorldError(f"device is {asked!r}, but MPS is not available in this process; leave device unset")
         if placement.world_size > 1:
             raise WorldError(
                 f"device is {asked!r} in a world of {placement.world_size}, but collectives and DDP do not support "
                 'MPS; run one process, or pass device="cpu"'
             )
-    return device
+        return device
+    index = _index(placement, device.type, count) if device.index is None else device.index
+    if index >= count:
+        raise WorldError(f"device is {asked!r}, but this process sees {count} {name} devices, from 0")
+    return torch.device(device.type, index)
 
 
-def _cuda_index(placement: Placement, hardware: VisibleHardware) -> int:
+def _index(placement: Placement, kind: str, count: int) -> int:
     # One visible device: the scheduler shows each task its own, and every task calls it 0.
-    if hardware.cuda == 1:
+    if count == 1:
         return 0
-    if placement.local_rank >= hardware.cuda:
+    if placement.local_rank >= count:
         raise WorldError(
-            f"local rank {placement.local_rank} of {placement.local_world_size} sees {hardware.cuda} CUDA "
-            f"devices; start at most {hardware.cuda} processes on a node, have the scheduler show each task its own "
+            f"local rank {placement.local_rank} of {placement.local_world_size} sees {count} {kind.upper()} "
+            f"devices; start at most {count} processes on a node, have the scheduler show each task its own "
             "device, or pass device="
         )
     return placement.local_rank
+
+
+def unused_devices(device: torch.device, hardware: VisibleHardware) -> str:
+    """One line on an accelerator that is here and not used; empty where the device is one."""
+    if device.type != "cpu" or not hardware.counts:
+        return ""
+    there = " and ".join(f"{count} of {kind}" for kind, count in hardware.counts.items())
+    return f"the device is the CPU, and this process also sees devices that it does not use: {there}"
 
 
 def choose_backend(device: torch.device, asked: str | None = None) -> str:
@@ -119,7 +155,12 @@ def choose_backend(device: torch.device, asked: str | None = None) -> str:
         WorldError: the backend asked for cannot serve the device, or torch has no such backend.
     """
     if asked is None:
-        return "xla" if device.type == "xla" else dist.get_default_backend_for_device(device.type)
+        if device.type == "xla":
+            return "xla"
+        try:
+            return dist.get_default_backend_for_device(device.type)
+        except ValueError:  # a device whose maker registered no backend: what ranks give each other goes over the host
+            return "gloo"
     asked = asked.lower()
     if asked == "nccl" and device.type != "cuda":
         raise WorldError(

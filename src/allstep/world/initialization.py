@@ -16,6 +16,7 @@ adopted: used, and left alone on close.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -38,7 +39,7 @@ from allstep.version import __version__
 from allstep.world import early_signals
 from allstep.world.collectives import Collectives
 from allstep.world.current import is_interactive
-from allstep.world.device import choose_backend, choose_device, visible_hardware
+from allstep.world.device import choose_backend, choose_device, unused_devices, visible_hardware
 from allstep.world.device_mesh import choose_mesh, mesh_shape
 from allstep.world.duration import seconds
 from allstep.world.facts import facts_of
@@ -50,6 +51,8 @@ from allstep.world.process_group import Group, adopt_group, open_group, open_sol
 from allstep.world.rendezvous import rendezvous
 from allstep.world.world import World, internals
 from allstep.world.xla_private import open_device
+
+log = logging.getLogger("allstep.world")
 
 _TIMEOUT = timedelta(minutes=10)
 _DEBUGGED_S = 86400.0
@@ -130,6 +133,8 @@ def init(
         raise
     make_current(world)
     internals(world).hide_log = show_log(is_main=world.is_main)
+    if unused := unused_devices(world.device, visible_hardware()):
+        log.info("%s", unused)
     return world
 
 
@@ -277,4 +282,6 @@ def _prepared(device: torch.device, placement: Placement) -> torch.device:
         return open_device(placement.local_rank, placement.local_world_size, placement.world_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.index is not None and device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
     return device

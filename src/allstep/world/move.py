@@ -22,13 +22,14 @@ from allstep.world.xla_private import placed
 
 T = TypeVar("T")
 
+_BLOCKING = ("cpu", "mps", "xla")  # where a copy is complete on return, or whose runtime orders it by itself
 _LEAVES = (torch.Tensor, np.ndarray, str, bytes, int, float, type(None))
 
 
 def to_device(value: T, device: torch.device, *, non_blocking: bool = True) -> T:
     """Move all tensors of a nested structure to a device.
 
-    A copy from pinned memory to a CUDA device does not make the host wait; later work on that device
+    A copy from pinned memory to a CUDA device, or one like it, does not make the host wait; later work on that device
     comes after it in any case. A copy to the CPU is always complete on return. A tensor that is there already is
     returned itself.
 
@@ -36,9 +37,9 @@ def to_device(value: T, device: torch.device, *, non_blocking: bool = True) -> T
         value: a tensor, an object with a `to(device)` method (a `PackedSequence`, a tokenizer's batch, a module), or a
             mapping, list, tuple, named tuple or dataclass instance of such, at any depth. Anything else is a leaf.
         device: where to.
-        non_blocking: False makes the host wait for copies to CUDA too.
+        non_blocking: False makes the host wait for copies to CUDA and its like too.
     """
-    return cast(T, _move(value, device, non_blocking and device.type == "cuda"))
+    return cast(T, _move(value, device, non_blocking and device.type not in _BLOCKING))
 
 
 def placing(device: torch.device) -> Callable[[Any], Any] | None:
