@@ -188,7 +188,7 @@ def _way_over_ranks(
         return partial(_divided_alone, module, styles, device, mesh)
     if sync_batchnorm and device.type in _WITHOUT_SYNC_BATCHNORM:
         raise ParallelError(
-            f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA and its like only, and the device is {device}; give "
+            f"sync_batchnorm=True, but SyncBatchNorm runs on CUDA and its like, and the device is {device}; give "
             'sync_batchnorm=world.device.type == "cuda", or use a normalisation that needs no peers, such as GroupNorm'
         )
     over = () if mesh is None else _data_dimensions(mesh)
