@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +101,18 @@ def test_a_compiled_model_trains_what_one_process_trains(ranks: int, mesh: str, 
         check_equal(found, alone)
         assert has_fixed_buckets
         assert " compiled, " in said
+        assert not said.startswith("0 ")
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch's own compiler writes C++ on the CPU")
+@pytest.mark.parametrize("mesh", ["replicate=2", "shard=2"])
+def test_torchs_own_compiler_trains_units_as_one_process_does(mesh: str) -> None:
+    plan = replace(BY_BLOCK, samples=13, epochs=1, everywhere=(("compile", Block),))
+    (alone,) = run_ranks(train, 1, replace(plan, everywhere=()))
+    for found, _, said in run_ranks(compiled_training, 2, plan, env={"ALLSTEP_MESH": mesh}, timeout=500):
+        check_equal(found, alone)  # under the same names
         assert not said.startswith("0 ")
 
 

@@ -137,7 +137,8 @@ def steps_alone(trainer: Engine) -> Iterator[None]:
     if any(is_dtensor(parameter) for each in modules for parameter in each.parameters()):
         raise ArgumentError(
             "the trainer's model is sharded over ranks, so no rank can make a step alone: one that ran out of memory "
-            "would leave the others waiting. Choose the batch size by runs of a few iterations"
+            "would leave the others waiting. Choose the batch size by world.plan, which "
+            "says what training takes on each rank"
         )
     wrapped = [each for each in modules if isinstance(each, DistributedDataParallel)]
     before = [(each.require_backward_grad_sync, each.require_forward_param_sync) for each in wrapped]
