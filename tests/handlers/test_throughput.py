@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from allstep import Alone, Checkpoint, Engine, Events, Throughput
-from allstep.handlers.device_peaks import peak_flops
+from allstep.handlers.rates import peak_flops
 from allstep.testing import SimulatedRank, run_ranks, simulate
 from allstep.world import World
 from tests.engine.recording import nothing

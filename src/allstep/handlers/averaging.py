@@ -26,9 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, check_count
 from allstep.errors import ArgumentError, ArgumentTypeError, EngineError
-from allstep.handlers.group_samples import count_group_samples
-from allstep.handlers.model_parts import copy_shards, copy_values, is_in_parts, parts_by_kind, swap_values
-from allstep.handlers.module_modes import kept_modes
+from allstep.handlers.model_parts import copy_shards, copy_values, is_in_parts, kept_modes, parts_by_kind, swap_values
+from allstep.handlers.sample_counts import count_group_samples
 from allstep.parallel import unwrap
 from allstep.world import World
 

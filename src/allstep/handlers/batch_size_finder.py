@@ -24,8 +24,7 @@ from allstep.engine import Engine, Events
 from allstep.engine.events import check_count
 from allstep.errors import ArgumentError, EngineError
 from allstep.handlers.curve import CurvePicture, curve_svg
-from allstep.handlers.size_search import SizeSearch
-from allstep.handlers.trial import Step, steps_alone, trial_engine, without_effect
+from allstep.handlers.trial import SizeSearch, Step, steps_alone, trial_engine, without_effect
 from allstep.monitor.memory import is_out_of_memory
 
 

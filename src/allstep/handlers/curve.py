@@ -1,6 +1,7 @@
-"""A curve as a picture: one line through points, as SVG, which every browser and notebook shows.
+"""A curve: numbers one after another, smoothed; where it falls fastest; and as a picture.
 
-Contract: a pure function of numbers. Points that are not finite are left out. What a finder returns has such a picture.
+Contract: pure arithmetic. A picture is SVG, which every browser and notebook shows; points that are not finite are left
+out. What a finder returns has such a picture.
 """
 
 from __future__ import annotations
@@ -85,3 +86,39 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+class ExponentialAverage:
+    """The average of the numbers that it was called with.
+
+    Args:
+        stays: how much of the average stays when a number comes, from 0 to less than 1.
+    """
+
+    def __init__(self, stays: float) -> None:
+        self._stays = stays
+        self._sum = self._weight = 0.0
+
+    def __call__(self, value: float) -> float:
+        """Take a number in; the average with it."""
+        self._sum = self._stays * self._sum + (1 - self._stays) * value
+        self._weight = self._stays * self._weight + (1 - self._stays)
+        return self._sum / self._weight
+
+
+def steepest_fall(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """The rate at which losses fall fastest by the rate's logarithm, before they are least; None where they never fall.
+
+    Args:
+        rates: rising, more than 0.
+        losses: one for each rate; those that are not finite are passed over.
+    """
+    finite = [each if math.isfinite(each) else math.inf for each in losses]
+    least = finite.index(min(finite, default=math.inf)) if finite else 0
+    slopes = {
+        (finite[at + 1] - finite[at]) / math.log(rates[at + 1] / rates[at]): rates[at]
+        for at in range(least)
+        if math.isfinite(finite[at])
+    }
+    steepest = min(slopes, default=0.0)
+    return slopes[steepest] if steepest < 0 else None

@@ -16,7 +16,7 @@ from typing import Any
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, check_count
 from allstep.errors import ArgumentError, ArgumentTypeError
-from allstep.handlers.saved_state import saved_values
+from allstep.handlers.named_values import saved_values
 
 
 class EarlyStopping:

@@ -21,9 +21,7 @@ from allstep.engine import Engine, Events
 from allstep.engine.events import check_count
 from allstep.engine.state import is_one_number
 from allstep.errors import ArgumentError, ArgumentTypeError
-from allstep.handlers.curve import CurvePicture, curve_svg
-from allstep.handlers.smoothing import ExponentialAverage
-from allstep.handlers.steepest_fall import steepest_fall
+from allstep.handlers.curve import CurvePicture, ExponentialAverage, curve_svg, steepest_fall
 from allstep.handlers.trial import trial_engine, without_effect
 
 

@@ -1,4 +1,4 @@
-"""A copy of a sharded model's tensors, each rank's parts alone, and arithmetic on parts.
+"""A copy of a sharded model's tensors, each rank's parts alone, and arithmetic on parts; a model's modes, kept.
 
 Contract: FSDP modules cannot be copied, since their hooks belong to one module. `copy_shards` gives a module of the
 same tree and names whose parameters are DTensors over copies of this rank's parts. It has no forward pass of its own.
@@ -10,6 +10,7 @@ tensor that this rank holds, without communication. Of two models that this is d
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,3 +102,14 @@ def _pairs(
 
 def _part(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if is_dtensor(tensor) else tensor).detach()
+
+
+@contextmanager
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Have each module be in the mode behind the body that it was in before."""
+    before = [(each, each.training) for each in model.modules()]
+    try:
+        yield
+    finally:
+        for each, mode in before:
+            each.training = mode

@@ -17,7 +17,7 @@ import torch
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, check_count, check_function
 from allstep.errors import ArgumentError
-from allstep.handlers.saved_state import saved_values
+from allstep.handlers.named_values import saved_values
 from allstep.world import current_data_ranks
 
 Keep = Literal["epoch", "run"]

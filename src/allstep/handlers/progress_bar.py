@@ -18,11 +18,11 @@ from typing import Any, Literal
 from allstep.engine import Engine, Events, RemovableEventHandle
 from allstep.engine.events import FilteredEvent, check_function
 from allstep.errors import ArgumentError
+from allstep.handlers.curve import ExponentialAverage
+from allstep.handlers.named_values import single_numbers
 from allstep.handlers.pace import Pace
 from allstep.handlers.progress_line import EpochProgress, line_left, line_of, summary_of, tqdm
 from allstep.handlers.progress_screens import ProgressScreen, choose_screen
-from allstep.handlers.results import single_numbers
-from allstep.handlers.smoothing import ExponentialAverage
 from allstep.world import World
 
 _SHORT_EPOCH_S = 1.0  # an epoch that took less leaves a line only when none was left for as long

@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 from allstep.checkpoint import Checkpoint
 from allstep.engine import Engine, Events
-from allstep.handlers.results import named_result
-from allstep.handlers.saved_state import saved_values
+from allstep.handlers.named_values import named_result, saved_values
 
 
 class SaveBest:

@@ -21,9 +21,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, check_count
 from allstep.errors import ArgumentError
-from allstep.handlers.group_samples import count_group_samples
-from allstep.handlers.results import named_result
-from allstep.handlers.saved_state import saved_values
+from allstep.handlers.named_values import named_result, saved_values
+from allstep.handlers.sample_counts import count_group_samples
 from allstep.handlers.schedulers import Factor, scheduler_of, warmed_up
 
 

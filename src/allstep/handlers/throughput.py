@@ -6,7 +6,7 @@ between `per_second` has those of about the last second. Time counts from the be
 iterations, with what handlers do in between, and without those of the epoch's end. A batch counts once: not for ranks
 that run a filler, nor when its accumulation group is done again. The count of the whole run is in the checkpoint.
 
-What can go wrong: floating-point operations are to be counted, and the model shows none; see `step_flops`.
+What can go wrong: floating-point operations are to be counted, and the model shows none; see `rates`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from typing import Any
 from allstep.engine import Engine, Events
 from allstep.engine.events import check_count
 from allstep.errors import ArgumentError
-from allstep.handlers.device_peaks import own_peak_flops
 from allstep.handlers.rank_totals import sum_together
-from allstep.handlers.rates import KILO, RankCounts, rates_between
-from allstep.handlers.step_flops import StepFlops
-from allstep.handlers.unit_count import UnitCount
+from allstep.handlers.rates import KILO, RankCounts, StepFlops, own_peak_flops, rates_between
+from allstep.handlers.sample_counts import UnitCount
 
 
 class Throughput(UnitCount):

@@ -14,8 +14,8 @@ from typing import Any
 
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent
+from allstep.handlers.named_values import saved_values
 from allstep.handlers.rank_totals import sum_together
-from allstep.handlers.saved_state import saved_values
 
 
 class Timer:

@@ -4,7 +4,8 @@ Contract: `trial_engine` makes another engine that runs a trainer's step, withou
 `without_effect` it may train; behind it everything is as it was, to the last bit, also after an exception: parameters,
 buffers and gradients of the modules that the trainer trains, its optimizers and what else its checkpoint would save,
 random generators, the modes of modules, and the place in data that tells its place. What the step changes besides stays
-changed. Each rank puts back its own, and asks no other.
+changed. Each rank puts back its own, and asks no other. `SizeSearch` says which batch sizes to try, one after another:
+sizes are doubled until one is too large, and the gap between that and the largest that fits is halved then.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -25,7 +27,7 @@ from allstep.data.compositions import is_one_shot, loaders_inside
 from allstep.engine import Engine
 from allstep.engine.position import stateful_of
 from allstep.errors import ArgumentError, ArgumentTypeError
-from allstep.handlers.module_modes import kept_modes
+from allstep.handlers.model_parts import kept_modes
 from allstep.parallel import is_dtensor
 from allstep.world import World, internals
 
@@ -216,3 +218,37 @@ def _generators_of(data: Any) -> list[torch.Generator]:
             if isinstance(generator, torch.Generator) and all(generator is not each for each in found):
                 found.append(generator)
     return found
+
+
+@dataclass
+class SizeSearch:
+    """A search that has not ended while there is a size to try.
+
+    Attributes:
+        size: to try next; None at the end.
+        most: no larger one is tried.
+        halvings: how often the gap may still be halved.
+        largest: that fits, of those that were tried; 0 while none does.
+        too_large: the smallest that was tried and did not fit; None while all did.
+    """
+
+    size: int | None
+    most: int
+    halvings: int
+    largest: int = 0
+    too_large: int | None = None
+
+    def note(self, size: int, fits: bool, *, is_last: bool) -> None:
+        """Go on from what became of a size; `is_last` where a larger one would be no larger batch."""
+        if fits:
+            self.largest = size
+        else:
+            self.too_large = size
+        if fits and is_last:
+            self.size = None
+        elif self.too_large is None:
+            self.size = min(2 * size, self.most) if size < self.most else None
+        else:
+            middle = (self.largest + self.too_large) // 2
+            self.size = middle if self.halvings and middle > self.largest else None
+            self.halvings -= 1

@@ -1,6 +1,7 @@
-"""Results of an engine as handlers look at them: one by its name, and those that are single numbers.
+"""Values by name that handlers read: an engine's results, and what a saved state has.
 
-Contract: pure functions of what is in `state.metrics`, or in a step's output.
+Contract: pure functions of a mapping. Where a name is missing they raise an error that says which, and the handler has
+not changed.
 """
 
 from __future__ import annotations
@@ -36,3 +37,21 @@ def named_result(handler: object, engine: Engine, name: str) -> float:
 def single_numbers(results: Mapping[str, Any]) -> dict[str, float]:
     """Those that are single numbers, which waits for the device that they are on."""
     return {name: float(value) for name, value in results.items() if is_one_number(value)}
+
+
+def saved_values(handler: object, state_dict: Mapping[str, Any], *names: str) -> list[Any]:
+    """The values of these names.
+
+    Args:
+        handler: that loads them; the error names its class.
+        state_dict: what its `state_dict` gave.
+        names: all that it needs.
+
+    Raises:
+        ArgumentError: some are missing.
+    """
+    missing = sorted(set(names) - state_dict.keys())
+    if missing:
+        owner = type(handler).__name__
+        raise ArgumentError(f"the state of {owner} lacks {', '.join(missing)}; load what state_dict() gave")
+    return [state_dict[name] for name in names]

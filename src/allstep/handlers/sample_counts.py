@@ -1,7 +1,10 @@
-"""`UnitCount`: how many samples, tokens or whatever is counted this rank has had in a run.
+"""Counts of samples: of this rank in a run, and of all ranks in an accumulation group.
 
-Contract: attached on every rank alike. A batch counts once: not for ranks that run a filler, nor when its accumulation
-group is done again. The count of the whole run is in the checkpoint; at another world size ranks share what was saved.
+Contract: both are attached on every rank alike. `UnitCount` counts samples, tokens or whatever is counted, and a batch
+once: not for ranks that run a filler, nor when its accumulation group is done again. The count of the whole run is in
+the checkpoint; at another world size ranks share what was saved. `count_group_samples` is for a handler whose steps are
+a matter of samples: at OPTIMIZER_STEP_COMPLETED `engine.extension.samples_in_group()` is the number then, the same on
+all ranks and without asking them.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from allstep.engine import Engine, Events
-from allstep.engine.events import check_function
-from allstep.handlers.saved_state import saved_values
+from allstep.engine.events import AnyEvent, check_function
+from allstep.errors import ArgumentError
+from allstep.handlers.named_values import saved_values
 from allstep.world import current_data_ranks
 
 
@@ -73,3 +77,18 @@ class UnitCount:
         """Take this rank's share of what all ranks of a checkpoint counted."""
         data = current_data_ranks()
         self.in_run = sum(int(each["units"]) for each in states[data.rank :: data.size])
+
+
+def count_group_samples(engine: Engine, event: AnyEvent) -> None:
+    """Have samples counted in the coming runs.
+
+    Args:
+        engine: that trains.
+        event: at which the handler asks for them.
+
+    Raises:
+        ArgumentError: it is another event than OPTIMIZER_STEP_COMPLETED.
+    """
+    if event is not Events.OPTIMIZER_STEP_COMPLETED:
+        raise ArgumentError(f"event is {event!r}; samples are counted at OPTIMIZER_STEP_COMPLETED, its default")
+    engine.extension.count_samples()
