@@ -4,8 +4,9 @@ A training step runs on tensors without values, by one process that stands for t
 does not live here: how a model is put over ranks (`parallel`), which is what runs, and the command (`cli`).
 """
 
+from allstep.planning.absent_ranks import Training, Wrapping
 from allstep.planning.memory_plan import MemoryUse, Plan, Traffic, bytes_of
-from allstep.planning.planned_step import Training, Wrapping, planned
+from allstep.planning.planned_step import planned
 from allstep.planning.what_fits import plan_that_fits
 
 __all__ = ["MemoryUse", "Plan", "Traffic", "Training", "Wrapping", "bytes_of", "plan_that_fits", "planned"]

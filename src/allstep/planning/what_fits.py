@@ -8,7 +8,7 @@ with both, and last the host's memory. Each costs one more plan, so none is trie
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -16,28 +16,32 @@ from typing import Any
 import torch
 
 from allstep.errors import ParallelError
+from allstep.planning.absent_ranks import Training
 from allstep.planning.memory_plan import Plan, mesh_in_words
-from allstep.planning.planned_step import Training, planned
+from allstep.planning.planned_step import planned
 
 _SMALLEST = 1 / 64  # of the batch
 
 
-def plan_that_fits(training: Training, memory: int | None = None) -> Plan:
+def plan_that_fits(
+    training: Training, memory: int | None = None, plan_of: Callable[[Training], Plan] = planned
+) -> Plan:
     """The plan of a training, with what would fit where it does not.
 
     Args:
         training: what is planned.
         memory: bytes of a device; None where nobody asks.
+        plan_of: how a training is planned.
 
     Raises:
         ArgumentError, ArgumentTypeError, ParallelError: as `planned`.
     """
-    plan = replace(planned(training), memory=memory)
+    plan = replace(plan_of(training), memory=memory)
     if memory is None or plan.fits(memory):
         return plan
     for changes, changed_training in changed(training):
         try:
-            tried = planned(changed_training)
+            tried = plan_of(changed_training)
         except ParallelError:  # the model has no such units, say
             continue
         if tried.fits(memory):

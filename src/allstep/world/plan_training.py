@@ -81,7 +81,7 @@ def plan_training(
         ranks=ranks,
         mesh=sizes,
         device=device,
-        wrap=_wrap,
+        wrap=wrap_for_absent_ranks,
         rebuilt=rebuilt,
         options=options,
         step=step,
@@ -91,11 +91,12 @@ def plan_training(
     return plan_that_fits(training, limit)
 
 
-def _wrap(
+def wrap_for_absent_ranks(
     module: nn.Module,
     device: torch.device,
     mesh: DeviceMesh | None,
     model_mesh: DeviceMesh | None,
     options: dict[str, Any],
 ) -> nn.Module:
+    """Wrap a module for the ranks of a mesh, or without one for a rank alone; the `Wrapping` of plans."""
     return wrap_for_ranks(module, device, 1 if mesh is None else mesh.size(), mesh, model_mesh, options)
