@@ -45,6 +45,7 @@ from allstep.planning.absent_ranks import (
 )
 from allstep.planning.step_trace import StepTrace
 from allstep.planning.torch_private import fake_ranks, fake_tensors
+from allstep.planning.what_fits import CHANGED_OPTIONS
 from allstep.world import World, initialization, internals
 from allstep.world.collectives import Collectives
 from allstep.world.device_mesh import choose_mesh
@@ -121,6 +122,7 @@ class Rehearsal:
     first: Training | None = None
     plan: Plan | None = None
     mode: Any = None
+    _trains: bool = False
     _wrapped: list[_Wrapped] = field(default_factory=list)
     _groups: dict[str, tuple[str, int]] = field(default_factory=dict)
     _stack: ExitStack = field(default_factory=ExitStack)
@@ -161,12 +163,15 @@ class Rehearsal:
         if seed is not None:
             world.seed_everything(seed)
         make_current(world)
+        self._stack.callback(world.close)  # where the script leaves it open
         return world
 
     def wrap(self, world: PlannedWorld, module: nn.Module, options: Mapping[str, Any]) -> nn.Module:
         """Have a module lose its values, and put it over the ranks."""
         if self.changed is not None:
-            options = {**options, **self.changed.options}
+            # Classes among the others are those of an earlier run of the script, which are no longer its own.
+            added = {name: self.changed.options.get(name) for name in CHANGED_OPTIONS}
+            options = {**options, **{name: each for name, each in added.items() if each and not options.get(name)}}
         mesh = {} if world.shape is None else dict(zip(world.shape.names, world.shape.sizes, strict=True))
         training = Training(
             module, None, world.world_size, mesh, _CPU, wrap_for_absent_ranks, rebuilt, options, optimizer=None
@@ -206,10 +211,10 @@ class Rehearsal:
             for _ in range(2):
                 trace.forget_traffic()
                 self._step(engine, source, batch, trace)
-        parameters = [one for each in self._wrapped for one in each.model.parameters()]
+        if not self._trains:
+            engine.state.iteration = engine.state.epoch = 0
+            return engine.state
         held, peak, moment, host = trace.memory()
-        if not held.gradients and not any(each.grad is not None for each in parameters) and not host:
-            return engine.state  # it evaluates
         self.first = replace(self.first, batch=batch)
         self.plan = Plan(self.first.ranks, self.first.mesh, held, peak, moment, host, trace.traffic())
         raise _Planned
@@ -221,6 +226,7 @@ class Rehearsal:
             is_last = part == settings.accumulate - 1
             state.iteration += 1
             state.weight, state.group_end, state.active = 1 / settings.accumulate, is_last, True
+            state.batch = None  # as in the loop, not kept alive while the next is made
             state.batch = rebuilt(batch, lambda leaf: without_value(leaf, _CPU, trace))
             state.samples = 1
             trace.phase = "forward"
@@ -242,7 +248,7 @@ class Rehearsal:
             for group in optimizer.param_groups:
                 for each in group["params"]:
                     trace.hold("gradients", [] if each.grad is None else [each.grad], on_host=id(each) in host)
-            trace.phase = "optimizer"
+            self._trains, trace.phase = True, "optimizer"
 
         def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             for parameter, state in optimizer.state.items():
@@ -253,7 +259,7 @@ class Rehearsal:
         backward: Any = torch.Tensor.backward
 
         def noted(tensor: torch.Tensor, *given: Any, **options: Any) -> Any:
-            trace.phase = "backward"
+            self._trains, trace.phase = True, "backward"
             return backward(tensor, *given, **options)
 
         handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
@@ -280,7 +286,6 @@ class PlannedWorld(World):
 
     def wrap(self, module: nn.Module, **options: Any) -> nn.Module:
         """See `Rehearsal.wrap`."""
-        self._membership.check_open("wrap")
         return self._rehearsal.wrap(self, module, options)
 
     def rewrap(self, module: nn.Module) -> None:

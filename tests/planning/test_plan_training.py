@@ -121,6 +121,21 @@ def test_planning_changes_nothing() -> None:
         assert world.plan(nn.Linear(8, 8), torch.randn(4, 8)).mesh == {"shard": 1}
 
 
+def _clipped(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(batch).sum()
+    norms = [each.square().sum() for each in model.parameters()]  # on parts, of the mesh's ranks
+    return loss + 0.0 * torch.stack([each.full_tensor() for each in norms]).sum()  # type: ignore[attr-defined]
+
+
+def test_training_in_the_same_mesh_goes_on_after_a_plan() -> None:
+    with allstep.init(mesh={"shard": -1}) as world:
+        for _ in range(2):
+            world.plan(blocks(1), torch.randn(2, 256), step=_clipped, units=Block)
+            model = world.wrap(blocks(1), units=Block)
+            _clipped(model, torch.randn(2, 256)).backward()  # type: ignore[no-untyped-call]
+            assert world.clip_grad_norm_(model.parameters(), 1.0) > 0
+
+
 def test_a_model_without_values_is_planned_without_memory() -> None:
     with materialised_later():
         model = blocks(2, 8192)

@@ -18,12 +18,14 @@ NAMES = [
     "torch.utils._python_dispatch.TorchDispatchMode",
     "torch.testing._internal.distributed.fake_pg.FakeStore",
     "torch.distributed.distributed_c10d._update_default_pg",
+    "torch.distributed.tensor.debug._clear_sharding_prop_cache",
 ]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_without_a_name_says_which_it_lacks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_training(nn.Linear(4, 4), torch.zeros(2, 4), device=torch.device("cpu"))  # so that all of them are imported
+    # So that all of them are imported.
+    plan_training(nn.Linear(4, 4), torch.zeros(2, 4), device=torch.device("cpu"), mesh={"shard": 2})
     monkeypatch.delattr(name)
     with pytest.raises(ParallelError, match=name.replace(".", r"\.")):
         plan_training(nn.Linear(4, 4), torch.zeros(2, 4), device=torch.device("cpu"))

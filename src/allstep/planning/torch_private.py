@@ -11,6 +11,7 @@ All names were there before torch 2.9, the oldest that allstep supports.
 | torch._subclasses.fake_tensor.FakeTensorMode | tensors without values | no plans |
 | torch.utils._python_dispatch.TorchDispatchMode | seeing each operation and its tensors | no plans |
 | torch.testing._internal.distributed.fake_pg.FakeStore | ranks that are not there | no plans |
+| torch.distributed.tensor.debug._clear_sharding_prop_cache | keeping meshes of one shape apart | no plans |
 | distributed_c10d._update_default_pg, _world.pg_map | setting the open process group aside meanwhile | no plans |
 """
 
@@ -81,6 +82,7 @@ def fake_ranks(world_size: int) -> Iterator[None]:
     if groups is None:
         raise _missing("distributed_c10d._world.pg_map")
     before, known, hook = dist.group.WORLD, set(groups), sys.excepthook
+    _forget_layouts()
     set_default(None)
     try:
         dist.init_process_group("fake", rank=0, world_size=world_size, store=store())
@@ -91,6 +93,13 @@ def fake_ranks(world_size: int) -> Iterator[None]:
         sys.excepthook = hook
         for each in [group for group in groups if group not in known]:
             dist.destroy_process_group(each)
+        _forget_layouts()
+
+
+def _forget_layouts() -> None:
+    """Have DTensors forget what they know by the shape of a mesh: it leads to the groups of one that had that shape."""
+    if "torch.distributed.tensor" in sys.modules:
+        _needed("torch.distributed.tensor.debug", "_clear_sharding_prop_cache")()
 
 
 def group_name(group: Any) -> str | None:

@@ -20,6 +20,9 @@ from allstep.planning.absent_ranks import Training
 from allstep.planning.memory_plan import Plan, mesh_in_words
 from allstep.planning.planned_step import planned
 
+CHANGED_OPTIONS = ("checkpoint_activations", "cpu_offload")
+"""Those of `World.wrap` that are tried."""
+
 _SMALLEST = 1 / 64  # of the batch
 
 
