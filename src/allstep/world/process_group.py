@@ -80,7 +80,9 @@ class Group:
         if "cpu" in kinds:
             return torch.device("cpu")
         bound = self.bound_to()
-        return torch.device(kinds[0], torch.accelerator.current_device_index()) if bound is None else bound
+        if bound is not None or kinds[0] == "xla":  # torch's accelerator is another one, where there is any
+            return bound or torch.device("xla")
+        return torch.device(kinds[0], torch.accelerator.current_device_index())
 
     def for_agreement(self) -> dist.ProcessGroup:
         """A gloo group of all ranks for what engines agree on, so that it never waits behind gradients.
