@@ -9,12 +9,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from tests.jobs.ports import free_port
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import allstep
 from allstep.parallel import wrap_module
-from tests.jobs.ports import free_port
 
 
 @pytest.fixture
