@@ -13,6 +13,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | MeshError | a mesh of ranks has names or sizes that cannot be meant | ValueError |
 | ConfigurationError | a configuration file or command-line option is wrong | ValueError |
 | LaunchError | the launcher cannot start the workers | RuntimeError |
+| SubmissionError | a job cannot be submitted: no sbatch, no answer, an option that SLURM refuses | RuntimeError |
 | ChannelError | a message of the control channel cannot be read, or its other end is gone | ConnectionError |
 | OtherVersionError | the other end of the control channel speaks another version of it | ChannelError |
 | WorldError | the process group cannot be set up, or a World is used outside `init` and `close` | RuntimeError |
@@ -102,6 +103,10 @@ class ConfigurationError(AllstepError, ValueError):
 
 class LaunchError(AllstepError, RuntimeError):
     """The launcher cannot start what it was asked to start."""
+
+
+class SubmissionError(AllstepError, RuntimeError):
+    """A job cannot be given to the scheduler; the message has the scheduler's own words and the remedy."""
 
 
 class ChannelError(AllstepError, ConnectionError):

@@ -26,6 +26,7 @@ from allstep.coordination import Coordinator
 from allstep.errors import CheckpointError, FolderLostError
 from allstep.exit_codes import USER_ERROR
 from allstep.open_files import write_buffers
+from allstep.protocol.save_record import note_save
 from allstep.world import World, internals
 
 log = logging.getLogger("allstep.checkpoint")
@@ -51,6 +52,7 @@ class PendingSave:
         self._thread: threading.Thread | None = None
         self._pid = os.getpid()
         self._rank = 0
+        self._began = 0.0
 
     @property
     def name(self) -> str | None:
@@ -87,6 +89,7 @@ class PendingSave:
     ) -> None:
         """Write the save in a thread; the arguments are those of `write_save`."""
         self._rank = coordinator.rank
+        self._began = time.monotonic()
         # A daemon, so that it is this object that decides how long an end waits.
         self._thread = threading.Thread(
             target=self._write,
@@ -181,7 +184,16 @@ class PendingSave:
         assert save is not None
         try:
             write_save(save, storage, coordinator, retention, ownership)
+            if self.committed and self._rank == 0:
+                self._note()
         finally:
             ended = save.manifest is not None or save.error is not None or save.withheld is not None
             if not ended:  # SystemExit and the like, which end the thread
                 save.failure("its thread did not finish")
+
+    def _note(self) -> None:
+        """Say so in the record of a submitted job."""
+        try:
+            note_save(self.step, time.monotonic() - self._began, os.environ)
+        except OSError as error:  # the save itself is whole
+            log.warning("the job's record does not have the save of step %d: %s", self.step, error)

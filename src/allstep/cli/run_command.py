@@ -120,14 +120,14 @@ def _parser(secrets: frozenset[str]) -> argparse.ArgumentParser:
             option.flag,
             dest=option.name,
             action="append" if option.type.form == "mapping" else "store",
-            type=_reader(option),
+            type=option_reader(option),
             metavar=option.metavar,
             help=option.help + default,
         )
     return parser
 
 
-def _reader(option: Option) -> Callable[[str], Any]:
+def option_reader(option: Option) -> Callable[[str], Any]:
     """What argparse is to read an option with: it shows the message of an ArgumentTypeError as it is."""
 
     def read(text: str) -> Any:

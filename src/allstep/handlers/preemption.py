@@ -21,12 +21,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from allstep.engine import Engine, Events
 from allstep.errors import Preempted
 from allstep.exit_codes import PREEMPTED
 from allstep.handlers.stop_on_signal import TOGETHER_S, StopOnSignal
+from allstep.placement.slurm import requeue_command
+from allstep.protocol.save_record import SAVES
 
 _REQUEUE_TIMEOUT_S = 30  # as long as SLURM waits by default before it kills what it has signalled (KillWait)
 
@@ -35,7 +37,8 @@ class Preemption(StopOnSignal):
     """Ends a run whose devices the scheduler wants, with exit code 85.
 
     Args:
-        requeue: put the SLURM job back into its queue; outside SLURM without effect. For signals that come before the
+        requeue: put the SLURM job back into its queue; without effect outside SLURM, and under `allstep submit`, which
+            does so by itself. For signals that come before the
             job's time is up (`sbatch --signal`); a job that SLURM itself preempts is requeued by it.
         hurries: engines that a second signal ends as well.
         signals: as for `StopOnSignal`.
@@ -71,7 +74,8 @@ class Preemption(StopOnSignal):
         if not self.requeue or engine.coordinator.rank or not isinstance(engine.extension.leaving, Preempted):
             return
         command = requeue_command(os.environ)
-        if command is None:
+        # Under `allstep submit` the job's own process requeues, as it knows whether that got anywhere.
+        if command is None or SAVES in os.environ:
             return
         # The run is saved: nothing that fails here may keep the process from ending with its status.
         try:
@@ -83,12 +87,3 @@ class Preemption(StopOnSignal):
             engine.logger.info("SLURM job %s is put back into its queue", command[-1])
         else:
             engine.logger.error("%s failed: %s; start the job again by hand", " ".join(command), failure)
-
-
-def requeue_command(environ: Mapping[str, str]) -> list[str] | None:
-    """What puts this process' SLURM job back into its queue; None outside SLURM."""
-    job = environ.get("SLURM_JOB_ID")
-    if not job:
-        return None
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return ["scontrol", "requeue", f"{array}_{task}" if array and task else job]

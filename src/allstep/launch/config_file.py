@@ -30,6 +30,10 @@ DEEPEST = 16
 """Levels of lists and mappings, at most."""
 
 
+OTHER_SECTIONS = ("submit",)
+"""Fields of a file that belong to other commands, of which one may be said in the same file."""
+
+
 def load_settings(path: Path) -> dict[str, Any]:
     """Read a configuration file.
 
@@ -49,6 +53,8 @@ def load_settings(path: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     mistakes: list[str] = []
     for key, node in tree.value:
+        if key.value in OTHER_SECTIONS:
+            continue
         try:
             # A key's line, not its value's: that is where a person looks.
             option = options.get(key.value) or _refuse_unknown(key.value)
@@ -58,6 +64,35 @@ def load_settings(path: Path) -> dict[str, Any]:
     if mistakes:
         raise ConfigurationError("\n".join(mistakes))
     return settings
+
+
+def load_section(path: Path, name: str) -> dict[str, Any]:
+    """Read the part of a configuration file that belongs to another command.
+
+    Returns:
+        Its names, with texts or lists of texts; empty where the file has no such part.
+
+    Raises:
+        ConfigurationError: the file cannot be read, is not YAML, or the part is no mapping.
+    """
+    tree = _compose(path)
+    if not isinstance(tree, yaml.MappingNode):
+        return {}
+    _refuse_duplicates(path, tree)
+    for key, node in tree.value:
+        if key.value == name:
+            if not isinstance(node, yaml.MappingNode):
+                raise ConfigurationError(f"{path}:{_line(key)}: {name} must be names with values, one a line")
+            return {each.value: _plain(path, each, value) for each, value in node.value}
+    return {}
+
+
+def _plain(path: Path, key: yaml.Node, node: yaml.Node) -> str | list[str]:
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
+    if isinstance(node, yaml.SequenceNode) and all(isinstance(each, yaml.ScalarNode) for each in node.value):
+        return [str(each.value) for each in node.value]
+    raise ConfigurationError(f"{path}:{_line(key)}: {key.value} must be one value or a list")
 
 
 def _compose(path: Path) -> yaml.Node | None:

@@ -86,6 +86,15 @@ class SlurmStep:
         )
 
 
+def requeue_command(environ: Mapping[str, str]) -> list[str] | None:
+    """What puts this process' SLURM job back into its queue; None outside SLURM."""
+    job = environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    return ["scontrol", "requeue", f"{array}_{task}" if array and task else job]
+
+
 def is_special_step(environ: Mapping[str, str]) -> bool:
     """Whether SLURM_STEP_ID is one that SLURM gives to a shell or script of its own, not to an srun."""
     step = environ.get("SLURM_STEP_ID", "")

@@ -55,7 +55,7 @@ from allstep.world.move import placing, to_device
 from allstep.world.numbers import to_numbers
 from allstep.world.plan_training import plan_training
 from allstep.world.process_group import Group
-from allstep.world.seed import seed_generators
+from allstep.world.seed import member_seed, seed_generators
 from allstep.world.turns import Turns
 from allstep.world.wrapping import wrap_in_world
 
@@ -265,7 +265,7 @@ class World:
             dataset,
             rank=self.data_rank,
             world_size=self.data_size,
-            seed=seed if seed is not None else self.seed or 0,
+            seed=seed if seed is not None else self.seed or member_seed(0),
             batch_size=batch_size,
             global_batch_size=global_batch_size,
             max_batch_per_rank=max_batch_per_rank,
@@ -406,16 +406,16 @@ class World:
                 training. Call it once each way, in this order.
 
         Returns:
-            The seed.
+            The seed; in a member of an array of jobs (`allstep submit --array`) one derived from it and the member.
 
         Raises:
             ArgumentError, ArgumentTypeError: the seed is out of range or no integer.
         """
         self._membership.check_open("seed_everything")
         # `self.seed` stays the common one: loaders must deal the same order on all ranks.
-        seed_device(self.device, seed_generators(seed, self.data_rank if per_rank else None))
-        self.seed = seed
-        return seed
+        self.seed = member_seed(seed)
+        seed_device(self.device, seed_generators(self.seed, self.data_rank if per_rank else None))
+        return self.seed
 
     # The end
 

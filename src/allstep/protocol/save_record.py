@@ -1,0 +1,73 @@
+"""What a job's checkpoints say to whoever starts and requeues the job: how far it is saved, and how long a save takes.
+
+Contract: the environment variable `SAVES` names a file. Rank 0 adds a line of JSON to it for each checkpoint that was
+committed (`note_save`); whoever set the variable reads it (`read_saves`). A line that cannot be read, such as one that
+a full disk cut, is left out. With `MEASURE` set besides, a run saves once after its first iteration, so that the time
+of a save is known before it matters. A job without these variables pays nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+SAVES = "ALLSTEP_SAVES"
+"""Names the file."""
+
+MEASURE = "ALLSTEP_MEASURE_SAVE"
+"""Set to 1 where the time of a save is not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedSave:
+    """One committed checkpoint.
+
+    Args:
+        step: the iteration after which it was taken.
+        seconds: how long it took from its beginning until it was committed.
+        time: when that was, in seconds since 1970.
+        run: tells the saves of one process from those of the next.
+    """
+
+    step: int
+    seconds: float
+    time: float
+    run: int
+
+
+def note_save(step: int, seconds: float, environ: Mapping[str, str]) -> None:
+    """Add a committed checkpoint to the record, where there is one; raises OSError."""
+    path = environ.get(SAVES)
+    if not path:
+        return
+    line = json.dumps(asdict(CommittedSave(step, round(seconds, 3), round(time.time(), 3), os.getpid())))
+    # Appended in one write, and begun with a line end where the one before was cut.
+    with open(path, "ab+", buffering=0) as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else "\n" + line
+        file.write(f"{line}\n".encode())
+        os.fsync(file.fileno())
+
+
+def read_saves(path: Path) -> tuple[CommittedSave, ...]:
+    """The saves in a record, oldest first; none where it is not there or cannot be read."""
+    saves = []
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError:
+        return ()
+    for line in lines:
+        try:
+            found = json.loads(line)
+            saves.append(
+                CommittedSave(int(found["step"]), float(found["seconds"]), float(found["time"]), int(found["run"]))
+            )
+        except (ValueError, TypeError, KeyError):
+            continue
+    return tuple(saves)

@@ -1,0 +1,139 @@
+"""SLURM's commands as `allstep submit` uses them: each bounded in time, and each failure in SLURM's own words.
+
+Contract: `submit` gives a job to SLURM and returns its number, or raises a SubmissionError with the remedy. `ask_state`
+and `ask_end` return None where SLURM does not answer. `requeue` and `submit_next` are tried again while the controller
+does not answer, for as long as a restart of it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+
+from allstep.errors import SubmissionError, printable
+from allstep.placement.slurm import requeue_command
+
+_ANSWER_S = 30.0
+PATIENCE_S = 60.0
+"""Seconds for which a controller that does not answer is asked again."""
+
+_NO_ANSWER = (
+    "unable to contact slurm controller",
+    "socket timed out",
+    "connection refused",
+    "zero bytes were",
+    "expired",
+)
+
+
+def submit(script: Path, options: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> str:
+    """Give a batch script to SLURM and return the job's number.
+
+    Raises:
+        SubmissionError: there is no sbatch, the controller does not answer, or it refuses the job.
+    """
+    try:
+        done = _run(["sbatch", "--parsable", *options, str(script)], environ)
+    except FileNotFoundError:
+        raise SubmissionError(
+            "there is no sbatch here; run allstep submit on a login node of the cluster, or load its SLURM module; "
+            "--dry-run shows the script anywhere"
+        ) from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise SubmissionError(f"sbatch did not answer: {error}; see whether `scontrol ping` does") from error
+    if done.returncode:
+        said = printable(" ".join(done.stderr.split())) or f"exit code {done.returncode}"
+        if _is_no_answer(said):
+            raise SubmissionError(f"SLURM's controller does not answer: {said}; see `scontrol ping`, and submit again")
+        raise SubmissionError(f"SLURM refused the job: {said}")
+    # "4711", or "4711;cluster" where there are several clusters.
+    return done.stdout.strip().splitlines()[-1].partition(";")[0]
+
+
+def requeue(environ: Mapping[str, str]) -> str | None:
+    """Put this process's job back into its queue; None, or why not."""
+    command = requeue_command(environ)
+    if command is None:
+        return "this is no SLURM job"
+    return _patiently(lambda: _failure(command))
+
+
+def submit_next(script: Path, environ: Mapping[str, str]) -> tuple[str | None, str]:
+    """Submit a script to begin when this process's job has ended; its number and "", or None and why not."""
+    options = [f"--dependency=afterany:{environ.get('SLURM_JOB_ID', '')}"]
+    if task := environ.get("SLURM_ARRAY_TASK_ID"):
+        options.append(f"--array={task}")
+    outside = {name: value for name, value in environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    outside |= {name: environ[name] for name in ("SLURM_CONF",) if name in environ}
+    numbers: list[str] = []
+
+    def attempt() -> str | None:
+        try:
+            numbers.append(submit(script, options, outside))
+        except SubmissionError as error:
+            return str(error)
+        return None
+
+    failure = _patiently(attempt)
+    return (numbers[0], "") if failure is None else (None, failure)
+
+
+def ask_state(job: str) -> str | None:
+    """A job's state, such as RUNNING; None where nobody answers."""
+    said = _answer(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+    return said.splitlines()[0].strip() if said else None
+
+
+def ask_end(job: str) -> float | None:
+    """When a job's time is up, in seconds since 1970; None where it has no end or nobody answers."""
+    said = _answer(["squeue", "--noheader", f"--jobs={job}", "--format=%e"])
+    try:
+        return datetime.fromisoformat(said.strip()).timestamp() if said else None
+    except ValueError:  # "N/A": a job without a limit
+        return None
+
+
+def _patiently(attempt: Callable[[], str | None]) -> str | None:
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        failure = attempt()
+        if failure is None or not _is_no_answer(failure) or time.monotonic() > until:
+            return failure
+        time.sleep(1.0)  # nothing tells that a controller is back
+
+
+def _failure(command: Sequence[str]) -> str | None:
+    try:
+        done = _run(command)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else None
+
+
+def _answer(command: Sequence[str]) -> str | None:
+    try:
+        done = _run(command)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _is_no_answer(said: str) -> bool:
+    return any(each in said.lower() for each in _NO_ANSWER)
+
+
+def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env=dict(os.environ if environ is None else environ),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=_ANSWER_S,
+        check=False,
+    )

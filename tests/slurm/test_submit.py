@@ -1,0 +1,123 @@
+"""`allstep submit` on a real SLURM: a job that is stopped goes on, and ends as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.slurm.cluster import Cluster, Completed
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
+
+TRAIN = """
+import os, sys, time
+import torch
+import allstep
+from allstep import Checkpoint, Engine, Events, Preemption
+
+with allstep.init(seed=3) as world:
+    model = world.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data = torch.utils.data.TensorDataset(torch.randn(96, 4), torch.randn(96, 1))
+
+    def step(engine, batch):
+        inputs, targets = batch
+        torch.manual_seed(engine.state.iteration)
+        loss = (model(inputs) - targets).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        time.sleep(float(sys.argv[2]))
+
+    trainer = Engine(step)
+    Checkpoint("checkpoints", {"optimizer": optimizer}, every=10, keep_last=2).attach(trainer).resume()
+    Preemption().attach(trainer)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: print("iteration", trainer.state.iteration, flush=True))
+    trainer.run(world.loader(data, global_batch_size=8, shuffle=True), max_epochs=int(sys.argv[1]), window=1)
+    if world.is_main:
+        print("seed", world.seed, "work", os.getcwd(), flush=True)
+        torch.save([each.detach() for each in model.parameters()], "out.pt")
+"""
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(filter(None, sys.path))}
+
+
+class Submitted:
+    """A job of `allstep submit` in a project's folder."""
+
+    def __init__(self, cluster: Cluster, project: Path) -> None:
+        self.cluster, self.project = cluster, project
+        self.number = ""
+
+    def submit(self, *options: str) -> Completed:
+        command = [sys.executable, "-m", "allstep", "submit", "--name=job", "--env", "MASTER_ADDR=127.0.0.1", *options]
+        done = self.cluster.run("env", f"--chdir={self.project}", *command, env=ENVIRONMENT)
+        self.number = done.stdout.partition(" ")[2].partition(" ")[0]
+        return done
+
+    @property
+    def said(self) -> str:
+        """All that the job and its members have printed."""
+        return "".join(log.read_text() for log in sorted(self.project.glob("runs/job/slurm-*.log")))
+
+    def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
+        deadline = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < deadline, self.said + self.cluster.run("squeue").stdout
+            time.sleep(0.05)  # the cluster tells nobody, so it is asked again
+
+    def until_said(self, words: str, times: int = 1) -> None:
+        self.until(lambda: self.said.count(words) >= times)
+
+    def state(self) -> str:
+        return self.cluster.run("squeue", "--noheader", "--format=%T", f"--jobs={self.number}").stdout.strip()
+
+    def start_again(self) -> None:
+        """Have a requeued job begin soon; a start within the same second would be refused as the one that was ended."""
+        self.until(lambda: "PENDING" in self.state())
+        self.cluster.run("scontrol", "update", f"job={self.number}", "StartTime=now+2")
+
+    def record(self, folder: str = "job") -> list[dict[str, object]]:
+        return [json.loads(line) for line in (self.project / "runs" / folder / "starts.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def submitted(cluster: Cluster, tmp_path: Path) -> Submitted:
+    (tmp_path / "train.py").write_text(TRAIN)
+    return Submitted(cluster, tmp_path)
+
+
+def unbroken(submitted: Submitted, epochs: int, nproc: int = 2) -> list[torch.Tensor]:
+    """The parameters of the same script where nobody stops it."""
+    folder = submitted.project / "unbroken"
+    folder.mkdir()
+    command = [sys.executable, "-m", "allstep", "run", "--nproc", str(nproc), "../train.py", str(epochs), "0"]
+    done = submitted.cluster.run("env", f"--chdir={folder}", *command, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "out.pt")
+
+
+def test_a_job_that_is_stopped_goes_on_and_ends_as_one_that_was_not(submitted: Submitted) -> None:
+    done = submitted.submit("--nodes=2", "--nproc=1", "train.py", "3", "0.1")
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout
+        == f"job {submitted.number} submitted; its log: {submitted.project}/runs/job/slurm-{submitted.number}.log\n"
+    )
+    (submitted.project / "train.py").write_text("raise SystemExit('the copy runs, not this')")
+    submitted.until_said("iteration 4")
+    submitted.cluster.run("scancel", "--batch", "--signal=USR1", submitted.number)
+    submitted.until_said("the job is put back into its queue")
+    submitted.start_again()
+    submitted.until_said("start 2 of the job: finished")
+    first, ended, second, finished = submitted.record()
+    assert (first["saved"], ended["code"], finished["code"]) == (-1, 85, 0)
+    assert second["saved"] == ended["saved"]
+    (submitted.project / "train.py").write_text(TRAIN)
+    assert all(map(torch.equal, torch.load(submitted.project / "out.pt"), unbroken(submitted, 3)))
