@@ -4,6 +4,7 @@ A page asks for such a part by a comment of its own line:
 
     <!-- names: allstep.engine -->   the reference of every name in that package's `__all__`
     <!-- run options -->             the options of `allstep run`, from the table that makes its command line
+    <!-- submit options -->          those of `allstep submit`
     <!-- errors -->                  every exception type, from `allstep.errors`
 
 mkdocs calls `on_page_markdown`. The functions below are pure and are tested in tests/docs/test_site.py.
@@ -65,6 +66,13 @@ def run_options() -> str:
     return str(import_module("allstep.launch.settings").options_table())
 
 
+def submit_options() -> str:
+    """The table of the options of `allstep submit`."""
+    allstep()
+    table = import_module("allstep.launch.settings").options_table
+    return str(table(import_module("allstep.submission.request").OPTIONS))
+
+
 def errors() -> str:
     """The table of error types that `allstep/errors.py` begins with."""
     allstep()
@@ -75,7 +83,7 @@ def errors() -> str:
 def expand(markdown: str) -> str:
     """A page with its comments replaced by what they ask for."""
     markdown = re.sub(r"^<!-- names: ([\w.]+) -->$", lambda found: names(found[1]), markdown, flags=re.MULTILINE)
-    for comment, made in (("run options", run_options), ("errors", errors)):
+    for comment, made in (("run options", run_options), ("submit options", submit_options), ("errors", errors)):
         if f"<!-- {comment} -->" in markdown:
             markdown = markdown.replace(f"<!-- {comment} -->", made())
     return "\n".join(bar_in_code(line) if line.startswith("|") else line for line in markdown.split("\n"))

@@ -9,6 +9,7 @@ import pytest
 from allstep.checkpoint.save_schedule import SaveSchedule, SaveTimes, read_every
 from allstep.coordination import Alone
 from allstep.errors import ArgumentError
+from allstep.protocol.save_record import MEASURE
 from allstep.testing import SimulatedRank, simulate
 
 
@@ -74,3 +75,14 @@ def test_time_is_rank_0s_and_asked_for_seldom():
     assert [round(each / 600) for each in first] == [1, 2, 3]
     assert all(600 <= later - sooner <= 660 for sooner, later in zip([0, *first], first, strict=False))
     assert asked < 100
+
+
+@pytest.mark.parametrize("times", [SaveTimes(), SaveTimes(epochs=1), SaveTimes(iterations=50)])
+def test_a_job_that_measures_its_saves_takes_one_after_its_first_group(
+    times: SaveTimes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(MEASURE, "1")
+    schedule = SaveSchedule(times, Alone(), 7)
+    assert schedule.iteration_is_due(8)
+    schedule.saved(8)
+    assert not schedule.iteration_is_due(9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +75,19 @@ def test_whoever_ends_a_run_as_preempted_has_it_started_again() -> None:
     end_at_3(outcome="preempted", reason="spot notice")(engine)
     with Preemption().attach(engine), pytest.raises(Preempted):
         engine.run(range(20))
+
+
+@pytest.mark.parametrize("is_submitted", [False, True])
+def test_a_job_of_allstep_submit_is_requeued_by_its_own_process_only(
+    is_submitted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ > {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "47")
+    if is_submitted:
+        monkeypatch.setenv("ALLSTEP_SAVES", str(tmp_path / "saves.jsonl"))
+    engine = signalled_at_3()
+    with Preemption(requeue=True).attach(engine), pytest.raises(Preempted):
+        engine.run(range(5))
+    assert (tmp_path / "asked").exists() != is_submitted

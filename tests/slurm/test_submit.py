@@ -38,7 +38,8 @@ with allstep.init(seed=3) as world:
     trainer = Engine(step)
     Checkpoint("checkpoints", {"optimizer": optimizer}, every=10, keep_last=2).attach(trainer).resume()
     Preemption().attach(trainer)
-    trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: print("iteration", trainer.state.iteration, flush=True))
+    say = lambda: print("iteration", trainer.state.iteration, flush=True)
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, say)
     trainer.run(world.loader(data, global_batch_size=8, shuffle=True), max_epochs=int(sys.argv[1]), window=1)
     if world.is_main:
         print("seed", world.seed, "work", os.getcwd(), flush=True)

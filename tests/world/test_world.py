@@ -114,6 +114,18 @@ def test_seeding_repeats_every_generator(one):
     assert draw() != first
 
 
+def test_members_of_an_array_of_jobs_share_no_seed(one, monkeypatch):
+    drawn, orders = set(), set()
+    for member in ("", "0", "1"):
+        monkeypatch.setenv("ALLSTEP_ARRAY_MEMBER", member)
+        unseeded = one.loader(torch.utils.data.TensorDataset(torch.arange(64)), batch_size=64, shuffle=True, seed=None)
+        orders.add(tuple(next(iter(unseeded))[0].tolist()))
+        one.seed_everything(3)
+        drawn.add(torch.rand(1).item())
+        one.seed = None
+    assert (len(drawn), len(orders)) == (3, 3)
+
+
 def test_seeding_is_torchs_own_seeding_for_all_ranks_alike(one):
     one.seed_everything(11)
     mine = torch.rand(4)

@@ -151,7 +151,7 @@ def prepare(given: dict[str, Any], rest: Sequence[str], argv: Sequence[str]) -> 
         through_slurm=env.through_slurm,
         python_path=python_path,
         run_options=run_options,
-        submitted=("allstep", "submit", *argv),
+        submitted=("allstep", "submit", *_without_dry_run(argv, rest)),
     )
     return Submission(job, code, env.left)
 
@@ -198,6 +198,12 @@ def _facts(submission: Submission, number: str) -> dict[str, Any]:
         "commit": "" if code is None else code.commit,
         "variables_left_behind": list(submission.left),
     }
+
+
+def _without_dry_run(argv: Sequence[str], rest: Sequence[str]) -> list[str]:
+    """The command line as it is where the job is submitted, so that both write the same script."""
+    ours = len(argv) - len(rest)
+    return [token for index, token in enumerate(argv) if index >= ours or token != "--dry-run"]
 
 
 def _real_folder(script: Path) -> Path:

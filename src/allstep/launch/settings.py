@@ -14,7 +14,7 @@ To add a setting, add a field to `LaunchSettings`; nothing else has to know of i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -417,10 +417,10 @@ COMMAND_LINE_ONLY = (
 """Options of the command line that say what to run and where the other settings are."""
 
 
-def options_table() -> str:
-    """Return the table of all options as Markdown, for the documentation."""
+def options_table(options: Sequence[Option] = (*COMMAND_LINE_ONLY, *OPTIONS)) -> str:
+    """Return the table of these options, by default all of them, as Markdown for the documentation."""
     rows = ["| Command line | Field in a file | Default | Meaning |", "|---|---|---|---|"]
-    for option in (*COMMAND_LINE_ONLY, *OPTIONS):
+    for option in options:
         command_line, in_file = option.flag, "" if option in COMMAND_LINE_ONLY else option.name
         if option.constant is None:
             command_line += f" {option.metavar}" if option.flag else ""

@@ -123,7 +123,8 @@ def _environment(job: BatchJob) -> list[str]:
         lines += [
             "# Each member has its own folder, and its own seed in place of the script's.",
             f'folder={shlex.quote(str(job.folder))}-"$SLURM_ARRAY_TASK_ID"',
-            f'export {MEMBER}="$SLURM_ARRAY_TASK_ID"',
+            # A person may have it empty, for the same seed in all members.
+            *([] if MEMBER in job.exports else [f'export {MEMBER}="$SLURM_ARRAY_TASK_ID"']),
         ]
     else:
         lines.append(f"folder={shlex.quote(str(job.folder))}")
@@ -151,7 +152,7 @@ def _command(job: BatchJob) -> list[str]:
     python = shlex.quote(job.python)
     target = (["-m"] if job.module else []) + [job.target]
     if request.tasks_per_node is None:
-        name = f"{job.name}-" + '"$SLURM_ARRAY_TASK_ID"' if request.array else job.name
+        name = shlex.quote(job.name) + ('-"$SLURM_ARRAY_TASK_ID"' if request.array else "")
         runs = shlex.quote(str(job.folder.parent))
         given = list(map(shlex.quote, job.run_options))
         task = [python, "-P", "-m", "allstep", "run", f"--name={name}", f"--runs={runs}", *given]
