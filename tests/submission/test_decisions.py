@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from allstep.protocol.save_record import SAVES, CommittedSave, note_save, read_saves
-from allstep.submission.batch_process import Notice, judge
+from allstep.submission.batch_process import StopNotice, judge
 from allstep.submission.job_record import JobRecord, JobStart, another_start
 from allstep.submission.lead_time import UNKNOWN_S, lead_seconds
 
@@ -30,7 +30,7 @@ def test_without_a_measured_save_the_lead_is_long() -> None:
     assert lead_seconds([], 30.0) == UNKNOWN_S + 30.0
 
 
-TOLD = Notice(used_up=True, saved=10)
+TOLD = StopNotice(used_up=True, saved=10)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ TOLD = Notice(used_up=True, saved=10)
     ],
 )
 def test_a_step_is_judged_by_its_code_its_notice_and_what_is_saved(
-    code: int, notice: Notice | None, saved: int, ending: str
+    code: int, notice: StopNotice | None, saved: int, ending: str
 ) -> None:
     assert judge(code, notice, saved) == ending
 

@@ -47,7 +47,7 @@ Ending = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
-class Notice:
+class StopNotice:
     """That the step was told to stop.
 
     Args:
@@ -59,7 +59,7 @@ class Notice:
     saved: int
 
 
-def judge(code: int, notice: Notice | None, saved: int) -> Ending:
+def judge(code: int, notice: StopNotice | None, saved: int) -> Ending:
     """Say how a step ended.
 
     Args:
@@ -96,7 +96,7 @@ class BatchProcess:
         self._script = script
         self._margin = margin
         self._chain = chain
-        self._notice: Notice | None = None
+        self._notice: StopNotice | None = None
         self._began = time.time()
 
     def run(self, command: Sequence[str]) -> int:
@@ -144,7 +144,7 @@ class BatchProcess:
             os.close(end)
 
     def _note(self, *, used_up: bool, why: str) -> None:
-        self._notice = Notice(used_up, self._record.saved())
+        self._notice = StopNotice(used_up, self._record.saved())
         _say(f"{why}: the run is told to save and stop")
 
     def _notice_at(self) -> float:
