@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from allstep.errors import ConfigurationError
-from allstep.launch.device_types import devices_of, tpu_chips, tpu_environment
+from allstep.launch.device_types import devices_of, rocm_gpus, tpu_chips, tpu_environment
 from allstep.launch.devices import CudaHardware
 
 
@@ -28,8 +28,30 @@ from allstep.launch.devices import CudaHardware
     ],
 )
 def test_workers_are_as_many_as_there_are_devices_of_the_type(kind, environ, count):
-    found = devices_of(kind, environ, lambda: CudaHardware(("GPU-1", "GPU-2")), lambda: 4)
+    found = devices_of(kind, environ, lambda: CudaHardware(("GPU-1", "GPU-2")), lambda: 4, lambda: 8)
     assert (found.count, found.apart) == (count, False)
+
+
+@pytest.mark.parametrize(
+    ("environ", "count"),
+    [
+        ({}, 8),
+        ({"HIP_VISIBLE_DEVICES": "0,3"}, 2),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2", "HIP_VISIBLE_DEVICES": "1"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 0),
+        ({"HIP_VISIBLE_DEVICES": "-1"}, 0),
+    ],
+)
+def test_gpus_of_amd_are_counted_where_there_is_no_other(environ, count):
+    assert devices_of(None, environ, CudaHardware, lambda: 0, lambda: 8).count == count
+
+
+def test_gpus_of_amd_are_told_from_cpus_of_its_topology(tmp_path):
+    for at, units in enumerate((0, 0, 440, 440)):
+        (tmp_path / str(at)).mkdir()
+        (tmp_path / str(at) / "properties").write_text(f"cpu_cores_count 0\nsimd_count {units}\nmem_banks_count 1\n")
+    assert rocm_gpus(tmp_path) == 2
+    assert rocm_gpus(tmp_path / "no folder") == 0
 
 
 def test_chips_are_told_from_other_devices_of_their_maker(tmp_path):

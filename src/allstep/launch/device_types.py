@@ -1,8 +1,9 @@
 """Which devices `allstep run --device TYPE` starts workers for, and what workers of that type need to know.
 
 Contract: `devices_of` counts the devices of a type, as `visible_devices` does for CUDA, which it asks where no type is
-given. It imports no torch, so it knows the types whose devices a kernel shows: CUDA and TPU. Of other types `auto` is
-what it is without devices, and `--nproc` says how many. `tpu_environment` has torch_tpu say, in a process of its own,
+given. Where that finds none it looks for AMD's GPUs, which torch calls CUDA too. It imports no torch, so it knows the
+types whose devices a kernel shows: CUDA, ROCm and TPU. Of other types `auto` is what it is without devices, and
+`--nproc` says how many. `tpu_environment` has torch_tpu say, in a process of its own,
 what all of its ranks have to agree on before they begin. torch_xla needs nothing beforehand: each rank takes its own
 device in `allstep.init`.
 """
@@ -10,6 +11,7 @@ device in `allstep.init`.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -23,6 +25,8 @@ VARIABLE = "ALLSTEP_DEVICE"
 """Tells workers their type of device, which a script's own `device=` comes before."""
 
 _PCI = Path("/sys/bus/pci/devices")
+_KFD = Path("/sys/class/kfd/kfd/topology/nodes")
+_SIMD = re.compile(r"^simd_count (\d+)$", re.MULTILINE)
 _GOOGLE = "0x1ae0"
 # By generation, as Google's drivers know them: v2 and v3, v4, v5e, v5p, v6e, 7x.
 _CHIPS = ("0x0027", "0x005e", "0x0063", "0x0062", "0x006f", "0x0076")
@@ -37,7 +41,11 @@ print(json.dumps({name: value for name, value in os.environ.items() if name.star
 
 
 def devices_of(
-    kind: str | None, environ: Mapping[str, str], probe: Callable[[], CudaHardware], chips: Callable[[], int]
+    kind: str | None,
+    environ: Mapping[str, str],
+    probe: Callable[[], CudaHardware],
+    chips: Callable[[], int],
+    rocm: Callable[[], int],
 ) -> Devices:
     """The devices of a type that workers started with `environ` could use.
 
@@ -46,13 +54,28 @@ def devices_of(
         environ: what workers inherit.
         probe: counts CUDA devices; called where it matters.
         chips: counts TPU chips; likewise.
+        rocm: counts AMD's GPUs; likewise.
     """
     runtime = environ.get("PJRT_DEVICE", "TPU" if kind == "xla" else "")
     if kind == "tpu" or (kind in (None, "xla") and runtime == "TPU"):
         # Under SPMD one process has all devices of its host.
         is_one = kind != "tpu" and environ.get("XLA_USE_SPMD", "0") in ("1", "true", "True")
         return Devices() if is_one else Devices(tuple(map(str, range(chips()))))
-    return visible_devices(environ, probe) if kind in (None, "cuda") else Devices()
+    if kind not in (None, "cuda"):
+        return Devices()
+    found = visible_devices(environ, probe)
+    if found.names or found.doubt:
+        return found
+    count = rocm()
+    for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        if name in environ:  # each of them narrows what the one before has left
+            count = min(count, len([entry for entry in environ[name].split(",") if entry.strip() not in ("", "-1")]))
+    return Devices(tuple(map(str, range(count))))
+
+
+def rocm_gpus(nodes: Path = _KFD) -> int:
+    """How many GPUs AMD's driver shows on this machine: nodes of its topology with SIMD units, which CPUs lack."""
+    return sum(any(int(units) for units in _SIMD.findall(_read(node / "properties"))) for node in nodes.glob("*"))
 
 
 def tpu_chips(pci: Path = _PCI) -> int:

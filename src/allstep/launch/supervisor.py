@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from allstep.errors import LaunchError
-from allstep.launch.device_types import devices_of, tpu_chips, tpu_environment
+from allstep.launch.device_types import devices_of, rocm_gpus, tpu_chips, tpu_environment
 from allstep.launch.devices import probe_hardware
 from allstep.launch.event_loop import SignalPipe
 from allstep.launch.folder import default_name
@@ -67,7 +67,7 @@ def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, 
         _check_script(command.target)
     # Names this launch for scripts that want to do something once in all its attempts.
     environ = {**inherited, "ALLSTEP_LAUNCH": secrets.token_hex(8)}
-    devices = devices_of(settings.device, {**environ, **settings.env}, probe_hardware, tpu_chips)
+    devices = devices_of(settings.device, {**environ, **settings.env}, probe_hardware, tpu_chips, rocm_gpus)
     workers = worker_count(settings, devices)
     if settings.device == "tpu":
         environ |= tpu_environment(workers, settings.nnodes or 1, {**environ, **settings.env})

@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 import allstep
-from allstep import Engine, Events, Metrics
+from allstep import Engine, Events, Gather, Metrics
 
 import digits
 
@@ -56,6 +56,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
     trainer = Engine(train_step, accumulate=options.accumulate, precision=options.precision)
     evaluator = allstep.create_supervised_evaluator(model)
     Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}).attach(evaluator, usage="run")
+    Gather("y_pred").attach(evaluator)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output))
     # 1437 samples in batches of 64, and 360 in batches of 100: the last batch of each pass is smaller than the others.
     train_loader = world.loader(train_set, global_batch_size=64, shuffle=True)
@@ -63,7 +64,10 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def evaluate(engine: Engine) -> None:
-        found["accuracies"].append(float(evaluator.run(test_loader).metrics["accuracy"]))
+        state = evaluator.run(test_loader)
+        found["accuracies"].append(float(state.metrics["accuracy"]))
+        gathered = state.gathered["y_pred"].argmax(1) == test_set.tensors[1]
+        assert abs(float(gathered.float().mean()) - found["accuracies"][-1]) < 1e-6
 
     @trainer.on(Events.EPOCH_STARTED | Events.COMPLETED)
     def count(engine: Engine) -> None:
