@@ -174,3 +174,12 @@ def test_row_37_an_error_in_a_data_loaders_worker_is_the_ranks(tmp_path: Path, l
     assert "item 5 is broken" in block
     if launcher == "allstep":
         assert (job.cause["rank"], job.cause["section"], job.cause["iteration"]) == (1, "data", 2)
+
+
+def test_a_rank_that_nccl_aborted_is_not_the_first_cause(tmp_path: Path) -> None:
+    job = rehearse(tmp_path, "aborted_by_nccl.py")
+    check_first_lines(job, "rank 0 of 2 failed first", "exit code 1")
+    assert job.code == 1
+    assert any("ValueError: the batch that rank 1 waited for" in line for line in job.block)
+    (other,) = job.report["others"]
+    assert (other["rank"], other["kind"], other["status"]) == (1, "derived", 134)
