@@ -35,6 +35,6 @@ def test_a_preflight_leaves_out_an_ill_node_of_an_allocation(cluster: Cluster) -
     fault = ("--fault", "rank=1,wrong_sums", "--exclude-ill", "1")
     code, out, said = launch(cluster, "--nproc", "1", "--preflight", *fault, "say.py")
     assert code == 0, said
-    assert out.splitlines() == ["[0] ['0', '0', '1', '0']"], said
+    assert out.splitlines() == ["['0', '0', '1', '0']"], said
     assert "device 0 (cpu): it computes wrong sums" in said
     assert "preflight: going on without node 1" in said

@@ -88,13 +88,17 @@ def judge_nodes(answers: Answers) -> Iterator[Illness]:
         if each.missing:
             what = f"it did not come to the end of the step {each.missing!r}"
             yield Illness((node,), each.name, what, "Run `allstep doctor` there")
-        # A full disk is found in several ways, which are one illness.
-        alike: dict[tuple[str, bool], list[NodeFinding]] = {}
+        bad: dict[str, list[NodeFinding]] = {}
         for finding in each.findings:
-            alike.setdefault((finding.subject, finding.verdict == "bad"), []).append(finding)
-        for (subject, serious), findings in alike.items():
+            if finding.verdict == "bad":
+                bad.setdefault(finding.subject, []).append(finding)
+            else:
+                what = f"{one_line(finding.subject)}: {one_line(finding.text)}"
+                yield Illness((node,), each.name, what, one_line(finding.remedy), serious=False)
+        # A full disk is found in several ways, which are one illness.
+        for subject, findings in bad.items():
             what = f"{one_line(subject)}: {'; '.join(one_line(finding.text) for finding in findings)}"
-            yield Illness((node,), each.name, what, one_line(findings[0].remedy), serious)
+            yield Illness((node,), each.name, what, one_line(findings[0].remedy))
 
 
 def judge_clocks(answers: Answers) -> Iterator[Illness]:
