@@ -1,4 +1,7 @@
-"""`allstep run --preflight` over several hosts, well and with faults in their network, disks and devices."""
+"""`allstep run --preflight` over several hosts, well and with faults in their network, disks and devices.
+
+By night each fault is put in five times and healthy hosts are looked at fifty times; ALLSTEP_TIMES sets another number.
+"""
 
 from __future__ import annotations
 

@@ -118,3 +118,9 @@ def test_the_table_for_the_documentation_has_every_option() -> None:
         assert each.flag in row
         assert f"`{each.name}" in row or each in COMMAND_LINE_ONLY
         assert each.help[1:] in row
+
+
+def test_leaving_out_ill_machines_needs_a_preflight_to_find_them() -> None:
+    with pytest.raises(ConfigurationError, match="exclude_ill is 2, and no preflight says who is; add preflight"):
+        LaunchSettings(exclude_ill=2)
+    assert LaunchSettings(exclude_ill=2, preflight=True).exclude_ill == 2

@@ -111,6 +111,12 @@ def test_devices_of_a_kind_are_compared_bit_by_bit() -> None:
     assert [ill.nodes for ill in judge_sums(answers)] == [(2,)]
 
 
+def test_a_device_that_says_nothing_of_its_sums_is_ill() -> None:
+    answers = run_of(1)
+    answers[0].sums = [DeviceSums(0, "cpu", "")]
+    assert [ill.nodes for ill in judge_sums(answers)] == [(0,)]
+
+
 def test_who_only_waited_in_the_all_reduce_is_not_named() -> None:
     answers = run_of(3)
     answers[0].reduced = [DeviceSums(0, "", problem="RuntimeError: Connection closed by peer")]

@@ -247,7 +247,7 @@ class _Rounds:
                 known.findings.append(message)
             case DeviceSums():
                 (known.reduced if self._step == "reduce" else known.sums).append(message)
-            case LinkMeasured():
+            case LinkMeasured() if message.peer in self.answers:
                 known.links.append(message)
             case StepDone() if message.number == self._number:
                 self._done[node] = message

@@ -398,6 +398,8 @@ class LaunchSettings:
             value = getattr(self, option.name)
             if value is not None:
                 option.type.check(option.name, value)
+        if self.exclude_ill and not self.preflight:
+            raise ConfigurationError(f"exclude_ill is {self.exclude_ill}, and no preflight says who is; add preflight")
 
 
 def _options() -> tuple[Option, ...]:

@@ -116,16 +116,16 @@ def judge_sums(answers: Answers) -> Iterator[Illness]:
     """Devices that cannot compute, or compute something else than most."""
     confirmed = [sums for each in answers.values() for sums in each.sums if sums.exact and sums.digest]
     # A processor computes in fewer formats than a GPU, so each kind is compared with its like.
-    right = {
-        on_cpu: Counter(sums.digest for sums in confirmed if (sums.device == "cpu") is on_cpu).most_common(1)
-        for on_cpu in (True, False)
-    }
+    right = {}
+    for on_cpu in (True, False):
+        digests = Counter(sums.digest for sums in confirmed if (sums.device == "cpu") is on_cpu)
+        right[on_cpu] = digests.most_common(1)[0][0] if digests else ""
     for node, each in answers.items():
         for sums in each.sums:
             which = f"{each.name}: device {sums.local_rank}" + (f" ({one_line(sums.device)})" if sums.device else "")
             if sums.problem:
                 yield Illness((node,), which, one_line(sums.problem), "Run `allstep doctor` there")
-            elif not sums.exact or sums.digest != right[sums.device == "cpu"][0][0]:
+            elif not sums.exact or sums.digest != right[sums.device == "cpu"] or not sums.digest:
                 what = "it computes wrong sums: its products of integer matrices differ from the other devices'"
                 yield Illness((node,), which, what, "Take the device out of use, and have its memory and cores tested")
 
