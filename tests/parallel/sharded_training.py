@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -127,6 +128,17 @@ def train(world: World, plan: Plan) -> dict[str, Any]:
         "steps": engine.state.iteration,
         "passes": getattr(world.unwrap(model), "passes", torch.zeros(())).item(),
     }
+
+
+def alone(plan: Plan) -> dict[str, Any]:
+    """What `train` gives on one process, where a plan's options change nothing; computed once for equal plans."""
+    return _alone(replace(plan, options=(), everywhere=()))
+
+
+@cache
+def _alone(plan: Plan) -> dict[str, Any]:
+    (found,) = run_ranks(train, 1, plan)
+    return found
 
 
 def check_equal(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from allstep.errors import AllstepError
 from allstep.parallel import wrap_module
 from allstep.testing import run_ranks
-from tests.parallel.sharded_training import Block, Plan, Transformer, check_equal, train
+from tests.parallel.sharded_training import Block, Plan, Transformer, alone, check_equal, train
 
 CPU = torch.device("cpu")
 
@@ -88,18 +88,18 @@ ANEW = Plan(options=(("units", Block),), everywhere=(("checkpoint_activations", 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("ranks", "mesh"),
     [
-        (2, "shard=2"),
-        pytest.param(2, "replicate=2", marks=pytest.mark.nightly),
-        pytest.param(4, "shard=2,tensor=2", marks=pytest.mark.nightly),
+        (2, "shard=2"),  # by day beside compiled units, in test_compilation.py
+        (2, "replicate=2"),
+        (4, "shard=2,tensor=2"),
     ],
 )
 def test_activations_computed_anew_train_what_one_process_trains(ranks: int, mesh: str) -> None:
-    (alone,) = run_ranks(train, 1, Plan())
     for found in run_ranks(train, ranks, ANEW, env={"ALLSTEP_MESH": mesh}):
-        check_equal(found, alone)
+        check_equal(found, alone(Plan()))
 
 
 def test_the_transformer_is_given_back_as_it_was() -> None:

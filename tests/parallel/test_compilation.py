@@ -15,7 +15,7 @@ from allstep.errors import AllstepError
 from allstep.parallel import Compilations, wrap_module
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.parallel.sharded_training import Block, Plan, Transformer, check_equal, train
+from tests.parallel.sharded_training import Block, Plan, Transformer, alone, check_equal, train
 
 pytestmark = pytest.mark.slow
 
@@ -24,9 +24,9 @@ NO_COMPILER = {"backend": "aot_eager"}  # which needs no C++ compiler
 
 
 def compiled_often(_: World) -> dict[str, Any]:
-    """Two epochs of ragged batches through twelve compiled blocks."""
+    """Two epochs of ragged batches through four compiled blocks."""
     torch.manual_seed(0)
-    plain = Transformer(blocks=12)
+    plain = Transformer(blocks=4)
     names = list(plain.state_dict())
     expected = plain(torch.zeros(3, 5, dtype=torch.int64))
     counts = Compilations()
@@ -42,8 +42,18 @@ def compiled_often(_: World) -> dict[str, Any]:
     return {"is_same": model is plain, "names": list(model.state_dict()) == names, "said": said}
 
 
-def test_blocks_compile_together_and_ragged_batches_end_compiling() -> None:
-    (found,) = run_ranks(compiled_often, 1)
+def compiled_by_block(world: World) -> tuple[dict[str, Any] | None, tuple[dict[str, Any], bool, str]]:
+    """Both in one process, since torch's compiler takes long to import: ragged batches on rank 0, and a training."""
+    return compiled_often(world) if world.is_main else None, compiled_training(world, BY_BLOCK)
+
+
+@pytest.fixture(scope="module")
+def by_block() -> list[Any]:
+    return run_ranks(compiled_by_block, 2, env={"ALLSTEP_MESH": "shard=2"})
+
+
+def test_blocks_compile_together_and_ragged_batches_end_compiling(by_block: list[Any]) -> None:
+    found = by_block[0][0]
     assert found["is_same"]
     assert found["names"]
     first, second = found["said"]
@@ -85,23 +95,30 @@ def compiled_training(world: World, plan: Plan) -> tuple[dict[str, Any], bool, s
     return train(world, plan), has_fixed[0], counts.in_words()
 
 
-@pytest.mark.parametrize(
-    ("ranks", "mesh", "plan"),
-    [
-        (2, "shard=2", BY_BLOCK),
-        pytest.param(2, "replicate=2", WHOLE, marks=pytest.mark.nightly),
-        pytest.param(2, "replicate=2", BY_BLOCK, marks=pytest.mark.nightly),
-        pytest.param(2, "shard=2", WHOLE, marks=pytest.mark.nightly),
-        pytest.param(4, "shard=2,tensor=2", BY_BLOCK, marks=pytest.mark.nightly),
-    ],
-)
-def test_a_compiled_model_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan) -> None:
-    (alone,) = run_ranks(train, 1, Plan())
-    for found, has_fixed_buckets, said in run_ranks(compiled_training, ranks, plan, env={"ALLSTEP_MESH": mesh}):
-        check_equal(found, alone)
+def check_trained(ranks: list[tuple[dict[str, Any], bool, str]]) -> None:
+    for found, has_fixed_buckets, said in ranks:
+        check_equal(found, alone(Plan()))
         assert has_fixed_buckets
         assert " compiled, " in said
         assert not said.startswith("0 ")
+
+
+def test_compiled_blocks_train_what_one_process_trains(by_block: list[Any]) -> None:
+    check_trained([trained for _, trained in by_block])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("ranks", "mesh", "plan"),
+    [
+        (2, "replicate=2", WHOLE),
+        (2, "replicate=2", BY_BLOCK),
+        (2, "shard=2", WHOLE),
+        (4, "shard=2,tensor=2", BY_BLOCK),
+    ],
+)
+def test_a_compiled_model_trains_what_one_process_trains(ranks: int, mesh: str, plan: Plan) -> None:
+    check_trained(run_ranks(compiled_training, ranks, plan, env={"ALLSTEP_MESH": mesh}))
 
 
 @pytest.mark.nightly
@@ -110,9 +127,8 @@ def test_a_compiled_model_trains_what_one_process_trains(ranks: int, mesh: str, 
 @pytest.mark.parametrize("mesh", ["replicate=2", "shard=2"])
 def test_torchs_own_compiler_trains_units_as_one_process_does(mesh: str) -> None:
     plan = replace(BY_BLOCK, samples=13, epochs=1, everywhere=(("compile", Block),))
-    (alone,) = run_ranks(train, 1, replace(plan, everywhere=()))
     for found, _, said in run_ranks(compiled_training, 2, plan, env={"ALLSTEP_MESH": mesh}, timeout=500):
-        check_equal(found, alone)  # under the same names
+        check_equal(found, alone(plan))  # under the same names
         assert not said.startswith("0 ")
 
 

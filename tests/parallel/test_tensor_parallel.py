@@ -17,7 +17,7 @@ from allstep.errors import ArgumentError, ParallelError
 from allstep.parallel import styles_of, whole_tensor, wrap_module
 from allstep.testing import run_ranks
 from allstep.world import World
-from tests.parallel.sharded_training import Block, Plan, check_equal, check_resumes, train, whole
+from tests.parallel.sharded_training import Block, Plan, alone, check_equal, check_resumes, train, whole
 
 pytestmark = pytest.mark.slow
 
@@ -63,10 +63,10 @@ BY_BLOCK = Plan(make=Divided, options=(("units", Block),))
 )
 def test_a_divided_model_trains_what_one_process_trains(ranks: int, mesh: str) -> None:
     # Ragged ends, accumulation and clipping, over 21 iterations.
-    (alone,) = run_ranks(train, 1, BY_BLOCK)
-    assert alone["steps"] == 21
+    expected = alone(BY_BLOCK)
+    assert expected["steps"] == 21
     for found in run_ranks(train, ranks, BY_BLOCK, env={"ALLSTEP_MESH": mesh}):
-        check_equal(found, alone)
+        check_equal(found, expected)
 
 
 class InSequence(nn.Module):
