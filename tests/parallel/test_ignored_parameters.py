@@ -28,12 +28,15 @@ def norms_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "norm" in name]
 
 
-def test_ignored_parameters_train_and_resume_as_on_one_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "mesh"), [(2, "shard=2"), pytest.param(4, "replicate=2,shard=2", marks=pytest.mark.nightly)]
+)
+def test_ignored_parameters_train_and_resume_as_on_one_process(ranks: int, mesh: str, tmp_path: Path) -> None:
     plan = Plan(make=begun_apart, options=(("units", Block), ("ignored", norms_of)), epochs=2)
     (alone,) = run_ranks(train, 1, plan)
     saved = replace(plan, folder=str(tmp_path))
     run_ranks(train, 3, replace(saved, epochs=1), env={"ALLSTEP_MESH": "shard=3"})
-    first, second = run_ranks(train, 2, saved, env={"ALLSTEP_MESH": "shard=2"})
+    first, second, *_ = run_ranks(train, ranks, saved, env={"ALLSTEP_MESH": mesh})
     for name, expected in alone["parameters"].items():
         torch.testing.assert_close(first["parameters"][name], expected, rtol=1e-6, atol=1e-8)
         assert torch.equal(first["parameters"][name], second["parameters"][name])
