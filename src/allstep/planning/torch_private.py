@@ -4,7 +4,7 @@ Contract: no other module of this package uses a private name of torch. `fake_ra
 number of ranks whose collectives do nothing, and gives the process group that was there before back at its end.
 `fake_tensors` has operations give tensors with shapes, dtypes and storages of the right size, and no values. Nothing
 but plans needs these names: where this torch lacks one, a plan is a ParallelError that says so.
-All names were there before torch 2.9, the oldest that allstep supports.
+All names but the first of those for meshes were there before torch 2.9, the oldest that allstep supports.
 
 | name | what for | without it |
 | --- | --- | --- |
@@ -12,6 +12,7 @@ All names were there before torch 2.9, the oldest that allstep supports.
 | torch.utils._python_dispatch.TorchDispatchMode | seeing each operation and its tensors | no plans |
 | torch.testing._internal.distributed.fake_pg.FakeStore | ranks that are not there | no plans |
 | torch.distributed.tensor.debug._clear_sharding_prop_cache | keeping meshes of one shape apart | no plans |
+| its _get_sharding_prop_cache_info, DTensor._op_dispatcher | the same in torch 2.9 | no plans |
 | distributed_c10d._update_default_pg, _world.pg_map | setting the open process group aside meanwhile | no plans |
 """
 
@@ -98,7 +99,14 @@ def fake_ranks(world_size: int) -> Iterator[None]:
 
 def _forget_layouts() -> None:
     """Have DTensors forget what they know by the shape of a mesh: it leads to the groups of one that had that shape."""
-    if "torch.distributed.tensor" in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    debug = import_module("torch.distributed.tensor.debug")
+    if hasattr(debug, "_get_sharding_prop_cache_info") and not hasattr(debug, "_clear_sharding_prop_cache"):
+        # torch 2.9, which has one cache alone.
+        dispatcher = _needed("torch.distributed.tensor", "DTensor")._op_dispatcher
+        dispatcher.sharding_propagator.propagate_op_sharding.cache.cache_clear()
+    else:
         _needed("torch.distributed.tensor.debug", "_clear_sharding_prop_cache")()
 
 
