@@ -142,7 +142,7 @@ class Rehearsal:
                 pass
             except SystemExit as exit_:
                 if self.plan is None and exit_.code not in (None, 0):
-                    raise
+                    raise ParallelError(f"{target} ended with {exit_.code!r} before an engine of it trained") from exit_
         if self.plan is None:
             raise ParallelError(f"{target} ended and no engine of it has trained a wrapped model; {_REMEDY}")
         return self.plan

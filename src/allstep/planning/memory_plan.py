@@ -24,7 +24,7 @@ class MemoryUse:
 
     Attributes:
         parameters: this rank's parts of them.
-        gradients: this rank's parts of them; in DDP, its buckets.
+        gradients: this rank's parts of them; in DDP, its buckets, and beside these what is accumulated.
         optimizer: the optimizer's states.
         activations: what operations gave that is kept for the backward pass, and what they give meanwhile.
         communication: gathered units, their gradients until they are reduced, and what collectives read and write.
