@@ -123,3 +123,10 @@ def test_without_an_xla_device_nothing_is_asked():
     assert xla_private.generator_state() is None
     xla_private.restore_generator(5)
     assert "torch_xla" not in sys.modules
+
+
+def test_a_tensor_is_divided_under_spmd_alone(xla):
+    tensor = torch.ones(4, 2).as_subclass(Stub)
+    assert xla_private.on_each_device(tensor) is tensor
+    here = torch.ones(4, 2)
+    assert xla_private.on_each_device(here) is here

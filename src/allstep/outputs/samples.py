@@ -20,6 +20,7 @@ import torch
 
 from allstep.errors import ArgumentError
 from allstep.metrics.packing import Packed, element_parts, read_elements
+from allstep.world.xla_private import on_each_device
 
 # One batch of an output: a tensor with a row a sample, or a list with a tensor, or a text, a sample.
 BatchOutput: TypeAlias = torch.Tensor | list[torch.Tensor] | list[str]
@@ -107,7 +108,8 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     # A tensor on the host may be the step's own buffer, which the next step overwrites.
     if value.device.type == "cpu":
         return value.detach().clone()
-    return value.detach().to("cpu", non_blocking=value.is_cuda)  # into pinned memory, without waiting for the device
+    here = on_each_device(value.detach())
+    return here.to("cpu", non_blocking=value.is_cuda)  # into pinned memory, without waiting for the device
 
 
 # All samples in one order

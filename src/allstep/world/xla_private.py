@@ -102,6 +102,18 @@ def placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return sent[0]
 
 
+def on_each_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Under SPMD, a copy of a batch's tensor that is whole on each device; elsewhere the tensor itself.
+
+    The host reads such a copy as it is. To read a divided tensor torch_xla compiles a graph, each time anew.
+    """
+    if tensor.device.type != "xla" or not tensor.dim() or not (mesh := _mesh()):
+        return tensor
+    copy = torch.cat([tensor])  # a clone would be divided as the tensor is, which cannot be changed
+    import_module("torch_xla.distributed.spmd").mark_sharding(copy, mesh, (None,) * copy.dim())
+    return copy
+
+
 def to_host(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors with those on an XLA device copied to the host, in one transfer."""
     at = [index for index, tensor in enumerate(tensors) if tensor.device.type == "xla"]

@@ -56,7 +56,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
     trainer = Engine(train_step, accumulate=options.accumulate, precision=options.precision)
     evaluator = allstep.create_supervised_evaluator(model)
     Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}).attach(evaluator, usage="run")
-    Gather("y_pred").attach(evaluator)
+    Gather("y_pred", "y").attach(evaluator)
     trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda engine: losses.append(engine.state.output))
     # 1437 samples in batches of 64, and 360 in batches of 100: the last batch of each pass is smaller than the others.
     train_loader = world.loader(train_set, global_batch_size=64, shuffle=True)
@@ -66,8 +66,8 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
     def evaluate(engine: Engine) -> None:
         state = evaluator.run(test_loader)
         found["accuracies"].append(float(state.metrics["accuracy"]))
-        gathered = state.gathered["y_pred"].argmax(1) == test_set.tensors[1]
-        assert abs(float(gathered.float().mean()) - found["accuracies"][-1]) < 1e-6
+        is_right = state.gathered["y_pred"].argmax(1) == test_set.tensors[1]
+        assert abs(float(is_right.float().mean()) - found["accuracies"][-1]) < 1e-6
 
     @trainer.on(Events.EPOCH_STARTED | Events.COMPLETED)
     def count(engine: Engine) -> None:
