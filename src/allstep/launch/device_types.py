@@ -3,8 +3,8 @@
 Contract: `devices_of` counts the devices of a type, as `visible_devices` does for CUDA, which it asks where no type is
 given. Where that finds none it looks for AMD's GPUs, which torch calls CUDA too. It imports no torch, so it knows the
 types whose devices a kernel shows: CUDA, ROCm and TPU. Of other types `auto` is what it is without devices, and
-`--nproc` says how many. `tpu_environment` has torch_tpu say, in a process of its own, what all of its ranks
-have to agree on before they begin. torch_xla needs nothing beforehand: each rank takes its own device in `allstep.init`.
+`--nproc` says how many. `tpu_environment` has torch_tpu say, in a process of its own, what all of its ranks have to
+agree on before they begin. torch_xla needs nothing beforehand: each rank takes its own device in `allstep.init`.
 """
 
 from __future__ import annotations
