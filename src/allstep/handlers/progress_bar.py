@@ -86,7 +86,7 @@ class ProgressBar:
             (FilteredEvent(Events.ITERATION_COMPLETED, self._pace), self._draw),
             (Events.EPOCH_COMPLETED, self._end_epoch),
             (Events.COMPLETED, self._sum_up),
-            (Events.INTERRUPT | Events.TERMINATE | Events.EXCEPTION_RAISED, self._screen.close),
+            (Events.INTERRUPT | Events.TERMINATE | Events.EXCEPTION_RAISED, lambda *_: self._screen.close()),
         ):
             self._handles.append(engine.add_event_handler(event, handler))
 
