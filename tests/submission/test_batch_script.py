@@ -94,7 +94,7 @@ EXPECTED = """\
 #SBATCH --open-mode=append
 #SBATCH --requeue
 # Before the end of the job's time the command below says so itself, in time for a save. This is for a
-# preemption that SLURM announces.
+# preemption that SLURM announces; at the end of the time it comes in the last minute.
 #SBATCH --signal=B:USR1@1
 # The job gets nothing of the shell that submitted it but what stands below.
 #SBATCH --export=NIL

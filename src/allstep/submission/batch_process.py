@@ -40,6 +40,9 @@ from allstep.submission.slurm_commands import ask_end, ask_state, requeue, submi
 _LOOK_S = 60.0
 """How often the record of saves and the job's end are looked at."""
 
+SLURMS_NOTICE_S = 62.0
+"""SLURM's own notice of the time's end, `--signal=...@1`, comes up to a minute before that second."""
+
 _SETTLE_S = 3.0
 """Seconds in which an srun may still be starting its tasks, and would lose a signal for them."""
 
@@ -139,7 +142,7 @@ class BatchProcess:
                     return step.wait()
                 for number in signals.take():
                     if self._notice is None:
-                        self._note(used_up=False, why=f"signal {number.name}")
+                        self._note(used_up=self._ends_within(SLURMS_NOTICE_S), why=f"signal {number.name}")
         finally:
             os.close(end)
 
@@ -155,6 +158,11 @@ class BatchProcess:
         # In a short job there has to be time to train too.
         lead = min(lead_seconds(self._record.saves(), self._margin), (end - self._began) / 2)
         return end - lead
+
+    def _ends_within(self, seconds: float) -> bool:
+        """Whether the job's time ends so soon that a signal of SLURM's is about that."""
+        end = ask_end(self._job)
+        return end is not None and end - time.time() <= seconds
 
     def _finish(self, code: int) -> int:
         saved = self._record.saved()
