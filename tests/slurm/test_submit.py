@@ -23,7 +23,7 @@ from allstep import Checkpoint, Engine, Events, Preemption
 
 with allstep.init(seed=3) as world:
     model = world.wrap(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.2), torch.nn.Linear(8, 1)))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     data = torch.utils.data.TensorDataset(torch.randn(96, 4), torch.randn(96, 1))
 
     def step(engine, batch):
@@ -57,6 +57,8 @@ class Submitted:
         self.number = ""
 
     def submit(self, *options: str) -> Completed:
+        """Submit once the cluster is free of the job before, whose nodes may still be ending."""
+        self.until(lambda: set(self.cluster.run("sinfo", "--noheader", "--format=%T").stdout.split()) == {"idle"})
         command = [sys.executable, "-m", "allstep", "submit", "--name=job", "--env", "MASTER_ADDR=127.0.0.1", *options]
         done = self.cluster.run("env", f"--chdir={self.project}", *command, env=ENVIRONMENT)
         self.number = done.stdout.partition(" ")[2].partition(" ")[0]
