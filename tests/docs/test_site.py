@@ -78,7 +78,9 @@ def test_a_bar_in_the_code_of_a_table_has_no_backslash() -> None:
 
 def test_a_comment_that_asks_for_something_is_replaced() -> None:
     for page in DOCS.rglob("*.md"):
-        assert not re.search(r"^<!-- (names|run options|submit options|errors)", HOOKS.expand(page.read_text()), re.MULTILINE), page
+        assert not re.search(
+            r"^<!-- (names|run options|submit options|errors)", HOOKS.expand(page.read_text()), re.MULTILINE
+        ), page
 
 
 def in_navigation(part: object) -> list[str]:

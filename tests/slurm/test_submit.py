@@ -56,11 +56,11 @@ class Submitted:
         self.cluster, self.project = cluster, project
         self.number = ""
 
-    def submit(self, *options: str) -> Completed:
+    def submit(self, *options: str, **env: str) -> Completed:
         """Submit once the cluster is free of the job before, whose nodes may still be ending."""
         self.until(lambda: set(self.cluster.run("sinfo", "--noheader", "--format=%T").stdout.split()) == {"idle"})
         command = [sys.executable, "-m", "allstep", "submit", "--name=job", "--env", "MASTER_ADDR=127.0.0.1", *options]
-        done = self.cluster.run("env", f"--chdir={self.project}", *command, env=ENVIRONMENT)
+        done = self.cluster.run("env", f"--chdir={self.project}", *command, env=ENVIRONMENT | env)
         self.number = done.stdout.partition(" ")[2].partition(" ")[0]
         return done
 

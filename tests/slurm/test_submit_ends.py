@@ -121,6 +121,17 @@ def test_paths_and_arguments_reach_the_script_as_they_were_given(submitted: Subm
     assert repr(awkward) in log.read_text()
 
 
+def test_a_job_has_of_its_shell_what_was_named_and_no_file_has_a_secret(submitted: Submitted) -> None:
+    show = "import os; print([os.environ.get(name) for name in ('API_TOKEN', 'MINE', 'OTHER')], flush=True)\n"
+    (submitted.project / "train.py").write_text(show)
+    env = {"API_TOKEN": "s3cr3t-t0k3n", "MINE": "a b", "OTHER": "x"}
+    submitted.submit("--env=API_TOKEN", "--env=MINE", "--nproc=1", "train.py", **env)
+    submitted.until_said("of the job: finished")
+    assert "['s3cr3t-t0k3n', 'a b', None]" in submitted.said
+    written = [path for path in submitted.project.rglob("*") if path.is_file() and "slurm-" not in path.name]
+    assert [path for path in written if "s3cr3t-t0k3n" in path.read_text() and "attempt_" not in str(path)] == []
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_a_job_that_is_stopped_at_random_moments_ends_as_one_that_was_not(
     seed: int, submitted: Submitted, cluster: Cluster

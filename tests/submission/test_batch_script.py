@@ -174,6 +174,13 @@ def test_a_task_for_each_rank_is_the_script_itself(echoing: Path, tmp_path: Path
     assert "#SBATCH --no-requeue" in text
 
 
+def test_a_range_of_nodes_asks_for_cores_and_leaves_the_tasks_to_srun(tmp_path: Path) -> None:
+    text = batch_script(job(tmp_path, request=JobRequest(nodes="2-4", tasks_per_node=4, cpus_per_task=2)))
+    assert {"#SBATCH --nodes=2-4", "#SBATCH --mincpus=8", "#SBATCH --cpus-per-task=2"} <= set(text.splitlines())
+    assert "#SBATCH --ntasks-per-node" not in text
+    assert "--ntasks-per-node=4" in text
+
+
 def test_a_secret_goes_through_slurm_and_not_into_the_text(tmp_path: Path) -> None:
     text = batch_script(job(tmp_path, through_slurm=["WANDB_API_KEY"]))
     assert "#SBATCH --export=WANDB_API_KEY\n" in text

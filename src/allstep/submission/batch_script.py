@@ -73,10 +73,15 @@ def batch_script(job: BatchJob) -> str:
 def _head(job: BatchJob) -> list[str]:
     request = job.request
     log = "slurm-%A_%a.log" if request.array else "slurm-%j.log"
+    tasks = request.tasks_per_node or 1
+    is_range = "-" in request.nodes
+    cores = tasks * (request.cpus_per_task or 1)
     asked = {
         "job-name": job.name,
         "nodes": request.nodes,
-        "ntasks-per-node": str(request.tasks_per_node or 1),
+        # Told how many tasks a node has, SLURM takes the least of a range, which is enough for them.
+        "ntasks-per-node": None if is_range else str(tasks),
+        "mincpus": str(cores) if is_range and cores > 1 else None,
         "gpus-per-node": request.gpus_per_node,
         "cpus-per-task": None if request.cpus_per_task is None else str(request.cpus_per_task),
         "time": request.time,
