@@ -49,7 +49,8 @@ class GroupCoordinator:
 
     Args:
         group: gives the group, which it opens when it is first called: on all ranks at the same point.
-        rank, world_size: this rank, among how many.
+        rank: this rank.
+        world_size: how many ranks there are.
         activity: is told when this rank waits.
         device_type: of the tensors which the default process group takes.
         sharing: so many neighbours are given the same batches.

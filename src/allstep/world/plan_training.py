@@ -45,7 +45,8 @@ def plan_training(
         module: what `World.wrap` would be given.
         batch: what a rank is given in an iteration; only its shapes and dtypes count.
         device: of a rank; `World.plan` gives its own.
-        world_size, opened: ranks and mesh of the World; `World.plan` gives them.
+        world_size: ranks of the World; `World.plan` gives it.
+        opened: mesh of the World; `World.plan` gives it.
         mesh: as for `init`, for any number of ranks on one node; by default the World's.
         ranks: how many there are; by default what the mesh's sizes make up, or else the World's.
         step: gives the loss of a model and a batch, before its backward pass. By default the model is called with the
