@@ -65,8 +65,12 @@ def doctor(
     folder: Path, *options: str, env: Mapping[str, str], around: list[str] | None = None
 ) -> tuple[list[HostFinding], int]:
     """What `allstep doctor` finds, and its exit code."""
-    programs = {"PATH": f"{folder / 'programs'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"}
-    with start(folder, [*(around or ()), *ALLSTEP, "doctor", "--json", *options], env=programs | dict(env)) as running:
+    shell = {
+        "VIRTUAL_ENV": "",
+        "CONDA_PREFIX": "",
+    }  # an environment that is active around the tests is not the machine's
+    shell["PATH"] = f"{folder / 'programs'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+    with start(folder, [*(around or ()), *ALLSTEP, "doctor", "--json", *options], env=shell | dict(env)) as running:
         job = running.end()
     assert job.code in (0, 1), job.text
     return [HostFinding(**each) for each in json.loads(job.out)], job.code
