@@ -12,8 +12,9 @@ ten classes, in turns) that have seen the same uneven batches, and bring an epoc
   without synchronisation: here time and collectives are those of the whole epoch.
 
 Bytes are what a rank gives to its collectives and messages; each message to another rank is counted for itself. Times
-are medians over repetitions that all contenders take in turns,
-so that a drift of the machine meets all of them; a repetition begins at a barrier, and its time is the slowest rank's.
+are medians over repetitions that all contenders take in turns, so that a drift of the machine meets all of them. The
+order is another one in each repetition, the same on all ranks: who follows upon much work begins with cold caches. A
+turn begins at a barrier, and its time is the slowest rank's.
 Updates are measured in a process of their own, in pairs that take turns, with the same batches: the engine's event at
 which `Metrics` takes the step's output, against a loop over the same metrics' `update`; and allstep's `Mean`, for
 itself and through `Metrics`, against torchmetrics' `MeanMetric`. Their ratio is the median over turns. Contenders that
@@ -28,6 +29,7 @@ import argparse
 import contextlib
 import logging
 import os
+import random
 import statistics
 import sys
 import time
@@ -288,9 +290,12 @@ def measure(world: World, count: int, repetitions: int) -> dict[str, tuple[Traff
             run()
         traffic[name] = Traffic(len(given) - prepared, sum(given))
     times: dict[str, list[float]] = {name: [] for name in runs}
+    shuffle = random.Random(0).shuffle  # the same on all ranks
+    order = list(runs)
     for _ in range(repetitions):
-        for name, run in runs.items():
-            times[name].append(timed(run))
+        shuffle(order)
+        for name in order:
+            times[name].append(timed(runs[name]))
     return {name: (traffic[name], statistics.median(times[name])) for name in runs}
 
 
