@@ -184,6 +184,21 @@ def test_private_names_of_others_stand_in_their_rooms_only() -> None:
     check(found)
 
 
+def test_cuda_alone_is_asked_in_one_file() -> None:
+    """What other accelerators have too goes by `torch.accelerator` or the device's own module."""
+    found = [
+        f"{shown(path)}: line {node.lineno}"
+        for path in source_files()
+        if path != SOURCE / "cuda.py"
+        for node in ast.walk(tree(path))
+        if (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.cuda")
+        or (isinstance(node, ast.Import) and any(each.name.startswith("torch.cuda") for each in node.names))
+        or (isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch.cuda"))
+        or (isinstance(node, ast.ImportFrom) and node.module == "torch" and any(e.name == "cuda" for e in node.names))
+    ]
+    check(found)
+
+
 def test_tests_import_no_private_name_of_allstep() -> None:
     found = [
         f"{shown(path)}: {alias.name}"

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 import allstep
+from allstep import cuda
+from allstep.cuda import HostMemory
 from allstep.engine import Engine, Events
 from allstep.metrics import Mean, Metrics
 from allstep.trainers import create_supervised_trainer
-from allstep.world import HostMemory
 from tests.gpu.training import is_last, plain
 
 pytestmark = pytest.mark.slow
@@ -137,8 +138,6 @@ def test_registered_memory_takes_copies_and_is_given_back(device):
 def test_memory_that_the_driver_refuses_leaves_no_error_behind(device, caplog):
     first = HostMemory(1 << 20, pinned=device.type == "cuda")
     if device.type == "cuda":
-        from allstep.world import cuda
-
         assert not cuda._register(first.bytes, 1 << 30)  # it is registered already
         assert "cannot be pinned" in caplog.text
     values = torch.ones(8, device=device) + 1

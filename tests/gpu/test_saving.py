@@ -14,13 +14,16 @@ from torch import nn
 
 import allstep
 from allstep.checkpoint import Checkpoint
+from allstep.checkpoint.snapshot import SnapshotBuffer
 from allstep.engine import Engine, Events
 from allstep.trainers import create_supervised_trainer
 from tests.gpu.training import plain, trained
+from tests.memory import Peak
 
 pytestmark = pytest.mark.slow
 
 Figure = Callable[[str, float, str], None]
+ELEMENTS = 24_000_001  # 96 MB; the next power of two is 134 MB
 
 
 def test_a_run_that_goes_on_equals_an_unbroken_one(device, tmp_path: Path):
@@ -69,3 +72,13 @@ def test_saves_while_training_have_the_bits_and_hold_up_little(device, tmp_path:
     figure("iteration that saves", 1e3 * statistics.mean(saving), "ms")
     figure("a save", 3 * sum(each.nbytes for each in model.parameters()) / 2**20, "MiB")
     assert max(saving) < 5.0
+
+
+def test_the_copy_of_a_save_takes_the_memory_of_its_file(device, figure: Figure):
+    SnapshotBuffer().copy([("weight", torch.ones(8, device=device))])  # CUDA takes some memory at the first copy
+    weight, buffer = torch.ones(ELEMENTS, device=device), SnapshotBuffer()
+    with Peak() as peak:
+        file = buffer.copy([("weight", weight)])
+    figure("the host's memory for a copy", peak.bytes / file.size, "of its file")
+    assert buffer.reserved == file.data.nbytes == 4 * ELEMENTS
+    assert peak.bytes < 1.2 * file.size

@@ -95,7 +95,7 @@ class FakeLibrary(types.ModuleType):
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 << 30)
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 2 << 30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
     return torch.device("cuda", 0)
 

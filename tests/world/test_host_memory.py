@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from allstep import cuda
 from allstep.checkpoint import snapshot
 from allstep.checkpoint.snapshot import SnapshotBuffer
-from allstep.world import HostMemory, cuda
+from allstep.cuda import HostMemory, copied_ahead
 
 CUDA_OUT_OF_MEMORY = 2
 
@@ -87,3 +88,26 @@ def test_the_copy_of_a_save_is_as_large_as_its_file_and_shrinks_with_it(monkeypa
         file = buffer.copy([("weight", torch.ones(elements))])
         sizes.append((file.data.nbytes, buffer.reserved))
     assert sizes == [(4_000_000, 4_000_000), (3_600_000, 4_000_000), (4_000, 4_000)]
+
+
+class OnDevice:
+    """In place of a tensor on a CUDA device, for which torch can pin no more memory."""
+
+    nbytes = 12
+
+    def __init__(self, *, lost: bool = False) -> None:
+        self.lost = lost
+
+    def to(self, device: str, *, non_blocking: bool = False) -> str:
+        if non_blocking or self.lost:
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+        return device
+
+
+def test_an_output_is_copied_with_one_line_where_torch_can_pin_no_memory(driver, caplog):
+    assert [copied_ahead(OnDevice()) for _ in range(3)] == ["cpu"] * 3
+    assert caplog.messages == [
+        "12 bytes on the host cannot be pinned: CUDA error: out of memory; copies from the device make the host wait"
+    ]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        copied_ahead(OnDevice(lost=True))

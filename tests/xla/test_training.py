@@ -49,6 +49,7 @@ def test_loss_curve_is_that_of_the_cpu(arguments, environment):
     expected, found = curve("cpu", *accumulated), curve("xla", *arguments, **environment)
     assert len(found["losses"]) == 3 * PER_EPOCH
     assert by_epoch(found["losses"]) == pytest.approx(by_epoch(expected["losses"]), abs=1e-4)
+    assert found["means"] == pytest.approx(expected["means"], abs=1e-4)
     assert found["accuracies"] == pytest.approx(expected["accuracies"], abs=2 / 360)
 
 

@@ -18,6 +18,7 @@ import torch
 
 from allstep.data.keys import key_of
 from allstep.errors import CheckpointError
+from allstep.world.device_generators import device_state, restore_device_state
 from allstep.world.xla_private import generator_state, restore_generator
 
 _WORDS = 624  # in the state of a Mersenne Twister
@@ -34,7 +35,7 @@ def capture() -> dict[str, Any]:
     device = _own_device()
     # Asking for its generator would start the device on a process that does not use it.
     if device is not None and _is_started(device):
-        state["device"] = {"type": device.type, "state": _device_state(device)}
+        state["device"] = {"type": device.type, "state": device_state(device)}
     if (xla := generator_state()) is not None:
         state["xla"] = xla
     return state
@@ -52,7 +53,7 @@ def restore(state: Mapping[str, Any]) -> None:
         torch.set_rng_state(state["torch"])
         saved, device = state.get("device"), _own_device()
         if saved is not None and device is not None and saved["type"] == device.type:
-            _set_device_state(device, saved["state"])
+            restore_device_state(device, saved["state"])
         if "xla" in state:
             restore_generator(int(state["xla"]))
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
@@ -71,21 +72,6 @@ def _is_started(device: torch.device) -> bool:
     """Whether this process uses the device; True where its kind does not tell."""
     ask = getattr(torch.get_device_module(device), "is_initialized", None)
     return ask is None or bool(ask())
-
-
-def _device_state(device: torch.device) -> torch.Tensor:
-    module = torch.get_device_module(device)
-    # MPS has one device, and functions that take none.
-    state: torch.Tensor = module.get_rng_state() if device.type == "mps" else module.get_rng_state(device)
-    return state
-
-
-def _set_device_state(device: torch.device, state: torch.Tensor) -> None:
-    module = torch.get_device_module(device)
-    if device.type == "mps":
-        module.set_rng_state(state)
-    else:
-        module.set_rng_state(state, device)
 
 
 def _checked(state: Any) -> Any:

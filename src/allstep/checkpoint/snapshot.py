@@ -21,9 +21,9 @@ import torch
 from allstep.checkpoint.encoding import encode, kept_strides
 from allstep.checkpoint.safetensors_file import NOTES, dtype_name, lay_out, stored_as, stored_shape, to_stored
 from allstep.checkpoint.sharding import Piece, own_pieces
+from allstep.cuda import HostMemory, wait_for_copies
 from allstep.errors import UnsupportedStateError
 from allstep.parallel import is_dtensor
-from allstep.world import HostMemory
 from allstep.world.xla_private import to_host
 
 _KEPT = 64 << 20  # bytes that are kept for a larger file, whatever the present one takes
@@ -146,7 +146,7 @@ class SnapshotBuffer:
             if tensor.is_cuda:
                 devices.add(tensor.device)
         for device in devices:
-            torch.cuda.current_stream(device).synchronize()
+            wait_for_copies(device)
         data = self._memory.bytes[: self._layout.data_size].numpy()
         return BufferedFile(self._layout.header, data.data)
 

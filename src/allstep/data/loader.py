@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, IterDataPipe
 from torch.utils.data import default_collate as torch_collate
 
+from allstep.cuda import has_pinned_memory
 from allstep.data.compositions import draws_each_pass
 from allstep.data.epochs import wants_epoch
 from allstep.data.keys import key_of
@@ -40,7 +41,6 @@ from allstep.suggestions import unknown_option
 log = logging.getLogger("allstep.data")
 
 _WORKERS = 3  # sets the seeds of workers apart from other keys of the same seed and epoch
-_PINNED = ("cuda", "xpu")  # types of devices that torch itself pins memory for
 _SEEDINGS = ("sample", "batch", "off")
 _DATALOADER_OPTIONS = frozenset(inspect.signature(DataLoader.__init__).parameters) - {"self", "dataset"}
 _OWN_OPTIONS = (
@@ -254,10 +254,11 @@ def make_loader(
         device_type: where batches go, such as "cuda"; decides whether memory is pinned by default.
         place: moves a batch to the device without waiting, for batches of a map-style dataset to be there when they are
             given. None gives them on the host.
-        dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda and
-            xpu), and `generator` (the loader's own). Workers ignore SIGTERM and SIGUSR1, which are for the ranks; a
-            `worker_init_fn` is called after that is settled. With `multiprocessing_context="forkserver"` workers are
-            not forked from the rank, whose CUDA and NCCL have threads and memory that a fork copies only half.
+        dataloader_options: passed on to torch's DataLoader, whose defaults hold but for `pin_memory` (True for cuda,
+            xpu and what else has pinned memory), and `generator` (the loader's own). Workers ignore SIGTERM and
+            SIGUSR1, which are for the ranks; a `worker_init_fn` is called after that is settled. With
+            `multiprocessing_context="forkserver"` workers are not forked from the rank, whose CUDA and NCCL have
+            threads and memory that a fork copies only half.
 
     Raises DataError for arguments that cannot work together, and ArgumentTypeError for an unknown one.
     """
@@ -274,7 +275,7 @@ def make_loader(
     if sampler is not None and shuffle:
         raise DataError("shuffle=True and a sampler were given, and each decides the order; give one of them")
     has_workers = dataloader_options.get("num_workers", 0) > 0
-    options = {"pin_memory": device_type in _PINNED, "place": place, **dataloader_options}
+    options = {"pin_memory": has_pinned_memory(device_type), "place": place, **dataloader_options}
     if has_workers:
         options["worker_init_fn"] = WorkerStart(options.get("worker_init_fn"))
     if isinstance(dataset, IterableDataset):

@@ -17,9 +17,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from allstep.cuda import device_name
 from allstep.engine import Engine, Events
 from allstep.world import World
 
@@ -172,4 +172,4 @@ def own_peak_flops() -> float | None:
     world = World.current()
     if world is None or world.device.type != "cuda":
         return None
-    return peak_flops(torch.cuda.get_device_name(world.device))
+    return peak_flops(device_name(world.device))

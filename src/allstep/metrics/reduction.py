@@ -38,6 +38,7 @@ from allstep.metrics.torchmetrics_private import (
     set_update_count,
 )
 from allstep.metrics.usage import event_name
+from allstep.world.device_generators import device_draws, device_state, restore_device_state, seed_device
 
 # By a metric's id: its states, by name.
 States = dict[int, dict[str, Any]]
@@ -304,7 +305,7 @@ def same_draws(key: int, device: torch.device, *, only_torch: bool = False) -> I
 
     Args:
         key: 64 bits, the same on all ranks.
-        device: whose generator is seeded beside those of the host.
+        device: whose generator, where it has one, is seeded beside those of the host.
         only_torch: leave Python's and numpy's generators alone. To keep numpy's takes longer than most metrics compute.
     """
     host = torch.get_rng_state() if only_torch else None
@@ -313,15 +314,14 @@ def same_draws(key: int, device: torch.device, *, only_torch: bool = False) -> I
             torch.default_generator.manual_seed(key >> 1)
         else:
             seed_cpu_generators(key)
-        drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        drawn = device_state(device) if device_draws(device) else None
         try:
             if drawn is not None:
-                place = torch.cuda.current_device() if device.index is None else device.index
-                torch.cuda.default_generators[place].manual_seed(key >> 1)
+                seed_device(device, key >> 1)
             yield
         finally:
             if drawn is not None:
-                torch.cuda.set_rng_state(drawn, device)
+                restore_device_state(device, drawn)
             if host is not None:
                 torch.set_rng_state(host)
 

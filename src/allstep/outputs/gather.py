@@ -128,7 +128,6 @@ class Gather:
         self._epoch = 0
         self._seen = 0  # iterations of the epoch that are in `_batches`, but for those missing at its beginning
         self._missing = 0
-        self._devices: set[torch.device] = set()
         self._copies: deque[tuple[int, list[torch.Event]]] = deque()
         self._data: Any = None
         self._was_loaded = False  # and no run has gone on from it yet
@@ -161,8 +160,7 @@ class Gather:
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has of the epoch so far, on the host; to be saved by each rank for itself."""
-        for device in self._devices:  # copies from there may be under way
-            torch.cuda.synchronize(device)
+        self._wait_for_copies()
         batches = {
             number: {"positions": each.positions, "values": dict(each.values), "has_indices": each.has_indices}
             for number, each in self._batches.items()
@@ -227,7 +225,6 @@ class Gather:
         """Copies of a batch are under way from these devices, into pinned memory; do not hold much of that."""
         if not devices:
             return
-        self._devices |= devices
         self._copies.append((number, [recorded_event(device) for device in devices]))
         if len(self._copies) > _IN_FLIGHT:
             oldest, events = self._copies.popleft()
@@ -238,6 +235,12 @@ class Gather:
                     self._batches[oldest],
                     values={name: unpinned(value) for name, value in self._batches[oldest].values.items()},
                 )
+
+    def _wait_for_copies(self) -> None:
+        """Have all copies that are under way come to the host."""
+        for _, events in self._copies:
+            for event in events:
+                event.synchronize()
 
     def _with_positions(self, engine: Engine, number: int, values: dict[str, BatchOutput]) -> BatchRecord:
         """The outputs of the epoch's batch `number` with where its samples stand."""
@@ -292,8 +295,7 @@ class Gather:
 
     def _own(self) -> Samples:
         batches = [self._batches[number] for number in sorted(self._batches)]
-        for device in self._devices:  # copies from there may be under way
-            torch.cuda.synchronize(device)
+        self._wait_for_copies()
         positions = torch.cat([each.positions for each in batches]) if batches else NO_SAMPLES.positions
         return Samples(positions, {name: column_of([each.values[name] for each in batches]) for name in self.names})
 

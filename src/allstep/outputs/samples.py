@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import numpy as np
 import torch
 
+from allstep.cuda import copied_ahead
 from allstep.errors import ArgumentError
 from allstep.metrics.packing import Packed, element_parts, read_elements
 from allstep.world.xla_private import on_each_device
@@ -108,8 +109,7 @@ def _copied(value: torch.Tensor) -> torch.Tensor:
     # A tensor on the host may be the step's own buffer, which the next step overwrites.
     if value.device.type == "cpu":
         return value.detach().clone()
-    here = on_each_device(value.detach())
-    return here.to("cpu", non_blocking=value.is_cuda)  # into pinned memory, without waiting for the device
+    return copied_ahead(value.detach()) if value.is_cuda else on_each_device(value.detach()).cpu()
 
 
 # All samples in one order

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from allstep.cuda import compute_capability
 from allstep.errors import ParallelError
 
 _MULTIPLE = 16
@@ -59,7 +60,7 @@ def _lack(device: torch.device) -> str | None:
     """Why a device cannot multiply in float8; None where it can."""
     if device.type != "cuda":
         return f"the device is {device}: float8 needs an NVIDIA GPU of compute capability 8.9 or later"
-    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < _CAPABILITY:
+    if torch.version.hip is None and (capability := compute_capability(device)) < _CAPABILITY:
         return f"{device} has compute capability {capability[0]}.{capability[1]}, and float8 needs 8.9 or later"
     return None
 

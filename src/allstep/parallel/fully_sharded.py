@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from allstep.cuda import has_pinned_memory
 from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.buffers import broadcast_from_first
 from allstep.parallel.dtensor import is_dtensor
@@ -85,7 +86,7 @@ def shard_module(
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
     # What the whole module returns is in float32, so that a loss is.
     outer_policy = policy if dtype is None else replace(policy, output_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=has_pinned_memory(device.type)) if cpu_offload else OffloadPolicy()
     on_meta = has_meta_tensors(module)
     done: set[int] = set()
     for unit in (*chosen, module):

@@ -31,11 +31,28 @@ PATIENCE = timedelta(seconds=15)
 
 def choose_device(local_rank: int) -> torch.device:
     """The device that a rank would use."""
-    if torch.cuda.is_available():
-        index = local_rank % torch.cuda.device_count()
-        torch.cuda.set_device(index)
-        return torch.device("cuda", index)
-    return torch.device("cpu")
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is None or kind.type == "mps":  # which has no float64, and no second rank
+        return torch.device("cpu")
+    index = local_rank % torch.accelerator.device_count()
+    torch.accelerator.set_device_index(index)
+    return torch.device(kind.type, index)
+
+
+def device_name(device: torch.device) -> str:
+    """What a device's driver calls it, where torch tells, or its type."""
+    if device.type == "cpu":
+        return "cpu"
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return device.type if ask is None else str(ask(device))
+
+
+def backend_for(device: torch.device) -> str:
+    """What the ranks of such devices would reduce over."""
+    try:
+        return dist.get_default_backend_for_device(device.type)
+    except ValueError:  # its maker registered none
+        return "gloo"
 
 
 def products(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -45,8 +62,12 @@ def products(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, tor
     # In bfloat16 integers up to 256 are exact, so there only 256 products of -1, 0 and 1 are added.
     narrow = tuple(each[:256, :256].sign() for each in wide)
     found = []
-    formats = [(torch.float32, wide), (torch.float64, wide), (torch.bfloat16, narrow)]
-    for kind, (left, right) in formats[: 3 if device.type == "cuda" else 2]:
+    formats = [(torch.float32, wide)]
+    if device.type in ("cpu", "cuda"):  # some accelerators have no float64
+        formats.append((torch.float64, wide))
+    if device.type != "cpu":
+        formats.append((torch.bfloat16, narrow))
+    for kind, (left, right) in formats:
         there = left.to(device, kind), right.to(device, kind)
         product = there[0] @ there[1]
         found.append((left, right, product.to("cpu", torch.int64)))
@@ -75,9 +96,10 @@ def reduce(order: dict[str, Any], device: torch.device, served: Any) -> str:
     """Take part in the all-reduce; return what is wrong with it, or ""."""
     rank, size = int(order["rank"]), int(order["size"])
     store = served or TCPStore(order["host"], int(order["port"]), is_master=False, timeout=PATIENCE)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend_for(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    values = torch.arange(1024, dtype=torch.float32, device=device) % 97 + rank
+    carrier = torch.device("cpu") if backend == "gloo" else device
+    values = torch.arange(1024, dtype=torch.float32, device=carrier) % 97 + rank
     dist.all_reduce(values)
     wanted = (torch.arange(1024) % 97 * size + size * (size - 1) // 2).float()
     return "" if torch.equal(values.cpu(), wanted) else "the all-reduce gave it wrong sums"
@@ -86,11 +108,10 @@ def reduce(order: dict[str, Any], device: torch.device, served: Any) -> str:
 def main(local_rank: int, *, serves: bool, wrong: bool) -> None:
     """Compute, say what, and reduce when told to."""
     device = choose_device(local_rank)
-    named = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     digest, exact = compute(device, wrong=wrong)
     served = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE) if serves else None
     port = served.port if served is not None else 0
-    print(json.dumps({"device": named, "digest": digest, "exact": exact, "store": port}), flush=True)
+    print(json.dumps({"device": device_name(device), "digest": digest, "exact": exact, "store": port}), flush=True)
     line = sys.stdin.readline()
     if line.strip():
         try:

@@ -12,7 +12,8 @@ C++ frames, source lines, what libraries log and the stacks that faulthandler wr
 watchdog has a hundred of them behind its words.
 
 A text about this process's own device or memory outweighs one about a peer. NCCL's watchdog aborts a process both for a
-peer that did not come and for an error of the device, and names the reason in the same sentence.
+peer that did not come and for an error of the device, and names the reason in the same sentence. An Xid of NVIDIA's
+driver is known where a process repeats it. The kernel's log, where the driver writes it, is not read.
 """
 
 from __future__ import annotations

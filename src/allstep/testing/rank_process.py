@@ -150,14 +150,15 @@ def device_options(
     Args:
         asked: a device; None is CUDA where this machine has a GPU for each rank, and else the CPU.
         environ: the rank's place in it.
-        count: gives the number of GPUs; by default torch does.
+        count: gives the number of GPUs; by default CUDA does.
     """
     if asked is not None and asked != "cuda":
         return {"device": asked}
-    import torch
+    if count is None:
+        from allstep.cuda import device_count as count
 
     rank, ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
-    gpus = (torch.cuda.device_count if count is None else count)()
+    gpus = count()
     if asked is None:
         return {} if gpus >= ranks else {"device": "cpu"}
     # Ranks that share a GPU meet over gloo: nccl takes one rank per device.

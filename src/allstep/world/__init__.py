@@ -8,7 +8,6 @@ What does not live here: how a model is wrapped (`parallel`), who reads which sa
 World through `internals` only.
 """
 
-from allstep.world.cuda import HostMemory
 from allstep.world.device_mesh import current_data_ranks
 from allstep.world.initialization import init
 from allstep.world.internals import WorldInternals
@@ -18,7 +17,6 @@ from allstep.world.plan_training import plan_training
 from allstep.world.world import World, internals
 
 __all__ = [
-    "HostMemory",
     "World",
     "WorldInternals",
     "current_data_ranks",

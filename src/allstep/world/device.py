@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from allstep.cuda import device_count
 from allstep.errors import WorldError
 from allstep.placement import Placement
 from allstep.world import xla_private
@@ -61,7 +62,7 @@ def visible_hardware() -> VisibleHardware:
     kind = torch.accelerator.current_accelerator()
     other = kind.type if kind is not None and kind.type not in ("cuda", "mps", "xla") else ""
     return VisibleHardware(
-        cuda=torch.cuda.device_count(),
+        cuda=device_count(),
         mps=torch.backends.mps.is_available(),
         pjrt=os.environ.get("PJRT_DEVICE", ""),
         accelerator=other,
@@ -141,11 +142,16 @@ def _index(placement: Placement, kind: str, count: int) -> int:
 
 
 def unused_devices(device: torch.device, hardware: VisibleHardware) -> str:
-    """One line on an accelerator that is here and not used; empty where the device is one."""
-    if device.type != "cpu" or not hardware.counts:
+    """One line on accelerators that are here and of a type that is not used; empty where there is none."""
+    if device.type == "xla":  # whose runtime may be one over them
         return ""
-    there = " and ".join(f"{count} of {kind}" for kind, count in hardware.counts.items())
-    return f"the device is the CPU, and this process also sees devices that it does not use: {there}"
+    there = [f"{count} of {kind}" for kind, count in hardware.counts.items() if kind != device.type]
+    if hardware.pjrt not in _OWN_DEVICES and device.type != "tpu":
+        there.append(f"{hardware.pjrt}, which PJRT_DEVICE names")
+    if not there:
+        return ""
+    named = "the CPU" if device.type == "cpu" else str(device)
+    return f"the device is {named}, and this process also sees devices that it does not use: {' and '.join(there)}"
 
 
 def choose_backend(device: torch.device, asked: str | None = None) -> str:
@@ -200,9 +206,3 @@ def bound_device(device: torch.device, backend: str) -> torch.device | None:
 def step_end(device: torch.device) -> Callable[[], None] | None:
     """What tells a device that a step ends, where it collects work until then; None elsewhere."""
     return xla_private.end_step if device.type == "xla" else None
-
-
-def seed_device(device: torch.device, seed: int) -> None:
-    """Seed a device's own generator where `torch.manual_seed` does not reach it."""
-    if device.type == "xla":
-        xla_private.seed_generator(seed)

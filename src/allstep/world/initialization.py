@@ -28,6 +28,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from allstep.cuda import device_uuid, use_device
 from allstep.errors import WorldError
 from allstep.faults import RankPosition, strike
 from allstep.placement import Placement, Rendezvous, detect
@@ -71,9 +72,11 @@ def init(
     """Open the World: find this process' place, its device, and the other ranks.
 
     Args:
-        backend: of the process group; by default nccl for CUDA and gloo for the CPU.
-        device: by default what `allstep run --device` says, which is ALLSTEP_DEVICE; else CUDA by local rank, or MPS in
-            a world of one, or the CPU; see `allstep.world.device`.
+        backend: of the process group; by default nccl for CUDA, xccl for XPU, xla for XLA, gloo for the CPU, and for
+            any other device what is registered for it.
+        device: by default what `allstep run --device` says, which is ALLSTEP_DEVICE; else XLA where PJRT_DEVICE names
+            an accelerator, or CUDA or torch's accelerator of another kind by local rank, or MPS in a world of one, or
+            the CPU; see `allstep.world.device`.
         timeout: seconds, or a timedelta, that ranks wait for each other, here and in each collective. Where nccl
             carries the collective its limit is above those of the watch over hangs, since it ends the process.
         seed: if given, what `World.seed_everything` is called with.
@@ -228,7 +231,7 @@ def _registration(
         pid=os.getpid(),
         device_type=device.type,
         backend=backend,
-        accelerator=str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None,
+        accelerator=device_uuid(device) if device.type == "cuda" else None,
         local_rank=placement.local_rank,
         node_rank=placement.node_rank,
         facts=facts,
@@ -281,7 +284,7 @@ def _prepared(device: torch.device, placement: Placement) -> torch.device:
     if device.type == "xla":
         return open_device(placement.local_rank, placement.local_world_size, placement.world_size)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        use_device(device)
     elif device.index is not None and device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     return device

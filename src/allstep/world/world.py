@@ -45,7 +45,8 @@ from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
 from allstep.world import current
 from allstep.world.collectives import Collectives, Number, Op
-from allstep.world.device import choose_transport, seed_device, step_end
+from allstep.world.device import choose_transport, step_end
+from allstep.world.device_generators import seed_device
 from allstep.world.device_mesh import has_dimension, open_mesh, open_model_mesh
 from allstep.world.duration import seconds
 from allstep.world.failures import Reporter
@@ -414,7 +415,9 @@ class World:
         self._membership.check_open("seed_everything")
         # `self.seed` stays the common one: loaders must deal the same order on all ranks.
         self.seed = member_seed(seed)
-        seed_device(self.device, seed_generators(self.seed, self.data_rank if per_rank else None))
+        given = seed_generators(self.seed, self.data_rank if per_rank else None)
+        if self.device.type == "xla":  # which `torch.manual_seed` does not reach
+            seed_device(self.device, given)
         return self.seed
 
     # The end

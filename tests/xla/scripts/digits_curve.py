@@ -1,5 +1,5 @@
-"""Trains the network of examples/digits.py and prints, as JSON: the loss of each iteration, the test accuracy of each
-epoch, and how many graphs XLA had compiled when each epoch had ended.
+"""Trains the network of examples/digits.py and prints, as JSON: the loss of each iteration, the mean loss and the test
+accuracy of each epoch, and how many graphs XLA had compiled when each epoch had ended.
 
     python digits_curve.py DEVICE [--spmd] [--accumulate N] [--precision P] [--epochs N]
 """
@@ -17,7 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "examples"))
 import allstep
-from allstep import Engine, Events, Gather, Metrics
+from allstep import Engine, Events, Gather, Mean, Metrics
 
 import digits
 
@@ -40,7 +40,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
     model = world.wrap(network)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
     losses: list[torch.Tensor] = []
-    found: dict[str, list[float]] = {"losses": [], "accuracies": [], "compiled": []}
+    found: dict[str, list[float]] = {"losses": [], "means": [], "accuracies": [], "compiled": []}
 
     def train_step(engine: Engine, batch: object) -> torch.Tensor:
         x, y = world.to_device(batch)
@@ -54,6 +54,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
         return loss.detach()
 
     trainer = Engine(train_step, accumulate=options.accumulate, precision=options.precision)
+    Metrics({"loss": Mean()}).attach(trainer)
     evaluator = allstep.create_supervised_evaluator(model)
     Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}).attach(evaluator, usage="run")
     Gather("y_pred", "y").attach(evaluator)
@@ -64,6 +65,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def evaluate(engine: Engine) -> None:
+        found["means"].append(float(engine.state.metrics["loss"]))
         state = evaluator.run(test_loader)
         found["accuracies"].append(float(state.metrics["accuracy"]))
         is_right = state.gathered["y_pred"].argmax(1) == test_set.tensors[1]
