@@ -57,19 +57,24 @@ def test_what_is_no_state_is_an_error():
 
 
 class FakeGpus:
-    """Stand-in for the generators of a process's CUDA devices; `current` is the rank's own."""
+    """Stand-in for the generators of a process's accelerators of a kind; `current` is the rank's own."""
 
-    def __init__(self, count: int, current: int, *, started: bool = True) -> None:
+    def __init__(self, count: int, current: int, *, started: bool = True, kind: str = "cuda") -> None:
         self.states = {index: torch.tensor([index], dtype=torch.uint8) for index in range(count)}
-        self.current, self.started = current, started
+        self.current, self.started, self.kind = current, started, kind
 
     def put_in_place(self, patch: pytest.MonkeyPatch) -> FakeGpus:
         patch.setattr(torch.accelerator, "is_available", lambda: True)
-        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        patch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(self.kind))
         patch.setattr(torch.accelerator, "current_device_index", lambda: self.current)
-        patch.setattr(torch.cuda, "is_initialized", lambda: self.started)
-        patch.setattr(torch.cuda, "get_rng_state", lambda device: self.states[device.index].clone())
-        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: self.states.update({device.index: state}))
+        module = getattr(torch, self.kind)
+        if self.kind == "mps":  # which has one device, and does not say whether it is used
+            patch.setattr(module, "get_rng_state", lambda: self.states[0].clone())
+            patch.setattr(module, "set_rng_state", lambda state: self.states.update({0: state}))
+            return self
+        patch.setattr(module, "is_initialized", lambda: self.started)
+        patch.setattr(module, "get_rng_state", lambda device: self.states[device.index].clone())
+        patch.setattr(module, "set_rng_state", lambda state, device: self.states.update({device.index: state}))
         return self
 
 
@@ -82,6 +87,16 @@ def test_a_ranks_device_goes_on_whatever_index_it_has_then(monkeypatch, count, c
     rng.restore(state)
     assert int(later.states[current]) == 3
     assert {index: int(each) for index, each in later.states.items() if index != current} == untouched
+
+
+@pytest.mark.parametrize(("kind", "own"), [("xpu", 2), ("mps", 0)])
+def test_the_generator_of_any_kind_of_device_goes_on(monkeypatch, kind, own):
+    there = FakeGpus(own + 1, own, kind=kind).put_in_place(monkeypatch)
+    state = rng.capture()
+    assert state["device"]["type"] == kind
+    there.states[own] = torch.tensor([99], dtype=torch.uint8)
+    rng.restore(state)
+    assert int(there.states[own]) == own
 
 
 def test_a_device_that_is_not_used_is_neither_started_nor_saved(monkeypatch):

@@ -250,7 +250,8 @@ def test_defaults_follow_device_and_workers_and_give_way_to_options() -> None:
     def made(**options: object) -> Loader:
         return loaders(Draws(), **options)[0]
 
-    assert (made().pin_memory, made(device_type="cuda").pin_memory) == (False, True)
+    pinned = {kind: made(device_type=kind).pin_memory for kind in ("cpu", "cuda", "xpu", "mps", "xla")}
+    assert pinned == {"cpu": False, "cuda": True, "xpu": True, "mps": False, "xla": False}
     assert made(device_type="cuda", pin_memory=False).pin_memory is False
     assert (made().persistent_workers, made(num_workers=1).persistent_workers) == (False, False)
     assert made(num_workers=1, persistent_workers=True).persistent_workers is True

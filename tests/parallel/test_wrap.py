@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -32,6 +33,18 @@ def test_sync_batchnorm_on_the_cpu_is_refused_in_a_world_of_any_size(world_size)
         ParallelError, match=r"sync_batchnorm=True.*CUDA and its like.*cpu; give sync_batchnorm=world\.device"
     ):
         wrap_module(nn.BatchNorm1d(2), CPU, world_size, sync_batchnorm=True)
+
+
+@pytest.mark.parametrize(
+    ("place", "has_it"),
+    [("mps", False), ("xla:0", False), ("cuda:1", True), ("xpu:1", True), ("privateuseone:1", True)],
+)
+def test_sync_batchnorm_is_used_on_devices_for_which_torch_has_it(place, has_it, monkeypatch):
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)  # stand-in: there is no such device here
+    module = nn.Sequential(nn.BatchNorm1d(2)).requires_grad_(False)
+    with nullcontext() if has_it else pytest.raises(ParallelError, match=f"the device is {place}"):
+        wrapped = wrap_module(module, torch.device(place), 2, sync_batchnorm=True)
+        assert type(wrapped[0]) is nn.SyncBatchNorm
 
 
 def test_a_module_without_trainable_parameters_is_only_moved():

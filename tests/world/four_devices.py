@@ -21,6 +21,7 @@ class OnDevice(torch.Tensor):
     """A tensor that is on such a device, as far as anybody can tell; `values` are on the host."""
 
     values: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # else a copy on the host would be of this class
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, device: torch.device) -> OnDevice:
