@@ -1,7 +1,13 @@
-"""What a run over XLA keeps: checkpoints, generators, outputs; in one process, over the CPU's runtime."""
+"""What a run over XLA keeps: checkpoints, generators, outputs; in one process, over the CPU's runtime.
+
+The last test has all others run again in a process with SPMD over four devices, which a process cannot leave.
+"""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,3 +131,11 @@ def test_a_handler_that_reads_outputs_adds_no_graph(world):
 def test_fp16_is_refused(world):
     with pytest.raises(ParallelError, match="bf16"):
         world.wrap(nn.Linear(2, 2), precision="fp16")
+
+
+@pytest.mark.skipif("XLA_USE_SPMD" in os.environ, reason="this process has SPMD")
+def test_all_of_it_holds_over_spmd():
+    environ = os.environ | {"XLA_USE_SPMD": "1", "CPU_NUM_DEVICES": "4"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-10_000:]

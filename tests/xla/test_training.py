@@ -40,6 +40,7 @@ def runs() -> list[object]:
         pytest.param((), {}, id="one_device"),
         pytest.param(("--spmd",), several, id="spmd_over_four"),
         pytest.param(("--accumulate", "4"), {}, id="accumulated"),
+        pytest.param(("--spmd", "--accumulate", "4"), several, id="accumulated_over_four"),
     ]
 
 
@@ -60,8 +61,12 @@ def test_nothing_is_compiled_after_the_first_epoch(arguments, environment):
     assert later == [first] * 2
 
 
-def test_bf16_learns_and_compiles_once():
-    found = curve("xla", "--precision", "bf16")
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [pytest.param((), {}, id="one_device"), pytest.param(("--spmd",), {"CPU_NUM_DEVICES": "4"}, id="spmd_over_four")],
+)
+def test_bf16_learns_and_compiles_once(arguments, environment):
+    found = curve("xla", "--precision", "bf16", *arguments, **environment)
     assert found["accuracies"][-1] > 0.9
     assert len(set(found["compiled"][1:])) == 1
 
