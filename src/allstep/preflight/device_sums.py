@@ -60,7 +60,7 @@ def products(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor, tor
     index = torch.arange(SIZE * SIZE, dtype=torch.int64).reshape(SIZE, SIZE)
     wide = (index * 7919 + 104729) % 17 - 8, (index * 6007 + index // 97) % 13 - 6
     # In bfloat16 integers up to 256 are exact, so there only 256 products of -1, 0 and 1 are added.
-    narrow = tuple(each[:256, :256].sign() for each in wide)
+    narrow = wide[0][:256, :256].sign(), wide[1][:256, :256].sign()
     found = []
     formats = [(torch.float32, wide)]
     if device.type in ("cpu", "cuda"):  # some accelerators have no float64

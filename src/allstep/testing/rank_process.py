@@ -154,11 +154,10 @@ def device_options(
     """
     if asked is not None and asked != "cuda":
         return {"device": asked}
-    if count is None:
-        from allstep.cuda import device_count as count
+    from allstep.cuda import device_count
 
     rank, ranks = int(environ["LOCAL_RANK"]), int(environ["LOCAL_WORLD_SIZE"])
-    gpus = count()
+    gpus = (device_count if count is None else count)()
     if asked is None:
         return {} if gpus >= ranks else {"device": "cpu"}
     # Ranks that share a GPU meet over gloo: nccl takes one rank per device.
