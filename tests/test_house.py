@@ -20,7 +20,7 @@ TESTS = ROOT / "tests"
 
 LONGEST_FILE = 450
 LONGER = {
-    "src/allstep/engine/engine.py": 480,  # what a user of `Engine` may call, in one class; a third of it is docstrings
+    "src/allstep/engine/engine.py": 484,  # what a user of `Engine` may call, in one class; a third of it is docstrings
 }
 LONGEST_TEST_NAME = 74
 

@@ -47,7 +47,7 @@ class Vote:
         unread: batches of this pass that it has not taken, and the samples in them as far as known.
         microseconds: what the last window took here.
         model_changed: whether its wrapped modules have changed, so that they are to be compared and wrapped again.
-        fingerprint: of the model at an epoch's end.
+        fingerprint: of the parameters, where they are audited; else 0.
         sums: further numbers, as many on every rank, of which only the totals are wanted.
         backward_passes: how many of those that reduce gradients it has made in the run.
         counts: whether its batches and samples are counted; not where another rank of a tensor-parallel group does it.

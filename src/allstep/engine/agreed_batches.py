@@ -197,7 +197,8 @@ class AgreedBatches:
         """Hold the vote of an epoch's end, on what was asked for in its handlers."""
         self.drain()
         replicas = self._run.replicas
-        self._hold(Occasion.EPOCH_END, fingerprint=0 if replicas is None else replicas.fingerprint())
+        audited = 0 if replicas is None else replicas.audit.number_at_end(self._run.state.iteration)
+        self._hold(Occasion.EPOCH_END, fingerprint=audited)
         self._window_began += monotonic_ns() - self._paused_at  # handlers of the epoch's end are no part of a window
 
     def confirm_end(self) -> None:
@@ -274,6 +275,7 @@ class AgreedBatches:
             doublings=self._doublings(),
             model_changed=replicas is not None and not offset and replicas.have_changed(at_start=self._is_epochs_first),
             other_length=other_length,
+            fingerprint=0 if replicas is None else replicas.audit.number_for_vote(self._run.state.iteration),
         )
 
     @property
@@ -359,7 +361,7 @@ class Voting:
         if replicas is not None and not result.same_backward_passes(self._run.coordinator.world_size):
             replicas.say_passes_differ(result.backward_passes)
         if replicas is not None and not result.same_fingerprints(self._run.coordinator.world_size):
-            replicas.say_drift()
+            replicas.audit.say_differences()
         if result.gave_less:
             self._say_gave_less()
         if result.other_length:

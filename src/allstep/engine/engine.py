@@ -29,6 +29,7 @@ from allstep.engine.loop import RunLoop
 from allstep.engine.monitoring import RunMonitor, fault_injection, is_nested, monitored, nesting, with_faults
 from allstep.engine.passes import Passes
 from allstep.engine.registry import EventKey, Registry, RemovableEventHandle
+from allstep.engine.replica_audit import INTERVAL
 from allstep.engine.replicas import modules_in_step
 from allstep.engine.run import Run
 from allstep.engine.run_plan import (
@@ -72,6 +73,8 @@ class Engine:
             of one epoch, or of `max_iters`, inside another engine's: an evaluation is done whole or anew.
         precision: of the forward passes in the step of wrapped modules and of `modules`: "no", "fp16" or "bf16", in
             autocast. They give on float32. With "fp16" the step is to scale its loss.
+        audit: iterations between comparisons of DDP's copies of a model, by hashes in votes that are held anyway; a
+            warning names ranks that differ. None compares at epochs' ends alone.
         name: what this engine is called when ranks compare what they run; by default the step's name.
 
     Attributes:
@@ -94,11 +97,12 @@ class Engine:
         idle: Literal["filler", "skip"] = "filler",
         resumes: bool | None = None,
         precision: Precision = "no",
+        audit: int | None = INTERVAL,
         name: str | None = None,
     ) -> None:
         check_step(process_function)
         name = name or str(getattr(process_function, "__qualname__", type(process_function).__qualname__))
-        self._run = Run(StepSettings(name, accumulate, samples_in, uneven, idle, resumes, precision))
+        self._run = Run(StepSettings(name, accumulate, samples_in, uneven, idle, resumes, precision, audit))
         self._overrides_firing = type(self)._fire_event is not Engine._fire_event
         self._registry = Registry(self._run.state, pinned=self._overrides_firing)
         self._passes: Passes | None = None
@@ -381,7 +385,7 @@ class Engine:
         length, opens_at = None, None
         if not is_suspended:
             run.coordinator, run.logger = self.coordinator, self.logger
-            run.modules, run.replicas = modules_in_step(self.modules, run.coordinator)
+            run.modules, run.replicas = modules_in_step(self.modules, run.coordinator, run.settings.audit)
             resume.settle_counters(run, nested=is_nested())
             source = state.dataloader if data is None else data
             opens_at, arguments = resume.go_to_position(run, source, arguments)

@@ -120,6 +120,7 @@ def _describe(
         "idle": settings.idle,
         "accumulate": group_size,
         "precision": settings.precision,
+        "audit": settings.audit,
         "state.epoch": state.epoch,
         "state.iteration": state.iteration,
         "state.epoch_length": state.epoch_length,

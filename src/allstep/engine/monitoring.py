@@ -20,6 +20,7 @@ from typing import Any
 from allstep import faults
 from allstep.engine.events import Events
 from allstep.engine.registry import Registry
+from allstep.engine.replica_audit import flip_bit
 from allstep.engine.run import Run
 from allstep.engine.state import State
 from allstep.faults.fault import When
@@ -198,4 +199,5 @@ def _strike(run: Run, when: When, batch: Any = None) -> Any:
     iteration = state.iteration + (when == "data")
     if when == "data" and world is not None:
         internals(world).activity.enter("data")
-    return faults.strike(faults.RankPosition(when, rank, attempt, state.epoch, iteration), batch)
+    position = faults.RankPosition(when, rank, attempt, state.epoch, iteration)
+    return faults.strike(position, batch, flip=lambda flipped: flip_bit(run.modules, flipped))

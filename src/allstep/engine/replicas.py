@@ -9,28 +9,26 @@ time: there `check` raises `ModelChangedError` on the rank that sees a change.
 `unify_buffers` makes buffers rank 0's on all ranks, as DDP's next forward pass would: before a run (an evaluation is
 one), before the handlers of an epoch's end, and before those of the run's end.
 
-At an epoch's end a vote carries a fingerprint of the parameters that are reduced. Where ranks differ, one warning says
-so: they were not given the same gradients, or something else in the step was not the same.
+`audit` compares the parameters that are reduced (`replica_audit`).
 
 What it costs: a comparison of one flag a parameter in each vote, and a walk through the modules at an epoch's start and
-at most four times a second; one sum over the parameters at an epoch's end. `backward_passes` is a count that each vote
+at most four times a second. `backward_passes` is a count that each vote
 carries.
 """
 
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from time import monotonic
 from typing import NoReturn
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from allstep.coordination import Coordinator
 from allstep.diagnosis.backward_passes import advise_passes
+from allstep.engine.replica_audit import ReplicaAudit
 from allstep.errors import DataError, DivergenceError, ModelChangedError
 from allstep.parallel import Replica, broadcasts_buffers, in_short, is_fully_sharded, unify_buffers
 from allstep.protocol.heartbeat import RankActivity
@@ -49,8 +47,10 @@ class Replicas:
         unreduced: what `World.wrap` gave without DDP, because it had nothing to train then.
         coordinator: how the ranks of the run agree.
         activity: told while this rank waits for the others' buffers.
+        audit: iterations between comparisons of parameters; None for one at each epoch's end alone.
 
     Attributes:
+        audit: compares the parameters that are reduced.
         names: by which ranks tell each other which of these modules they have.
     """
 
@@ -60,6 +60,7 @@ class Replicas:
         unreduced: Iterable[nn.Module],
         coordinator: Coordinator,
         activity: RankActivity,
+        audit: int | None,
     ) -> None:
         self._named_modules = dict(modules)
         self._modules = list(modules.values())
@@ -68,7 +69,7 @@ class Replicas:
         self._coordinator = coordinator
         self._activity = activity
         self._passes_before = self._count_passes()
-        self._drift_is_said = False
+        self.audit = ReplicaAudit(coordinator, self._reduced, self._is_trained, audit)
         self._walked_at = 0.0
 
     @property
@@ -184,38 +185,10 @@ class Replicas:
             + advise_passes(others | {rank: activity.left_out}, {rank: activity.most_passes})
         )
 
-    # Drift
+    # Audits
 
-    def fingerprint(self) -> int:
-        """A number of the parameters that are reduced, the same where these are; 0 where nothing was trained."""
-        reduced = [each for _, each in self._reduced() if _has_bits(each)]
-        if all(each.grad is None for each in reduced):
-            return 0
-        sums = [_bits(each) for each in reduced]
-        total = 0
-        for each in torch.stack([one.to(sums[0].device) for one in sums]).tolist() if sums else ():
-            total = (total * 1_000_003 + each) % (1 << 61)
-        return total
-
-    def say_drift(self) -> None:
-        """Warn, on the main rank, that parameters differ between ranks. Called on all ranks."""
-        mine = {name: int(_bits(each)) for name, each in self._reduced() if _has_bits(each)}
-        said: list[dict[str, int]] = self._coordinator.gather(mine)
-        differing = {
-            rank: next((name for name in said[0] if each.get(name) != said[0][name]), "another set of parameters")
-            for rank, each in enumerate(said)
-            if each != said[0]
-        }
-        if differing and self._coordinator.rank == 0 and not self._drift_is_said:
-            shown = ", ".join(f"rank {rank}'s {name}" for rank, name in differing.items())
-            warnings.warn(
-                f"ranks train different models: at an epoch's end {shown} is not that of rank 0. Something in the step "
-                "decides by this rank's own numbers, such as an optimizer that is given a loss which is not reduced "
-                "over ranks (LBFGS); or the step trains past DDP, by model.module(x) or inside model.no_sync(); or it "
-                "uses only some of the parameters, which needs world.wrap(model, find_unused_parameters=True)",
-                stacklevel=2,
-            )
-            self._drift_is_said = True
+    def _is_trained(self) -> bool:
+        return self.backward_passes > 0 or any(each.grad is not None for _, each in self._reduced())
 
     def _reduced(self) -> Iterator[tuple[str, nn.Parameter]]:
         for each in self._replicas:
@@ -265,26 +238,15 @@ class Replicas:
         return [reduced[at] for at in places if at < len(reduced)]
 
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 def _indices(text: str) -> list[int]:
     """The parameters that DDP's error about unused ones names, by their places among those that it reduces."""
     found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
     return [] if found is None else list(map(int, found[1].split()))
 
 
-def _has_bits(parameter: torch.Tensor) -> bool:
-    plain = parameter.layout is torch.strided and not hasattr(parameter, "device_mesh")
-    return plain and parameter.element_size() in _INTEGERS
-
-
-def _bits(parameter: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's elements, read as integers."""
-    return parameter.detach().view(_INTEGERS[parameter.element_size()]).sum(dtype=torch.int64)
-
-
-def modules_in_step(given: Iterable[nn.Module], coordinator: Coordinator) -> tuple[list[nn.Module], Replicas | None]:
+def modules_in_step(
+    given: Iterable[nn.Module], coordinator: Coordinator, audit: int | None
+) -> tuple[list[nn.Module], Replicas | None]:
     """The modules whose gradients a step's backward passes reduce, and what the ranks of a run say of them.
 
     Args:
@@ -305,4 +267,4 @@ def modules_in_step(given: Iterable[nn.Module], coordinator: Coordinator) -> tup
     activity = RankActivity() if inner is None else inner.activity
     names = {module: f"wrapped {number}" for number, module in numbered.items()}
     named = {names.get(module, f"given {at - len(wrapped)}"): module for at, module in enumerate(modules)}
-    return modules, Replicas(named, unreduced, coordinator, activity)
+    return modules, Replicas(named, unreduced, coordinator, activity, audit)

@@ -16,6 +16,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from allstep.coordination import POLICIES, Uneven
 from allstep.engine.events import check_count, is_count
+from allstep.engine.replica_audit import INTERVAL
 from allstep.engine.state import State
 from allstep.errors import ArgumentError, ArgumentTypeError, DataError
 from allstep.parallel import Precision
@@ -36,6 +37,7 @@ class StepSettings:
     idle: Literal["filler", "skip"] = "filler"
     resumes: bool | None = None
     precision: Precision = "no"
+    audit: int | None = INTERVAL
 
     def __post_init__(self) -> None:
         check_choice("uneven", self.uneven, POLICIES)
@@ -43,6 +45,10 @@ class StepSettings:
         check_choice("precision", self.precision, get_args(Precision))
         if not isinstance(self.accumulate, int) or self.accumulate < 1:
             raise ArgumentError(f"accumulate is {self.accumulate!r}; it must be an int of at least 1")
+        if self.audit is not None and (not isinstance(self.audit, int) or self.audit < 1):
+            raise ArgumentError(
+                f"audit is {self.audit!r}; it must be an int of at least 1, or None for an audit at epochs' ends alone"
+            )
 
 
 @dataclass(frozen=True, slots=True)

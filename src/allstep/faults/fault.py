@@ -39,6 +39,14 @@ class Raised:
 
 
 @dataclass(frozen=True, slots=True)
+class FlippedBit:
+    """A bit, counted from the lowest, of the first element of the parameter that a wrapped model has by this name."""
+
+    parameter: str
+    bit: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class FaultKind:
     """How a kind of fault is written.
 
@@ -103,6 +111,17 @@ def _path(text: str) -> str:
     return unquote(text)
 
 
+def _flipped(text: str) -> FlippedBit:
+    name, _, bit = text.partition(":")
+    if not name or (bit and not re.fullmatch("[0-9]{1,2}", bit)):
+        raise ConfigurationError("it must be the name of a parameter, with the number of a bit such as 0.weight:30")
+    return FlippedBit(unquote(name), int(bit or 0))
+
+
+def _write_flipped(flipped: FlippedBit) -> str:
+    return f"{quote(flipped.parameter, safe='')}:{flipped.bit}"
+
+
 def _quoted(text: str) -> str:
     """The text without what separates faults and their parts, nor spaces at its ends, which are not read."""
     body = text.strip(" ")  # a reader strips each part, so that spaces at the ends have to be quoted
@@ -125,6 +144,7 @@ KINDS = {
     "allocate": FaultKind("allocate=64G", _bytes),
     "ignore": FaultKind("ignore=SIGTERM", _signal, lambda number: signal.Signals(number).name),
     "nan": FaultKind("nan", whens=("step",)),
+    "flip": FaultKind("flip=0.weight:30", _flipped, _write_flipped, whens=IN_A_RUN),
     "wrong_sums": FaultKind("wrong_sums", whens=("preflight",)),
     "clock": FaultKind("clock=60", _seconds, whens=("preflight",)),
 }

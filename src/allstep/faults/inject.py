@@ -3,8 +3,8 @@
 Contract: `allstep.init`, `World.close` and an engine's run call `strike`, the last of them only where there is a plan
 (`active`). The plan is read from ALLSTEP_FAULT each time, so that nothing is kept but which faults have struck in this
 process; `forget` lets them strike again. A fault says on standard error that it strikes, for whoever reads the log
-later. `carry_out` does what one fault says, and gives back the batch for the step, which only `nan` changes. Many kinds
-do not return.
+later. `carry_out` does what one fault says, and gives back the batch for the step, which only `nan` changes; what
+`flip` says the engine does, which knows the model. Many kinds do not return.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from allstep.errors import ConfigurationError
-from allstep.faults.fault import KINDS, Fault, Raised, RankPosition
+from allstep.faults.fault import KINDS, Fault, FlippedBit, Raised, RankPosition
 from allstep.faults.plan import VARIABLE, FaultPlan, write_fault
 
 _CHUNK = 16 * 2**20  # bytes
@@ -40,8 +40,13 @@ def active() -> bool:
     return bool(os.environ.get(VARIABLE))
 
 
-def strike(position: RankPosition, batch: Any = None) -> Any:
+def strike(position: RankPosition, batch: Any = None, *, flip: Callable[[FlippedBit], object] | None = None) -> Any:
     """Carry out what the plan has for this place; gives back the batch to go on with.
+
+    Args:
+        position: the place.
+        batch: of the step.
+        flip: flips a bit of a parameter; given in an engine's run.
 
     Raises:
         ConfigurationError: the plan cannot be read or carried out.
@@ -54,7 +59,7 @@ def strike(position: RankPosition, batch: Any = None) -> Any:
             if not KINDS[fault.kind].repeats:
                 _struck.add(fault)
                 _announce(fault, position)
-            batch = carry_out(fault, batch)
+            batch = carry_out(fault, batch, flip)
     return batch
 
 
@@ -72,7 +77,7 @@ class LeftEarly(GeneratorExit):
     """Ends an engine's run on this rank without a word; its run returns."""
 
 
-def carry_out(fault: Fault, batch: Any) -> Any:
+def carry_out(fault: Fault, batch: Any, flip: Callable[[FlippedBit], object] | None = None) -> Any:
     """Do what the fault says; gives back the batch to go on with, where the process goes on."""
     argument = fault.argument
     match fault.kind:
@@ -102,6 +107,8 @@ def carry_out(fault: Fault, batch: Any) -> Any:
             signal.signal(argument, signal.SIG_IGN)
         case "nan":
             return _poisoned(batch)
+        case "flip" if flip is not None:
+            flip(argument)
     return batch
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from allstep.errors import ConfigurationError
-from allstep.faults.fault import KINDS, WHENS, Fault, Raised, When
+from allstep.faults.fault import KINDS, WHENS, Fault, FlippedBit, Raised, When
 
 VARIABLE = "ALLSTEP_FAULT"
 """The environment variable that carries a plan."""
@@ -168,6 +168,15 @@ class FaultSite:
     def nan(self) -> FaultPlan:
         """Make the floating-point numbers of the step's batch NaN, from which loss and gradients follow."""
         return self._plan("nan")
+
+    def flip(self, parameter: str, bit: int = 0) -> FaultPlan:
+        """Flip a bit of the first element of a parameter, as a device does that is ill.
+
+        Args:
+            parameter: its name in the wrapped model, such as "0.weight".
+            bit: from the lowest, 0.
+        """
+        return self._plan("flip", FlippedBit(parameter, bit))
 
     def wrong_sums(self) -> FaultPlan:
         """Have the rank's device compute wrong sums in the preflight of `allstep run`."""
