@@ -39,7 +39,7 @@ def trained(world: World, audit: int | None, iterations: int, clears_at_end: boo
     return [str(each.message) for each in caught if "different models" in str(each.message)], (said_at or [0])[0]
 
 
-def test_a_flipped_bit_is_named_with_its_rank_and_parameter_within_an_epoch():
+def test_a_flipped_bit_is_named_with_its_rank_and_parameter():
     flipped = FaultPlan.at(rank=1, iteration=9, when="handler").flip("2.weight", bit=20)
     (texts, said_at), second, third = run_ranks(trained, 3, 5, 60, env=flipped.to_environ())
     assert len(texts) == 1
@@ -58,7 +58,7 @@ def uneven(world: World) -> list[str]:
     return trained(world, 1, 10 + 25 * world.rank)[0]
 
 
-def test_ranks_without_batches_and_gradients_that_are_cleared_are_no_difference():
+def test_ranks_without_batches_and_cleared_gradients_are_no_difference():
     assert run_ranks(uneven, 3) == [[], [], []]
 
 
