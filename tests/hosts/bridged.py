@@ -29,10 +29,14 @@ exec "$@"
 
 
 class BridgedHosts:
-    """Hosts host0 to hostN between `open` and `close`; the bridge's name and networks are this process's own."""
+    """Hosts host0 to hostN between `open` and `close`; the bridge's name and networks are this process's own.
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self.names = [f"host{index}" for index in range(count)]
+    `name` is what they are called before their number, and `domain` what follows it in a second, longer name.
+    """
+
+    def __init__(self, folder: Path, count: int, *, name: str = "host", domain: str = "") -> None:
+        self.names = [f"{name}{index}" for index in range(count)]
+        self._domain = domain
         self.addresses = [f"10.78.0.{index + 1}" for index in range(count)]
         self._bridge = f"ab{secrets.token_hex(3)}"  # the kernel removes old ones only some time after they were deleted
         self.namespaces = [f"allstep-{self._bridge}-{index}" for index in range(count)]
@@ -46,7 +50,10 @@ class BridgedHosts:
             undo.callback(command, "ip", "link", "delete", self._bridge)
             command("ip", "link", "set", self._bridge, "up")
             for index, (name, namespace) in enumerate(zip(self.names, self.namespaces, strict=True)):
-                table = [f"{ip} {other}\n" for ip, other in zip(self.addresses, self.names, strict=True)]
+                table = [
+                    f"{ip} {f'{other}.{self._domain} ' * bool(self._domain)}{other}\n"
+                    for ip, other in zip(self.addresses, self.names, strict=True)
+                ]
                 (self._folder / f"hosts-{name}").write_text("127.0.0.1 localhost\n" + "".join(table))
                 command("ip", "netns", "add", namespace)
                 undo.callback(command, "ip", "netns", "delete", namespace)

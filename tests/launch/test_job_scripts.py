@@ -7,9 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from allstep.cli.run_command import split_command
 from tests.jobs.launchers import script
 from tests.jobs.running import run
 
@@ -27,16 +25,3 @@ def test_torchrun_sh_starts_the_processes_it_is_told_to(tmp_path: Path) -> None:
     result = run(tmp_path, "script.py", "--lr", "0.1", command=[tmp_path / "launch/torchrun.sh"], env={"NPROC": "2"})
     assert result.code == 0, result.err
     assert sorted(result.out.splitlines()) == [f"{rank} 2 ['--lr', '0.1']" for rank in range(2)]
-
-
-def test_the_kubernetes_job_runs_an_example_with_a_configuration_that_exists() -> None:
-    job = yaml.safe_load((ROOT / "launch/kubernetes.yaml").read_text())
-    pod = job["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    line = [*container["command"], *container["args"]]
-    options = frozenset({"--runs", "--grace", "--config"})
-    assert line[:2] == ["allstep", "run"]
-    own, rest = split_command(line[2:], options)
-    assert (ROOT / own[own.index("--config") + 1]).is_file()
-    assert (ROOT / rest[0]).is_file()
-    assert float(own[own.index("--grace") + 1]) < pod["terminationGracePeriodSeconds"]

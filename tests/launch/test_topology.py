@@ -86,3 +86,29 @@ def test_a_batch_script_of_several_nodes_is_one_machine_with_a_warning() -> None
     assert find_nodes(LaunchSettings(), script) is None
     assert "the job has 2 nodes, but only this one is used" in warning(script)
     assert warning({}) == warning(STEP) == ""
+
+
+POD = {"JOB_COMPLETION_INDEX": "1", "KUBERNETES_SERVICE_HOST": "10.96.0.1", "HOSTNAME": "train-1"}
+
+
+def test_a_pod_of_an_indexed_job_is_the_node_of_its_number() -> None:
+    settings = LaunchSettings(nnodes=2, rdzv="train-0.train:29400")
+    assert find_nodes(settings, POD) == Nodes(2, 1, "train-0.train", (29400,))
+    given = LaunchSettings(nnodes=2, node_rank=0, rdzv="train-0.train:29400")
+    assert find_nodes(given, POD) == Nodes(2, 0, "train-0.train", (29400,))
+
+
+def test_a_pod_of_a_sweep_is_a_run_of_its_own() -> None:
+    assert find_nodes(LaunchSettings(), POD) is None
+    assert find_nodes(LaunchSettings(nnodes=1), POD) is None
+
+
+@pytest.mark.parametrize("index", ["2", "x", ""])
+def test_a_pods_number_that_cannot_be_is_an_error(index: str) -> None:
+    with pytest.raises(PlacementError, match="JOB_COMPLETION_INDEX"):
+        find_nodes(LaunchSettings(nnodes=2, rdzv="train-0.train:29400"), POD | {"JOB_COMPLETION_INDEX": index})
+
+
+def test_a_pod_that_is_not_told_where_to_meet_is_told_what_is_missing() -> None:
+    with pytest.raises(ConfigurationError, match="--rdzv is missing"):
+        find_nodes(LaunchSettings(nnodes=2), POD)

@@ -1,8 +1,9 @@
-"""Which machine of a run of several this is: from the settings, or from the SLURM step that started it. Pure.
+"""Which machine of a run of several this is: from the settings, or from what started it. Pure.
 
 Contract: the supervisor calls `find_nodes` before anything is started. It returns None for a run of this machine alone,
-or a consistent `Nodes`; nothing is guessed. Settings win over SLURM's variables. What can go wrong is a
-ConfigurationError or PlacementError that names the option or variable and the remedy.
+or a consistent `Nodes`; nothing is guessed. Settings win over variables. A SLURM step says all; a pod of a Kubernetes
+Indexed Job says its node rank, and the settings the rest. What can go wrong is a ConfigurationError or PlacementError
+that names the option or variable and the remedy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import LaunchSettings, parse_rdzv
+from allstep.placement.kubernetes import completion_index
 from allstep.placement.slurm import SlurmStep
 
 
@@ -37,10 +39,13 @@ class Nodes:
 
 def find_nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
     """Return this machine's place among several, or None where it is the only one."""
-    given = {"nnodes": settings.nnodes, "node_rank": settings.node_rank, "rdzv": settings.rdzv}
-    if any(value is not None for value in given.values()):
-        return _from_settings(settings, given)
-    return _from_slurm(environ)
+    if (settings.nnodes, settings.node_rank, settings.rdzv) == (None, None, None):
+        return _from_slurm(environ)
+    node_rank = settings.node_rank
+    # Pods of a sweep are numbered too; only one that is told of others is a machine among several.
+    if node_rank is None and settings.nnodes is not None and settings.nnodes > 1:
+        node_rank = completion_index(environ, settings.nnodes, "nnodes")
+    return _from_settings(settings, node_rank)
 
 
 def warning(environ: Mapping[str, str]) -> str:
@@ -54,25 +59,24 @@ def warning(environ: Mapping[str, str]) -> str:
     )
 
 
-def _from_settings(settings: LaunchSettings, given: Mapping[str, object]) -> Nodes | None:
-    if settings.nnodes == 1 and settings.rdzv is None and settings.node_rank in (None, 0):
+def _from_settings(settings: LaunchSettings, node_rank: int | None) -> Nodes | None:
+    if settings.nnodes == 1 and settings.rdzv is None and node_rank in (None, 0):
         return None  # so that a script can give --nnodes $N whatever N is
+    given = {"nnodes": settings.nnodes, "node_rank": node_rank, "rdzv": settings.rdzv}
     if absent := [f"--{name.replace('_', '-')}" for name, value in given.items() if value is None]:
         raise ConfigurationError(
             f"{', '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing: a run of several machines needs "
             "--nnodes N --node-rank K --rdzv HOST:PORT on each, where HOST is the machine of node rank 0"
         )
     assert settings.nnodes is not None  # for the type checker: none is absent
-    assert settings.node_rank is not None
+    assert node_rank is not None
     assert settings.rdzv is not None
-    if settings.node_rank >= settings.nnodes:
-        raise ConfigurationError(
-            f"node_rank is {settings.node_rank}; it must be less than nnodes, which is {settings.nnodes}"
-        )
+    if node_rank >= settings.nnodes:
+        raise ConfigurationError(f"node_rank is {node_rank}; it must be less than nnodes, which is {settings.nnodes}")
     if settings.nnodes == 1:
         return None
     host, port = parse_rdzv(settings.rdzv)
-    return Nodes(settings.nnodes, settings.node_rank, host, (port,))
+    return Nodes(settings.nnodes, node_rank, host, (port,))
 
 
 def _from_slurm(environ: Mapping[str, str]) -> Nodes | None:

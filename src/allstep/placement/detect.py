@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from allstep.placement.by_hand import ByHand
+from allstep.placement.kubernetes import KubernetesPod
 from allstep.placement.mpi import Mpi
 from allstep.placement.placement import LauncherEnvironment, Placement
 from allstep.placement.slurm import SlurmShell, SlurmStep
@@ -40,10 +41,11 @@ class SingleProcess:
 LAUNCHERS: tuple[LauncherEnvironment, ...] = (
     AllstepRun(),
     Torchrun(),
-    ByHand(around=(Xla(), Mpi(), SlurmStep())),
+    ByHand(around=(Xla(), Mpi(), SlurmStep(), KubernetesPod())),
     Xla(),
     Mpi(),
     SlurmStep(),
+    KubernetesPod(),
     SlurmShell(),
     SingleProcess(),
 )

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 
 from allstep.errors import ArgumentError
 
-Launcher = Literal["alone", "allstep", "torchrun", "slurm", "mpi", "xla"]
+Launcher = Literal["alone", "allstep", "torchrun", "slurm", "mpi", "xla", "kubernetes"]
 
 
 @dataclass(frozen=True, slots=True)
