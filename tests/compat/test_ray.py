@@ -6,7 +6,6 @@ Ray is installed into an environment of its own that sees this one's packages, s
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil

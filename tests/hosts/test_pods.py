@@ -7,7 +7,6 @@ the file's own command. Who starts pods again is this test, by the file's policy
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.hosts.bridged import BridgedHosts
-from tests.hosts.hosts import HostsUnavailable, ensure_possible
+from tests.hosts.conftest import opened_bridge
 from tests.jobs.job import Job
 from tests.jobs.launchers import ROOT
 from tests.jobs.programs import SYSTEM_PATH
@@ -33,16 +32,8 @@ VOLUME = "/runs"
 @pytest.fixture(scope="module")
 def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BridgedHosts]:
     name = pod_name(0).removesuffix("0")
-    made = BridgedHosts(tmp_path_factory.mktemp("pods"), COUNT, name=name, domain=pod()["subdomain"])
-    try:
-        ensure_possible(os.environ)
-        made.open()
-    except HostsUnavailable as reason:
-        pytest.skip(str(reason))
-    try:
+    with opened_bridge(tmp_path_factory.mktemp("pods"), COUNT, name=name, domain=pod()["subdomain"]) as made:
         yield made
-    finally:
-        made.close()
 
 
 @contextlib.contextmanager

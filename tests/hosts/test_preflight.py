@@ -5,20 +5,19 @@ By night each fault is put in five times and healthy hosts are looked at fifty t
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.hosts.bridged import BridgedHosts
-from tests.hosts.hosts import HostsUnavailable, ensure_possible
+from tests.hosts.conftest import opened_bridge
 from tests.jobs.job import Job
 from tests.jobs.launchers import script
-from tests.jobs.programs import ProgramsUnavailable, ensure_programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(3600)]
 
@@ -84,20 +83,8 @@ TROUBLES = {
 }
 
 
-@contextlib.contextmanager
-def opened(folder: Path) -> Iterator[BridgedHosts]:
-    folder.mkdir(exist_ok=True)
-    hosts = BridgedHosts(folder, COUNT)
-    try:
-        ensure_possible(os.environ)
-        ensure_programs(("tc", "nft"), ("iproute2", "nftables"), os.environ)
-        hosts.open()
-    except (HostsUnavailable, ProgramsUnavailable) as reason:
-        pytest.skip(str(reason))
-    try:
-        yield hosts
-    finally:
-        hosts.close()
+def opened(folder: Path) -> AbstractContextManager[BridgedHosts]:
+    return opened_bridge(folder, COUNT, programs=("tc", "nft"))
 
 
 def flown(hosts: BridgedHosts, folder: Path, *options: str, first: Mapping[int, str] | None = None) -> list[Job]:

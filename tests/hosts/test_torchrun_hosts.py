@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 
 from allstep.testing import FaultPlan
 from tests.hosts.bridged import BridgedHosts
-from tests.hosts.hosts import HostsUnavailable, ensure_possible
+from tests.hosts.conftest import opened_bridge
 from tests.jobs.job import Job
 from tests.jobs.launchers import ROOT
 from tests.jobs.programs import SYSTEM_PATH
@@ -26,16 +25,8 @@ RUN_S = 300.0
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[BridgedHosts]:
-    made = BridgedHosts(tmp_path, 2)
-    try:
-        ensure_possible(os.environ)
-        made.open()
-    except HostsUnavailable as reason:
-        pytest.skip(str(reason))
-    try:
+    with opened_bridge(tmp_path, 2) as made:
         yield made
-    finally:
-        made.close()
 
 
 def trained(hosts: BridgedHosts, folder: Path, *arguments: str, **variables: str) -> list[Job]:

@@ -85,6 +85,9 @@ def test_a_batch_script_of_several_nodes_is_one_machine_with_a_warning() -> None
     script = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_PROCID": "0"}
     assert find_nodes(LaunchSettings(), script) is None
     assert "the job has 2 nodes, but only this one is used" in warning(script)
+    lsf = {"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 4 n2 4"}
+    assert "the job has 2 machines, but only this one is used; to use them all start it by launch/hosts" in warning(lsf)
+    assert warning({"LSB_JOBID": "7", "LSB_MCPU_HOSTS": "n1 8"}) == ""
     assert warning({}) == warning(STEP) == ""
 
 

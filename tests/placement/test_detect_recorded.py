@@ -12,6 +12,7 @@ from tests.placement.recorded import all_names, recorded
 PLACES = {
     "hydra_0": ("mpi", 0, 2, 0, 2, 0, 1, 0, "mpi", "127.0.0.1"),
     "hydra_1": ("mpi", 1, 2, 1, 2, 0, 1, 0, "mpi", "127.0.0.1"),
+    "lsf_job": ("alone", 0, 1, 0, 1, 0, 1, 0, "748", None),
     "openmpi_0": ("mpi", 0, 2, 0, 2, 0, 1, 0, "1954873345", "127.0.0.1"),
     "openmpi_1": ("mpi", 1, 2, 1, 2, 0, 1, 0, "1954873345", "127.0.0.1"),
     "slurm_batch_script": ("alone", 0, 1, 0, 1, 0, 1, 0, "7", None),
@@ -34,6 +35,7 @@ PLACES = {
     "srun_uneven_0": ("slurm", 0, 3, 0, 2, 0, 2, 0, "3.0", "n1"),
     "srun_uneven_1": ("slurm", 1, 3, 1, 2, 0, 2, 0, "3.0", "n1"),
     "srun_uneven_2": ("slurm", 2, 3, 0, 1, 1, 2, 0, "3.0", "n1"),
+    "torque_job": ("alone", 0, 1, 0, 1, 0, 1, 0, "314827.server", None),
     "torchrun_0": ("torchrun", 0, 2, 0, 2, 0, 1, 0, "a83115da-45ab-43a2-a311-540e8e84ccb4", "localhost"),
     "torchrun_1": ("torchrun", 1, 2, 1, 2, 0, 1, 0, "a83115da-45ab-43a2-a311-540e8e84ccb4", "localhost"),
 }
@@ -75,6 +77,7 @@ def test_refusal_of(name: str) -> None:
         ("slurm_salloc_interactive_step", "SLURM_NTASKS=4"),
         ("slurm_salloc_shell", "SLURM_NTASKS=4"),
         ("hydra_0", "no name"),
+        ("lsf_job", "the job has 3 machines"),
     ],
 )
 def test_warning_of(name: str, words: str) -> None:
@@ -85,6 +88,7 @@ def test_warning_of(name: str, words: str) -> None:
 @pytest.mark.parametrize("name", sorted(PLACES.keys() - {"hydra_0", "hydra_1"}))
 def test_no_warning_without_need(name: str) -> None:
     asks_for_more = {
+        "lsf_job",
         "slurm_batch_script",
         "slurm_batch_script_nodes_only",
         "slurm_salloc_interactive_step",

@@ -38,6 +38,9 @@ from allstep.launch.worker_plan import Command, worker_count
 if TYPE_CHECKING:
     from allstep.launch.topology import Nodes
 
+_JOB_NUMBERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "SGE_TASK_ID")
+"""Variables of schedulers' jobs; outside of these, what a job has need not even be loaded."""
+
 
 def launch(settings: LaunchSettings, command: Command) -> int:
     """Run a command on this machine's devices, as the settings say.
@@ -159,7 +162,8 @@ def _check_syntax(path: str) -> None:
 
 def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None:
     """This machine's place among several, with a warning where there are others that it does not use."""
-    if (settings.nnodes, settings.node_rank, settings.rdzv) == (None, None, None) and "SLURM_JOB_ID" not in environ:
+    said = (settings.nnodes, settings.node_rank, settings.rdzv) != (None, None, None)
+    if not said and not any(number in environ for number in _JOB_NUMBERS):
         return None
     from allstep.launch.topology import find_nodes, warning
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import LaunchSettings, parse_rdzv
 from allstep.placement.kubernetes import completion_index
+from allstep.placement.schedulers import USES_ALL, job_machines
 from allstep.placement.slurm import SlurmStep
 
 
@@ -49,10 +50,13 @@ def find_nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | 
 
 
 def warning(environ: Mapping[str, str]) -> str:
-    """Say so where a SLURM job has several machines and this process was not started on each of them."""
+    """Say so where a job has several machines and this process was not started on each of them."""
     nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
-    if SlurmStep().matches(environ) or not nodes.isdecimal() or int(nodes) < 2:
+    if SlurmStep().matches(environ):
         return ""
+    if not nodes.isdecimal() or int(nodes) < 2:
+        machines = job_machines(environ)
+        return f"the job has {machines} machines, but only this one is used; {USES_ALL}" if machines > 1 else ""
     return (
         f"the job has {nodes} nodes, but only this one is used, since srun did not start this process; "
         "to use them all: srun --ntasks-per-node=1 allstep run ..."

@@ -14,6 +14,7 @@ from allstep.placement.by_hand import ByHand
 from allstep.placement.kubernetes import KubernetesPod
 from allstep.placement.mpi import Mpi
 from allstep.placement.placement import LauncherEnvironment, Placement
+from allstep.placement.schedulers import SchedulerScript
 from allstep.placement.slurm import SlurmShell, SlurmStep
 from allstep.placement.torchrun import AllstepRun, Torchrun
 from allstep.placement.xla import Xla
@@ -47,6 +48,7 @@ LAUNCHERS: tuple[LauncherEnvironment, ...] = (
     SlurmStep(),
     KubernetesPod(),
     SlurmShell(),
+    SchedulerScript(),
     SingleProcess(),
 )
 """Every way in which a process can have been started, in the order in which they are asked."""
