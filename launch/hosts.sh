@@ -88,19 +88,27 @@ done
 head=$!
 # A scheduler's notice goes to node 0, which has all ranks stop after the same step. SIGUSR2 is that of LSF at the end of
 # a job's time, and of Grid Engine before it kills (`qsub -notify`).
-pass_on() { kill -s "$1" "$head" 2> /dev/null || true; }
+pass_on() {
+    came=1
+    kill -s "$1" "$head" 2> /dev/null || true
+}
 trap 'pass_on INT' INT
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM HUP USR2
-code=0
-while :; do
+code=0 came=1
+while [ -n "$came" ]; do
+    came= # `wait` also returns when a signal came
     wait "$head" && code=0 || code=$?
-    kill -0 "$head" 2> /dev/null || break # `wait` also returns when a signal came
 done
 # They end within seconds of node 0; one that never reached it would wait for longer.
+left=${#clients[@]}
 for _ in $(seq 150); do
-    jobs -rp | grep -q . || break
-    sleep 0.1
+    [ "$left" -gt 0 ] || break
+    left=0
+    for client in "${clients[@]}"; do
+        ! kill -0 "$client" 2> /dev/null || left=1
+    done
+    [ "$left" = 0 ] || sleep 0.1
 done
 [ -z "${PE_HOSTFILE:-}" ] || [ "$code" != 85 ] || code=99
 exit "$code"

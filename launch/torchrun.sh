@@ -5,9 +5,8 @@
 #                    ./launch/torchrun.sh train.py --lr 0.1
 # Several machines:  the same command on each, with
 #                    NNODES=2 HEAD=first-machine:29500 ./launch/torchrun.sh train.py
-# NPROC is the number of processes on each machine; by default one per GPU, or 2 without any. MAX_RESTARTS is how often
-# torchrun begins anew after a failure, by default never. Where machines share no home, give all of them the same
-# ALLSTEP_SECRET, as `openssl rand -hex 16` makes one.
+# NPROC is the number of processes on each machine; by default one per GPU, or 2 without any. On several
+# machines give all of them the same ALLSTEP_SECRET, as `openssl rand -hex 16` makes one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh
@@ -20,4 +19,4 @@ if [ -n "${HEAD:-}" ]; then
 else
     meet=(--standalone)
 fi
-exec torchrun "${meet[@]}" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" "$@"
+exec torchrun "${meet[@]}" --nproc-per-node "$nproc" "$@"

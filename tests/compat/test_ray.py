@@ -10,15 +10,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from tests.compat.over_this_environment import installed
 from tests.docs.pages import DOCS, blocks
-from tests.jobs.launchers import ROOT
 from tests.jobs.ports import free_port
 
 pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("ray")]
@@ -45,18 +43,7 @@ def fails_once(world, trainer, folder):
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of programs of an environment with Ray, over the packages of this one."""
     folder = tmp_path_factory.mktemp("environment")
-    if shutil.disk_usage(folder).free < FREE_GB * 10**9:
-        pytest.skip(f"less than {FREE_GB} GB are free in {folder}, which Ray may take")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    (own,) = folder.glob("lib/python*/site-packages")
-    (own / "around.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT / 'src'}\n")
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir", "ray[default,train]"]
-    done = subprocess.run(pip, capture_output=True, text=True)
-    if done.returncode:
-        shutil.rmtree(folder)
-        pytest.skip(f"Ray cannot be installed here: {done.stderr[-300:]}")
-    assert not (own / "torch").exists(), "Ray brought a torch of its own"
-    yield folder / "bin"
+    yield installed(folder, "ray[default,train]", free_gb=FREE_GB)
     shutil.rmtree(folder, ignore_errors=True)
 
 

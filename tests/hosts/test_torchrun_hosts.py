@@ -1,4 +1,4 @@
-"""`launch/torchrun.sh` on two hosts, as docs/howto/torchrun.md has it: a run, a failure and a restart."""
+"""`launch/torchrun.sh` on two hosts, as docs/howto/torchrun.md has it: a run, a failure, and going on after it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def hosts(tmp_path: Path) -> Iterator[BridgedHosts]:
 def trained(hosts: BridgedHosts, folder: Path, *arguments: str, **variables: str) -> list[Job]:
     """The script on both hosts with the digits, in an environment that is there already."""
     ready = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH"
-    (folder / "launch").mkdir()
-    (folder / "launch" / "torchrun.sh").symlink_to(ROOT / "launch" / "torchrun.sh")
-    (folder / "launch" / "environment.sh").write_text(f"allstep_environment() {{ {ready}; }}\n")
-    (folder / "examples").symlink_to(ROOT / "examples")
+    if not (folder / "launch").exists():
+        (folder / "launch").mkdir()
+        (folder / "launch" / "torchrun.sh").symlink_to(ROOT / "launch" / "torchrun.sh")
+        (folder / "launch" / "environment.sh").write_text(f"allstep_environment() {{ {ready}; }}\n")
+        (folder / "examples").symlink_to(ROOT / "examples")
     environ = {"PATH": SYSTEM_PATH, "OMP_NUM_THREADS": "1", "ALLSTEP_SECRET": "0123456789abcdef"}
     environ |= {"NNODES": "2", "HEAD": f"{hosts.names[0]}:29500", "NPROC": "1", **variables}
     command = [folder / "launch" / "torchrun.sh", "examples/digits.py", *arguments]
@@ -53,15 +54,19 @@ def test_torchrun_trains_over_two_hosts(hosts: BridgedHosts, tmp_path: Path) -> 
     assert "do not have the same secret" not in first.text + second.text
 
 
-def test_a_failure_on_the_second_host_is_reported_once_and_the_run_begins_anew(
+def test_a_failure_on_the_second_host_is_reported_once_and_the_run_can_go_on(
     hosts: BridgedHosts, tmp_path: Path
 ) -> None:
-    fault = FaultPlan.at(1, 60, attempt=0).raise_(ValueError("the true cause"))
-    kept = ("--checkpoints", "kept", "--checkpoint-every", "20 iterations")
-    first, second = trained(hosts, tmp_path, "--epochs", "4", *kept, MAX_RESTARTS="2", **fault.to_environ())
+    kept = ("--epochs", "4", "--checkpoints", "kept", "--checkpoint-every", "20 iterations")
+    fault = FaultPlan.at(1, 60).raise_(ValueError("the true cause"))
+    first, second = trained(hosts, tmp_path, *kept, **fault.to_environ())
     said = first.text + second.text
-    assert [first.code, second.code] == [0, 0], said
+    assert first.code, said
+    assert second.code, said
     assert said.count("failed first") == 1, said
     assert "ValueError: the true cause" in said
+    first, second = trained(hosts, tmp_path, *kept)
+    said = first.text + second.text
+    assert [first.code, second.code] == [0, 0], said
     assert said.count("epoch  4:") == 1
-    assert said.count("epoch  1:") == 1
+    assert "epoch  1:" not in said
