@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -95,21 +96,19 @@ def test_a_job_that_is_deleted_with_notice_has_saved(grid: Grid, tmp_path: Path)
 def test_a_job_that_was_preempted_is_queued_again_and_goes_on(grid: Grid, tmp_path: Path) -> None:
     number = job(grid, tmp_path, 0.2, "-r", "y")
     await_condition(lambda: "at 10 from 0" in log(tmp_path), RUN_S)
-    pid = next(line.split()[0] for line in processes("hosts.sh") if shlex.quote("train.py") in line)
-    os.kill(int(pid), 15)
+    os.kill(script_of(number), signal.SIGTERM)
     starts = ended(grid, number, tmp_path)
     assert [start["exit_status"].split()[0] for start in starts] == ["99", "0"], log(tmp_path)
     assert "trained 30 from 1" in log(tmp_path), log(tmp_path)
 
 
-def processes(words: str) -> list[str]:
-    """Lines of pid and command line of processes that have these words."""
-    found = []
+def script_of(number: str) -> int:
+    """The process of a job's script, of which Grid Engine keeps a copy that is named by the job's number."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if words in line:
-            found.append(f"{path.parent.name} {line}")
-    return found
+        with contextlib.suppress(OSError):
+            arguments = path.read_bytes().split(b"\0")
+            # Not its children, which are forks with the same arguments: the script leads their group.
+            pid = int(path.parent.name)
+            if any(each.endswith(f"/job_scripts/{number}".encode()) for each in arguments) and os.getpgid(pid) == pid:
+                return pid
+    raise AssertionError(f"the script of job {number} does not run")

@@ -342,9 +342,7 @@ class LaunchSettings:
         3, _COUNT, "K", "restarts in a row that got no further than those before, after which no other follows"
     )
     nnodes: int | None = _option(None, _COUNT, "N", "machines of the run; start the same command on each of them")
-    node_rank: int | None = _option(
-        None, _COUNT_FROM_ZERO, "K", "which of the machines this is, from 0", default="a Kubernetes pod's index"
-    )
+    node_rank: int | None = _option(None, _COUNT_FROM_ZERO, "K", "which machine this is, from 0 (a pod: its index)")
     rdzv: str | None = _option(
         None, _RDZV, "HOST:PORT", "where the machines meet: the host of node 0, and a port that is free there"
     )
