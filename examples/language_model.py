@@ -2,6 +2,7 @@
 
     allstep run --nproc 2 examples/language_model.py
     allstep run --nproc 2 --mesh shard=2 examples/language_model.py
+    allstep run --nproc 4 --mesh shard=2,tensor=2 examples/language_model.py
     ./launch/torchrun.sh examples/language_model.py --steps 2000
     sbatch launch/slurm.sbatch examples/language_model.py --checkpoints runs/language_model
 
@@ -73,7 +74,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.attention_norm, self.perceptron_norm = nn.RMSNorm(width), nn.RMSNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.project = nn.Linear(width, width, bias=False)
@@ -82,11 +83,12 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
         """(rows, tokens, width) to the same; `angles` is (tokens, width of a head / 2)."""
-        rows, tokens, width = x.shape
-        both = self.query_key_value(self.attention_norm(x)).view(rows, tokens, 3, self.heads, -1)
-        query, key, value = both.permute(2, 0, 3, 1, 4)
+        rows, tokens, _ = x.shape
+        # By head first, so that a rank of the mesh's `tensor` has whole heads, however many of them.
+        both = self.query_key_value(self.attention_norm(x)).view(rows, tokens, -1, 3, self.head_width)
+        query, key, value = both.permute(3, 0, 2, 1, 4)
         attended = F.scaled_dot_product_attention(rotated(query, angles), rotated(key, angles), value, is_causal=True)
-        x = x + self.project(attended.transpose(1, 2).reshape(rows, tokens, width))
+        x = x + self.project(attended.transpose(1, 2).reshape(rows, tokens, -1))
         return x + self.contract(F.gelu(self.expand(self.perceptron_norm(x))))
 
 
@@ -118,6 +120,11 @@ class LanguageModel(nn.Module):
             x = block(x, angles)
         return self.score(self.norm(x))
 
+    def tensor_plan(self) -> dict[str, str]:
+        """How layers are divided where the mesh has `tensor`: attention by heads, perceptrons by features."""
+        styles = {"query_key_value": "colwise", "project": "rowwise", "expand": "colwise", "contract": "rowwise"}
+        return {f"blocks.*.{name}": style for name, style in styles.items()}
+
 
 def loss_of(model: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """The mean over tokens of the cross-entropy of the next one, in nats."""
@@ -138,6 +145,8 @@ def line(model: nn.Module, begin: str, device: torch.device, count: int = 48) ->
 
 def main(world: allstep.World, options: argparse.Namespace) -> None:
     """Train, and evaluate on text that was held out."""
+    if options.heads % (sharing := world.world_size // world.data_size):
+        raise SystemExit(f"--heads is {options.heads}, which tensor={sharing} of the mesh does not divide")
     texts = docstrings(options.modules)
     held_out, trained_on = texts[::50][: options.held_out], [each for at, each in enumerate(texts) if at % 50]
     train_rows = packed(trained_on, options.length)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
+from types import MethodType
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import allstep
 from allstep.checkpoint import Checkpoint
 from allstep.engine import Engine, State
+from allstep.engine.autocast_step import step_in_precision
 from allstep.errors import ParallelError
 from allstep.parallel import LoadedWeights, is_fully_sharded, materialised_later, unreduced
 from allstep.placement import MeshShape, Placement, Rendezvous, resolve_mesh
@@ -203,6 +205,9 @@ class Rehearsal:
             trace.hold("parameters", each.model.parameters(), on_host=each.on_host)
             trace.hold("inputs", each.model.buffers())
             trace.hold("gradients", [] if each.buckets is None else each.buckets.tensors)
+        step: Callable[[Any], Any] = MethodType(engine.process_function, engine)
+        if (precision := engine.extension.settings.precision) != "no":
+            step = step_in_precision(step, precision, [each.model for each in self._wrapped])
         with self.mode, said_where_values_are_read(), ExitStack() as watching:
             watching.enter_context(trace)
             for each in self._wrapped:
@@ -210,7 +215,7 @@ class Rehearsal:
             watching.enter_context(self._followed_optimizers(trace))
             for _ in range(2):
                 trace.forget_traffic()
-                self._step(engine, source, batch, trace)
+                self._optimizer_step(engine, step, source, batch, trace)
         if not self._trains:
             engine.state.iteration = engine.state.epoch = 0
             return engine.state
@@ -219,7 +224,9 @@ class Rehearsal:
         self.plan = Plan(self.first.ranks, self.first.mesh, held, peak, moment, host, trace.traffic())
         raise _Planned
 
-    def _step(self, engine: Engine, source: Any, batch: Any, trace: StepTrace) -> None:
+    def _optimizer_step(
+        self, engine: Engine, step: Callable[[Any], Any], source: Any, batch: Any, trace: StepTrace
+    ) -> None:
         state, settings = engine.state, engine.extension.settings
         state.dataloader, state.epoch = source, 1
         for part in range(settings.accumulate):
@@ -236,7 +243,7 @@ class Rehearsal:
                         each.buckets.reduces = is_last
                     elif not is_last and is_fully_sharded(each.model):
                         stack.enter_context(unreduced(each.model))
-                state.output = engine.process_function(engine, state.batch)
+                state.output = step(state.batch)
         state.batch = state.output = None
 
     @contextmanager

@@ -143,6 +143,7 @@ def test_a_wrong_command_line_plans_nothing(given: list[str], said: str, capsys:
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_the_language_model_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--modules", "a*.py", "--held-out", "1", "--batch", "64", "--layers", "2"]
     given = ["plan", "--json", "--nproc", "8", "--mesh", "shard=8", str(EXAMPLES / "language_model.py"), *options]

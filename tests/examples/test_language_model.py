@@ -82,9 +82,10 @@ def test_packed_rows_predict_each_byte_once_and_padding_counts_nothing() -> None
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_a_model_in_parts_learns_what_a_whole_one_does_and_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mesh", ["shard=2", "tensor=2"])
+def test_a_model_in_parts_learns_what_a_whole_one_does_and_resumes(mesh: str, tmp_path: Path) -> None:
     whole = losses(run(TWO_RANKS, EXAMPLE, *SHORT, folder=tmp_path))
-    sharded = [*TWO_RANKS, "--mesh", "shard=2"]
+    sharded = [*TWO_RANKS, "--mesh", mesh]
     parts = losses(run(sharded, EXAMPLE, *SHORT, "--save", tmp_path / "parts.pt", folder=tmp_path))
     assert parts == pytest.approx(whole, rel=1e-3)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from allstep import EMA, SWA, Checkpoint, Engine, create_supervised_evaluator
-from allstep.errors import ArgumentError
+from allstep.errors import ArgumentError, EngineError
 from allstep.testing import run_ranks
 from allstep.world import World
 
@@ -116,6 +116,11 @@ def test_averages_of_parts_equal_those_of_one_process(tmp_path: Path) -> None:
 
 
 def elsewhere(world: World) -> None:
+    plain = nn.Linear(2, 2)
+    early = EMA(plain)
+    world.wrap(plain)
+    with pytest.raises(EngineError, match=r"this EMA was made before world\.wrap put the model in parts"):
+        early.attach(Engine(lambda engine, batch: None))
     with pytest.raises(ArgumentError, match="device is 'cpu', but the model is sharded over ranks"):
         EMA(world.wrap(nn.Linear(2, 2)), device="cpu")
 

@@ -53,6 +53,25 @@ class Transformer(nn.Module):
         return self.head(x)
 
 
+class SharedBlock(nn.Module):
+    """One block that two others use, besides being called by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(TOKENS, WIDTH)
+        shared = Block()
+        self.outer = nn.ModuleList(
+            [nn.Sequential(shared, nn.Linear(WIDTH, WIDTH)), nn.Sequential(shared, nn.Linear(WIDTH, WIDTH))]
+        )
+        self.head = nn.Linear(WIDTH, TOKENS)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens)
+        for each in self.outer:
+            x = each(x)
+        return self.head(x)
+
+
 class Texts(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __init__(self, samples: int) -> None:
         draw = torch.Generator().manual_seed(3)

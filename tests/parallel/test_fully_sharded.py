@@ -12,13 +12,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from allstep import Engine, Events, Mean, Metrics, Sum, create_supervised_evaluator
-from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
-from allstep.parallel import choose_units, is_fully_sharded
+from allstep.errors import ArgumentTypeError, ParallelError
+from allstep.parallel import is_fully_sharded
 from allstep.testing import run_ranks
 from allstep.world import World
 from tests.parallel.sharded_training import (
     Block,
     Plan,
+    SharedBlock,
     Texts,
     Transformer,
     alone,
@@ -95,23 +96,6 @@ def frozen_and_adapted() -> nn.Module:
     return model
 
 
-class SharedBlock(nn.Module):
-    """One block that two others use, besides being called by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(11, 8)
-        shared = Block()
-        self.outer = nn.ModuleList([nn.Sequential(shared, nn.Linear(8, 8)), nn.Sequential(shared, nn.Linear(8, 8))])
-        self.head = nn.Linear(8, 11)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embedding(tokens)
-        for each in self.outer:
-            x = each(x)
-        return self.head(x)
-
-
 class OneGroup(nn.Module):
     """Tied weights inside of one unit and across two."""
 
@@ -137,30 +121,6 @@ def test_frozen_shared_and_tied_parts_train_as_on_one_process() -> None:
     for rank in run_ranks(of_several_kinds, 3, env={"ALLSTEP_MESH": "shard=3"}):
         for found, expected in zip(rank, alone, strict=True):
             check_equal(found, expected)
-
-
-def unit_names(module: nn.Module, units: Any) -> list[str]:
-    names = {each: name for name, each in module.named_modules()}
-    return [names[each] for each in choose_units(module, units)]
-
-
-def test_units_are_chosen_by_class_predicate_or_size() -> None:
-    model = Transformer(tied=False, blocks=6)
-    blocks = [f"blocks.{at}" for at in range(6)][::-1]
-    assert unit_names(model, Block) == blocks
-    assert unit_names(model, lambda each: isinstance(each, nn.LayerNorm)) == [f"{each}.norm" for each in blocks]
-    assert unit_names(model, None) == ["head", "embedding", *blocks]
-    assert unit_names(Transformer(tied=True, blocks=6), None) == blocks  # the tied ones stay with the whole
-    assert unit_names(SharedBlock(), nn.Sequential) == ["outer.0.0", "outer.1", "outer.0"]
-
-
-def test_units_that_cannot_be_meant_are_refused() -> None:
-    with pytest.raises(ParallelError, match="no submodule fits; the module has Block, Embedding"):
-        choose_units(Transformer(), nn.Conv2d)
-    with pytest.raises(ParallelError, match="ModuleList, which has no forward pass"):
-        choose_units(Transformer(), nn.ModuleList)
-    with pytest.raises(ArgumentError, match="units is 3"):
-        choose_units(Transformer(), 3)  # type: ignore[arg-type]
 
 
 def wrapping(world: World) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which of torch's optimizers step on parameters in parts, and what is said of one that does not."""
+"""Which of torch's optimizers step on parameters in parts, and what is said where torch names DTensors alone."""
 
 from __future__ import annotations
 
@@ -52,6 +52,47 @@ def test_an_error_of_another_kind_is_left_as_it_is() -> None:
         optimizer = torch.optim.SGD(model().parameters())
         optimizer.step(lambda: torch.ones(2).sum().backward())
     assert not getattr(raised.value, "__notes__", [])
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.blocks = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.layer(x))
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)
+
+
+def encoding(encoder: Any) -> None:
+    encoder.encode(torch.ones(2, 4))
+
+
+def heading(encoder: Any) -> None:
+    encoder(encoder.head(torch.ones(2, 4)))
+
+
+def multiplying(encoder: Any) -> None:
+    torch.ones(2, 4) @ encoder.layer.weight
+
+
+@pytest.mark.parametrize(
+    ("computes", "said"),
+    [
+        (encoding, r"Encoder\.encode computed with parameters in parts\. .*forward_method\(model, 'encode'\)"),
+        (heading, "a unit of the model ran before the model as a whole did"),
+        (multiplying, r"outside of its model's forward pass, .*whole_tensor\(parameter\)"),
+    ],
+)
+def test_computing_past_the_forward_pass_is_told_from_other_errors(computes: Any, said: str) -> None:
+    with pytest.raises(RuntimeError) as raised, allstep.init(device="cpu", mesh={"shard": 1}) as world:
+        computes(world.wrap(Encoder(), units=nn.Sequential))
+    assert re.search(said, raised.value.__notes__[0])
 
 
 def on_parts(world: World) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 import allstep
 from allstep.errors import AllstepError
-from allstep.parallel import wrap_module
+from allstep.parallel import is_fully_sharded, wrap_module
 from allstep.world import World
 
 
@@ -78,6 +78,85 @@ def test_a_refused_wrap_leaves_a_model_for_parts_as_it_was(in_parts: World, how:
     with pytest.raises(AllstepError):
         in_parts.wrap(model, **(ALL | REFUSED[how](model)))
     assert facts(model) == before
+
+
+def with_a_scalar() -> nn.Module:
+    model = blocks()
+    model[0].scale = nn.Parameter(torch.tensor(2.0))
+    return model
+
+
+def with_two_dtypes() -> nn.Module:
+    model = blocks()
+    model[1].up.bias = nn.Parameter(model[1].up.bias.detach().bfloat16())
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [
+        (with_a_scalar, {}, r"^0\.scale is a scalar.*ignored=\[model\.0\.scale\]"),
+        (with_two_dtypes, {}, r"^1\.up\.weight is float32 and 1\.up\.bias is bfloat16.* a Block"),
+        (
+            lambda: nn.Sequential(nn.LazyLinear(2)),
+            {},
+            r"^0\.weight has no shape before the module's first forward pass",
+        ),
+        (lambda: nn.ModuleList([Block()]), {}, r"is a ModuleList, which has no forward pass"),
+        (lambda: nn.Sequential(nn.Embedding(3, 2, sparse=True)), {}, r"^0 gives sparse gradients"),
+        (blocks, {"reshard_after_forward": 2}, r"reshard_after_forward is 2; .* divides the 1 of shard"),
+        (blocks, {"reshard_after_forward": 1, "tensor_plan": PLAN}, r"reshard_after_forward is 1, a number of ranks"),
+    ],
+)
+def test_what_torch_cannot_put_in_parts_is_named_beforehand(
+    in_parts: World, make: Callable[[], nn.Module], options: dict[str, Any], said: str
+) -> None:
+    model = make()
+    known = {name: id(each) for name, each in model.named_parameters()}
+    with pytest.raises(AllstepError, match=said):
+        in_parts.wrap(model, **({"units": Block} if isinstance(model[0], Block) else {}), **options)
+    assert {name: id(each) for name, each in model.named_parameters()} == known
+    assert not any(map(is_fully_sharded, model.modules()))
+
+
+def test_scalars_that_stay_whole_and_frozen_ones_of_other_dtypes_train(in_parts: World) -> None:
+    model = blocks()
+    model[1].table = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16), requires_grad=False)
+    model[1].scale = nn.Parameter(torch.tensor(2.0))
+    wrapped = in_parts.wrap(model, units=Block, ignored=[model[1].scale], tensor_plan={})
+    (wrapped(torch.ones(4, 16)).sum() * model[1].scale).backward()
+    assert model[1].scale.grad is not None
+    assert model[0].up.weight.grad is not None
+
+
+def test_norms_with_statistics_compute_in_their_own_dtype_in_16_bits(in_parts: World) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    seen: list[torch.dtype] = []
+    for each in model:
+        each.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    output = in_parts.wrap(model, precision="bf16", units=nn.BatchNorm1d)(torch.randn(8, 4))
+    output.sum().backward()
+    assert seen == [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert model[1].running_mean.dtype == output.dtype == torch.float32
+    assert model[1].weight.grad is not None
+
+
+def test_a_model_whose_first_pass_is_in_inference_mode_trains(in_parts: World) -> None:
+    model = in_parts.wrap(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), units=nn.Linear)
+    with torch.inference_mode():
+        model(torch.ones(2, 4))
+    model(torch.ones(2, 4)).sum().backward()
+    assert all(each.grad is not None for each in model.parameters())
+
+
+def test_weights_in_another_memory_format_are_put_in_parts(in_parts: World) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
+    first, second = (each.weight.detach().clone() for each in model)
+    model = in_parts.wrap(model, ignored=[model[1].weight])
+    model(torch.ones(1, 3, 8, 8)).sum().backward()
+    assert torch.equal(model[0].weight.full_tensor(), first)
+    assert torch.equal(model[1].weight, second)
+    assert model[1].weight.grad.stride() == second.stride()
 
 
 WITHOUT_PARTS: dict[str, Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from allstep.errors import MeshError
-from allstep.placement import DataRanks, MeshShape, Placement, Rendezvous, parse_mesh, resolve_mesh
+from allstep.placement import DataRanks, MeshShape, Placement, Rendezvous, check_nodes, parse_mesh, resolve_mesh
 
 
 def placed(world_size: int, nodes: int = 1, here: int | None = None) -> Placement:
@@ -54,6 +54,15 @@ def test_a_mesh_that_cannot_be_meant_is_refused_with_its_numbers(mesh, placement
     with pytest.raises(MeshError) as raised:
         resolve_mesh(mesh, placement)
     assert said in str(raised.value)
+
+
+def test_a_copy_for_each_node_takes_ranks_that_are_numbered_by_node() -> None:
+    shape = resolve_mesh({"shard": -1}, placed(4, nodes=2))
+    check_nodes(shape, [0, 0, 1, 1])
+    check_nodes(shape, [1, 1, 0, 0])
+    with pytest.raises(MeshError, match=r"rank 0 is on node 0 and rank 1 on node 1\. Number ranks node by node"):
+        check_nodes(shape, [0, 1, 0, 1])
+    check_nodes(resolve_mesh({"replicate": 2, "shard": 2}, placed(4, nodes=2)), [0, 1, 0, 1])  # as it was asked for
 
 
 def test_a_mesh_is_read_from_text() -> None:

@@ -69,6 +69,17 @@ def test_ranks_that_were_put_on_nodes_by_hand_form_a_world(cluster: Cluster, tmp
     assert sorted(done.stdout.split("\n")) == ["", "0 3", "1 3", "2 3"], done.stderr
 
 
+@pytest.mark.nightly
+def test_a_copy_for_each_node_is_refused_where_ranks_go_around_the_nodes(cluster: Cluster) -> None:
+    opened = "import allstep; world = allstep.init(mesh={'shard': -1}); print(world.mesh.shape); world.close()"
+    placed = ("-N2", "-n4", "--ntasks-per-node=2", "--kill-on-bad-exit=0")
+    done = cluster.srun(*placed, "-m", "cyclic", sys.executable, "-c", opened)
+    assert done.returncode != 0
+    assert done.stderr.count("MeshError: mesh is replicate=2,shard=2, with a copy of the model on each node") == 4
+    done = cluster.srun(*placed, "-m", "block", sys.executable, "-c", opened)
+    assert done.stdout.count("(2, 2)") == 4, done.stderr
+
+
 def test_a_batch_script_without_srun_is_a_world_of_one_with_a_warning(cluster: Cluster) -> None:
     done = cluster.sbatch(f"#!/bin/sh\nexec {sys.executable} -c '{SHOW_PLACE}'\n", "-N2", "--ntasks-per-node=2")
     assert done.returncode == 0, done.stderr

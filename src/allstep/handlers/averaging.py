@@ -115,6 +115,12 @@ class AveragedWeights(AveragedModel):
         self.n_averaged += 1
 
     def _listen(self, engine: Engine, event: AnyEvent) -> None:
+        if is_in_parts(self._source[0]) and not self._is_in_parts:
+            kind = type(self).__name__
+            raise EngineError(
+                f"this {kind} was made before world.wrap put the model in parts, and holds all of it; make it from "
+                f"what wrap returns: {kind}(model, ...)"
+            )
         self._has_peers = engine.coordinator.world_size > 1
         engine.add_event_handler(event, self._update)
         engine.extension.add_state(self)

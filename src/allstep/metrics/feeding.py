@@ -27,6 +27,7 @@ from allstep.errors import ArgumentError, ArgumentTypeError, MetricError
 from allstep.metrics.nodes import Entry, wrapped_metrics
 from allstep.metrics.running import Weighted
 from allstep.metrics.torchmetrics_private import set_update_count, sorts_keywords_itself
+from allstep.parallel import is_dtensor
 
 Transform = Callable[[Any], Any]
 
@@ -77,6 +78,8 @@ class FedMetric:
         kinds = [*map(_kind, arguments), *(f"{key}={_kind(value)}" for key, value in known.items())]
         left_out = [key for key in named if key not in known]
         beside = f"; the output has {', '.join(left_out)} too, which it does not know" if left_out else ""
+        if any(map(is_dtensor, (*arguments, *known.values()))):
+            beside += "; a metric takes no DTensor, so give it allstep.parallel.whole_tensor(value)"
         return f"(metric {self.name!r}, {type(self.entry).__name__}, was given ({', '.join(kinds)}){beside})"
 
     def _is_told_samples(self, arguments: Sequence[Any], known: Mapping[str, Any]) -> bool:

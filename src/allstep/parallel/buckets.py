@@ -28,7 +28,7 @@ def fix_buckets(ddp: DistributedDataParallel) -> bool:
     """Settle the layout of DDP's buckets; whether it could be done. Collective."""
     if ddp.find_unused_parameters and not ddp.static_graph:
         return True
-    if ddp.static_graph or ddp.mixed_precision is not None or _has_sparse_gradients(ddp.module):
+    if ddp.static_graph or ddp.mixed_precision is not None or sparse_layer(ddp.module):
         return False
     if not can_rebuild_buckets(ddp):
         return False
@@ -71,5 +71,9 @@ def _forward(ddp: DistributedDataParallel) -> tuple[Any, list[torch.Tensor]]:
     return outputs, [torch.zeros((), dtype=each.dtype, device=each.device).expand_as(each) for each in outputs]
 
 
-def _has_sparse_gradients(module: nn.Module) -> bool:
-    return any(isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse for each in module.modules())
+def sparse_layer(module: nn.Module) -> str | None:
+    """The name of a layer whose gradients are sparse; None where there is none."""
+    embeddings = (
+        (name, each) for name, each in module.named_modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)
+    )
+    return next((name or "the module" for name, each in embeddings if each.sparse), None)

@@ -3,7 +3,8 @@
 Contract: they are named by classes or by a predicate on a submodule, or, where nothing is said, chosen by size:
 `choose_units` then takes the outermost submodules with 1 to 25 % of the elements each. For sharding, a submodule that
 several units use becomes a unit of its own. A parameter that several submodules hold (tied weights) stays with the
-whole module, and so do units with a part of it: else each of its holders would go on with a tensor of its own.
+whole module, and so do units with a part of it: else each of its holders would go on with a tensor of its own. What is
+inside of torch's own attention is no unit, since that computes with its layers' parameters and does not call them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ Units = type[nn.Module] | tuple[type[nn.Module], ...] | Callable[[nn.Module], bo
 """What says which submodules are units: classes, a predicate, or None for a choice by size."""
 
 _SMALLEST_UNIT, _LARGEST_UNIT = 0.01, 0.25  # of the module's elements
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)  # they have no forward pass
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that have no forward pass."""
+
+_IN_ONE_PIECE = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+"""Modules that compute with the parameters of what is in them, and do not call it, always or in evaluation."""
 
 
 def choose_units(module: nn.Module, units: Units) -> list[nn.Module]:
@@ -33,7 +38,17 @@ def choose_units(module: nn.Module, units: Units) -> list[nn.Module]:
         ArgumentError: units is none of what it may be.
     """
     chosen = _by_size(module) if units is None else [each for each in fitting(module, units) if each is not module]
-    return _without_split_ties(module, _with_shared(module, chosen))
+    held = {
+        inner: type(outer).__name__
+        for outer in module.modules()
+        if isinstance(outer, _IN_ONE_PIECE)
+        for inner in outer.modules()
+        if inner is not outer
+    }
+    for each in chosen:
+        if each in held:
+            log.info("%s in a %s is no unit, since that computes with its parameters", type(each).__name__, held[each])
+    return _without_split_ties(module, _with_shared(module, [each for each in chosen if each not in held]))
 
 
 def fitting(module: nn.Module, said: Any, option: str = "units") -> list[nn.Module]:
@@ -47,7 +62,7 @@ def fitting(module: nn.Module, said: Any, option: str = "units") -> list[nn.Modu
     if not chosen:
         classes = sorted({type(each).__name__ for each in module.modules()})
         raise ParallelError(f"{option} is {said!r}, which no submodule fits; the module has {', '.join(classes)}")
-    if bad := next((each for each in chosen if isinstance(each, _CONTAINERS)), None):
+    if bad := next((each for each in chosen if isinstance(each, CONTAINERS)), None):
         raise ParallelError(
             f"{option} has {type(bad).__name__}, which has no forward pass of its own; name the class of what is in it"
         )
@@ -76,14 +91,14 @@ def _by_size(module: nn.Module) -> list[nn.Module]:
     def descend(outer: nn.Module) -> None:
         for each in outer.children():
             share = sum(one.numel() for one in each.parameters()) / max(total, 1)
-            is_large = share > _LARGEST_UNIT or isinstance(each, _CONTAINERS)
+            is_large = (share > _LARGEST_UNIT and not isinstance(each, _IN_ONE_PIECE)) or isinstance(each, CONTAINERS)
             if share < _SMALLEST_UNIT:
                 continue
             before = len(found)
             if is_large:
                 descend(each)
             # What cannot be divided is gathered in one piece, however large.
-            if not isinstance(each, _CONTAINERS) and (not is_large or len(found) == before):
+            if not isinstance(each, CONTAINERS) and (not is_large or len(found) == before):
                 found[each] = None
 
     descend(module)
@@ -99,7 +114,7 @@ def _with_shared(module: nn.Module, chosen: list[nn.Module]) -> list[nn.Module]:
             users[each] = users.get(each, 0) + 1
     shared = {each for each, count in users.items() if count > 1 and next(each.parameters(), None) is not None}
     inside = {inner for each in shared for inner in each.modules() if inner is not each}
-    units = {*chosen, *(each for each in shared - inside if not isinstance(each, _CONTAINERS))}
+    units = {*chosen, *(each for each in shared - inside if not isinstance(each, CONTAINERS))}
     found = [each for each in module.modules() if each in units and each is not module][::-1]
     return sorted(found, key=lambda each: sum(1 for _ in each.modules()))  # what is inside of another has fewer
 

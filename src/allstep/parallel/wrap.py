@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from allstep.errors import ArgumentTypeError, ParallelError
 from allstep.parallel.activation_checkpointing import recompute_activations, units_to_checkpoint
@@ -111,8 +112,8 @@ def wrap_module(
             CUDA, `device_ids=[device.index]`.
 
     Raises:
-        ParallelError: no module was given, it is wrapped or sharded already, SyncBatchNorm or float8 was asked for
-            where there is none, or tensor_plan, checkpoint_activations or compile does not fit the module or the mesh.
+        ParallelError: no module was given, it is wrapped, sharded or lazy, SyncBatchNorm or float8 was asked for where
+            there is none, or tensor_plan, checkpoint_activations or compile does not fit the module or the mesh.
         ArgumentTypeError: an option that DistributedDataParallel, or `shard_module`, does not have, in a world of any
             size.
     """
@@ -120,6 +121,11 @@ def wrap_module(
         raise ParallelError(f"module is {module!r}; wrap a torch.nn.Module")
     if isinstance(module, DistributedDataParallel):
         raise ParallelError("the module is wrapped in DDP already; wrap the bare module, once")
+    if lazy := next((name for name, each in module.named_parameters() if is_lazy(each)), None):
+        raise ParallelError(
+            f"{lazy} has no shape before the module's first forward pass, and ranks share parameters from here on; "
+            "call the module on a batch before wrap, on every rank"
+        )
     before_float8: dict[nn.Module, nn.Module] = {}
     units = ddp_options.get("units")
     if in_float8 and callable(units) and not isinstance(units, type):  # a predicate sees layers as they were
@@ -249,7 +255,13 @@ def _way_in_parts(
     if unknown := unknown_option("wrap", options, _OWN_OPTIONS, _SHARD_OPTIONS, "a model in parts"):
         raise ArgumentTypeError(unknown)
     options = {**options, "ignored": list(options.get("ignored") or ())}
-    check_sharding(module, **options)
+    over = mesh[_data_dimensions(mesh)]
+    check_sharding(module, over, **options)
+    if styles and type(frees := options.get("reshard_after_forward")) is int:
+        raise ParallelError(
+            f"reshard_after_forward is {frees}, a number of ranks, which torch does not take for layers that "
+            "tensor_plan divides; give True or False"
+        )
     ignored = set(map(id, options["ignored"]))
     for name in styles:
         if any(id(each) in ignored for each in module.get_submodule(name).parameters()):
@@ -262,7 +274,7 @@ def _way_in_parts(
             from allstep.parallel.tensor_parallel import divide_module
 
             divide_module(module, styles, mesh["tensor"], device)
-        return shard_module(module, device, mesh[_data_dimensions(mesh)], **options)
+        return shard_module(module, device, over, **options)
 
     return in_parts
 

@@ -7,7 +7,17 @@ chooses a device or sets a variable: meeting the other ranks is `allstep.world`'
 """
 
 from allstep.placement.detect import detect
-from allstep.placement.mesh import DataRanks, MeshShape, parse_mesh, resolve_mesh
+from allstep.placement.mesh import DataRanks, MeshShape, check_nodes, parse_mesh, resolve_mesh
 from allstep.placement.placement import Launcher, Placement, Rendezvous
 
-__all__ = ["DataRanks", "Launcher", "MeshShape", "Placement", "Rendezvous", "detect", "parse_mesh", "resolve_mesh"]
+__all__ = [
+    "DataRanks",
+    "Launcher",
+    "MeshShape",
+    "Placement",
+    "Rendezvous",
+    "check_nodes",
+    "detect",
+    "parse_mesh",
+    "resolve_mesh",
+]

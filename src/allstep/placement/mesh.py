@@ -9,14 +9,15 @@ are numbered through it in that order, so that the ranks of the innermost dimens
 - `tensor`: ranks that compute one batch together (tensor parallelism), so that all of them are given the very same.
 
 A size of -1 is what is left of the ranks. `shard=-1` with no word on replicas stays inside a node: each node then holds
-a whole copy. What can go wrong is a MeshError with the numbers.
+a whole copy. That takes ranks whose numbers follow each other on each node, which `check_nodes` looks at when they have
+met: none of them knows it before. What can go wrong is a MeshError with the numbers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 from allstep.errors import MeshError
@@ -58,10 +59,16 @@ class DataRanks:
 
 @dataclass(frozen=True, slots=True)
 class MeshShape:
-    """Dimensions and their sizes, outermost first; their product is the world's size."""
+    """Dimensions and their sizes, outermost first; their product is the world's size.
+
+    Attributes:
+        names, sizes: of the dimensions.
+        inside_nodes: whether the first is one of nodes, each of which is to hold a whole copy.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
+    inside_nodes: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         return in_words(dict(zip(self.names, self.sizes, strict=True)))
@@ -126,7 +133,8 @@ def resolve_mesh(mesh: Mapping[str, int], placement: Placement) -> MeshShape:
     sizes = dict(mesh)
     world_size = placement.world_size
     known = prod(size for size in sizes.values() if size != -1)
-    if sizes.get("shard") == -1 and placement.nodes > 1 and not any(name in sizes for name in _REPLICAS):
+    inside_nodes = sizes.get("shard") == -1 and placement.nodes > 1 and not any(name in sizes for name in _REPLICAS)
+    if inside_nodes:
         per_node = placement.local_world_size
         if per_node * placement.nodes != world_size:
             raise MeshError(
@@ -148,7 +156,27 @@ def resolve_mesh(mesh: Mapping[str, int], placement: Placement) -> MeshShape:
             "Change the sizes, or have one be -1 for what is left, or start that many ranks"
         )
     names = tuple(name for name in NAMES if name in sizes)
-    return MeshShape(names, tuple(sizes[name] for name in names))
+    return MeshShape(names, tuple(sizes[name] for name in names), inside_nodes)
+
+
+def check_nodes(shape: MeshShape, nodes: Sequence[int]) -> None:
+    """Raise MeshError where a copy that was to be inside a node would be over several.
+
+    Args:
+        shape: of the mesh.
+        nodes: the node of each rank.
+    """
+    ranks = len(nodes) // shape.sizes[0]
+    for first in range(0, len(nodes) if shape.inside_nodes else 0, ranks):
+        here = nodes[first : first + ranks]
+        other = next((at for at, node in enumerate(here) if node != here[0]), None)
+        if other is not None:
+            raise MeshError(
+                f"mesh is {shape}, with a copy of the model on each node, so ranks {first} to {first + ranks - 1} are "
+                f"to be on one, but rank {first} is on node {here[0]} and rank {first + other} on node {here[other]}. "
+                "Number ranks node by node, as srun --distribution=block and mpirun --map-by slot do, or give "
+                "replicate= and shard= as numbers to shard over nodes"
+            )
 
 
 def _world_in_words(placement: Placement) -> str:

@@ -11,12 +11,14 @@ themselves, which nobody sees.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from allstep.errors import ArgumentError, ArgumentTypeError, ParallelError
 from allstep.parallel import is_dtensor, is_fully_sharded, unreduced
@@ -54,6 +56,7 @@ def planned(training: Training) -> Plan:
         with mode, said_where_values_are_read():
             buckets = None if group is None else GradientBuckets(model, group, broadcasts=broadcasts_of(training))
             optimizer = None if training.optimizer is None else training.optimizer(model.parameters())
+            _check_steps_alone(optimizer)
             trace = StepTrace(groups_of(mesh, model_mesh, training.ranks), mode)
             on_host = bool(training.options.get("cpu_offload"))
             trace.hold("parameters", model.parameters(), on_host=on_host)
@@ -77,12 +80,26 @@ def _check(training: Training) -> None:
         raise ParallelError("the module is wrapped already; plan it before world.wrap")
     if isinstance(training.accumulate, bool) or not isinstance(training.accumulate, int) or training.accumulate < 1:
         raise ArgumentError(f"accumulate is {training.accumulate!r}; give the number of batches in an optimizer step")
+    if isinstance(training.batch, DataLoader):
+        raise ArgumentTypeError(
+            f"batch is a {type(training.batch).__name__}; give what a rank is given in an iteration, such as "
+            "next(iter(loader))"
+        )
     optimizer: Any = training.optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         kind = type(optimizer).__name__
         raise ArgumentTypeError(
             f"optimizer is a {kind} of parameters that have values; give what makes one: "
             f"optimizer=lambda parameters: torch.optim.{kind}(parameters)"
+        )
+
+
+def _check_steps_alone(optimizer: torch.optim.Optimizer | None) -> None:
+    closure = None if optimizer is None else inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ArgumentError(
+            f"optimizer is {type(optimizer).__name__}, which runs the step itself, by a closure, as often as it likes; "
+            "plan with optimizer=None, and add what it keeps"
         )
 
 

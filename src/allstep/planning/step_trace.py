@@ -97,6 +97,8 @@ class StepTrace(Operations):  # type: ignore[no-untyped-call]
     def hold(self, kind: str, tensors: Iterable[torch.Tensor], *, on_host: bool = False) -> None:
         """Say what the storages of these tensors hold; of several words on one, that which is first in `_BEFORE`."""
         for each in tensors:
+            if each.layout is not torch.strided:  # a sparse gradient, whose values were noted as they were made
+                continue
             number = self._note(_storage(each))
             self._kinds[number] = min(kind, self._kinds.get(number, kind), key=_BEFORE.index)
             if on_host:

@@ -29,6 +29,8 @@ import torch.distributed as dist
 
 from allstep.errors import ParallelError
 
+_TO_NUMPY = ".numpy() is not supported for tensor subclasses"  # torch's words
+
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:  # `_needed` says it when a plan is asked for
@@ -71,7 +73,7 @@ def values_were_read(error: BaseException) -> bool:
     module = sys.modules.get("torch._subclasses.fake_tensor")
     names = ("DataDependentOutputException", "DynamicOutputShapeException")
     kinds = tuple(kind for name in names if (kind := getattr(module, name, None)) is not None)
-    return isinstance(error, kinds)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and str(error).startswith(_TO_NUMPY))
 
 
 @contextmanager

@@ -158,8 +158,8 @@ def _open(
     registration = _registration(placement, device, chosen, facts)
     # The supervisor's service is known from the environment; a sidecar's address is in the ranks' store.
     reporter = None if supervised is None else _join(supervised, placement, registration, activity, timeout)
+    group = None
     try:
-        group = None
         if placement.world_size > 1:
             info = rendezvous(placement, registration.process, timeout, starts_service=supervised is None)
             try:
@@ -175,6 +175,8 @@ def _open(
     except BaseException as error:
         if reporter is not None:
             reporter.abandon(error)
+        if group is not None:
+            group.leave(failed=True, patience=0)
         raise
 
 

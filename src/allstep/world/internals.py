@@ -15,10 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from allstep.coordination import Coordinator
 from allstep.parallel import Compilations
-from allstep.parallel.optimizer_hint import optimizer_hint
+from allstep.parallel.parts_hint import parts_hint
 from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import hint_for
 from allstep.world.duration import took_in_words
@@ -51,10 +52,16 @@ class WorldInternals:
     _opened_at: float = field(default_factory=time.monotonic)
     _wrapped: list[weakref.ref[nn.Module]] = field(default_factory=list)
     _before_close: list[weakref.WeakMethod[Callable[[bool], None]]] = field(default_factory=list)
+    _held: list[RemovableHandle] = field(default_factory=list)
 
     def add_wrapped(self, module: nn.Module) -> None:
         """Take note of a module that `World.wrap` gave; it is not kept alive by this."""
         self._wrapped.append(weakref.ref(module))
+
+    def hold(self, hook: RemovableHandle | None) -> None:
+        """Have a hook that something has registered, if any, be removed when the World ends."""
+        if hook is not None:
+            self._held.append(hook)
 
     def before_close(self, finish: weakref.WeakMethod[Callable[[bool], None]]) -> None:
         """Have a method called once before the ranks leave each other; it is not kept alive by this.
@@ -65,6 +72,8 @@ class WorldInternals:
 
     def finish(self, *, failed: bool) -> Exception | None:
         """Call these methods; the first exception of one."""
+        for hook in self._held:
+            hook.remove()
         methods = [method for reference in self._before_close if (method := reference()) is not None]
         self._before_close.clear()
         raised: Exception | None = None
@@ -86,7 +95,7 @@ class WorldInternals:
 
     def note_exception(self, error: BaseException) -> None:
         """An exception leaves the World's `with` block: it is given a hint where there is one, and told on."""
-        hint = hint_for(error) or optimizer_hint(error)
+        hint = hint_for(error) or parts_hint(error)
         if hint is not None:
             error.add_note(hint)
         if self.reporter is not None:

@@ -39,7 +39,7 @@ from allstep.parallel import (
     unify_buffers,
     unwrap,
 )
-from allstep.placement import DataRanks, MeshShape, Placement
+from allstep.placement import DataRanks, MeshShape, Placement, check_nodes
 from allstep.planning import Plan
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import SECTIONS
@@ -95,6 +95,11 @@ class World:
         self.device = device
         self.backend: str | None = group.backend if group is not None else None
         self.seed: int | None = None
+        transport = choose_transport(device, group.backend) if group is not None else device
+        on_host = None if group is None else group.on_host
+        self._collectives = Collectives(self.rank, self.world_size, device, transport, on_host)
+        if mesh is not None and mesh.inside_nodes:
+            check_nodes(mesh, self._collectives.gather_objects(placement.node_rank))
         self.mesh = open_mesh(mesh, group, device)
         self._model_mesh = open_model_mesh(self.mesh, group)
         self.data_ranks = DataRanks.of(self.rank, self.world_size, 1 if mesh is None else mesh.sharing)
@@ -102,7 +107,6 @@ class World:
         self.local_rank, self.local_world_size = placement.local_rank, placement.local_world_size
         self.node_rank = placement.node_rank
         activity = RankActivity() if activity is None else activity
-        transport = choose_transport(device, group.backend) if group is not None else device
         coordinator: Coordinator = Alone()
         if group is not None:
             coordinator = GroupCoordinator(
@@ -115,8 +119,6 @@ class World:
             )
         self._internals = WorldInternals(coordinator, activity, reporter, end_step=step_end(device))
         self._turns = Turns(placement, group, activity)
-        on_host = None if group is None else group.on_host
-        self._collectives = Collectives(self.rank, self.world_size, device, transport, on_host)
         self._membership = Membership(self, placement, group, self._internals, timeout)
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from allstep.parallel import Compilations, Precision, autocast, unwrap, wrap_module
+from allstep.parallel.early_optimizers import parameters_before, watch_replaced
 from allstep.protocol.heartbeat import RankActivity
 from allstep.world.casting import Casting
 from allstep.world.device_mesh import has_dimension
@@ -32,8 +33,10 @@ def wrap_in_world(
 ) -> nn.Module:
     """Wrap a module for the ranks of a World; see `World.wrap`."""
     activity = None if inner.reporter is None else inner.activity  # plain DDP where no service would be told
+    before = parameters_before(module) if isinstance(module, nn.Module) else {}
     wrapped = wrap_for_ranks(module, device, world_size, mesh, model_mesh, options, activity)
     inner.add_wrapped(wrapped)
+    inner.hold(watch_replaced(before, wrapped.parameters()))
     if options.get("compile") and inner.compilations is None:
         inner.compilations = Compilations()
     return wrapped
