@@ -1,9 +1,10 @@
 # allstep and its launcher in an image: multi-stage, so that the build tools stay behind; runs as a user without rights.
 #
 #   docker build -t allstep .
-#   docker run --rm allstep run --nproc 2 examples/digits.py
+#   docker run --rm --shm-size 1g allstep run --nproc 2 examples/digits.py
 #
-# BASE_IMAGE is any Debian or Ubuntu image with or without CUDA; python3 of 3.11 or newer is installed from it.
+# BASE_IMAGE is an image of Debian 12, Ubuntu 24.04 or newer, with or without CUDA: python3 of 3.11 or newer is installed
+# from it. docs/howto/containers.md says when a CUDA base is needed.
 # TORCH is the requirement given to pip, for another version of torch; PIP_OPTIONS are options to pip, such as
 # --index-url for another build of it (the index of CPU builds spares gigabytes where there is no GPU).
 ARG BASE_IMAGE=docker.io/library/debian:bookworm-slim
@@ -28,16 +29,20 @@ COPY src ./src
 RUN pip install --no-cache-dir ${PIP_OPTIONS} -c constraints.txt ".[examples,tensorboard]"
 
 FROM ${BASE_IMAGE}
+# The user's number is not 1000, which Ubuntu's images have given away. Its group is 0, since a container that is started
+# with any other number is in that group: so both can write at home.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 \
     && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 1000 allstep
+    && useradd --no-log-init --create-home --uid 10001 --gid 0 allstep \
+    && chmod 775 /home/allstep
 COPY --from=build /opt/allstep /opt/allstep
-COPY --chown=allstep:allstep examples /home/allstep/examples
-COPY --chown=allstep:allstep configs /home/allstep/configs
-ENV PATH=/opt/allstep/bin:$PATH PYTHONUNBUFFERED=1
-USER 1000
+COPY --chown=10001:0 examples /home/allstep/examples
+COPY --chown=10001:0 configs /home/allstep/configs
+# HOME and USER for a number without an entry in /etc/passwd, for which torch.compile could not name its cache.
+ENV PATH=/opt/allstep/bin:$PATH HOME=/home/allstep USER=allstep PYTHONUNBUFFERED=1
+USER 10001
 WORKDIR /home/allstep
 ENTRYPOINT ["allstep"]
 CMD ["--help"]

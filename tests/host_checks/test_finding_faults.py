@@ -1,7 +1,6 @@
 """`allstep doctor` with faults that are really there: each is named, with a remedy, and a healthy machine is well.
 
-Most faults are put into one machine at a time here: namespaces of its own for mounts, names and network, a folder of
-programs before PATH, and limits of the process.
+`ill_machine` has most faults; those that exclude each other, or need a program that is not there, are put in here.
 """
 
 from __future__ import annotations
@@ -9,71 +8,22 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import socket
-import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from allstep.host_checks import Host, HostFinding, Verdict
 from allstep.host_checks.checking import CHECKS, Check, run_checks
+from allstep.host_checks.finding import ask
+from tests.host_checks.ill_machine import FAULTS, look_at_healthy, look_at_ill, program, torch_that
 from tests.jobs.launchers import ALLSTEP
 from tests.jobs.running import start
 
 pytestmark = pytest.mark.slow
-
-ALONE = ["unshare", "--mount", "--uts", "--net", "--propagation", "private", "sh", "-ec"]
-
-ILL = """
-mount -t tmpfs -o size=64m tmpfs /dev/shm
-mount -t tmpfs -o size=1m tmpfs "$1/runs"
-echo a-name-of-no-host > /proc/sys/kernel/hostname
-ip link set lo up
-ulimit -n 300
-shift
-exec "$@"
-"""
-ILL_SLURM = """#!/bin/sh
-case "$*" in
-ping) echo "Slurmctld(primary) at head is UP" ;;
-*config) printf '%s\\n' 'JobRequeue = 0' 'KillWait = 5 sec' 'ProctrackType = proctrack/linuxproc' \\
-  'TaskPlugin = task/none' 'MpiDefault = pmix' 'KillOnBadExit = 0' 'SLURM_VERSION = 22.05.8' ;;
-*) echo "PartitionName=main PreemptMode=REQUEUE GraceTime=0 State=UP" ;;
-esac
-"""
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    """Put a program into a folder that is then searched first."""
-    folder.mkdir(exist_ok=True)
-    path = folder / name
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-
-
-def torch_that(folder: Path, text: str) -> dict[str, str]:
-    """The environment in which `import torch` runs this text."""
-    package = folder / "torch"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text(text)
-    return {"PYTHONPATH": str(folder)}
-
-
-def doctor(
-    folder: Path, *options: str, env: Mapping[str, str], around: list[str] | None = None
-) -> tuple[list[HostFinding], int]:
-    """What `allstep doctor` finds, and its exit code."""
-    shell = {
-        "VIRTUAL_ENV": "",
-        "CONDA_PREFIX": "",
-    }  # an environment that is active around the tests is not the machine's
-    shell["PATH"] = f"{folder / 'programs'}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
-    with start(folder, [*(around or ()), *ALLSTEP, "doctor", "--json", *options], env=shell | dict(env)) as running:
-        job = running.end()
-    assert job.code in (0, 1), job.text
-    return [HostFinding(**each) for each in json.loads(job.out)], job.code
 
 
 def named(findings: list[HostFinding], subject: str, verdict: Verdict, words: str) -> None:
@@ -84,41 +34,11 @@ def named(findings: list[HostFinding], subject: str, verdict: Verdict, words: st
 
 
 def check_an_ill_machine(folder: Path) -> None:
-    (folder / "runs").mkdir(exist_ok=True)
-    program(folder / "programs", "scontrol", ILL_SLURM)
-    env = {
-        **torch_that(folder / "packages", "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"),
-        "GLOO_SOCKET_IFNAME": "eth9",
-        "NCCL_SOCKET_IFNAME": "ib",
-        "MASTER_ADDR": "nowhere.invalid",
-        "OMP_NUM_THREADS": "999",
-        "VIRTUAL_ENV": "/some/other/environment",
-    }
-    around = [*ALONE, ILL, "sh", str(folder)]
-    found, code = doctor(folder, "--nnodes", "2", "--nproc", "2", env=env, around=around)
-    assert code == 1
-    named(found, "python", "warning", "/some/other/environment is the active environment")
-    named(found, "torch", "bad", "importing torch fails: ")
-    named(found, "host name", "warning", "'a-name-of-no-host', does not resolve")
-    named(found, "interfaces", "bad", "GLOO_SOCKET_IFNAME is 'eth9', and this machine has no such interface")
-    named(found, "interfaces", "bad", "NCCL_SOCKET_IFNAME is 'ib', and this machine has no such interface")
-    named(found, "interfaces", "bad", "only the loopback interface has an address")
-    named(found, "ports", "bad", "MASTER_ADDR is 'nowhere.invalid', which does not resolve")
-    named(found, "shared memory", "bad", "64 MiB free of 64 MiB")
-    named(found, "limits", "bad", "may open 300 files")
-    named(found, "cores", "warning", "OMP_NUM_THREADS is 999 for 2 ranks")
-    named(found, "folder", "warning", "is kept in memory")
-    named(found, "folder", "bad", "1 MiB free")
-    named(found, "folder", "bad", "a file of some megabytes cannot be written: No space left on device")
-    named(found, "SLURM", "warning", "JobRequeue=0")
-    named(found, "SLURM", "warning", "5 s between SIGTERM and SIGKILL")
-    named(found, "SLURM", "warning", "partition main is preempted without time to save")
-    named(found, "SLURM", "warning", "ProctrackType=proctrack/linuxproc")
-    named(found, "SLURM", "warning", "TaskPlugin=task/none")
-    named(found, "SLURM", "warning", "MpiDefault=pmix")
-    named(found, "SLURM", "warning", "KillOnBadExit=0")
-    good = {each.subject for each in found if each.verdict == "good"}
-    assert good >= {"requirements", "GPUs", "memory"}, found
+    seen = look_at_ill(folder)
+    assert seen.code == 1
+    assert [fault.what for fault in FAULTS if not seen.names(fault)] == [], seen.findings
+    good = {each.subject for each in seen.findings if each.verdict == "good"}
+    assert good >= {"requirements", "GPUs", "memory"}, seen.findings
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root")
@@ -128,9 +48,9 @@ def test_every_fault_of_an_ill_machine_is_named(tmp_path: Path) -> None:
 
 def check_a_healthy_machine(folder: Path) -> None:
     listing = sorted(os.listdir(folder))
-    found, code = doctor(folder, "--timeout", "60", env={})
-    assert [each for each in found if each.verdict != "good"] == []
-    assert code == 0
+    seen = look_at_healthy(folder)
+    assert seen.ill == []
+    assert seen.code == 0
     assert sorted(os.listdir(folder)) == listing  # nothing is left behind
 
 
@@ -245,6 +165,18 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         found = [HostFinding(**each) for each in json.loads(running.end().out)]
     named(found, "folder", "bad", "is mounted read-only")
     named(found, "folder", "bad", "no file can be written there")
+
+
+def test_what_a_check_that_is_late_has_started_is_ended(tmp_path: Path) -> None:
+    machine = host(tmp_path, within=0.2)
+
+    def asks(machine: Host) -> list[HostFinding]:
+        ask(["sleep", "600"], machine, within=600)
+        return []
+
+    while not machine.asked:  # on a busy machine it may be later than even that
+        run_checks(machine, [Check("one", asks, "Wait")])
+    assert machine.asked[0].wait(10) == -signal.SIGKILL
 
 
 def test_a_check_that_hangs_and_one_that_raises_are_findings(tmp_path: Path) -> None:

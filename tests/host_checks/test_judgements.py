@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -24,88 +23,9 @@ from allstep.host_checks.network import judge_host_name, judge_interfaces
 from allstep.host_checks.run_folder import Mount, judge_mount, judge_room, judge_steps, mount_of, read_steps
 from allstep.host_checks.scheduler import judge_settings, read_partitions, read_settings
 from allstep.host_checks.software import judge_requirements
-from allstep.host_checks.torch_build import KernelDevices, TorchAnswer, judge_torch, kernel_devices
+from tests.host_checks.recorded import files, only
 
 GIB = 1 << 30
-
-
-def only(findings: Iterable[HostFinding]) -> HostFinding:
-    (finding,) = findings
-    assert (finding.verdict == "good") == (finding.remedy == ""), finding
-    return finding
-
-
-def files(root: Path, texts: dict[str, str]) -> Path:
-    for name, text in texts.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-CPU = TorchAnswer("2.13.0+cpu")
-CUDA = TorchAnswer("2.13.0", cuda="13.0", nccl="2.28.9", driver=13000)
-
-
-@pytest.mark.parametrize(
-    ("answer", "kernel", "environ", "verdict", "words"),
-    [
-        (CPU, KernelDevices(), {}, "good", "for the CPU"),
-        (CPU, KernelDevices(nvidia=4), {}, "bad", "built for the CPU, and this machine has 4 NVIDIA GPUs"),
-        (CPU, KernelDevices(nvidia=4), {"CUDA_VISIBLE_DEVICES": ""}, "good", "for the CPU"),
-        (CPU, KernelDevices(amd=1), {}, "bad", "built for the CPU, and this machine has 1 AMD GPU"),
-        (CUDA, KernelDevices(), {}, "good", "has no GPU"),
-        (CUDA, KernelDevices(nvidia_on_bus=8), {}, "bad", "8 NVIDIA GPUs on the bus without a driver"),
-        (CUDA, KernelDevices(nvidia=2), {}, "bad", "cannot use the 2 GPUs that the driver shows"),
-        (CUDA, KernelDevices(nvidia=2), {"CUDA_VISIBLE_DEVICES": "-1"}, "good", "shows it no device"),
-    ],
-)
-def test_torchs_build_is_compared_with_the_devices(
-    answer: TorchAnswer, kernel: KernelDevices, environ: dict[str, str], verdict: Verdict, words: str
-) -> None:
-    finding = only(judge_torch(answer, kernel, environ))
-    assert finding.verdict == verdict
-    assert words in finding.text
-
-
-def test_a_driver_that_is_too_old_is_named_with_the_build_that_it_serves() -> None:
-    answer = TorchAnswer("2.13.0", cuda="13.0", driver=12040)
-    finding = only(judge_torch(answer, KernelDevices(nvidia=1), {}))
-    assert "it serves CUDA 12.4" in finding.text
-    assert "cu124" in finding.remedy
-    works = TorchAnswer("2.13.0", cuda="12.8", driver=12040, available=True, devices=1)  # of one major version
-    assert only(judge_torch(works, KernelDevices(nvidia=1), {})).verdict == "good"
-
-
-def test_rocm_is_judged_by_its_own_devices() -> None:
-    answer = TorchAnswer("2.13.0+rocm6.4", hip="6.4")
-    assert only(judge_torch(answer, KernelDevices(amd=8), {})).verdict == "bad"
-    assert only(judge_torch(answer, KernelDevices(), {})).verdict == "good"
-
-
-def test_several_installed_copies_are_named() -> None:
-    answer = TorchAnswer("2.13.0+cpu", file="/a/torch/__init__.py", copies=["2.13.0 in /a", "2.9.0 in /b"])
-    first, _ = judge_torch(answer, KernelDevices(), {})
-    assert first.verdict == "warning"
-    assert "2.13.0 in /a; 2.9.0 in /b; /a/torch/__init__.py is what Python imports" in first.text
-
-
-def test_devices_are_counted_by_what_the_kernel_shows(tmp_path: Path) -> None:
-    pci = "sys/bus/pci/devices/"
-    nodes = "sys/class/kfd/kfd/topology/nodes/"
-    files(
-        tmp_path,
-        {
-            "proc/driver/nvidia/gpus/0000:01:00.0/information": "",
-            f"{pci}0000:01:00.0/class": "0x030200\n",
-            f"{pci}0000:01:00.0/vendor": "0x10de\n",
-            f"{pci}0000:02:00.0/class": "0x020000\n",  # NVIDIA's network adapters are none
-            f"{pci}0000:02:00.0/vendor": "0x10de\n",
-            f"{nodes}0/gpu_id": "0\n",
-            f"{nodes}1/gpu_id": "51235\n",
-        },
-    )
-    assert kernel_devices(Host({}, tmp_path, root=tmp_path)) == KernelDevices(1, 1, 1)
 
 
 def gpu(**parts: str) -> str:
@@ -190,10 +110,19 @@ def test_what_is_no_listing_of_gpus_is_refused() -> None:
 
 def test_requirements_are_compared_with_what_is_installed() -> None:
     wanted = ["torch>=2.9", "numpy>=1.26", "tqdm>=4.65; extra == 'progress'"]
-    assert only(judge_requirements(wanted, {"torch": "2.13.0+cpu", "numpy": "2.0"}.get)).verdict == "good"
-    finding = only(judge_requirements(wanted, {"torch": "2.7.1"}.get))
+    assert only(judge_requirements(wanted, [], {"torch": "2.13.0+cpu", "numpy": "2.0"}.get)).verdict == "good"
+    finding = only(judge_requirements(wanted, [], {"torch": "2.7.1"}.get))
     assert finding.text == "torch is 2.7.1, and >=2.9 is needed; numpy is not installed"
     assert finding.remedy == "pip install 'torch>=2.9' 'numpy>=1.26'"
+
+
+def test_a_library_of_another_version_than_torch_was_built_for_is_a_warning() -> None:
+    by_torch = ["sympy>=1.13", "nvidia-nccl-cu12==2.27.5; platform_system != 'Nowhere'", "opt-einsum; extra == 'more'"]
+    installed = {"torch": "2.9", "sympy": "1.14", "nvidia-nccl-cu12": "2.21.5"}
+    finding = only(judge_requirements(["torch>=2.9"], by_torch, installed.get))
+    assert finding.verdict == "warning"
+    assert "built for other libraries: nvidia-nccl-cu12 is 2.21.5, and ==2.27.5 is needed" in finding.text
+    assert finding.remedy == "pip install 'nvidia-nccl-cu12==2.27.5'"
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,10 @@ class BridgedHosts:
         ]
         command(*self.namespace(host), *tbf)
 
+    def send_single_packets(self, host: int) -> None:
+        """Have a host send packets of the size that a cable has: else a rule that drops one drops 64 kB at a time."""
+        command("ip", "-n", self.namespaces[host], "link", "set", "eth0", "gso_max_segs", "1")
+
     def filter(self, host: int, *rules: str) -> None:
         """Have rules of nftables looked at for what comes to a host."""
         chain = "\n".join(["type filter hook input priority 0; policy accept;", *rules])

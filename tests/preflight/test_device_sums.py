@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from allstep.preflight.agent import missing_device
 from allstep.preflight.device_sums import backend_for, choose_device, compute, device_name, is_product, products
 
 
@@ -48,3 +49,9 @@ def test_without_an_accelerator_for_ranks_it_is_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     assert choose_device(0) == torch.device("cpu")
     assert (device_name(choose_device(0)), backend_for(choose_device(0))) == ("cpu", "gloo")
+
+
+def test_a_torch_that_sees_none_of_the_gpus_of_its_ranks_is_a_problem() -> None:
+    assert missing_device("cpu", ("0", "1")) == "torch finds no GPU, and ranks here are given 0, 1"
+    assert missing_device("H100", ("0", "1")) == ""
+    assert missing_device("cpu", ()) == ""

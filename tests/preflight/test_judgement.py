@@ -51,6 +51,7 @@ def test_nodes_that_keep_pace_are_in_one_pair_at_a_time() -> None:
         (LinkMeasured(1, problem="10.0.0.7 does not answer"), "10.0.0.7 does not answer"),
         (LinkMeasured(1, latency=1e-4, sent=1e7, received=1e8), "9.54 MiB/s, where the others have 95.4 MiB/s"),
         (LinkMeasured(1, latency=1e-4, sent=1e8, received=1e8, lost=0.07), "7% of the packets are lost"),
+        (LinkMeasured(1, problem="10.0.0.7 is so slow", lost=0.3), "30% of the packets are lost"),
         (
             LinkMeasured(1, latency=0.03, sent=1e8, received=1e8),
             "a round trip takes 30.0 ms, where the others take 0.1",
@@ -62,6 +63,19 @@ def test_a_link_stands_out_beside_all_others(link: LinkMeasured, words: str) -> 
     said = is_suspect(link, [USUAL, USUAL, USUAL, link])
     assert words in said
     assert bool(said) == bool(words)
+
+
+@pytest.mark.parametrize("count", range(3, 10))
+def test_one_node_behind_a_slow_link_stands_out_among_any_number(count: int) -> None:
+    def between(*pair: int) -> LinkMeasured:
+        slow = count - 1 in pair
+        return LinkMeasured(max(pair), latency=0.1 if slow else 1e-4, sent=1e7 if slow else 1e8, received=1e8)
+
+    links = {pair: between(*pair) for pair in combinations(range(count), 2)}
+    suspects = {pair for pair, link in links.items() if is_suspect(link, list(links.values()))}
+    assert suspects == {pair for pair in links if count - 1 in pair}
+    late = {pair: LinkMeasured(each.peer, latency=each.latency, sent=1e8, received=1e8) for pair, each in links.items()}
+    assert {pair for pair, link in late.items() if is_suspect(link, list(late.values()))} == suspects
 
 
 def test_links_that_are_ill_on_one_side_are_one_nodes_illness() -> None:
@@ -106,9 +120,18 @@ def test_of_two_devices_that_differ_the_processor_says_which_is_wrong() -> None:
 
 def test_devices_of_a_kind_are_compared_bit_by_bit() -> None:
     answers = run_of(4)
-    for node, digest in enumerate(("gpu", "gpu", "other", "cpu")):
-        answers[node].sums = [DeviceSums(0, "cpu" if digest == "cpu" else "H100", digest)]
+    for node, digest in enumerate(("gpu", "gpu", "other", "gpu")):
+        answers[node].sums = [DeviceSums(0, "H100", digest)]
     assert [ill.nodes for ill in judge_sums(answers)] == [(2,)]
+
+
+def test_a_processor_beside_gpus_is_ill_however_well_it_computes() -> None:
+    answers = run_of(3)
+    for node, (device, digest) in enumerate((("H100", "gpu"), ("cpu", "right"), ("H100", "gpu"))):
+        answers[node].sums = [DeviceSums(0, device, digest)]
+    (ill,) = judge_sums(answers)
+    assert ill.nodes == (1,)
+    assert ill.text == "node 1 (h1): device 0 (cpu): torch finds no GPU there, while others compute on H100"
 
 
 def test_a_device_that_says_nothing_of_its_sums_is_ill() -> None:

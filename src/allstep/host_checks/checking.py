@@ -3,7 +3,7 @@
 Contract: `run_checks` returns the findings of all checks in the order of `CHECKS`, after `Host.within` plus one second
 at the latest. Each check runs in a thread of its own: a file server or a name server that does not answer must not
 hide what the others found. A check that has not ended by then is a finding, and so is one that raises. Threads that
-still wait are daemons, so they do not keep the process.
+still wait are daemons, so they do not keep the process; what they have started is killed.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def run_checks(host: Host, checks: Sequence[Check] = CHECKS) -> list[HostFinding
         thread.start()
     for thread in threads:
         thread.join(max(0.0, until - time.monotonic()))
+    for process in host.asked:  # a thread that is late does not get to it
+        if process.poll() is None:
+            process.kill()
     silent = f"was not to be known within {host.within:g} s"
     return [
         finding

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -54,6 +54,7 @@ class Host:
         visible: the CUDA devices that ranks could use, as CUDA_VISIBLE_DEVICES would name them.
         within: seconds that a check may wait for something.
         root: the folder in which proc and sys are looked for.
+        asked: programs that were started to be asked; who looks at the host ends those that are left.
     """
 
     environ: Mapping[str, str]
@@ -63,6 +64,7 @@ class Host:
     visible: Callable[[], tuple[str, ...]] = no_devices
     within: float = 8.0
     root: Path = Path("/")
+    asked: list[subprocess.Popen[bytes]] = field(default_factory=list, repr=False, compare=False)
 
     def ranks(self) -> int:
         """How many ranks are to run on this machine."""
@@ -96,22 +98,26 @@ def ask(command: Sequence[str | Path], host: Host, within: float | None = None) 
     name = Path(command[0]).name
     limit = host.within if within is None else within
     try:
-        done = subprocess.run(
+        process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=limit,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=dict(host.environ),
-            check=False,
         )
-    except subprocess.TimeoutExpired as expired:
-        return CommandAnswer(_text(expired.stdout), f"{name} did not answer within {limit:g} s")
     except PermissionError as error:
         return CommandAnswer("", f"{name} cannot be run: {error.strerror}")
-    out, said = _text(done.stdout), _text(done.stderr)
-    if done.returncode:
+    with process:
+        host.asked.append(process)
+        try:
+            answer, complaint = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired as expired:
+            process.kill()
+            return CommandAnswer(_text(expired.stdout), f"{name} did not answer within {limit:g} s")
+    out, said = _text(answer), _text(complaint)
+    if code := process.returncode:
         words = [line.strip() for line in (said or out).splitlines() if line.strip()]
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
         return CommandAnswer(out, f"{name} ended with {how}" + (f": {one_line(words[-1])}" if words else ""))
     return CommandAnswer(out)
 

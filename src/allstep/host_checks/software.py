@@ -44,30 +44,60 @@ def judge_environment(environ: Mapping[str, str], prefix: str, scripts: str) -> 
 
 
 def check_requirements(host: Host) -> Iterator[HostFinding]:
-    """The versions of what allstep needs."""
-    try:
-        wanted = importlib.metadata.requires("allstep") or ()
-    except importlib.metadata.PackageNotFoundError:
-        yield HostFinding("requirements", "good", "allstep is used from its source, which says nothing of versions")
-        return
-    yield from judge_requirements(wanted, _installed)
+    """The versions of what allstep needs, and of the libraries that this build of torch was made for."""
+    yield from judge_requirements(_requirements_of("allstep"), _requirements_of("torch"), _installed)
 
 
-def judge_requirements(wanted: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[HostFinding]:
-    """Compare what is wanted, as package metadata has it, with the versions that are installed."""
-    needed = [each for each in map(Requirement, wanted) if each.marker is None or each.marker.evaluate({"extra": ""})]
-    unmet = []
-    for each in needed:
+def judge_requirements(
+    wanted: Sequence[str], by_torch: Sequence[str], installed: Callable[[str], str | None]
+) -> Iterator[HostFinding]:
+    """Compare what is wanted with the versions that are installed.
+
+    Args:
+        wanted: by allstep, as package metadata has it.
+        by_torch: the same by torch: a build for CUDA names NCCL, cuDNN and their like, each with its version.
+        installed: gives the version of a package, or None.
+    """
+    needed = [Requirement(each) for each in wanted]
+    others = [Requirement(each) for each in by_torch]
+    missing, unsuited = _unmet(needed, installed), _unmet(others, installed)
+    if missing:
+        yield HostFinding("requirements", "bad", "; ".join(missing.values()), _install(missing))
+    if unsuited:
+        # Other versions often do, so torch's import is what decides.
+        text = f"this torch was built for other libraries: {'; '.join(unsuited.values())}"
+        yield HostFinding("requirements", "warning", text, _install(unsuited))
+    if not missing and not unsuited:
+        count = len({each.name for each in (*needed, *others) if _applies(each)})
+        yield HostFinding("requirements", "good", f"{count} packages have versions that fit")
+
+
+def _unmet(needed: Sequence[Requirement], installed: Callable[[str], str | None]) -> dict[str, str]:
+    """What is wrong with each package that does not fit, by its requirement."""
+    unmet = {}
+    for each in filter(_applies, needed):
         version = installed(each.name)
         if version is None:
-            unmet.append((each, f"{each.name} is not installed"))
+            unmet[f"{each.name}{each.specifier}"] = f"{each.name} is not installed"
         elif not each.specifier.contains(version, prereleases=True):
-            unmet.append((each, f"{each.name} is {version}, and {each.specifier} is needed"))
-    if unmet:
-        names = " ".join(f"'{each.name}{each.specifier}'" for each, _ in unmet)
-        yield HostFinding("requirements", "bad", "; ".join(text for _, text in unmet), f"pip install {names}")
-    else:
-        yield HostFinding("requirements", "good", f"{len(needed)} packages have versions that fit")
+            unmet[f"{each.name}{each.specifier}"] = f"{each.name} is {version}, and {each.specifier} is needed"
+    return unmet
+
+
+def _applies(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+
+
+def _install(unmet: Mapping[str, str]) -> str:
+    return f"pip install {' '.join(repr(each) for each in unmet)}"
+
+
+def _requirements_of(name: str) -> list[str]:
+    """What a package says that it needs; nothing where it is not installed, or is used from its source."""
+    try:
+        return importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
 
 
 def _installed(name: str) -> str | None:

@@ -8,6 +8,7 @@ kernel shows of devices.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -43,9 +44,18 @@ if torch.version.cuda or torch.version.hip:
         pass
     if torch.version.cuda:
         try:
-            number = ctypes.c_int()
-            if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) == 0:
+            cuda, number, device = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_int()
+            if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0:
                 answer["driver"] = number.value
+            answer["arches"] = torch.cuda.get_arch_list()
+            answer["capabilities"] = []
+            for index in range(answer["devices"] if cuda.cuInit(0) == 0 else 0):  # without a context on any of them
+                pair = []
+                for attribute in (75, 76):  # major and minor compute capability
+                    if cuda.cuDeviceGet(ctypes.byref(device), index) == 0:
+                        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+                        pair.append(number.value)
+                answer["capabilities"].append(pair)
         except Exception:
             pass
 print({_MARK!r} + json.dumps(answer))
@@ -68,6 +78,8 @@ class TorchAnswer:
         why: what it says where it can use none.
         nccl: the version of NCCL in it.
         driver: the newest CUDA that the driver can serve, as CUDA counts (12040 is 12.4); 0 where there is no driver.
+        arches: what it has code for, such as "sm_90" or "compute_120".
+        capabilities: major and minor compute capability of each device, as far as they are known.
     """
 
     version: str
@@ -81,6 +93,8 @@ class TorchAnswer:
     why: str = ""
     nccl: str = ""
     driver: int = 0
+    arches: list[str] = field(default_factory=list)
+    capabilities: list[list[int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +163,10 @@ def judge_torch(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str
 def _judge_cuda(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str, str]) -> HostFinding:
     nccl = f", NCCL {answer.nccl}" if answer.nccl else ""
     build = f"{answer.version} for CUDA {answer.cuda}{nccl}"
+    if answer.available and (unfit := _without_code(answer)):
+        text = f"{build} has no code for {', '.join(unfit)}, which devices here are; it has {', '.join(answer.arches)}"
+        remedy = "Install a build of torch that has it: a newer one for newer GPUs, an older one for older GPUs"
+        return HostFinding("torch", "bad", text, remedy)
     if answer.available:
         return HostFinding("torch", "good", f"{build}; it uses {_counted(answer.devices, 'device')}")
     if environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1"):
@@ -175,6 +193,23 @@ def _judge_cuda(answer: TorchAnswer, kernel: KernelDevices, environ: Mapping[str
         remedy = "Install NVIDIA's driver; in a container start it with --gpus all (Docker) or --nv (Apptainer)"
         return HostFinding("torch", "bad", text, remedy)
     return HostFinding("torch", "good", f"{build}; this machine has no GPU, so ranks use the CPU")
+
+
+def _without_code(answer: TorchAnswer) -> list[str]:
+    """The compute capabilities of devices that this build cannot run on.
+
+    Binary code runs on its own major version from its minor version on, and PTX ("compute") on all from its own on.
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", each) for each in answer.arches]
+    codes = [(each[1], [int(each[2]), int(each[3])]) for each in found if each]
+    unfit = {
+        f"sm_{''.join(map(str, device))}"
+        for device in answer.capabilities
+        if len(device) == 2
+        and codes
+        and not any(code <= device and (kind == "compute" or code[0] == device[0]) for kind, code in codes)
+    }
+    return sorted(unfit)
 
 
 def _judge_rocm(answer: TorchAnswer, kernel: KernelDevices) -> HostFinding:

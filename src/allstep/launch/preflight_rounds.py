@@ -6,8 +6,7 @@ ill. In order:
 1. look: host checks on every machine, and a computation on every device;
 2. clock: the time of every machine;
 3. links: every pair of machines is measured, in about log2(N) rounds. In round k node i turns to the nodes i XOR m for
-m
-   from 2^k to 2^(k+1) - 1, one after the other. So each pair has its turn once, and nodes that keep pace are in one
+   m from 2^k to 2^(k+1) - 1, one after the other. So each pair has its turn once, and nodes that keep pace are in one
    pair at a time. The lower of a pair measures, and the higher only connects: a firewall may let through one of the
    two. Links that stand out are measured once more;
 4. reduce: a small all-reduce of all devices of the machines that are well so far.

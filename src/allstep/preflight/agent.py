@@ -165,7 +165,9 @@ class Agent:
                 self._say(DeviceSums(local_rank, "", problem=f"torch could not compute on it: {error}"))
             else:
                 store = store or int(said["store"])
-                self._say(DeviceSums(local_rank, str(said["device"]), str(said["digest"]), bool(said["exact"])))
+                device = str(said["device"])
+                problem = missing_device(device, settings.devices)
+                self._say(DeviceSums(local_rank, device, str(said["digest"]), bool(said["exact"]), problem))
         return self._server.port, store
 
     def _check(self, host: Host) -> None:
@@ -203,6 +205,13 @@ class Agent:
     def _say(self, message: Message) -> None:
         self._out.write(encode(message))
         self._out.flush()
+
+
+def missing_device(device: str, devices: tuple[str, ...]) -> str:
+    """Why the device that torch chose is not what a rank here is given, or ""."""
+    if device == "cpu" and devices:
+        return f"torch finds no GPU, and ranks here are given {', '.join(devices)}"
+    return ""
 
 
 def _striking(plan: FaultPlan, rank: int) -> list[Fault]:

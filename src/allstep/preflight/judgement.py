@@ -8,6 +8,7 @@ illness is left.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +19,11 @@ from allstep.protocol.foreign_text import one_line
 from allstep.protocol.preflight_messages import DeviceSums, LinkMeasured, NodeFinding
 
 SLOW = 1 / 4
-"""Of the median of all pairs: below it a link is slow."""
+"""Of what is usual among all pairs: below it a link is slow."""
 SLOW_ALONE = 12 << 20
 """Bytes a second: what 100 Mbit/s are, below which a single link is told of."""
 FAR = 10
-"""Times the median of all pairs, and `FAR_S`: a round trip that takes longer is slow."""
+"""Times what is usual among all pairs, and `FAR_S`: a round trip that takes longer is slow."""
 FAR_S = 0.005
 LOSSY = 0.02
 """The part of packets that may have to be sent again: a filled queue on the way drops some, too."""
@@ -113,40 +114,54 @@ def judge_clocks(answers: Answers) -> Iterator[Illness]:
 
 
 def judge_sums(answers: Answers) -> Iterator[Illness]:
-    """Devices that cannot compute, or compute something else than most."""
-    confirmed = [sums for each in answers.values() for sums in each.sums if sums.exact and sums.digest]
-    # A processor computes in fewer formats than a GPU, so each kind is compared with its like.
-    right = {}
-    for on_cpu in (True, False):
-        digests = Counter(sums.digest for sums in confirmed if (sums.device == "cpu") is on_cpu)
-        right[on_cpu] = digests.most_common(1)[0][0] if digests else ""
+    """Devices that cannot compute, or compute something else than most, or are a processor beside GPUs."""
+    all_sums = [sums for each in answers.values() for sums in each.sums]
+    gpus = {one_line(sums.device) for sums in all_sums if sums.device not in ("", "cpu")}
+    # A processor computes in fewer formats than a GPU.
+    alike = [sums for sums in all_sums if not gpus or sums.device != "cpu"]
+    digests = Counter(sums.digest for sums in alike if sums.exact and sums.digest)
+    right = digests.most_common(1)[0][0] if digests else ""
     for node, each in answers.items():
         for sums in each.sums:
             which = f"{each.name}: device {sums.local_rank}" + (f" ({one_line(sums.device)})" if sums.device else "")
             if sums.problem:
                 yield Illness((node,), which, one_line(sums.problem), "Run `allstep doctor` there")
-            elif not sums.exact or sums.digest != right[sums.device == "cpu"] or not sums.digest:
+            elif gpus and sums.device == "cpu":
+                what = f"torch finds no GPU there, while others compute on {', '.join(sorted(gpus))}"
+                yield Illness((node,), which, what, "Run `allstep doctor` there: it says why torch cannot use it")
+            elif not sums.exact or sums.digest != right or not sums.digest:
                 what = "it computes wrong sums: its products of integer matrices differ from the other devices'"
                 yield Illness((node,), which, what, "Take the device out of use, and have its memory and cores tested")
 
 
 def is_suspect(link: LinkMeasured, links: Sequence[LinkMeasured]) -> str:
     """What is wrong with a link beside all links of the run, or ""."""
+    if link.lost > LOSSY:
+        return f"{link.lost:.0%} of the packets are lost on the way"
     if link.problem:
         return one_line(link.problem)
     if not link.sent:  # its other side measures
         return ""
-    if link.lost > LOSSY:
-        return f"{link.lost:.0%} of the packets are lost on the way"
     whole = [each for each in links if each.sent]
-    usual = statistics.median(min(each.sent, each.received) for each in whole)
+    usual = _usual(sorted((min(each.sent, each.received) for each in whole), reverse=True))
     slow = min(link.sent, link.received)
     if slow < SLOW * usual:
         return f"{in_bytes(slow)}/s, where the others have {in_bytes(usual)}/s"
-    usual_latency = statistics.median(each.latency for each in whole)
+    usual_latency = _usual(sorted(each.latency for each in whole))
     if link.latency > max(FAR * usual_latency, FAR_S):
         return f"a round trip takes {link.latency * 1000:.1f} ms, where the others take {usual_latency * 1000:.1f} ms"
     return ""
+
+
+def _usual(values: Sequence[float]) -> float:
+    """What half of the pairs reach, or all pairs without one node, of which there are fewer among three or four nodes.
+
+    Args:
+        values: of all pairs, the best first.
+    """
+    pairs = len(values)
+    nodes = (1 + math.isqrt(1 + 8 * pairs)) // 2
+    return values[max(0, min(pairs // 2, pairs - nodes))]
 
 
 def judge_links(answers: Answers, confirmed: Mapping[tuple[int, int], str]) -> Iterator[Illness]:

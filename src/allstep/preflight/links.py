@@ -17,6 +17,7 @@ import statistics
 import struct
 import threading
 import time
+from dataclasses import dataclass
 
 from allstep.errors import ChannelError
 from allstep.protocol.address import EVERYWHERE, listen
@@ -38,6 +39,9 @@ _LEAST = 8  # lines, so that the link is filled and not only the kernel's buffer
 _REVERSE = 1 << 21  # characters that are asked for at once in the other direction
 _TCP_INFO = 192  # bytes of struct tcp_info that are read
 _MTU_AT, _RETRANSMITTED_AT, _SEGMENTS_AT = 60, 100, 156  # tcpi_pmtu, tcpi_total_retrans, tcpi_data_segs_out
+_MOVED_AT = 120  # tcpi_bytes_acked, and behind it tcpi_bytes_received
+_BY_CHANCE = 4  # packets that a busy machine sends again although nothing was lost
+_SEVERAL = 1 << 17  # bytes, more than all small messages together
 
 
 class LinkServer:
@@ -74,29 +78,35 @@ class LinkServer:
 def measure(peer: int, host: str, port: int, key: str) -> LinkMeasured:
     """Measure the way to a peer's agent and back."""
     until = time.monotonic() + WITHIN_S
-    stage = "does not answer"
     try:
         with contextlib.closing(
             connect([(host, port)], key=key, within=CONNECT_S, answer=CONNECT_S, retry=False)
         ) as connection:
-            stage = "answers, and small messages do not come back"
-            times = sorted(_round_trip(connection, until) for _ in range(ROUND_TRIPS))
-            stage = "answers small messages, and large ones do not arrive (is the MTU the same on the way?)"
-            sent = _fill(connection, until)
-            received, lost_there = _drain(connection, until)
-            retransmitted, mtu = _kernels_count(connection.sock)
-            return LinkMeasured(
-                peer,
-                latency=statistics.median(times),
-                sent=sent,
-                received=received,
-                lost=max(retransmitted, lost_there),
-                mtu=mtu,
-            )
+            return _measured(peer, host, connection, until)
     except TimeoutError:
-        return LinkMeasured(peer, problem=f"{host} {stage}")
+        return LinkMeasured(peer, problem=f"{host} does not answer")
     except (ConnectionError, ChannelError) as error:
         return LinkMeasured(peer, problem=f"{host}, port {port}: {error}")
+
+
+def _measured(peer: int, host: str, connection: Connection, until: float) -> LinkMeasured:
+    problem = "answers, and small messages do not come back"
+    before = 0
+    try:
+        times = sorted(_round_trip(connection, until) for _ in range(ROUND_TRIPS))
+        problem = "answers small messages, and large ones do not arrive (is the MTU the same on the way?)"
+        sent = _fill(connection, until)
+        before = _kernels_count(connection.sock).moved
+        received, lost_there = _drain(connection, until)
+    except TimeoutError:
+        kernel = _kernels_count(connection.sock)
+        if kernel.moved - before < _SEVERAL:
+            return LinkMeasured(peer, problem=f"{host} {problem}")
+        # Large packets do arrive, so what is wrong is how many of them.
+        return LinkMeasured(peer, problem=f"{host} is so slow that it was given up", lost=kernel.lost)
+    kernel = _kernels_count(connection.sock)
+    lost = max(kernel.lost, lost_there)
+    return LinkMeasured(peer, latency=statistics.median(times), sent=sent, received=received, lost=lost, mtu=kernel.mtu)
 
 
 def greet(peer: int, host: str, port: int, key: str) -> LinkMeasured:
@@ -121,8 +131,7 @@ def _answer(connection: Connection, line: bytes, until: float) -> None:
         _send(connection, LinkProbe(-1, "x" * _CHUNK), until)
         left -= _CHUNK
     if left >= 0:
-        lost, _ = _kernels_count(connection.sock)
-        _send(connection, LinkProbe(-1, "x" * left, lost), until)
+        _send(connection, LinkProbe(-1, "x" * left, _kernels_count(connection.sock).lost), until)
 
 
 def _round_trip(connection: Connection, until: float) -> float:
@@ -192,13 +201,23 @@ def _lines(connection: Connection, until: float, most: int = 0) -> list[bytes]:
     return found
 
 
-def _kernels_count(sock: socket.socket) -> tuple[float, int]:
-    """The part of packets that were sent again, and the MTU of the way; zeros where the kernel does not say."""
+@dataclass(frozen=True, slots=True)
+class _KernelsCount:
+    """What the kernel knows of a connection: bytes that arrived, both ways, the part of packets sent again, the MTU."""
+
+    moved: int = 0
+    lost: float = 0.0
+    mtu: int = 0
+
+
+def _kernels_count(sock: socket.socket) -> _KernelsCount:
+    """Zeros where the kernel does not say."""
     try:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO)
     except (OSError, AttributeError):
-        return 0.0, 0
+        return _KernelsCount()
     if len(info) < _SEGMENTS_AT + 4:
-        return 0.0, 0
+        return _KernelsCount()
     mtu, again, segments = (struct.unpack_from("I", info, at)[0] for at in (_MTU_AT, _RETRANSMITTED_AT, _SEGMENTS_AT))
-    return again / max(segments, 1), int(mtu)
+    moved = sum(struct.unpack_from("QQ", info, _MOVED_AT))
+    return _KernelsCount(moved, max(0, again - _BY_CHANCE) / max(segments, 1), mtu)
