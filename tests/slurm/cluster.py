@@ -1,13 +1,15 @@
 """A real SLURM cluster of virtual nodes on this machine, in a folder of its own, for tests.
 
 Contract: `ensure_installed` returns once SLURM is here, installing it where the environment allows that; `Cluster` is
-entered to start `munged`, `slurmctld` and one `slurmd` a node, and left to end exactly those. What it writes (keys,
+entered to start `munged`, `slurmctld` and one `slurmd` a node, and left to end exactly those. A test may end one of
+them (`stop`, `kill`) and start it again (`start`), by the names "slurmctld" and "slurmd-n1". What it writes (keys,
 sockets, state, logs) is under its folder and its ports were free, so the clusters of several pytest-xdist workers and
 a SLURM that the machine already has do not meet. Starting takes about a second. What can go wrong: SLURM is missing
 (`ProgramsUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
 
 The nodes are named n1, n2, ..., all at 127.0.0.1: no resolver knows those names, so MASTER_ADDR=127.0.0.1 is set for
-every command. As root each node also has four fake GPUs (clones of the null device), for CUDA_VISIBLE_DEVICES.
+every command. As root each node also has fake GPUs (clones of the null device), for CUDA_VISIBLE_DEVICES: four, or as
+many as `gpus` says of each.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -49,14 +51,22 @@ class Cluster:
     """`with Cluster(folder, nodes=2) as cluster: cluster.srun("-N2", "hostname")`."""
 
     def __init__(
-        self, folder: Path, nodes: int = 2, cpus: int = 8, configuration: str = "", proctrack: str = "linuxproc"
+        self,
+        folder: Path,
+        nodes: int = 2,
+        cpus: int = 8,
+        configuration: str = "",
+        proctrack: str = "linuxproc",
+        gpus: tuple[int, ...] = (),
     ) -> None:
         self.folder = folder
+        self._gpus = gpus or (GPUS,) * nodes
         self._proctrack = proctrack
         self.nodes = tuple(f"n{index}" for index in range(1, nodes + 1))
         self._cpus = cpus
         self._configuration = configuration
         self._daemons = ExitStack()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def srun(self, *args: str, env: Mapping[str, str] | None = None, timeout: float = 60.0) -> Completed:
         """Run `srun --mpi=none ARGS` and return what it printed, whatever its exit code.
@@ -110,25 +120,60 @@ class Cluster:
         self._ask("scancel", f"--user={getpass.getuser()}")
         _wait_until(lambda: not self._ask("squeue", "--noheader"), "the queue to be empty", self._logs)
 
+    def stop(self, name: str) -> None:
+        """End a daemon in order, and return when it has ended."""
+        process = self._running.pop(name)
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def kill(self, name: str) -> None:
+        """End a daemon by SIGKILL; the steps that it has started run on."""
+        process = self._running.pop(name)
+        process.kill()
+        process.wait()
+
+    def start(self, name: str) -> None:
+        """Start a daemon that does not run; the controller goes on from its state."""
+        conf = str(self.folder / "slurm.conf")
+        if name == "slurmctld":
+            command = ["slurmctld", "-D", "-f", conf]
+        elif name == "munged":
+            munge = self.folder / "munge"
+            command = ["munged", "--foreground", "--force", f"--key-file={munge / 'key'}"]
+            command += [f"--{each}-file={munge / each}" for each in ("pid", "log", "seed")]
+            command += [f"--socket={munge / 'socket'}"]
+        else:
+            command = ["slurmd", "-D", "-f", conf, "-N", name.removeprefix("slurmd-")]
+        program = shutil.which(command[0], path=SYSTEM_PATH)
+        # The kernel ends it should this process die first.
+        setpriv = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+        with (self.folder / "log" / f"{name}.out").open("a") as out:
+            self._running[name] = subprocess.Popen(
+                [*setpriv, str(program), *command[1:]],
+                env=self.environ(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+
+    def until_idle(self) -> None:
+        """Return when every node can take jobs and has none."""
+        _wait_until(self._all_idle, "all nodes to be idle", self._logs)
+
     def __enter__(self) -> Cluster:
         with ExitStack() as daemons:
             self._prepare()
-            munge = self.folder / "munge"
-            munged = [
-                "munged",
-                "--foreground",
-                "--force",
-                f"--key-file={munge / 'key'}",
-                f"--socket={munge / 'socket'}",
-            ]
-            munged += [f"--pid-file={munge / 'pid'}", f"--log-file={munge / 'log'}", f"--seed-file={munge / 'seed'}"]
-            daemons.enter_context(self._daemon(munged, "munged"))
-            _wait_until((munge / "socket").exists, "munged's socket", self._logs)
-            conf = str(self.folder / "slurm.conf")
-            daemons.enter_context(self._daemon(["slurmctld", "-D", "-c", "-f", conf], "slurmctld"))
+            daemons.callback(self._stop_all)
+            self.start("munged")
+            _wait_until((self.folder / "munge" / "socket").exists, "munged's socket", self._logs)
+            self.start("slurmctld")
             for node in self.nodes:
-                daemons.enter_context(self._daemon(["slurmd", "-D", "-f", conf, "-N", node], f"slurmd-{node}"))
-            _wait_until(self._all_idle, "all nodes to be idle", self._logs)
+                self.start(f"slurmd-{node}")
+            self.until_idle()
             self._daemons = daemons.pop_all()
         return self
 
@@ -138,28 +183,9 @@ class Cluster:
         with self._daemons:
             self.cancel_jobs()
 
-    @contextmanager
-    def _daemon(self, command: list[str], name: str) -> Iterator[None]:
-        """Run a daemon in the foreground as our child; the kernel ends it should this process die first."""
-        program = shutil.which(command[0], path=SYSTEM_PATH)
-        setpriv = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-        with (self.folder / "log" / f"{name}.out").open("w") as out:
-            process = subprocess.Popen(
-                [*setpriv, str(program), *command[1:]],
-                env=self.environ(),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
-        try:
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    def _stop_all(self) -> None:
+        for name in reversed(list(self._running)):
+            self.stop(name)
 
     def _prepare(self) -> None:
         for part in ("state", "log", "dev", "run", "munge", *(f"run/spool.{node}" for node in self.nodes)):
@@ -170,10 +196,13 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         fake_gpus = os.geteuid() == 0
         if fake_gpus:
-            for index in range(GPUS):
+            for index in range(max(self._gpus)):
                 os.mknod(self.folder / "dev" / f"fakegpu{index}", 0o20666, os.makedev(1, 3))
             (self.folder / "gres.conf").write_text(
-                f"Name=gpu File={self.folder}/dev/fakegpu[0-{GPUS - 1}] Flags=nvidia_gpu_env\n"
+                "".join(
+                    f"NodeName={node} Name=gpu File={self.folder}/dev/fakegpu[0-{count - 1}] Flags=nvidia_gpu_env\n"
+                    for node, count in zip(self.nodes, self._gpus, strict=True)
+                )
             )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         (self.folder / "slurm.conf").write_text(
@@ -182,11 +211,11 @@ class Cluster:
 
     def _slurm_conf(self, ports: list[int], fake_gpus: bool) -> str:
         host, here = platform.node().partition(".")[0], self.folder
-        gres = f" Gres=gpu:{GPUS}" if fake_gpus else ""
+        gres = [f" Gres=gpu:{count}" if fake_gpus else "" for count in self._gpus]
         nodes = "\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
-            f" CPUs={self._cpus} RealMemory=4000{gres} State=UNKNOWN"
-            for node, port in zip(self.nodes, ports[1:], strict=True)
+            f" CPUs={self._cpus} RealMemory=4000{its_gpus} State=UNKNOWN"
+            for node, port, its_gpus in zip(self.nodes, ports[1:], gres, strict=True)
         )
         return f"""\
 ClusterName=test

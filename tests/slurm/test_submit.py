@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,15 @@ class Submitted:
         self.until(lambda: "PENDING" in self.state())
         self.cluster.run("scontrol", "update", f"job={self.number}", "StartTime=now+2")
 
-    def record(self, folder: str = "job") -> list[dict[str, object]]:
+    def has_finished(self) -> bool:
+        return "of the job: finished" in self.said
+
+    def nodes(self) -> list[int]:
+        """How many nodes each start has had."""
+        starts = self.project / "runs" / "job" / "starts.jsonl"
+        return [each["nodes"] for each in self.record() if "nodes" in each] if starts.exists() else []
+
+    def record(self, folder: str = "job") -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.project / "runs" / folder / "starts.jsonl").read_text().splitlines()]
 
 
@@ -107,8 +116,15 @@ def unbroken(submitted: Submitted, epochs: int, nproc: int = 2) -> list[torch.Te
 
 
 def test_a_job_that_is_stopped_goes_on_and_ends_as_one_that_was_not(submitted: Submitted) -> None:
-    done = submitted.submit("--nodes=2", "--nproc=1", "train.py", "3", "0.1")
+    asked = ("--nodes=2", "--nproc=1", "train.py", "3", "0.1")
+    shown = submitted.submit("--dry-run", *asked).stdout
+    done = submitted.submit(*asked)
     assert done.returncode == 0, done.stderr
+    # What SLURM holds is what a dry run showed.
+    assert (
+        submitted.cluster.run("scontrol", "write", "batch_script", submitted.number, "-").stdout.strip()
+        == shown.strip()
+    )
     assert (
         done.stdout
         == f"job {submitted.number} submitted; its log: {submitted.project}/runs/job/slurm-{submitted.number}.log\n"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import re
 
 import pytest
 import torch
 
-from tests.slurm.cluster import Cluster
 from tests.slurm.test_submit import Submitted, submitted, unbroken
 
 __all__ = ["submitted"]
@@ -89,19 +87,6 @@ def test_a_requeued_job_takes_the_nodes_that_are_there(submitted: Submitted) -> 
     assert all(torch.allclose(mine, other, atol=1e-5) for mine, other in one_by_one)
 
 
-def test_members_of_an_array_share_nothing_and_each_goes_on_by_itself(submitted: Submitted) -> None:
-    submitted.submit("--array=0-3", "--nodes=2", "--nproc=1", str(submitted.project / "train.py"), "3", "0.2")
-    submitted.until_said("iteration 4", times=4)
-    submitted.cluster.run("scancel", "--batch", "--signal=USR1", f"{submitted.number}_2")
-    submitted.until_said("the job is put back into its queue")
-    submitted.until_said("of the job: finished", times=4)
-    seeds = set(re.findall(r"seed (\d+) work", submitted.said))
-    assert len(seeds) == 4
-    outs = [torch.load(submitted.project / f"runs/job-{member}/out.pt") for member in range(4)]
-    assert all(not torch.equal(outs[0][0], other[0]) for other in outs[1:])
-    assert [len(submitted.record(f"job-{member}")) for member in range(4)] == [2, 2, 4, 2]
-
-
 def test_what_slurm_refuses_is_one_line_and_leaves_no_folder(submitted: Submitted) -> None:
     done = submitted.submit("--partition=nowhere", "train.py", "1", "0")
     assert (done.returncode, done.stdout) == (2, "")
@@ -130,26 +115,3 @@ def test_a_job_has_of_its_shell_what_was_named_and_no_file_has_a_secret(submitte
     assert "['s3cr3t-t0k3n', 'a b', None]" in submitted.said
     written = [path for path in submitted.project.rglob("*") if path.is_file() and "slurm-" not in path.name]
     assert [path for path in written if "s3cr3t-t0k3n" in path.read_text() and "attempt_" not in str(path)] == []
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_a_job_that_is_stopped_at_random_moments_ends_as_one_that_was_not(
-    seed: int, submitted: Submitted, cluster: Cluster
-) -> None:
-    chance = random.Random(seed)
-    submitted.submit("--nodes=2", "--nproc=1", "train.py", "3", "0.1")
-    for _ in range(2):
-        at = chance.choice(["output kept in", *(f"iteration {each}\n" for each in range(1, 30))])
-        before = submitted.said.count("of the job: ")
-        submitted.until(lambda at=at: at in submitted.said)
-        if chance.random() < 0.5:
-            cluster.run("scancel", "--batch", "--signal=USR1", submitted.number)
-            submitted.until(lambda before=before: submitted.said.count("of the job: ") > before)
-        else:
-            cluster.run("scontrol", "requeue", submitted.number)
-        if "finished" in submitted.said:
-            break
-        submitted.start_again()
-        submitted.until(lambda: submitted.state() in ("RUNNING", ""))
-    submitted.until_said("of the job: finished")
-    ends_as_unbroken(submitted, 3)
