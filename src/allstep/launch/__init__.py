@@ -2,7 +2,8 @@
 
 In the order in which a run meets them:
 - what is asked for: `settings` (the table of all options), `config_file` (YAML);
-- what is to be started: `supervisor`, with `devices` (how many workers) and `topology` (which of several machines);
+- what is to be started: `supervisor`, with `devices` (how many workers), `topology` (which of several machines) and
+  `core_binding` (which cores each worker runs on, in SLURM);
 - the run on this machine: `machine`, with `event_loop`, `output` and `folder` (where logs go);
 - the run over all its attempts: `head` on the machine that decides, `follower` on the others, which come together by
   `join_server` and `join_protocol`;

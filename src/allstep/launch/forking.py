@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from allstep.launch.process import Pipes, WorkerProcess, spawn, watched
+from allstep.launch.process import Pipes, WorkerProcess, bind, spawn, watched
 from allstep.launch.worker_plan import WorkerPlan
 
 _TEMPLATE = str(Path(__file__).with_name("template.py"))
@@ -68,6 +68,7 @@ class Template:
 
     def __init__(self, plans: Sequence[WorkerPlan], pipes: Sequence[Pipes], modules: Sequence[str]) -> None:
         first = plans[0]
+        self._plans = plans
         # What differs between ranks is set in each fork; the rest, from the start, as a library may read it at import.
         common = dict(set.intersection(*(set(plan.environment.items()) for plan in plans)))
         ranks = [
@@ -126,9 +127,10 @@ class Template:
         """The workers that the template reported, or None where it reported none that can be watched."""
         with contextlib.suppress(OSError, ValueError), contextlib.ExitStack() as undo:
             workers = []
-            for pid in json.loads(os.read(self._report, _REPORT_SIZE)):
+            for pid, plan in zip(json.loads(os.read(self._report, _REPORT_SIZE)), self._plans, strict=True):
                 workers.append(watched(ForkedChild(pid)))
                 undo.callback(os.close, workers[-1].exit_fd)
+                bind(pid, plan)  # it waits, and has no second thread yet
             undo.pop_all()
             return workers
         return None

@@ -46,6 +46,7 @@ class Launch:
         cores: CPU cores that this process may use.
         environ: what the workers inherit; NO_COLOR and ALLSTEP_SECRET are looked at.
         nodes: this machine's place among several, or None.
+        bound: the CPUs that each worker runs on; empty where any of them may.
     """
 
     settings: LaunchSettings
@@ -56,6 +57,7 @@ class Launch:
     cores: int
     environ: Mapping[str, str]
     nodes: Nodes | None = None
+    bound: tuple[tuple[int, ...], ...] = ()
 
 
 class Machine:
@@ -109,6 +111,7 @@ class Machine:
             environ=launch.environ,
             devices=launch.devices,
             cores=launch.cores,
+            bound=launch.bound,
             descriptors=self._descriptors,
             status_columns=self.terminal.status_columns if 0 in shown else None,  # of the main rank, if of any
         )

@@ -124,7 +124,16 @@ def start_worker(plan: WorkerPlan, pipes: Pipes, *, pidfd: bool = True) -> Worke
         OSError: the process cannot be started.
     """
     command = plan.command_line(os.getpid(), pipes.lifeline[1])
-    return watched(spawn(command, plan.environment, pipes, plan, _descriptors(plan, pipes)), pidfd=pidfd)
+    process = spawn(command, plan.environment, pipes, plan, _descriptors(plan, pipes))
+    bind(process.pid, plan)
+    return watched(process, pidfd=pidfd)
+
+
+def bind(pid: int, plan: WorkerPlan) -> None:
+    """Keep a worker that has just begun to its own cores, where it has some."""
+    if plan.cores:
+        with contextlib.suppress(OSError):  # it may have ended, and cores may be taken from a job while it runs
+            os.sched_setaffinity(pid, plan.cores)
 
 
 def _descriptors(plan: WorkerPlan, pipes: Pipes) -> list[int]:

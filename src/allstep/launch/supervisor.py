@@ -36,6 +36,7 @@ from allstep.launch.syntax_check import syntax_error
 from allstep.launch.worker_plan import Command, worker_count
 
 if TYPE_CHECKING:
+    from allstep.launch.devices import Devices
     from allstep.launch.topology import Nodes
 
 _JOB_NUMBERS = ("SLURM_JOB_ID", "LSB_JOBID", "PBS_JOBID", "SGE_TASK_ID")
@@ -80,6 +81,7 @@ def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, 
         start = f"{workers} worker{'' if workers == 1 else 's'} will be started; give --nproc for another number"
         print(f"allstep: warning: {devices.doubt}: {start}", file=sys.stderr, flush=True)
     nodes = _nodes(settings, environ)
+    cores, bound = _cores(environ, settings, devices, workers)
     if nodes is None:
         shown_ranks(settings.show, workers)  # with several machines it is checked when all have come
     return Launch(
@@ -88,9 +90,10 @@ def prepare(settings: LaunchSettings, command: Command, inherited: Mapping[str, 
         name=settings.name or default_name(command.target, time.strftime("%Y%m%d-%H%M%S")),
         workers=workers,
         devices=devices,
-        cores=_cores(),
+        cores=cores,
         environ=environ,
         nodes=nodes,
+        bound=bound,
     )
 
 
@@ -173,7 +176,21 @@ def _nodes(settings: LaunchSettings, environ: Mapping[str, str]) -> Nodes | None
     return nodes
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # what a container or a batch job may use of the machine's cores
-    return os.cpu_count() or 1
+def _cores(
+    environ: dict[str, str], settings: LaunchSettings, devices: Devices, workers: int
+) -> tuple[int, tuple[tuple[int, ...], ...]]:
+    """How many cores this process may use, and which of them each worker is to run on, where that is decided here."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1, ()
+    allowed = sorted(os.sched_getaffinity(0))  # what a container or a batch job may use of the machine's cores
+    if "SLURM_JOB_ID" not in environ:
+        return len(allowed), ()
+    from allstep.launch.core_binding import bind_workers, granted_cores
+
+    granted = granted_cores(environ)
+    if granted is None:
+        return len(allowed), ()
+    cores = min(granted, len(allowed))
+    if cores < len(allowed):  # not kept to its cores, a single worker would take threads for all of them
+        environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    return cores, bind_workers(allowed, granted, devices.names, workers, {**environ, **settings.env})

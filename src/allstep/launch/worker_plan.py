@@ -8,7 +8,7 @@ starts them as they are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +48,8 @@ class WorkerPlan:
 
     `descriptors` is how many it may open; None leaves it what this process may. `store_fd` is the socket that it is to
     serve the ranks' store on, a descriptor of this process, where that is its part. `has_terminal`: it has this
-    process's own standard streams in place of pipes, for a person who debugs it.
+    process's own standard streams in place of pipes, for a person who debugs it. `cores` are the CPUs that it runs on;
+    empty: any that this process may use.
     """
 
     run_id: str
@@ -59,6 +60,7 @@ class WorkerPlan:
     descriptors: int | None = None
     store_fd: int | None = None
     has_terminal: bool = False
+    cores: tuple[int, ...] = ()
 
     def command_line(self, supervisor_pid: int, lifeline: int) -> list[str]:
         """Return the command line, for a supervisor of this pid that holds the other end of the pipe `lifeline`."""
@@ -120,6 +122,7 @@ def plan_workers(
     environ: Mapping[str, str],
     devices: Devices,
     cores: int,
+    bound: Sequence[tuple[int, ...]] = (),
     descriptors: int | None = None,
     status_columns: int | None = None,
 ) -> tuple[WorkerPlan, ...]:
@@ -132,6 +135,7 @@ def plan_workers(
         environ: what the workers inherit.
         devices: the CUDA devices that they share.
         cores: CPU cores that this process may use.
+        bound: which of them each worker runs on, in the order of local ranks; empty: any of them.
         descriptors: how many each may open, where that is not what this process may.
         status_columns: how wide a status line of theirs may be; None where it would not be shown.
     """
@@ -196,6 +200,7 @@ def plan_workers(
             descriptors=descriptors,
             store_fd=share.store_fd if rank == 0 else None,
             has_terminal=rank == settings.debug_rank,
+            cores=bound[local_rank] if bound else (),
         )
         for local_rank, rank in enumerate(share.ranks)
     )
