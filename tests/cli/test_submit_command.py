@@ -70,6 +70,28 @@ def test_a_copy_that_a_job_may_still_run_is_not_replaced(
     assert (project / "runs/a/job.sh").exists()
 
 
+def test_jobs_of_one_second_have_folders_of_their_own(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sbatch(project, monkeypatch, "echo 47")
+    monkeypatch.setattr("time.strftime", lambda *_: "20261201-0000")
+    logs = [said(capfd, "--live", "train.py")[1].split()[-1] for _ in range(2)]
+    assert [Path(log).parent.name for log in logs] == ["train-20261201-0000", "train-20261201-0000_2"]
+
+
+def test_a_name_is_not_used_twice_while_its_job_is_in_the_queue(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sbatch(project, monkeypatch, "echo 47")
+    assert said(capfd, "--name=a", "--live", "train.py")[0] == 0
+    queue = f"echo 46 /elsewhere/job.sh; echo 47 {project}/runs/a/job.sh"
+    (project / ".bin" / "squeue").write_text(f"#!/bin/sh\n{queue}\n")
+    (project / ".bin" / "squeue").chmod(0o755)
+    code, out, error = said(capfd, "--name=a", "--live", "train.py")
+    assert (code, out) == (2, "")
+    assert "job 47 of this name is in the queue" in error
+
+
 def test_live_runs_the_tree_and_copies_nothing(
     project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,18 @@ def test_a_controller_that_restarts_is_waited_for(slurm: Slurm) -> None:
     assert slurm.asked() == "requeue 47\n"
 
 
+def test_a_start_that_slurm_has_given_up_leaves_the_job_to_the_next(
+    slurm: Slurm, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batch_process, "_RECORD_LOOK_S", 0.05)
+    later = f"echo '{json.dumps({'job': '47', 'nodes': 1, 'saved': -1, 'time': 0})}' >> {slurm.folder}/starts.jsonl"
+    step = f"import os, signal; os.system({later!r}); signal.pause()"
+    assert slurm.run(script=step) == 85
+    assert "a later start has begun, so this one ends" in capfd.readouterr().err
+    assert slurm.asked() == ""
+    assert "ended" not in (slurm.folder / "starts.jsonl").read_text()
+
+
 @pytest.mark.parametrize(("code", "what"), [(0, "finished"), (3, "failed with exit code 3")])
 def test_a_step_that_ends_by_itself_has_its_own_code(code: int, what: str, slurm: Slurm) -> None:
     assert slurm.run(script=f"raise SystemExit({code})") == code

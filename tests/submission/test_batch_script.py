@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,6 +173,39 @@ def test_a_task_for_each_rank_is_the_script_itself(echoing: Path, tmp_path: Path
     ]
     assert "--chain" in argv
     assert "#SBATCH --no-requeue" in text
+
+
+@pytest.mark.parametrize(
+    ("request_fields", "asked", "given"),
+    [
+        ({"gpus": "6"}, ["--ntasks-per-node=1", "--gpus=6"], ["--ntasks-per-node=1"]),
+        (
+            {"tasks_per_node": 4, "gpus_per_task": "1"},
+            ["--ntasks-per-node=4", "--gpus-per-task=1"],
+            ["--ntasks-per-node=4", "--gpus-per-task=1"],
+        ),
+        ({"gpus": "6", "tasks_per_gpu": 1}, ["--gpus=6", "--ntasks-per-gpu=1"], ["--ntasks-per-gpu=1"]),
+    ],
+)
+def test_gpus_are_asked_for_as_slurm_counts_them(
+    request_fields: dict[str, Any], asked: list[str], given: list[str], tmp_path: Path
+) -> None:
+    lines = batch_script(job(tmp_path, request=JobRequest(**request_fields))).splitlines()
+    counted = ("--ntasks", "--gpus")
+    assert [
+        line.removeprefix("#SBATCH ") for line in lines if line.startswith(("#SBATCH --ntasks", "#SBATCH --gpus"))
+    ] == asked
+    srun = next(line for line in lines if line.strip().startswith("srun "))
+    assert [word for word in srun.split() if word.startswith(counted)] == given
+
+
+def test_a_task_a_rank_has_as_many_threads_as_cores(echoing: Path, tmp_path: Path) -> None:
+    request = JobRequest(tasks_per_node=4, cpus_per_task=8)
+    one = job(tmp_path, python=str(echoing), request=request, workdir=tmp_path)
+    assert run(batch_script(one))[1]["OMP_NUM_THREADS"] == "8"
+    assert run(batch_script(replace(one, exports={"OMP_NUM_THREADS": "2"})))[1]["OMP_NUM_THREADS"] == "2"
+    under_run = replace(one, request=JobRequest(cpus_per_task=8))
+    assert "OMP_NUM_THREADS" not in run(batch_script(under_run))[1]
 
 
 def test_a_range_of_nodes_asks_for_cores_and_leaves_the_tasks_to_srun(tmp_path: Path) -> None:

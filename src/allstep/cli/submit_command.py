@@ -33,7 +33,7 @@ from allstep.submission.batch_script import BatchJob, batch_script
 from allstep.submission.carried_environment import carried
 from allstep.submission.code_copy import SubmittedCode, copy_code, find_code
 from allstep.submission.request import OPTIONS, JobRequest, request_from_mapping
-from allstep.submission.slurm_commands import submit
+from allstep.submission.slurm_commands import jobs_of, submit
 from allstep.version import __version__
 
 USAGE = "allstep submit [options] [options of allstep run] [-m] script [args ...]"
@@ -111,14 +111,14 @@ def prepare(given: dict[str, Any], rest: Sequence[str], argv: Sequence[str]) -> 
     from_file, says_run = _from_file(given["config"]) if "config" in given else ({}, False)
     request = JobRequest(**{**from_file, **{name: value for name, value in given.items() if name in fields}})
     run_options = [*(["--config"] if says_run else []), *given.get("run_options", [])]
-    if request.tasks_per_node is not None and run_options:
+    if request.runs_script and run_options:
         raise ConfigurationError(
-            f"{run_options[0].partition('=')[0]} is an option of allstep run, which --tasks-per-node does without; "
-            "leave one of the two out"
+            f"{run_options[0].partition('=')[0]} is an option of allstep run, which {request.runs_script} does "
+            "without; leave one of the two out"
         )
     module = bool(given.get("module"))
     runs = Path(request.runs).absolute()
-    name = request.name or default_name(rest[0], time.strftime("%Y%m%d-%H%M%S"))
+    name = request.name or _free_name(runs, default_name(rest[0], time.strftime("%Y%m%d-%H%M%S")))
     folder = runs / name
     script = Path(rest[0]).absolute()
     if not module and not script.exists():
@@ -160,10 +160,15 @@ def _submit(submission: Submission, text: str) -> str:
     """Make the job's folder and give its script to SLURM; where that fails the new folder is gone again."""
     folder, code = submission.job.folder, submission.code
     is_new = not folder.exists()
+    # A job that waits still runs the script that is there, and two jobs would count as one.
+    if not is_new and (jobs := jobs_of(folder / "job.sh", folder.name)):
+        raise SubmissionError(
+            f"job {jobs[0]} of this name is in the queue, and runs from {folder}; give another --name, or cancel it "
+            "first"
+        )
     try:
         folder.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
         if code is not None:
-            # A job of this name that waits still runs the copy that is there.
             if (folder / "code").exists():
                 raise SubmissionError(
                     f"{folder / 'code'} is there already: the copy of an earlier submission, which may still run; give "
@@ -198,6 +203,18 @@ def _facts(submission: Submission, number: str) -> dict[str, Any]:
         "commit": "" if code is None else code.commit,
         "variables_left_behind": list(submission.left),
     }
+
+
+def _free_name(runs: Path, name: str) -> str:
+    """A name that was made up, with a number at its end where jobs were submitted within one second.
+
+    The number is set off by _, since a member of an array has a folder of its own behind -.
+    """
+    free, number = name, 1
+    while (runs / free).exists():
+        number += 1
+        free = f"{name}_{number}"
+    return free
 
 
 def _without_dry_run(argv: Sequence[str], rest: Sequence[str]) -> list[str]:

@@ -8,6 +8,8 @@ Contract, in order:
 2. It waits for the step's end, for a signal to itself, and for the time of the notice: the end of the job's time, as
    SLURM says it then, less `lead_seconds`. At a signal or at that time the step gets one SIGUSR1, at which all ranks
    stop after one iteration and save (`allstep.Preemption`).
+   Where a later start of the job begins meanwhile, as when SLURM has lost a node's slurmd and what that started lives
+   on, this one ends its step and leaves everything to the later one.
 3. `judge` says how the step ended. Where it was stopped, the job goes back into its queue or, with --chain, on in a new
    job, unless another start would get no further. A job that SLURM no longer calls running was cancelled or is being
    requeued by SLURM itself, and is left to it.
@@ -39,6 +41,12 @@ from allstep.submission.slurm_commands import ask_end, ask_state, requeue, submi
 
 _LOOK_S = 60.0
 """How often the record of saves and the job's end are looked at."""
+
+_RECORD_LOOK_S = 10.0
+"""How often it is looked whether a later start of the job has begun."""
+
+_LEAVE_S = 30.0
+"""Seconds that a step has to end in that is no longer the job's, before its srun is killed."""
 
 SLURMS_NOTICE_S = 62.0
 """SLURM's own notice of the time's end, `--signal=...@1`, comes up to a minute before that second."""
@@ -101,11 +109,14 @@ class BatchProcess:
         self._chain = chain
         self._notice: StopNotice | None = None
         self._began = time.time()
+        self._number = 0
+        self._superseded_at: float | None = None
 
     def run(self, command: Sequence[str]) -> int:
         """Run the step and return the job's exit code."""
         nodes = os.environ.get("SLURM_JOB_NUM_NODES", "1")
         self._record.begin(self._job, int(nodes) if nodes.isdecimal() else 1)
+        self._number = len(self._record.starts())
         environ = dict(os.environ)
         environ.pop(MEASURE, None)
         if not self._record.saves():
@@ -122,6 +133,7 @@ class BatchProcess:
         try:
             while True:
                 now = time.time()
+                self._leave_to_a_later_start(step, now)
                 if self._notice is None and now >= notice_at:
                     notice_at = self._notice_at()  # the limit may have been moved
                     if now >= notice_at:
@@ -132,7 +144,7 @@ class BatchProcess:
                 if self._notice is not None and not is_passed_on and now >= settled_at:
                     step.send_signal(signal.SIGUSR1)
                     is_passed_on = True
-                dates = [look_at]
+                dates = [look_at, now + _RECORD_LOOK_S]
                 if self._notice is None:
                     dates.append(notice_at)
                 elif not is_passed_on:
@@ -145,6 +157,15 @@ class BatchProcess:
                         self._note(used_up=self._ends_within(SLURMS_NOTICE_S), why=f"signal {number.name}")
         finally:
             os.close(end)
+
+    def _leave_to_a_later_start(self, step: subprocess.Popen[bytes], now: float) -> None:
+        if self._superseded_at is None:
+            if len(self._record.starts()) > self._number:
+                self._superseded_at = now
+                _say(f"start {self._number} of the job: a later start has begun, so this one ends")
+                step.terminate()
+        elif now > self._superseded_at + _LEAVE_S:
+            step.kill()
 
     def _note(self, *, used_up: bool, why: str) -> None:
         self._notice = StopNotice(used_up, self._record.saved())
@@ -165,6 +186,8 @@ class BatchProcess:
         return end is not None and end - time.time() <= seconds
 
     def _finish(self, code: int) -> int:
+        if self._superseded_at is not None:
+            return PREEMPTED
         saved = self._record.saved()
         ending = judge(code, self._notice, saved)
         if ending != "stopped":
@@ -190,8 +213,7 @@ class BatchProcess:
         return self._end(PREEMPTED, f"stopped, and scontrol requeue failed: {failure_to_requeue}; {remedy}")
 
     def _end(self, code: int, what: str) -> int:
-        number = len(self._record.starts())
-        _say(f"start {number} of the job: {what}")
+        _say(f"start {self._number} of the job: {what}")
         try:
             self._record.end(self._job, code, what)
         except OSError as error:

@@ -4,9 +4,10 @@ Contract: `batch_script` gives a script that bash runs whatever is in the argume
 quotes, spaces, line ends, any bytes. It has three parts: what SLURM is asked for (`#SBATCH`), the environment, and one
 command, which is `allstep.submission.batch_process` around an `srun`.
 
-How many tasks: one `allstep run` on each node by default, and with `tasks_per_node` the script itself, a task for each
-rank. A failed task ends its peers there (`--kill-on-bad-exit`). Under `allstep run` the nodes do that for each other,
-and SLURM's way would end nodes that are still writing their last words.
+How many tasks: one `allstep run` on each node by default, and with `tasks_per_node` or `tasks_per_gpu` the script
+itself, a task for each rank, with as many threads as it has cores. A failed task ends its peers there
+(`--kill-on-bad-exit`). Under `allstep run` the nodes do that for each other, and SLURM's way would end nodes that are
+still writing their last words.
 """
 
 from __future__ import annotations
@@ -74,15 +75,17 @@ def _head(job: BatchJob) -> list[str]:
     request = job.request
     log = "slurm-%A_%a.log" if request.array else "slurm-%j.log"
     tasks = request.tasks_per_node or 1
-    is_range = "-" in request.nodes
     cores = tasks * (request.cpus_per_task or 1)
     asked = {
         "job-name": job.name,
         "nodes": request.nodes,
         # Told how many tasks a node has, SLURM takes the least of a range, which is enough for them.
-        "ntasks-per-node": None if is_range else str(tasks),
-        "mincpus": str(cores) if is_range and cores > 1 else None,
+        "ntasks-per-node": None if request.is_range or request.tasks_per_gpu else str(tasks),
+        "mincpus": str(cores) if request.is_range and cores > 1 else None,
         "gpus-per-node": request.gpus_per_node,
+        "gpus": request.gpus,
+        "gpus-per-task": request.gpus_per_task,
+        "ntasks-per-gpu": None if request.tasks_per_gpu is None else str(request.tasks_per_gpu),
         "cpus-per-task": None if request.cpus_per_task is None else str(request.cpus_per_task),
         "time": request.time,
         "partition": request.partition,
@@ -123,6 +126,10 @@ def _environment(job: BatchJob) -> list[str]:
         ]
     if job.module and job.python_path:
         lines.append("export PYTHONSAFEPATH=1  # else python -m would look in the working folder first")
+    if job.request.runs_script and job.request.cpus_per_task and "OMP_NUM_THREADS" not in job.exports:
+        lines.append(
+            f"export OMP_NUM_THREADS={job.request.cpus_per_task}  # a task would start one for each core it sees"
+        )
     lines.append("export SLURM_EXPORT_ENV=ALL  # srun hands all of this to its tasks")
     if job.request.array:
         lines += [
@@ -150,13 +157,16 @@ def _command(job: BatchJob) -> list[str]:
     srun = [
         "srun",
         '--nodes="$SLURM_JOB_NUM_NODES"',
-        f"--ntasks-per-node={request.tasks_per_node or 1}",
+        f"--ntasks-per-gpu={request.tasks_per_gpu}"
+        if request.tasks_per_gpu
+        else f"--ntasks-per-node={request.tasks_per_node or 1}",
+        *([f"--gpus-per-task={request.gpus_per_task}"] if request.gpus_per_task else []),
         *([f"--cpus-per-task={request.cpus_per_task}"] if request.cpus_per_task else []),
-        f"--kill-on-bad-exit={1 if request.tasks_per_node else 0}",
+        f"--kill-on-bad-exit={1 if request.runs_script else 0}",
     ]
     python = shlex.quote(job.python)
     target = (["-m"] if job.module else []) + [job.target]
-    if request.tasks_per_node is None:
+    if request.runs_script is None:
         name = shlex.quote(job.name) + ('-"$SLURM_ARRAY_TASK_ID"' if request.array else "")
         runs = shlex.quote(str(job.folder.parent))
         given = list(map(shlex.quote, job.run_options))

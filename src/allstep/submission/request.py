@@ -33,6 +33,10 @@ OWN_SBATCH_OPTIONS = {
     "ntasks": "--tasks-per-node",
     "n": "--tasks-per-node",
     "gpus-per-node": "--gpus-per-node",
+    "gpus": "--gpus",
+    "G": "--gpus",
+    "gpus-per-task": "--gpus-per-task",
+    "ntasks-per-gpu": "--tasks-per-gpu",
     "cpus-per-task": "--cpus-per-task",
     "c": "--cpus-per-task",
     "time": "--time",
@@ -154,12 +158,21 @@ _SECONDS = ValueType(read_seconds, check_seconds)
 OPTIONS = (
     Option("nodes", _text(check_nodes), "N|N-M", "nodes, or the least and the most of them", "--nodes", "1"),
     Option("gpus_per_node", _text(check_gpus), "G", "GPUs of each node, one worker each", "--gpus-per-node"),
+    Option("gpus", _text(check_gpus), "G", "GPUs of all nodes, whose numbers may differ", "--gpus"),
     Option(
         "tasks_per_node",
         _COUNT,
         "T",
         "start the script itself, a task for each rank, instead of one `allstep run` on each node",
         "--tasks-per-node",
+    ),
+    Option("gpus_per_task", _text(check_gpus), "G", "GPUs of each task, which sees no others", "--gpus-per-task"),
+    Option(
+        "tasks_per_gpu",
+        _COUNT,
+        "T",
+        "start the script itself, T tasks for each GPU, of which each sees its own",
+        "--tasks-per-gpu",
     ),
     Option("cpus_per_task", _COUNT, "C", "cores of each task, so of a whole node's workers", "--cpus-per-task"),
     Option("time", _text(check_time), "TIME", "the job's time, such as 12:00:00", "--time", "the partition's"),
@@ -197,7 +210,10 @@ class JobRequest:
 
     nodes: str = "1"
     gpus_per_node: str | None = None
+    gpus: str | None = None
     tasks_per_node: int | None = None
+    gpus_per_task: str | None = None
+    tasks_per_gpu: int | None = None
     cpus_per_task: int | None = None
     time: str | None = None
     partition: str | None = None
@@ -219,11 +235,41 @@ class JobRequest:
                 option.type.check(option.name, value)
         if self.after and any(re.match(r"--dependency|-d", option) for option in self.sbatch):
             raise ConfigurationError("after and sbatch both give a dependency; give all of it as --sbatch --dependency")
+        self._check_gpus()
 
     @property
     def most_nodes(self) -> int:
         """How many nodes the job may have."""
         return int(self.nodes.rpartition("-")[2])
+
+    @property
+    def is_range(self) -> bool:
+        """Whether the number of nodes may differ from start to start."""
+        return "-" in self.nodes
+
+    @property
+    def runs_script(self) -> str | None:
+        """The option that has srun start the script itself; None where it starts one `allstep run` on each node."""
+        if self.tasks_per_gpu is not None:
+            return "--tasks-per-gpu"
+        return None if self.tasks_per_node is None else "--tasks-per-node"
+
+    def _check_gpus(self) -> None:
+        """Raise ConfigurationError where two options say how many GPUs or tasks there are."""
+        counts = [name for name in ("gpus_per_node", "gpus", "gpus_per_task") if getattr(self, name) is not None]
+        if len(counts) > 1:
+            raise ConfigurationError(f"{counts[0]} and {counts[1]} both say how many GPUs there are; leave one out")
+        if self.tasks_per_gpu is not None:
+            if self.tasks_per_node is not None:
+                raise ConfigurationError("tasks_per_gpu and tasks_per_node both say how many tasks; leave one out")
+            if self.gpus is None and self.gpus_per_node is None:
+                raise ConfigurationError("tasks_per_gpu needs a number of GPUs; give --gpus or --gpus-per-node besides")
+        by_number = "tasks_per_gpu" if self.tasks_per_gpu is not None else "gpus_per_task"
+        if self.is_range and getattr(self, by_number) is not None:
+            raise ConfigurationError(
+                f"nodes is {self.nodes!r}, and SLURM knows no {by_number} for a range; give --gpus-per-node, and "
+                "--tasks-per-node for a task a rank"
+            )
 
 
 def request_from_mapping(section: Mapping[str, object], where: str) -> dict[str, object]:

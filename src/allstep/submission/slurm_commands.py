@@ -1,12 +1,13 @@
 """SLURM's commands as `allstep submit` uses them: each bounded in time, and each failure in SLURM's own words.
 
-Contract: `submit` gives a job to SLURM and returns its number, or raises a SubmissionError with the remedy. `ask_state`
-and `ask_end` return None where SLURM does not answer. `requeue` and `submit_next` are tried again while the controller
-does not answer, for as long as a restart of it takes.
+Contract: `submit` gives a job to SLURM and returns its number, or raises a SubmissionError with the remedy. Where SLURM
+does not answer, `ask_state` and `ask_end` return None and `jobs_of` no jobs. `requeue` and `submit_next` are tried again
+while the controller does not answer, for as long as a restart of it takes.
 """
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import time
@@ -80,6 +81,18 @@ def submit_next(script: Path, environ: Mapping[str, str]) -> tuple[str | None, s
 
     failure = _patiently(attempt)
     return (numbers[0], "") if failure is None else (None, failure)
+
+
+def jobs_of(script: Path, name: str) -> list[str]:
+    """The numbers of jobs in the queue that were submitted with this script; none where nobody answers.
+
+    Args:
+        script: the batch script.
+        name: of those jobs.
+    """
+    said = _answer(["squeue", "--noheader", f"--user={getpass.getuser()}", f"--name={name}", "--format=%i %o"])
+    found = [line.strip().partition(" ") for line in (said or "").splitlines()]
+    return [number for number, _, command in found if command == str(script)]
 
 
 def ask_state(job: str) -> str | None:
