@@ -57,11 +57,18 @@ class Submitted:
         self.cluster, self.project = cluster, project
         self.number = ""
 
-    def submit(self, *options: str, **env: str) -> Completed:
-        """Submit once the cluster is free of the job before, whose nodes may still be ending."""
+    def submit(self, *options: str, unset: str = "", **env: str) -> Completed:
+        """Submit once the cluster is free of the job before, whose nodes may still be ending.
+
+        Args:
+            options: of `allstep submit`, with the script.
+            unset: a variable to take out of the environment.
+            env: variables to set.
+        """
         self.until(lambda: set(self.cluster.run("sinfo", "--noheader", "--format=%T").stdout.split()) == {"idle"})
         command = [sys.executable, "-m", "allstep", "submit", "--name=job", "--env", "MASTER_ADDR=127.0.0.1", *options]
-        done = self.cluster.run("env", f"--chdir={self.project}", *command, env=ENVIRONMENT | env)
+        environment = ["env", f"--chdir={self.project}", *([f"--unset={unset}"] if unset else [])]
+        done = self.cluster.run(*environment, *command, env=ENVIRONMENT | env)
         self.number = done.stdout.partition(" ")[2].partition(" ")[0]
         return done
 

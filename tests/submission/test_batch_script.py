@@ -192,9 +192,8 @@ def test_gpus_are_asked_for_as_slurm_counts_them(
 ) -> None:
     lines = batch_script(job(tmp_path, request=JobRequest(**request_fields))).splitlines()
     counted = ("--ntasks", "--gpus")
-    assert [
-        line.removeprefix("#SBATCH ") for line in lines if line.startswith(("#SBATCH --ntasks", "#SBATCH --gpus"))
-    ] == asked
+    directives = [line.removeprefix("#SBATCH ") for line in lines]
+    assert [each for each in directives if each.startswith(counted)] == asked
     srun = next(line for line in lines if line.strip().startswith("srun "))
     assert [word for word in srun.split() if word.startswith(counted)] == given
 

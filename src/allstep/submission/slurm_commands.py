@@ -1,8 +1,8 @@
 """SLURM's commands as `allstep submit` uses them: each bounded in time, and each failure in SLURM's own words.
 
 Contract: `submit` gives a job to SLURM and returns its number, or raises a SubmissionError with the remedy. Where SLURM
-does not answer, `ask_state` and `ask_end` return None and `jobs_of` no jobs. `requeue` and `submit_next` are tried again
-while the controller does not answer, for as long as a restart of it takes.
+does not answer, `ask_state` and `ask_end` return None and `jobs_of` no jobs. `requeue` and `submit_next` are tried
+again while the controller does not answer, for as long as a restart of it takes.
 """
 
 from __future__ import annotations
