@@ -76,6 +76,15 @@ def test_a_notice_stops_the_step_and_the_job_is_requeued(slurm: Slurm) -> None:
     assert slurm.last() == "stopped; the job is put back into its queue"
 
 
+def test_a_notice_is_heard_where_the_script_ignored_it_so_far(slurm: Slurm) -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        assert slurm.run("save", "notify") == 85
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert slurm.asked() == "requeue 47\n"
+
+
 def test_the_end_of_the_jobs_time_is_a_notice_too(slurm: Slurm, capfd: pytest.CaptureFixture[str]) -> None:
     slurm.says("RUNNING", (datetime.now() + timedelta(seconds=8)).isoformat(timespec="seconds"))
     assert slurm.run("save") == 85

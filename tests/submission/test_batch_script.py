@@ -100,6 +100,7 @@ EXPECTED = """\
 # The job gets nothing of the shell that submitted it but what stands below.
 #SBATCH --export=NIL
 
+trap '' USR1  # a notice that comes before the command below listens would end this script
 export PATH=/env/bin:/usr/bin
 # The code as it was submitted, before what is installed.
 export PYTHONPATH=/runs/big/code/src${PYTHONPATH:+:$PYTHONPATH}

@@ -121,6 +121,8 @@ class BatchProcess:
         environ.pop(MEASURE, None)
         if not self._record.saves():
             environ[MEASURE] = "1"
+        if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:  # by the batch script, up to here
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
         with SignalPipe() as signals, subprocess.Popen(command, env=environ) as step:
             code = self._watch(step, signals)
         return self._finish(code)

@@ -117,7 +117,8 @@ def _head(job: BatchJob) -> list[str]:
 
 
 def _environment(job: BatchJob) -> list[str]:
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in job.exports.items()]
+    lines = ["trap '' USR1  # a notice that comes before the command below listens would end this script"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in job.exports.items()]
     if job.python_path:
         first = ":".join(job.python_path)
         lines += [
