@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,6 +84,28 @@ def test_a_controller_that_is_away_when_a_job_stops_is_waited_for(submitted: Sub
     submitted.until(submitted.has_finished)
     assert submitted.nodes() == [2, 2]
     ends_as_unbroken(submitted, 3)
+
+
+PREEMPTING = """
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=DEFAULT GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP
+"""
+
+
+def test_a_job_that_another_preempts_goes_on_after_it(cluster: Cluster, submitted: Submitted, tmp_path: Path) -> None:
+    with Cluster(tmp_path / "preempting", nodes=2, configuration=PREEMPTING) as preempting:
+        job = Submitted(preempting, submitted.project)
+        job.submit("--nodes=2", "--nproc=1", "--time=60", "--sbatch", "--exclusive", "train.py", "4", "0.2")
+        job.until_said("iteration 5\n")
+        preempting.run("sbatch", "--partition=urgent", "--exclusive", "--nodes=2", "--wrap=sleep 2")
+        job.until_said("the job is put back into its queue")
+        job.start_again()
+        job.until(job.has_finished)
+        assert job.nodes() == [2, 2]
+        ends_as_unbroken(job, 4)
 
 
 def test_an_array_of_eight_at_once_shares_nothing_and_each_member_goes_on(submitted: Submitted) -> None:
