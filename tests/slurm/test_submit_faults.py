@@ -89,14 +89,18 @@ def test_a_controller_that_is_away_when_a_job_stops_is_waited_for(submitted: Sub
 PREEMPTING = """
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
+{parameters}
 PartitionName=DEFAULT GraceTime=60
 PartitionName=urgent Nodes=ALL PriorityTier=10 MaxTime=INFINITE State=UP
 """
 
 
-def test_a_job_that_another_preempts_goes_on_after_it(cluster: Cluster, submitted: Submitted, tmp_path: Path) -> None:
-    with Cluster(tmp_path / "preempting", nodes=2, configuration=PREEMPTING) as preempting:
+@pytest.mark.parametrize("parameters", ["", "SlurmctldParameters=preempt_send_user_signal"], ids=["sigterm", "sigusr1"])
+def test_a_job_that_another_preempts_goes_on_after_it(
+    parameters: str, cluster: Cluster, submitted: Submitted, tmp_path: Path
+) -> None:
+    settings = PREEMPTING.format(parameters=parameters)
+    with Cluster(tmp_path / "preempting", nodes=2, configuration=settings) as preempting:
         job = Submitted(preempting, submitted.project)
         job.submit("--nodes=2", "--nproc=1", "--time=60", "--sbatch", "--exclusive", "train.py", "4", "0.2")
         job.until_said("iteration 5\n")

@@ -105,6 +105,15 @@ def test_slurms_own_notice_in_the_last_minute_is_one_of_time(slurm: Slurm) -> No
     assert "used up its time" in slurm.last()
 
 
+def test_a_job_that_is_preempted_early_has_not_used_up_its_time(slurm: Slurm) -> None:
+    slurm.says("RUNNING", (datetime.now() + timedelta(seconds=50)).isoformat(timespec="seconds"))
+    (slurm.folder / "squeue").rename(slurm.folder / "preempted")
+    slurm.says("RUNNING", (datetime.now() + timedelta(hours=1)).isoformat(timespec="seconds"))
+    preempt = f"import os; os.rename('{slurm.folder}/preempted', '{slurm.folder}/squeue')\n"
+    assert slurm.run("notify", script=preempt + STEP) == 85
+    assert slurm.asked() == "requeue 47\n"
+
+
 def test_three_starts_without_a_save_are_enough(slurm: Slurm) -> None:
     assert [slurm.run("notify") for _ in range(3)] == [85, 85, 93]
     assert slurm.asked() == "requeue 47\n" * 2

@@ -109,6 +109,7 @@ class BatchProcess:
         self._chain = chain
         self._notice: StopNotice | None = None
         self._began = time.time()
+        self._planned_end: float | None = None
         self._number = 0
         self._superseded_at: float | None = None
 
@@ -178,6 +179,7 @@ class BatchProcess:
         end = ask_end(self._job)
         if end is None:
             return float("inf")
+        self._planned_end = self._planned_end or end
         # In a short job there has to be time to train too.
         lead = min(lead_seconds(self._record.saves(), self._margin), (end - self._began) / 2)
         return end - lead
@@ -185,7 +187,9 @@ class BatchProcess:
     def _ends_within(self, seconds: float) -> bool:
         """Whether the job's time ends so soon that a signal of SLURM's is about that."""
         end = ask_end(self._job)
-        return end is not None and end - time.time() <= seconds
+        if end is None or (self._planned_end is not None and end < self._planned_end - 1):
+            return False  # a job that is preempted ends after its grace time, whatever it had left
+        return end - time.time() <= seconds
 
     def _finish(self, code: int) -> int:
         if self._superseded_at is not None:
