@@ -13,6 +13,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from allstep.placement.slurm import expand_hosts
 from tests.slurm.cluster import Cluster
 from tests.slurm.test_submit import TRAIN, Submitted, submitted, unbroken
 
@@ -54,32 +55,40 @@ class Ending:
 
     def time_limit(self) -> None:
         """The time is up within the minute."""
-        self.cluster.run("scontrol", "update", f"job={self.job.number}", "TimeLimit=1")
+        minutes = int(self._ask("%M").split(":")[-2]) + 1
+        self.cluster.run("scontrol", "update", f"job={self.job.number}", f"TimeLimit={minutes}")
         self._come_back("TimeLimit=60")
 
     def death_of_first(self) -> None:
         """slurmd on the node that has the batch script is killed; what it started runs on."""
-        self._death("n1")
+        self._death(self._nodes()[0])
 
-    def death_of_second(self) -> None:
+    def death_of_last(self) -> None:
         """slurmd on the other node, or on the only one, is killed."""
-        self._death(sorted(self._nodes())[-1])
+        self._death(self._nodes()[-1])
 
     def _death(self, node: str) -> None:
         self.cluster.kill(f"slurmd-{node}")
+        goes_on_at_once = self.other_size and self._next_nodes() == 1
         try:
             self.job.until(lambda: self.job.state() != "RUNNING")
-            if self.other_size:  # goes on where slurmd lives, while what the other started may still run
+            if goes_on_at_once:  # where slurmd lives, while what the other started may still run
                 self._come_back()
                 self.job.until(lambda: self.job.state() in ("RUNNING", ""))
         finally:
             self.cluster.start(f"slurmd-{node}")
-        if not self.other_size:
+        if not goes_on_at_once:
             self._come_back()
 
-    def _nodes(self) -> set[str]:
-        nodes = self.cluster.run("squeue", "--noheader", "--format=%N", f"--jobs={self.job.number}").stdout.strip()
-        return {"n1", "n2"} if nodes == "n[1-2]" else {nodes}
+    def _ask(self, what: str) -> str:
+        asked = self.cluster.run("squeue", "--noheader", f"--format={what}", f"--jobs={self.job.number}")
+        return asked.stdout.strip()
+
+    def _nodes(self) -> list[str]:
+        return list(expand_hosts(self._ask("%N")))
+
+    def _next_nodes(self) -> int:
+        return 1 if len(self.job.nodes()) % 2 else 2
 
     def _come_back(self, *changes: str) -> None:
         number = self.job.number
@@ -87,8 +96,7 @@ class Ending:
         if not self.job.state():
             return
         if self.other_size:
-            nodes = 1 if len(self.job.nodes()) % 2 else 2
-            changes = (*changes, f"NumNodes={nodes}-{nodes}")
+            changes = (*changes, f"NumNodes={self._next_nodes()}-{self._next_nodes()}")
         if changes:
             self.cluster.run("scontrol", "update", f"job={number}", *changes)
         self.job.start_again()
@@ -99,7 +107,7 @@ ENDINGS: dict[str, Callable[[Ending], None]] = {
     "signal": Ending.signal,
     "requeue": Ending.requeue,
     "death_of_first": Ending.death_of_first,
-    "death_of_second": Ending.death_of_second,
+    "death_of_last": Ending.death_of_last,
 }
 
 
@@ -123,7 +131,7 @@ def test_a_job_that_is_preempted_ends_as_one_that_was_not(
     pace = "1.0" if "death" in ending else "0.2"  # SLURM takes 20 seconds to miss a slurmd
     job.submit("--nodes=1-2" if other_size else "--nodes=2", "--nproc=1", "--time=60", "train.py", str(EPOCHS), pace)
     for start in (1, 2):
-        job.until(lambda start=start: len(job.nodes()) >= start)
+        job.until(lambda start=start: len(job.nodes()) >= start or job.has_finished())
         # From the first moments of a start on; a job that used up its time before its first step would end with 93.
         iterations = chance.randrange(1 if ending == "time_limit" else 0, ITERATIONS // 4)
         said = job.said.count("iteration ") + iterations * job.nodes()[-1]
