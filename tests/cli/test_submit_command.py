@@ -70,6 +70,18 @@ def test_a_copy_that_a_job_may_still_run_is_not_replaced(
     assert (project / "runs/a/job.sh").exists()
 
 
+def test_sbatch_hears_nothing_of_the_job_that_it_is_called_in(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sbatch(project, monkeypatch, "env > seen; echo 47")
+    for name in ("SLURM_CONF", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SBATCH_SIGNAL", "SBATCH_QOS"):
+        monkeypatch.setenv(name, "x")
+    assert said(capfd, "--name=a", "train.py")[0] == 0
+    seen = re.findall(r"^((?:SLURM|SBATCH)_\w+)=", (project / "seen").read_text(), re.M)
+    assert seen == ["SLURM_CONF"]
+    assert "#SBATCH --qos=x\n" in (project / "runs/a/job.sh").read_text()
+
+
 def test_jobs_of_one_second_have_folders_of_their_own(
     project: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

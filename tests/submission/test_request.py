@@ -8,7 +8,7 @@ import pytest
 
 from allstep.errors import ConfigurationError
 from allstep.submission.carried_environment import carried
-from allstep.submission.request import JobRequest, request_from_mapping
+from allstep.submission.request import JobRequest, request_from_mapping, with_shell_defaults
 
 
 @pytest.mark.parametrize(
@@ -64,6 +64,24 @@ def test_a_file_says_the_same_as_the_command_line() -> None:
 def test_a_file_with_a_mistake_is_named(section: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"a.yaml: submit.*{words}"):
         request_from_mapping(section, "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("asked", "found"),
+    [
+        (
+            JobRequest(),
+            JobRequest(partition="gpu", time="60", sbatch=("--account=lab", "--exclusive", "--mem-per-cpu=2G")),
+        ),
+        (
+            JobRequest(partition="cpu", time="5", sbatch=("-A", "--exclusive=user", "--mem=0")),
+            JobRequest(partition="cpu", time="5", sbatch=("-A", "--exclusive=user", "--mem=0")),
+        ),
+    ],
+)
+def test_what_the_shell_says_for_every_sbatch_stands_in_the_script(asked: JobRequest, found: JobRequest) -> None:
+    shell = {"SBATCH_PARTITION": "gpu", "SBATCH_TIMELIMIT": "60", "SBATCH_ACCOUNT": "lab", "SBATCH_EXCLUSIVE": ""}
+    assert with_shell_defaults(asked, {**shell, "SBATCH_MEM_PER_CPU": "2G", "SBATCH_SIGNAL": "USR2"}) == found
 
 
 SHELL = {

@@ -32,7 +32,7 @@ from allstep.protocol.masking import masked_arguments, secret_values
 from allstep.submission.batch_script import BatchJob, batch_script
 from allstep.submission.carried_environment import carried
 from allstep.submission.code_copy import SubmittedCode, copy_code, find_code
-from allstep.submission.request import OPTIONS, JobRequest, request_from_mapping
+from allstep.submission.request import OPTIONS, JobRequest, request_from_mapping, with_shell_defaults
 from allstep.submission.slurm_commands import jobs_of, submit
 from allstep.version import __version__
 
@@ -110,6 +110,7 @@ def prepare(given: dict[str, Any], rest: Sequence[str], argv: Sequence[str]) -> 
     fields = {option.name for option in OPTIONS}
     from_file, says_run = _from_file(given["config"]) if "config" in given else ({}, False)
     request = JobRequest(**{**from_file, **{name: value for name, value in given.items() if name in fields}})
+    request = with_shell_defaults(request, os.environ)
     run_options = [*(["--config"] if says_run else []), *given.get("run_options", [])]
     if request.runs_script and run_options:
         raise ConfigurationError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import (
@@ -60,6 +60,20 @@ OWN_SBATCH_OPTIONS = {
 
 NOT_FOR_A_JOB = {"signal", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "wait", "W", "test-only"}
 """Options of sbatch that would take a job's stopping and requeueing away, or that are not about a job."""
+
+_FIELDS_OF_SHELL = {"SBATCH_PARTITION": "partition", "SBATCH_TIMELIMIT": "time"}
+_OPTIONS_OF_SHELL = {
+    "SBATCH_ACCOUNT": ("--account", "-A"),
+    "SBATCH_QOS": ("--qos", "-q"),
+    "SBATCH_CONSTRAINT": ("--constraint", "-C"),
+    "SBATCH_RESERVATION": ("--reservation",),
+    "SBATCH_CLUSTERS": ("--clusters", "-M"),
+    "SBATCH_EXCLUSIVE": ("--exclusive",),
+    "SBATCH_MEM_PER_NODE": ("--mem", "--mem-per-cpu", "--mem-per-gpu"),
+    "SBATCH_MEM_PER_CPU": ("--mem-per-cpu", "--mem-per-gpu", "--mem"),
+    "SBATCH_MEM_PER_GPU": ("--mem-per-gpu", "--mem", "--mem-per-cpu"),
+}
+"""Variables of sbatch, with the option that each stands for, and others that say the same."""
 
 # The forms that `man sbatch` gives for --time.
 _TIME = re.compile(r"\d{1,9}(:\d{1,2}(:\d{1,2})?)?|\d{1,6}-\d{1,2}(:\d{1,2}(:\d{1,2})?)?|UNLIMITED|INFINITE", re.I)
@@ -270,6 +284,30 @@ class JobRequest:
                 f"nodes is {self.nodes!r}, and SLURM knows no {by_number} for a range; give --gpus-per-node, and "
                 "--tasks-per-node for a task a rank"
             )
+
+
+def with_shell_defaults(request: JobRequest, environ: Mapping[str, str]) -> JobRequest:
+    """The request with what a person or site has set for every sbatch of this shell, so that the batch script says it.
+
+    Args:
+        request: what was asked for, which wins.
+        environ: of the shell; sbatch would let its SBATCH_ variables win over the script.
+
+    Raises:
+        ConfigurationError: a variable cannot be meant.
+    """
+    fields = {
+        field: environ[name]
+        for name, field in _FIELDS_OF_SHELL.items()
+        if environ.get(name) and getattr(request, field) is None
+    }
+    asked = {re.split("[= ]", option)[0] if option.startswith("--") else option[:2] for option in request.sbatch}
+    options = tuple(
+        names[0] + (f"={environ[name]}" if environ[name] else "")
+        for name, names in _OPTIONS_OF_SHELL.items()
+        if name in environ and asked.isdisjoint(names)
+    )
+    return replace(request, sbatch=request.sbatch + options, **fields)
 
 
 def request_from_mapping(section: Mapping[str, object], where: str) -> dict[str, object]:

@@ -34,11 +34,17 @@ _NO_ANSWER = (
 def submit(script: Path, options: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> str:
     """Give a batch script to SLURM and return the job's number.
 
+    sbatch hears nothing of the job or step that this process may itself be in, nor of options in variables, which would
+    win over the script.
+
     Raises:
         SubmissionError: there is no sbatch, the controller does not answer, or it refuses the job.
     """
+    given = os.environ if environ is None else environ
+    outside = {name: value for name, value in given.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+    outside |= {name: given[name] for name in ("SLURM_CONF",) if name in given}
     try:
-        done = _run(["sbatch", "--parsable", *options, str(script)], environ)
+        done = _run(["sbatch", "--parsable", *options, str(script)], outside)
     except FileNotFoundError:
         raise SubmissionError(
             "there is no sbatch here; run allstep submit on a login node of the cluster, or load its SLURM module; "
@@ -68,13 +74,11 @@ def submit_next(script: Path, environ: Mapping[str, str]) -> tuple[str | None, s
     options = [f"--dependency=afterany:{environ.get('SLURM_JOB_ID', '')}"]
     if task := environ.get("SLURM_ARRAY_TASK_ID"):
         options.append(f"--array={task}")
-    outside = {name: value for name, value in environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-    outside |= {name: environ[name] for name in ("SLURM_CONF",) if name in environ}
     numbers: list[str] = []
 
     def attempt() -> str | None:
         try:
-            numbers.append(submit(script, options, outside))
+            numbers.append(submit(script, options, environ))
         except SubmissionError as error:
             return str(error)
         return None
