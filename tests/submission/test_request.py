@@ -70,12 +70,16 @@ def test_a_file_with_a_mistake_is_named(section: dict[str, Any], words: str) -> 
     ("asked", "found"),
     [
         (
-            JobRequest(),
-            JobRequest(partition="gpu", time="60", sbatch=("--account=lab", "--exclusive", "--mem-per-cpu=2G")),
+            JobRequest(sbatch=("--mem-bind=none",)),
+            JobRequest(
+                partition="gpu",
+                time="60",
+                sbatch=("--mem-bind=none", "--account=lab", "--exclusive", "--mem-per-cpu=2G"),
+            ),
         ),
         (
-            JobRequest(partition="cpu", time="5", sbatch=("-A", "--exclusive=user", "--mem=0")),
-            JobRequest(partition="cpu", time="5", sbatch=("-A", "--exclusive=user", "--mem=0")),
+            JobRequest(partition="cpu", time="5", sbatch=("-Alab2", "--exclusive=user", "--mem=0")),
+            JobRequest(partition="cpu", time="5", sbatch=("-Alab2", "--exclusive=user", "--mem=0")),
         ),
     ],
 )
