@@ -131,4 +131,18 @@ def test_an_array_of_eight_at_once_shares_nothing_and_each_member_goes_on(submit
     }
     firsts = [torch.load(submitted.project / f"runs/job-{member}/out.pt")[0] for member in range(8)]
     assert all(not torch.equal(firsts[one], firsts[other]) for one in range(8) for other in range(one))
-    assert [len(submitted.record(f"job-{member}")) for member in range(8)] == [2, 2, 4, 2, 2, 4, 2, 2]
+    records = [submitted.record(f"job-{member}") for member in range(8)]
+    assert [len(each) for each in records] == [2, 2, 4, 2, 2, 4, 2, 2]
+    assert [each[0]["job"] for each in records] == [f"{submitted.number}_{member}" for member in range(8)]
+
+
+def test_members_of_a_chain_are_told_of_their_own_time_and_go_on_by_themselves(submitted: Submitted) -> None:
+    # A minute, of which half is for the lead at the most: each member is told by the clock, also the one that has the
+    # array's own number.
+    script = str(submitted.project / "train.py")
+    submitted.submit("--chain", "--array=0-1", "--time=1", "--margin=5", "--nproc=1", script, "5", "1")
+    submitted.until(lambda: submitted.said.count("of the job: finished") == 2, seconds=400)
+    for member in (0, 1):
+        ends = [each["what"] for each in submitted.record(f"job-{member}") if "what" in each]
+        assert all("goes on in job" in each for each in ends[:-1]), ends
+        assert len(ends) >= 2

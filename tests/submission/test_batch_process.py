@@ -129,8 +129,9 @@ def test_a_job_that_was_cancelled_does_not_come_back(state: str, slurm: Slurm) -
 
 def test_a_chain_goes_on_in_a_new_job_behind_this_one(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "47")  # the member that has the array's number
     assert slurm.run("save", "notify", chain=True) == 85
-    assert slurm.asked() == f"sbatch --parsable --dependency=afterany:47 --array=3 {slurm.folder}/job.sh\n"
+    assert slurm.asked() == f"sbatch --parsable --dependency=afterany:47_3 --array=3 {slurm.folder}/job.sh\n"
     assert slurm.last() == "stopped; goes on in job 48"
 
 

@@ -86,13 +86,20 @@ class SlurmStep:
         )
 
 
+def job_of_process(environ: Mapping[str, str]) -> str | None:
+    """This process' SLURM job as SLURM's commands know it alone; None outside SLURM.
+
+    Of a member of an array that is ARRAY_MEMBER: one of them has the array's own number, which means all of them.
+    """
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    job = environ.get("SLURM_JOB_ID")
+    return f"{array}_{task}" if job and array and task else job or None
+
+
 def requeue_command(environ: Mapping[str, str]) -> list[str] | None:
     """What puts this process' SLURM job back into its queue; None outside SLURM."""
-    job = environ.get("SLURM_JOB_ID")
-    if not job:
-        return None
-    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
-    return ["scontrol", "requeue", f"{array}_{task}" if array and task else job]
+    job = job_of_process(environ)
+    return None if job is None else ["scontrol", "requeue", job]
 
 
 def is_special_step(environ: Mapping[str, str]) -> bool:

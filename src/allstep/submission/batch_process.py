@@ -34,6 +34,7 @@ from typing import Literal
 
 from allstep.exit_codes import NEVER_AGAIN, PREEMPTED
 from allstep.launch.event_loop import SignalPipe
+from allstep.placement.slurm import job_of_process
 from allstep.protocol.save_record import MEASURE
 from allstep.submission.job_record import JobRecord, another_start
 from allstep.submission.lead_time import lead_seconds
@@ -236,7 +237,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--chain", action="store_true")
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(argv)
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = job_of_process(os.environ) or ""
     process = BatchProcess(JobRecord(given.folder), job, given.script, margin=given.margin, chain=given.chain)
     return process.run(given.command)
 

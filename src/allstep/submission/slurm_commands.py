@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 
 from allstep.errors import SubmissionError, printable
-from allstep.placement.slurm import requeue_command
+from allstep.placement.slurm import job_of_process, requeue_command
 
 _ANSWER_S = 30.0
 PATIENCE_S = 60.0
@@ -71,7 +71,7 @@ def requeue(environ: Mapping[str, str]) -> str | None:
 
 def submit_next(script: Path, environ: Mapping[str, str]) -> tuple[str | None, str]:
     """Submit a script to begin when this process's job has ended; its number and "", or None and why not."""
-    options = [f"--dependency=afterany:{environ.get('SLURM_JOB_ID', '')}"]
+    options = [f"--dependency=afterany:{job_of_process(environ) or ''}"]
     if task := environ.get("SLURM_ARRAY_TASK_ID"):
         options.append(f"--array={task}")
     numbers: list[str] = []
