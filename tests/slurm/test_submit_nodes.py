@@ -33,9 +33,15 @@ CORES = sorted(os.sched_getaffinity(0))
 
 @pytest.fixture(scope="module")
 def uneven(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes of as many CPUs as there are here, one with four GPUs and one with two."""
-    folder = tmp_path_factory.mktemp("uneven")
-    with Cluster(folder, nodes=2, cpus=len(CORES), gpus=(4, 2)) as running:
+    """Two nodes, one with four GPUs and one with two."""
+    with Cluster(tmp_path_factory.mktemp("uneven"), nodes=2, gpus=(4, 2)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A node of as many CPUs as there are here."""
+    with Cluster(tmp_path_factory.mktemp("whole"), nodes=1, cpus=len(CORES)) as running:
         yield running
 
 
@@ -62,12 +68,12 @@ def test_each_node_has_a_worker_for_each_of_its_gpus(uneven: Cluster, tmp_path: 
 
 
 def test_tasks_for_each_gpu_follow_the_nodes_gpus(uneven: Cluster, tmp_path: Path) -> None:
-    ranks = shown(uneven, tmp_path, "--nodes=2", "--gpus=4", "--tasks-per-gpu=1")
-    assert len(ranks) == 4
-    assert {world for _, world, *_ in ranks} == {"4"}
+    ranks = shown(uneven, tmp_path, "--nodes=2", "--gpus=6", "--tasks-per-gpu=1")
+    assert len(ranks) == 6
+    assert {world for _, world, *_ in ranks} == {"6"}
     assert all(len(gpus.split(",")) == 1 for _, _, _, gpus, *_ in ranks), ranks
     seen = [(node, gpus) for _, _, node, gpus, *_ in ranks]
-    assert len(set(seen)) == 4
+    assert len(set(seen)) == 6, seen
 
 
 def test_each_task_sees_its_own_gpu(uneven: Cluster, tmp_path: Path) -> None:
@@ -79,9 +85,9 @@ def test_each_task_sees_its_own_gpu(uneven: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(len(CORES) < 2, reason="one core cannot be divided")
 @pytest.mark.parametrize("how", ["--cpus-per-task", "--exclusive"])
-def test_workers_of_a_node_share_its_cores(how: str, uneven: Cluster, tmp_path: Path) -> None:
+def test_workers_of_a_node_share_its_cores(how: str, whole: Cluster, tmp_path: Path) -> None:
     options = (f"{how}={len(CORES)}",) if how == "--cpus-per-task" else ("--sbatch", "--exclusive")
-    ranks = shown(uneven, tmp_path, "--nodes=1", "--nproc=2", *options)
+    ranks = shown(whole, tmp_path, "--nodes=1", "--nproc=2", *options)
     cores = [set(map(int, each.split(","))) for *_, each in ranks]
     assert cores[0] | cores[1] == set(CORES)
     assert not cores[0] & cores[1]

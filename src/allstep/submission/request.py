@@ -61,7 +61,6 @@ OWN_SBATCH_OPTIONS = {
 NOT_FOR_A_JOB = {"signal", "open-mode", "requeue", "no-requeue", "wrap", "parsable", "wait", "W", "test-only"}
 """Options of sbatch that would take a job's stopping and requeueing away, or that are not about a job."""
 
-_FIELDS_OF_SHELL = {"SBATCH_PARTITION": "partition", "SBATCH_TIMELIMIT": "time"}
 _OPTIONS_OF_SHELL = {
     "SBATCH_ACCOUNT": ("--account", "-A"),
     "SBATCH_QOS": ("--qos", "-q"),
@@ -296,18 +295,18 @@ def with_shell_defaults(request: JobRequest, environ: Mapping[str, str]) -> JobR
     Raises:
         ConfigurationError: a variable cannot be meant.
     """
-    fields = {
-        field: environ[name]
-        for name, field in _FIELDS_OF_SHELL.items()
-        if environ.get(name) and getattr(request, field) is None
-    }
     asked = {re.split("[= ]", option)[0] if option.startswith("--") else option[:2] for option in request.sbatch}
     options = tuple(
         names[0] + (f"={environ[name]}" if environ[name] else "")
         for name, names in _OPTIONS_OF_SHELL.items()
         if name in environ and asked.isdisjoint(names)
     )
-    return replace(request, sbatch=request.sbatch + options, **fields)
+    return replace(
+        request,
+        partition=request.partition or environ.get("SBATCH_PARTITION") or None,
+        time=request.time or environ.get("SBATCH_TIMELIMIT") or None,
+        sbatch=(*request.sbatch, *options),
+    )
 
 
 def request_from_mapping(section: Mapping[str, object], where: str) -> dict[str, object]:
