@@ -77,7 +77,7 @@ class Submitted:
         """All that the job and its members have printed."""
         return "".join(log.read_text() for log in sorted(self.project.glob("runs/job/slurm-*.log")))
 
-    def until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, holds: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < deadline, self.said + self.cluster.run("squeue").stdout

@@ -67,13 +67,13 @@ def test_each_node_has_a_worker_for_each_of_its_gpus(uneven: Cluster, tmp_path: 
     assert {gpus for _, _, node, gpus, *_ in ranks if node == "n2"} == {"0,1"}
 
 
-def test_tasks_for_each_gpu_follow_the_nodes_gpus(uneven: Cluster, tmp_path: Path) -> None:
-    ranks = shown(uneven, tmp_path, "--nodes=2", "--gpus=6", "--tasks-per-gpu=1")
-    assert len(ranks) == 6
-    assert {world for _, world, *_ in ranks} == {"6"}
+def test_there_is_a_task_for_each_gpu_of_each_node(uneven: Cluster, tmp_path: Path) -> None:
+    ranks = shown(uneven, tmp_path, "--nodes=2", "--gpus-per-node=2", "--tasks-per-gpu=1")
+    assert len(ranks) == 4
+    assert {world for _, world, *_ in ranks} == {"4"}
     assert all(len(gpus.split(",")) == 1 for _, _, _, gpus, *_ in ranks), ranks
     seen = [(node, gpus) for _, _, node, gpus, *_ in ranks]
-    assert len(set(seen)) == 6, seen
+    assert len(set(seen)) == 4, seen
 
 
 def test_each_task_sees_its_own_gpu(uneven: Cluster, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_job_that_is_preempted_ends_as_one_that_was_not(
         if job.has_finished():
             break
         ENDINGS[ending](Ending(job, other_size))
-    job.until(job.has_finished, seconds=240)
+    job.until(job.has_finished)
     assert len(job.nodes()) >= 2, job.said
     if other_size:
         assert set(job.nodes()) == {1, 2}

@@ -185,7 +185,11 @@ def test_a_task_for_each_rank_is_the_script_itself(echoing: Path, tmp_path: Path
             ["--ntasks-per-node=4", "--gpus-per-task=1"],
             ["--ntasks-per-node=4", "--gpus-per-task=1"],
         ),
-        ({"gpus": "6", "tasks_per_gpu": 1}, ["--gpus=6", "--ntasks-per-gpu=1"], ["--ntasks-per-gpu=1"]),
+        (
+            {"gpus_per_node": "4", "tasks_per_gpu": 1},
+            ["--gpus-per-node=4", "--ntasks-per-gpu=1"],
+            ["--ntasks-per-gpu=1"],
+        ),
     ],
 )
 def test_gpus_are_asked_for_as_slurm_counts_them(

@@ -275,8 +275,11 @@ class JobRequest:
         if self.tasks_per_gpu is not None:
             if self.tasks_per_node is not None:
                 raise ConfigurationError("tasks_per_gpu and tasks_per_node both say how many tasks; leave one out")
-            if self.gpus is None and self.gpus_per_node is None:
-                raise ConfigurationError("tasks_per_gpu needs a number of GPUs; give --gpus or --gpus-per-node besides")
+            # Of a number for all nodes SLURM may give one more GPUs than another, and yet as many tasks.
+            if self.gpus_per_node is None:
+                raise ConfigurationError(
+                    "tasks_per_gpu needs the number of a node's GPUs; give --gpus-per-node besides"
+                )
         by_number = "tasks_per_gpu" if self.tasks_per_gpu is not None else "gpus_per_task"
         if self.is_range and getattr(self, by_number) is not None:
             raise ConfigurationError(
