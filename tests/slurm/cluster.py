@@ -4,7 +4,8 @@ Contract: `ensure_installed` returns once SLURM is here, installing it where the
 entered to start `munged`, `slurmctld` and one `slurmd` a node, and left to end exactly those. A test may end one of
 them (`stop`, `kill`) and start it again (`start`), by the names "slurmctld" and "slurmd-n1". What it writes (keys,
 sockets, state, logs) is under its folder and its ports were free, so the clusters of several pytest-xdist workers and
-a SLURM that the machine already has do not meet. Starting takes about a second. What can go wrong: SLURM is missing
+a SLURM that the machine already has do not meet. Nor do their jobs, whose ports follow from their numbers: these begin
+with one made from the controller's port, or with `first_job`. Starting takes about a second. What can go wrong: SLURM is missing
 (`ProgramsUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
 
 The nodes are named n1, n2, ..., all at 127.0.0.1: no resolver knows those names, so MASTER_ADDR=127.0.0.1 is set for
@@ -58,10 +59,12 @@ class Cluster:
         configuration: str = "",
         proctrack: str = "linuxproc",
         gpus: tuple[int, ...] = (),
+        first_job: int | None = None,
     ) -> None:
         self.folder = folder
         self._gpus = gpus or (GPUS,) * nodes
         self._proctrack = proctrack
+        self._first_job = first_job
         self.nodes = tuple(f"n{index}" for index in range(1, nodes + 1))
         self._cpus = cpus
         self._configuration = configuration
@@ -221,6 +224,7 @@ class Cluster:
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={self._first_job or 10 * ports[0]}
 SlurmUser={getpass.getuser()}
 SlurmdUser={getpass.getuser()}
 AuthType=auth/munge

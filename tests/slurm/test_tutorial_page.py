@@ -53,7 +53,7 @@ def test_every_command_of_the_page_prints_what_it_shows(cluster: Cluster, tmp_pa
     (folder / "train.py").write_text(script)
     # The virtual nodes have no names that anybody could resolve.
     (folder / "cluster.yaml").write_text(f"{config}  env: [MASTER_ADDR=127.0.0.1]\n")
-    with Cluster(tmp_path / "cluster", nodes=4) as four:
+    with Cluster(tmp_path / "cluster", nodes=4, first_job=4711) as four:
         for block, expected in commands():
             deadline = time.monotonic() + 300
             while True:
