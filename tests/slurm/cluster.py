@@ -5,8 +5,8 @@ entered to start `munged`, `slurmctld` and one `slurmd` a node, and left to end 
 them (`stop`, `kill`) and start it again (`start`), by the names "slurmctld" and "slurmd-n1". What it writes (keys,
 sockets, state, logs) is under its folder and its ports were free, so the clusters of several pytest-xdist workers and
 a SLURM that the machine already has do not meet. Nor do their jobs, whose ports follow from their numbers: these begin
-with one made from the controller's port, or with `first_job`. Starting takes about a second. What can go wrong: SLURM is missing
-(`ProgramsUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
+with one made from the controller's port, or with `first_job`. Starting takes about a second. What can go wrong: SLURM
+is missing (`ProgramsUnavailable`), or a daemon does not come up (`RuntimeError` with the ends of the logs).
 
 The nodes are named n1, n2, ..., all at 127.0.0.1: no resolver knows those names, so MASTER_ADDR=127.0.0.1 is set for
 every command. As root each node also has fake GPUs (clones of the null device), for CUDA_VISIBLE_DEVICES: four, or as
