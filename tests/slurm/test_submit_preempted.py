@@ -128,7 +128,8 @@ def test_a_job_that_is_preempted_ends_as_one_that_was_not(
     job = submitted
     chance = random.Random(f"{ending} {other_size} {seed}")
     (job.project / "train.py").write_text(TRAIN_AT_ANY_SIZE)
-    pace = "1.0" if "death" in ending else "0.2"  # SLURM takes 20 seconds to miss a slurmd
+    # SLURM's notice comes up to a minute after the limit was set, and it takes 20 seconds to miss a slurmd.
+    pace = {"signal": "0.2", "requeue": "0.2", "time_limit": "2"}.get(ending, "1")
     job.submit("--nodes=1-2" if other_size else "--nodes=2", "--nproc=1", "--time=60", "train.py", str(EPOCHS), pace)
     for start in (1, 2):
         job.until(lambda start=start: len(job.nodes()) >= start or job.has_finished())
