@@ -3,9 +3,7 @@
 Contract: `allstep.init` makes one and makes it the current World; `close`, or the end of its `with` block, ends it. In
 between, each method that crosses ranks is called by every rank at the same point. With one rank every method has its
 single-process meaning and no process group exists. Used after `close`, methods raise WorldError; attributes stay
-readable. When an exception leaves the `with` block nothing waits for the other ranks.
-
-This file is the face that a script sees. The work is done in the modules beside it.
+readable. When an exception leaves the `with` block nothing waits for the other ranks. The work is in other modules.
 """
 
 from __future__ import annotations
