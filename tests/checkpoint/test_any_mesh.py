@@ -129,7 +129,7 @@ def regrouped(world: World, folder: str, order: list[str], split: int, saves: bo
 MATRICES = ["embedding.weight", "blocks.0.up.weight", "blocks.1.down.weight"]
 
 
-@pytest.mark.parametrize("split", [0, 1])
+@pytest.mark.parametrize("split", [pytest.param(0, marks=pytest.mark.nightly), 1])
 def test_an_optimizers_states_go_by_names_into_other_groups(split: int, tmp_path: Path) -> None:
     saved = run_ranks(regrouped, 1, str(tmp_path), MATRICES, 0, True, 0.25)[0]
     others = (str(tmp_path), MATRICES[::-1], split, False, 1.0)
@@ -180,6 +180,7 @@ def taken_to_load(world: World, folder: str, dim: int) -> int:
     return peak.bytes
 
 
+@pytest.mark.nightly
 def test_no_rank_holds_the_whole_while_it_saves_or_loads(tmp_path: Path) -> None:
     # A rank's half of the matrix and of its momentum take 80 MB together, which a save copies; the whole takes 160 MB.
     assert max(run_ranks(taken_to_save, 2, str(tmp_path / "two"))) < 110 << 20

@@ -109,6 +109,7 @@ def test_averages_of_parts_are_those_of_the_whole_and_resume_elsewhere(tmp_path:
         check_like(found, expected)
 
 
+@pytest.mark.nightly
 def test_averages_of_parts_equal_those_of_one_process(tmp_path: Path) -> None:
     expected = run_ranks(averaged, 1, str(tmp_path / "one"), 2)[0]
     for found in run_ranks(averaged, 3, str(tmp_path / "three"), 2, env={"ALLSTEP_MESH": "shard=3"}):

@@ -9,6 +9,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_ranks_without_a_divided_model_do_not_import_dtensor() -> None:
     packages = "checkpoint, allstep.engine, allstep.handlers, allstep.metrics, allstep.tracking, allstep.world"
     program = (

@@ -53,7 +53,7 @@ BY_BLOCK = Plan(options=(("units", Block),))
 @pytest.mark.parametrize(
     ("ranks", "mesh", "plan"),
     [
-        (3, "shard=3", BY_BLOCK),
+        pytest.param(3, "shard=3", BY_BLOCK, marks=pytest.mark.nightly),
         (4, "replicate=2,shard=2", Plan(options=(("units", Block), ("reshard_after_forward", False)))),
         pytest.param(2, "shard=2", Plan(), marks=pytest.mark.nightly),
         pytest.param(4, "shard=4", BY_BLOCK, marks=pytest.mark.nightly),
@@ -355,6 +355,7 @@ def thawing(world: World) -> dict[str, Any]:
     }
 
 
+@pytest.mark.nightly
 def test_parts_that_are_frozen_and_thawed_between_epochs_follow() -> None:
     (alone,) = run_ranks(thawing, 1)
     for found in run_ranks(thawing, 2, env={"ALLSTEP_MESH": "shard=2"}):

@@ -28,9 +28,8 @@ def norms_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for name, parameter in model.named_parameters() if "norm" in name]
 
 
-@pytest.mark.parametrize(
-    ("ranks", "mesh"), [(2, "shard=2"), pytest.param(4, "replicate=2,shard=2", marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize(("ranks", "mesh"), [(2, "shard=2"), (4, "replicate=2,shard=2")])
 def test_ignored_parameters_train_and_resume_as_on_one_process(ranks: int, mesh: str, tmp_path: Path) -> None:
     plan = Plan(make=begun_apart, options=(("units", Block), ("ignored", norms_of)), epochs=2)
     (alone,) = run_ranks(train, 1, plan)
