@@ -36,6 +36,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | NewerCheckpointError | a checkpoint has a later format than this version reads | DamagedCheckpointError |
 | UnsupportedStateError | state to be saved holds a value that a checkpoint cannot keep | CheckpointError, TypeError |
 | RanksError | a rank of `allstep.testing.run_ranks` failed | RuntimeError |
+| RehearsalError | a script that `allstep.testing.rehearse` interrupted did not go on as it should | AssertionError |
 | SimulationError | simulated ranks do not act alike, or one of them raised | RuntimeError |
 | Cancelled | a run that Ctrl-C ended is saved and its process is to end with status 130; not an error | SystemExit |
 | Preempted | a preempted run has saved its state and its process is to end with status 85; not an error | SystemExit |
@@ -216,6 +217,22 @@ class UnsupportedStateError(CheckpointError, TypeError):
 
 class RanksError(AllstepError, RuntimeError):
     """A rank of `allstep.testing.run_ranks` failed; the message names the first one and holds its traceback."""
+
+
+class RehearsalError(AllstepError, AssertionError):
+    """A script that `allstep.testing.rehearse` interrupted did not go on as if nothing had happened.
+
+    Args:
+        message: the report as text.
+        report: the `RehearsalReport`; None where the error was made from the text alone.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return RehearsalError, (str(self), self.report)
 
 
 class SimulationError(AllstepError, RuntimeError):

@@ -24,6 +24,7 @@ from allstep.version import __version__
 COMMANDS = {
     "run": "start a script on every device of this machine",
     "plan": "say what a script's training takes on each rank, without devices",
+    "rehearse": "interrupt a script here as a cluster would, and compare it with an unbroken run",
     "submit": "submit a script as a SLURM job that requeues itself",
     "doctor": "say whether this machine is fit to train on",
     "checkpoints": "list, verify, export and remove checkpoints",

@@ -110,21 +110,32 @@ def _parser(secrets: frozenset[str]) -> argparse.ArgumentParser:
     for option in (*COMMAND_LINE_ONLY, *OPTIONS):
         if not option.flag:  # only a file can set it
             continue
-        if option.constant is not None:
-            parser.add_argument(
-                option.flag, dest=option.name, action="store_const", const=option.constant, help=option.help
-            )
-            continue
-        default = f" (default: {option.default})" if option.default else ""
-        parser.add_argument(
-            option.flag,
-            dest=option.name,
-            action="append" if option.type.form == "mapping" else "store",
-            type=option_reader(option),
-            metavar=option.metavar,
-            help=option.help + default,
-        )
+        add_option(parser, option)
     return parser
+
+
+def add_option(parser: argparse.ArgumentParser, option: Option, *, of_lists: str = "store") -> None:
+    """Add an option of a table to a parser.
+
+    Args:
+        parser: which.
+        option: the option.
+        of_lists: argparse's action where its value is a list; "extend" where it may be given several times.
+    """
+    if option.constant is not None:
+        parser.add_argument(
+            option.flag, dest=option.name, action="store_const", const=option.constant, help=option.help
+        )
+        return
+    default = f" (default: {option.default})" if option.default else ""
+    parser.add_argument(
+        option.flag,
+        dest=option.name,
+        action={"mapping": "append", "list": of_lists}.get(option.type.form, "store"),
+        type=option_reader(option),
+        metavar=option.metavar,
+        help=option.help + default,
+    )
 
 
 def option_reader(option: Option) -> Callable[[str], Any]:

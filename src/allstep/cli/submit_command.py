@@ -23,7 +23,7 @@ from typing import Any
 from allstep.cli.active_environment import change_to_active_environment
 from allstep.cli.parser import Parser
 from allstep.cli.run_command import OPTIONS_WITH_VALUE as RUN_OPTIONS_WITH_VALUE
-from allstep.cli.run_command import option_reader, split_command
+from allstep.cli.run_command import add_option, option_reader, split_command
 from allstep.errors import ConfigurationError, SubmissionError
 from allstep.launch.folder import PRIVATE, default_name
 from allstep.launch.settings import OPTIONS as RUN_OPTIONS
@@ -273,18 +273,7 @@ def _parser(secrets: frozenset[str]) -> Parser:
     parser.add_argument("-m", dest="module", action="store_true", help="script is the name of a module")
     parser.add_argument("--config", metavar="FILE", help="YAML file: these options under `submit`, those of run beside")
     for option in OPTIONS:
-        if option.constant is not None:
-            parser.add_argument(option.flag, dest=option.name, action="store_true", help=option.help)
-            continue
-        default = f" (default: {option.default})" if option.default else ""
-        parser.add_argument(
-            option.flag,
-            dest=option.name,
-            action="extend" if option.type.form == "list" else "store",
-            type=option_reader(option),
-            metavar=option.metavar,
-            help=option.help + default,
-        )
+        add_option(parser, option, of_lists="extend")
     run = parser.add_argument_group("options of allstep run, for each node")
     for option in _RUN_OPTIONS:
         if option.constant is not None:

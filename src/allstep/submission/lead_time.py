@@ -16,6 +16,9 @@ from allstep.protocol.save_record import CommittedSave
 UNKNOWN_S = 120.0
 """The lead where no save was measured yet."""
 
+MARGIN_S = 30.0
+"""The margin, unless a person gives another."""
+
 
 def lead_seconds(saves: Sequence[CommittedSave], margin: float) -> float:
     """Seconds between the notice and the end of the job's time.

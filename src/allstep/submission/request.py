@@ -24,6 +24,7 @@ from allstep.launch.settings import (
     read_seconds,
     read_switch,
 )
+from allstep.submission.lead_time import MARGIN_S
 from allstep.suggestions import did_you_mean
 
 OWN_SBATCH_OPTIONS = {
@@ -205,7 +206,7 @@ OPTIONS = (
         "SECONDS",
         "time between the job's last save and its end, besides what saves take",
         "--margin",
-        "30",
+        f"{MARGIN_S:g}",
     ),
     Option("env", _words(check_submitted_env), "NAME[=VALUE]", "a variable for the job; several times", "--env"),
     Option("sbatch", _words(check_sbatch), "OPTION", "any other option of sbatch; several times", "--sbatch"),
@@ -237,7 +238,7 @@ class JobRequest:
     chdir: str | None = None
     live: bool = False
     chain: bool = False
-    margin: float = 30.0
+    margin: float = MARGIN_S
     env: tuple[str, ...] = ()
     sbatch: tuple[str, ...] = field(default=())
 

@@ -1,4 +1,6 @@
-"""The pytest plugin: the fixture `world_of`. Loaded by pytest in every project that has allstep installed.
+"""The pytest plugin: the fixtures `world_of` and `rehearse`.
+
+Loaded by pytest in every project that has allstep installed.
 
 Contract: loading it imports no torch and starts nothing. The first use of the fixture starts the server that the ranks
 of the whole session are forked from. A test fails with the first cause and that rank's traceback.
@@ -7,11 +9,14 @@ of the whole session are forked from. A test fails with the first cause and that
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
 
 from allstep.faults import FaultPlan
+from allstep.rehearsal.rehearsal_report import RehearsalReport
+from allstep.testing import rehearsed
 from allstep.testing.ranks import run_ranks
 
 
@@ -45,3 +50,17 @@ def world_of() -> WorldOf:
         return call
 
     return choose
+
+
+@pytest.fixture
+def rehearse(tmp_path: Path) -> Callable[..., RehearsalReport]:
+    """A script that is interrupted in a test: `rehearse("preemption", "train.py", "--lr", "0.1")`.
+
+    It is `allstep.testing.rehearse` with a folder of the test's own, and raises RehearsalError with the whole report.
+    """
+
+    def call(kind: Any, script: Any, *arguments: str, **options: Any) -> RehearsalReport:
+        __tracebackhide__ = True
+        return rehearsed.rehearse(kind, script, *arguments, **{"runs": tmp_path, **options})
+
+    return call
