@@ -22,7 +22,9 @@ def installed(folder: Path, *requirements: str, free_gb: int = 1) -> Path:
         pytest.skip(f"less than {free_gb} GB are free in {folder}, which {' '.join(requirements)} may take")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     (own,) = folder.glob("lib/python*/site-packages")
-    (own / "around.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT / 'src'}\n")
+    # Not the path alone: what is installed for editing is named by files of this kind too.
+    around = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})"
+    (own / "around.pth").write_text(f"{around}\n{ROOT / 'src'}\n")
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-cache-dir", *requirements]
     done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:

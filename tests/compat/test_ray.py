@@ -24,6 +24,7 @@ pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(1800), 
 FREE_GB = 3
 JOB_S = 600.0
 PAGE = DOCS / "howto" / "ray.md"
+PORTS = ("port", "dashboard-port", "dashboard-agent-listen-port", "ray-client-server-port")
 
 FAILS_ONCE = '''
 def fails_once(world, trainer, folder):
@@ -56,9 +57,10 @@ def environ(programs: Path, more: Mapping[str, str] | None = None) -> dict[str, 
 @contextlib.contextmanager
 def cluster(programs: Path, folder: Path) -> Iterator[dict[str, str]]:
     """A Ray cluster of this machine; what a command needs in its environment to reach it."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    ports = {name: free_port() for name in PORTS}
     options = [f"--{name}={port}" for name, port in ports.items()]
-    start = [programs / "ray", "start", "--head", "--num-cpus=4", f"--temp-dir={folder}", *options]
+    options += ["--min-worker-port=0", "--max-worker-port=0"]  # any that are free
+    start = [programs / "ray", "start", "--head", "--num-cpus=3", f"--temp-dir={folder}", *options]
     variables = environ(programs, {"RAY_JOB_STOP_WAIT_TIME_S": "60"})
     done = subprocess.run(start, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

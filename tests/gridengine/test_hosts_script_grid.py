@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ with allstep.init(seed=0) as world:
     def say(engine):
         world.print("at", engine.state.iteration, "from", began, "over", world.placement.nodes)
 
-    trainer.run([torch.ones(2, 4)] * 30, max_epochs=1)
+    trainer.run([torch.ones(2, 4)] * 200, max_epochs=1)
     world.print("trained", trainer.state.iteration, "from", began)
 """
 
@@ -76,30 +77,30 @@ def ended(grid: Grid, number: str, folder: Path) -> list[dict[str, str]]:
 
 def test_a_parallel_job_is_one_run_over_its_hosts(grid: Grid, tmp_path: Path) -> None:
     (start,) = ended(grid, job(grid, tmp_path, 0.0), tmp_path)
-    assert "trained 30 from 0" in log(tmp_path), log(tmp_path)
+    assert "trained 200 from 0" in log(tmp_path), log(tmp_path)
     assert "at 10 from 0 over 2" in log(tmp_path)
     assert start["exit_status"].split()[0] == "0"
     assert not list(tmp_path.glob(".hosts-*"))
 
 
 def test_a_job_that_is_deleted_with_notice_has_saved(grid: Grid, tmp_path: Path) -> None:
-    number = job(grid, tmp_path, 0.2, "-notify")
+    number = job(grid, tmp_path, 0.1, "-notify")
     await_condition(lambda: "at 10 from 0" in log(tmp_path), RUN_S)
     grid.run("qdel", number)
     ended(grid, number, tmp_path)
     assert "preempted" in log(tmp_path) or "stopped by SIGTERM" in log(tmp_path), log(tmp_path)
     assert "had to be killed" not in log(tmp_path)
     ended(grid, job(grid, tmp_path, 0.0), tmp_path)
-    assert "trained 30 from 1" in log(tmp_path), log(tmp_path)  # it had come to the tenth iteration or beyond
+    assert re.search("trained 200 from [1-9]", log(tmp_path)), log(tmp_path)
 
 
 def test_a_job_that_was_preempted_is_queued_again_and_goes_on(grid: Grid, tmp_path: Path) -> None:
-    number = job(grid, tmp_path, 0.2, "-r", "y")
+    number = job(grid, tmp_path, 0.1, "-r", "y")
     await_condition(lambda: "at 10 from 0" in log(tmp_path), RUN_S)
     os.kill(script_of(number), signal.SIGTERM)
     starts = ended(grid, number, tmp_path)
     assert [start["exit_status"].split()[0] for start in starts] == ["99", "0"], log(tmp_path)
-    assert "trained 30 from 1" in log(tmp_path), log(tmp_path)
+    assert re.search("trained 200 from [1-9]", log(tmp_path)), log(tmp_path)
 
 
 def script_of(number: str) -> int:
