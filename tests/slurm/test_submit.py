@@ -89,10 +89,14 @@ class Submitted:
     def state(self) -> str:
         return self.cluster.run("squeue", "--noheader", "--format=%T", f"--jobs={self.number}").stdout.strip()
 
-    def start_again(self) -> None:
-        """Have a requeued job begin soon; a start within the same second would be refused as the one that was ended."""
+    def start_again(self, seconds: int = 2) -> None:
+        """Have a requeued job begin soon; a start within the same second would be refused as the one that was ended.
+
+        Args:
+            seconds: from now.
+        """
         self.until(lambda: "PENDING" in self.state())
-        self.cluster.run("scontrol", "update", f"job={self.number}", "StartTime=now+2")
+        self.cluster.run("scontrol", "update", f"job={self.number}", f"StartTime=now+{seconds}")
 
     def has_finished(self) -> bool:
         return "of the job: finished" in self.said

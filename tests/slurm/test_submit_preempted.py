@@ -77,8 +77,8 @@ class Ending:
                 self.job.until(lambda: self.job.state() in ("RUNNING", ""))
         finally:
             self.cluster.start(f"slurmd-{node}")
-        if not goes_on_at_once:
-            self._come_back()
+        if not goes_on_at_once:  # a slurmd that has just come back may still have the start that it was killed in
+            self._come_back(seconds=20)
 
     def _ask(self, what: str) -> str:
         asked = self.cluster.run("squeue", "--noheader", f"--format={what}", f"--jobs={self.job.number}")
@@ -90,7 +90,7 @@ class Ending:
     def _next_nodes(self) -> int:
         return 1 if len(self.job.nodes()) % 2 else 2
 
-    def _come_back(self, *changes: str) -> None:
+    def _come_back(self, *changes: str, seconds: int = 2) -> None:
         number = self.job.number
         self.job.until(lambda: self.job.state() in ("PENDING", ""))
         if not self.job.state():
@@ -99,7 +99,7 @@ class Ending:
             changes = (*changes, f"NumNodes={self._next_nodes()}-{self._next_nodes()}")
         if changes:
             self.cluster.run("scontrol", "update", f"job={number}", *changes)
-        self.job.start_again()
+        self.job.start_again(seconds)
 
 
 ENDINGS: dict[str, Callable[[Ending], None]] = {
