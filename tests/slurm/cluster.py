@@ -258,7 +258,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
     def _all_idle(self) -> bool:
-        return self._ask("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle"] * len(self.nodes)
+        return set(self._ask("sinfo", "--noheader", "--Node", "--format=%T").split()) == {"idle"}
 
     def _ask(self, *command: str) -> str:
         return subprocess.run(command, env=self.environ(), capture_output=True, text=True, timeout=START_SECONDS).stdout
