@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from allstep.errors import ConfigurationError
 from allstep.launch.settings import LaunchSettings, parse_rdzv
+from allstep.placement.batch_systems import USES_ALL, job_machines
 from allstep.placement.kubernetes import completion_index
-from allstep.placement.schedulers import USES_ALL, job_machines
 from allstep.placement.slurm import SlurmStep
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from allstep.placement.batch_systems import SchedulerScript
 from allstep.placement.by_hand import ByHand
 from allstep.placement.kubernetes import KubernetesPod
 from allstep.placement.mpi import Mpi
 from allstep.placement.placement import LauncherEnvironment, Placement
-from allstep.placement.schedulers import SchedulerScript
 from allstep.placement.slurm import SlurmShell, SlurmStep
 from allstep.placement.torchrun import AllstepRun, Torchrun
 from allstep.placement.xla import Xla
