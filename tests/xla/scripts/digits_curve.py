@@ -1,7 +1,7 @@
-"""Trains the network of examples/digits.py and prints, as JSON: the loss of each iteration, the mean loss and the test
-accuracy of each epoch, and how many graphs XLA had compiled when each epoch had ended.
+"""Trains the network of examples/digits.py and prints, as JSON: the loss of each iteration, with --metric the mean
+loss, the test accuracy of each epoch, and how many graphs XLA had compiled when each epoch had ended.
 
-    python digits_curve.py DEVICE [--spmd] [--accumulate N] [--precision P] [--epochs N]
+    python digits_curve.py DEVICE [--spmd] [--metric] [--accumulate N] [--precision P] [--epochs N]
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
         return loss.detach()
 
     trainer = Engine(train_step, accumulate=options.accumulate, precision=options.precision)
-    Metrics({"loss": Mean()}).attach(trainer)
+    if options.metric:
+        Metrics({"loss": Mean()}).attach(trainer)
     evaluator = allstep.create_supervised_evaluator(model)
     Metrics({"accuracy": MulticlassAccuracy(10, average="micro")}).attach(evaluator, usage="run")
     Gather("y_pred", "y").attach(evaluator)
@@ -65,7 +66,7 @@ def main(world: allstep.World, options: argparse.Namespace) -> None:
 
     @trainer.on(Events.EPOCH_COMPLETED)
     def evaluate(engine: Engine) -> None:
-        found["means"].append(float(engine.state.metrics["loss"]))
+        found["means"] += map(float, engine.state.metrics.values())
         state = evaluator.run(test_loader)
         found["accuracies"].append(float(state.metrics["accuracy"]))
         is_right = state.gathered["y_pred"].argmax(1) == test_set.tensors[1]
@@ -84,6 +85,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("device")
     parser.add_argument("--spmd", action="store_true")
+    parser.add_argument("--metric", action="store_true")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--precision", default="no")
     parser.add_argument("--epochs", type=int, default=3)
