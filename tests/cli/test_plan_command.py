@@ -88,6 +88,18 @@ def test_a_script_is_planned_up_to_its_first_steps(tmp_path: Path, capsys: pytes
     assert not dist.is_initialized()
 
 
+@pytest.mark.nightly
+def test_a_script_is_planned_in_its_engines_precision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for precision in ("no", "bf16"):
+        given = script(tmp_path)
+        path = Path(given[0])
+        path.write_text(path.read_text().replace("accumulate=2)", f"accumulate=2, precision={precision!r})"))
+        assert main(["plan", "--json", *given]) == 0
+        found.append(json.loads(capsys.readouterr().out)["held"]["activations"])
+    assert found[1] < 0.8 * found[0]
+
+
 def test_what_would_fit_a_script_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = script(tmp_path)
     assert main(["plan", "--nproc", "4", "--memory", "1GB", *given]) == 0
