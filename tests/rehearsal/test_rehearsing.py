@@ -14,7 +14,7 @@ from allstep.testing import RehearsalReport, rehearse
 from tests.testing.test_plugin import run_pytest
 
 TRAIN = Path(__file__).parent / "scripts" / "train.py"
-QUICK = {"iterations": 16, "at": 6, "lead": 20.0, "kill_wait": 5.0, "timeout": 80.0}
+QUICK = {"iterations": 16, "at": 6, "lead": 20.0, "kill_wait": 20.0, "timeout": 80.0}
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
