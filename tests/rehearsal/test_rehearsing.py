@@ -156,4 +156,4 @@ def test_begins_anew(rehearse, tmp_path):
     assert "1 failed" in ended.stdout
     assert "RehearsalError: rehearsal of failure:" in ended.stdout
     assert "began anew: the run did not go on" in ended.stdout
-    assert "because: iteration 4 was saved" in ended.stdout
+    assert "was saved, and the second start began behind iteration 0" in ended.stdout

@@ -38,7 +38,7 @@ from allstep.rehearsal.one_start import PlannedStart, StartEnd, run_start
 from allstep.rehearsal.probable_causes import Evidence, is_explained, probable_causes
 from allstep.rehearsal.rehearsal_report import Comparison, RehearsalReport, StartSummary, Verdict
 from allstep.rehearsal.rehearsal_request import RehearsalRequest
-from allstep.rehearsal.tensor_comparison import compare_runs
+from allstep.rehearsal.tensor_comparison import compare_runs, newest
 from allstep.submission.batch_process import StopNotice, judge
 from allstep.submission.job_record import JobRecord, another_start
 from allstep.submission.lead_time import MARGIN_S, lead_seconds
@@ -147,12 +147,17 @@ class _Rehearsed:
         return signals_of(request.kind, lead=self.lead, kill_wait=request.kill_wait, rank=request.failing_rank)
 
     def _saved_in(self, trace: RunTrace, inside: bool) -> int | None:
-        """What was saved last when the first start ended."""
-        steps = [each.step for each in self.record.saves()]
-        if inside:  # the record goes on with the restart's saves
-            pid = trace.main.pid
-            steps = [each.step for each in self.record.saves() if each.run == pid]
-        return max(steps, default=None)
+        """What was saved last when the first start ended.
+
+        The record alone does not tell: a kill may come between a save and its line there.
+        """
+        if inside:  # the restart has saved since, so that what it went on from tells what was there
+            steps = [each.step for each in self.record.saves() if each.run == trace.main.pid]
+            steps.append(read_traces(self.interrupted, 1).went_on_at or 0)
+        else:
+            steps = [each.step for each in self.record.saves()]
+            steps += [entry.manifest.step for entry in newest(self.interrupted).values() if entry.manifest is not None]
+        return max(steps, default=0) or None
 
     def _note_first(self, end: StartEnd, trace: RunTrace, saved: int | None, inside: bool) -> None:
         sent = [each.number.name for each in end.sent]
