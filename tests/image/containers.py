@@ -20,6 +20,11 @@ from typing import Any
 from tests.jobs.programs import SYSTEM_PATH
 from tests.jobs.running import Running, start
 
+_WITHOUT_HYBRID = """
+if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
+exec "$@"
+"""  # crun refuses a machine that has both versions of cgroups; it uses none of them here
+
 NOBODY_KNOWN = 54321
 """A user that no /etc/passwd has."""
 
@@ -62,7 +67,8 @@ def started(
     command = [*(settings["Entrypoint"] if entrypoint is None else entrypoint), *arguments]
     number = int(settings["User"]) if user is None else user
     (folder / "config.json").write_text(json.dumps(_description(root, settings, command, number, mounts or {})))
-    crun = [str(shutil.which("crun", path=SYSTEM_PATH)), "--root", str(folder / "state"), "--cgroup-manager=disabled"]
+    crun = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _WITHOUT_HYBRID, "sh"]
+    crun += [str(shutil.which("crun", path=SYSTEM_PATH)), "--root", str(folder / "state"), "--cgroup-manager=disabled"]
     name = f"allstep-{uuid.uuid4().hex[:12]}"
     try:
         with start(folder, [*crun, "run", "--bundle", str(folder), name]) as job:
