@@ -34,6 +34,7 @@ FROM ${BASE_IMAGE}
 # hadolint ignore=DL3008
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 \
+    && apt-get clean \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --no-log-init --create-home --uid 10001 --gid 0 allstep \
     && chmod 775 /home/allstep

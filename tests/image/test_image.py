@@ -23,6 +23,9 @@ pytestmark = [
     pytest.mark.xdist_group("image"),
 ]
 
+RUN_S = 600.0
+"""Seconds that a container may take; most of it is importing torch, from a disk that is busy."""
+
 USERS = pytest.mark.parametrize("user", [pytest.param(None, id="own user"), pytest.param(NOBODY_KNOWN, id="unknown")])
 
 
@@ -48,7 +51,7 @@ def runs(tmp_path: Path) -> Path:
 def run(root: Path, settings: Mapping[str, Any], folder: Path, *arguments: str, **more: Any) -> Job:
     """A container to its end."""
     with started(root, settings, folder, *arguments, **more) as container:
-        return container.job.end()
+        return container.job.end(limit=RUN_S)
 
 
 def test_the_image_is_of_a_user_without_rights_and_starts_allstep(settings: Mapping[str, Any]) -> None:
@@ -104,7 +107,7 @@ def test_a_preempted_job_goes_on_to_the_same_parameters(
     with started(root, settings, tmp_path / "b", *arguments("preempted"), **more) as container:
         container.job.await_line("epoch  1")
         container.stop()
-        job = container.job.end()
+        job = container.job.end(limit=RUN_S)
     assert job.code == 85, job.text
     assert not (runs / "preempted.pt").exists()
     resumed = run(root, settings, tmp_path / "c", *arguments("preempted"), **more)
