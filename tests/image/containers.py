@@ -25,6 +25,7 @@ if mountpoint -q /sys/fs/cgroup/unified; then umount /sys/fs/cgroup/unified; fi
 exec "$@"
 """  # crun refuses a machine that has both versions of cgroups; it uses none of them here
 
+NAME = "container"
 NOBODY_KNOWN = 54321
 """A user that no /etc/passwd has."""
 
@@ -66,7 +67,9 @@ def started(
     folder.mkdir(exist_ok=True)
     command = [*(settings["Entrypoint"] if entrypoint is None else entrypoint), *arguments]
     number = int(settings["User"]) if user is None else user
-    (folder / "config.json").write_text(json.dumps(_description(root, settings, command, number, mounts or {})))
+    (folder / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {NAME}\n")  # which engines write, too
+    mounts = {**(mounts or {}), "/etc/hosts": folder / "hosts"}
+    (folder / "config.json").write_text(json.dumps(_description(root, settings, command, number, mounts)))
     crun = ["unshare", "--mount", "--propagation", "private", "sh", "-ec", _WITHOUT_HYBRID, "sh"]
     crun += [str(shutil.which("crun", path=SYSTEM_PATH)), "--root", str(folder / "state"), "--cgroup-manager=disabled"]
     name = f"allstep-{uuid.uuid4().hex[:12]}"
@@ -96,6 +99,7 @@ def _description(
             "capabilities": {},
             "noNewPrivileges": True,
         },
+        "hostname": NAME,
         "root": {"path": str(root), "readonly": True},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
