@@ -26,7 +26,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 from allstep.engine import Engine, Events
 from allstep.engine.events import AnyEvent, check_count
 from allstep.errors import ArgumentError, ArgumentTypeError, EngineError
-from allstep.handlers.model_parts import copy_shards, copy_values, is_in_parts, kept_modes, parts_by_kind, swap_values
+from allstep.handlers.model_parts import (
+    copy_shards,
+    copy_values,
+    is_in_parts,
+    kept_modes,
+    parts_by_kind,
+    refuse_whole_copy,
+    swap_values,
+)
 from allstep.handlers.sample_counts import count_group_samples
 from allstep.parallel import unwrap
 from allstep.world import World
@@ -115,12 +123,8 @@ class AveragedWeights(AveragedModel):
         self.n_averaged += 1
 
     def _listen(self, engine: Engine, event: AnyEvent) -> None:
-        if is_in_parts(self._source[0]) and not self._is_in_parts:
-            kind = type(self).__name__
-            raise EngineError(
-                f"this {kind} was made before world.wrap put the model in parts, and holds all of it; make it from "
-                f"what wrap returns: {kind}(model, ...)"
-            )
+        if not self._is_in_parts:
+            refuse_whole_copy(*self._source, type(self).__name__)
         self._has_peers = engine.coordinator.world_size > 1
         engine.add_event_handler(event, self._update)
         engine.extension.add_state(self)

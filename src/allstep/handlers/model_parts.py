@@ -16,12 +16,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from allstep.errors import EngineError
 from allstep.parallel import PlainNames, is_dtensor, is_fully_sharded, unwrap
 
 
 def is_in_parts(module: nn.Module) -> bool:
     """Whether any of a module's parameters are sharded over ranks."""
     return any(is_dtensor(each) for each in module.parameters())
+
+
+def refuse_whole_copy(model: nn.Module, kind: str) -> None:
+    """Raise EngineError where a model is in parts of which a handler, of class `kind`, holds a copy from before that."""
+    if is_in_parts(model):
+        raise EngineError(
+            f"this {kind} was made before world.wrap put the model in parts, and holds all of it; make it from what "
+            f"wrap returns: {kind}(model, ...)"
+        )
 
 
 @torch.no_grad()
