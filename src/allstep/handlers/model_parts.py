@@ -26,7 +26,7 @@ def is_in_parts(module: nn.Module) -> bool:
 
 
 def refuse_whole_copy(model: nn.Module, kind: str) -> None:
-    """Raise EngineError where a model is in parts of which a handler, of class `kind`, holds a copy from before that."""
+    """Raise EngineError where a model is in parts of which a handler of class `kind` has a copy from before that."""
     if is_in_parts(model):
         raise EngineError(
             f"this {kind} was made before world.wrap put the model in parts, and holds all of it; make it from what "
