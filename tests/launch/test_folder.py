@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from allstep.launch.folder import create_attempt, default_name
+from allstep.launch.folder import create_attempt
+from allstep.run_record.run_folders import default_name
 
 
 def test_a_chosen_name_gets_the_next_attempt_and_keeps_the_older_ones(tmp_path: Path) -> None:

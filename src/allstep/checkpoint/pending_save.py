@@ -28,6 +28,7 @@ from allstep.exit_codes import USER_ERROR
 from allstep.open_files import write_buffers
 from allstep.protocol.save_record import note_save
 from allstep.world import World, internals
+from allstep.world.failures import Reporter
 
 log = logging.getLogger("allstep.checkpoint")
 
@@ -53,6 +54,8 @@ class PendingSave:
         self._pid = os.getpid()
         self._rank = 0
         self._began = 0.0
+        self._address = ""
+        self._reporter: Reporter | None = None
 
     @property
     def name(self) -> str | None:
@@ -89,6 +92,7 @@ class PendingSave:
     ) -> None:
         """Write the save in a thread; the arguments are those of `write_save`."""
         self._rank = coordinator.rank
+        self._address = f"{storage.root}/{self.name}"
         self._began = time.monotonic()
         # A daemon, so that it is this object that decides how long an end waits.
         self._thread = threading.Thread(
@@ -99,6 +103,7 @@ class PendingSave:
         )
         world = World.current()
         if world is not None:
+            self._reporter = internals(world).reporter
             internals(world).before_close(weakref.WeakMethod(self.before_world_closes))
         atexit.register(self._wait_at_exit)
         self._thread.start()
@@ -192,8 +197,11 @@ class PendingSave:
                 save.failure("its thread did not finish")
 
     def _note(self) -> None:
-        """Say so in the record of a submitted job."""
+        """Say so in the record of a submitted job, and to the service that keeps the run's."""
+        took = time.monotonic() - self._began
+        if self._reporter is not None:
+            self._reporter.saved(self.step, took, self._address)
         try:
-            note_save(self.step, time.monotonic() - self._began, os.environ)
+            note_save(self.step, took, os.environ)
         except OSError as error:  # the save itself is whole
             log.warning("the job's record does not have the save of step %d: %s", self.step, error)

@@ -25,10 +25,10 @@ from allstep.cli.parser import Parser
 from allstep.cli.run_command import OPTIONS_WITH_VALUE as RUN_OPTIONS_WITH_VALUE
 from allstep.cli.run_command import add_option, option_reader, split_command
 from allstep.errors import ConfigurationError, SubmissionError
-from allstep.launch.folder import PRIVATE, default_name
 from allstep.launch.settings import OPTIONS as RUN_OPTIONS
 from allstep.launch.settings import LaunchSettings, Option
 from allstep.protocol.masking import masked_arguments, secret_values
+from allstep.run_record.run_folders import PRIVATE, default_name
 from allstep.submission.batch_script import BatchJob, batch_script
 from allstep.submission.carried_environment import carried
 from allstep.submission.code_copy import SubmittedCode, copy_code, find_code

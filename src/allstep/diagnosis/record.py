@@ -50,6 +50,7 @@ class RankRecord:
         failing: when that exception was known to leave the World or the script.
         node_lost: whether `lost` is about its whole node.
         left_open: whether its goodbye said that the interpreter ends while the World is open.
+        leaving_code: the exit status that its goodbye foretold; 0 where it foretold none.
         ordered: when it was ordered to leave.
         hung: when it was found to be behind, with a clause about it in `hung_why`.
         awaited: a clause about what others wait for it in, once it is known that it will not come.
@@ -75,6 +76,7 @@ class RankRecord:
     node_lost: bool = False
     goodbye: Moment | None = None
     left_open: bool = False
+    leaving_code: int = 0
     ordered: Moment | None = None
     hung: Moment | None = None
     hung_why: str = ""
@@ -106,9 +108,9 @@ class RankRecord:
         if activity is ProcessActivity.BUSY:
             self.busy = at
 
-    def note_goodbye(self, moment: Moment, *, closed: bool) -> None:
+    def note_goodbye(self, moment: Moment, *, closed: bool, code: int = 0) -> None:
         """It closed its World in order, or (`closed` false) its interpreter ends with the World open."""
-        self.goodbye, self.left_open = moment, not closed
+        self.goodbye, self.left_open, self.leaving_code = moment, not closed, code
         if closed:  # a World that is closed in order shows that the exception was caught
             self.forget_seen()
 

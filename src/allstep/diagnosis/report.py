@@ -1,7 +1,7 @@
 """The failure report: a `Diagnosis` as text for a reader who was not watching, and as values for JSON. Pure.
 
 `failure_text` is what ends a failed run in the terminal; `failure_json` is what `failure.json` holds. Both put the
-first cause first. `last_lines` picks what to show of a rank's output.
+first cause first. `cause_line` is that cause in one line. `last_lines` picks what to show of a rank's output.
 """
 
 from __future__ import annotations
@@ -102,6 +102,16 @@ def failure_json(
         "explanation": diagnosis.explanation,
         "stragglers": [{"rank": rank, "ratio": round(ratio, 3)} for rank, ratio in diagnosis.slow],
     }
+
+
+def cause_line(diagnosis: Diagnosis) -> str:
+    """The first cause in one line."""
+    cause = diagnosis.cause
+    place = f", epoch {cause.epoch}, iteration {cause.iteration}" if cause.epoch else ""
+    what = cause.what.strip().splitlines()[0] if cause.what.strip() else cause.kind.value
+    last = (cause.traceback or cause.output).strip().splitlines()[-1:]
+    words = f" ({without_torchs_prefix(last[0].strip())[:200]})" if last and cause.kind is OutcomeKind.EXIT else ""
+    return f"rank {cause.rank}: {what[:200]}{words}{place}"
 
 
 def straggler_line(rank: int, ratio: float) -> str:

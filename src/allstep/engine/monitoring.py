@@ -108,12 +108,19 @@ def _reported(inner: WorldInternals, name: str, state: State) -> Iterator[RunMon
         return
     # An exception of an earlier run was caught by the script if another run begins.
     reporter.withdraw()
-    with inner.activity.run(name):
+    with inner.activity.run(name, lambda: _goal(state)):
         try:
             yield RunMonitor(reporter, inner.activity, state)
         except BaseException as error:
             reporter.seen(error)
             raise
+
+
+def _goal(state: State) -> int:
+    """How many iterations the run is to have, by what is known so far; 0 where that is not known."""
+    if state.max_iters is not None:
+        return state.max_iters
+    return (state.max_epochs or 0) * (state.epoch_length or 0)
 
 
 def _in_words(state: State) -> str:

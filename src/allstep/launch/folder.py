@@ -14,8 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-PRIVATE = 0o700
-"""The mode of folders that are made."""
+from allstep.run_record.run_folders import PRIVATE, make_free
 
 _ATTEMPT = re.compile(r"attempt_([0-9]{1,9})")
 
@@ -38,12 +37,6 @@ class AttemptFolder:
         return self.path / "failure.json"
 
 
-def default_name(target: str, stamp: str) -> str:
-    """Return a run's name made of what it runs (a script's path or a module's name) and a time stamp."""
-    last = target.rstrip("/").split("/")[-1].removesuffix(".py").removesuffix(".__main__")
-    return f"{re.sub(r'[^A-Za-z0-9_-]+', '-', last).strip('-') or 'run'}-{stamp}"
-
-
 def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
     """Make the folder of a new attempt.
 
@@ -57,7 +50,7 @@ def create_attempt(runs: Path, name: str, *, named: bool) -> AttemptFolder:
     """
     runs.mkdir(parents=True, exist_ok=True)
     if not named:
-        name = _make_free(runs, name)
+        name = make_free(runs, name)
     folder = runs / name
     folder.mkdir(mode=PRIVATE, exist_ok=True)
     # One more than the highest, not how many there are: an older attempt may have been deleted.
@@ -85,15 +78,3 @@ def join_attempt(runs: Path, name: str, attempt: int) -> AttemptFolder:
     for each in (path.parent, path):
         each.mkdir(mode=PRIVATE, exist_ok=True)
     return AttemptFolder(path, name, attempt)
-
-
-def _make_free(runs: Path, name: str) -> str:
-    free, number = name, 1
-    while True:  # making the folder is the only test that no other launch can come between
-        try:
-            (runs / free).mkdir(mode=PRIVATE)
-        except FileExistsError:
-            number += 1
-            free = f"{name}-{number}"
-        else:
-            return free

@@ -4,7 +4,7 @@ Contract: `lead` returns the run's exit status: that of the first cause, 128 + N
 where workers were preempted and none failed. In a loop:
 1. With several machines, wait until all have come.
 2. Make the folder of the next attempt. Each attempt has a number, folder, port and key that no other has, so nothing
-   that an earlier attempt left can be taken for its own.
+   that an earlier attempt left can be taken for its own. The run's record lies beside these folders.
 3. Run the attempt everywhere: a `Hub` monitors all ranks, and this machine runs its own share.
 4. Look at how it ended. An attempt that failed is followed by another as `decide_restart` says; a signal to stop ends
    that. The report is shown whether or not it can also be written.
@@ -23,21 +23,21 @@ from typing import TYPE_CHECKING
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.rank_outcome import OutcomeKind
-from allstep.diagnosis.report import failure_json, failure_text
+from allstep.diagnosis.report import cause_line, failure_json, failure_text
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.errors import LaunchError
-from allstep.exit_codes import PEER_LOST, PREEMPTED
+from allstep.exit_codes import LAUNCHER_ERROR, PEER_LOST, PREEMPTED
 from allstep.launch.attempt import Attempt
 from allstep.launch.environment import ReservedPort
 from allstep.launch.folder import AttemptFolder, create_attempt
+from allstep.launch.head_record import HeadRecord
 from allstep.launch.machine import Machine
 from allstep.launch.worker_plan import Share
 from allstep.monitor.hub import Hub
-from allstep.monitor.report_output import write_report
 from allstep.monitor.service import MonitorSettings
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, listen, new_key
-from allstep.protocol.last_words import without_torchs_prefix
 from allstep.protocol.masking import mask, mask_all
+from allstep.protocol.private_files import write_private_json
 
 if TYPE_CHECKING:
     from allstep.launch.join_server import NodeAssembly
@@ -66,8 +66,18 @@ class _HeadMachine:
         self._folder: AttemptFolder | None = None
         self._number = -1
         self._last_status = 0
+        self._record = HeadRecord(machine)
 
     def run(self) -> int:
+        try:
+            status = self._run_attempts()
+        except LaunchError as error:
+            self._record.ended(LAUNCHER_ERROR, stopped=False, why=str(error))
+            raise
+        self._record.ended(status, stopped=self._machine.stopped())
+        return status
+
+    def _run_attempts(self) -> int:
         status: int | None = None
         while status is None:
             if self._assembly is not None:
@@ -120,6 +130,7 @@ class _HeadMachine:
         self._folder = folder
         self._name = folder.name if folder is not None else self._name
         self._number = folder.attempt if folder is not None else self._number + 1
+        self._record.open(folder)
 
     def _run_attempt(self) -> int | None:
         """Run one attempt everywhere; return the run's exit status, or None where another is to follow."""
@@ -131,13 +142,20 @@ class _HeadMachine:
             listener = listen(host)
             channel_port = listener.getsockname()[1]
             share = self._share(key, channel_port, reserved)
-            settings = MonitorSettings(key, self._number, share.world_size, self._limits)
+            limits = self._limits
+            settings = MonitorSettings(key, self._number, share.world_size, limits, saved=self._record.saved)
             hub = Hub(self._machine.loop.selector, listener, settings)
             stack.callback(hub.close)
+            stack.enter_context(self._record.attempt(share, hub))
             if self._assembly is not None:
                 self._assembly.start(share, channel_port, hub)
             attempt = self._machine.attempt(share, hub, self._folder)
             status = self._conclude(attempt, hub, share)
+            self._record.attempt_ended(
+                self._last_status if status is None else status,
+                hub.diagnosis() or attempt.diagnosis,
+                stopped=attempt.stopped_by is not None,
+            )
             if self._assembly is not None:
                 hub.finish("" if status is None else self._result_line(status), status or 0)
                 self._inform_nodes(hub, self._assembly, status)
@@ -185,7 +203,7 @@ class _HeadMachine:
             return self._stopped(attempt, diagnosis)
         if diagnosis is None:
             return self._succeeded(hub)
-        self._failed.append(FailedAttempt(self._number, _progress(hub, share.world_size), _in_short(diagnosis)))
+        self._failed.append(FailedAttempt(self._number, _progress(hub, share.world_size), cause_line(diagnosis)))
         self._last_status = diagnosis.exit_code or PEER_LOST
         decision = decide_restart(
             self._failed, max_restarts=self._settings.max_restarts, stop_after=self._settings.stop_after
@@ -237,7 +255,7 @@ class _HeadMachine:
         report = failure_json(diagnosis, name=self._name, tails=_tails(attempt, hub), logs=self._logs(attempt))
         content = mask_all(report, self._machine.secrets)
         try:
-            write_report(self._folder.failure, content)
+            write_private_json(self._folder.failure, content)
         except OSError as error:
             self._machine.say(f"warning: {self._folder.failure} cannot be written: {error.strerror}")
 
@@ -270,16 +288,6 @@ def _tails(attempt: Attempt, hub: Hub) -> dict[int, str]:
     # Where a worker of this machine ended, its pipes were read here, which is more than the hub was told.
     elsewhere = {rank: end.stderr for rank, end in hub.ends().items()}
     return elsewhere | {rank: attempt.streams.last_output(rank) for rank in attempt.ends}
-
-
-def _in_short(diagnosis: Diagnosis) -> str:
-    """The first cause in one line."""
-    cause = diagnosis.cause
-    place = f", epoch {cause.epoch}, iteration {cause.iteration}" if cause.epoch else ""
-    what = cause.what.strip().splitlines()[0] if cause.what.strip() else cause.kind.value
-    last = (cause.traceback or cause.output).strip().splitlines()[-1:]
-    words = f" ({without_torchs_prefix(last[0].strip())[:200]})" if last and cause.kind is OutcomeKind.EXIT else ""
-    return f"rank {cause.rank}: {what[:200]}{words}{place}"
 
 
 Progress = tuple[int, int] | None

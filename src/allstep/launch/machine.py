@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,7 @@ class Machine:
 
     Attributes:
         secrets: values that are kept out of all that is said and written about the run.
+        signalled: called with each signal that comes.
     """
 
     def __init__(self, launch: Launch, signals: SignalPipe) -> None:
@@ -78,6 +79,7 @@ class Machine:
         self.terminal = Terminal(self.loop, launch.environ, self.secrets)
         self.say = self.terminal.say
         self.stopped_by: signal.Signals | None = None
+        self.signalled: Callable[[signal.Signals], object] = lambda number: None
         self._descriptors = raise_descriptor_limit()  # the workers get back what there was before
         self._signals = signals
         self._attempt: Attempt | None = None
@@ -156,6 +158,7 @@ class Machine:
 
     def _handle_signals(self) -> None:
         for number in self._signals.take():
+            self.signalled(number)
             if self._attempt is not None:
                 self._attempt.handle_signal(number)
             # Kept beside the attempt's own, since a signal may come between two attempts.

@@ -29,9 +29,9 @@ from typing import BinaryIO, Literal
 
 from allstep.launch.event_loop import EventLoop
 from allstep.launch.status_line import StatusLine
-from allstep.monitor.report_output import open_private
 from allstep.protocol.foreign_text import printable
 from allstep.protocol.masking import mask
+from allstep.protocol.private_files import open_private
 from allstep.protocol.status_frames import StatusFrames
 
 Stream = Literal["stdout", "stderr"]

@@ -27,13 +27,13 @@ from allstep.errors import LaunchError
 from allstep.launch.device_types import devices_of, rocm_gpus, tpu_chips, tpu_environment
 from allstep.launch.devices import probe_hardware
 from allstep.launch.event_loop import SignalPipe
-from allstep.launch.folder import default_name
 from allstep.launch.head import lead
 from allstep.launch.init_process import leave_init_to_parent
 from allstep.launch.machine import Launch, Machine
 from allstep.launch.settings import LaunchSettings, shown_ranks
 from allstep.launch.syntax_check import syntax_error
 from allstep.launch.worker_plan import Command, worker_count
+from allstep.run_record.run_folders import default_name
 
 if TYPE_CHECKING:
     from allstep.launch.devices import Devices

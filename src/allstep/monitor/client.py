@@ -36,6 +36,7 @@ from allstep.protocol.foreign_text import printable
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.messages import (
     AskStacks,
+    CheckpointSaved,
     Failure,
     FailureCaught,
     Goodbye,
@@ -150,14 +151,18 @@ class Client:
         """Take back what was reported as only seen: the exception was caught, and the rank goes on."""
         self._send(FailureCaught(self._rank), REPORT_S)
 
-    def say_goodbye(self, *, closed: bool = True) -> None:
+    def tell(self, message: CheckpointSaved) -> None:
+        """Say what the monitor keeps in the run's record; returns within `REPORT_S`."""
+        self._send(message, REPORT_S)
+
+    def say_goodbye(self, *, closed: bool = True, code: int = 0) -> None:
         """This World is closed in order, or (`closed` false) the interpreter ends while it is open.
 
         What is left to do can fail this rank no more. Heartbeats go on, so that a report can tell where it waits.
         """
         if not self._said_goodbye:
             self._said_goodbye = True
-            self._send(Goodbye(self._rank, closed), REPORT_S)
+            self._send(Goodbye(self._rank, closed, code), REPORT_S)
 
     def close(self, *, closed: bool = True) -> None:
         """Say goodbye, if that was not done before, and end the connection."""

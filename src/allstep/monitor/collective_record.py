@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allstep.diagnosis.flight_records import read_dump, summary, to_text
-from allstep.monitor.report_output import open_private
 from allstep.monitor.torch_private import dump_for_the_analyser, dumps_as_json
+from allstep.protocol.private_files import open_private
 
 PREFIX = "flight_recorder_rank_"
 """What the files of an attempt begin with; the rank follows."""

@@ -125,9 +125,9 @@ class FailureDetector:
         if self._gather_until is not None and not self._unanswered:
             self._gather_until = self._clock.now()
 
-    def said_goodbye(self, rank: int, *, closed: bool = True) -> None:
+    def said_goodbye(self, rank: int, *, closed: bool = True, code: int = 0) -> None:
         """A rank closed its World in order, or (`closed` false) its interpreter ends with the World open."""
-        self.records[rank].note_goodbye(self._moment(), closed=closed)
+        self.records[rank].note_goodbye(self._moment(), closed=closed, code=code)
         self._look_soon()
 
     def lost(self, rank: int, why: str, registration: RankRegistration | None = None) -> None:

@@ -30,6 +30,7 @@ from allstep.monitor.silent_ranks import SilentRanks
 from allstep.protocol.connection import Connection
 from allstep.protocol.messages import (
     AskStacks,
+    CheckpointSaved,
     Failure,
     FailureCaught,
     Finish,
@@ -99,7 +100,8 @@ class Hub:
         )
         self._links = NodeLinks(world_size, limits.link, self._clock)
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
-        self._introduced, self._remark, self._supervised = settings.introduced, settings.remark, settings.supervised
+        self._introduced, self._remark, self._saved = settings.introduced, settings.remark, settings.saved
+        self._supervised = settings.supervised
         self._silent = SilentRanks(self.connection, self._clock.age)
         self._foretold: dict[int, WorkerExit] = {}  # of ranks behind relays
         self._is_left = False  # by all ranks of its own node
@@ -235,6 +237,10 @@ class Hub:
         """Whether its driver writes the report: not where its own ranks have ended, and another node is there."""
         return not (self._is_left and self._reporter >= 0)
 
+    def leaving_codes(self) -> dict[int, int]:
+        """The exit status that each rank foretold which has said goodbye; 0 where it foretold none."""
+        return {rank: record.leaving_code for rank, record in self._detector.records.items() if record.goodbye}
+
     def present(self) -> list[int]:
         """The ranks whose World is open, as far as is known."""
         return self._detector.present()
@@ -320,8 +326,11 @@ class Hub:
                 self._detector.failed(message)
             case Stacks():
                 self._detector.answered(message)
-            case Goodbye(_, closed):
-                self._detector.said_goodbye(rank, closed=closed)
+            case CheckpointSaved():
+                if self._saved is not None:
+                    self._saved(message)
+            case Goodbye(_, closed, code):
+                self._detector.said_goodbye(rank, closed=closed, code=code)
                 if peer in self._links and self._links.node(peer) == self._reporter:
                     self._choose_reporter()
             case FailureCaught():

@@ -17,7 +17,7 @@ from typing import Protocol
 from allstep.diagnosis.hang import HangLimits
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.protocol.connection import Connection
-from allstep.protocol.messages import Finish, Leave
+from allstep.protocol.messages import CheckpointSaved, Finish, Leave
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
@@ -38,6 +38,7 @@ class MonitorSettings:
             answered: from then on it may end at any time.
         report: called at a relay with a report that the head leaves to this node to write, before its ranks are
             ordered to leave.
+        saved: called at the hub with each checkpoint that was committed.
         remark: asked when a rank of this node reports an exception of its own, for what the node knows of the reason.
     """
 
@@ -48,6 +49,7 @@ class MonitorSettings:
     supervised: bool = True
     introduced: Callable[[RankRegistration, Connection], None] | None = None
     report: Callable[[str], None] | None = None
+    saved: Callable[[CheckpointSaved], None] | None = None
     remark: Callable[[], str] | None = None
 
 

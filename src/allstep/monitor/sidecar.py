@@ -9,7 +9,7 @@ connected any more, and nothing is left to judge.
 After a verdict it writes the report to its starter's standard error, of which it holds a duplicate, orders the ranks to
 leave, writes `failure.json` where an attempt folder is known, and kills what stays of its node. It ignores the signals
 that a scheduler sends to a whole job: it ends when the ranks have. Until then whoever reads the starter's standard
-error to its end waits.
+error to its end waits. The head's sidecar also keeps the run's record (`sidecar_record`).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from allstep.diagnosis.hang import HangLimits
 from allstep.errors import WorldError
@@ -48,7 +50,9 @@ class SidecarSetup:
         ranks: of this node, for a relay.
         nodes: how many there are, for the head.
         run: the run's name, for the report.
-        secrets: what is not to be in the report.
+        secrets: what is not to be in the report, nor in the run's record.
+        about: what `run.json` says of the run, for the head; see `run_record.about_run`. Empty: no record is kept.
+        run_folder: as `run_record.folder_of_ranks` takes it.
     """
 
     key: str
@@ -63,6 +67,8 @@ class SidecarSetup:
     nodes: int = 1
     run: str = ""
     secrets: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
+    run_folder: str | None = None
 
 
 class Sidecar:

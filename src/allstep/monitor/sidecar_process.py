@@ -9,6 +9,8 @@ It holds a `ProcessWitness` of each rank of its node. The moment that one's conn
 ends, or as soon as it has ended: a scheduler may end everything on the node a few milliseconds later. The rank that
 started it is asked after when the lifeline closes, which is before that: its memory is still to be freed.
 
+The head's sidecar keeps the run's record (`record`), from when it has answered.
+
 STDERR is the standard error of the rank that started it. The report is written there, since a launcher may end all
 ranks within a tenth of a second. Where there is none, a rank writes it.
 """
@@ -40,14 +42,16 @@ from allstep.monitor.hub import Hub
 from allstep.monitor.memory import MemoryWatch
 from allstep.monitor.process_witness import ProcessWitness
 from allstep.monitor.relay import Relay
-from allstep.monitor.report_output import write_bounded, write_report
+from allstep.monitor.report_output import write_bounded
 from allstep.monitor.service import ConnectionLost, MonitorSettings, Service, StragglerSeen, Verdict
 from allstep.monitor.sidecar import SidecarSetup
+from allstep.monitor.sidecar_record import SidecarRecord, open_record
 from allstep.protocol.address import listen, split_address
 from allstep.protocol.connection import Connection
 from allstep.protocol.descriptors import raise_descriptor_limit
 from allstep.protocol.masking import mask, mask_all
 from allstep.protocol.messages import Finish, Leave
+from allstep.protocol.private_files import write_private_json
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
@@ -78,6 +82,7 @@ class SidecarLoop:
         self._selector.register(lifeline, selectors.EVENT_READ, "lifeline")
         self._memory = MemoryWatch()
         self._processes: dict[int, ProcessWitness] = {}  # of each rank of this node
+        self._record: SidecarRecord | None = None
         self._service = self._open_service(listener)
         self._looked_at: set[int] = set()  # those of them whose end is known to have begun
         self._ending: dict[int, float] = {}  # ranks whose process is about to end, and until when that is waited for
@@ -96,6 +101,7 @@ class SidecarLoop:
             introduced=self._hold,
             report=self._print,
             remark=self._memory.remark,
+            saved=lambda saved: self._record and self._record.saved(saved),
         )
         if setup.upstream:
             head = split_address(setup.upstream)
@@ -107,11 +113,17 @@ class SidecarLoop:
             hub.expect_node(node)
         return hub
 
+    def keep_record(self) -> None:
+        """Keep the run's record from now on, where this is the head and a record is asked for."""
+        if isinstance(self._service, Hub):
+            self._record = open_record(self._setup, self._service, self._say)
+
     def run(self) -> None:
         """Serve until no rank needs it."""
         while not self.is_over():
             now = time.monotonic()
             times = [self._service.deadline(), self._end_at, *(at for at, _ in self._kill), *self._ending.values()]
+            times.append(None if self._record is None else self._record.deadline())
             if self._looked_at:
                 times.append(now + _LOOK_S)
             until = min(at for at in times if at is not None)
@@ -132,7 +144,11 @@ class SidecarLoop:
             if time.monotonic() >= self._service.deadline():
                 self._service.tick()
                 self._act()
+            if self._record is not None and time.monotonic() >= self._record.deadline():
+                self._record.tick()
             self._kill_late()
+        if self._record is not None:
+            self._record.ended(self._service.diagnosis())
         self._service.finish("", self._code)
         self.close()
 
@@ -252,12 +268,16 @@ class SidecarLoop:
         if self._stderr is None or not write_bounded(self._stderr, report):
             self._service.notify(report, min(self._service.present(), default=-1))
 
+    def _say(self, line: str) -> None:
+        if self._stderr is not None:
+            write_bounded(self._stderr, f"allstep: {mask(line, self._setup.secrets)}\n")
+
     def _write(self, diagnosis: Diagnosis) -> None:
         if self._setup.attempt_folder:
             content = mask_all(failure_json(diagnosis, name=self._setup.run), self._setup.secrets)
             name = f"failure_node_{self._setup.node_rank}.json" if self._setup.upstream else "failure.json"
             with contextlib.suppress(OSError):  # the report is printed all the same
-                write_report(Path(self._setup.attempt_folder) / name, content)
+                write_private_json(Path(self._setup.attempt_folder) / name, content)
 
     def _expect_end(self, code: int, own: frozenset[int]) -> None:
         now = time.monotonic()
@@ -299,6 +319,7 @@ def main(lifeline: int, answer: int, stderr: int | None = None) -> None:
         return
     os.write(answer, f"port {listener.getsockname()[1]}\n".encode())
     os.close(answer)
+    loop.keep_record()
     loop.run()
 
 

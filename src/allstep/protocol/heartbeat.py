@@ -53,6 +53,7 @@ class RankActivity:
         self._left_out = 0
         self._passes: dict[int, tuple[int, int]] = {}  # by module, an iteration and the backward passes in it
         self._most_passes = 0
+        self._goal: Callable[[], int] = lambda: 0
 
     def enter(self, section: str) -> None:
         """Say that the rank is now in `section`, one of `SECTIONS`, or made progress in the one where it is."""
@@ -70,10 +71,17 @@ class RankActivity:
             self.enter(before)
 
     @contextmanager
-    def run(self, engine: str) -> Iterator[None]:
-        """Be in the run of an engine; where it runs inside another, the outer one's place is restored afterwards."""
+    def run(self, engine: str, goal: Callable[[], int] = lambda: 0) -> Iterator[None]:
+        """Be in the run of an engine; where it runs inside another, the outer one's place is restored afterwards.
+
+        Args:
+            engine: its name.
+            goal: how many iterations it is to have, 0 where that is not known; called from the other thread.
+        """
         before = (self.engine, self.epoch, self.iteration, self.section_name, self._step_began)
         self.engine, self._step_began = engine, None
+        if not self._runs:
+            self._goal = goal
         self._runs += 1
         try:
             yield
@@ -192,4 +200,5 @@ class RankActivity:
             left_out=self.left_out,
             most_passes=self._most_passes,
             own_step=round(statistics.median(self._own), 6) if self._steps >= RECENT else 0.0,
+            goal=self._goal(),
         )

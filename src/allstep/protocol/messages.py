@@ -3,7 +3,8 @@
 Who sends what:
 
 - A rank to its monitor: `RankHello` first. Then `Heartbeat` once a second, `Failure` when an
-  exception is first seen and `FailureCaught` when that was caught, `Stacks` when asked, and `Goodbye` before it closes.
+  exception is first seen and `FailureCaught` when that was caught, `CheckpointSaved` from rank 0, `Stacks` when asked,
+  and `Goodbye` before it closes.
 - The monitor to a rank: `Welcome` when all ranks have come and fit, or `Refused`. Then `AskStacks`, `Notice`, `Leave`.
 - A relay to the head's hub: `NodeHello` first. Then the lines of its ranks as they are, and `RankEnding`,
   `WorkerEnded`, `RankLost`, `ProcessSeen`, `NodeRemark` and `NodeHeartbeat`. The hub to a relay: what it would tell the
@@ -34,7 +35,7 @@ from allstep.protocol.preflight_messages import (
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
 
-VERSION = 8
+VERSION = 9
 """Both sides of a connection must have the same: all ranks and machines of a run install the same allstep."""
 
 SECTIONS = ("startup", "data", "step", "evaluation", "checkpoint", "handler", "idle")
@@ -59,7 +60,7 @@ class Heartbeat:
     `engine` the name of the engine that runs, `longest` the longest stay in each section so far in seconds, and
     `own_step` the median seconds of a step without waiting, over the recent steps (0 before there are enough).
     `left_out` is the last iteration whose forward pass had no backward pass (0: each had one), `most_passes` the most
-    backward passes of a module in one iteration.
+    backward passes of a module in one iteration. `goal` is how many iterations the run is to have (0: not known).
     """
 
     rank: int
@@ -75,6 +76,17 @@ class Heartbeat:
     own_step: float = 0.0
     left_out: int = 0
     most_passes: int = 0
+    goal: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint was committed: after which iteration it was taken, how long that took, and where it is."""
+
+    rank: int
+    step: int
+    seconds: float
+    address: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +127,14 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class Goodbye:
-    """A rank closed its World, in order, or (`closed` false) its interpreter ends with the World open."""
+    """A rank closed its World, in order, or (`closed` false) its interpreter ends with the World open.
+
+    `code` is the exit status with which it is about to end, where an exception says so, such as 85.
+    """
 
     rank: int
     closed: bool = True
+    code: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,6 +325,7 @@ class NodeResigned:
 Message = (
     RankHello
     | Heartbeat
+    | CheckpointSaved
     | Failure
     | Stacks
     | Goodbye

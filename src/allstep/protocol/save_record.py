@@ -8,12 +8,14 @@ of a save is known before it matters. A job without these variables pays nothing
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from allstep.protocol.private_files import append_line, read_lines
 
 SAVES = "ALLSTEP_SAVES"
 """Names the file."""
@@ -44,30 +46,16 @@ def note_save(step: int, seconds: float, environ: Mapping[str, str]) -> None:
     path = environ.get(SAVES)
     if not path:
         return
-    line = json.dumps(asdict(CommittedSave(step, round(seconds, 3), round(time.time(), 3), os.getpid())))
-    # Appended in one write, and begun with a line end where the one before was cut.
-    with open(path, "ab+", buffering=0) as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read(1) == b"\n" else "\n" + line
-        file.write(f"{line}\n".encode())
-        os.fsync(file.fileno())
+    save = CommittedSave(step, round(seconds, 3), round(time.time(), 3), os.getpid())
+    append_line(path, asdict(save), sync=True)
 
 
 def read_saves(path: Path) -> tuple[CommittedSave, ...]:
     """The saves in a record, oldest first; none where it is not there or cannot be read."""
     saves = []
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError:
-        return ()
-    for line in lines:
-        try:
-            found = json.loads(line)
+    for found in read_lines(path):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             saves.append(
                 CommittedSave(int(found["step"]), float(found["seconds"]), float(found["time"]), int(found["run"]))
             )
-        except (ValueError, TypeError, KeyError):
-            continue
     return tuple(saves)

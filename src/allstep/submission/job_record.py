@@ -1,8 +1,9 @@
 """The starts of a job: each one and how it ended, in `starts.jsonl`, and whether another start would get any further.
 
 Contract: the job's own process adds a line when it begins (`JobRecord.begin`) and one when it ends (`end`). A start
-that was killed has no second line. Progress is the highest step that is saved (`saves.jsonl`): a start that began where
-the one before began got nowhere. `another_start` decides from that, purely:
+that was killed has no second line. `allstep cancel` adds a line while one runs (`cancel`), and then no other follows.
+Progress is the highest step that is saved (`saves.jsonl`): a start that began where the one before began got nowhere.
+`another_start` decides from that, purely:
 - a job that used up its whole time without a further save ends, since the next would do the same;
 - a job that was preempted early may only have had no time: it ends after `MOST_IDLE` such starts in a row.
 """
@@ -10,12 +11,12 @@ the one before began got nowhere. `another_start` decides from that, purely:
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from allstep.protocol.private_files import append_line, read_lines
 from allstep.protocol.save_record import CommittedSave, read_saves
 
 MOST_IDLE = 3
@@ -56,33 +57,34 @@ class JobRecord:
     def starts(self) -> list[JobStart]:
         """Every start so far."""
         found = []
-        for line in self._lines():
+        for each in read_lines(self._starts):
             with contextlib.suppress(ValueError, TypeError, KeyError):
-                each = json.loads(line)
-                if "ended" not in each:
+                if "nodes" in each:
                     found.append(JobStart(str(each["job"]), int(each["nodes"]), int(each["saved"]), each["time"]))
         return found
 
     def begin(self, job: str, nodes: int) -> JobStart:
         """Note that the job begins; raises OSError."""
         start = JobStart(job, nodes, self.saved(), round(time.time(), 3))
-        self._add(asdict(start))
+        append_line(self._starts, asdict(start))
         return start
 
     def end(self, job: str, code: int, what: str) -> None:
         """Note how it ends: the step's exit code, and what becomes of the job; raises OSError."""
         said = {"ended": job, "code": code, "saved": self.saved(), "time": round(time.time(), 3), "what": what}
-        self._add(said)
+        append_line(self._starts, said)
 
-    def _lines(self) -> list[bytes]:
-        try:
-            return self._starts.read_bytes().splitlines()
-        except OSError:
-            return []
+    def cancel(self) -> None:
+        """Note that a person does not want the present start to be followed by another; raises OSError."""
+        append_line(self._starts, {"cancelled": True, "time": round(time.time(), 3)})
 
-    def _add(self, content: dict[str, object]) -> None:
-        with open(self._starts, "ab", buffering=0) as file:
-            file.write(f"{json.dumps(content)}\n".encode())
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the present start is not to be followed by another."""
+        for each in reversed(read_lines(self._starts)):
+            if "cancelled" in each or "nodes" in each:
+                return "cancelled" in each
+        return False
 
 
 def another_start(starts: Sequence[JobStart], saved: int, *, used_up: bool) -> str | None:

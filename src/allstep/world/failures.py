@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 
-from allstep.exit_codes import IN_ORDER
+from allstep.exit_codes import CANCELLED, IN_ORDER
 from allstep.monitor.client import Client
 from allstep.protocol.heartbeat import RankActivity
 from allstep.protocol.last_words import about_another_rank
-from allstep.protocol.messages import Failure
+from allstep.protocol.messages import CheckpointSaved, Failure
 from allstep.world.monitor_link import MonitorService
 
 
@@ -105,6 +105,7 @@ class Reporter:
         self._device = device
         self._is_over = False
         self._closed_in_order = True
+        self._code = 0
         self._previous = sys.excepthook
 
     def seen(self, error: BaseException) -> None:
@@ -117,11 +118,20 @@ class Reporter:
 
     def leaving(self, error: BaseException) -> None:
         """An exception leaves the World or the script."""
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            self._code = error.code
+        elif isinstance(error, KeyboardInterrupt):
+            self._code = CANCELLED
         if is_failure(error):
             self._send(error, leaving=True)
             if not self._service.supervised:
                 # As late as can be: a launcher such as torchrun ends the others as soon as this process has ended.
                 atexit.register(self.client.linger, _LINGER_S)
+
+    def saved(self, step: int, seconds: float, address: str) -> None:
+        """A checkpoint was committed; called from any thread."""
+        if not self._is_over:
+            self.client.tell(CheckpointSaved(self._rank, step, round(seconds, 3), address))
 
     def withdraw(self) -> None:
         """This rank goes on after what was seen."""
@@ -146,7 +156,7 @@ class Reporter:
 
     def say_goodbye(self) -> None:
         """This rank has done its part, and takes down what it has in common with the others."""
-        self.client.say_goodbye(closed=self._closed_in_order)
+        self.client.say_goodbye(closed=self._closed_in_order, code=self._code)
 
     def end(self, *, failed: bool) -> None:
         """The World is over, and its process group gone. After a failure the client stays until the process ends."""

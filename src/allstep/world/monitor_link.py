@@ -22,11 +22,13 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from allstep.errors import ConfigurationError, WorldError
 from allstep.monitor.client import Client
 from allstep.monitor.sidecar import Sidecar, SidecarSetup, start_sidecar
 from allstep.placement import Placement
+from allstep.placement.slurm import job_of_process
 from allstep.protocol.address import EVERYWHERE, HERE, join_address, new_key
 from allstep.protocol.authentication import derived_key
 from allstep.protocol.connection import connect
@@ -35,6 +37,9 @@ from allstep.protocol.masking import secret_values
 from allstep.protocol.messages import RankHello
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.user_secret import VARIABLE, user_secret
+from allstep.run_record.process_identity import identity_of
+from allstep.run_record.recorder import about_run
+from allstep.run_record.run_folders import FOLDER
 from allstep.world.bounded_store import BoundedStore, poll
 
 _MARGIN_S = 2.0
@@ -169,8 +174,25 @@ def _start(placement: Placement, key: str, upstream: str = "", ranks: Sequence[i
         nodes=placement.nodes,
         run=placement.run_id,
         secrets=tuple(secret_values(sys.argv[1:], os.environ)),
+        about={} if upstream else _about(placement),
+        run_folder=os.environ.get(FOLDER),
     )
     return start_sidecar(setup)
+
+
+def _about(placement: Placement) -> dict[str, Any]:
+    """What the run's record says of the run."""
+    # Who ends all ranks when it is told to stop: torchrun's agent, which is a rank's parent; else a rank itself, whose
+    # StopOnSignal or Preemption stops all of them.
+    pid = os.getppid() if placement.launcher == "torchrun" else os.getpid()
+    return about_run(
+        name="",
+        run_id=placement.run_id,
+        launcher=placement.launcher,
+        command=sys.argv,
+        process=identity_of(pid),
+        job=job_of_process(os.environ) or "",
+    )
 
 
 def _ranks_of_node(store: BoundedStore, placement: Placement, deadline: float) -> list[int]:
