@@ -14,6 +14,7 @@ user's step, handler or dataset raises is never wrapped: it leaves `Engine.run` 
 | ConfigurationError | a configuration file or command-line option is wrong | ValueError |
 | LaunchError | the launcher cannot start the workers | RuntimeError |
 | SubmissionError | a job cannot be submitted: no sbatch, no answer, an option that SLURM refuses | RuntimeError |
+| RunControlError | a run that is asked about or cancelled is not there, or cannot be reached from here | RuntimeError |
 | ChannelError | a message of the control channel cannot be read, or its other end is gone | ConnectionError |
 | OtherVersionError | the other end of the control channel speaks another version of it | ChannelError |
 | WorldError | the process group cannot be set up, or a World is used outside `init` and `close` | RuntimeError |
@@ -108,6 +109,10 @@ class LaunchError(AllstepError, RuntimeError):
 
 class SubmissionError(AllstepError, RuntimeError):
     """A job cannot be given to the scheduler; the message has the scheduler's own words and the remedy."""
+
+
+class RunControlError(AllstepError, RuntimeError):
+    """A run is not there, or cannot be reached from here; the message says where was looked and the remedy."""
 
 
 class ChannelError(AllstepError, ConnectionError):

@@ -21,7 +21,7 @@ PREEMPTED = 85
 """The run was asked to make room, has saved its state, and wants to be started again."""
 
 NEVER_AGAIN = 93
-"""A submitted job was preempted and is not started again: its last starts got no further, so another would not."""
+"""A submitted job stopped and is not started again: its last starts got no further, or it was cancelled."""
 
 CANCELLED = 130
 """A person pressed Ctrl-C, and the run has ended in good order; the status of a death by SIGINT."""

@@ -52,9 +52,7 @@ class Slurm:
         return (self.folder / "asked").read_text() if (self.folder / "asked").exists() else ""
 
     def run(self, *step: str, script: str = STEP, **how: Any) -> int:
-        process = BatchProcess(
-            JobRecord(self.folder), "47", self.folder / "job.sh", **{"margin": 0.0, "chain": False, **how}
-        )
+        process = BatchProcess(self.folder, "47", self.folder / "job.sh", **{"margin": 0.0, "chain": False, **how})
         return process.run([sys.executable, "-c", script, *step])
 
     def last(self) -> str:

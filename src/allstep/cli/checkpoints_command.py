@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from allstep.cli.parser import Parser
+from allstep.cli.tables import print_table
 from allstep.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _list(arguments: argparse.Namespace) -> int:
     elif not found:
         print(f"no checkpoints in {arguments.folder}")
     else:
-        _print_table([_HEADINGS, *map(_row, found)])
+        print_table([_HEADINGS, *map(_row, found)])
     # An unfinished checkpoint is what a save in progress looks like, so it is no failure.
     return int(any(entry.state in ("damaged", "quarantined") for entry in found))
 
@@ -137,13 +138,6 @@ def _size(count: float) -> str:
 def _as_json(entry: Entry) -> dict[str, object]:
     manifest = entry.manifest.model_dump(mode="json") if entry.manifest is not None else None
     return {"name": entry.name, "state": entry.state, "problems": entry.problems, "manifest": manifest}
-
-
-def _print_table(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        cells = (printable(cell).ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
 
 
 def _parser() -> Parser:

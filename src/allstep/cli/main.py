@@ -3,13 +3,14 @@
 Contract: `main` returns the exit code and raises nothing that a user's mistake can cause. A command NAME of `COMMANDS`
 is the module `NAME_command` of this package, with a `main(argv) -> int`; it is imported when it is asked for. Exit
 codes: what the command returns; 2 for a wrong command line, a wrong configuration, or a run that could not be started;
-130 when interrupted before it started.
+130 when interrupted before it started; 141 when the reader of its output is gone.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,6 +27,10 @@ COMMANDS = {
     "plan": "say what a script's training takes on each rank, without devices",
     "rehearse": "interrupt a script here as a cluster would, and compare it with an unbroken run",
     "submit": "submit a script as a SLURM job that requeues itself",
+    "status": "say where runs are and how they are",
+    "logs": "show what a run's ranks printed, and go on with it",
+    "cancel": "end a run, with a save first",
+    "history": "list runs, or the attempts of one",
     "doctor": "say whether this machine is fit to train on",
     "checkpoints": "list, verify, export and remove checkpoints",
     "port": "show a script for PyTorch-Ignite in allstep's names",
@@ -54,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return LAUNCHER_ERROR
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # of `allstep ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter would complain at its end
+        return 128 + signal.SIGPIPE
 
 
 def _open_what_is_closed() -> None:

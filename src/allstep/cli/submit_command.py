@@ -195,6 +195,7 @@ def _facts(submission: Submission, number: str) -> dict[str, Any]:
     job, code = submission.job, submission.code
     return {
         "job": number,
+        "array": job.request.array or "",
         "command": masked_arguments(job.submitted),
         "from": os.getcwd(),
         "python": job.python,

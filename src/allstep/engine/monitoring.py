@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from allstep import faults
+from allstep.duration_words import took_in_words
 from allstep.engine.events import Events
 from allstep.engine.registry import Registry
 from allstep.engine.replica_audit import flip_bit
@@ -27,7 +28,6 @@ from allstep.faults.fault import When
 from allstep.faults.inject import LeftEarly
 from allstep.protocol.heartbeat import RankActivity
 from allstep.world import World, WorldInternals, internals
-from allstep.world.duration import took_in_words
 from allstep.world.failures import Reporter
 
 Step = Callable[[Any], Any]

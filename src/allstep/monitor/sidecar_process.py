@@ -50,7 +50,7 @@ from allstep.protocol.address import listen, split_address
 from allstep.protocol.connection import Connection
 from allstep.protocol.descriptors import raise_descriptor_limit
 from allstep.protocol.masking import mask, mask_all
-from allstep.protocol.messages import Finish, Leave
+from allstep.protocol.messages import CheckpointSaved, Finish, Leave
 from allstep.protocol.private_files import write_private_json
 from allstep.protocol.registration import RankRegistration
 from allstep.protocol.worker_exit import WorkerExit
@@ -101,7 +101,7 @@ class SidecarLoop:
             introduced=self._hold,
             report=self._print,
             remark=self._memory.remark,
-            saved=lambda saved: self._record and self._record.saved(saved),
+            saved=self._note_save,
         )
         if setup.upstream:
             head = split_address(setup.upstream)
@@ -112,6 +112,10 @@ class SidecarLoop:
         for node in range(1, setup.nodes):
             hub.expect_node(node)
         return hub
+
+    def _note_save(self, saved: CheckpointSaved) -> None:
+        if self._record is not None:
+            self._record.saved(saved)
 
     def keep_record(self) -> None:
         """Keep the run's record from now on, where this is the head and a record is asked for."""

@@ -83,9 +83,7 @@ def open_record(setup: SidecarSetup, hub: Hub, warn: Callable[[str], object]) ->
     try:
         folder = folder_of_ranks(setup.run_folder, Path(about["workdir"]), name, about)
     except OSError as error:
-        warn(
-            f"warning: no record of the run is kept, since no folder for it can be made in {about['workdir']}: {error}"
-        )
+        warn(f"warning: no record of the run is kept, for want of a folder in {about['workdir']}: {error}")
         return None
     if folder is None:
         return None

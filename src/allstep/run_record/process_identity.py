@@ -29,7 +29,7 @@ def is_alive(identity: Mapping[str, Any]) -> bool | None:
     here = _here()
     if not isinstance(pid, int) or not started or any(identity.get(name) != value for name, value in here.items()):
         return None
-    return _started(pid) == started
+    return bool(_started(pid) == started)
 
 
 def _here() -> dict[str, str]:

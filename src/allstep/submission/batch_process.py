@@ -11,10 +11,10 @@ Contract, in order:
    Where a later start of the job begins meanwhile, as when SLURM has lost a node's slurmd and what that started lives
    on, this one ends its step and leaves everything to the later one.
 3. `judge` says how the step ended. Where it was stopped, the job goes back into its queue or, with --chain, on in a new
-   job, unless another start would get no further. A job that SLURM no longer calls running was cancelled or is being
-   requeued by SLURM itself, and is left to it.
+   job, unless another start would get no further or a person has cancelled it. A job that SLURM no longer calls running
+   was cancelled or is being requeued by SLURM itself, and is left to it.
 
-The exit code, which is the job's: 0 finished; 85 stopped, to go on; 93 stopped, and another start would get no further;
+The exit code, which is the job's: 0 finished; 85 stopped, to go on; 93 stopped, and not to go on;
 else the step's own.
 """
 
@@ -36,6 +36,7 @@ from allstep.exit_codes import NEVER_AGAIN, PREEMPTED
 from allstep.launch.event_loop import SignalPipe
 from allstep.placement.slurm import job_of_process
 from allstep.protocol.save_record import MEASURE
+from allstep.run_record.recorder import note_requeue
 from allstep.submission.job_record import JobRecord, another_start
 from allstep.submission.lead_time import lead_seconds
 from allstep.submission.slurm_commands import ask_end, ask_state, requeue, submit_next
@@ -95,15 +96,16 @@ class BatchProcess:
     """One start of a job.
 
     Args:
-        record: of all its starts.
+        folder: the run's, which has the record of all its starts.
         job: SLURM's number.
         script: the batch script, for the next job of a chain.
         margin: see `lead_seconds`.
         chain: go on in a new job.
     """
 
-    def __init__(self, record: JobRecord, job: str, script: Path, *, margin: float, chain: bool) -> None:
-        self._record = record
+    def __init__(self, folder: Path, job: str, script: Path, *, margin: float, chain: bool) -> None:
+        self._folder = folder
+        self._record = JobRecord(folder)
         self._job = job
         self._script = script
         self._margin = margin
@@ -204,6 +206,8 @@ class BatchProcess:
         if state not in ("RUNNING", None):
             return self._end(PREEMPTED, f"stopped; SLURM calls the job {state} and decides what becomes of it")
         used_up = self._notice is not None and self._notice.used_up
+        if self._record.is_cancelled:
+            return self._end(NEVER_AGAIN, "stopped and not started again: it was cancelled")
         refusal = another_start(self._record.starts(), saved, used_up=used_up)
         if refusal is not None:
             remedy = "give it more time, save more often (Checkpoint(every=...)), or attach allstep.Preemption"
@@ -211,7 +215,7 @@ class BatchProcess:
         if self._chain:
             number, failure = submit_next(self._script, os.environ)
             if number is not None:
-                return self._end(PREEMPTED, f"stopped; goes on in job {number}")
+                return self._end(PREEMPTED, f"stopped; goes on in job {number}", goes_on=number)
             return self._end(PREEMPTED, f"stopped, and no next job could be submitted: {failure}; submit it by hand")
         failure_to_requeue = requeue(os.environ)
         if failure_to_requeue is None:
@@ -219,10 +223,12 @@ class BatchProcess:
         remedy = "submit with --chain where the site permits no requeueing"
         return self._end(PREEMPTED, f"stopped, and scontrol requeue failed: {failure_to_requeue}; {remedy}")
 
-    def _end(self, code: int, what: str) -> int:
+    def _end(self, code: int, what: str, goes_on: str = "") -> int:
         _say(f"start {self._number} of the job: {what}")
         try:
             self._record.end(self._job, code, what)
+            if code in (PREEMPTED, NEVER_AGAIN):
+                note_requeue(self._folder, goes_on or self._job, code, what)
         except OSError as error:
             _say(f"the job's record cannot be written: {error}")
         return code
@@ -238,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("command", nargs="+")
     given = parser.parse_args(argv)
     job = job_of_process(os.environ) or ""
-    process = BatchProcess(JobRecord(given.folder), job, given.script, margin=given.margin, chain=given.chain)
+    process = BatchProcess(given.folder, job, given.script, margin=given.margin, chain=given.chain)
     return process.run(given.command)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from allstep.errors import printable
 from allstep.protocol.masking import masked_arguments
 from allstep.protocol.save_record import SAVES
+from allstep.run_record.run_folders import FOLDER
 from allstep.submission.request import JobRequest
 
 MEMBER = "ALLSTEP_ARRAY_MEMBER"  # as in allstep.world.seed, which loads torch
@@ -142,6 +143,8 @@ def _environment(job: BatchJob) -> list[str]:
     else:
         lines.append(f"folder={shlex.quote(str(job.folder))}")
     lines += [f'export {SAVES}="$folder/saves.jsonl"']
+    if job.request.tasks_per_node is not None:  # else each `allstep run` is told its folder
+        lines += [f'export {FOLDER}="$folder"']
     if job.workdir is None:
         lines += ['mkdir -p -m 700 "$folder" && cd "$folder" || exit 1']
     else:

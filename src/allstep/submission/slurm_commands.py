@@ -1,8 +1,9 @@
-"""SLURM's commands as `allstep submit` uses them: each bounded in time, and each failure in SLURM's own words.
+"""SLURM's commands by which jobs are submitted, requeued and cancelled, each bounded in time.
 
-Contract: `submit` gives a job to SLURM and returns its number, or raises a SubmissionError with the remedy. Where SLURM
-does not answer, `ask_state` and `ask_end` return None and `jobs_of` no jobs. `requeue` and `submit_next` are tried
-again while the controller does not answer, for as long as a restart of it takes.
+Contract: failures are in SLURM's own words. `submit` gives a job to SLURM and returns its number, or raises a
+SubmissionError with the remedy. Where SLURM does not answer, `ask_state` and `ask_end` return None and `jobs_of` no
+jobs. `requeue` and `submit_next` are tried again while the controller does not answer, for as long as a restart of it
+takes; `cancel` and `give_notice` are not.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def submit(script: Path, options: Sequence[str] = (), environ: Mapping[str, str]
     outside = {name: value for name, value in given.items() if not name.startswith(("SLURM_", "SBATCH_"))}
     outside |= {name: given[name] for name in ("SLURM_CONF",) if name in given}
     try:
-        done = _run(["sbatch", "--parsable", *options, str(script)], outside)
+        done = run_command(["sbatch", "--parsable", *options, str(script)], outside)
     except FileNotFoundError:
         raise SubmissionError(
             "there is no sbatch here; run allstep submit on a login node of the cluster, or load its SLURM module; "
@@ -54,7 +55,7 @@ def submit(script: Path, options: Sequence[str] = (), environ: Mapping[str, str]
         raise SubmissionError(f"sbatch did not answer: {error}; see whether `scontrol ping` does") from error
     if done.returncode:
         said = printable(" ".join(done.stderr.split())) or f"exit code {done.returncode}"
-        if _is_no_answer(said):
+        if is_no_answer(said):
             raise SubmissionError(f"SLURM's controller does not answer: {said}; see `scontrol ping`, and submit again")
         raise SubmissionError(f"SLURM refused the job: {said}")
     # "4711", or "4711;cluster" where there are several clusters.
@@ -99,6 +100,21 @@ def jobs_of(script: Path, name: str) -> list[str]:
     return [number for number, _, command in found if command == str(script)]
 
 
+def cancel(job: str) -> str | None:
+    """End a job, or take it out of its queue; None, or why not."""
+    return _failure(["scancel", job])
+
+
+def give_notice(job: str, *, batch: bool) -> str | None:
+    """Send SIGUSR1 to a job that runs; None, or why not.
+
+    Args:
+        job: its number.
+        batch: to the process that its batch script is, as under `allstep submit`; else to the tasks of its steps.
+    """
+    return _failure(["scancel", "--signal=USR1", *(["--batch"] if batch else []), job])
+
+
 def ask_state(job: str) -> str | None:
     """A job's state, such as RUNNING; None where nobody answers."""
     said = _answer(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
@@ -118,14 +134,14 @@ def _patiently(attempt: Callable[[], str | None]) -> str | None:
     until = time.monotonic() + PATIENCE_S
     while True:
         failure = attempt()
-        if failure is None or not _is_no_answer(failure) or time.monotonic() > until:
+        if failure is None or not is_no_answer(failure) or time.monotonic() > until:
             return failure
         time.sleep(1.0)  # nothing tells that a controller is back
 
 
 def _failure(command: Sequence[str]) -> str | None:
     try:
-        done = _run(command)
+        done = run_command(command)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else None
@@ -133,17 +149,21 @@ def _failure(command: Sequence[str]) -> str | None:
 
 def _answer(command: Sequence[str]) -> str | None:
     try:
-        done = _run(command)
+        done = run_command(command)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
 
 
-def _is_no_answer(said: str) -> bool:
+def is_no_answer(said: str) -> bool:
+    """Whether words of SLURM's say that its controller is away, rather than that it refuses."""
     return any(each in said.lower() for each in _NO_ANSWER)
 
 
-def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run_command(
+    command: Sequence[str], environ: Mapping[str, str] | None = None, *, within: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM's; raises OSError where there is none, and TimeoutExpired after `within` seconds."""
     return subprocess.run(
         command,
         env=dict(os.environ if environ is None else environ),
@@ -151,6 +171,6 @@ def _run(command: Sequence[str], environ: Mapping[str, str] | None = None) -> su
         capture_output=True,
         text=True,
         errors="replace",
-        timeout=_ANSWER_S,
+        timeout=_ANSWER_S if within is None else within,
         check=False,
     )

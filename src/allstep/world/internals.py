@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from allstep.coordination import Coordinator
+from allstep.duration_words import took_in_words
 from allstep.parallel import Compilations
 from allstep.parallel.parts_hint import parts_hint
 from allstep.protocol.heartbeat import RankActivity
 from allstep.suggestions import hint_for
-from allstep.world.duration import took_in_words
 from allstep.world.failures import Reporter
 
 log = logging.getLogger("allstep.world")
