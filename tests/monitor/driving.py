@@ -18,7 +18,7 @@ from allstep.diagnosis.hang import HangLimits
 from allstep.monitor.hub import Hub
 from allstep.monitor.service import MonitorEvent, MonitorSettings, Verdict
 from allstep.protocol.connection import Connection, is_ready
-from allstep.protocol.messages import Failure, Heartbeat, Message, RankHello, decode, encode
+from allstep.protocol.messages import CheckpointSaved, Failure, Heartbeat, Message, RankHello, decode, encode
 from allstep.protocol.registration import RankRegistration
 from tests.protocol.proving import KEY, prove
 
@@ -120,9 +120,10 @@ def serving(
     key: str = KEY,
     attempt: int = 0,
     clock: Callable[[], float] | None = None,
+    saved: Callable[[CheckpointSaved], None] | None = None,
 ) -> Iterator[Driven]:
     """A hub; its clock is one that the test lets pass, unless another is given."""
-    settings = MonitorSettings(key, attempt, world_size, HangLimits.parse(limits), supervised)
+    settings = MonitorSettings(key, attempt, world_size, HangLimits.parse(limits), supervised, saved=saved)
     driven = Driven(
         lambda selector, listener, clock: Hub(selector, listener, settings, clock=clock),
         clock or Clock(),

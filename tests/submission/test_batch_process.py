@@ -16,7 +16,6 @@ import pytest
 from allstep.protocol.save_record import SAVES, note_save
 from allstep.submission import batch_process
 from allstep.submission.batch_process import BatchProcess
-from allstep.submission.job_record import JobRecord
 
 STEP = """
 import os, signal, sys
