@@ -29,17 +29,9 @@ class Record:
         self.folder.mkdir(parents=True)
         self.now = time.time() - ago
         self.process, self.job = process, job
-        said = {
-            "name": name,
-            "run_id": name,
-            "launcher": "allstep",
-            "command": ["t.py"],
-            "process": process,
-            "job": job,
-        }
-        self.recorder = RunRecorder(
-            self.folder, about_run(job=job, **{**said, **about}), warn=print, clock=lambda: self.now
-        )
+        said = {"name": name, "run_id": name, "launcher": "allstep", "command": ["t.py"], "process": process}
+        what = about_run(job=job, **{**said, **about})
+        self.recorder = RunRecorder(self.folder, what, warn=print, clock=lambda: self.now)
 
     def attempt(self, number: int = 0, world: int = 2) -> Record:
         self.recorder.attempt_began(
