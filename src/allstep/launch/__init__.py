@@ -6,7 +6,7 @@ In the order in which a run meets them:
   `core_binding` (which cores each worker runs on, in SLURM);
 - the run on this machine: `machine`, with `event_loop`, `output` and `folder` (where logs go);
 - the run over all its attempts: `head` on the machine that decides, `follower` on the others, which come together by
-  `join_server` and `join_protocol`;
+  `join_server` and `join_protocol`; `head_record` keeps the run's record;
 - one attempt: `attempt`, with `worker_plan` and `environment` (what each worker gets), `workers`, `process` and
   `forking` (how they are started, watched and ended), `shared_imports` and `memory`;
 - inside the workers' processes, before the script: `worker` and `template`, run by path, and `interpreter`.

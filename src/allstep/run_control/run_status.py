@@ -14,7 +14,7 @@ The states:
 | stopping | it was told to stop, and its ranks have not left yet |
 | finished, failed | its last launch ended so |
 | preempted | it saved and stopped, and nothing is known to start it again |
-| stopped | a signal stopped it |
+| stopped | a signal stopped it, or it was cancelled, and nothing starts it again |
 | cancelled, timed out, node failed, out of memory | SLURM ended the job so, and the run could say no more |
 | killed | its launcher's process is gone and did not say how it ended |
 | silent | its launcher is on another machine, and has not been heard of |
@@ -29,7 +29,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from allstep.duration_words import took_in_words
+from allstep.exit_codes import NEVER_AGAIN, PREEMPTED
 from allstep.run_control.run_search import FoundRun
+from allstep.run_record.event_log import Event
 from allstep.run_record.process_identity import is_alive
 from allstep.run_record.run_history import AttemptHistory, RunHistory
 from allstep.submission.job_states import ANSWER_S, JobState, JobStates, ask_jobs
@@ -178,7 +180,7 @@ def status_of(run: FoundRun, jobs: JobStates, now: float) -> RunStatus:
         nodes=job.nodes if has_place and job is not None and job.nodes else ",".join(last.hosts),
         attempt=last.attempt if history.attempts else None,
         attempts=len(history.attempts),
-        requeues=sum(event.get("code") == 85 for event in history.requeues),
+        requeues=sum(event.get("code") == PREEMPTED for event in history.requeues),
         world=last.world,
         epoch=progress.get("epoch"),
         iteration=iteration,
@@ -215,7 +217,9 @@ def judge_state(
             return ("stopping", said[0]) if end and last is not None and last.job == job.job else ("starting", "")
         return _going_on(last, job.state)
     if said[0]:
-        return said[0], said[1] or _how(history)
+        # A job that stopped with this code, and is not put back, is not one that waits to be started again.
+        is_final = said[0] == "preempted" and _last_requeue(history).get("code") == NEVER_AGAIN
+        return "stopped" if is_final else said[0], said[1] or _how(history)
     if job is not None:
         return _ENDED_BY_SLURM.get(job.state, "failed"), f"SLURM calls job {job.job} {job.state}"
     if not is_known:
@@ -243,10 +247,16 @@ def _going_on(last: AttemptHistory, slurms: str) -> tuple[str, str]:
 
 def _how(history: RunHistory) -> str:
     """What there is to say of an end beside the outcome."""
-    requeue, code = (history.requeues or [{}])[-1], history.end.get("code")
-    if requeue and requeue["time"] >= history.end["time"]:
+    if requeue := _last_requeue(history):
         return str(requeue.get("what", ""))
+    code = history.end.get("code")
     return f"exit code {code}" if code else ""
+
+
+def _last_requeue(history: RunHistory) -> Event:
+    """What became of the job after the last end of the run; empty where nothing was said."""
+    last = history.requeues[-1] if history.requeues else None
+    return last if last is not None and last["time"] >= history.end["time"] else {}
 
 
 def _job_to_ask(run: FoundRun) -> str:
