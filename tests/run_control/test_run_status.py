@@ -22,7 +22,9 @@ PREEMPTED: tuple[str, dict[str, Any]] = ("end", {"outcome": "preempted", "code":
 
 
 def history(*said: tuple[str, dict[str, Any]], ago: float = 10.0) -> Any:
-    return history_of({}, [{"n": n, "time": NOW - ago, "kind": kind, **more} for n, (kind, more) in enumerate(said)])
+    return history_of(
+        {}, [{"n": n, "time": NOW - ago, "kind": kind, "attempt": 0, **more} for n, (kind, more) in enumerate(said)]
+    )
 
 
 def found(record: Record) -> FoundRun:

@@ -9,7 +9,11 @@ from allstep.run_record.run_history import history_of, read_history
 
 
 def events(*said: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"n": n, "time": float(n), "kind": kind, **fields} for n, (kind, fields) in enumerate(said)]
+    made, attempt = [], 0
+    for n, (kind, fields) in enumerate(said):
+        attempt = fields.get("attempt", attempt)
+        made.append({"n": n, "time": float(n), "kind": kind, "attempt": attempt, **fields})
+    return made
 
 
 STORY = events(
@@ -42,6 +46,18 @@ def test_the_job_is_the_one_that_goes_on_with_the_run() -> None:
     assert history_of({}, STORY).job == "48"
     assert history_of({}, [*STORY, {"n": 11, "time": 11.0, "kind": "attempt", "job": "48"}]).job == "48"
     assert history_of({}, STORY[:3]).job == "47"
+
+
+def test_what_a_writer_adds_late_is_of_its_own_attempt() -> None:
+    late = [("attempt_end", {"attempt": 0, "outcome": "failed"}), ("end", {"attempt": 0, "outcome": "failed"})]
+    history = history_of({}, events(("attempt", {"attempt": 0}), ("attempt", {"attempt": 1}), *late))
+    assert [attempt.outcome for attempt in history.attempts] == ["failed", ""]
+    assert history.end == {}
+
+
+def test_a_job_that_was_put_back_has_ended_where_nobody_else_could_say_so() -> None:
+    history = history_of({}, events(("attempt", {"attempt": 0}), ("requeue", {"job": "47", "code": 85})))
+    assert history.end["outcome"] == "preempted"
 
 
 def test_a_new_attempt_makes_the_end_before_it_no_end() -> None:

@@ -55,9 +55,8 @@ def test_a_job_is_followed_through_a_requeue_and_cancelled_with_a_save(submitted
     submitted.until_said("the job is put back into its queue")
     assert until_state(submitted, "queued")["requeues"] == 1
     followed: list[str] = []
-    follow = threading.Thread(
-        target=lambda: followed.append(allstep(submitted, "logs", "-f", "--rank=1", "job").stdout)
-    )
+    watch = ("logs", "-f", "--rank=1", "job")
+    follow = threading.Thread(target=lambda: followed.append(allstep(submitted, *watch).stdout))
     follow.start()
     submitted.start_again()
     submitted.until(lambda: status(submitted)["attempt"] == 1 and status(submitted)["state"] == "running")
@@ -67,7 +66,7 @@ def test_a_job_is_followed_through_a_requeue_and_cancelled_with_a_save(submitted
     submitted.until(lambda: submitted.state() in ("", "FAILED", "COMPLETED"))
     assert "stopped and not started again: it was cancelled" in submitted.said
     ended = status(submitted)
-    assert (ended["state"], ended["attempts"]) == ("preempted", 2)
+    assert (ended["state"], ended["attempts"]) == ("stopped", 2)
     assert "it was cancelled" in ended["why"]
     assert ended["checkpoint"]["step"] == ended["iteration"] > running["checkpoint"]["step"]
     follow.join(60)
@@ -94,7 +93,7 @@ def test_a_task_for_each_rank_has_the_same_record(submitted: Submitted) -> None:
     assert "iteration" in allstep(submitted, "logs", "job").stdout
     allstep(submitted, "cancel", "job")
     submitted.until(lambda: submitted.state() in ("", "FAILED", "COMPLETED"))
-    assert status(submitted)["state"] == "preempted"
+    assert status(submitted)["state"] == "stopped"
 
 
 @pytest.mark.nightly

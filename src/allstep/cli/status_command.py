@@ -96,7 +96,8 @@ def _attempt(status: RunStatus) -> str:
         words += f", {took_in_words(status.took)} long"
     if status.attempts > 1:
         words += f"; {status.attempts} attempts in all"
-    return words + (f", requeued {status.requeues} times" if status.requeues else "")
+    times = "once" if status.requeues == 1 else f"{status.requeues} times"
+    return words + (f", requeued {times}" if status.requeues else "")
 
 
 def _progress(status: RunStatus) -> str:

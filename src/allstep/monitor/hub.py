@@ -102,6 +102,7 @@ class Hub:
         self._admission = Admission(self._server, self._detector, world_size, clock, self._events)
         self._introduced, self._remark, self._saved = settings.introduced, settings.remark, settings.saved
         self._supervised = settings.supervised
+        self.goodbyes = 0  # that ranks have said
         self._silent = SilentRanks(self.connection, self._clock.age)
         self._foretold: dict[int, WorkerExit] = {}  # of ranks behind relays
         self._is_left = False  # by all ranks of its own node
@@ -330,6 +331,7 @@ class Hub:
                 if self._saved is not None:
                     self._saved(message)
             case Goodbye(_, closed, code):
+                self.goodbyes += 1
                 self._detector.said_goodbye(rank, closed=closed, code=code)
                 if peer in self._links and self._links.node(peer) == self._reporter:
                     self._choose_reporter()

@@ -122,6 +122,12 @@ class SidecarLoop:
         if isinstance(self._service, Hub):
             self._record = open_record(self._setup, self._service, self._say)
 
+    def _keep_up_record(self) -> None:
+        if self._record is not None:
+            self._record.look()
+            if time.monotonic() >= self._record.deadline():
+                self._record.tick()
+
     def run(self) -> None:
         """Serve until no rank needs it."""
         while not self.is_over():
@@ -148,11 +154,10 @@ class SidecarLoop:
             if time.monotonic() >= self._service.deadline():
                 self._service.tick()
                 self._act()
-            if self._record is not None and time.monotonic() >= self._record.deadline():
-                self._record.tick()
+            self._keep_up_record()
             self._kill_late()
         if self._record is not None:
-            self._record.ended(self._service.diagnosis())
+            self._record.ended()
         self._service.finish("", self._code)
         self.close()
 
@@ -265,6 +270,8 @@ class SidecarLoop:
             report=report,
         )
         self._write(diagnosis)
+        if self._record is not None:
+            self._record.failed(diagnosis)
         self._expect_end(diagnosis.exit_code, own)
 
     def _print(self, report: str) -> None:

@@ -1,8 +1,9 @@
 """The record of a run without a supervisor, kept by the sidecar of rank 0.
 
 Contract: `open_record` is called once the sidecar serves, so that no rank waits for it, and gives None where no record
-is asked for or none can be kept. The sidecar then calls `tick` when `deadline` has passed, `saved` as checkpoints are
-committed, and `ended` when no rank needs it any more.
+is asked for or none can be kept. The sidecar then calls `tick` when `deadline` has passed, `look` when something has
+happened, `saved` as checkpoints are committed, `failed` at a verdict, and `ended` when no rank needs it any more. The
+first end counts, and is written as soon as it is known: a scheduler may end this process with the ranks.
 
 How the ranks ended is known from what they said when they left, and of this node's also from their processes. A sidecar
 that is killed with the ranks writes no end: a reader then goes by the processes, or by SLURM.
@@ -10,6 +11,7 @@ that is killed with the ranks writes no end: a reader then goes by the processes
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,23 +47,44 @@ class SidecarRecord:
             process=setup.about["process"],
             job=setup.about["job"],
         )
+        self._world_size = setup.world_size
         self._watch = RunWatch(recorder, hub, setup.world_size)
-        self.deadline = self._watch.deadline
-        self.tick = self._watch.tick
+        self._has_failed = self._has_ended = False
         self.saved: Callable[[CheckpointSaved], None] = recorder.saved
 
-    def ended(self, diagnosis: Diagnosis | None) -> None:
-        """No rank needs the sidecar any more; `diagnosis` is of the failure, where there was one."""
-        self._watch.finish()
-        if diagnosis is not None:
+    def deadline(self) -> float:
+        """When `tick` is due."""
+        return math.inf if self._has_ended else self._watch.deadline()
+
+    def tick(self) -> None:
+        """Look at the ranks, and write down what is due."""
+        self._watch.tick()
+
+    def look(self) -> None:
+        """Something has happened: where all ranks have left in order, that is the end."""
+        if not self._has_failed and self._hub.goodbyes >= self._world_size:
+            self.ended()
+
+    def failed(self, diagnosis: Diagnosis) -> None:
+        """The ranks have failed; written at once, since a scheduler may end this process with them."""
+        if not self._has_ended:
+            self._has_failed = True
+            self._watch.finish()
             self._recorder.failed(summary_of(diagnosis, None))
-        outcome, code = self._outcome(diagnosis)
+            self._end("failed", diagnosis.exit_code)
+
+    def ended(self) -> None:
+        """No rank needs the sidecar any more."""
+        if not self._has_ended:
+            self._watch.finish()
+            self._end(*self._outcome())
+
+    def _end(self, outcome: Outcome, code: int) -> None:
+        self._has_ended = True
         self._recorder.attempt_ended(outcome, code)
         self._recorder.ended(outcome, code)
 
-    def _outcome(self, diagnosis: Diagnosis | None) -> tuple[Outcome, int]:
-        if diagnosis is not None:
-            return "failed", diagnosis.exit_code
+    def _outcome(self) -> tuple[Outcome, int]:
         codes = {*self._hub.leaving_codes().values(), *(end.returncode for end in self._hub.ends().values())}
         if PREEMPTED in codes:
             return "preempted", PREEMPTED

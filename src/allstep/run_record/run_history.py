@@ -11,9 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from allstep.exit_codes import PREEMPTED
 from allstep.protocol.private_files import read_json
 from allstep.run_record.event_log import Event, read_events
 from allstep.run_record.recorder import FILE
+
+STOPPED_FOR_NOW = {"outcome": "preempted", "code": PREEMPTED}
 
 
 @dataclass(slots=True)
@@ -111,13 +114,17 @@ def _take(history: RunHistory, event: Event) -> None:
             return
         case "requeue":
             history.requeues.append(event)
-        case "end":
+            # Where SLURM ended the writer with its ranks, the job's own process is the one that tells.
+            if not history.end:
+                history.end = {"n": event["n"], "time": event["time"], "kind": "end", **STOPPED_FOR_NOW}
+        case "end" if history.last is None or event.get("attempt") == history.last.attempt:
             history.end = event
         case "save":
             history.last_save = event
         case "failure":
             history.last_failure = event
-    attempt = history.last
+    # A writer may be done with its attempt when the next one has begun.
+    attempt = next((each for each in reversed(history.attempts) if each.attempt == event.get("attempt")), None)
     if attempt is None:
         return
     match event["kind"]:
