@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from allstep.protocol.messages import Heartbeat
-from allstep.run_record.progress import WINDOW_S, Pace, look
+from allstep.run_record.progress import WINDOW_S, IterationRate, look
 
 
 def beat(rank: int, iteration: int, **other: Any) -> Heartbeat:
@@ -32,7 +32,7 @@ def test_without_heartbeats_there_is_no_progress() -> None:
 
 
 def test_the_rate_is_that_of_the_last_minute() -> None:
-    pace = Pace()
+    pace = IterationRate()
     rates = [pace.note(float(second), 1 + 10 * min(second, 100)) for second in range(200)]
     assert rates[1] is None
     assert rates[50] == pytest.approx(10.0)
@@ -41,7 +41,7 @@ def test_the_rate_is_that_of_the_last_minute() -> None:
 
 
 def test_a_run_that_begins_anew_begins_its_rate_anew() -> None:
-    pace = Pace()
+    pace = IterationRate()
     for second in range(30):
         pace.note(float(second), 1000 + second)
     assert pace.note(30.0, 5) is None
@@ -49,5 +49,5 @@ def test_a_run_that_begins_anew_begins_its_rate_anew() -> None:
 
 
 def test_before_the_first_iteration_there_is_no_rate() -> None:
-    pace = Pace()
+    pace = IterationRate()
     assert [pace.note(float(second), 0) for second in range(20)] == [None] * 20

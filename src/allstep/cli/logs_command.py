@@ -14,7 +14,7 @@ from allstep.cli.tables import run_parser
 from allstep.errors import RunControlError, printable
 from allstep.run_control.run_logs import LogFile, RunLogs
 from allstep.run_control.run_search import FoundRun, find_runs, read_run
-from allstep.run_control.run_status import OVER, statuses
+from allstep.run_control.run_status import FRESH_S, OVER, statuses
 
 DESCRIPTION = """\
 Show what the ranks of a run printed, in the order of its attempts, restarts and requeues included. Without --rank, each
@@ -81,7 +81,13 @@ def _follow(run: FoundRun, logs: RunLogs, printer: _Printer) -> None:
 
 def _is_over(run: FoundRun) -> bool:
     again = read_run(run.folder)
-    return again is None or statuses([again])[0].state in OVER
+    if again is None:
+        return True
+    # SLURM is not to be asked every few seconds about a run that is being heard of.
+    history = again.history
+    if again.job and history.last and not history.end and time.time() - history.heard < FRESH_S:
+        return False
+    return statuses([again])[0].state in OVER
 
 
 class _Printer:

@@ -15,7 +15,7 @@ from pathlib import Path
 from allstep.diagnosis.report import cause_line
 from allstep.diagnosis.root_cause import Diagnosis
 from allstep.monitor.hub import Hub
-from allstep.run_record.progress import Pace, Progress, look
+from allstep.run_record.progress import IterationRate, Progress, look
 from allstep.run_record.recorder import FailureSummary, RunRecorder
 
 PERIOD_S = 5.0
@@ -45,7 +45,7 @@ class RunWatch:
         self._written_at = clock()
         self._written: Progress | None = None
         self._seen: Progress | None = None
-        self._pace = Pace()
+        self._pace = IterationRate()
         self._rate: float | None = None
         self._have_arrived = False
 

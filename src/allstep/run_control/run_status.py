@@ -217,9 +217,8 @@ def judge_state(
             return ("stopping", said[0]) if end and last is not None and last.job == job.job else ("starting", "")
         return _going_on(last, job.state)
     if said[0]:
-        # A job that stopped with this code, and is not put back, is not one that waits to be started again.
-        is_final = said[0] == "preempted" and _last_requeue(history).get("code") == NEVER_AGAIN
-        return "stopped" if is_final else said[0], said[1] or _how(history)
+        outcome = "stopped" if said[0] == "preempted" and _is_final(history) else said[0]
+        return outcome, said[1] or _how(history)
     if job is not None:
         return _ENDED_BY_SLURM.get(job.state, "failed"), f"SLURM calls job {job.job} {job.state}"
     if not is_known:
@@ -259,9 +258,17 @@ def _last_requeue(history: RunHistory) -> Event:
     return last if last is not None and last["time"] >= history.end["time"] else {}
 
 
+def _is_final(history: RunHistory) -> bool:
+    """Whether the job said at its end that it is not put back into the queue."""
+    return bool(_last_requeue(history).get("code") == NEVER_AGAIN)
+
+
 def _job_to_ask(run: FoundRun) -> str:
     """The job of a run that SLURM may have something to say of: not of one that has ended for good."""
-    return "" if run.history.end.get("outcome") in ("finished", "failed", "stopped") else run.job
+    history = run.history
+    if history.end.get("outcome") in ("finished", "failed", "stopped") or (history.end and _is_final(history)):
+        return ""
+    return run.job
 
 
 def _waiting_member(array: FoundRun, member: JobState) -> RunStatus:

@@ -1,6 +1,6 @@
 """How far a run has come, from the heartbeats of all ranks: a few numbers, however many ranks there are. Pure.
 
-`Progress` is one look at all ranks, `look` makes it. `Pace` keeps some earlier looks and says how many iterations a
+`Progress` is one look at all ranks, `look` makes it. `IterationRate` keeps some earlier looks and says how many iterations a
 second the run does, over the last minute: so an evaluation or a save in between counts as the time that it takes.
 """
 
@@ -61,7 +61,7 @@ def look(heartbeats: Iterable[Heartbeat]) -> Progress | None:
     )
 
 
-class Pace:
+class IterationRate:
     """Iterations a second, over the last looks."""
 
     def __init__(self) -> None:
