@@ -1,7 +1,7 @@
 """How far a run has come, from the heartbeats of all ranks: a few numbers, however many ranks there are. Pure.
 
-`Progress` is one look at all ranks, `look` makes it. `IterationRate` keeps some earlier looks and says how many iterations a
-second the run does, over the last minute: so an evaluation or a save in between counts as the time that it takes.
+`Progress` is one look at all ranks, `look` makes it. `IterationRate` keeps some earlier looks and says how many
+iterations a second the run does, over the last minute: an evaluation or a save in between counts as the time it takes.
 """
 
 from __future__ import annotations
