@@ -12,24 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Completed
-from tests.slurm.test_submit import ENVIRONMENT, Submitted, submitted
+from tests.slurm.cluster import Cluster
+from tests.slurm.test_submit import ENVIRONMENT, Submitted, allstep, status, submitted
 
 __all__ = ["submitted"]
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.xdist_group("slurm"), pytest.mark.timeout(300)]
-
-
-def allstep(submitted: Submitted, *argv: str) -> Completed:
-    command = [sys.executable, "-m", "allstep", *argv]
-    return submitted.cluster.run("env", f"--chdir={submitted.project}", *command, env=ENVIRONMENT)
-
-
-def status(submitted: Submitted, run: str = "job") -> dict[str, Any]:
-    done = allstep(submitted, "status", "--json", run)
-    assert done.returncode == 0, done.stderr
-    (found,) = json.loads(done.stdout)
-    return dict(found)
+pytestmark = [
+    *(pytest.mark.slurm, pytest.mark.slow, pytest.mark.nightly, pytest.mark.xdist_group("slurm")),
+    pytest.mark.timeout(300),
+]
 
 
 def until_state(submitted: Submitted, state: str) -> dict[str, Any]:
@@ -46,6 +37,7 @@ def until_state(submitted: Submitted, state: str) -> dict[str, Any]:
 def test_a_job_is_followed_through_a_requeue_and_cancelled_with_a_save(submitted: Submitted) -> None:
     assert submitted.submit("--nodes=2", "--nproc=1", "--time=30", "train.py", "9", "0.2").returncode == 0
     submitted.until_said("iteration 4")
+    submitted.until(lambda: status(submitted)["goal"] is not None)
     running = until_state(submitted, "running")
     assert running["nodes"] == "n[1-2]"
     assert (running["job"], running["world"], running["attempt"], running["goal"]) == (submitted.number, 2, 0, 108)
@@ -79,7 +71,6 @@ def test_a_job_is_followed_through_a_requeue_and_cancelled_with_a_save(submitted
     ]
 
 
-@pytest.mark.nightly
 def test_a_task_for_each_rank_has_the_same_record(submitted: Submitted) -> None:
     submitted.submit("--nodes=2", "--tasks-per-node=1", "train.py", "9", "0.2")
     submitted.until_said("iteration 4")
@@ -96,7 +87,6 @@ def test_a_task_for_each_rank_has_the_same_record(submitted: Submitted) -> None:
     assert status(submitted)["state"] == "stopped"
 
 
-@pytest.mark.nightly
 def test_a_job_that_waits_is_taken_out_of_the_queue(submitted: Submitted) -> None:
     submitted.submit("--sbatch", "--hold", "train.py", "9", "0.2")
     assert status(submitted)["state"] == "queued"
@@ -104,7 +94,6 @@ def test_a_job_that_waits_is_taken_out_of_the_queue(submitted: Submitted) -> Non
     assert until_state(submitted, "cancelled")["attempts"] == 0
 
 
-@pytest.mark.nightly
 def test_a_job_that_slurm_kills_is_told_from_one_that_ended(submitted: Submitted) -> None:
     submitted.submit("--nodes=2", "--nproc=1", "train.py", "9", "0.2")
     submitted.until_said("iteration 4")
@@ -113,7 +102,6 @@ def test_a_job_that_slurm_kills_is_told_from_one_that_ended(submitted: Submitted
     assert status(submitted)["state"] in ("failed", "cancelled", "killed")
 
 
-@pytest.mark.nightly
 def test_an_sbatch_script_of_one_s_own_is_known_and_cancelled_too(cluster: Cluster, submitted: Submitted) -> None:
     start = f"srun --ntasks-per-node=1 --kill-on-bad-exit=1 {sys.executable} -u train.py 9 0.2"
     script = f"#!/bin/bash\n#SBATCH --nodes=2 --output=out.log\n{start}\n"
@@ -130,7 +118,6 @@ def test_an_sbatch_script_of_one_s_own_is_known_and_cancelled_too(cluster: Clust
     assert ended["checkpoint"]["step"] == ended["iteration"]
 
 
-@pytest.mark.nightly
 def test_a_controller_that_is_away_is_an_answer(tmp_path: Path) -> None:
     with Cluster(tmp_path / "slurm", nodes=1) as cluster:
         (tmp_path / "project").mkdir()

@@ -116,6 +116,19 @@ def submitted(cluster: Cluster, tmp_path: Path) -> Submitted:
     return Submitted(cluster, tmp_path)
 
 
+def allstep(submitted: Submitted, *argv: str) -> Completed:
+    command = [sys.executable, "-m", "allstep", *argv]
+    return submitted.cluster.run("env", f"--chdir={submitted.project}", *command, env=ENVIRONMENT)
+
+
+def status(submitted: Submitted, run: str = "job") -> dict[str, Any]:
+    """What `allstep status` says of a run."""
+    done = allstep(submitted, "status", "--json", run)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    return dict(found)
+
+
 def unbroken(submitted: Submitted, epochs: int, nproc: int = 2) -> list[torch.Tensor]:
     """The parameters of the same script where nobody stops it."""
     folder = submitted.project / "unbroken"
@@ -144,8 +157,14 @@ def test_a_job_that_is_stopped_goes_on_and_ends_as_one_that_was_not(submitted: S
     submitted.until_said("iteration 4")
     submitted.cluster.run("scancel", "--batch", "--signal=USR1", submitted.number)
     submitted.until_said("the job is put back into its queue")
+    submitted.until(lambda: "PENDING" in submitted.state())
+    waiting = status(submitted)
+    assert (waiting["state"], waiting["job"], waiting["requeues"]) == ("queued", submitted.number, 1)
+    assert waiting["checkpoint"]["step"] == waiting["iteration"] > 3
     submitted.start_again()
     submitted.until_said("of the job: finished")
+    over = status(submitted)
+    assert (over["state"], over["attempts"], over["iteration"]) == ("finished", 2, 36)
     first, ended, second, *_, finished = submitted.record()
     assert (first["saved"], ended["code"], finished["code"]) == (-1, 85, 0)
     assert second["saved"] == ended["saved"]

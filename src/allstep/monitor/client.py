@@ -40,6 +40,7 @@ from allstep.protocol.messages import (
     Failure,
     FailureCaught,
     Goodbye,
+    Heartbeat,
     Leave,
     Message,
     Notice,
@@ -77,7 +78,8 @@ class Client:
         self._closing = self._said_goodbye = False
         self._judged = threading.Event()
         self._thread: threading.Thread | None = None
-        self._number = 0
+        self._number = self._beats = 0
+        self._activity: RankActivity | None = None
         self._early: list[bytes] = []  # what came right behind the welcome
         itself = weakref.ref(self)  # what is registered stays registered for the life of the process
         os.register_at_fork(after_in_child=lambda: _forget_in_child(itself))
@@ -118,6 +120,7 @@ class Client:
 
         Call it right after `connect`, before anything that could wait for other ranks.
         """
+        self._activity = activity
         self._thread = threading.Thread(target=self._serve, args=(activity,), daemon=True, name="allstep channel")
         self._thread.start()
 
@@ -162,6 +165,8 @@ class Client:
         """
         if not self._said_goodbye:
             self._said_goodbye = True
+            if self._activity is not None:  # how far it came, which the last heartbeat may be a second behind
+                self._send(self._heartbeat(self._activity), REPORT_S)
             self._send(Goodbye(self._rank, closed, code), REPORT_S)
 
     def close(self, *, closed: bool = True) -> None:
@@ -225,7 +230,7 @@ class Client:
         )
 
     def _serve(self, activity: RankActivity) -> None:
-        number, beat_at = 0, time.monotonic()
+        beat_at = time.monotonic()
         connection = self._connection
         with contextlib.closing(self._timer) as timer, selectors.PollSelector() as selector:
             selector.register(self._wake[0], selectors.EVENT_READ)
@@ -236,10 +241,9 @@ class Client:
             while not self._closing and not connection.ended:
                 if time.monotonic() >= beat_at:
                     timer.wind_up()
-                    number += 1
                     beat_at = time.monotonic() + PERIOD_S
                     with self._lock:
-                        connection.send(encode(activity.heartbeat(self._rank, self._attempt, number)))
+                        connection.send(encode(self._heartbeat(activity)))
                 events = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.backlog else 0)
                 selector.modify(connection.sock, events)
                 selector.select(max(0.0, beat_at - time.monotonic()))
@@ -248,6 +252,10 @@ class Client:
                     lines = list(connection.receive())
                 for line in lines:
                     self._handle(line)
+
+    def _heartbeat(self, activity: RankActivity) -> Heartbeat:
+        self._beats += 1
+        return activity.heartbeat(self._rank, self._attempt, self._beats)
 
     def _handle(self, line: bytes) -> None:
         with contextlib.suppress(Exception):  # whatever the monitor sends, the heartbeats go on

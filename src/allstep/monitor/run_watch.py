@@ -61,8 +61,14 @@ class RunWatch:
         seen = self._seen
         if seen is None:
             return
-        if self._written is None or now - self._written_at >= (STILL_S if seen == self._written else PERIOD_S):
+        if self._is_due(seen, now):
             self._write(seen, now)
+
+    def _is_due(self, seen: Progress, now: float) -> bool:
+        written = self._written
+        if written is None or (written.iteration == 0 and seen.iteration > 0):  # it got going
+            return True
+        return now - self._written_at >= (STILL_S if seen == written else PERIOD_S)
 
     def finish(self) -> None:
         """The attempt is over: write down how far it came."""

@@ -253,9 +253,9 @@ def _how(history: RunHistory) -> str:
 
 
 def _last_requeue(history: RunHistory) -> Event:
-    """What became of the job after the last end of the run; empty where nothing was said."""
-    last = history.requeues[-1] if history.requeues else None
-    return last if last is not None and last["time"] >= history.end["time"] else {}
+    """What became of the job after the last attempt; empty where nothing was said."""
+    last, attempt = (history.requeues or [{}])[-1], history.last
+    return last if last and (attempt is None or last["time"] >= attempt.began) else {}
 
 
 def _is_final(history: RunHistory) -> bool:
@@ -266,7 +266,7 @@ def _is_final(history: RunHistory) -> bool:
 def _job_to_ask(run: FoundRun) -> str:
     """The job of a run that SLURM may have something to say of: not of one that has ended for good."""
     history = run.history
-    if history.end.get("outcome") in ("finished", "failed", "stopped") or (history.end and _is_final(history)):
+    if history.end.get("outcome") in ("finished", "failed", "stopped") or _is_final(history):
         return ""
     return run.job
 
