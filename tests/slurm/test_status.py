@@ -82,8 +82,9 @@ def test_a_task_for_each_rank_has_the_same_record(submitted: Submitted) -> None:
     submitted.start_again()
     submitted.until(lambda: status(submitted)["attempts"] == 2)
     assert "iteration" in allstep(submitted, "logs", "job").stdout
-    allstep(submitted, "cancel", "job")
+    assert "told to save and stop" in allstep(submitted, "cancel", "job").stdout
     submitted.until(lambda: submitted.state() in ("", "FAILED", "COMPLETED"))
+    assert "stopped and not started again: it was cancelled" in submitted.said
     assert status(submitted)["state"] == "stopped"
 
 
