@@ -13,6 +13,7 @@ import pytest
 from allstep.launch.event_loop import EventLoop
 from allstep.launch.head import FailedAttempt, Progress, decide_restart, lead
 from allstep.launch.settings import LaunchSettings
+from allstep.launch.worker_plan import Command
 from allstep.monitor.hub import Hub
 from allstep.protocol.worker_exit import WorkerExit
 
@@ -31,6 +32,7 @@ class Leader:
         self.launch = SimpleNamespace(
             settings=LaunchSettings(runs=str(folder), name="exp", max_restarts=3),
             name="exp",
+            command=Command("train.py"),
             workers=2,
             environ={},
             nodes=None,

@@ -16,6 +16,7 @@ import pytest
 from allstep.protocol.save_record import SAVES, note_save
 from allstep.submission import batch_process
 from allstep.submission.batch_process import BatchProcess
+from allstep.submission.job_record import JobRecord
 
 STEP = """
 import os, signal, sys
@@ -122,6 +123,14 @@ def test_a_job_that_was_cancelled_does_not_come_back(state: str, slurm: Slurm) -
     assert slurm.run("save", "notify") == 85
     assert slurm.asked() == ""
     assert f"SLURM calls the job {state}" in slurm.last()
+
+
+def test_a_start_that_a_person_cancelled_is_the_last(slurm: Slurm) -> None:
+    threading.Timer(0.5, JobRecord(slurm.folder).cancel).start()
+    slow = "import time; time.sleep(1.0)\n" + STEP
+    assert slurm.run("save", "notify", script=slow) == 93
+    assert slurm.asked() == ""
+    assert slurm.last() == "stopped and not started again: it was cancelled"
 
 
 def test_a_chain_goes_on_in_a_new_job_behind_this_one(slurm: Slurm, monkeypatch: pytest.MonkeyPatch) -> None:

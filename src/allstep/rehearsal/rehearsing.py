@@ -25,7 +25,6 @@ from functools import partial
 from pathlib import Path
 
 from allstep.exit_codes import PREEMPTED
-from allstep.launch.folder import PRIVATE, default_name
 from allstep.rehearsal.interruption import (
     SentSignal,
     is_restarted_inside,
@@ -39,6 +38,7 @@ from allstep.rehearsal.probable_causes import Evidence, is_explained, probable_c
 from allstep.rehearsal.rehearsal_report import Comparison, RehearsalReport, StartSummary, Verdict
 from allstep.rehearsal.rehearsal_request import RehearsalRequest
 from allstep.rehearsal.tensor_comparison import compare_runs, newest
+from allstep.run_record.run_folders import PRIVATE, default_name
 from allstep.submission.batch_process import StopNotice, judge
 from allstep.submission.job_record import JobRecord, another_start
 from allstep.submission.lead_time import MARGIN_S, lead_seconds

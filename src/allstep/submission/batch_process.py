@@ -197,6 +197,9 @@ class BatchProcess:
     def _finish(self, code: int) -> int:
         if self._superseded_at is not None:
             return PREEMPTED
+        if self._notice is not None and code != 0 and self._record.is_cancelled:
+            # However srun's code came about: a task that leaves first has it end the others.
+            return self._end(NEVER_AGAIN, "stopped and not started again: it was cancelled")
         saved = self._record.saved()
         ending = judge(code, self._notice, saved)
         if ending != "stopped":
@@ -206,8 +209,6 @@ class BatchProcess:
         if state not in ("RUNNING", None):
             return self._end(PREEMPTED, f"stopped; SLURM calls the job {state} and decides what becomes of it")
         used_up = self._notice is not None and self._notice.used_up
-        if self._record.is_cancelled:
-            return self._end(NEVER_AGAIN, "stopped and not started again: it was cancelled")
         refusal = another_start(self._record.starts(), saved, used_up=used_up)
         if refusal is not None:
             remedy = "give it more time, save more often (Checkpoint(every=...)), or attach allstep.Preemption"
