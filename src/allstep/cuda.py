@@ -106,6 +106,13 @@ def copied_ahead(tensor: torch.Tensor) -> torch.Tensor:
         return copy
 
 
+def recorded_event(device: torch.device) -> torch.Event:
+    """An event behind what is queued on a device now."""
+    event = torch.Event(device)
+    event.record(torch.accelerator.current_stream(device))
+    return event
+
+
 def wait_for_copies(device: torch.device) -> None:
     """Have the host wait for what was queued on a CUDA device until now, by the stream that is current there."""
     torch.cuda.current_stream(device).synchronize()

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from allstep.coordination import Coordinator
+from allstep.cuda import copied_ahead, recorded_event
 from allstep.errors import ConfigurationError
 from allstep.faults.fault import FlippedBit
 
@@ -194,10 +195,8 @@ class _ToHost:
         self._tensor = tensor
         self._event: torch.Event | None = None
         if tensor.is_cuda:
-            self._tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._tensor.copy_(tensor, non_blocking=True)
-            self._event = torch.Event(tensor.device)
-            self._event.record(torch.accelerator.current_stream(tensor.device))
+            self._tensor = copied_ahead(tensor)
+            self._event = recorded_event(tensor.device)
 
     def read(self) -> list[int]:
         if self._event is not None:

@@ -24,6 +24,7 @@ from typing import Any, Literal, cast
 import torch
 
 from allstep.coordination import Coordinator
+from allstep.cuda import recorded_event
 from allstep.engine import Engine, Events
 from allstep.errors import ArgumentError, MetricError
 from allstep.metrics.describe import Schema, StateLine
@@ -406,13 +407,6 @@ def _gather_payloads(
     if failure is not None:
         raise failure
     return received
-
-
-def recorded_event(device: torch.device) -> torch.Event:
-    """An event behind what is queued on a device now."""
-    event = torch.Event(device)
-    event.record(torch.accelerator.current_stream(device))
-    return event
 
 
 def unpinned(value: BatchOutput) -> BatchOutput:
